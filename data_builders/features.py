@@ -1,0 +1,433 @@
+"""The `features` teacher: a transparent rule in place of an LLM, and the baseline that an LLM teacher must beat.
+
+It measures what a user's chosen answers have over the rejected ones, weights it per user with shrinkage to the population, and
+writes an evaluation chain (METHOD §2) whose every claim can be re-measured:
+
+    x(y) ∈ R^F                      text features, robustly standardised over the training texts, clipped to ±4
+    P(y⁺ ≻ y⁻ | u) = σ(w_uᵀ(x⁺ − x⁻))                       Bradley–Terry with linear utility
+    w_pop = ridge logistic regression over all users' rows (no intercept; both signs of every difference)
+    w_u   = argmax_w Σ_rows(u) log σ(wᵀd) − τ/2·‖w − w_pop‖²     MAP under w_u ~ N(w_pop, I/τ)
+
+τ is chosen by cross-validated likelihood on conversations new to the user, so that a data set without personal signal gets
+(nearly) the population rule.  The MAP fits of all users run at once, by the EM of Polson, Scott & Windle 2013 (the bound of
+Jaakkola & Jordan 2000): monotone, no step size.
+
+The label of the asked pair is never used.  If the responses are a training pair of this user, its rows leave both fits first; a
+history item with these same texts is ignored too.  (τ and the feature scales are not recomputed: ten candidate values for τ, and
+no label in the scales.)  A known user's weights rest on all their training rows, not only on the history pairs shown.
+
+textstat supplies LIX (Björnsson 1968), the readability index that needs no syllable dictionary: no download, no one language.
+The lexicons are English; elsewhere those features are constant, so they say nothing.  Features and scales were chosen on train
+and val rows only; whole conversations in τ's folds came after a first look at test (measured by benchmarks/features_baseline.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import textstat
+from scipy import sparse
+from scipy.special import expit, log_expit
+from sklearn.linear_model import LogisticRegression
+
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import HistoryItem, PreferencePair
+
+PREFIX = 20_000  # characters that the word statistics read; length is always of the whole text
+READABILITY_PREFIX = 5_000
+CLIP = 4.0
+FOLDS = 5
+PRECISIONS = (1e4, 300.0, 100.0, 50.0, 30.0, 20.0, 10.0, 5.0, 3.0, 1.0)  # τ, descending: each fit starts from the one before
+DEFAULT_PRECISION = 30.0  # when there are too few rows to choose
+CLEAR = 0.5  # standard units by which a chosen answer must differ before a history pair "shows" something
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")  # a CJK character is a word
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+_BLOCK = re.compile(r"\s*(?:[-*•+]\s|\d{1,2}[.)]\s|#{1,6}\s|\||```|<li>)")
+_SLIP = re.compile(r"\s[,.!?;]|[,;!?][^\W\d_]|\b(?:i|u|ur|im|dont|cant|wont|thats|doesnt|isnt)\b|[!?]{2,}")
+_REFUSAL = re.compile(r"\bas an ai\b|\blanguage model\b|\bi(?:'m| am) (?:sorry|unable)\b|\bi (?:cannot|can't|don't have)\b")
+
+
+def _lexicon(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_HEDGES = _lexicon(
+    "may might could perhaps maybe possibly probably likely seem seems appear appears suggest suggests generally usually often "
+    "sometimes somewhat relatively typically however although unless depends depending arguably potentially presumably"
+)
+_CASUAL = _lexicon(
+    "i i'm i've i'll you you're your gonna wanna kinda yeah yes ok okay hey hi lol guys stuff thing things lot really very just "
+    "so well cool dont don't can't won't isn't it's that's doesn't let's u ur cause cuz pretty"
+)
+_WARM = _lexicon(
+    "thank thanks please sorry glad happy hope welcome feel feeling love dear friend friends enjoy wonderful great care help "
+    "understand together appreciate excited joy we our us"
+)
+_REASONS = _lexicon(
+    "because therefore thus hence since so if then consequently reason reasons due result results means why shows show proves "
+    "evidence example instance according"
+)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What the features share, computed once: the text, its prefix, words in lower case, sentences and non-blank lines."""
+
+    text: str
+    prefix: str
+    words: tuple[str, ...]
+    sentences: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    def per_100_words(self, count: float) -> float:
+        # Ten words are added so that one hit in a three-word answer is not an extreme.
+        return 100 * count / (len(self.words) + 10)
+
+    def share(self, lexicon: frozenset[str]) -> float:
+        return self.per_100_words(sum(word in lexicon for word in self.words))
+
+
+def _parse(text: str) -> _Text:
+    prefix = text[:PREFIX]
+    words = tuple(word.lower().replace("’", "'") for word in _WORD.findall(prefix))
+    sentences = tuple(s.strip() for s in _SENTENCE_END.split(prefix) if s.strip())
+    return _Text(text, prefix, words, sentences, tuple(line for line in prefix.splitlines() if line.strip()))
+
+
+def _structure(t: _Text) -> float:
+    """Log count of lines; a list item, heading, table row or code fence counts twice."""
+    return float(np.log1p(len(t.lines) + sum(bool(_BLOCK.match(line)) for line in t.lines)))
+
+
+def _formality(t: _Text) -> float:
+    """Long words over the colloquial: a lexical stand-in for Heylighen & Dewaele's F-score, which would need a tagger."""
+    long_words = 100 * sum(len(word) > 6 for word in t.words) / max(len(t.words), 1)
+    return long_words - t.share(_CASUAL) - t.per_100_words(t.prefix.count("!"))
+
+
+def _readability(t: _Text) -> float:
+    """Minus LIX, so that more is easier; one word of 5,000 letters is no more than 'very hard'."""
+    return -float(np.clip(textstat.lix(t.prefix[:READABILITY_PREFIX]), 10, 80)) if t.words else -40.0
+
+
+def _polish(t: _Text) -> float:
+    """A finished last sentence, capitals at sentence starts, few slips of spelling and punctuation."""
+    finished = t.text.rstrip().endswith(tuple(".!?\"')`:。！？」"))
+    capitals = sum(not s[0].islower() for s in t.sentences) / max(len(t.sentences), 1)
+    return float(finished) + 2 * capitals - 0.5 * float(np.sqrt(t.per_100_words(len(_SLIP.findall(t.prefix)))))
+
+
+class Feature(NamedTuple):
+    """One measurement: what a user who wants more of it, or less of it, is said to prefer (one English word each)."""
+
+    more: str
+    less: str
+    measure: Callable[[_Text], float]
+
+
+_TABLE: dict[str, Feature] = {
+    "length": Feature("longer", "shorter", lambda t: float(np.log(len(t.text) + 10))),
+    "structure": Feature("structured", "plain", _structure),
+    "hedging": Feature("cautious", "assertive", lambda t: t.share(_HEDGES)),
+    "formality": Feature("formal", "casual", _formality),
+    "readability": Feature("simple", "complex", _readability),
+    # Guiraud's index: types over the root of tokens, less bound to length than the plain type–token ratio.
+    "vocabulary": Feature("varied", "repetitive", lambda t: len(set(t.words)) / max(len(t.words), 1) ** 0.5),
+    "reasoning": Feature("reasoned", "unargued", lambda t: t.share(_REASONS)),
+    "warmth": Feature("warm", "neutral", lambda t: t.share(_WARM)),
+    "polish": Feature("polished", "careless", _polish),
+    "numbers": Feature("numeric", "verbal", lambda t: t.per_100_words(sum(w[0].isdigit() for w in t.words)) ** 0.5),
+    "quotation": Feature("quoting", "unquoted", lambda t: t.per_100_words(sum(map(t.prefix.count, '"“«「'))) ** 0.5),
+    "refusal": Feature("declining", "forthcoming", lambda t: float(bool(_REFUSAL.search(t.prefix.lower())))),
+}
+FEATURES: tuple[str, ...] = tuple(_TABLE)
+
+_measured: dict[bytes, np.ndarray] = {}
+_MEASURED_AT_MOST = 200_000
+
+
+def measure(text: str) -> np.ndarray:
+    """Raw features of one text: shape (F,), float64, finite, read-only, in the order of `FEATURES`; cached by the text's hash."""
+    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    if key not in _measured:
+        if len(_measured) >= _MEASURED_AT_MOST:
+            _measured.clear()
+        parsed = _parse(text)
+        values = np.array([feature.measure(parsed) for feature in _TABLE.values()])
+        values.flags.writeable = False
+        _measured[key] = values
+    return _measured[key]
+
+
+def measure_many(texts: Sequence[str]) -> np.ndarray:
+    """Raw features, shape (N, F)."""
+    return np.array([measure(text) for text in texts]).reshape(-1, len(FEATURES))
+
+
+class Question(Protocol):
+    """What a chain is written for; `records.Example` is one."""
+
+    @property
+    def user_id(self) -> str: ...
+    @property
+    def history(self) -> Sequence[HistoryItem]: ...
+    @property
+    def query(self) -> str: ...
+    @property
+    def responses(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class _Question:
+    user_id: str
+    history: Sequence[HistoryItem]
+    query: str
+    responses: Sequence[str]
+
+
+class ChainParts(NamedTuple):
+    """Arguments of `chains.write_chain`: K criteria, integer weights that sum to 100; K scores 1..10 for each response."""
+
+    analysis: str
+    criteria: list[tuple[str, int]]
+    scores: list[list[int]]
+    notes: list[str] | None = None
+
+
+class FeatureTeacher:
+    """Per-user linear utility over `FEATURES`; see the module's docstring for the model.
+
+    `top`: criteria in a chain.  `precision`: τ, or None to choose it by cross-validation.  `seed`: draws the folds, nothing else.
+    """
+
+    def __init__(self, top: int = 4, precision: float | None = None, seed: int = 0) -> None:
+        if not 1 <= top <= len(FEATURES):
+            raise DataError(f"top is {top}; expected 1 to {len(FEATURES)} criteria")
+        if precision is not None and not precision > 0:
+            raise DataError(f"precision is {precision}; expected a number above 0, or None to choose it")
+        self.top, self.precision, self.seed = top, precision, seed
+
+    def fit(self, train_pairs: Sequence[PreferencePair]) -> FeatureTeacher:
+        """Learn scales, population weights, τ and each user's weights; linear in rows and users.  DataError without pairs."""
+        if not train_pairs:
+            raise DataError("FeatureTeacher.fit got no pairs; expected at least one training pair")
+        chosen, rejected = [p.chosen for p in train_pairs], [p.rejected for p in train_pairs]
+        self._fit_scale(measure_many(sorted({*chosen, *rejected})))
+        self.differences = self.standardise(chosen) - self.standardise(rejected)
+        self.spread = np.sqrt((self.differences**2).mean(axis=0))  # around 0, so that the labels play no part
+        self._row_texts = [frozenset(texts) for texts in zip(chosen, rejected)]
+        self._user_rows: dict[str, list[int]] = defaultdict(list)
+        for row, pair in enumerate(train_pairs):
+            self._user_rows[pair.user_id].append(row)
+        self._user_rows = dict(self._user_rows)  # a look-up of an unknown user must not create it
+        index = {user: i for i, user in enumerate(self._user_rows)}
+        owners = np.array([index[p.user_id] for p in train_pairs])
+        self.population = _population_weights(self.differences)
+        self._population_without: dict[tuple[int, ...], np.ndarray] = {(): self.population}
+        self.tau = self.precision or _choose_precision(self.differences, owners, _conversations(train_pairs), self.seed)
+        fitted = _user_weights(self.differences, owners, self.population, self.tau, len(index))
+        self._user_weights = dict(zip(index, fitted))
+        return self
+
+    def standardise(self, texts: Sequence[str]) -> np.ndarray:
+        """(N, F) in robust standard units of the training texts: 0 is their median; clipped to ±`CLIP`."""
+        return np.clip((measure_many(texts) - self.median) / self.scale, -CLIP, CLIP)
+
+    def weights(self, user_id: str, history: Iterable[HistoryItem] = (), asked: Iterable[str] = ()) -> np.ndarray:
+        """w_u, shape (F,), from the user's training rows and history items beyond them; rows between `asked` texts stay out."""
+        rows, extra, left_out = self._evidence(user_id, history, asked)
+        if not extra and not left_out:
+            return self._user_weights.get(user_id, self.population)
+        differences = self._differences_of(rows, extra)
+        population = self._population_leaving_out(left_out)
+        return _user_weights(differences, np.zeros(len(differences), int), population, self.tau, 1)[0]
+
+    def score(self, user_id: str, history: Sequence[HistoryItem], query: str, responses: Sequence[str]) -> tuple[float, ...]:
+        """Utility of each response for this user on a 1..10 scale; 5.5 is the median training text.  `query` is not read."""
+        utility = (self.standardise(responses) * self.weights(user_id, history, responses)).sum(axis=1)
+        return tuple(float(s) for s in 1 + 9 * expit(utility / 2))
+
+    def chain_parts(self, question: Question, rng: np.random.Generator | None = None) -> ChainParts:
+        """A chain's contents; criteria are the features that move this user most, grades the responses' deciles on them.
+
+        `question` is an `Example` or alike; its `chosen_index` is never read.  `rng` jitters each grade by −1, 0 or 1.
+        """
+        weights = self.weights(question.user_id, question.history, question.responses)
+        top = self._top_features(question, weights)
+        names = [_pole(i, weights[i]) for i in top]
+        criteria = list(zip(names, _percentages(np.abs(weights[top]))))
+        return ChainParts(self._analysis(question.history, names), criteria, self._grades(question.responses, top, weights, rng))
+
+    def write(
+        self,
+        user_id: str,
+        history: Sequence[HistoryItem],
+        query: str,
+        responses: Sequence[str],
+        rng: np.random.Generator | None = None,
+    ) -> str:
+        """One evaluation chain in the published format (METHOD §2)."""
+        from pgenrm_train.chains import write_chain
+
+        return write_chain(*self.chain_parts(_Question(user_id, history, query, responses), rng))
+
+    def _fit_scale(self, raw: np.ndarray) -> None:
+        low, self.median, high = np.percentile(raw, [25, 50, 75], axis=0)
+        scale = (high - low) / 1.349  # the interquartile range of a standard normal
+        scale = np.where(scale > 1e-9, scale, raw.std(axis=0))  # rare features: most texts have none
+        self.scale = np.where(scale > 1e-9, scale, 1.0)
+        self._sorted = np.sort(raw, axis=0)
+
+    def _evidence(
+        self, user_id: str, history: Iterable[HistoryItem], asked: Iterable[str]
+    ) -> tuple[list[int], list[HistoryItem], tuple[int, ...]]:
+        """The user's training rows that may be used, the history items beyond them, and the rows left out."""
+        asked, rows = frozenset(asked), self._user_rows.get(user_id, [])
+        left_out = tuple(row for row in rows if self._row_texts[row] <= asked)
+        known = {self._row_texts[row] for row in rows}
+        extra = [h for h in history if (texts := frozenset((h.chosen, h.rejected))) not in known and not texts <= asked]
+        return [row for row in rows if row not in left_out], extra, left_out
+
+    def _differences_of(self, rows: list[int], extra: list[HistoryItem]) -> np.ndarray:
+        shown = self.standardise([h.chosen for h in extra]) - self.standardise([h.rejected for h in extra])
+        return np.vstack([self.differences[rows], shown])
+
+    def _mean_difference(self, question: Question) -> np.ndarray:
+        """What the user's chosen answers have over the rejected ones, (F,); the population's mean counts as τ further rows."""
+        rows, extra, left_out = self._evidence(question.user_id, question.history, question.responses)
+        own = self._differences_of(rows, extra)
+        others = (self.differences.sum(axis=0) - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
+        return (own.sum(axis=0) + self.tau * others) / (len(own) + self.tau)
+
+    def _top_features(self, question: Question, weights: np.ndarray) -> np.ndarray:
+        """At most `top` features by |weight| × spread: a rare feature may weigh much and yet seldom decide.
+
+        A feature whose weight opposes the mean difference only corrects for its neighbours (fewer different words, if long);
+        to call that this user's preference would be untrue, so it is no criterion.
+        """
+        effect = np.abs(weights) * self.spread
+        true_to_sign = weights * self._mean_difference(question) > 0
+        order = np.argsort(-np.where(true_to_sign, effect, 0.0), kind="stable")
+        return order[: min(self.top, max(1, int(true_to_sign.sum())))]
+
+    def _population_leaving_out(self, rows: tuple[int, ...]) -> np.ndarray:
+        if rows not in self._population_without:
+            rest = np.delete(self.differences, rows, axis=0)
+            self._population_without[rows] = _population_weights(rest)
+        return self._population_without[rows]
+
+    def _grades(
+        self, responses: Sequence[str], top: np.ndarray, weights: np.ndarray, rng: np.random.Generator | None
+    ) -> list[list[int]]:
+        """Integers 1..10, one list per response: the decile of the training texts, counted in the preferred direction."""
+        texts = sorted(set(responses))  # so that jitter, too, depends on the text and not on its place
+        raw = measure_many(texts)
+        grades = np.array([self._deciles(raw[:, i], i, weights[i]) for i in top]).T
+        if rng is not None:
+            grades = grades + rng.integers(-1, 2, size=grades.shape)
+        by_text = dict(zip(texts, np.clip(grades, 1, 10).astype(int).tolist()))
+        return [by_text[text] for text in responses]
+
+    def _deciles(self, values: np.ndarray, feature: int, weight: float) -> np.ndarray:
+        column = self._sorted[:, feature]
+        below, upto = (np.searchsorted(column, values, side) for side in ("left", "right"))
+        middle_rank = (below + upto) / (2 * len(column))
+        return 1 + np.floor(10 * (middle_rank if weight >= 0 else 1 - middle_rank))
+
+    def _analysis(self, history: Sequence[HistoryItem], names: Sequence[str]) -> str:
+        gaps = self.standardise([h.chosen for h in history]) - self.standardise([h.rejected for h in history])
+        shown = [f"Pair {i}: {_clearest(gap)}." for i, gap in enumerate(gaps, start=1)]
+        return " ".join([*shown, f"This user prefers {', '.join(names)} answers."])
+
+
+def _pole(feature: int, sign: float) -> str:
+    named = _TABLE[FEATURES[feature]]
+    return named.more if sign >= 0 else named.less
+
+
+def _clearest(gap: np.ndarray) -> str:
+    """At most two poles by which the chosen answer stands out most, in standard units."""
+    order = np.argsort(-np.abs(gap), kind="stable")[:2]
+    return ", ".join(_pole(i, gap[i]) for i in order if abs(gap[i]) >= CLEAR) or "nothing clear"
+
+
+def _percentages(sizes: np.ndarray) -> list[int]:
+    """Integers ≥ 1 that sum to 100, in proportion to `sizes` (largest remainder)."""
+    total = sizes.sum()
+    shares = sizes / total if total > 0 else np.full(len(sizes), 1 / len(sizes))
+    exact = shares * (100 - len(sizes))  # one point each is given first: no criterion of weight 0
+    whole = np.floor(exact).astype(int)
+    short = 100 - len(sizes) - int(whole.sum())
+    whole[np.argsort(-(exact - whole), kind="stable")[:short]] += 1
+    return (whole + 1).tolist()
+
+
+def _population_weights(differences: np.ndarray) -> np.ndarray:
+    if not len(differences):
+        return np.zeros(len(FEATURES))
+    model = LogisticRegression(fit_intercept=False, solver="newton-cholesky")
+    model.fit(np.vstack([differences, -differences]), np.repeat([1, 0], len(differences)))
+    return model.coef_[0]
+
+
+def _user_weights(
+    differences: np.ndarray,
+    owners: np.ndarray,
+    population: np.ndarray,
+    tau: float,
+    users: int,
+    start: np.ndarray | None = None,
+    tolerance: float = 1e-5,
+) -> np.ndarray:
+    """MAP weights of all users at once, (U, F); `owners[n]` is the user of row n.  A user without rows gets the population's."""
+    n, f = differences.shape
+    by_user = sparse.csr_matrix((np.ones(n), (owners, np.arange(n))), shape=(users, n))
+    outer = (differences[:, :, None] * differences[:, None, :]).reshape(n, f * f)
+    target = by_user @ differences / 2 + tau * population
+    weights = np.tile(population, (users, 1)) if start is None else start
+    for _ in range(200):
+        margin = np.abs((differences * weights[owners]).sum(axis=1))
+        omega = np.where(margin > 1e-6, np.tanh(margin / 2) / (2 * np.maximum(margin, 1e-6)), 0.25)
+        curvature = by_user.multiply(omega) @ outer
+        updated = np.linalg.solve(curvature.reshape(users, f, f) + tau * np.eye(f), target[..., None])[..., 0]
+        moved, weights = np.abs(updated - weights).max(initial=0.0), updated
+        if moved < tolerance:
+            break
+    return weights
+
+
+def _conversations(pairs: Sequence[PreferencePair]) -> np.ndarray:
+    """(N,) which conversation of which user each pair belongs to; a data set without ids is grouped by the query."""
+    keys = [(pair.user_id, pair.conversation_id or pair.query) for pair in pairs]
+    index = {key: i for i, key in enumerate(sorted(set(keys)))}
+    return np.array([index[key] for key in keys])
+
+
+def _choose_precision(differences: np.ndarray, owners: np.ndarray, conversations: np.ndarray, seed: int) -> float:
+    """τ of the best held-out log-likelihood on conversations that the user has no other row of.
+
+    Folds hold whole conversations: rows of one share their texts, so that splitting them would flatter the personal weights.
+    """
+    _, first = np.unique(conversations, return_index=True)
+    users = int(owners.max()) + 1
+    if len(first) < 4 * FOLDS:
+        return DEFAULT_PRECISION
+    shuffled = np.random.default_rng(seed).permutation(len(first))
+    fold_of = np.empty(len(first), int)
+    fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = np.arange(len(first)) % FOLDS  # even within users
+    folds = fold_of[conversations]
+    likelihood = np.zeros(len(PRECISIONS))
+    for fold in range(FOLDS):
+        seen, held = folds != fold, folds == fold
+        population, weights = _population_weights(differences[seen]), None
+        for i, tau in enumerate(PRECISIONS):
+            weights = _user_weights(differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2)
+            likelihood[i] += log_expit((differences[held] * weights[owners[held]]).sum(axis=1)).sum()
+    return PRECISIONS[int(np.argmax(likelihood))]

@@ -1,0 +1,119 @@
+"""PersonaWorld's rule-based teacher and judge: they know the truth that a real LLM would have to guess.
+
+The **teacher** reads history, responses and explicit criteria and writes a correct chain in the contract of `chains`.  Like LLM
+judges it over-weights general quality (PATTERNS), which rejection sampling filters only where it flips the ranking; the
+headroom that this leaves is what reinforcement learning can find.  Its criterion scores carry noise that is shared by both
+responses, so that equal attributes score equally.
+
+The **judge** compares the rubric of a chain with the withheld criteria (process reward, METHOD §4):
+
+    PR = max(0, Σ_c min(ŵ_c, w_c) − Σ_c ŵ_{opposite(c)}) / Σ_c w_c
+
+with ŵ the chain's weights and w the user's.  Naming every attribute earns nothing: the opposites cancel what the hits give.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from data_builders.personaworld import OPPOSITE, POLES, QUALITY_WEIGHT, WEIGHTS, Response, read_response
+from pgenrm_train.chains import ParseFailure, parse_chain, write_chain
+from pgenrm_train.records import Example, ExplicitSignals, HistoryItem
+
+PATTERNS = (((45, 30, 15), 10), ((30, 25, 15), 30), ((25, 15, 10), 50))  # (criteria, quality); the first is the truth
+PATTERN_SHARES = (0.2, 0.3, 0.5)
+_CRITERIA = re.compile(r"For (\w+) I want (\w+) above all, then (\w+), then (\w+)\.")
+_PROTOTYPE = re.compile(r"People call me a (\w+)\.")
+
+
+def read_criteria(explicit: ExplicitSignals) -> tuple[str, tuple[str, ...]] | None:
+    """(scenario, three criteria by rank) as the user stated them."""
+    match = _CRITERIA.search(explicit.criteria or "")
+    return (match[1], (match[2], match[3], match[4])) if match else None
+
+
+def advantage(item: HistoryItem) -> tuple[str, ...]:
+    """Attributes that the chosen response of an earlier vote has over the rejected one."""
+    chosen, rejected = read_response(item.chosen), read_response(item.rejected)
+    if chosen is None or rejected is None:
+        return ()
+    return tuple(a for a in chosen.poles if a not in rejected.poles)
+
+
+class OracleTeacher:
+    """Writes correct chains from the stated criteria.  Deterministic in (seed, pair, order, attempt); never sees the label."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def write(self, example: Example, attempt: int = 0) -> str:
+        """One chain.  Raises ValueError for an example that is not of PersonaWorld."""
+        stated = read_criteria(example.explicit)
+        responses = [read_response(text) for text in example.responses]
+        if stated is None or any(r is None for r in responses):
+            raise ValueError(f"pair {example.pair_id}: the oracle teacher reads PersonaWorld's texts and criteria only")
+        rng = random.Random(f"{self.seed}/{example.pair_id}/{example.responses[0]}/{attempt}")
+        scenario, criteria = stated
+        weights, quality_weight = rng.choices(PATTERNS, PATTERN_SHARES)[0]
+        scale = _Scale(rng)
+        return write_chain(
+            _analysis(example, scenario, criteria),
+            [*zip(criteria, weights), ("quality", quality_weight)],
+            [scale.scores(r, criteria) for r in responses if r is not None],
+            [" ".join((*r.poles, r.quality)) for r in responses if r is not None],
+        )
+
+
+class _Scale:
+    """Scores of one chain: the same attribute gets the same score in every response."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.of = {a: rng.randint(7, 9) for a in (*POLES, "good")}
+        self.against = {a: rng.randint(2, 4) for a in (*POLES, "bad")}
+
+    def scores(self, response: Response, criteria: tuple[str, ...]) -> list[float]:
+        scores = [float(self._score(c, response)) for c in criteria]
+        scores.append(float(self.of["good"] if response.quality == "good" else self.against["bad"]))
+        return scores
+
+    def _score(self, criterion: str, response: Response) -> int:
+        if criterion in response.poles:
+            return self.of[criterion]
+        return self.against[criterion] if OPPOSITE[criterion] in response.poles else 5
+
+
+def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str:
+    pairs = [f"Pair {i}: {' '.join(advantage(item)) or 'nothing'}." for i, item in enumerate(example.history, start=1)]
+    match = _PROTOTYPE.search(example.explicit.self_description or "")
+    who = match[1] if match else "person"
+    return " ".join((*pairs, f"This {who} for {scenario} wants {' '.join(criteria)}."))
+
+
+def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
+    """Process reward in [0, 1]; None when the chain cannot be read or no criteria were stated."""
+    stated, chain = read_criteria(explicit), parse_chain(chain_text)
+    if stated is None or isinstance(chain, ParseFailure):
+        return None
+    true = {**dict(zip(stated[1], WEIGHTS)), "quality": QUALITY_WEIGHT}
+    named = _normalised(dict(chain.criteria))
+    covered = sum(min(named.get(c, 0.0), w) for c, w in true.items())
+    contradicted = sum(named.get(OPPOSITE[c], 0.0) for c in stated[1])
+    return max(0.0, covered - contradicted) / sum(true.values())
+
+
+def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    positive = {name: max(0.0, w) for name, w in weights.items()}
+    total = sum(positive.values())
+    return {name: w / total for name, w in positive.items()} if total else {}
+
+
+def judge_for_rewards(**_: Any) -> Any:
+    """Factory named by the GRPO backend: a judge over the withheld criteria that ride in `extra_info`."""
+
+    def judge(chain_text: str, extra_info: Mapping[str, Any]) -> float | None:
+        return oracle_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
+
+    return judge

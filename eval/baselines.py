@@ -1,0 +1,236 @@
+"""Scorers without a language model, run through the same harness: what a reward model must beat.
+
+    random       a uniform number per (seed, pair, response)
+    longer       characters of the response as it stands
+    shorter      the same, negated
+    user_length  longer or shorter, learnt per user from the training pairs and shrunk to the population
+    majority     votes of the *other* users on the same two responses to the same context
+
+`majority` reads labels of the evaluated split (other people's): it is a reference for how much of a vote is shared taste, not a
+competitor.  It can only count votes that are in the data it is given.
+
+A baseline is fitted once and yields a `Scorer`; the user's history and everything else that a model may see is in the `Example`.
+`chosen_index` of an example is the label: a scorer must not read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pandas as pd
+
+from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
+
+Histories = Mapping[str, Sequence[HistoryItem]]
+ContentKey = tuple[tuple[tuple[str, str], ...], frozenset[str]]
+
+
+class Scorer(Protocol):
+    """Scores the responses of an example, in presentation order; higher is better, equal is a tie."""
+
+    def score(self, example: Example) -> tuple[float, ...]: ...
+
+
+class Baseline(Protocol):
+    """What a registry entry builds (called with `seed=`): fitted on pairs, it gives a scorer.
+
+    train_pairs: what a model may learn from.  all_pairs: every vote of the data set, the evaluated ones included.
+    """
+
+    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer: ...
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A scorer that learns nothing."""
+
+    seed: int = 0
+
+    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
+        return self
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        raise NotImplementedError
+
+
+class Random(_Rule):
+    """Uniform in [0, 1) from a hash of seed, user, pair and text: independent of presentation order and of the other pairs."""
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        return tuple(self._uniform(example, text) for text in example.responses)
+
+    def _uniform(self, example: Example, text: str) -> float:
+        key = repr((self.seed, example.user_id, example.pair_id, text)).encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48
+
+
+class Longer(_Rule):
+    """Prefers the response with more characters."""
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        return tuple(float(len(text)) for text in example.responses)
+
+
+class Shorter(_Rule):
+    """Prefers the response with fewer characters."""
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        return tuple(-float(len(text)) for text in example.responses)
+
+
+@dataclass(frozen=True)
+class UserLength:
+    """Longer or shorter, by user.
+
+    Each training pair of a user votes +1 (the longer response was chosen) or −1; the mean is shrunk to the population's mean as
+    if the user had cast `prior` more average votes: (Σ votes + prior·μ) / (n + prior).  Its sign is the user's direction; an
+    exact zero and a user without training pairs take the population's.  Without any training vote every score is a tie.
+    """
+
+    seed: int = 0
+    prior: float = 5.0
+
+    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
+        votes: dict[str, list[int]] = defaultdict(list)
+        for pair in train_pairs:
+            if gap := len(pair.chosen) - len(pair.rejected):
+                votes[pair.user_id].append(1 if gap > 0 else -1)
+        flat = [vote for own in votes.values() for vote in own]
+        population = sum(flat) / len(flat) if flat else 0.0
+        shrunk = {u: (sum(v) + self.prior * population) / (len(v) + self.prior) for u, v in votes.items()}
+        return UserLengthScorer(_sign(population), {u: _sign(m) or _sign(population) for u, m in shrunk.items()})
+
+
+@dataclass(frozen=True)
+class UserLengthScorer:
+    """`direction` × characters; the direction is +1 (longer), −1 (shorter) or 0 (nothing known)."""
+
+    population: int
+    directions: Mapping[str, int]
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        direction = self.directions.get(example.user_id, self.population)
+        return tuple(float(direction * len(text)) for text in example.responses)
+
+
+@dataclass(frozen=True)
+class Majority:
+    """Strict majority of the other users' votes on the same content; no vote, or as many each way, is a tie."""
+
+    seed: int = 0
+
+    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
+        votes: dict[ContentKey, Counter[tuple[str, str]]] = defaultdict(Counter)
+        for pair in all_pairs:
+            votes[content_key(pair.context, (pair.chosen, pair.rejected))][pair.user_id, pair.chosen] += 1
+        return MajorityScorer(votes)
+
+
+@dataclass(frozen=True)
+class MajorityScorer:
+    """A response scores the number of votes for it by users other than the example's; `votes`: content → (user, text) → n."""
+
+    votes: Mapping[ContentKey, Mapping[tuple[str, str], int]] = field(repr=False)
+
+    def score(self, example: Example) -> tuple[float, ...]:
+        cast = self.votes.get(content_key(example.context, example.responses), {})
+        others: Counter[str] = Counter()
+        for (user, text), n in cast.items():
+            if user != example.user_id:
+                others[text] += n
+        return tuple(float(others[text]) for text in example.responses)
+
+
+BASELINES: dict[str, Callable[..., Baseline]] = {
+    "random": Random,
+    "longer": Longer,
+    "shorter": Shorter,
+    "user_length": UserLength,
+    "majority": Majority,
+}
+
+
+def fit_baseline(
+    name: str,
+    train_pairs: Sequence[PreferencePair],
+    all_pairs: Sequence[PreferencePair],
+    *,
+    seed: int = 0,
+    more: Mapping[str, Callable[..., Baseline]] | None = None,
+) -> Scorer:
+    """Build and fit the baseline called `name`; `more` adds scorers that this room does not know (a recipe's).
+
+    Raises ConfigError for a name in neither.  Only `random` depends on `seed`.
+    """
+    registry = {**BASELINES, **(more or {})}
+    if name not in registry:
+        raise ConfigError(f"model.name={name!r} is no baseline; expected one of {', '.join(sorted(registry))}")
+    return registry[name](seed=seed).fit(train_pairs, all_pairs)
+
+
+def predict_baseline(
+    scorer: Scorer, pairs: Iterable[PreferencePair], histories: Histories | None, *, seed: int = 0
+) -> pd.DataFrame:
+    """Score every pair in both orders: the predictions table that `metrics.accuracy_report` reads, two rows a pair.
+
+    histories: pair_id → earlier votes of the user; None for scorers that read no history.  `seed` is the evaluation seed that
+    the rows carry.  Explicit signals are withheld, as they are from a model at test time (METHOD §4).
+    Raises DataError when a pair has no history entry, or a scorer returns another number of scores than responses.
+    """
+    rows: list[dict[str, Any]] = []
+    for pair in pairs:
+        history = _history(pair, histories)
+        for order in (0, 1):
+            chosen, rejected = _scores(scorer, _example(pair, history, order))
+            rows.append(_row(pair, order, seed, chosen, rejected))
+    if not rows:
+        raise DataError("no pairs to score; expected at least one pair in the evaluated split")
+    return pd.DataFrame(rows)
+
+
+def content_key(context: Iterable[Message], responses: Iterable[str]) -> ContentKey:
+    """What was judged, whoever judged it and whichever won: the conversation and the unordered responses."""
+    return tuple((m.role, m.content) for m in context), frozenset(responses)
+
+
+def _history(pair: PreferencePair, histories: Histories | None) -> tuple[HistoryItem, ...]:
+    if histories is None:
+        return ()
+    if pair.pair_id not in histories:
+        raise DataError(f"pair_id {pair.pair_id!r} of user {pair.user_id!r} has no history; expected an entry, empty at least")
+    return tuple(histories[pair.pair_id])
+
+
+def _example(pair: PreferencePair, history: tuple[HistoryItem, ...], order: int) -> Example:
+    responses = (pair.chosen, pair.rejected) if order == 0 else (pair.rejected, pair.chosen)
+    return Example(pair.pair_id, pair.user_id, pair.context, responses, order, history, kind=pair.kind, scenario=pair.scenario)
+
+
+def _scores(scorer: Scorer, example: Example) -> tuple[float, float]:
+    scores = scorer.score(example)
+    if len(scores) != len(example.responses):
+        raise DataError(f"pair_id {example.pair_id!r}: expected a score a response (2), got {len(scores)}")
+    return scores[example.chosen_index], scores[1 - example.chosen_index]
+
+
+def _row(pair: PreferencePair, order: int, seed: int, chosen: float, rejected: float) -> dict[str, Any]:
+    return {
+        "pair_id": pair.pair_id,
+        "user_id": pair.user_id,
+        "order": order,
+        "seed": seed,
+        "sample": 0,
+        "score_chosen": chosen,
+        "score_rejected": rejected,
+        "failure": None,
+        "kind": pair.kind,
+    }
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)

@@ -1,0 +1,149 @@
+"""One evaluation: checkpoints, baselines and probes on the same pairs → results, predictions, report.
+
+The report compares every stage's checkpoint on the same questions; `own` questions give the headline accuracy, `swapped` ones
+the disagreement probe (see `probes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from eval.baselines import Scorer, predict_baseline
+from eval.harness import PredictionStore, Write, ask, own_questions
+from eval.metrics import accuracy_report, paired_difference
+from eval.probes import Twins, disagreement_twins, swapped_histories
+from pgenrm_train.artifacts import fingerprint
+from pgenrm_train.backends.base import Generator
+from pgenrm_train.config import Config, masking_of
+from pgenrm_train.records import HistoryItem, PreferencePair
+
+Progress = Callable[..., Iterable[Any]]
+Histories = Mapping[str, tuple[HistoryItem, ...]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under test: a name for the table, an identity for the cache, and how to start it."""
+
+    name: str
+    identity: str
+    start: Callable[[], Generator]
+    write: Callable[[], Write]
+    seconds: float | None = None  # wall time of the stage that made it
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the table says of one candidate."""
+
+    name: str
+    predictions: pd.DataFrame
+    report: dict[str, Any]
+    probe: dict[str, Any] | None
+    seconds: float | None
+
+
+class Evaluation:
+    """The pairs, histories and twins that every candidate is asked about."""
+
+    def __init__(self, config: Config, pairs: Sequence[PreferencePair], histories: Histories) -> None:
+        self.config, self.pairs, self.histories = config, pairs, histories
+        self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
+        self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
+
+    def test(self, candidate: Candidate, folder: Path, progress: Progress) -> Tested:
+        """Ask all questions of one candidate; resumes from what `folder` holds."""
+        temperature = self.config.eval.temperature
+        questions = own_questions(self.pairs, self.histories, seeds=self.config.eval.seeds, samples=self.samples)
+        if self.twins:
+            swapped = swapped_histories(self.twins, self.histories)
+            twins = [p for twin in self.twins for p in twin]
+            questions += own_questions(twins, swapped, set_name="swapped")
+        identity = fingerprint(candidate.identity, temperature, masking_of(self.config, "eval"), self.config.seed)
+        predictions = ask(
+            questions,
+            candidate.start,
+            candidate.write(),
+            PredictionStore(folder / "predictions", identity),
+            masking=masking_of(self.config, "eval"),
+            temperature=temperature,
+            progress=progress,
+            what=f"evaluate {candidate.name}",
+        )
+        predictions = predictions[predictions["key"].isin({q.key for q in questions})]
+        return self.judge(candidate.name, predictions, candidate.seconds)
+
+    @property
+    def samples(self) -> int:
+        ind = self.config.eval.ind
+        return max(ind) if isinstance(ind, list | tuple) else int(ind)
+
+    def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None) -> Tested:
+        """Accuracy on all pairs, and the probe on the twins."""
+        own = predictions[predictions["set"] == "own"]
+        report = self._accuracy(own) | {"model": name}
+        return Tested(name, predictions, report, self._probe(predictions), seconds)
+
+    def baseline(self, name: str, scorer: Scorer) -> Tested:
+        """The same pairs and probe for a scorer that writes no chains."""
+        own = predict_baseline(scorer, self.pairs, self.histories).assign(set="own")
+        tables = [own]
+        if self.twins:
+            twins = [p for twin in self.twins for p in twin]
+            tables.append(predict_baseline(scorer, twins, swapped_histories(self.twins, self.histories)).assign(set="swapped"))
+        return self.judge(name, pd.concat(tables, ignore_index=True))
+
+    def _accuracy(self, predictions: pd.DataFrame) -> dict[str, Any]:
+        protocol = self.config.eval.protocol
+        return accuracy_report(predictions, protocol=protocol, draws=self.config.eval.draws, seed=self.config.seed)
+
+    def _probe(self, predictions: pd.DataFrame) -> dict[str, Any] | None:
+        """Accuracy on the twins with one's own and with the other's history."""
+        if not self.twins:
+            return None
+        own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(self.twin_ids)]
+        first_seed = own[own["seed"] == own["seed"].min()]
+        swapped = predictions[predictions["set"] == "swapped"]
+        draws, seed = self.config.eval.draws, self.config.seed
+        return {
+            "n_pairs": len(self.twin_ids),
+            "own": _brief(self._accuracy(own)),
+            "swapped": _brief(self._accuracy(swapped)),
+            "difference": paired_difference(first_seed, swapped, draws=draws, seed=seed),
+        }
+
+
+def stage_row(tested: Tested) -> dict[str, Any]:
+    """One row of the headline table."""
+    report, slices = tested.report, tested.report["slices"]
+    hard = slices.get("hard")
+    row: dict[str, Any] = {"stage": tested.name, "accuracy": report["accuracy"], "accuracy ci95": report["ci95"], "stderr": report["stderr"]}
+    if hard:
+        row |= {"hard accuracy": hard["accuracy"], "hard accuracy ci95": hard["ci95"]}
+    if rival := slices.get("rival"):
+        row |= {"rival accuracy": rival["accuracy"], "rival accuracy ci95": rival["ci95"]}
+    if tested.probe:
+        row |= {"swapped history accuracy": tested.probe["swapped"]["accuracy"], "swapped history accuracy ci95": tested.probe["swapped"]["ci95"]}
+    failures = sum(report["failures"].values())
+    return row | {"format failures": failures, "ties": report["ties"], "seconds": tested.seconds}
+
+
+def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
+    """Accuracy by cohort of users, where the data tells cohorts apart."""
+    own = tested.predictions[tested.predictions["set"] == "own"]
+    if "cohort" not in own or own["cohort"].isna().all():
+        return []
+    rows = []
+    for cohort, part in own.groupby("cohort"):
+        report = accuracy_report(part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed)
+        rows.append({"model": tested.name, "users": cohort, "accuracy": report["accuracy"], "accuracy ci95": report["ci95"], "pairs": report["n_pairs"]})
+    return rows
+
+
+def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: report[key] for key in ("accuracy", "ci95", "n_pairs", "ties")}

@@ -1,0 +1,72 @@
+"""The disagreement probe: does a model use *whose* history it reads?
+
+Among the votes on one content (same conversation, same two responses) match a vote one way with a vote the other way by another
+user.  On these *twins* the probe is balanced by construction: a rule that ignores the user prefers the same response for both, so
+it is right for exactly one of them, and scores exactly 50 % (less, where it ties).  A personal model with each user's own
+history scores above 50; with the twin's history in its place the same model should fall below by about as much.  Our choice;
+not in the paper.
+
+Use: predict the pairs of `disagreement_twins(test_pairs)` once with their own histories and once with
+`swapped_histories(twins, histories)`, and give both tables to `metrics.accuracy_report` and `metrics.paired_difference`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from eval.baselines import ContentKey, Histories, content_key
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import HistoryItem, PreferencePair
+
+Twins = list[tuple[PreferencePair, PreferencePair]]
+
+
+def disagreement_twins(pairs: Iterable[PreferencePair]) -> Twins:
+    """Match opposite votes of different users on the same content; each vote is used at most once.
+
+    As many twins as the votes allow, and the same ones whatever the order of `pairs`.  Two equal responses cannot be disagreed
+    about and are left out.  An empty list means that nobody disagreed: the probe does not apply.
+    """
+    groups: dict[ContentKey, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.chosen != pair.rejected:
+            groups[content_key(pair.context, (pair.chosen, pair.rejected))].append(pair)
+    twins = [twin for votes in groups.values() for twin in _match(votes)]
+    return sorted(twins, key=lambda twin: [_identity(pair) for pair in twin])
+
+
+def swapped_histories(twins: Twins, histories: Histories) -> dict[str, tuple[HistoryItem, ...]]:
+    """pair_id → the history of the pair's twin, for every pair of `twins`.
+
+    Raises DataError when a history is missing, or when two votes share a `pair_id`: the swap would be ambiguous.
+    """
+    swapped: dict[str, tuple[HistoryItem, ...]] = {}
+    for first, second in twins:
+        for pair, twin in ((first, second), (second, first)):
+            if pair.pair_id in swapped:
+                raise DataError(f"pair_id {pair.pair_id!r} names several votes; expected one pair_id a vote for the probe")
+            if twin.pair_id not in histories:
+                raise DataError(f"pair_id {twin.pair_id!r} of user {twin.user_id!r} has no history; expected an entry")
+            swapped[pair.pair_id] = tuple(histories[twin.pair_id])
+    return swapped
+
+
+def _match(votes: Sequence[PreferencePair]) -> Twins:
+    """The largest matching within one content group: assignment with cost 1 for a user against themselves."""
+    favourite = min(votes[0].chosen, votes[0].rejected)
+    ordered = sorted(votes, key=_identity)
+    one_way = [vote for vote in ordered if vote.chosen == favourite]
+    other_way = [vote for vote in ordered if vote.chosen != favourite]
+    if not one_way or not other_way:
+        return []
+    same_user = np.array([[a.user_id == b.user_id for b in other_way] for a in one_way], dtype=float)
+    rows, columns = linear_sum_assignment(same_user)
+    return [(one_way[i], other_way[j]) for i, j in zip(rows, columns, strict=True) if not same_user[i, j]]
+
+
+def _identity(pair: PreferencePair) -> tuple[str, str]:
+    return pair.user_id, pair.pair_id

@@ -1,0 +1,357 @@
+"""The report of a run: one self-contained HTML file, and the same tables as Markdown.
+
+Nothing is fetched: CSS, script and SVG plots are inlined, and the page's Content-Security-Policy allows this one script alone.
+Model and user text is untrusted; it reaches the page only through jinja2's autoescape, and the SVG's only through matplotlib's
+XML writer.  Tables are generic: a row is a mapping, columns appear in the order in which the rows name them.
+
+A column whose name ends in accuracy, stderr, share, difference, flip rate, pass rate or failure rate is a fraction and shown in
+percent; `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a dash.
+
+matplotlib's SVG is made for files of its own.  To live inside HTML, next to others, it loses its prolog, metadata, namespaces
+(the HTML parser supplies them), global style rule and fixed size; its ids get a prefix, its text the page's colour.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pgenrm_train.records import HistoryItem
+
+TEMPLATES = Path(__file__).parent / "templates"
+DASH = "–"
+Rows = Sequence[Mapping[str, Any]]
+
+_FRACTION = re.compile(r"(accuracy|stderr|share|difference|flip rate|pass rate|failure rate)$")
+_INTERVAL = re.compile(r"(?:^|[ _])ci95$")
+
+_INK = "#010203"  # stands for the page's text colour; no series uses it
+_COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
+_DASHES = ("-", "--", "-.", ":")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+class Section(NamedTuple):
+    """A further table, under a heading and a plain text."""
+
+    title: str
+    text: str
+    table: pd.DataFrame | Rows
+
+
+class Curve(NamedTuple):
+    """Lines over a common `x`: name → values, as long as `x`; None and NaN are gaps."""
+
+    title: str
+    x: Sequence[float]
+    series: Mapping[str, Sequence[float | None]]
+    xlabel: str
+    ylabel: str
+
+
+@dataclass(frozen=True)
+class ChainView:
+    """One evaluation chain for the chain reader.  Scores are in presentation order; an absent part is empty or None."""
+
+    pair_id: str
+    user_id: str
+    query: str
+    responses: tuple[str, ...]
+    label: int  # index of the response that the user preferred
+    text: str  # the chain as generated
+    kind: str | None = None
+    stage: str | None = None
+    history: tuple[HistoryItem, ...] = ()
+    analysis: str = ""
+    criteria: tuple[tuple[str, float], ...] = ()  # (name, weight in percent)
+    criterion_scores: tuple[tuple[float | None, ...], ...] = ()  # one row a criterion, one score a response
+    declared: tuple[float, ...] | None = None
+    verified: tuple[float, ...] | None = None
+    issues: tuple[str, ...] = ()
+    failure: str | None = None
+
+    @property
+    def verdict(self) -> int | None:
+        """Index of the response with the strictly highest declared score; None for a tie or a failure."""
+        if self.failure or not self.declared:
+            return None
+        best = [i for i, score in enumerate(self.declared) if score == max(self.declared)]
+        return best[0] if len(best) == 1 else None
+
+    @property
+    def outcome(self) -> str:
+        """hit, miss, tie or failure."""
+        if self.failure or not self.declared:
+            return "failure"
+        if self.verdict is None:
+            return "tie"
+        return "hit" if self.verdict == self.label else "miss"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows; only `title` is required."""
+
+    title: str
+    run: Mapping[str, Any] = field(default_factory=dict)  # facts: model, data, seeds, protocol, versions
+    stages: Rows = ()  # the headline table; `accuracy` and `ci95` are drawn as bars too
+    comparisons: Rows = ()  # baselines and other references
+    sections: Sequence[Section] = ()
+    curves: Sequence[Curve] = ()
+    notes: Sequence[str] = ()  # plain sentences that qualify the figures
+    chains: Sequence[ChainView] = ()
+
+
+class Cell(NamedTuple):
+    text: str
+    interval: str = ""
+    numeric: bool = False
+
+
+class Table(NamedTuple):
+    columns: list[tuple[str, bool]]  # (heading, numeric)
+    rows: list[list[Cell]]
+
+
+def write_report(path: str | Path, report: Report) -> None:
+    """Write `report` as one HTML file at `path`, replacing it whole.  Needs no network to write or to read."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,  # for every name: select_autoescape would leave out `.j2`
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = _number
+    environment.filters["csp_hash"] = _csp_hash
+    html = environment.get_template("report.html.j2").render(
+        report=report,
+        facts=[(_heading(name), _fact(value)) for name, value in report.run.items()],
+        headline=_table(report.stages),
+        comparisons=_table(report.comparisons),
+        sections=[(Section(*s).title, Section(*s).text, _table(Section(*s).table)) for s in report.sections],
+        plots=_plots(report),
+    )
+    _replace(Path(path), html)
+
+
+def write_markdown(path: str | Path, report: Report) -> None:
+    """Write the facts, tables and notes of `report` as Markdown; curves and chains are named and left to the HTML."""
+    parts = [f"# {_plain(report.title)}", *(f"- {_plain(note)}" for note in report.notes)]
+    if report.run:
+        facts = [{"fact": _heading(name), "value": _fact(value)} for name, value in report.run.items()]
+        parts += ["## Run", _markdown_table(_table(facts))]
+    for title, rows in (("Results", report.stages), ("Baselines and references", report.comparisons)):
+        if len(rows):
+            parts += [f"## {title}", _markdown_table(_table(rows))]
+    for section in (Section(*s) for s in report.sections):
+        parts += [f"## {_plain(section.title)}", _plain(section.text), _markdown_table(_table(section.table))]
+    if report.curves or report.chains:
+        parts.append(f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report.")
+    _replace(Path(path), _join(parts))
+
+
+def _plots(report: Report) -> list[tuple[str, Markup]]:
+    """(title, inline SVG); the SVG is matplotlib's own output, which escapes every label."""
+    plots = []
+    bars = [bar for rows in (report.stages, report.comparisons) for bar in _bars(rows)]
+    if bars:
+        plots.append(("Accuracy with 95 % intervals", Markup(_accuracy_bars(bars, prefix="bars"))))
+    for i, curve in enumerate(Curve(*c) for c in report.curves):
+        plots.append((curve.title, Markup(_line_plot(*curve[1:], prefix=f"curve{i}"))))
+    return plots
+
+
+def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:
+    """(label, accuracy, ci95) of each row that has an accuracy; the label is the row's first value."""
+    bars = []
+    for row in rows:
+        accuracy, interval = row.get("accuracy"), row.get("ci95")
+        if accuracy is not None and math.isfinite(accuracy):
+            bounds = (float(interval[0]), float(interval[1])) if interval is not None else None
+            bars.append((str(next(iter(row.values()))), float(accuracy), bounds))
+    return bars
+
+
+def _accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]], *, prefix: str) -> str:
+    """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None), first on top, with a line at one half."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 0.75 + 0.34 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(bars))
+        axes.barh(rows, [100 * bar[1] for bar in bars], height=0.62, color=_COLOURS[0], alpha=0.55)
+        for row, (_, accuracy, interval) in enumerate(bars):
+            if interval is not None:
+                axes.plot([100 * bound for bound in interval], [row, row], color=_INK, linewidth=1.4)
+            axes.plot(100 * accuracy, row, "o", color=_INK, markersize=3.2)
+        axes.axvline(50, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="accuracy, % (dotted: chance)")
+        axes.set_yticks(rows, [_short(bar[0]) for bar in bars])
+        axes.tick_params(axis="y", length=0)
+        return _inline(figure, prefix)
+
+
+def _line_plot(x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str) -> str:
+    """SVG of lines over `x`; None and NaN are gaps, single points get a marker, lines differ by colour and dash."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, values) in enumerate(series.items()):
+            numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+            marker = "o" if np.isfinite(numbers).sum() <= 30 else ""
+            colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
+            axes.plot(x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3)
+        axes.set(xlabel=_short(xlabel, 60), ylabel=_short(ylabel, 40))
+        axes.grid(True, color="#8888", linewidth=0.4)
+        if len(series) > 1:
+            figure.legend(loc="outside upper left", ncols=min(3, len(series)), fontsize=9)
+        return _inline(figure, prefix)
+
+
+def _inline(figure: Figure, prefix: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None, "matplotlib writes a viewBox"
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
+    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
+    return f'<svg {view.group()} aria-hidden="true">{body}'.replace(_INK, "currentColor")
+
+
+def _short(text: str, limit: int = 28) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _table(rows: pd.DataFrame | Rows) -> Table:
+    records = _records(rows)
+    names = list(dict.fromkeys(str(name) for row in records for name in row))
+    folded = {name for name in names if _measure(name) in names}
+    shown = [name for name in names if name not in folded]
+    interval_of = {_measure(name): name for name in folded}
+    cells = [[_cell(name, row.get(name), row.get(interval_of.get(name))) for name in shown] for row in records]
+    numeric = [all(line[i].numeric or line[i].text == DASH for line in cells) for i in range(len(shown))]
+    return Table([(_heading(name), flag) for name, flag in zip(shown, numeric, strict=True)], cells)
+
+
+def _records(rows: pd.DataFrame | Rows) -> list[dict[str, Any]]:
+    if isinstance(rows, pd.DataFrame):
+        named_index = rows.index.name is not None or rows.index.nlevels > 1
+        return (rows.reset_index() if named_index else rows).to_dict("records")
+    return [dict(row) for row in rows]
+
+
+def _measure(name: str) -> str | None:
+    """The column that an interval column belongs to; None for other columns."""
+    return (_INTERVAL.sub("", name) or "accuracy") if _INTERVAL.search(name) else None
+
+
+def _cell(name: str, value: Any, interval: Any = None) -> Cell:
+    fraction = bool(_FRACTION.search(_heading(name).lower()))
+    numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    text = _percent(value) if fraction and numeric else _text(value)
+    if interval is None or isinstance(interval, float):
+        return Cell(text, "", numeric)
+    bounds = ", ".join((_percent if fraction else _number)(bound).removesuffix(" %") for bound in interval)
+    return Cell(text, f"[{bounds}]", numeric)
+
+
+def _text(value: Any) -> str:
+    if value is None or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, int | float | np.number):
+        return _number(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or DASH
+    if isinstance(value, list | tuple | set | frozenset | np.ndarray):
+        return ", ".join(_text(v) for v in value) or DASH
+    return str(value)
+
+
+def _fact(value: Any) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)  # a seed is no quantity
+
+
+def _percent(value: Any) -> str:
+    return DASH if value is None or math.isnan(value) else f"{100 * value:.1f} %".replace("-", "−")
+
+
+def _number(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", "\u202f").replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")
+
+
+def _heading(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def _markdown_table(table: Table) -> str:
+    if not table.rows:
+        return "No rows."
+    lines = [[_plain(heading) for heading, _ in table.columns], ["---:" if n else "---" for _, n in table.columns]]
+    lines += [[_plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(text: Any) -> str:
+    """One line of Markdown that shows `text` literally: no table breaks, tags, links, emphasis."""
+    return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _join(parts: Sequence[str]) -> str:
+    text = parts[0]
+    for before, part in itertools.pairwise(parts):
+        text += ("\n" if before.startswith("- ") and part.startswith("- ") else "\n\n") + part
+    return text + "\n"
+
+
+def _csp_hash(script: str) -> str:
+    """The Content-Security-Policy source that allows exactly this inline script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write next to `path`, then rename: a reader sees the old file or the new one.  Lone surrogates become `?`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(text.encode("utf-8", errors="replace"))
+    part.replace(path)

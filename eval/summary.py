@@ -1,0 +1,197 @@
+"""What an evaluation leaves behind: results.json, predictions.parquet, table.txt, report.html and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from eval.evaluation import Evaluation, Tested, cohort_rows, stage_row
+from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
+from pgenrm_train.artifacts import write_json, write_table, write_text
+from pgenrm_train.chains import Chain, parse_chain
+from pgenrm_train.config import Config
+from pgenrm_train.masking import present
+
+
+def publish(
+    config: Config, folder: Path, evaluation: Evaluation, tested: Sequence[Tested], baselines: Sequence[Tested], facts: Mapping[str, Any]
+) -> None:
+    """Write everything; the last of `tested` is the final model and gives the top-level fields of results.json."""
+    rows, compared = [stage_row(t) for t in tested], [stage_row(t) for t in baselines]
+    final = (tested or baselines)[-1]
+    everyone = [*tested, *baselines]
+    results = final.report | {
+        "ind": config.eval.ind,
+        "pro": config.eval.pro,
+        "data": config.data.name,
+        "stages": {t.name: t.report for t in tested},
+        "baselines": {t.name: t.report for t in baselines},
+        "probe_swapped_history": {t.name: t.probe for t in everyone if t.probe},
+        "notes": list(facts["notes"]),
+    }
+    write_json(folder / "results.json", results)
+    write_table(folder / "predictions.parquet", pd.concat([t.predictions.assign(model=t.name) for t in everyone], ignore_index=True))
+    notes = [*personal_sentences(final), *facts["notes"]]
+    write_text(folder / "table.txt", text_table([*rows, *compared], notes, evaluation, config))
+    report = Report(
+        title=f"P-GenRM on {config.data.name}",
+        run=run_facts(config, evaluation),
+        stages=rows,
+        comparisons=compared,
+        sections=sections(config, tested, everyone),
+        curves=training_curves(folder.parent),
+        notes=notes,
+        chains=chain_views(config, evaluation, final) if tested else [],
+    )
+    write_report(folder / "report.html", report)
+    write_markdown(folder / "report.md", report)
+
+
+def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "model": config.model.name,
+        "data": config.data.name,
+        "pairs": len(evaluation.pairs),
+        "users": len({p.user_id for p in evaluation.pairs}),
+        "protocol": f"{config.eval.protocol} (both orders; a tie or a failure is not a hit)",
+        "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
+        "training seed": config.seed,
+        "masking": config.eval.masking,
+        "teacher": config.teacher.kind,
+        "judge": config.judge.kind,
+    }
+
+
+def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested]) -> list[Section]:
+    """Accuracy by kind, by cohort, the history probe, and the protocols side by side."""
+    found = []
+    kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
+    if len(kinds) > 1:
+        by_kind = [
+            {"model": t.name, **{f"{k} accuracy": t.report["slices"][k]["accuracy"] for k in kinds if k in t.report["slices"]}} for t in everyone
+        ]
+        found.append(Section("Accuracy by kind of pair", "", by_kind))
+    if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
+        found.append(Section("Seen and unseen personas", "All test users are unseen; unseen personas also hold criteria that no training user has.", cohorts))
+    probes = [
+        {
+            "model": t.name,
+            "own history accuracy": t.probe["own"]["accuracy"],
+            "own history accuracy ci95": t.probe["own"]["ci95"],
+            "swapped accuracy": t.probe["swapped"]["accuracy"],
+            "swapped accuracy ci95": t.probe["swapped"]["ci95"],
+            "pairs": t.probe["n_pairs"],
+        }
+        for t in everyone
+        if t.probe
+    ]
+    if probes:
+        text = (
+            "Votes on the same two responses by two users who disagree: a rule that ignores the user scores 50 % at best. "
+            "With the other user's history in place of one's own, a personal model falls to 50 % or below."
+        )
+        found.append(Section("Is it personal? Swapped histories", text, probes))
+    protocols = [
+        {"model": t.name, **{f"{name} accuracy": p["accuracy"] for name, p in t.report["protocols"].items()}} for t in everyone
+    ]
+    found.append(Section("The same predictions under other protocols", "", protocols))
+    return found
+
+
+def personal_sentences(final: Tested) -> list[str]:
+    """Say plainly whether the final model depends on whose history it reads."""
+    if not final.probe:
+        return []
+    own, swapped = final.probe["own"], final.probe["swapped"]
+    low, high = final.probe["difference"]["ci95"]
+    verdict = (
+        "it uses whose history it reads" if low > 0 else "no dependence on whose history it reads is proven: this model is not shown to be personal"
+    )
+    return [
+        f"{final.name}, {final.probe['n_pairs']} votes on which two users disagree: own history {own['accuracy']:.1%}, swapped history "
+        f"{swapped['accuracy']:.1%} (difference [{low:+.1%}, {high:+.1%}]); {verdict}."
+    ]
+
+
+def training_curves(run_dir: Path) -> list[Curve]:
+    """Loss and reward curves of the stages that logged them."""
+    curves = []
+    for stage, name, label in (
+        ("psi", "psi/loss", "loss"),
+        ("cre", "cre/reward/outcome", "outcome reward"),
+        ("curriculum", "curriculum/reward/outcome", "outcome reward"),
+    ):
+        path = run_dir / stage / "metrics.jsonl"
+        if not path.exists():
+            continue
+        frame = pd.read_json(path, lines=True)
+        if name in frame:
+            part = frame[["step", name]].dropna().drop_duplicates("step", keep="last")
+            curves.append(Curve(f"{stage}: {label}", part["step"].tolist(), {label: part[name].tolist()}, "optimiser step", label))
+    return curves
+
+
+def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
+    """A few readable chains of the final model: kinds in turn, hits and misses."""
+    own = final.predictions[(final.predictions["set"] == "own") & (final.predictions["sample"] == 0) & (final.predictions["seed"] == 0)]
+    pairs = {p.pair_id: p for p in evaluation.pairs}
+    step = max(1, len(own) // max(1, config.eval.chains_in_report))
+    views = []
+    for row in own.iloc[::step].head(config.eval.chains_in_report).itertuples():
+        pair = pairs[row.pair_id]
+        example = present(pair, evaluation.histories[pair.pair_id], row.order)
+        chain = parse_chain(row.text or "")
+        known: dict[str, Any] = {}
+        if isinstance(chain, Chain):
+            known = {
+                "analysis": chain.analysis,
+                "criteria": chain.criteria,
+                "declared": chain.scores,
+                "verified": chain.verified_scores,
+                "issues": chain.issues,
+                "criterion_scores": tuple(zip(*chain.criterion_scores)) if chain.criterion_scores else (),
+            }
+        failure = row.failure if isinstance(row.failure, str) else None
+        views.append(
+            ChainView(
+                pair_id=pair.pair_id, user_id=pair.user_id, query=pair.query, responses=example.responses, label=example.chosen_index,
+                text=row.text or "", kind=pair.kind, stage=final.name, history=example.history, failure=failure, **known,
+            )  # fmt: skip
+        )
+    return views
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str], evaluation: Evaluation, config: Config) -> str:
+    """The table that ends a run on the console."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    users = len({p.user_id for p in evaluation.pairs})
+    title = f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users, {config.eval.protocol} protocol, accuracy in % [95 % interval over users]"
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95")))
+    for column in columns:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column), row.get(f"{column} ci95")) for column in columns))
+    out = StringIO()
+    console = Console(file=out, width=150, force_terminal=False)
+    console.print(table)
+    for note in notes:
+        console.print(f"- {note}", highlight=False)
+    return out.getvalue()
+
+
+def _cell(value: Any, interval: Sequence[float] | None) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "–"
+    if interval:
+        return f"{value * 100:.1f} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+    if isinstance(value, float) and value <= 1:
+        return f"{value * 100:.1f}"
+    return f"{value:.0f}" if isinstance(value, float) else str(value)

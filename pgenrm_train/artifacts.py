@@ -1,0 +1,217 @@
+"""The run folder: atomic writes, hashes, manifests, and the rule by which a run continues.
+
+A stage's folder holds `config.yaml`, `manifest.json` and what the stage makes.  The manifest's `fingerprint` covers the settings
+that the stage reads and the fingerprints of its inputs: a complete stage with the same fingerprint is kept, one with another
+fingerprint is never silently reused, and an incomplete one continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+PACKAGES = ("verl", "torch", "transformers", "deepspeed", "ray", "vllm", "datasets", "wandb", "hydra-core", "peft", "numpy")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes its place only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON.  Raises ArtifactError when the file is missing or half-written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
+    """Rows (list of dicts or a DataFrame) → parquet, atomically."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else pa.Table.from_pylist(list(rows))
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Replace `final` by `staging`; a kill leaves either the old or the new folder, or `staging` whole."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short hash of JSON-able values; equal settings give equal fingerprints on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def environment_facts() -> dict[str, Any]:
+    """Versions, machine and git state, for the manifest.  No user name, no host name, no path, no variable."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "git": _git_state(),
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass
+class StageFolder:
+    """One stage's folder inside a run."""
+
+    path: Path
+    stage: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def read(cls, run_dir: Path, stage: str) -> StageFolder:
+        """Open without changing anything; an absent folder has an empty manifest."""
+        path = run_dir / stage
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+        return cls(path, stage, manifest)
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest.get("status") == "complete"
+
+    def made_from(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """True when the folder's fingerprint is the one that these settings and inputs give."""
+        return self.manifest.get("fingerprint") == fingerprint(settings, inputs)
+
+    def begin(self, *, config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int) -> None:
+        """Start or continue the stage.  Raises ArtifactError when the folder was made with other settings or inputs."""
+        found = self.manifest.get("fingerprint")
+        wanted = fingerprint(settings, inputs)
+        if found not in (None, wanted):
+            raise ArtifactError(
+                f"{self.path} was made with other settings ({self._difference(settings, inputs)}); "
+                "use another run_dir=, or resume=false to set the old run aside and start anew"
+            )
+        self._started = time.monotonic()
+        self.manifest = {
+            "stage": self.stage,
+            "status": "running",
+            "fingerprint": wanted,
+            "settings": settings,
+            "inputs": inputs,
+            "seed": seed,
+            "wall_seconds": self.manifest.get("wall_seconds", 0.0),
+            "starts": self.manifest.get("starts", 0) + 1,
+            **environment_facts(),
+        }
+        write_config(self.path / "config.yaml", config)
+        self.save()
+
+    def finish(self, **facts: Any) -> None:
+        """Mark complete, with the facts that a table shows; wall seconds add up over restarts."""
+        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + time.monotonic() - self._started, 1)
+        self.manifest |= {"status": "complete", **facts}
+        self.save()
+
+    def interrupted(self, reason: str) -> None:
+        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + time.monotonic() - self._started, 1)
+        self.manifest |= {"status": "interrupted", "reason": reason}
+        self.save()
+
+    def save(self) -> None:
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def _difference(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        before = {**_flat(self.manifest.get("settings", {})), **_flat(self.manifest.get("inputs", {}), "input ")}
+        after = {**_flat(json.loads(json.dumps(settings, default=str))), **_flat(inputs, "input ")}
+        changed = [
+            f"{k}: {before.get(k)} → {after.get(k)}" for k in sorted({*before, *after}) if str(before.get(k)) != str(after.get(k))
+        ]
+        return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or "unreadable settings"
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    import yaml
+
+    write_text(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move an existing run folder out of the way (never delete what a user made); returns where it went."""
+    if not run_dir.exists():
+        return None
+    target = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+    run_dir.rename(target)
+    return target
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

@@ -1,0 +1,237 @@
+"""Our typed configuration → verl 0.9.1's `ppo_trainer`, checked before anything starts.
+
+GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a prompt's group, std with ddof 1; token-mean loss; clipped
+ratio; KL as a loss term (low-variance estimator) to a frozen reference; constant learning rate; AdamW .9/.999; gradient norm 1.
+
+`grpo_keys` is one flat table of verl keys; `cpu_keys` and `gpu_keys` hold what depends on the device, so a test can take a GPU
+table, change an allow-listed few and run it on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config import ROOT, Config, GrpoConfig
+from pgenrm_train.errors import ArtifactError, ConfigError
+
+TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
+MODULE = "pgenrm_train.backends.verl_cpu"
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Variables that must be set *before* verl, vLLM or Ray are imported, for the driver and for every Ray worker."""
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]),  # recipes, data_builders and eval import in workers
+        "VERL_USE_EXTERNAL_MODULES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # a stage hands over local folders only
+        "TRANSFORMERS_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_METRICS_COLLECTION": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HYDRA_FULL_ERROR": "1",
+        "TRANSFER_QUEUE_ENABLE": "1",
+        "TQDM_DISABLE": "1",
+    }
+    if config.cluster.device == "cpu":
+        env |= {
+            "VERL_USE_EXTERNAL_MODULES": MODULE,
+            "VERL_PLATFORM": "cpu",
+            "VERL_ENGINE_DEVICE": "cuda",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with the `uni` executor: engine and server in one process
+            "OMP_NUM_THREADS": "2",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "RAY_enable_worker_prestart": "0",  # one idle Python a logical CPU costs seconds of a small machine
+            "RAY_prestart_worker_first_driver": "0",
+        }
+    return env
+
+
+def to_verl(config: Config, section: str, *, start: Path, rows: Path, work_dir: Path, total_steps: int) -> Any:
+    """verl's complete configuration (an OmegaConf DictConfig) for `section` ("cre" or "curriculum").
+
+    start: checkpoint in Hugging Face format; rows: parquet of prompts; work_dir: where veRL's own checkpoints go.
+    Raises ConfigError or ArtifactError, naming our keys, before verl would fail in a worker.
+    """
+    import verl.trainer.config as verl_config
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf, open_dict
+
+    check(config, section, start)
+    folder = Path(verl_config.__file__).parent
+    with initialize_config_dir(config_dir=str(folder), version_base=None):
+        composed = compose(config_name="ppo_trainer")
+    keys = grpo_keys(config, section) | paths(start, rows, work_dir, total_steps)
+    keys |= cpu_keys(config, section) if config.cluster.device == "cpu" else gpu_keys(config, section)
+    with open_dict(composed):
+        for key, value in keys.items():
+            OmegaConf.update(composed, key, value, merge=False, force_add=True)
+    return composed
+
+
+def check(config: Config, section: str, start: Path) -> None:
+    """Divisibility and lengths; each failure names both keys."""
+    grpo: GrpoConfig = getattr(config, section)
+    cluster, model = config.cluster, config.model
+    ranks = cluster.nodes * cluster.processes_per_node
+    rollouts = grpo.mini_batch_prompts * grpo.group_size
+    if rollouts % ranks:
+        raise ConfigError(
+            f"{section}.mini_batch_prompts × {section}.group_size = {rollouts} must be a multiple of cluster.nodes × "
+            f"cluster.processes_per_node = {ranks}"
+        )
+    if (rollouts // ranks) % grpo.micro_batch_size:
+        raise ConfigError(
+            f"{section}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts of a process "
+            f"({section}.mini_batch_prompts × {section}.group_size over {ranks} processes)"
+        )
+    if ranks % cluster.tensor_parallel:
+        raise ConfigError(f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {ranks} processes of cluster.processes_per_node")
+    positions = _positions(start)
+    needed = model.max_prompt_tokens + model.max_response_tokens
+    if positions is not None and needed > positions:
+        raise ConfigError(
+            f"model.max_prompt_tokens + model.max_response_tokens = {needed} exceeds the {positions} positions of {start}"
+        )
+
+
+def _positions(start: Path) -> int | None:
+    description = start / "config.json"
+    if not description.exists():
+        raise ArtifactError(f"{start} is not a checkpoint: it has no config.json")
+    return json.loads(description.read_text()).get("max_position_embeddings")
+
+
+def grpo_keys(config: Config, section: str) -> dict[str, Any]:
+    """What does not depend on the device."""
+    grpo: GrpoConfig = getattr(config, section)
+    model, cluster = config.model, config.cluster
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    length = model.max_prompt_tokens + model.max_response_tokens
+    return {
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.use_kl_in_reward": False,
+        "data.train_batch_size": grpo.prompts_per_step,
+        "data.max_prompt_length": model.max_prompt_tokens,
+        "data.max_response_length": model.max_response_tokens,
+        "data.seed": config.seed,
+        "data.dataloader_num_workers": 0,
+        "actor_rollout_ref.nccl_timeout": int(grpo.stall_seconds),
+        "actor_rollout_ref.model.lora_rank": model.lora.rank,
+        "actor_rollout_ref.model.lora_alpha": model.lora.alpha,
+        "actor_rollout_ref.model.target_modules": list(model.lora.target_modules),
+        f"{actor}.strategy": "fsdp2",
+        f"{actor}.fsdp_config.strategy": "fsdp2",
+        "actor_rollout_ref.ref.fsdp_config.strategy": "fsdp2",
+        f"{actor}.ppo_mini_batch_size": grpo.mini_batch_prompts,
+        f"{actor}.ppo_micro_batch_size_per_gpu": grpo.micro_batch_size,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
+        f"{rollout}.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
+        f"{actor}.clip_ratio": grpo.clip_ratio,
+        f"{actor}.clip_ratio_low": grpo.clip_ratio,
+        f"{actor}.clip_ratio_high": grpo.clip_ratio,
+        f"{actor}.loss_agg_mode": "token-mean",
+        f"{actor}.entropy_coeff": grpo.entropy_coefficient,
+        f"{actor}.use_kl_loss": grpo.kl_coefficient > 0,
+        f"{actor}.kl_loss_coef": grpo.kl_coefficient,
+        f"{actor}.kl_loss_type": "low_var_kl",
+        f"{actor}.data_loader_seed": config.seed,
+        f"{actor}.optim.lr": grpo.learning_rate,
+        f"{actor}.optim.lr_warmup_steps": grpo.warmup_steps,
+        f"{actor}.optim.weight_decay": grpo.weight_decay,
+        f"{rollout}.name": "vllm",
+        f"{rollout}.n": grpo.group_size,
+        f"{rollout}.temperature": grpo.temperature,
+        f"{rollout}.seed": config.seed,
+        f"{rollout}.tensor_model_parallel_size": cluster.tensor_parallel,
+        f"{rollout}.max_model_len": length,
+        f"{rollout}.enable_prefix_caching": True,
+        "reward.num_workers": 0,  # rewards are computed where chains are sampled
+        "trainer.nnodes": cluster.nodes,
+        "trainer.n_gpus_per_node": cluster.processes_per_node,
+        "trainer.device": cluster.device,
+        "trainer.val_before_train": False,
+        "trainer.test_freq": -1,
+        "trainer.save_freq": grpo.save_every,
+        "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
+        "trainer.resume_mode": "disable",  # `verl_trainer` resumes from the newest complete checkpoint itself
+        "trainer.logger": [] if config.tracking.kind == "none" else ["wandb"],
+        "trainer.project_name": config.tracking.project,
+        "trainer.experiment_name": f"{Path(config.run_dir).name}-{section}",
+        "trainer.v1.trainer_mode": TRAINER,
+        "transfer_queue.enable": True,
+    }
+
+
+def paths(start: Path, rows: Path, work_dir: Path, total_steps: int) -> dict[str, Any]:
+    return {
+        "actor_rollout_ref.model.path": str(start),
+        "data.train_files": str(rows),
+        "data.val_files": str(rows),
+        "trainer.default_local_dir": str(work_dir / "verl"),
+        "trainer.total_training_steps": total_steps,
+        "actor_rollout_ref.actor.optim.total_training_steps": total_steps,
+    }
+
+
+def cpu_keys(config: Config, section: str) -> dict[str, Any]:
+    """fp32 without fused kernels; engine and server in one process; sampling log-probs equal the actor's, so they are not redone."""
+    grpo: GrpoConfig = getattr(config, section)
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    length = config.model.max_prompt_tokens + config.model.max_response_tokens
+    return {
+        "algorithm.rollout_correction.bypass_mode": True,
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"},
+        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        f"{actor}.use_torch_compile": False,
+        f"{actor}.fsdp_config.use_torch_compile": False,
+        f"{actor}.fsdp_config.mixed_precision": fp32,
+        "actor_rollout_ref.ref.use_torch_compile": False,
+        "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
+        "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
+        "actor_rollout_ref.ref.fsdp_config.mixed_precision": fp32,
+        f"{rollout}.dtype": "float32",
+        f"{rollout}.enforce_eager": True,
+        f"{rollout}.free_cache_engine": False,
+        f"{rollout}.enable_sleep_mode": False,
+        f"{rollout}.load_format": "auto",
+        f"{rollout}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
+        f"{rollout}.max_num_batched_tokens": max(8192, length),
+        f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
+        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni" if config.cluster.tensor_parallel == 1 else "mp",
+        f"{rollout}.agent.num_workers": 0,  # chains are collected on a thread of the driver: one process less to start
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    }
+
+
+def gpu_keys(config: Config, section: str) -> dict[str, Any]:
+    """bf16 with FlashAttention over packed sequences; vLLM shares the GPUs and sleeps during updates; NCCL is verl's default."""
+    model, cluster = config.model, config.cluster
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    offload = cluster.offload_optimizer
+    return {
+        "actor_rollout_ref.model.use_remove_padding": True,
+        "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
+        "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+        f"{actor}.fsdp_config.dtype": model.dtype,
+        f"{actor}.fsdp_config.param_offload": offload,
+        f"{actor}.fsdp_config.optimizer_offload": offload,
+        f"{actor}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",  # fp32 master weights unless the base is frozen
+        "actor_rollout_ref.ref.fsdp_config.param_offload": True,
+        f"{rollout}.dtype": model.dtype,
+        f"{rollout}.gpu_memory_utilization": cluster.gpu_memory_utilization,
+        f"{rollout}.load_format": "safetensors" if model.lora.rank else "dummy",
+        f"{rollout}.layered_summon": bool(model.lora.rank),
+        f"{rollout}.max_num_batched_tokens": max(8192, model.max_prompt_tokens + model.max_response_tokens),
+        f"{rollout}.agent.num_workers": 2 * cluster.nodes,
+    }

@@ -1,0 +1,248 @@
+"""GRPO on veRL: the phases of CRE and of the curriculum, in one warm session (METHOD §4 and §5).
+
+`launch` runs `train` in a process of its own, whose environment is set before anything heavy is imported:
+
+    launch(config, [Phase("cre", start, rows, cre_dir, 80, rewards=…), Phase("curriculum", None, rows, cur_dir, 60, …)])
+
+A phase is complete when `<work_dir>/checkpoint` (Hugging Face format, tokenizer included) and `<work_dir>/trained.json` exist;
+complete phases are kept.  An interrupted phase goes on after its newest complete veRL checkpoint: same batches in the same order,
+same sampling seeds, same optimiser, schedule and step count.  Not bit-exact then: sums over a batch when several ranks or several
+vLLM servers finish in another order, and on a GPU its kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train import errors
+from pgenrm_train.artifacts import read_json, write_json
+from pgenrm_train.backends.base import Trained
+from pgenrm_train.backends.verl_config import environment, to_verl
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
+
+__all__ = ["Phase", "environment", "launch", "to_verl", "train"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of GRPO.
+
+    section: "cre" or "curriculum", whose settings apply.  start: checkpoint in Hugging Face format; None takes the phase before.
+    rows: parquet with data_source, prompt, reward_model, extra_info.  steps: optimiser steps of the whole phase.
+    weights: fields of `rewards.RewardWeights`.  judge: "module:factory" of a `base.Judge`, None for no process reward.
+    hard: pass rate a row (None where unknown); without it and with `mining_samples` = K > 0 the phase measures them first.
+    """
+
+    section: str
+    start: Path | None
+    rows: Path
+    work_dir: Path
+    steps: int
+    weights: Mapping[str, float] = field(default_factory=dict)
+    judge: str | None = None
+    judge_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    judge_in_flight: int = 64
+    hard: Sequence[float | None] | None = None
+    mining_samples: int = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work_dir / "checkpoint"
+
+
+def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
+    """`train` in a child process.  Raises what `train` raises; BackendError when the child died without a word."""
+    folder = phases[0].work_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    job, report = folder / "verl_job.json", folder / "verl_report.json"
+    report.unlink(missing_ok=True)
+    write_json(job, {"config": dataclasses.asdict(config), "phases": [dataclasses.asdict(p) for p in phases], "report": str(report)})
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment(config)
+    command = [sys.executable, "-m", "pgenrm_train.backends.verl_grpo", str(job)]
+    child = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        code = child.wait()
+    except BaseException:
+        child.terminate()
+        try:
+            child.wait(timeout=40.0)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+    return _read(report, code, folder)
+
+
+def _read(report: Path, code: int, folder: Path) -> list[Trained]:
+    if not report.exists():
+        raise BackendError(f"veRL's process ended with code {code} and no report; its last worker logs are in {folder / 'ray_logs'}")
+    found = read_json(report)
+    if "error" in found:
+        kind = getattr(errors, found["error"], BackendError)
+        raise kind(found["message"])
+    return [Trained(t["steps"], Path(t["checkpoint"]), t["metrics"]) for t in found["trained"]]
+
+
+def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -> list[Trained]:
+    """Run the phases that are not complete, in order, on one session (with LoRA: a session each, for the adapter is merged between).
+
+    Must run in the environment of `environment(config)`.  report: where the watchdog leaves its message.
+    """
+    _check_environment(config)
+    starts = _starts(phases)
+    waiting = [i for i, phase in enumerate(phases) if _completed(phase) is None]
+    sessions = [[i] for i in waiting] if config.model.lora.rank else [waiting] if waiting else []
+    for together in sessions:
+        _run_session(config, [phases[i] for i in together], [starts[i] for i in together], report or phases[0].work_dir / "verl_report.json")
+    return [done for phase in phases if (done := _completed(phase)) is not None]
+
+
+def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path], report: Path) -> None:
+    from pgenrm_train.backends.verl_session import Session, Watchdog, end_stalled
+
+    first = _verl(config, phases[0], starts[0])
+    first.actor_rollout_ref.actor.use_kl_loss = any(getattr(config, p.section).kl_coefficient > 0 for p in phases)
+    seconds = min(getattr(config, phase.section).stall_seconds for phase in phases)
+    watchdog = Watchdog(seconds, lambda message: end_stalled(session_folder[0], report, message))
+    watchdog.follow(phases[0].work_dir / "heartbeat.json")
+    session_folder: list[Path] = [Path("/nonexistent")]
+    with Session(config, first, watchdog) as session:
+        session_folder[0] = session.folder
+        for phase, start in zip(phases, starts, strict=True):
+            watchdog.follow(phase.work_dir / "heartbeat.json")
+            _run_phase(config, phase, start, session)
+
+
+def _verl(config: Config, phase: Phase, start: Path) -> Any:
+    phase.work_dir.mkdir(parents=True, exist_ok=True)
+    return to_verl(config, phase.section, start=start, rows=phase.rows, work_dir=phase.work_dir, total_steps=phase.steps)
+
+
+def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
+    """Mine where asked, train to the planned step, export, and say so in `trained.json`."""
+    from pgenrm_train.backends.verl_mining import pass_rates
+    from pgenrm_train.backends.verl_rollout import RewardSpec
+    from pgenrm_train.backends.verl_trainer import PhaseRun
+
+    grpo, trainer = getattr(config, phase.section), session.trainer
+    rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight)
+    run = PhaseRun(
+        phase.section, phase.rows, phase.work_dir, phase.steps, rewards, config.seed, grpo.keep_checkpoints, session.watchdog.beat
+    )
+    session.watchdog.beat(phase.section, 0, "preparing the phase")
+    trainer.prepare(run, _verl(config, phase, start), start)
+    rates = phase.hard
+    if rates is None and phase.mining_samples:
+        rates = pass_rates(trainer, start, phase.mining_samples)
+    made = trainer.begin(_sampler(config, phase, run.table.num_rows, rates))
+    if made < phase.steps:
+        trainer.fit()
+    _check_steps(phase, trainer.last_saved())
+    session.watchdog.beat(phase.section, phase.steps, "exporting the checkpoint")
+    export(trainer, phase, start, "float32" if config.cluster.device == "cpu" else config.model.dtype)
+    write_json(phase.work_dir / "trained.json", {"steps": phase.steps, "metrics": {k: v for k, v in run.last.items() if v is not None}})
+
+
+def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | None] | None) -> Any:
+    from pgenrm_train.curriculum import CurriculumSampler
+
+    grpo = getattr(config, phase.section)
+    shape: dict[str, Any] = {}
+    if phase.section == "curriculum":
+        shape = {
+            "schedule": grpo.schedule, "start": grpo.hard_share_start, "end": grpo.hard_share_end,
+            "hard_pass_rate": grpo.hard_pass_rate, "pass_rates": rates,
+        }  # fmt: skip
+    return CurriculumSampler(rows, prompts_per_step=grpo.prompts_per_step, steps=phase.steps, seed=config.seed, **shape)
+
+
+def export(trainer: Any, phase: Phase, start: Path, dtype: str) -> None:
+    """Write `<work_dir>/checkpoint` beside and rename it into place once it has been loaded."""
+    from pgenrm_train.backends.verl_worker import tokenizer_files
+
+    draft = phase.work_dir / "checkpoint.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    trainer.export(draft, dtype)
+    for file in tokenizer_files(start):
+        shutil.copyfile(file, draft / file.name)
+    _check_loads(draft)
+    shutil.rmtree(phase.checkpoint, ignore_errors=True)
+    draft.rename(phase.checkpoint)
+
+
+def _check_loads(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(folder)
+    _, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    broken = {key: names for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := list(found[key]))}
+    if broken:
+        raise ArtifactError(f"the exported checkpoint {folder} does not load as written: {broken}")
+
+
+def _check_steps(phase: Phase, made: int) -> None:
+    if made != phase.steps:
+        raise NothingTrainedError(f"{phase.section} planned {phase.steps} steps and stands at {made}; see {phase.work_dir / 'metrics.jsonl'}")
+
+
+def _completed(phase: Phase) -> Trained | None:
+    """What a complete phase reports; ArtifactError when it was complete with another number of steps."""
+    said = phase.work_dir / "trained.json"
+    if not (said.exists() and (phase.checkpoint / "config.json").exists()):
+        return None
+    found = read_json(said)
+    if found["steps"] != phase.steps:
+        raise ArtifactError(f"{phase.work_dir} holds a {phase.section} of {found['steps']} steps and {phase.steps} are planned; use another run_dir")
+    return Trained(found["steps"], phase.checkpoint, found["metrics"])
+
+
+def _starts(phases: Sequence[Phase]) -> list[Path]:
+    """Where each phase starts; the first must say so."""
+    if not phases or phases[0].start is None:
+        raise ConfigError("the first phase needs a start checkpoint")
+    return [phase.start or phases[i - 1].checkpoint for i, phase in enumerate(phases)]
+
+
+def _check_environment(config: Config) -> None:
+    needed = environment(config)
+    wrong = [name for name in ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE") if os.environ.get(name) != needed[name]]
+    if wrong:
+        raise BackendError(f"{', '.join(wrong)} must be set by environment(config) before verl is imported; use launch()")
+
+
+def main(job: Path) -> int:
+    """Child of `launch`: the job's phases, and a report of what came of them."""
+    from omegaconf import OmegaConf
+
+    from pgenrm_train.backends.verl_session import die_with_parent, exit_on_terminate
+
+    die_with_parent()
+    exit_on_terminate()
+    asked = json.loads(job.read_text())
+    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), asked["config"]))
+    report = Path(asked["report"])
+    try:
+        trained = train(config, [_phase(p) for p in asked["phases"]], report)
+    except errors.PGenRMError as error:
+        write_json(report, {"error": type(error).__name__, "message": str(error)})
+        return 2
+    write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
+    return 0
+
+
+def _phase(said: dict[str, Any]) -> Phase:
+    paths = {name: Path(said[name]) for name in ("start", "rows", "work_dir") if said[name] is not None}
+    return Phase(**(said | paths))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,334 @@
+"""Sampling and scoring of chains inside veRL: prompt → group of chains → rewards → TransferQueue.
+
+verl's stock agent loop builds objects and makes several remote calls a *sample*; here a prompt is tokenised once, each of its
+samples is one request to a vLLM server, its reward is computed as soon as it is finished (so judge calls overlap generation),
+and the group is written with one put.  Requests carry seeds derived from (run, stage, step, place in the batch, sample), so a
+resumed run samples the chains that the interrupted one would have sampled.
+
+Failures are data.  A chain cut by the length limit has no end-of-sequence token and earns the format error.  A reward function
+that raises leaves its sample unscored: it is recorded by kind and takes the mean of its group, so its advantage is zero.
+A judge without a verdict is null, never 0: no sample of that group gets a process reward (GRPO compares within the group).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import ray
+import torch
+import transfer_queue as tq
+from verl.utils import hf_tokenizer
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from pgenrm_train.backends.base import Judge
+from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.rewards import RewardWeights, chain_reward
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """How a phase scores chains.  `judge` names an importable factory, "module:factory"; None switches the process reward off."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)  # fields of rewards.RewardWeights
+    judge: str | None = None
+    judge_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    judge_in_flight: int = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to sample from: `row` as in the rows parquet (prompt, reward_model, extra_info, data_source)."""
+
+    uid: str  # unique within the step, no underscore: verl splits trajectory keys at it
+    row: Mapping[str, Any]
+    step: int
+    seed: str
+    samples: int
+    temperature: float
+
+
+@dataclass
+class Sample:
+    """One chain.  `info` holds the reward's parts, null where there is none; `score` is what GRPO sees."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    log_probs: list[float]
+    text: str
+    finished: bool
+    weights_version: int
+    info: dict[str, Any] = field(default_factory=dict)
+    score: float = 0.0
+
+
+def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
+    """`"data_builders.personaworld:oracle_judge"` → the judge that its factory returns; None → None."""
+    if name is None:
+        return None
+    module, _, factory = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), factory)(**kwargs)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"judge {name!r} cannot be imported as module:factory ({error})") from None
+
+
+def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
+    """The reward of one chain as a flat dict: total, outcome, process, format, margin, failure, null_verdict.
+
+    Raises what the reward code raises; `scored` turns that into data.
+    """
+    extra = row["extra_info"]
+    chosen, responses = int(row["reward_model"]["ground_truth"]), int(extra["n_responses"])
+    text = sample.text if sample.finished else ""  # an unended chain is a format error whatever its text holds
+    chain = parse_chain(text, responses)
+    process = None if judge is None else (lambda _chain: judge(text, extra))
+    reward = chain_reward(text, chosen, process=process, weights=weights, n_responses=responses)
+    parsed = not isinstance(chain, ParseFailure)
+    judged = parsed and judge is not None
+    others = [s for i, s in enumerate(chain.scores) if i != chosen] if parsed else []
+    return {
+        "total": reward.total,
+        "outcome": _or_null(reward.parts["outcome"]),
+        "process": _or_null(reward.parts["process"]) if judged else None,
+        "format": _or_null(reward.parts["format"]),
+        "margin": chain.scores[chosen] - max(others) if parsed else None,
+        "failure": None if parsed else ("length" if not sample.finished else chain.kind),
+        "null_verdict": judged and math.isnan(reward.parts["process"]),
+        "error": None,
+    }
+
+
+def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
+    """`score`, with an exception recorded instead of raised: reward code is a user's and must not end training."""
+    try:
+        return score(sample, row, weights, judge)
+    except Exception as error:
+        nothing = dict.fromkeys(("total", "outcome", "process", "format", "margin", "failure"))
+        return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def settle(samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights) -> None:
+    """Turn the parts of a group into the scores that GRPO compares (see the module's docstring on nulls)."""
+    if any(sample.info["null_verdict"] for sample in samples):
+        for sample in samples:
+            if sample.info["error"] is None:
+                sample.info["total"] = scored(sample, row, weights, None)["total"]
+    totals = [sample.info["total"] for sample in samples if sample.info["total"] is not None]
+    mean = sum(totals) / len(totals) if totals else 0.0
+    for sample in samples:
+        sample.score = mean if sample.info["total"] is None else sample.info["total"]
+
+
+class ChainSampler:
+    """Samples and scores groups against vLLM servers.  Lives on a thread of the driver or in Ray actors (`Rollout`)."""
+
+    def __init__(self, config: Any, servers: Sequence[Any]) -> None:
+        self.config, self.servers = config, list(servers)
+        self.in_flight = [0] * len(self.servers)
+        model = config.actor_rollout_ref.model
+        self.tokenizer = hf_tokenizer(model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code)
+        self.ends = _end_tokens(self.tokenizer, model.path)
+        self.failures: list[str] = []
+        self.use_rewards(RewardSpec())
+
+    def use_rewards(self, spec: RewardSpec) -> None:
+        self.weights, self.judge = RewardWeights(**spec.weights), load_judge(spec.judge, spec.judge_kwargs)
+        self.threads = ThreadPoolExecutor(max_workers=spec.judge_in_flight, thread_name_prefix="reward")
+
+    async def train(self, prompts: Sequence[Prompt]) -> None:
+        """Sample every group and write it to TransferQueue; a prompt that fails is marked so, with its reason kept."""
+        await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
+
+    async def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
+        """The `info` of every sample of every prompt, without training on it (mining, validation).  Raises on engine failure."""
+        groups = await asyncio.gather(*(self.group(prompt) for prompt in prompts))
+        return [[sample.info for sample in group] for group in groups]
+
+    async def take_failures(self) -> list[str]:
+        taken, self.failures = self.failures, []
+        return taken
+
+    async def _train_group(self, prompt: Prompt) -> None:
+        status = "finished"
+        try:
+            samples = await self.group(prompt)
+            await asyncio.to_thread(_put_group, prompt, samples)
+        except Exception as error:  # an engine failure of one prompt must not strand the others; the trainer counts and judges
+            self.failures.append(f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300])
+            status = "failure"
+        tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
+        await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=tags)
+
+    async def group(self, prompt: Prompt) -> list[Sample]:
+        """All samples of one prompt, scored."""
+        ids = self._prompt_ids(prompt)
+        samples = await asyncio.gather(*(self._sample(prompt, ids, number) for number in range(prompt.samples)))
+        settle(samples, prompt.row, self.weights)
+        return list(samples)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        ids = self.tokenizer.apply_chat_template(
+            list(prompt.row["prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        limit = self.config.data.max_prompt_length
+        if len(ids) > limit:
+            raise ConfigError(f"the prompt has {len(ids)} tokens and model.max_prompt_tokens={limit}")
+        return list(ids)
+
+    async def _sample(self, prompt: Prompt, ids: list[int], number: int) -> Sample:
+        limit = self.config.data.max_response_length
+        parameters = {
+            "temperature": prompt.temperature, "top_p": 1.0, "top_k": -1, "logprobs": True, "detokenize": False,
+            "max_tokens": limit, "seed": _seed(prompt, number), "output_kind": _final_only(),
+        }  # fmt: skip
+        place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
+        self.in_flight[place] += 1
+        try:
+            output = await self.servers[place].generate.remote(
+                prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex
+            )
+        finally:
+            self.in_flight[place] -= 1
+        tokens = list(output.token_ids[:limit])
+        if not tokens:
+            raise RuntimeError(f"the engine returned no tokens (stop reason {output.stop_reason})")
+        sample = Sample(
+            ids, tokens, list(output.log_probs[:limit]), self.tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens[-1] in self.ends, int(output.extra_fields.get("global_steps") or 0),
+        )  # fmt: skip
+        sample.info = await self._info(sample, prompt.row)
+        return sample
+
+    async def _info(self, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = (sample, row, self.weights, self.judge)
+        if self.judge is None:
+            return scored(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, scored, *arguments)
+
+
+class Rollout:
+    """The samplers behind one call: a thread of this process when `agent.num_workers` is 0, else that many Ray actors."""
+
+    def __init__(self, config: Any, servers: Sequence[Any]) -> None:
+        self.actors = []
+        workers = config.actor_rollout_ref.rollout.agent.num_workers
+        if workers == 0:
+            self.sampler = ChainSampler(config, servers)
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, name="chain-sampler", daemon=True).start()
+        else:
+            actor = ray.remote(_RemoteSampler)
+            self.actors = [actor.options(scheduling_strategy="SPREAD").remote(config, servers) for _ in range(workers)]
+
+    def use_rewards(self, spec: RewardSpec) -> None:
+        if self.actors:
+            ray.get([actor.use_rewards.remote(spec) for actor in self.actors])
+        else:
+            self.sampler.use_rewards(spec)
+
+    def train(self, prompts: Sequence[Prompt]) -> None:
+        """Start sampling and return; results arrive in TransferQueue."""
+        self._start("train", prompts)
+
+    def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
+        """One list of infos a prompt, in order."""
+        return [group for part in self._wait(self._start("measure", prompts)) for group in part]
+
+    def take_failures(self) -> list[str]:
+        if self.actors:
+            return [line for lines in ray.get([a.take_failures.remote() for a in self.actors]) for line in lines]
+        return asyncio.run_coroutine_threadsafe(self.sampler.take_failures(), self.loop).result()
+
+    def _start(self, call: str, prompts: Sequence[Prompt]) -> list[Any]:
+        if not self.actors:
+            return [asyncio.run_coroutine_threadsafe(getattr(self.sampler, call)(prompts), self.loop)]
+        size = -(-len(prompts) // len(self.actors))
+        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        return [getattr(actor, call).remote(part) for actor, part in zip(self.actors, parts, strict=False)]
+
+    def _wait(self, started: list[Any]) -> list[Any]:
+        return ray.get(started) if self.actors else [future.result() for future in started]
+
+
+class _RemoteSampler(ChainSampler):
+    """`ChainSampler` in a Ray actor: it joins the session's TransferQueue first."""
+
+    def __init__(self, config: Any, servers: Sequence[Any]) -> None:
+        tq.init()
+        super().__init__(config, servers)
+
+
+def _put_group(prompt: Prompt, samples: Sequence[Sample]) -> None:
+    keys = [f"{prompt.uid}_{number}_0" for number in range(len(samples))]
+    fields = list_of_dict_to_tensordict([_trajectory(prompt, sample) for sample in samples])
+    tags = [_tag(prompt, sample) for sample in samples]
+    tq.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id="train")
+
+
+def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    """The fields that verl's trainer and actor read; the reward sits on the last token, the end token is inside the mask."""
+    prompts = torch.tensor(sample.prompt_ids, dtype=torch.int64)
+    responses = torch.tensor(sample.token_ids, dtype=torch.int64)
+    mask = torch.ones_like(responses)
+    rewards = torch.zeros(len(responses), dtype=torch.float32)
+    rewards[-1] = sample.score
+    ids = torch.cat([prompts, responses])
+    return {
+        "uid": prompt.uid,
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": mask,
+        "loss_mask": mask,
+        "input_ids": ids,
+        "position_ids": torch.arange(len(ids)),
+        "rollout_log_probs": torch.tensor(sample.log_probs, dtype=torch.float32),
+        "rm_scores": rewards,
+        "num_turns": 2,
+        "multi_modal_inputs": {},
+        "extra_fields": {"reward_extra_info": sample.info, "order": prompt.row["extra_info"].get("order")},
+    }
+
+
+def _tag(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    prompt_length, length = len(sample.prompt_ids), len(sample.token_ids)
+    return {
+        "status": "success", "prompt_len": prompt_length, "response_len": length, "seq_len": prompt_length + length,
+        "global_steps": prompt.step, "min_global_steps": sample.weights_version, "max_global_steps": sample.weights_version,
+    }  # fmt: skip
+
+
+def _seed(prompt: Prompt, number: int) -> int:
+    digest = hashlib.blake2b(f"{prompt.seed}/{prompt.step}/{prompt.uid}/{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _end_tokens(tokenizer: Any, path: str) -> set[int]:
+    """What vLLM stops at: the tokenizer's end token and those of the generation config."""
+    from transformers import GenerationConfig
+
+    ends = {tokenizer.eos_token_id}
+    try:
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a checkpoint need not have one
+        declared = None
+    return ends | set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+
+
+def _final_only() -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY
+
+
+def _or_null(value: float) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)

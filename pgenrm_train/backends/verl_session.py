@@ -1,0 +1,189 @@
+"""One warm veRL session: Ray, workers and vLLM are started once and serve every phase given to it.
+
+Start-up is most of a small run (Ray, four Python processes that import torch, verl and vLLM), so CRE and the curriculum share it.
+The trainer runs in the driver; a watchdog thread ends the process when nothing has moved for `stall_seconds`, because a Ray call
+on a dead vLLM worker never returns.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pgenrm_train.artifacts import write_json
+from pgenrm_train.config import ROOT, Config
+from pgenrm_train.errors import BackendError
+
+STARTUP_SECONDS = 900.0  # granted before the first step, whatever stall_seconds is
+STALLED = 3  # exit code of a run that the watchdog ended
+
+
+class Watchdog:
+    """Ends the process, and Ray with it, when `beat` was not called for `seconds`."""
+
+    def __init__(self, seconds: float, on_stall: Callable[[str], None]) -> None:
+        self.seconds, self.on_stall = seconds, on_stall
+        self.stage, self.step, self.doing = "start-up", 0, "starting Ray, the actor and vLLM"
+        self.last, self.stepped, self.file = time.monotonic(), False, None
+        self.stopped = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def follow(self, file: Path) -> None:
+        """Write the heartbeat to `file` from now on."""
+        self.file = file
+
+    def beat(self, stage: str, step: int, doing: str) -> None:
+        self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()
+        self.stepped = self.stepped or step > 1
+        if self.file is not None:
+            write_json(self.file, {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()})
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.seconds / 4)):
+            limit = self.seconds if self.stepped else max(self.seconds, STARTUP_SECONDS)
+            silent = time.monotonic() - self.last
+            if silent > limit:
+                self.on_stall(
+                    f"{self.stage} made no progress for {silent:.0f} s at step {self.step} while {self.doing}; the run was stopped "
+                    f"and goes on from its newest checkpoint when started again"
+                )
+                return
+
+
+class Session:
+    """Ray, trainer and vLLM behind `run(phase …)`.  Use as a context manager; leaving it leaves no process behind."""
+
+    def __init__(self, config: Config, verl: Any, watchdog: Watchdog) -> None:
+        self.config, self.watchdog = config, watchdog
+        self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
+        self.failed = True
+        try:
+            self._start_ray(verl)
+            self._start_trainer(verl)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_ray(self, verl: Any) -> None:
+        import ray
+        from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+        variables = get_ppo_ray_runtime_env(verl)["env_vars"]
+        address = self.config.ray.address
+        if address is not None:  # workers of a running cluster inherit nothing from us
+            from pgenrm_train.backends.verl_config import environment
+
+            remote = {
+                "env_vars": variables | environment(self.config),
+                "working_dir": str(ROOT),
+                "excludes": [".venv", ".git", "runs"],
+            }
+            remote["env_vars"].pop("PYTHONPATH")
+            ray.init(address=address, runtime_env=remote, log_to_driver=False)
+            return
+        os.environ.update(variables)
+        cpu = self.config.cluster.device == "cpu"
+        ranks = self.config.cluster.nodes * self.config.cluster.processes_per_node
+        ray.init(
+            num_cpus=8 + 4 * ranks if cpu else None,  # logical: verl's actors ask for more than a small machine has
+            num_gpus=ranks if cpu else None,
+            include_dashboard=False,
+            object_store_memory=256 * 1024**2 if cpu else None,
+            _temp_dir=str(self.folder),
+            log_to_driver=False,
+            namespace=f"pgenrm-{os.getpid()}",
+        )
+
+    def _start_trainer(self, verl: Any) -> None:
+        import transfer_queue
+
+        from pgenrm_train.backends.verl_trainer import ChainTrainer
+
+        transfer_queue.init(verl.transfer_queue)
+        self.trainer = ChainTrainer(verl)
+        self.trainer.init()
+        self.trainer.start_rollout()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self.failed = kind is not None
+        self.close()
+
+    def close(self) -> None:
+        """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
+        self.watchdog.stop()
+        shut_down(self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None)
+
+
+def shut_down(folder: Path, keep_logs: Path | None) -> None:
+    """Ray's own shutdown first, in a thread that may hang; then every remaining child is killed."""
+    import ray
+
+    polite = threading.Thread(target=ray.shutdown, daemon=True)
+    children = psutil.Process().children(recursive=True)
+    polite.start()
+    polite.join(timeout=10.0)
+    for child in {*children, *psutil.Process().children(recursive=True)}:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(children, timeout=5.0)
+    logs = folder / "session_latest" / "logs"
+    if keep_logs is not None and logs.exists():
+        shutil.copytree(logs, keep_logs / "ray_logs", dirs_exist_ok=True, ignore=shutil.ignore_patterns("old", "gcs*", "raylet*"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_stalled(folder: Path, report: Path, message: str) -> None:
+    """The watchdog's last act: say it, keep the stacks, stop everything, leave with a code."""
+    print(message, file=sys.stderr, flush=True)
+    write_json(report, {"error": BackendError.__name__, "message": message})
+    with (report.parent / "stall_stacks.txt").open("w") as stacks:
+        faulthandler.dump_traceback(file=stacks, all_threads=True)
+    shut_down(folder, keep_logs=report.parent)
+    os._exit(STALLED)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the process that launched us is gone, even by kill -9."""
+    import ctypes
+
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
+def exit_on_terminate() -> None:
+    """SIGTERM unwinds like Ctrl-C, so `Session.__exit__` runs."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def read_report(report: Path) -> Mapping[str, Any] | None:
+    return json.loads(report.read_text()) if report.exists() else None
+
+
+def log_tail(folder: Path, lines: int = 20) -> Sequence[str]:
+    """The last lines of the newest worker error log, for a message about a failure in a worker."""
+    logs = sorted(folder.glob("worker-*.err"), key=lambda path: path.stat().st_mtime)
+    return logs[-1].read_text(errors="replace").splitlines()[-lines:] if logs else []

@@ -1,0 +1,347 @@
+"""verl's synchronous PPO trainer with our sampler, our rollout and every reward part in the metrics.
+
+One `ChainTrainer` serves several phases (CRE, curriculum) on the same workers: `begin` hands it the rows, sampler and settings of
+a phase, `fit` is verl's own loop.  What differs from stock verl and why:
+
+- batches come from `CurriculumSampler.next_batch`, not from a DataLoader that prefetches: the state at the end of step t is the
+  state after t draws, and it is stored beside the weights of step t in the marker that makes a checkpoint complete;
+- a checkpoint counts only when `complete.json` was renamed into it; verl's own tracker file can be half-written;
+- trajectories are put in (place, sample) order before the update, so that a resumed run sums in the same order;
+- reward parts are read before the checkpoint is written, so a stop (too many reward errors, a judge without verdicts) leaves a
+  resumable run and `metrics.jsonl` never lacks a step that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+import transfer_queue as tq
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from pgenrm_train.backends.verl_config import TRAINER
+from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
+from pgenrm_train.backends.verl_worker import ChainWorker
+from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.errors import BackendError
+
+POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
+MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
+MAX_NULL_SHARE = 0.5  # of a step's judged chains without a verdict
+MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
+MARKER = "complete.json"
+
+
+@dataclass
+class PhaseRun:
+    """A phase as the trainer sees it."""
+
+    stage: str
+    rows: Path
+    work_dir: Path
+    steps: int
+    rewards: RewardSpec
+    seed: int
+    keep_checkpoints: int = 2
+    beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
+    last: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.table = pq.read_table(self.rows)
+        self.sampler: CurriculumSampler | None = None  # set by `begin`, once hardness is known
+        self.started, self.first_step = time.monotonic(), 0
+
+    def row(self, index: int) -> dict[str, Any]:
+        return self.table.slice(index, 1).to_pylist()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """verl stores this in data.pt; we read it back from the marker."""
+        assert self.sampler is not None
+        return self.sampler.state_dict()
+
+
+@register_trainer(TRAINER)
+class ChainTrainer(PPOTrainerSync):
+    """See the module's docstring.  `start_rollout` after `init`, then for each phase `begin` and `fit`."""
+
+    def __init__(self, config: Any) -> None:
+        config.trainer.v1.trainer_mode = "sync"  # the base class branches on the name
+        super().__init__(config)
+        self.replay_buffer.poll_interval = POLL_SECONDS
+        self.run: PhaseRun | None = None
+        self.loaded = config.actor_rollout_ref.model.path
+        self.awake = False  # verl's set-up leaves the vLLM replicas asleep
+
+    # set-up: rows and checkpoints belong to phases
+
+    def _init_dataloader(self) -> None:
+        self.steps_per_epoch = 10**9
+
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        self.role_worker_mapping = {role: ray.remote(ChainWorker) for role in self.role_worker_mapping}
+
+    def _load_checkpoint(self) -> None:
+        self.global_steps = 0
+
+    def on_init_end(self) -> None:
+        """Weights go to vLLM when a phase begins."""
+
+    def start_rollout(self) -> None:
+        self.rollout = Rollout(self.config, self.llm_server_manager.server_handles)
+
+    # phases
+
+    def prepare(self, run: PhaseRun, config: Any, start: Path) -> None:
+        """Give the workers, vLLM included, the settings of `run` and the weights of `start`."""
+        config.trainer.v1.trainer_mode = "sync"
+        self.config, self.run, self.train_dataloader = config, run, run
+        self.total_training_steps = run.steps
+        self.use_reference_policy = config.actor_rollout_ref.actor.use_kl_loss
+        if self.awake:
+            self.checkpoint_manager.sleep_replicas()  # their memory is the actor's while weights move
+            self.awake = False
+        self.actor_rollout_wg.begin_phase(config.actor_rollout_ref.actor, str(start), self.loaded != str(start))
+        self.loaded, self.global_steps = str(start), 0
+        self._sync()
+        self.rollout.use_rewards(run.rewards)
+
+    def begin(self, sampler: CurriculumSampler) -> int:
+        """Go to the newest complete checkpoint of the phase, if there is one; returns the step that the phase stands at."""
+        run = self.run
+        assert run is not None
+        run.sampler = sampler
+        self.global_steps = self._resume(run)
+        self._init_dump_executor()
+        run.first_step, run.started = self.global_steps, time.monotonic()
+        return self.global_steps
+
+    def last_saved(self) -> int:
+        assert self.run is not None
+        return newest_checkpoint(self.run.work_dir / "verl")[1]
+
+    def _sync(self) -> None:
+        if self.awake:
+            self.checkpoint_manager.sleep_replicas()
+        self.checkpoint_manager.update_weights(self.global_steps)
+        self.awake = True
+
+    def _resume(self, run: PhaseRun) -> int:
+        folder, step, state = newest_checkpoint(run.work_dir / "verl")
+        trim(run.work_dir / "metrics.jsonl", step)
+        trim(run.work_dir / "batches.jsonl", step)
+        if folder is None:
+            return 0
+        print(f"{run.stage}: resuming after step {step} from {folder}", flush=True)
+        self.actor_rollout_wg.load_checkpoint(local_path=str(folder / "actor"), del_local_after_load=False)
+        assert run.sampler is not None
+        run.sampler.load_state_dict(state)
+        self.loaded, self.global_steps = str(folder), step
+        self._sync()
+        return step
+
+    def fit(self) -> None:
+        super().fit(self.rollout)
+
+    def export(self, folder: Path, dtype: str) -> None:
+        self.actor_rollout_wg.export(str(folder), dtype)
+
+    def measure(self, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
+        """`samples` chains of every row from the current actor, scored and not trained on; one list of infos a row."""
+        run, groups = self.run, []
+        assert run is not None
+        for first in range(0, run.table.num_rows, prompts_at_once):
+            places = range(first, min(first + prompts_at_once, run.table.num_rows))
+            prompts = [self._prompt(run.row(i), f"{purpose}{i}", samples, 0) for i in places]
+            groups += self.rollout.measure(prompts)
+            run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{run.table.num_rows} pairs")
+        return groups
+
+    # one step
+
+    def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int) -> Prompt:
+        assert self.run is not None
+        seed = f"{self.run.seed}/{self.run.stage}"
+        return Prompt(uid, row, step, seed, samples, self.config.actor_rollout_ref.rollout.temperature)
+
+    def prepare_step(self) -> dict[str, Any]:
+        """Draw the batch and hand it to the rollout."""
+        run, step = self.run, self.global_steps
+        assert run is not None
+        run.beat(run.stage, step, "sampling chains")
+        drawn = run.sampler.next_batch(step)
+        samples = self.config.actor_rollout_ref.rollout.n
+        prompts = [self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)]
+        append(run.work_dir / "batches.jsonl", {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]})
+        tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts]
+        tq.kv_batch_put(keys=[p.uid for p in prompts], partition_id="train", tags=tags)
+        self.rollout.train(prompts)
+        return {}
+
+    def on_sample_end(self) -> None:
+        super().on_sample_end()
+        assert self.run is not None
+        self.run.beat(self.run.stage, self.global_steps, "updating the actor")
+
+    def on_step_end(self) -> None:
+        assert self.run is not None
+        self.run.beat(self.run.stage, self.global_steps, "syncing weights to vLLM")
+        super().on_step_end()
+
+    def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
+        batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _place(batch.keys[i])))
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        began = time.monotonic()
+        batch = super().step(metrics, timing_raw)
+        run = self.run
+        assert run is not None
+        groups = self._groups(batch)
+        ours = chain_metrics(groups, run.sampler)
+        ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
+        metrics.update({f"{run.stage}/{name}": value for name, value in ours.items()})
+        ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
+        ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
+        run.last = ours
+        append(run.work_dir / "metrics.jsonl", {"step": self.global_steps, "stage": run.stage} | _nulls(run.stage, ours))
+        print(progress_line(run, self.global_steps), flush=True)
+        self._stop_if_hopeless(groups, ours, run_failures)
+        return batch
+
+    def _groups(self, batch: Any) -> list[list[dict[str, Any]]]:
+        """The infos of the step's samples, group by group; padding rows left out."""
+        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
+        fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for key, extra in zip(keys, list(fields["extra_fields"]), strict=True):
+            extra = getattr(extra, "data", extra)
+            info = extra["reward_extra_info"] | {"length": lengths[key], "order": extra["order"]}
+            groups.setdefault(key.split("_")[0], []).append(info)
+        return list(groups.values())
+
+    def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
+        run = self.run
+        assert run is not None
+        where = f"{run.stage} stopped at step {self.global_steps}"
+        problem = None
+        if ours["reward/error_share"] > MAX_ERROR_SHARE:
+            reason = next(info["error"] for group in groups for info in group if info["error"])
+            problem = f"{where}: reward code failed for {ours['reward/error_share']:.0%} of its chains, first with {reason}"
+        elif (ours["reward/process_null_share"] or 0.0) > MAX_NULL_SHARE:
+            problem = f"{where}: the judge gave no verdict for {ours['reward/process_null_share']:.0%} of the chains that it saw"
+        elif len(failures) > MAX_FAILED_PROMPTS * run.sampler.prompts_per_step:
+            problem = f"{where}: the engine failed {len(failures)} of {run.sampler.prompts_per_step} prompts, first {failures[0]}"
+        if problem is not None:
+            self._save_checkpoint()
+            raise BackendError(f"{problem}; the run can be resumed once that is mended")
+
+    def _save_checkpoint(self) -> None:
+        run, step = self.run, self.global_steps
+        assert run is not None
+        run.beat(run.stage, step, "saving a checkpoint")
+        super()._save_checkpoint()
+        folder = run.work_dir / "verl" / f"global_step_{step}"
+        draft = folder / (MARKER + ".tmp")
+        draft.write_text(json.dumps({"step": step, "sampler": run.state_dict()}))
+        draft.rename(folder / MARKER)
+        for old in complete_checkpoints(run.work_dir / "verl")[: -run.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders `global_step_N` that hold a marker, oldest first."""
+    found = [path.parent for path in folder.glob(f"global_step_*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
+    """(folder, step, sampler state) of the newest complete checkpoint, (None, 0, {}) without one.
+    Half-written ones are reported and removed, for verl would write into them again."""
+    complete = complete_checkpoints(folder)
+    for path in folder.glob("global_step_*"):
+        if path not in complete:
+            print(f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True)
+            shutil.rmtree(path)
+    if not complete:
+        return None, 0, {}
+    marker = json.loads((complete[-1] / MARKER).read_text())
+    return complete[-1], int(marker["step"]), marker["sampler"]
+
+
+def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
+    """Every reward part of a step; a part that no chain has is null."""
+    infos = [info for group in groups for info in group]
+    judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
+    found: dict[str, Any] = {}
+    for part in ("total", "outcome", "process", "format", "margin"):
+        values = [info[part] for info in infos if info[part] is not None]
+        found[f"reward/{part}"] = float(np.mean(values)) if values else None
+        found[f"reward/{part}_std"] = float(np.std(values)) if values else None
+    kinds = [info["failure"] for info in infos]
+    spreads = [np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups]
+    return found | {
+        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged) if judged else None,
+        "reward/error_share": sum(info["error"] is not None for info in infos) / len(infos),
+        "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in infos) / len(infos),
+        "format_error_share": sum(kind is not None for kind in kinds) / len(infos),
+        "length_cut_share": kinds.count("length") / len(infos),
+        "response_length": float(np.mean([info["length"] for info in infos])),
+        "response_length_max": max(info["length"] for info in infos),
+        "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
+        "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
+        "curriculum/target_hard_share": sampler.target,
+        "curriculum/realised_hard_share": sampler.realised,
+    }
+
+
+def progress_line(run: PhaseRun, step: int) -> str:
+    """One line for the console: where the phase stands and how long it will take."""
+    last, seconds = run.last, (time.monotonic() - run.started) / max(step - run.first_step, 1)
+
+    def show(name: str) -> str:
+        value = last[f"reward/{name}"]
+        return "–" if value is None else f"{value:.3f}"
+
+    left = seconds * (run.steps - step) / 60
+    return (
+        f"{run.stage} {step}/{run.steps} · reward {show('total')} (outcome {show('outcome')}, process {show('process')}, format errors "
+        f"{last['format_error_share']:.1%}) · {last['time/step']:.1f} s · {left:.1f} min left"
+    )
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def trim(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.rename(path)
+
+
+def _place(key: str) -> tuple[str, int]:
+    uid, sample, _ = key.rsplit("_", 2)
+    return uid, int(sample)
+
+
+def _nulls(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{stage}/{k}": (None if isinstance(v, float) and np.isnan(v) else v) for k, v in found.items()}

@@ -1,0 +1,107 @@
+"""What one warm veRL session needs of its Ray workers and verl does not offer: a new phase in place, and export.
+
+verl builds actor, reference and rollout once; a second `run_ppo` would build them again (80–90 s on two cores).  `ChainWorker`
+takes over the weights, loss and optimiser settings of the next phase in the running process and writes checkpoints in
+Hugging Face format in the dtype asked for (verl's merger casts every tensor to bfloat16, which would round an fp32 model).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.fsdp_utils import fsdp2_load_full_state_dict, get_fsdp_full_state_dict
+from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.utils.losses import ppo_loss
+
+
+class ChainWorker(ActorRolloutRefWorker):
+    """Actor, rollout adapter and reference of one rank."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def begin_phase(self, actor: Any, start: str, reload: bool) -> None:
+        """Take the loss and optimiser settings of `actor` (verl's actor section), with a fresh optimiser and schedule;
+        with `reload`, also the weights of the checkpoint `start`, for the actor and as the new reference."""
+        engine = self.actor.engine
+        if reload:
+            load_weights(engine, start)
+            if self.ref is not None:
+                load_weights(self.ref.engine, start)
+        settings = omega_conf_to_dataclass(actor)
+        settings.model_config = self.actor.model_config
+        self.actor.set_loss_fn(partial(ppo_loss, config=settings))
+        engine.optimizer_config = settings.optim
+        engine.engine_config.micro_batch_size_per_gpu = settings.ppo_micro_batch_size_per_gpu
+        engine.optimizer = engine._build_optimizer(engine.module)
+        engine.lr_scheduler = engine._build_lr_scheduler(engine.optimizer)
+        engine.checkpoint_manager.optimizer = engine.optimizer
+        engine.checkpoint_manager.lr_scheduler = engine.lr_scheduler
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export(self, folder: str, dtype: str) -> None:
+        """Write config and weights of the actor to `folder` (rank 0); LoRA adapters are merged into their layers."""
+        from transformers import AutoModelForCausalLM
+
+        engine = self.actor.engine
+        if engine.is_param_offload_enabled:
+            engine.to("device", model=True, optimizer=False, grad=False)
+        state = get_fsdp_full_state_dict(engine.module, offload_to_cpu=True, rank0_only=True)
+        if torch.distributed.get_rank() == 0:
+            kind = getattr(torch, dtype)
+            model_config = self.actor.model_config
+            lora = model_config.lora_alpha / model_config.lora_rank if model_config.lora_rank > 0 else None
+            state = {name: tensor.to(kind) for name, tensor in merged(state, lora).items()}
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(model_config.hf_config, dtype=kind)
+            if model_config.hf_config.tie_word_embeddings:
+                state.pop("lm_head.weight", None)
+            model.save_pretrained(folder, state_dict=state)
+        torch.distributed.barrier()
+        if engine.is_param_offload_enabled:
+            engine.to("cpu", model=True, optimizer=False, grad=False)
+
+
+def load_weights(engine: Any, start: str) -> None:
+    """Overwrite a verl FSDP2 engine's weights with those of a checkpoint; rank 0 reads, the others receive."""
+    from transformers import AutoModelForCausalLM
+
+    state: dict[str, torch.Tensor] = {}
+    if torch.distributed.get_rank() == 0:
+        dtype = next(engine.module.parameters()).dtype
+        state = AutoModelForCausalLM.from_pretrained(start, dtype=dtype).state_dict()
+    offloads = getattr(engine, "_uses_fsdp2_cpu_offload_policy", False)
+    fsdp2_load_full_state_dict(engine.module, state, engine.device_mesh, True if offloads else None)
+    if engine.is_param_offload_enabled:
+        engine.to("cpu", model=True, optimizer=False, grad=False)
+
+
+def merged(state: dict[str, torch.Tensor], scale: float | None) -> dict[str, torch.Tensor]:
+    """Plain Hugging Face names; with LoRA (scale = alpha / rank) W + scale·B·A for each adapted layer."""
+    if scale is None:
+        return state
+    plain = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        target = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            down, up = state[f"{stem}.lora_A.default.weight"], state[f"{stem}.lora_B.default.weight"]
+            tensor = (tensor.float() + scale * up.float() @ down.float()).to(tensor.dtype)
+        plain[target] = tensor
+    return plain
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
+)  # fmt: skip
+
+
+def tokenizer_files(start: Path) -> list[Path]:
+    """Files that travel with a checkpoint as they are: saving a loaded tokenizer again may change how it splits text."""
+    return [start / name for name in TOKENIZER_FILES if (start / name).exists()]

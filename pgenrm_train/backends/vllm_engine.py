@@ -1,0 +1,104 @@
+"""Generation by vLLM in this process: one global queue over all requests, prompts encoded once for all of their samples.
+
+The ids of a prompt come from the same tokenizer object as in training and go to vLLM as ids, so that both sides see the same
+tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.config import Config
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What must be set before vLLM is imported."""
+    if config.cluster.device != "cpu":
+        return {"VLLM_NO_USAGE_STATS": "1"}
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives here: nothing to clean up after a kill
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class VllmGenerator:
+    """A `Generator` over a local checkpoint.  Seeded per request, so results do not depend on the order of the queue."""
+
+    def __init__(self, config: Config, checkpoint: Path | str) -> None:
+        os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
+        from transformers import AutoTokenizer
+        from vllm import LLM
+
+        self.config = config
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        on_cpu = config.cluster.device == "cpu"
+        self._llm = LLM(
+            model=str(checkpoint),
+            tokenizer=str(checkpoint),
+            dtype="float32" if on_cpu else config.model.dtype,
+            max_model_len=config.model.max_prompt_tokens + config.model.max_response_tokens,
+            max_num_seqs=config.eval.max_in_flight,
+            max_num_batched_tokens=8192,
+            enforce_eager=on_cpu,
+            enable_prefix_caching=True,
+            tensor_parallel_size=config.cluster.tensor_parallel,
+            seed=config.seed,
+            disable_log_stats=True,
+        )
+
+    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
+        """Yield every sample of every request, a request's samples together, as requests finish."""
+        engine, waiting, live = self._llm.llm_engine, iter(requests), {}
+        exhausted = False
+        while live or not exhausted:
+            while not exhausted and sum(r.samples for r in live.values()) < self.config.eval.max_in_flight:
+                request = next(waiting, None)
+                if request is None:
+                    exhausted = True
+                    break
+                ids = self._ids(request)
+                if len(ids) > self.config.model.max_prompt_tokens:
+                    yield from (Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples))
+                    continue
+                engine.add_request(request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature))
+                live[request.key] = request
+            for output in engine.step() if live else ():
+                if output.finished:
+                    yield from _generations(live.pop(output.request_id), output)
+
+    def close(self) -> None:
+        """Drop the engine and its KV cache."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    def _ids(self, request: GenerationRequest) -> list[int]:
+        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _sampling(self, request: GenerationRequest, temperature: float) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            n=request.samples,
+            temperature=temperature,
+            seed=request.seed,
+            max_tokens=self.config.model.max_response_tokens,
+            skip_special_tokens=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _generations(request: GenerationRequest, output: Any) -> Iterator[Generation]:
+    for sample in output.outputs:
+        failure = None if sample.finish_reason == "stop" else f"{sample.finish_reason}"
+        yield Generation(request.key, sample.index, sample.text, failure, len(sample.token_ids))

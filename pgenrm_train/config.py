@@ -1,0 +1,376 @@
+"""The typed configuration: the only home of defaults and of checks that span several keys.
+
+YAML files under `configs/` hold sparse overrides of these dataclasses.  Values that depend on the size of the run use the
+resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = ROOT / "configs"
+BUDGETS = ("smoke", "demo", "full")
+STAGES = ("build_data", "build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
+
+
+@dataclass
+class PipelineConfig:
+    budget: str = "demo"  # smoke: minutes, from a shipped checkpoint · demo: the README's run · full: everything there is
+
+
+@dataclass
+class DataConfig:
+    name: str = "personaworld"  # builder in data_builders/
+    path: str | None = None  # file or folder of the raw source
+    history_size: int = 3  # h, the paper's best (METHOD §1)
+    history_policy: str = "random"  # random (paper) · recent · same_scenario (one item shares the query's scenario)
+    history_kind: str | None = None  # draw history only from pairs of this kind
+    max_train_pairs: int | None = None
+    max_val_pairs: int | None = None
+    max_test_pairs: int | None = None
+    on_bad_row: str = "fail"  # fail · skip (counted and listed)
+    only: dict[str, str] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
+    # PersonaWorld
+    users: int = 3000
+    heldout_users: int = 300
+    pairs_per_user: int = 12
+
+
+@dataclass
+class NanoConfig:
+    """The from-scratch model of the CPU default: a Qwen2 of well under a million parameters with its own tokenizer."""
+
+    layers: int = 3
+    hidden: int = 96
+    heads: int = 3  # head_dim 32, the least that vLLM on CPU takes
+    intermediate: int = 256
+    vocabulary: int = 4096
+    positions: int = 1024
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 0  # 0: full-parameter training
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+
+
+@dataclass
+class ModelConfig:
+    kind: str = "nano"  # nano · hf · endpoint · baseline
+    name: str = "nano"  # hub id, served model name or baseline name
+    label: str = "nano"  # short name for folders and tables
+    path: str | None = None  # a local checkpoint; overrides what the run folder holds
+    base_url: str | None = None
+    api_key_env: str | None = None
+    instructions: bool = True  # system message with the task; nano learns the task from its chains instead
+    max_prompt_tokens: int = 4096
+    max_text_tokens: int | None = None  # longer queries and responses are cut to this and counted
+    max_response_tokens: int = 8192
+    dtype: str = "bfloat16"
+    attention: str = "flash_attention_2"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    nano: NanoConfig = field(default_factory=NanoConfig)
+
+
+@dataclass
+class ClusterConfig:
+    name: str = "cpu"
+    device: str = "cpu"  # cpu · cuda
+    nodes: int = 1
+    processes_per_node: int = 1  # ranks of FSDP and DeepSpeed; on cuda: GPUs
+    zero_stage: int = 0  # DeepSpeed
+    offload_optimizer: bool = False
+    tensor_parallel: int = 1  # of a vLLM replica
+    gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
+    min_free_memory_gib: float = 6.0
+    min_free_disk_gib: float = 3.0
+
+
+@dataclass
+class EndpointConfig:
+    """Who writes chains (teacher) or rates them (judge): a rule, a model behind an OpenAI-compatible API, or nobody."""
+
+    kind: str = "none"  # teacher: oracle · features · endpoint · vllm;  judge: oracle · none · endpoint · vllm
+    base_url: str | None = None
+    name: str | None = None
+    api_key_env: str | None = None
+    max_in_flight: int = 64
+    timeout_seconds: float = 120.0
+    max_tokens: int = 2048
+    temperature: float = 0.7
+
+
+@dataclass
+class MaskingConfig:
+    policy: str | None = None  # null: each stage's own (psi.masking, cre.masking, curriculum.masking, eval.masking)
+    show_probability: float = 0.5  # of the criteria, under `mixed`
+
+
+@dataclass
+class TrackingConfig:
+    kind: str = "offline"  # offline (W&B files on disk) · wandb · none
+    project: str = "pgenrm-train"
+    group: str | None = None
+    entity: str | None = None
+
+
+@dataclass
+class SecConfig:
+    """build_sec: structured evaluation chains by a teacher, filtered by rejection sampling (METHOD §3)."""
+
+    samples_per_pair: int = 4  # tries until one is kept
+    orders_per_pair: int = 1  # presentation orders asked a pair: 1 (balanced over pairs) or 2
+    max_chains: int | None = None
+
+
+@dataclass
+class PsiConfig:
+    """SFT on the kept chains.  The paper gives no values; 8B defaults follow RM-R1's SFT (lr 5e-6, batch 128, 1 epoch)."""
+
+    masking: str = "full"
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 5e-6
+    batch_size: int = 128  # sequences an optimiser step, over all processes
+    micro_batch_size: int = 1
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    min_learning_rate_ratio: float = 0.0
+    gradient_checkpointing: bool = True
+    save_every: int = 200
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    early_checkpoint: str | None = None  # start from this shipped checkpoint instead of the base model
+
+
+@dataclass
+class GrpoConfig:
+    """GRPO on veRL (METHOD §4).  8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts a step, mini-batches of 128 prompts."""
+
+    masking: str = "masked"
+    steps: int = 200
+    prompts_per_step: int = 128
+    group_size: int = 8
+    mini_batch_prompts: int = 128
+    micro_batch_size: int = 1
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    kl_coefficient: float = 0.001
+    clip_ratio: float = 0.2
+    entropy_coefficient: float = 0.0
+    temperature: float = 1.0
+    outcome_weight: float = 1.0
+    process_weight: float = 0.5
+    format_error: float = -0.1
+    save_every: int = 50
+    validate_every: int = 0
+    keep_checkpoints: int = 2
+    stall_seconds: float = 1800.0  # the watchdog ends a run that made no progress for this long
+
+
+@dataclass
+class CurriculumConfig(GrpoConfig):
+    """Hard-negative-aware GRPO (METHOD §5): outcome and format only, the share of hard negatives grows."""
+
+    process_weight: float = 0.0
+    schedule: str = "linear"  # linear · cosine · step · uniform
+    hard_share_start: float = 0.3
+    hard_share_end: float = 0.8
+    mining_samples: int = 4  # K chains a pair from the CRE model
+    mining_pairs: int | None = 2000
+    hard_pass_rate: float = 0.5  # a pair is hard when at most this share of its chains rank chosen first
+
+
+@dataclass
+class PrototypesConfig:
+    """User prototypes (METHOD §6)."""
+
+    k: int = 50
+    embedder: str = "Qwen/Qwen3-Embedding-0.6B"
+    analyses_per_user: int = 2
+    max_users: int | None = None
+    refine_epochs: int = 5
+    learning_rate: float = 1e-3
+    rho: float = 1.0
+    lambda_query: float = 0.1
+    lambda_summary: float = 0.1
+    lambda_centre: float = 0.1
+    lambda_trajectory: float = 0.1
+
+
+@dataclass
+class EvalConfig:
+    protocol: str = "strict"
+    split: str = "test"
+    masking: str = "masked"
+    seeds: int = 1
+    ind: Any = 1  # m own samples a pair and order: a number or a list
+    pro: Any = 0  # n chains from the histories of similar users: a number or a list
+    temperature: float = 0.0
+    max_in_flight: int = 256
+    draws: int = 2000  # of the bootstrap
+    probes: bool = True
+    baselines: list[str] = field(default_factory=lambda: ["random", "longer", "shorter", "majority"])
+    compare: list[str] = field(default_factory=list)
+    chains_in_report: int = 12
+
+
+@dataclass
+class ScoreConfig:
+    input: str | None = None
+    dry_run: bool = False
+
+
+@dataclass
+class PreflightConfig:
+    only: bool = False
+
+
+@dataclass
+class PlanConfig:
+    emit: str | None = None
+
+
+@dataclass
+class RayConfig:
+    address: str | None = None
+
+
+@dataclass
+class Config:
+    recipe: str = "???"
+    run_dir: str = "runs/${data.name}-${model.label}-${pipeline.budget}"
+    seed: int = 0
+    resume: bool = True
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    teacher: EndpointConfig = field(default_factory=EndpointConfig)
+    judge: EndpointConfig = field(default_factory=EndpointConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sec: SecConfig = field(default_factory=SecConfig)
+    psi: PsiConfig = field(default_factory=PsiConfig)
+    cre: GrpoConfig = field(default_factory=GrpoConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "pipeline.budget": BUDGETS,
+    "data.history_policy": ("random", "recent", "same_scenario"),
+    "data.on_bad_row": ("fail", "skip"),
+    "model.kind": ("nano", "hf", "endpoint", "baseline"),
+    "cluster.device": ("cpu", "cuda"),
+    "teacher.kind": ("oracle", "features", "endpoint", "vllm"),
+    "judge.kind": ("oracle", "none", "endpoint", "vllm"),
+    "tracking.kind": ("offline", "wandb", "none"),
+    "eval.protocol": ("strict", "release", "both_orders", "user_disjoint"),
+    "eval.split": ("train", "val", "test"),
+    "curriculum.schedule": ("linear", "cosine", "step", "uniform"),
+    **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
+}
+_POSITIVE = (
+    "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "sec.samples_per_pair",
+    "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
+    "curriculum.learning_rate", "prototypes.k", "eval.seeds", "eval.max_in_flight", "eval.draws", "cluster.nodes",
+    "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens",
+)  # fmt: skip
+
+
+def register_resolvers() -> None:
+    """Make `${budget:…}` known to OmegaConf (idempotent)."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
+
+
+def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
+    budget = _root_.pipeline.budget
+    if budget not in BUDGETS:
+        raise ConfigError(_not_one_of("pipeline.budget", budget, BUDGETS))
+    value = {"smoke": smoke, "demo": demo, "full": full}[budget]
+    return None if value == "null" else value
+
+
+def parse(composed: Any) -> Config:
+    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Choices, ranges and cross-field rules; each failure is one sentence that names the keys."""
+    for key, valid in _CHOICES.items():
+        if (value := get(config, key)) not in valid:
+            raise ConfigError(_not_one_of(key, value, valid))
+    if config.masking.policy is not None and config.masking.policy not in _CHOICES["psi.masking"]:
+        raise ConfigError(_not_one_of("masking.policy", config.masking.policy, _CHOICES["psi.masking"]))
+    for key in _POSITIVE:
+        if get(config, key) <= 0:
+            raise ConfigError(f"{key}={get(config, key)} must be above 0")
+    if config.data.name == "pairs" and not config.data.path:
+        raise ConfigError("data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema")
+    for section in ("cre", "curriculum"):
+        _check_grpo(section, getattr(config, section))
+    for section in ("teacher", "judge"):
+        endpoint = getattr(config, section)
+        if endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name):
+            raise ConfigError(f"{section}=endpoint needs {section}.base_url= and {section}.name=")
+        if endpoint.kind == "oracle" and config.data.name != "personaworld":
+            raise ConfigError(f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}=")
+    ranks = config.cluster.nodes * config.cluster.processes_per_node
+    if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
+        raise ConfigError(
+            f"psi.batch_size={config.psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
+            f"{config.psi.micro_batch_size} × {ranks}"
+        )
+
+
+def _check_grpo(section: str, grpo: GrpoConfig) -> None:
+    if grpo.group_size < 2:
+        raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
+    if grpo.prompts_per_step % grpo.mini_batch_prompts:
+        raise ConfigError(
+            f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of {section}.mini_batch_prompts={grpo.mini_batch_prompts}"
+        )
+
+
+def masking_of(config: Config, stage: str) -> str:
+    """The masking policy of a stage: `masking=` when given, else the stage's own."""
+    return config.masking.policy or str(getattr(config, stage).masking)
+
+
+def get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _not_one_of(key: str, value: object, valid: tuple[str, ...]) -> str:
+    return f"{key}={value} is not one of {', '.join(valid)}"

@@ -1,0 +1,42 @@
+"""Everything that can go wrong in a way a user can mend.
+
+    PGenRMError                 one clear sentence on stderr, exit code 2, no traceback
+    ├── ConfigError             a key, value or combination of the configuration (also a ValueError)
+    ├── DataError               a file, row or field that is not what was expected (also a ValueError)
+    ├── ArtifactError           a run folder, checkpoint or cache that is missing, foreign or half-written
+    ├── PreflightError          the machine lacks what the run needs: memory, disk, port, package, device
+    ├── BackendError            an engine or server failed in a way that stopped the stage
+    └── NothingTrainedError     a training stage ended without the optimiser steps that it planned
+
+A failure of one generation, judgement or row is *data*, not an exception: see `chains.ParseFailure`.
+"""
+
+from __future__ import annotations
+
+
+class PGenRMError(Exception):
+    """Base of every user-facing error; its text is one sentence that says what to change."""
+
+
+class ConfigError(PGenRMError, ValueError):
+    """A configuration key, value or combination is wrong."""
+
+
+class DataError(PGenRMError, ValueError):
+    """Input data is missing, empty, truncated or of another schema; names file, row, field and expectation."""
+
+
+class ArtifactError(PGenRMError):
+    """A run folder, checkpoint or cache is missing, foreign or incomplete."""
+
+
+class PreflightError(PGenRMError):
+    """The machine lacks something that the run needs."""
+
+
+class BackendError(PGenRMError):
+    """An engine or server failed and the stage cannot go on."""
+
+
+class NothingTrainedError(PGenRMError):
+    """A training stage made fewer optimiser steps than it planned."""

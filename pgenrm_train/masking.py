@@ -1,0 +1,99 @@
+"""Which of a user's signals a stage may see, decided by type rather than by discipline.
+
+Stage 2 (METHOD §4) hides what the user *said* (explicit criteria) and keeps it as supervision.  Here a prompt is
+written from a view:
+
+    MaskedView                  context, history, responses; it has no field in which a criterion could ride
+    └── FullView                the same and the explicit signals
+    Supervision                 what is withheld: the label and the explicit signals, for teachers, judges and rewards only
+
+Policies: `full` shows everything (METHOD §3), `masked` never shows explicit signals (§4), `history_dropout` also drops a random
+part of the history (*our choice*: users with little feedback), `mixed` draws between full and masked (*our choice*: one model
+for users with and without stated criteria).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+
+POLICIES = ("full", "masked", "history_dropout", "mixed")
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """What a model may read when the explicit signals are withheld; `responses` are in presentation order."""
+
+    context: tuple[Message, ...]
+    history: tuple[HistoryItem, ...]
+    responses: tuple[str, ...]
+
+    @property
+    def query(self) -> str:
+        """Text of the last user turn."""
+        return self.context[-1].content
+
+
+@dataclass(frozen=True)
+class FullView(MaskedView):
+    """A view that shows the explicit signals as well."""
+
+    explicit: ExplicitSignals
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What no prompt of the reward model holds: which response was chosen, and what the user said about their taste."""
+
+    chosen_index: int
+    explicit: ExplicitSignals
+
+
+def present(pair: PreferencePair, history: Sequence[HistoryItem], order: int) -> Example:
+    """The question that a pair asks: order 0 shows the chosen response first, order 1 second.
+
+    Raises ValueError for another order.
+    """
+    if order not in (0, 1):
+        raise ValueError(f"order: {order!r} is not a presentation order; valid ones are 0 (chosen first) and 1 (chosen second)")
+    responses = (pair.chosen, pair.rejected) if order == 0 else (pair.rejected, pair.chosen)
+    return Example(
+        pair_id=pair.pair_id,
+        user_id=pair.user_id,
+        context=pair.context,
+        responses=responses,
+        chosen_index=order,
+        history=tuple(history),
+        explicit=pair.explicit,
+        kind=pair.kind,
+        scenario=pair.scenario,
+    )
+
+
+def apply_masking(
+    example: Example, policy: str, rng: random.Random, *, show_probability: float = 0.5
+) -> tuple[MaskedView | FullView, Supervision]:
+    """Split an example into what the model sees under `policy` and what is withheld from it.
+
+    `rng` is drawn from by `history_dropout` and `mixed` only; `show_probability` (0..1) is the share of full views of `mixed`.
+    Raises ConfigError for an unknown policy or a probability outside [0, 1].
+    """
+    if policy not in POLICIES:
+        raise ConfigError(f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(POLICIES)}")
+    if not 0.0 <= show_probability <= 1.0:
+        raise ConfigError(f"masking.show_probability: {show_probability!r} is not a probability; valid ones lie in [0, 1]")
+    supervision = Supervision(example.chosen_index, example.explicit)
+    if policy == "full" or (policy == "mixed" and rng.random() < show_probability):
+        return FullView(example.context, example.history, example.responses, example.explicit), supervision
+    history = _drop_history(example.history, rng) if policy == "history_dropout" else example.history
+    return MaskedView(example.context, history, example.responses), supervision
+
+
+def _drop_history(history: tuple[HistoryItem, ...], rng: random.Random) -> tuple[HistoryItem, ...]:
+    """Keep k items in their order, k uniform on 0..h, so that every amount of feedback is trained equally often."""
+    kept = rng.sample(range(len(history)), rng.randint(0, len(history)))
+    return tuple(history[i] for i in sorted(kept))

@@ -1,0 +1,20 @@
+"""PSI, persona-guided scoring induction (METHOD §3): SFT on the kept chains, loss on the assistant's tokens only.
+
+Needs `build_sec/sec.parquet` and a base model.  Makes `checkpoint/` in Hugging Face format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pgenrm_train.backends.base import Trained
+from pgenrm_train.stages.build_sec import SEC
+
+READS = ("psi", "seed", "model.kind", "model.name", "model.path", "model.lora", "model.nano", "cluster.processes_per_node", "cluster.nodes")
+
+__all__ = ["READS", "SEC", "facts"]
+
+
+def facts(trained: Trained) -> dict[str, Any]:
+    """What the manifest keeps of a training run."""
+    return {"steps": trained.steps, "metrics": dict(trained.metrics)}

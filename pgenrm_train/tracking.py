@@ -1,0 +1,70 @@
+"""Where numbers go: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
+
+`eval/accuracy` is the key of accuracy in every stage.  Nothing that is logged may hold a secret: only numbers, and the settings
+of the stage without the names of credential variables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config import Config, to_dict
+
+
+class Tracker:
+    """Logs numbers of one stage.  A tracking service that fails is reported once and never stops training."""
+
+    def __init__(self, config: Config, stage: str, folder: Path) -> None:
+        self.stage, self.path = stage, folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = self._start_wandb(config, folder) if config.tracking.kind != "none" else None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line `{"step", "stage", name: number}`; non-finite numbers become null."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, "stage": self.stage, **numbers}) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log(dict(metrics), step=step)
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            try:
+                self._wandb.finish(quiet=True)
+            except Exception as error:
+                self._give_up(error)
+
+    def _start_wandb(self, config: Config, folder: Path) -> Any:
+        try:
+            import wandb
+
+            return wandb.init(
+                project=config.tracking.project,
+                entity=config.tracking.entity,
+                group=config.tracking.group or Path(config.run_dir).name,
+                job_type=self.stage,
+                name=f"{Path(config.run_dir).name}/{self.stage}",
+                dir=str(folder),
+                mode="offline" if config.tracking.kind == "offline" else "online",
+                config=_public(to_dict(config)),
+                settings=wandb.Settings(silent=True, console="off", save_code=False, x_disable_stats=True),
+            )
+        except Exception as error:  # a tracking service must never stop a run
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        print(f"warning: W&B logging stopped ({type(error).__name__}: {error}); metrics.jsonl goes on", file=sys.stderr)
+        self._wandb = None
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: _public(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in ("api_key_env", "base_url")}

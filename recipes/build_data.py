@@ -1,0 +1,23 @@
+"""build_data: raw source → preference pairs, a card, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from pgenrm_train.config import Config
+from pgenrm_train.records import PreferencePair
+from pgenrm_train.stages import build_data
+from recipes.run import prepare, run_stage
+
+
+def run(config: Config) -> None:
+    prepare(config)
+    folder = run_stage(config, "build_data", build_data.READS, [], lambda f, _: build_data.run(config, f, builder(config)))
+    print(f"[build_data] {folder.manifest['pairs']} pairs of {folder.manifest['users']} users in {folder.path}")
+
+
+def builder(config: Config) -> Callable[..., Iterable[PreferencePair]]:
+    """The builder of `data=`; each is one file in data_builders/."""
+    from data_builders import pairs, personaworld
+
+    return {"pairs": pairs.build, "personaworld": personaworld.build}[config.data.name]

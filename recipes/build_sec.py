@@ -1,0 +1,91 @@
+"""build_sec: teacher chains → rejection sampling → the SFT set; for nano, also the untrained model and its tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pgenrm_train.backends.base import Teacher
+from pgenrm_train.chains import FORMAT_STRINGS
+from pgenrm_train.config import Config, masking_of
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.masking import apply_masking
+from pgenrm_train.prompts import TAGS, chat_messages
+from pgenrm_train.records import Example, PreferencePair
+from pgenrm_train.stages import build_sec
+from pgenrm_train.stages.inputs import PromptWriter, load_pairs
+from recipes import build_data
+from recipes.run import prepare, progress, run_stage
+
+TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
+
+
+def run(config: Config) -> None:
+    prepare(config)
+    build_data.run(config)
+
+    def body(folder, _tracker):  # type: ignore[no-untyped-def]
+        pairs = load_pairs(Path(config.run_dir))
+        base = folder.path / "base"
+
+        def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:
+            return PromptWriter(config, load_tokenizer(base_model(config, base, kept)))
+
+        return build_sec.run(config, folder, pairs, teacher(config, pairs), writer_for, progress)
+
+    folder = run_stage(config, "build_sec", build_sec.READS, ["build_data"], body)
+    facts = folder.manifest
+    print(f"[build_sec] {facts['chains']} chains kept of {facts['asked']} asked; rejected: {facts['rejected']}; trimmed: {facts['trimmed']}")
+
+
+def teacher(config: Config, pairs: Sequence[PreferencePair]) -> Teacher:
+    """The teacher of `teacher=`."""
+    if config.teacher.kind == "oracle":
+        from data_builders.oracle import OracleTeacher
+
+        return OracleTeacher(config.seed)
+    if config.teacher.kind == "features":
+        return _Features(config, pairs)
+    raise ConfigError(f"teacher={config.teacher.kind} is not built yet; use teacher=oracle (personaworld) or teacher=features")
+
+
+class _Features:
+    """The `features` teacher behind the Teacher protocol."""
+
+    def __init__(self, config: Config, pairs: Sequence[PreferencePair]) -> None:
+        from data_builders.features import FeatureTeacher
+
+        self.seed, self.rule = config.seed, FeatureTeacher().fit([p for p in pairs if p.trains])
+
+    def write(self, example: Example, attempt: int) -> str:
+        key = f"{self.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
+        rng = np.random.default_rng(list(key.encode())) if attempt else None  # the first chain is the rule's own, without jitter
+        return self.rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
+
+
+def base_model(config: Config, folder: Path, kept: Sequence[build_sec.Kept]) -> Path | str:
+    """Where training starts: `model.path`, the hub name, or a nano made from the chains at hand."""
+    if config.model.path:
+        return Path(config.model.path)
+    if config.model.kind != "nano":
+        return config.model.name
+    from pgenrm_train.backends.nano import make_nano
+
+    sample = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
+    make_nano(folder, sample, [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)], config.model.nano, config.seed)
+    return folder
+
+
+def load_tokenizer(model: Path | str):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _as_text(config: Config, item: build_sec.Kept) -> str:
+    view, _ = apply_masking(item.example, masking_of(config, "psi"), random.Random(0))
+    prompt = "\n".join(m["content"] for m in chat_messages(view, instructions=config.model.instructions))
+    return f"{prompt}\n{item.text}"

@@ -1,0 +1,56 @@
+"""pipeline: the whole method from data to report.  Each stage is a recipe of its own and runs in its own process."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from pgenrm_train.artifacts import StageFolder, environment_facts, write_json
+from pgenrm_train.config import Config
+from recipes.run import launch, prepare
+
+STAGES = (
+    "build_data",  # raw source → pairs
+    "build_sec",  # teacher chains, rejection sampling
+    "psi",  # SFT on DeepSpeed
+    "evaluate",  # unseen users, both orders, vLLM
+)
+
+
+def run(config: Config) -> None:
+    started = time.monotonic()
+    prepare(config)
+    for number, stage in enumerate(STAGES, start=1):
+        print(f"── stage {number} of {len(STAGES)}: {stage}", flush=True)
+        launch(config, stage)
+    publish(config, time.monotonic() - started)
+
+
+def publish(config: Config, seconds: float) -> None:
+    """Put the final files at the top of the run folder and say where they are."""
+    run_dir = Path(config.run_dir)
+    for name in ("results.json", "predictions.parquet", "report.html", "report.md", "table.txt"):
+        _link(run_dir / "evaluate" / name, run_dir / name)
+    trained = [stage for stage in STAGES if (run_dir / stage / "checkpoint").exists()]
+    _link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
+    lines = [(run_dir / s / "metrics.jsonl").read_text() for s in STAGES if (run_dir / s / "metrics.jsonl").exists()]
+    (run_dir / "metrics.jsonl").write_text("".join(lines))
+    stages = {stage: _brief(StageFolder.read(run_dir, stage)) for stage in STAGES}
+    write_json(
+        run_dir / "manifest.json",
+        {"recipe": "pipeline", "status": "complete", "seed": config.seed, "stages": stages, "wall_seconds": round(seconds, 1), **environment_facts()},
+    )
+    spent = ", ".join(f"{stage} {facts['wall_seconds']:.0f} s" for stage, facts in stages.items())
+    print(f"time: {spent}")
+    print(f"run folder: {run_dir} · report: {run_dir / 'report.html'}")
+
+
+def _brief(folder: StageFolder) -> dict[str, object]:
+    return {key: folder.manifest.get(key) for key in ("status", "wall_seconds", "fingerprint", "starts")}
+
+
+def _link(target: Path, link: Path) -> None:
+    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))

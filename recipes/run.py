@@ -1,0 +1,138 @@
+"""How a recipe runs a stage: skip what is complete, check the machine, open the folder, run, record.
+
+Every stage of `recipe=pipeline` runs in a process of its own (`launch`), so that memory goes back, an engine's settings do not
+leak into the next, and a stage alone is the same code path as a stage of the pipeline.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pgenrm_train.artifacts import StageFolder, set_aside, write_config
+from pgenrm_train.config import ROOT, Config, get, to_dict
+from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
+from pgenrm_train.preflight import check_machine
+from pgenrm_train.tracking import Tracker
+
+T = TypeVar("T")
+
+
+def run_stage(
+    config: Config,
+    stage: str,
+    reads: Sequence[str],
+    inputs: Sequence[str],
+    body: Callable[[StageFolder, Tracker], Mapping[str, Any]],
+) -> StageFolder:
+    """Run `body` in `<run_dir>/<stage>` unless it is complete already; returns the stage's folder.
+
+    `reads` are the configuration keys that the stage depends on, `inputs` the stages whose products it uses.
+    """
+    run_dir = Path(config.run_dir)
+    folder = StageFolder.read(run_dir, stage)
+    made_from = {name: StageFolder.read(run_dir, name).manifest.get("fingerprint", "") for name in inputs}
+    settings = {key: _plain(get(config, key)) for key in reads}
+    if folder.complete and folder.made_from(settings, made_from):
+        print(f"[{stage}] complete in {folder.path}", flush=True)
+        return folder
+    check_machine(config, stage)
+    folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
+    tracker = Tracker(config, stage, folder.path)
+    try:
+        facts = body(folder, tracker)
+    except KeyboardInterrupt:
+        folder.interrupted("interrupted by the user")
+        raise
+    except Exception as error:
+        folder.interrupted(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        tracker.close()
+    folder.finish(**facts)
+    return folder
+
+
+def newest(config: Config, *stages: str) -> StageFolder:
+    """The first complete stage of `stages` (latest first) in this run.  Raises ArtifactError with one sentence otherwise."""
+    for stage in stages:
+        folder = StageFolder.read(Path(config.run_dir), stage)
+        if folder.complete:
+            print(f"using {folder.path}", flush=True)
+            return folder
+    raise ArtifactError(
+        f"recipe={config.recipe} needs a complete {' or '.join(stages)} under run_dir={config.run_dir}; "
+        f"run recipe={stages[-1]} there first or give model.path="
+    )
+
+
+def launch(config: Config, recipe: str) -> None:
+    """Run one recipe of the same configuration in a child process that dies with this one."""
+    file = Path(config.run_dir) / "config.yaml"
+    command = [sys.executable, "-m", "pgenrm_train.worker", str(file), recipe]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    child = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        _stop(child)
+        raise
+    if code == 130:
+        raise KeyboardInterrupt
+    if code == 2:  # the child has told the user what is wrong
+        raise SystemExit(2)
+    if code:
+        raise BackendError(f"recipe={recipe} ended with exit code {code}; its last words stand above, and the same command continues")
+
+
+def prepare(config: Config) -> None:
+    """Make the run folder, or set an old one aside when resume=false, and write the resolved configuration."""
+    run_dir = Path(config.run_dir)
+    if not config.resume and (old := set_aside(run_dir)):
+        print(f"resume=false: the old run was moved to {old}", flush=True)
+    config.resume = True
+    try:
+        write_config(run_dir / "config.yaml", to_dict(config))
+    except OSError as error:
+        raise ArtifactError(f"run_dir={run_dir} cannot be written ({error.strerror})") from None
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """A progress bar with ETA on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C reached the child too; give it time to put its manifest in order, then end it and all that it started."""
+    import psutil
+
+    family = psutil.Process(child.pid).children(recursive=True) if psutil.pid_exists(child.pid) else []
+    try:
+        child.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends the child when its parent is killed, so that kill -9 leaves no process behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _plain(value: Any) -> Any:
+    return to_dict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+__all__ = ["PGenRMError", "launch", "newest", "prepare", "progress", "run_stage"]

@@ -1,0 +1,137 @@
+"""A world small enough to teach in seconds: which of two responses names the trait that the user likes?
+
+Used by the veRL tests and by hand for timing: `python tests/integration/verl_world.py FOLDER` writes a checkpoint and rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TRAITS = ("brief", "warm", "exact", "funny", "formal", "vivid", "plain", "bold")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def example(number: int, seed: int = 0) -> dict[str, Any]:
+    """A row in the schema that veRL stages read."""
+    draw = random.Random(seed * 1_000_003 + number)
+    liked, other = draw.sample(TRAITS, 2)
+    chosen, order = draw.randrange(2), draw.randrange(2)
+    texts = [liked, other] if chosen == 0 else [other, liked]
+    prompt = f"user likes {liked} .\nresponse_1 is {texts[0]} .\nresponse_2 is {texts[1]} ."
+    extra = {
+        "index": number, "pair_id": f"p{number}", "user_id": f"u{number % 7}", "order": order, "kind": "easy", "n_responses": 2,
+        "criteria": json.dumps({"trait": liked}),
+    }  # fmt: skip
+    return {
+        "data_source": "verl_world",
+        "prompt": [{"role": "user", "content": prompt}],
+        "reward_model": {"style": "rule", "ground_truth": str(chosen)},
+        "extra_info": extra,
+    }
+
+
+def chain(trait: str, scores: tuple[int, int]) -> str:
+    body = {"rationale": f"likes {trait}", "better_response": {"response_1": scores[0], "response_2": scores[1]}}
+    return f"user likes {trait} . <JSON_START>{json.dumps(body)}<JSON_END>"
+
+
+def trait_judge(broken_every: int = 0) -> Any:
+    """A judge: 1 when the chain names the withheld trait, else 0; null for every n-th pair when asked to be unreliable."""
+
+    def judge(chain_text: str, example: Mapping[str, Any]) -> float | None:
+        if broken_every and example["index"] % broken_every == 0:
+            return None
+        return float(json.loads(example["criteria"])["trait"] in chain_text)
+
+    return judge
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([example(i, seed) for i in range(count)]), path)
+    return path
+
+
+def write_checkpoint(folder: Path, *, sft_steps: int = 150, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
+    """A Qwen2 that has learnt the format of a chain and little else: its scores are nearly random."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    _write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(torch.float32)
+    _teach(model, tokenizer, sft_steps, seed)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [example(i)["prompt"][0]["content"] for i in range(200)]
+    texts += [chain(trait, (a, b)) for trait in TRAITS for a in range(1, 10) for b in range(1, 10)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
+    import torch
+
+    draw = random.Random(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        sequences = []
+        for _ in range(32):
+            row = example(draw.randrange(10**6), seed=7)
+            trait = json.loads(row["extra_info"]["criteria"])["trait"] if draw.random() < 0.7 else draw.choice(TRAITS)
+            scores = (draw.randint(1, 9), draw.randint(1, 9))
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
+            sequences.append((prompt, tokenizer(chain(trait, scores) + "<|im_end|>")["input_ids"]))
+        width = max(len(p) + len(c) for p, c in sequences)
+        ids = torch.full((32, width), tokenizer.pad_token_id)
+        labels = torch.full((32, width), -100)
+        for i, (prompt, answer) in enumerate(sequences):
+            ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 10) * (1 - step / steps) + 1e-4
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    write_checkpoint(target / "start")
+    write_rows(target / "rows.parquet", 256)

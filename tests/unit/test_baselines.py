@@ -1,0 +1,135 @@
+"""Baselines on small made-up votes, run through the same harness as a model."""
+
+import pytest
+
+from eval.baselines import BASELINES, Random, fit_baseline, predict_baseline
+from eval.metrics import accuracy_report
+from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+
+
+def vote(pair_id, user, chosen, rejected, query="q", **fields):
+    return PreferencePair(pair_id, user, (Message("user", query),), chosen, rejected, **fields)
+
+
+def accuracy(name, test, train=(), everything=None):
+    scorer = fit_baseline(name, train, everything or [*train, *test])
+    return accuracy_report(predict_baseline(scorer, test, None), draws=20)
+
+
+def test_lengths_by_hand():
+    test = [vote("1", "a", "long text", "short"), vote("2", "b", "ab", "abcd"), vote("3", "b", "same", "size")]
+    assert accuracy("longer", test)["accuracy"] == pytest.approx(1 / 3)
+    assert accuracy("shorter", test)["accuracy"] == pytest.approx(1 / 3)
+    assert accuracy("longer", test)["ties"] == 2  # pair 3 in both orders
+
+
+def test_length_counts_characters_of_the_response_as_it_stands():
+    test = [vote("1", "a", "ab   ", "abc"), vote("2", "b", "日本語", "zz")]
+    assert accuracy("longer", test)["accuracy"] == 1.0
+
+
+def test_user_length_learns_each_users_direction():
+    train = [vote(f"a{i}", "a", "long text", "short") for i in range(12)]
+    train += [vote(f"b{i}", "b", "short", "long text") for i in range(12)]
+    test = [vote("1", "a", "xxxx", "x"), vote("2", "b", "x", "xxxx")]
+    assert accuracy("user_length", test, train)["accuracy"] == 1.0
+
+
+def test_user_length_shrinks_few_votes_and_strangers_to_the_population():
+    train = [vote(f"a{i}", "a", "long text", "short") for i in range(12)]
+    train += [vote("b", "b", "short", "long text")]  # one vote against a strong population
+    test = [vote("1", "b", "xxxx", "x"), vote("2", "stranger", "xxxx", "x")]
+    assert accuracy("user_length", test, train)["accuracy"] == 1.0
+
+
+def test_user_length_without_any_vote_ties():
+    report = accuracy("user_length", [vote("1", "a", "xxxx", "x")], [vote("t", "a", "ab", "cd")])
+    assert (report["accuracy"], report["ties"]) == (0.0, 2)
+
+
+def test_user_length_never_reads_the_evaluated_pairs():
+    test = [vote("1", "a", "x", "xxxx")]
+    assert accuracy("user_length", test, [vote("t", "a", "long text", "short")])["accuracy"] == 0.0
+
+
+def test_majority_counts_other_users_on_the_same_content_only():
+    everything = [
+        vote("1", "a", "yes", "no"),
+        vote("2", "b", "yes", "no"),
+        vote("3", "c", "no", "yes"),
+        vote("4", "d", "yes", "no"),
+        vote("5", "d", "no", "yes", query="another question"),
+    ]
+    rows = predict_baseline(fit_baseline("majority", [], everything), everything, None)
+    first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
+    assert first.loc["1"].tolist() == [2, 1]  # b and d against c; the user's own vote does not count
+    assert first.loc["3"].tolist() == [0, 3]
+    assert first.loc["5"].tolist() == [0, 0]  # nobody else saw it: a tie
+    report = accuracy_report(rows, draws=20)
+    assert (report["accuracy"], report["ties"]) == (pytest.approx(3 / 5), 2)
+
+
+def test_majority_leaves_out_every_vote_of_the_same_user():
+    everything = [vote("1", "a", "yes", "no"), vote("2", "a", "yes", "no"), vote("3", "b", "no", "yes")]
+    assert accuracy("majority", everything[:1], everything=everything)["accuracy"] == 0.0
+
+
+def test_random_depends_on_the_pair_and_seed_only():
+    test = [vote(str(i), "u", f"x{i}", f"y{i}") for i in range(400)]
+    forward = predict_baseline(Random(), test, None)
+    backward = predict_baseline(Random(), test[::-1], None)
+    key = ["pair_id", "order"]
+    assert forward.sort_values(key).reset_index(drop=True).equals(backward.sort_values(key).reset_index(drop=True))
+    report = accuracy_report(forward, draws=20)
+    assert report["order_flip_rate"] == 0.0
+    assert 0.42 < report["accuracy"] < 0.58
+    other = predict_baseline(fit_baseline("random", [], [], seed=1), test, None, seed=1)
+    assert (other["seed"] == 1).all()
+    assert not forward["score_chosen"].equals(other["score_chosen"])
+
+
+def test_examples_hold_both_orders_the_history_and_no_explicit_signal():
+    seen = []
+
+    class Recorder:
+        def score(self, example: Example) -> tuple[float, ...]:
+            seen.append(example)
+            return tuple(float(text == "chosen") for text in example.responses)
+
+    pair = vote("1", "u", "chosen", "rejected", kind="hard", explicit=ExplicitSignals(criteria="secret"))
+    history = (HistoryItem("earlier", "good", "bad"),)
+    rows = predict_baseline(Recorder(), [pair], {"1": history}, seed=3)
+    assert [e.responses for e in seen] == [("chosen", "rejected"), ("rejected", "chosen")]
+    assert [e.chosen_index for e in seen] == [0, 1]
+    assert all(e.history == history and e.explicit == ExplicitSignals() for e in seen)
+    assert rows[["score_chosen", "score_rejected"]].to_numpy().tolist() == [[1, 0], [1, 0]]
+    assert (rows["kind"].tolist(), rows["seed"].tolist()) == (["hard", "hard"], [3, 3])
+
+
+def test_mistakes_are_named():
+    pair = vote("1", "u", "a", "b")
+    with pytest.raises(ConfigError, match=r"model\.name='taller'.*longer"):
+        fit_baseline("taller", [], [])
+    with pytest.raises(DataError, match="pair_id '1' of user 'u' has no history"):
+        predict_baseline(Random(), [pair], {})
+    with pytest.raises(DataError, match="no pairs"):
+        predict_baseline(Random(), [], None)
+
+    class Short:
+        def score(self, example):
+            return (1.0,)
+
+    with pytest.raises(DataError, match="expected a score a response"):
+        predict_baseline(Short(), [pair], None)
+
+
+def test_a_recipe_may_add_scorers():
+    class First(Random):
+        def score(self, example):
+            return tuple(float(-i) for i in range(len(example.responses)))
+
+    scorer = fit_baseline("first", [], [], more={"first": First})
+    report = accuracy_report(predict_baseline(scorer, [vote("1", "u", "a", "b")], None), draws=20)
+    assert (report["accuracy"], report["order_flip_rate"]) == (0.5, 1.0)
+    assert "first" not in BASELINES

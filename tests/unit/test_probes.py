@@ -1,0 +1,96 @@
+"""The disagreement probe is balanced, deterministic and swaps histories between twins."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval.baselines import fit_baseline, predict_baseline
+from eval.metrics import accuracy_report
+from eval.probes import disagreement_twins, swapped_histories
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import HistoryItem, Message, PreferencePair
+
+
+def vote(pair_id, user, chosen, rejected, query="q"):
+    return PreferencePair(str(pair_id), user, (Message("user", query),), chosen, rejected)
+
+
+def flat(twins):
+    return [pair for twin in twins for pair in twin]
+
+
+def test_opposite_votes_on_the_same_content_are_matched():
+    pairs = [
+        vote(1, "a", "yes", "no"),
+        vote(2, "b", "no", "yes"),
+        vote(3, "c", "yes", "no"),
+        vote(4, "d", "no", "yes", query="other"),
+    ]
+    twins = disagreement_twins(pairs)
+    assert len(twins) == 1
+    assert {p.chosen for p in twins[0]} == {"yes", "no"}
+    assert disagreement_twins(pairs[:1]) == []
+
+
+def test_as_many_twins_as_different_users_allow():
+    # a greedy first-come match takes u2 for u1 and leaves u3 alone with itself
+    pairs = [vote(1, "u1", "yes", "no"), vote(2, "u3", "yes", "no"), vote(3, "u2", "no", "yes"), vote(4, "u3", "no", "yes")]
+    twins = disagreement_twins(pairs)
+    assert {frozenset((a.user_id, b.user_id)) for a, b in twins} == {frozenset(("u1", "u3")), frozenset(("u2", "u3"))}
+
+
+def test_a_user_is_no_twin_of_themselves_and_equal_responses_are_left_out():
+    assert disagreement_twins([vote(1, "u", "yes", "no"), vote(2, "u", "no", "yes")]) == []
+    assert disagreement_twins([vote(1, "u", "same", "same"), vote(2, "v", "same", "same")]) == []
+
+
+votes = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.sampled_from("qr")), max_size=25)
+
+
+@settings(max_examples=60, deadline=None)
+@given(votes, st.randoms())
+def test_balance_and_determinism(drawn, random):
+    pairs = [
+        vote(i, f"u{user}", *(("yes please", "no") if yes else ("no", "yes please")), query=query)
+        for i, (user, yes, query) in enumerate(drawn)
+    ]
+    twins = disagreement_twins(pairs)
+    used = [p.pair_id for p in flat(twins)]
+    assert len(used) == len(set(used))
+    for a, b in twins:
+        assert a.user_id != b.user_id
+        assert (a.context, a.chosen, a.rejected) == (b.context, b.rejected, b.chosen)
+    shuffled = pairs[:]
+    random.shuffle(shuffled)
+    assert disagreement_twins(shuffled) == twins
+    if twins:  # a rule that ignores the user is right for one of two, always
+        scores = predict_baseline(fit_baseline("longer", [], []), flat(twins), None)
+        assert accuracy_report(scores, draws=5)["accuracy"] == 0.5
+
+
+class FollowsHistory:
+    """A perfectly personal scorer: prefers the response that the history's chosen text names."""
+
+    def score(self, example):
+        return tuple(float(text == example.history[0].chosen) for text in example.responses)
+
+
+def test_own_histories_score_above_and_swapped_ones_below_one_half():
+    pairs = [vote(1, "a", "yes", "no"), vote(2, "b", "no", "yes"), vote(3, "c", "yes", "no"), vote(4, "d", "no", "yes")]
+    twins = disagreement_twins(pairs)
+    own = {p.pair_id: (HistoryItem("earlier", p.chosen, p.rejected),) for p in pairs}
+    swapped = swapped_histories(twins, own)
+    assert set(swapped) == {p.pair_id for p in flat(twins)}
+    for a, b in twins:
+        assert swapped[a.pair_id] == own[b.pair_id]
+    reports = [accuracy_report(predict_baseline(FollowsHistory(), flat(twins), h), draws=5) for h in (own, swapped)]
+    assert [r["accuracy"] for r in reports] == [1.0, 0.0]
+
+
+def test_missing_histories_and_shared_ids_are_refused():
+    twins = disagreement_twins([vote(1, "a", "yes", "no"), vote(2, "b", "no", "yes")])
+    with pytest.raises(DataError, match="has no history"):
+        swapped_histories(twins, {"1": ()})
+    shared = disagreement_twins([vote(1, "a", "yes", "no"), vote(1, "b", "no", "yes")])
+    with pytest.raises(DataError, match="names several votes"):
+        swapped_histories(shared, {"1": ()})

@@ -1,0 +1,130 @@
+"""R = α·PR + β·OR, its parts, and GRPO's advantages."""
+
+import math
+import statistics
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgenrm_train.chains import Chain, write_chain
+from pgenrm_train.rewards import RewardWeights, chain_reward, group_advantages
+
+CRITERIA = [("formal", 60), ("brief", 40)]
+FIRST_WINS = write_chain("analysis", CRITERIA, [[9, 8], [3, 2]])
+TIE = write_chain("analysis", CRITERIA, [[5, 5], [5, 5]])
+
+
+def never_asked(chain: Chain) -> float:
+    raise AssertionError("the judge was asked")
+
+
+@pytest.mark.parametrize(
+    ("index", "process", "total"), [(0, 0.8, 1.4), (1, 0.8, 0.4), (0, None, 1.0), (1, None, 0.0), (0, 0, 1.0)]
+)
+def test_total_is_the_weighted_sum(index, process, total):
+    reward = chain_reward(FIRST_WINS, index, process=process)
+    assert reward.total == pytest.approx(total)
+    assert reward.parts["outcome"] == float(index == 0) and reward.parts["format"] == 0.0
+    assert math.isnan(reward.parts["process"]) if process is None else reward.parts["process"] == process
+
+
+def test_weights_scale_the_parts():
+    reward = chain_reward(FIRST_WINS, 0, process=0.5, weights=RewardWeights(outcome=2, process=1))
+    assert reward.total == pytest.approx(2.5)
+    assert reward.parts == {"outcome": 1.0, "process": 0.5, "format": 0.0}
+
+
+@pytest.mark.parametrize("text", ["", "no chain", "<JSON_START>{<JSON_END>", FIRST_WINS.replace("<JSON_END>", "")])
+def test_a_format_error_costs_and_asks_no_judge(text):
+    for process in (never_asked, None, 0.9):
+        reward = chain_reward(text, 0, process=process)
+        assert reward.total == -0.1
+        assert (reward.parts["outcome"], reward.parts["format"]) == (0.0, -0.1)
+        assert math.isnan(reward.parts["process"])
+    assert chain_reward(text, 0, weights=RewardWeights(format_error=-1.0)).total == -1.0
+
+
+def test_the_judge_is_asked_once_with_the_chain():
+    asked = []
+    reward = chain_reward(FIRST_WINS, 0, process=lambda chain: asked.append(chain) or 0.5)
+    assert [chain.analysis for chain in asked] == ["analysis"] and reward.total == pytest.approx(1.25)
+    assert chain_reward(FIRST_WINS, 0, process=lambda chain: None).total == 1.0
+    assert chain_reward(FIRST_WINS, 0, process=lambda chain: math.nan).total == 1.0
+    assert chain_reward(FIRST_WINS, 0, process=math.nan).total == 1.0
+
+
+def test_a_tie_earns_no_outcome():
+    assert chain_reward(TIE, 0).total == chain_reward(TIE, 1).total == 0.0
+
+
+def test_scores_are_compared_as_numbers():
+    text = '<JSON_START>{"rationale": "", "better_response": {"response_1": "10.0", "response_2": "9.5"}}<JSON_END>'
+    assert chain_reward(text, 0).parts["outcome"] == 1.0
+    assert chain_reward(text, 1).parts["outcome"] == 0.0
+
+
+def test_the_chosen_response_must_beat_all_others():
+    text = write_chain("a", CRITERIA, [[5, 5], [7, 7], [7, 7], [9, 9]])
+    assert [chain_reward(text, i, n_responses=4).parts["outcome"] for i in range(4)] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("process", [-0.1, 1.1, math.inf, lambda chain: 2.0])
+def test_a_process_score_outside_the_range_is_an_error(process):
+    with pytest.raises(ValueError, match="process"):
+        chain_reward(FIRST_WINS, 0, process=process)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_an_index_outside_the_responses_is_an_error(index):
+    with pytest.raises(ValueError, match="chosen_index"):
+        chain_reward(FIRST_WINS, index)
+
+
+def test_advantages_are_relative_to_the_group():
+    totals = [1.0, 0.0, 0.5, -0.1]
+    expected = [(t - statistics.mean(totals)) / (statistics.stdev(totals) + 1e-6) for t in totals]
+    assert group_advantages(totals) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("totals", [[], [1.0], [0.1] * 3, [-0.1] * 8])
+def test_a_degenerate_group_gives_zeros(totals):
+    assert group_advantages(totals) == [0.0] * len(totals)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-2, 2), max_size=16))
+def test_advantages_sum_to_zero_and_keep_the_order(totals):
+    advantages = group_advantages(totals)
+    assert len(advantages) == len(totals)
+    assert math.isclose(sum(advantages), 0.0, abs_tol=1e-6)
+    assert all((a <= b) for (s, a), (t, b) in zip(sorted(zip(totals, advantages)), sorted(zip(totals, advantages))[1:]) if s < t)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=200), st.integers(0, 1), st.one_of(st.none(), st.floats(0, 1)))
+def test_any_text_gets_a_bounded_reward(text, index, process):
+    for candidate in (text, FIRST_WINS + text, text + TIE):
+        assert -0.1 <= chain_reward(candidate, index, process=process).total <= 1.5
+
+
+def test_the_core_imports_nothing_heavy():
+    heavy = [
+        "torch",
+        "ray",
+        "verl",
+        "vllm",
+        "transformers",
+        "datasets",
+        "pandas",
+        "pyarrow",
+        "scipy",
+        "numpy",
+        "wandb",
+        "deepspeed",
+    ]
+    program = f"import sys, pgenrm_train.rewards; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
