@@ -230,12 +230,12 @@ def _vote(
 ) -> PreferencePair:
     chosen, rejected = world.draw_pair(rng, user, scenario, kind)
     query = rng.choice(QUERIES).format(topic=rng.choice(SCENARIOS[scenario]))
-    return _pair(user, scenario, query, chosen.render(rng), rejected.render(rng), kind, split, user_split, f"{user.user_id}-{tag}")
+    return _pair(
+        user, scenario, query, chosen.render(rng), rejected.render(rng), kind, split, user_split, f"{user.user_id}-{tag}"
+    )
 
 
-def _twin(
-    world: PersonaWorld, rng: random.Random, pair: PreferencePair, user: User, users: list[User]
-) -> PreferencePair | None:
+def _twin(world: PersonaWorld, rng: random.Random, pair: PreferencePair, user: User, users: list[User]) -> PreferencePair | None:
     """The same question put to a user who prefers the other response; None when quality differs or nobody does."""
     chosen, rejected = read_response(pair.chosen), read_response(pair.rejected)
     assert chosen is not None and rejected is not None and pair.scenario is not None

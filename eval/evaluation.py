@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from eval.baselines import Scorer, predict_baseline
-from eval.harness import PredictionStore, Write, ask, own_questions
+from eval.harness import PredictionStore, Question, Write, ask, own_questions
 from eval.metrics import accuracy_report, paired_difference
 from eval.probes import Twins, disagreement_twins, swapped_histories
+from eval.scaling_study import Ask, FindSimilar, Study, cells, sample_pool
 from pgenrm_train.artifacts import fingerprint
 from pgenrm_train.backends.base import Generator
 from pgenrm_train.config import Config, masking_of
@@ -34,6 +35,7 @@ class Candidate:
     identity: str
     start: Callable[[], Generator]
     write: Callable[[], Write]
+    close: Callable[[], None]
     seconds: float | None = None  # wall time of the stage that made it
 
 
@@ -48,6 +50,15 @@ class Tested:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Every Ind-m/Pro-n cell of one study, from one pool of samples."""
+
+    study: Study
+    pool: pd.DataFrame
+    rows: list[dict[str, Any]]
+
+
 class Evaluation:
     """The pairs, histories and twins that every candidate is asked about."""
 
@@ -58,30 +69,42 @@ class Evaluation:
 
     def test(self, candidate: Candidate, folder: Path, progress: Progress) -> Tested:
         """Ask all questions of one candidate; resumes from what `folder` holds."""
-        temperature = self.config.eval.temperature
-        questions = own_questions(self.pairs, self.histories, seeds=self.config.eval.seeds, samples=self.samples)
+        questions = own_questions(self.pairs, self.histories, seeds=self.config.eval.seeds)
         if self.twins:
             swapped = swapped_histories(self.twins, self.histories)
             twins = [p for twin in self.twins for p in twin]
             questions += own_questions(twins, swapped, set_name="swapped")
-        identity = fingerprint(candidate.identity, temperature, masking_of(self.config, "eval"), self.config.seed)
-        predictions = ask(
-            questions,
-            candidate.start,
-            candidate.write(),
-            PredictionStore(folder / "predictions", identity),
-            masking=masking_of(self.config, "eval"),
-            temperature=temperature,
-            progress=progress,
-            what=f"evaluate {candidate.name}",
-        )
+        predictions = self.asker(candidate, folder, progress, self.config.eval.temperature or 0.0, "predictions")(questions)
         predictions = predictions[predictions["key"].isin({q.key for q in questions})]
         return self.judge(candidate.name, predictions, candidate.seconds)
 
-    @property
-    def samples(self) -> int:
-        ind = self.config.eval.ind
-        return max(ind) if isinstance(ind, list | tuple) else int(ind)
+    def asker(self, candidate: Candidate, folder: Path, progress: Progress, temperature: float, store: str) -> Ask:
+        """A function that answers questions with the candidate at a temperature, keeping the answers in `folder/store`."""
+        masking = masking_of(self.config, "eval")
+        identity = fingerprint(candidate.identity, temperature, masking, self.config.seed)
+
+        def answer(questions: Sequence[Question]) -> pd.DataFrame:
+            return ask(
+                questions,
+                candidate.start,
+                candidate.write(),
+                PredictionStore(folder / store, identity),
+                masking=masking,
+                temperature=temperature,
+                progress=progress,
+                what=f"evaluate {candidate.name}",
+            )
+
+        return answer
+
+    def study(
+        self, study: Study, candidate: Candidate, histories: Histories, folder: Path, progress: Progress, find: FindSimilar | None
+    ) -> Grid:
+        """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
+        pairs = self.pairs[: self.config.eval.grid_pairs]
+        temperature = 1.0 if self.config.eval.temperature is None else self.config.eval.temperature
+        pool = sample_pool(study, pairs, histories, self.asker(candidate, folder, progress, temperature, "samples"), find)
+        return Grid(study, pool, cells(pool, study, self.config))
 
     def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None) -> Tested:
         """Accuracy on all pairs, and the probe on the twins."""
@@ -122,13 +145,21 @@ def stage_row(tested: Tested) -> dict[str, Any]:
     """One row of the headline table."""
     report, slices = tested.report, tested.report["slices"]
     hard = slices.get("hard")
-    row: dict[str, Any] = {"stage": tested.name, "accuracy": report["accuracy"], "accuracy ci95": report["ci95"], "stderr": report["stderr"]}
+    row: dict[str, Any] = {
+        "stage": tested.name,
+        "accuracy": report["accuracy"],
+        "accuracy ci95": report["ci95"],
+        "stderr": report["stderr"],
+    }
     if hard:
         row |= {"hard accuracy": hard["accuracy"], "hard accuracy ci95": hard["ci95"]}
     if rival := slices.get("rival"):
         row |= {"rival accuracy": rival["accuracy"], "rival accuracy ci95": rival["ci95"]}
     if tested.probe:
-        row |= {"swapped history accuracy": tested.probe["swapped"]["accuracy"], "swapped history accuracy ci95": tested.probe["swapped"]["ci95"]}
+        row |= {
+            "swapped history accuracy": tested.probe["swapped"]["accuracy"],
+            "swapped history accuracy ci95": tested.probe["swapped"]["ci95"],
+        }
     failures = sum(report["failures"].values())
     return row | {"format failures": failures, "ties": report["ties"], "seconds": tested.seconds}
 
@@ -141,7 +172,15 @@ def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
     rows = []
     for cohort, part in own.groupby("cohort"):
         report = accuracy_report(part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed)
-        rows.append({"model": tested.name, "users": cohort, "accuracy": report["accuracy"], "accuracy ci95": report["ci95"], "pairs": report["n_pairs"]})
+        rows.append(
+            {
+                "model": tested.name,
+                "users": cohort,
+                "accuracy": report["accuracy"],
+                "accuracy ci95": report["ci95"],
+                "pairs": report["n_pairs"],
+            }
+        )
     return rows
 
 

@@ -141,7 +141,11 @@ def prediction(question: Question, generation: Generation) -> dict[str, Any]:
         "text": generation.text,
     }
     if failure is None and chain is not None and not isinstance(chain, ParseFailure):
-        row |= {"score_chosen": chain.scores[chosen], "score_rejected": chain.scores[1 - chosen], "issues": ",".join(chain.issues)}
+        row |= {
+            "score_chosen": chain.scores[chosen],
+            "score_rejected": chain.scores[1 - chosen],
+            "issues": ",".join(chain.issues),
+        }
         if chain.verified_scores:
             row |= {"verified_chosen": chain.verified_scores[chosen], "verified_rejected": chain.verified_scores[1 - chosen]}
     return row

@@ -8,46 +8,106 @@ from typing import Any
 
 import pandas as pd
 
-from eval.evaluation import Evaluation, Tested, cohort_rows, stage_row
+from eval.evaluation import Evaluation, Grid, Tested, cohort_rows, stage_row
+from eval.metrics import accuracy_report
 from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
 from pgenrm_train.artifacts import write_json, write_table, write_text
 from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.masking import present
+from pgenrm_train.scaling import grid
 
 
 def publish(
-    config: Config, folder: Path, evaluation: Evaluation, tested: Sequence[Tested], baselines: Sequence[Tested], facts: Mapping[str, Any]
-) -> None:
-    """Write everything; the last of `tested` is the final model and gives the top-level fields of results.json."""
+    config: Config,
+    folder: Path,
+    evaluation: Evaluation,
+    tested: Sequence[Tested],
+    baselines: Sequence[Tested],
+    grids: Sequence[Grid],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Write everything; returns what results.json holds.
+
+    The last of `tested` is the final model and gives the top-level fields: Ind-1 as asked in both orders, or the cell that
+    `eval.ind` and `eval.pro` name when both are numbers.
+    """
     rows, compared = [stage_row(t) for t in tested], [stage_row(t) for t in baselines]
     final = (tested or baselines)[-1]
     everyone = [*tested, *baselines]
-    results = final.report | {
-        "ind": config.eval.ind,
-        "pro": config.eval.pro,
+    results = headline(config, final, grids) | {
         "data": config.data.name,
+        "judge": config.judge.kind,
+        "grids": {g.study.name: g.rows for g in grids},
         "stages": {t.name: t.report for t in tested},
         "baselines": {t.name: t.report for t in baselines},
         "probe_swapped_history": {t.name: t.probe for t in everyone if t.probe},
-        "notes": list(facts["notes"]),
+        "notes": list(notes),
     }
     write_json(folder / "results.json", results)
-    write_table(folder / "predictions.parquet", pd.concat([t.predictions.assign(model=t.name) for t in everyone], ignore_index=True))
-    notes = [*personal_sentences(final), *facts["notes"]]
-    write_text(folder / "table.txt", text_table([*rows, *compared], notes, evaluation, config))
+    pools = [g.pool.assign(model=final.name) for g in grids]
+    write_table(
+        folder / "predictions.parquet",
+        pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True),
+    )
+    notes = [*personal_sentences(final), *notes]
+    grid_texts = [text_table(g.rows, grid_title(g), 110) for g in grids]
+    text = (
+        text_table([*rows, *compared], headline_title(evaluation, config), 150)
+        + "".join(grid_texts)
+        + "".join(f"- {n}\n" for n in notes)
+    )
+    write_text(folder / "table.txt", text)
     report = Report(
         title=f"P-GenRM on {config.data.name}",
         run=run_facts(config, evaluation),
         stages=rows,
         comparisons=compared,
-        sections=sections(config, tested, everyone),
-        curves=training_curves(folder.parent),
+        sections=[*(Section(grid_title(g), "", g.rows) for g in grids), *sections(config, tested, everyone)],
+        curves=[*(grid_curve(g) for g in grids), *training_curves(folder.parent)],
         notes=notes,
         chains=chain_views(config, evaluation, final) if tested else [],
     )
     write_report(folder / "report.html", report)
     write_markdown(folder / "report.md", report)
+    return results
+
+
+def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> dict[str, Any]:
+    """The top-level fields of results.json."""
+    plain = final.report | {"ind": 1, "pro": 0}
+    scaling = next((g for g in grids if g.study.name == "scaling"), None)
+    if scaling is None or isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list):
+        return plain
+    table = grid(scaling.pool, [config.eval.ind], [config.eval.pro])
+    cell = accuracy_report(
+        table,
+        protocol=config.eval.protocol,
+        draws=config.eval.draws,
+        seed=config.seed,
+        extra={"ind": config.eval.ind, "pro": config.eval.pro},
+    )
+    return cell | {"model": final.name}
+
+
+def headline_title(evaluation: Evaluation, config: Config) -> str:
+    users = len({p.user_id for p in evaluation.pairs})
+    return (
+        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, {config.eval.protocol} protocol, "
+        f"judge={config.judge.kind}; accuracy in % [95 % interval over users]"
+    )
+
+
+def grid_title(grid: Grid) -> str:
+    whose = "one history pair known" if grid.study.name == "one_pair" else "full history"
+    return f"Test-time user-based scaling, {whose}: m own samples, n similar users"
+
+
+def grid_curve(grid: Grid) -> Curve:
+    """Accuracy over m, a line for each n."""
+    by_n = {n: {row["ind"]: row["accuracy"] for row in grid.rows if row["pro"] == n} for n in grid.study.pro}
+    lines = {f"Pro-{n}": [cells.get(m) for m in grid.study.ind] for n, cells in by_n.items()}
+    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy")
 
 
 def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
@@ -71,11 +131,18 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
         by_kind = [
-            {"model": t.name, **{f"{k} accuracy": t.report["slices"][k]["accuracy"] for k in kinds if k in t.report["slices"]}} for t in everyone
+            {"model": t.name, **{f"{k} accuracy": t.report["slices"][k]["accuracy"] for k in kinds if k in t.report["slices"]}}
+            for t in everyone
         ]
         found.append(Section("Accuracy by kind of pair", "", by_kind))
     if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
-        found.append(Section("Seen and unseen personas", "All test users are unseen; unseen personas also hold criteria that no training user has.", cohorts))
+        found.append(
+            Section(
+                "Seen and unseen personas",
+                "All test users are unseen; unseen personas also hold criteria that no training user has.",
+                cohorts,
+            )
+        )
     probes = [
         {
             "model": t.name,
@@ -108,7 +175,9 @@ def personal_sentences(final: Tested) -> list[str]:
     own, swapped = final.probe["own"], final.probe["swapped"]
     low, high = final.probe["difference"]["ci95"]
     verdict = (
-        "it uses whose history it reads" if low > 0 else "no dependence on whose history it reads is proven: this model is not shown to be personal"
+        "it uses whose history it reads"
+        if low > 0
+        else "no dependence on whose history it reads is proven: this model is not shown to be personal"
     )
     return [
         f"{final.name}, {final.probe['n_pairs']} votes on which two users disagree: own history {own['accuracy']:.1%}, swapped history "
@@ -130,13 +199,17 @@ def training_curves(run_dir: Path) -> list[Curve]:
         frame = pd.read_json(path, lines=True)
         if name in frame:
             part = frame[["step", name]].dropna().drop_duplicates("step", keep="last")
-            curves.append(Curve(f"{stage}: {label}", part["step"].tolist(), {label: part[name].tolist()}, "optimiser step", label))
+            curves.append(
+                Curve(f"{stage}: {label}", part["step"].tolist(), {label: part[name].tolist()}, "optimiser step", label)
+            )
     return curves
 
 
 def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
     """A few readable chains of the final model: kinds in turn, hits and misses."""
-    own = final.predictions[(final.predictions["set"] == "own") & (final.predictions["sample"] == 0) & (final.predictions["seed"] == 0)]
+    own = final.predictions[
+        (final.predictions["set"] == "own") & (final.predictions["sample"] == 0) & (final.predictions["seed"] == 0)
+    ]
     pairs = {p.pair_id: p for p in evaluation.pairs}
     step = max(1, len(own) // max(1, config.eval.chains_in_report))
     views = []
@@ -157,22 +230,29 @@ def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[C
         failure = row.failure if isinstance(row.failure, str) else None
         views.append(
             ChainView(
-                pair_id=pair.pair_id, user_id=pair.user_id, query=pair.query, responses=example.responses, label=example.chosen_index,
-                text=row.text or "", kind=pair.kind, stage=final.name, history=example.history, failure=failure, **known,
-            )  # fmt: skip
+                pair_id=pair.pair_id,
+                user_id=pair.user_id,
+                query=pair.query,
+                responses=example.responses,
+                label=example.chosen_index,
+                text=row.text or "",
+                kind=pair.kind,
+                stage=final.name,
+                history=example.history,
+                failure=failure,
+                **known,
+            )
         )
     return views
 
 
-def text_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str], evaluation: Evaluation, config: Config) -> str:
-    """The table that ends a run on the console."""
+def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str:
+    """A table for the console."""
     from io import StringIO
 
     from rich.console import Console
     from rich.table import Table
 
-    users = len({p.user_id for p in evaluation.pairs})
-    title = f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users, {config.eval.protocol} protocol, accuracy in % [95 % interval over users]"
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95")))
     for column in columns:
@@ -180,10 +260,7 @@ def text_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str], evaluati
     for row in rows:
         table.add_row(*(_cell(row.get(column), row.get(f"{column} ci95")) for column in columns))
     out = StringIO()
-    console = Console(file=out, width=150, force_terminal=False)
-    console.print(table)
-    for note in notes:
-        console.print(f"- {note}", highlight=False)
+    Console(file=out, width=width, force_terminal=False).print(table)
     return out.getvalue()
 
 

@@ -64,7 +64,9 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else pa.Table.from_pylist(list(rows))
+    table = (
+        pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else pa.Table.from_pylist(list(rows))
+    )
     with atomic(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -169,16 +171,27 @@ class StageFolder:
         write_config(self.path / "config.yaml", config)
         self.save()
 
+    def beat(self, every: float = 10.0) -> None:
+        """Note the time spent so far, so that a killed stage has not spent it for nothing in the table."""
+        if time.monotonic() - self._started > every:
+            self._count_time()
+            self.save()
+
     def finish(self, **facts: Any) -> None:
         """Mark complete, with the facts that a table shows; wall seconds add up over restarts."""
-        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + time.monotonic() - self._started, 1)
+        self._count_time()
         self.manifest |= {"status": "complete", **facts}
         self.save()
 
     def interrupted(self, reason: str) -> None:
-        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + time.monotonic() - self._started, 1)
+        self._count_time()
         self.manifest |= {"status": "interrupted", "reason": reason}
         self.save()
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + now - self._started, 1)
+        self._started = now
 
     def save(self) -> None:
         write_json(self.path / MANIFEST, self.manifest)

@@ -59,7 +59,9 @@ class LoraConfig:
     rank: int = 0  # 0: full-parameter training
     alpha: int = 32
     dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 @dataclass
@@ -157,6 +159,7 @@ class GrpoConfig:
     """GRPO on veRL (METHOD §4).  8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts a step, mini-batches of 128 prompts."""
 
     masking: str = "masked"
+    rows: int = 8192  # training pairs to draw from
     steps: int = 200
     prompts_per_step: int = 128
     group_size: int = 8
@@ -186,8 +189,7 @@ class CurriculumConfig(GrpoConfig):
     schedule: str = "linear"  # linear · cosine · step · uniform
     hard_share_start: float = 0.3
     hard_share_end: float = 0.8
-    mining_samples: int = 4  # K chains a pair from the CRE model
-    mining_pairs: int | None = 2000
+    mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`
     hard_pass_rate: float = 0.5  # a pair is hard when at most this share of its chains rank chosen first
 
 
@@ -214,9 +216,12 @@ class EvalConfig:
     split: str = "test"
     masking: str = "masked"
     seeds: int = 1
-    ind: Any = 1  # m own samples a pair and order: a number or a list
+    ind: Any = 1  # m own samples a pair and order: a number, or a list for a grid beside the Ind-1 headline
     pro: Any = 0  # n chains from the histories of similar users: a number or a list
-    temperature: float = 0.0
+    one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
+    one_pair_pro: list[int] = field(default_factory=list)
+    grid_pairs: int | None = None  # pairs of the grids; null: all
+    temperature: float | None = None  # null: greedy for one sample, 1.0 for several
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap
     probes: bool = True
@@ -286,6 +291,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "curriculum.schedule": ("linear", "cosine", "step", "uniform"),
     **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
 }
+_LOCAL = {"teacher": "teacher=features (any votes)", "judge": "judge=none (outcome and format only)"}
 _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
@@ -327,6 +333,10 @@ def check(config: Config) -> None:
             raise ConfigError(_not_one_of(key, value, valid))
     if config.masking.policy is not None and config.masking.policy not in _CHOICES["psi.masking"]:
         raise ConfigError(_not_one_of("masking.policy", config.masking.policy, _CHOICES["psi.masking"]))
+    for key in ("eval.ind", "eval.pro"):
+        value = get(config, key)
+        if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
+            raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
     for key in _POSITIVE:
         if get(config, key) <= 0:
             raise ConfigError(f"{key}={get(config, key)} must be above 0")
@@ -336,10 +346,14 @@ def check(config: Config) -> None:
         _check_grpo(section, getattr(config, section))
     for section in ("teacher", "judge"):
         endpoint = getattr(config, section)
-        if endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name):
-            raise ConfigError(f"{section}=endpoint needs {section}.base_url= and {section}.name=")
+        if endpoint.kind in ("endpoint", "vllm"):
+            raise ConfigError(
+                f"{section}={endpoint.kind} is not built yet; valid today: {section}=oracle (personaworld), {_LOCAL[section]}"
+            )
         if endpoint.kind == "oracle" and config.data.name != "personaworld":
-            raise ConfigError(f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}=")
+            raise ConfigError(
+                f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
+            )
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(
@@ -355,6 +369,11 @@ def _check_grpo(section: str, grpo: GrpoConfig) -> None:
         raise ConfigError(
             f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of {section}.mini_batch_prompts={grpo.mini_batch_prompts}"
         )
+
+
+def sizes(value: Any) -> tuple[int, ...]:
+    """`eval.ind` or `eval.pro` as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
 def masking_of(config: Config, stage: str) -> str:

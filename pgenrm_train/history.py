@@ -18,7 +18,9 @@ POLICIES = ("random", "recent", "same_scenario")
 class HistorySampler:
     """Draws `size` history items a pair from the `train` rows among `pairs`; O(rows) to build, O(rows of the user) a draw."""
 
-    def __init__(self, pairs: Iterable[PreferencePair], *, size: int, policy: str, kind: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, pairs: Iterable[PreferencePair], *, size: int, policy: str, kind: str | None = None, seed: int = 0
+    ) -> None:
         self.size, self.policy, self.seed = size, policy, seed
         self._by_user: dict[str, list[PreferencePair]] = defaultdict(list)
         for pair in pairs:

@@ -256,7 +256,7 @@ class Refinement:
         loss.backward()  # type: ignore[no-untyped-call]
         self.map_optimiser.step()
         self.row_optimiser.step()  # type: ignore[no-untyped-call]
-        return loss.item()
+        return float(loss.item())
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the batch, and Δ (B,)."""

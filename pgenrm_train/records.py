@@ -166,7 +166,9 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, row {number}: expected one JSON object a line, got a line that is not JSON ({error})") from None
+                raise DataError(
+                    f"{path}, row {number}: expected one JSON object a line, got a line that is not JSON ({error})"
+                ) from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
             yield row

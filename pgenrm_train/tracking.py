@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Tracker:
 
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
         self.stage, self.path = stage, folder / "metrics.jsonl"
+        self.after_log: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = self._start_wandb(config, folder) if config.tracking.kind != "none" else None
 
@@ -29,6 +30,7 @@ class Tracker:
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "stage": self.stage, **numbers}) + "\n")
+        self.after_log()
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(metrics), step=step)

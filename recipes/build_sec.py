@@ -38,7 +38,9 @@ def run(config: Config) -> None:
 
     folder = run_stage(config, "build_sec", build_sec.READS, ["build_data"], body)
     facts = folder.manifest
-    print(f"[build_sec] {facts['chains']} chains kept of {facts['asked']} asked; rejected: {facts['rejected']}; trimmed: {facts['trimmed']}")
+    print(
+        f"[build_sec] {facts['chains']} chains kept of {facts['asked']} asked; rejected: {facts['rejected']}; trimmed: {facts['trimmed']}"
+    )
 
 
 def teacher(config: Config, pairs: Sequence[PreferencePair]) -> Teacher:

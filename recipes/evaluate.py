@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.baselines import fit_baseline
-from eval.evaluation import Candidate, Evaluation, Tested
+from eval.evaluation import Candidate, Evaluation, Grid, Tested
+from eval.scaling_study import FindSimilar, Similar, Study
 from eval.summary import publish
 from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.backends.base import Generator
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.records import Example, PreferencePair
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
-from recipes.run import prepare, progress, run_stage
+from recipes.run import newest, prepare, progress, run_stage
 
-READS = ("data", "seed", "eval", "masking", "model.kind", "model.name", "model.path", "model.instructions", "model.max_prompt_tokens",
+READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.instructions", "model.max_prompt_tokens",
          "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
 TRAINED = ("psi", "cre", "curriculum")  # stages that make a checkpoint, in order
 
@@ -44,15 +46,58 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         raise DataError(f"no pair has split={config.eval.split}; nothing to evaluate")
     sampler = histories(config, pairs)
     evaluation = Evaluation(config, split, {p.pair_id: sampler(p) for p in split})
-    tested = [
-        evaluation.test(candidate, folder.path / candidate.name, progress) for candidate in candidates(config, made)
-    ]
+    tested, grids = [], []
+    for candidate in (everyone := candidates(config, made)):
+        tested.append(evaluation.test(candidate, folder.path / candidate.name, progress))
+        if candidate is everyone[-1]:
+            grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs)
+        candidate.close()
     baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs, split).items()]
     for step, result in enumerate(tested):
         tracker.log(step, metrics(result))
-    publish(config, folder.path, evaluation, tested, baselines, facts(config))
-    final = (tested or baselines)[-1].report
-    return {"accuracy": final["accuracy"], "ci95": final["ci95"], "model": final["model"]}
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config))
+    return {"accuracy": final["accuracy"], "ci95": final["ci95"], "model": final["model"], "judge": config.judge.kind}
+
+
+def scale(
+    config: Config, evaluation: Evaluation, candidate: Candidate, folder: Path, pairs: Sequence[PreferencePair]
+) -> list[Grid]:
+    """Test-time user-based scaling of one model, where more than one sample is asked for."""
+    sampler, studies, grids = histories(config, pairs), [], []
+    if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
+        studies.append((Study("scaling", ind, sizes(config.eval.pro)), config.data.history_size))
+    if config.eval.one_pair_ind:
+        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0])), 1))
+    for study, size in studies:
+        shown = {p.pair_id: sampler(p, size) for p in evaluation.pairs}
+        find = find_similar(config, pairs) if study.n else None
+        grids.append(evaluation.study(study, candidate, shown, folder, progress, find))
+    return grids
+
+
+def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:
+    """Nearest training users by the text of an analysis, from the run's prototypes (METHOD §7)."""
+    import pandas as pd
+
+    from pgenrm_train import prototypes
+    from recipes.prototypes import hashes, make_embedder
+
+    folder = newest(config, "prototypes")
+    embedder = make_embedder(config)
+    expect = {k: v for k, v in hashes(config, Path("-"), embedder).items() if k != "model"}
+    loaded = prototypes.load(folder.path, expect)
+    members = pd.read_parquet(folder.path / "analyses.parquet").sort_values("row")
+    sampler, by_id = histories(config, pairs), {p.pair_id: p for p in pairs}
+
+    def find(analyses: Sequence[str], users: Sequence[str], n: int) -> list[list[Similar]]:
+        found = []
+        for vector, user in zip(embedder(analyses), users):
+            rows = prototypes.neighbours(loaded, loaded.embeddings, loaded.users, vector, user, n, allow_fewer=True)
+            chosen = [by_id[members["pair_id"].iat[row]] for row in rows]
+            found.append([Similar(p.user_id, sampler(p)) for p in chosen])
+        return found
+
+    return find
 
 
 def candidates(config: Config, made: Sequence[str]) -> list[Candidate]:
@@ -63,7 +108,8 @@ def candidates(config: Config, made: Sequence[str]) -> list[Candidate]:
         return [_local(config, config.model.label, Path(config.model.path), None)]
     run_dir = Path(config.run_dir)
     return [
-        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"]) for stage in made
+        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"])
+        for stage in made
     ]
 
 
@@ -71,19 +117,25 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -
     if not (checkpoint / "config.json").exists():
         raise ArtifactError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
 
+    @functools.cache
     def start() -> Generator:
         from pgenrm_train.backends.vllm_engine import VllmGenerator
 
         return VllmGenerator(config, checkpoint)
 
+    def close() -> None:
+        if start.cache_info().currsize:
+            start().close()
+            start.cache_clear()
+
     identity = "|".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in sorted(checkpoint.glob("*.safetensors")))
-    return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), seconds)
+    return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
 
 
 def scorers(config: Config, pairs: Sequence[PreferencePair], split: Sequence[PreferencePair]) -> dict[str, Any]:
     """The LLM-free baselines that were asked for, fitted on training pairs."""
     names = [config.model.name] if config.model.kind == "baseline" else list(config.eval.baselines)
-    more = {"features": _features, "oracle": _oracle}
+    more: dict[str, Any] = {"features": _features, "oracle": _oracle}
     train = [p for p in pairs if p.trains]
     return {name: fit_baseline(name, train, split, seed=config.seed, more=more) for name in names}
 
@@ -143,7 +195,7 @@ def metrics(result: Tested) -> dict[str, float]:
     return {k: float(v) for k, v in found.items() if v is not None}
 
 
-def facts(config: Config) -> Mapping[str, Any]:
+def notes(config: Config) -> list[str]:
     """Sentences that a reader must know beside the numbers."""
     notes = []
     if config.judge.kind == "none":
@@ -153,4 +205,4 @@ def facts(config: Config) -> Mapping[str, Any]:
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."
         )
-    return {"notes": notes}
+    return notes

@@ -39,7 +39,14 @@ def publish(config: Config, seconds: float) -> None:
     stages = {stage: _brief(StageFolder.read(run_dir, stage)) for stage in STAGES}
     write_json(
         run_dir / "manifest.json",
-        {"recipe": "pipeline", "status": "complete", "seed": config.seed, "stages": stages, "wall_seconds": round(seconds, 1), **environment_facts()},
+        {
+            "recipe": "pipeline",
+            "status": "complete",
+            "seed": config.seed,
+            "stages": stages,
+            "wall_seconds": round(seconds, 1),
+            **environment_facts(),
+        },
     )
     spent = ", ".join(f"{stage} {facts['wall_seconds']:.0f} s" for stage, facts in stages.items())
     print(f"time: {spent}")

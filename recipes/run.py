@@ -45,6 +45,7 @@ def run_stage(
     check_machine(config, stage)
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
     tracker = Tracker(config, stage, folder.path)
+    tracker.after_log = folder.beat
     try:
         facts = body(folder, tracker)
     except KeyboardInterrupt:
@@ -88,7 +89,9 @@ def launch(config: Config, recipe: str) -> None:
     if code == 2:  # the child has told the user what is wrong
         raise SystemExit(2)
     if code:
-        raise BackendError(f"recipe={recipe} ended with exit code {code}; its last words stand above, and the same command continues")
+        raise BackendError(
+            f"recipe={recipe} ended with exit code {code}; its last words stand above, and the same command continues"
+        )
 
 
 def prepare(config: Config) -> None:
@@ -107,7 +110,9 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterabl
     """A progress bar with ETA on stderr."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False)
+    return tqdm(
+        items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False
+    )
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

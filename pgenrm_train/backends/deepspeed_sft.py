@@ -55,7 +55,9 @@ def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path, log:
     if config.cluster.nodes * ranks == 1:
         return _train_here(config, rows, start, work_dir, log)
     command = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
-    done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], env={**os.environ, **environment(config)})
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]], env={**os.environ, **environment(config)}
+    )
     if done.returncode:
         raise BackendError(f"torchrun ended with exit code {done.returncode}; the processes' messages stand above")
     result = json.loads((work_dir / "trained.json").read_text())
@@ -194,7 +196,11 @@ def _with_lora(config: Config, model: Any) -> Any:
     return get_peft_model(
         model,
         LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
         ),
     )
 

@@ -51,6 +51,7 @@ def environment(config: Config) -> dict[str, str]:
             "GLOO_SOCKET_IFNAME": "lo",
             "RAY_enable_worker_prestart": "0",  # one idle Python a logical CPU costs seconds of a small machine
             "RAY_prestart_worker_first_driver": "0",
+            "RAY_worker_niceness": "0",  # Ray's default of 15 starves the workers on a machine that does anything else
         }
     return env
 
@@ -207,6 +208,8 @@ def cpu_keys(config: Config, section: str) -> dict[str, Any]:
         f"{rollout}.load_format": "auto",
         f"{rollout}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
         f"{rollout}.max_num_batched_tokens": max(8192, length),
+        # vLLM 0.28 rewinds the generator of a seeded request after a partial prefill, which a CPU generator cannot do
+        f"{rollout}.enable_chunked_prefill": False,
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
         f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni" if config.cluster.tensor_parallel == 1 else "mp",
         f"{rollout}.agent.num_workers": 0,  # chains are collected on a thread of the driver: one process less to start

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,6 +236,10 @@ def main(job: Path) -> int:
     except errors.PGenRMError as error:
         write_json(report, {"error": type(error).__name__, "message": str(error)})
         return 2
+    except Exception as error:
+        traceback.print_exc()
+        write_json(report, {"error": BackendError.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"})
+        return 1
     write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
     return 0
 

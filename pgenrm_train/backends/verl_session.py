@@ -112,8 +112,9 @@ class Session:
     def _start_trainer(self, verl: Any) -> None:
         import transfer_queue
 
-        from pgenrm_train.backends.verl_trainer import ChainTrainer
+        from pgenrm_train.backends.verl_trainer import ChainTrainer, use_direct_servers
 
+        use_direct_servers()
         transfer_queue.init(verl.transfer_queue)
         self.trainer = ChainTrainer(verl)
         self.trainer.init()

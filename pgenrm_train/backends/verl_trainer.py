@@ -25,8 +25,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 import transfer_queue as tq
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.verl_config import TRAINER
 from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
@@ -203,9 +205,14 @@ class ChainTrainer(PPOTrainerSync):
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         began = time.monotonic()
-        batch = super().step(metrics, timing_raw)
         run = self.run
         assert run is not None
+        try:
+            batch = super().step(metrics, timing_raw)
+        except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
+            if failures := self.rollout.take_failures():
+                raise BackendError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
+            raise
         groups = self._groups(batch)
         ours = chain_metrics(groups, run.sampler)
         ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
@@ -257,6 +264,19 @@ class ChainTrainer(PPOTrainerSync):
         draft.rename(folder / MARKER)
         for old in complete_checkpoints(run.work_dir / "verl")[: -run.keep_checkpoints]:
             shutil.rmtree(old)
+
+
+class DirectServers(LLMServerManager):
+    """vLLM servers without verl's load-balancer actor: `ChainSampler` spreads its requests itself, which saves two remote calls
+    a sample and a process that imports verl."""
+
+    async def _init_global_load_balancer(self) -> None:
+        self.global_load_balancer = None
+
+
+def use_direct_servers() -> None:
+    """verl's trainer names the manager class in its module and offers no setting for it."""
+    trainer_base.LLMServerManager = DirectServers
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

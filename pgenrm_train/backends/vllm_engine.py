@@ -57,7 +57,8 @@ class VllmGenerator:
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         """Yield every sample of every request, a request's samples together, as requests finish."""
-        engine, waiting, live = self._llm.llm_engine, iter(requests), {}
+        engine, waiting = self._llm.llm_engine, iter(requests)
+        live: dict[str, GenerationRequest] = {}
         exhausted = False
         while live or not exhausted:
             while not exhausted and sum(r.samples for r in live.values()) < self.config.eval.max_in_flight:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pgenrm_train.artifacts import StageFolder, sha256_file, write_json, write_table
@@ -19,13 +20,40 @@ READS = ("data", "seed")
 
 
 def run(config: Config, folder: StageFolder, build: Callable[..., Iterable[PreferencePair]]) -> dict[str, Any]:
-    """Build, check and write; returns the card.  Raises DataError for an empty split or overlapping ids."""
-    pairs = _limited(list(build(config.data, config.seed)), config)
-    _refuse_overlap(pairs)
-    write_table(folder.path / PAIRS, [pair_to_row(p) for p in pairs])
-    card = _card(pairs) | {"sha256": sha256_file(folder.path / PAIRS)}
+    """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from."""
+    pairs = _limited(_with_unique_ids(build(config.data, config.seed)), config)
+    kept = without_overlap(pairs)
+    write_table(folder.path / PAIRS, [pair_to_row(p) for p in kept])
+    card = _card(kept) | {"train_votes_dropped_as_repeated_in_val_or_test": len(pairs) - len(kept)}
+    card["sha256"] = sha256_file(folder.path / PAIRS)
     write_json(folder.path / "card.json", card)
     return card
+
+
+def _with_unique_ids(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
+    """Many sources name the *question*, which several users voted on; here an id names one vote."""
+    found = list(pairs)
+    times = Counter(p.pair_id for p in found)
+    seen: Counter[str] = Counter()
+    unique = []
+    for pair in found:
+        name = pair.pair_id if times[pair.pair_id] == 1 else f"{pair.pair_id}/{pair.user_id}"
+        seen[name] += 1
+        unique.append(replace(pair, pair_id=name if seen[name] == 1 else f"{name}/{seen[name]}"))
+    return unique
+
+
+def without_overlap(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Drop train votes that the same user also casts in val or test: same conversation, same two texts, whichever was chosen.
+
+    The same question put to *other* users is normal in votes and stays.
+    """
+    held_out = {_content(p) for p in pairs if p.split != "train"}
+    return [p for p in pairs if p.split != "train" or _content(p) not in held_out]
+
+
+def _content(pair: PreferencePair) -> tuple[str, tuple[str, ...], frozenset[str]]:
+    return pair.user_id, tuple(m.content for m in pair.context), frozenset((pair.chosen, pair.rejected))
 
 
 def _limited(pairs: list[PreferencePair], config: Config) -> list[PreferencePair]:
@@ -41,22 +69,6 @@ def _limited(pairs: list[PreferencePair], config: Config) -> list[PreferencePair
         kept.add(user)
         total += rows
     return [p for p in pairs if not p.trains or p.user_id in kept]
-
-
-def _refuse_overlap(pairs: Sequence[PreferencePair]) -> None:
-    """No id twice, and no vote of a user in two splits: the same question and the same two texts, whichever was chosen."""
-    seen_ids: set[str] = set()
-    split_of: dict[tuple[str, str, frozenset[str]], tuple[str, str]] = {}
-    for pair in pairs:
-        if pair.pair_id in seen_ids:
-            raise DataError(f"pair_id {pair.pair_id!r} occurs twice; ids must be unique")
-        seen_ids.add(pair.pair_id)
-        content = (pair.user_id, "\n".join(m.content for m in pair.context), frozenset((pair.chosen, pair.rejected)))
-        split, first = split_of.setdefault(content, (pair.split, pair.pair_id))
-        if split != pair.split:
-            raise DataError(
-                f"pairs {first!r} ({split}) and {pair.pair_id!r} ({pair.split}) are the same vote of user {pair.user_id!r} in two splits"
-            )
 
 
 def _card(pairs: Sequence[PreferencePair]) -> dict[str, Any]:

@@ -23,7 +23,17 @@ from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.records import Example, PreferencePair
 from pgenrm_train.stages.inputs import asked, histories
 
-READS = ("data", "seed", "teacher", "sec", "masking", "psi.masking", "model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
+READS = (
+    "data",
+    "seed",
+    "teacher",
+    "sec",
+    "masking",
+    "psi.masking",
+    "model.instructions",
+    "model.max_prompt_tokens",
+    "model.max_text_tokens",
+)
 SEC = "sec.parquet"
 LABEL_WORDS = ("chosen response", "rejected response", "ground truth", "the label")  # a teacher that talks of labels leaks them
 
@@ -61,7 +71,10 @@ def run(
 
 
 def sample_chains(
-    config: Config, pairs: Sequence[PreferencePair], teacher: Teacher, progress: Callable[[Iterable[Any], str, int], Iterable[Any]]
+    config: Config,
+    pairs: Sequence[PreferencePair],
+    teacher: Teacher,
+    progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
 ) -> tuple[list[Kept], list[dict[str, Any]]]:
     """Ask for up to `sec.samples_per_pair` chains a pair and order until one passes; every rejected chain is recorded."""
     questions = _questions(config, pairs)

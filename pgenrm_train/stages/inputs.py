@@ -35,10 +35,7 @@ def histories(config: Config, pairs: Iterable[PreferencePair]) -> HistorySampler
 def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None) -> list[PreferencePair]:
     """Pairs of a split that a stage asks about.  `train` means training users' train part; the train part of held-out users
     is history only.  A limit keeps whole groups of votes on the same conversation, in the order of the file."""
-    if split == "train":
-        found = [p for p in pairs if p.trains]
-    else:
-        found = [p for p in pairs if p.split == split]
+    found = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
     if limit is None or len(found) <= limit:
         return found
     conversations = dict.fromkeys(p.conversation_id for p in found)
@@ -92,7 +89,8 @@ class PromptWriter:
             view,
             context=tuple(Message(m.role, self._cut(m.content, limit)) for m in view.context),
             history=tuple(
-                HistoryItem(self._cut(i.query, limit), self._cut(i.chosen, limit), self._cut(i.rejected, limit)) for i in view.history
+                HistoryItem(self._cut(i.query, limit), self._cut(i.chosen, limit), self._cut(i.rejected, limit))
+                for i in view.history
             ),
             responses=tuple(self._cut(r, limit) for r in view.responses),
         )

@@ -10,7 +10,17 @@ from typing import Any
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.stages.build_sec import SEC
 
-READS = ("psi", "seed", "model.kind", "model.name", "model.path", "model.lora", "model.nano", "cluster.processes_per_node", "cluster.nodes")
+READS = (
+    "psi",
+    "seed",
+    "model.kind",
+    "model.name",
+    "model.path",
+    "model.lora",
+    "model.nano",
+    "cluster.processes_per_node",
+    "cluster.nodes",
+)
 
 __all__ = ["READS", "SEC", "facts"]
 

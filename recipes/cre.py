@@ -1,0 +1,10 @@
+"""cre: GRPO on veRL from the PSI checkpoint; criteria masked from the prompt and used as supervision by the judge."""
+
+from __future__ import annotations
+
+from pgenrm_train.config import Config
+from recipes.grpo import run_stages
+
+
+def run(config: Config) -> None:
+    run_stages(config, ["cre"])

@@ -1,0 +1,10 @@
+"""curriculum: GRPO on veRL from the CRE checkpoint; outcome and format only, with a growing share of hard negatives."""
+
+from __future__ import annotations
+
+from pgenrm_train.config import Config
+from recipes.grpo import run_stages
+
+
+def run(config: Config) -> None:
+    run_stages(config, ["curriculum"])

@@ -1,0 +1,68 @@
+"""prototypes: the newest checkpoint writes analyses of training users → embeddings → clusters → refined prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.harness import PredictionStore, ask, own_questions
+from pgenrm_train.artifacts import StageFolder, fingerprint
+from pgenrm_train.config import Config, masking_of
+from pgenrm_train.stages import prototypes
+from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
+from recipes import build_data
+from recipes.build_sec import load_tokenizer
+from recipes.run import newest, prepare, progress, run_stage
+
+
+def run(config: Config) -> None:
+    prepare(config)
+    build_data.run(config)
+    made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
+    inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
+    folder = run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made))
+    facts = folder.manifest
+    print(
+        f"[prototypes] k={facts['k']} from {facts['analyses']} analyses of {facts['users']} users; adjusted Rand index {facts['recovery']}"
+    )
+
+
+def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:
+    """Ask the model about training users, then hand chains and embedder to the stage."""
+    pairs = load_pairs(Path(config.run_dir))
+    chosen = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
+    sampler = histories(config, pairs)
+    shown = {p.pair_id: sampler(p) for p in chosen}
+    questions = [q for q in own_questions(chosen, shown) if q.order == 0]
+    table = ask(
+        questions,
+        lambda: generator(config, checkpoint),
+        PromptWriter(config, load_tokenizer(checkpoint)),
+        PredictionStore(folder.path / "chains", fingerprint(str(checkpoint), config.seed)),
+        masking=masking_of(config, "eval"),
+        temperature=0.0,
+        progress=progress,
+        what="analyses of training users",
+    ).set_index("key")
+    chains = [(q.pair, table.at[q.key, "text"] if table.at[q.key, "failure"] is None else None) for q in questions]
+    embedder = make_embedder(config)
+    return prototypes.run(config, folder, chains, shown, embedder, hashes(config, checkpoint, embedder))
+
+
+def generator(config: Config, checkpoint: Path) -> Any:
+    from pgenrm_train.backends.vllm_engine import VllmGenerator
+
+    return VllmGenerator(config, checkpoint)
+
+
+def make_embedder(config: Config) -> Any:
+    from pgenrm_train.backends.embedder import SentenceEmbedder
+
+    device = "cuda" if config.cluster.device == "cuda" else "cpu"
+    return SentenceEmbedder(config.prototypes.embedder, device=device, cache_dir=Path(config.run_dir) / "embeddings")
+
+
+def hashes(config: Config, checkpoint: Path, embedder: Any) -> Mapping[str, str]:
+    data = StageFolder.read(Path(config.run_dir), "build_data").manifest["sha256"]
+    return prototypes.read_hashes(config, checkpoint, embedder.fingerprint, data)
