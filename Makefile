@@ -40,6 +40,12 @@ $(STAMP): requirements/cpu.txt requirements/vllm-alias/pyproject.toml pyproject.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./requirements/vllm-alias -e .
 	@touch $(STAMP)
 
+fixture: env ## the small PSI checkpoint that budget=smoke and the tests start from
+	$(BIN)/python -m pgenrm_train recipe=psi run_dir=runs/fixture tracking=none
+	rm -rf tests/data/psi_nano && mkdir -p tests/data/psi_nano
+	cp runs/fixture/psi/checkpoint/* tests/data/psi_nano/
+	cp runs/fixture/psi/manifest.json tests/data/psi_nano/
+
 clean: ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 

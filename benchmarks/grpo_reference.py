@@ -81,7 +81,9 @@ def reward(tokenizer: Any, tokens: list[int], row: Mapping[str, Any], judge: Any
     return found.total, found.parts["outcome"]
 
 
-def log_probs(model: Any, prompts: Sequence[list[int]], chains: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probs(
+    model: Any, prompts: Sequence[list[int]], chains: Sequence[list[int]], pad: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every chain token, and the mask of what is one; both (chains, tokens)."""
     width = max(len(p) + len(c) for p, c in zip(prompts, chains, strict=True))
     ids = torch.tensor([p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, chains, strict=True)])
@@ -92,7 +94,15 @@ def log_probs(model: Any, prompts: Sequence[list[int]], chains: Sequence[list[in
     return -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), mask
 
 
-def update(model: Any, optimiser: Any, prompts: Sequence[list[int]], chains: Sequence[list[int]], advantages: Sequence[float], args: Any, pad: int) -> float:
+def update(
+    model: Any,
+    optimiser: Any,
+    prompts: Sequence[list[int]],
+    chains: Sequence[list[int]],
+    advantages: Sequence[float],
+    args: Any,
+    pad: int,
+) -> float:
     """One step: with one mini-batch a step the old policy is the current one, so its log-probs are these, detached."""
     tokens = sum(map(len, chains))
     for first in range(0, len(chains), args.micro_batch):

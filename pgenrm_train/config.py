@@ -151,7 +151,7 @@ class PsiConfig:
     save_every: int = 200
     log_every: int = 10
     keep_checkpoints: int = 2
-    early_checkpoint: str | None = None  # start from this shipped checkpoint instead of the base model
+    nano_start: str | None = None  # nano only: a shipped checkpoint to go on from instead of random weights
 
 
 @dataclass
@@ -311,8 +311,10 @@ def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
     budget = _root_.pipeline.budget
     if budget not in BUDGETS:
         raise ConfigError(_not_one_of("pipeline.budget", budget, BUDGETS))
+    from omegaconf import OmegaConf
+
     value = {"smoke": smoke, "demo": demo, "full": full}[budget]
-    return None if value == "null" else value
+    return OmegaConf.create(value) if isinstance(value, list) else value
 
 
 def parse(composed: Any) -> Config:

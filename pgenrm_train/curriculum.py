@@ -61,7 +61,7 @@ class Rounds:
         return np.random.default_rng((self.seed, self.name, self.round)).permutation(len(self.items))
 
     def draw(self, count: int) -> list[int]:
-        drawn = []
+        drawn: list[int] = []
         while len(drawn) < count:
             if self.position == len(self.items):
                 self.round, self.position = self.round + 1, 0

@@ -159,19 +159,27 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, row {number}: expected one JSON object a line, got a line that is not JSON ({error})"
-                ) from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
-            yield row
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    number += 1
+                    yield _jsonl_row(line, path, number)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {number}: expected UTF-8 text, got other bytes ({error.reason})") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); expected a JSONL file") from None
+
+
+def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, row {number}: expected one JSON object a line, got a line that is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -201,15 +209,23 @@ def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePa
 
     def number_or_none(name: str) -> float | None:
         value = row.get(name)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if _absent(value):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise bad(name, "a number or null", value)
         return float(value)
 
+    def turn() -> int:
+        value = number_or_none("turn") or number_or_none("turns") or 0.0
+        if not value.is_integer():
+            raise bad("turn", "a whole number or null", value)
+        return int(value)
+
     for name in ("user_id", "context", "chosen", "rejected"):
-        if row.get(name) is None:
+        if _absent(row.get(name)):
             raise bad(name, "a value", "nothing (missing or null)")
+    if not str(row["user_id"]).strip():
+        raise bad("user_id", "a value", row["user_id"])
     split = _choice(row, "split", bad)
     return PreferencePair(
         pair_id=str(row.get("pair_id") or row.get("conversation_id") or f"{path.stem}-{number}"),
@@ -220,7 +236,7 @@ def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePa
         conversation_id=str(row.get("conversation_id") or ""),
         chosen_score=number_or_none("chosen_score"),
         rejected_score=number_or_none("rejected_score"),
-        turn=int(number_or_none("turn") or number_or_none("turns") or 0),
+        turn=turn(),
         kind=_optional_text(row, "type", bad),
         scenario=_optional_text(row, "scenario", bad),
         split=split,
@@ -256,7 +272,7 @@ def _context(value: object, bad: Any) -> tuple[Message, ...]:
 
 def _choice(row: Mapping[str, Any], name: str, bad: Any) -> str:
     value = row.get(name)
-    value = {"validation": "val", None: "train", "": "train"}.get(value, value)
+    value = "train" if value is None or value == "" else "val" if value == "validation" else value
     if value not in SPLITS:
         raise bad(name, "train, val or test", value)
     return str(value)
@@ -264,7 +280,7 @@ def _choice(row: Mapping[str, Any], name: str, bad: Any) -> str:
 
 def _optional_text(row: Mapping[str, Any], name: str, bad: Any) -> str | None:
     value = row.get(name)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _absent(value):
         return None
     if not isinstance(value, str):
         raise bad(name, "a text or null", value)
@@ -273,7 +289,7 @@ def _optional_text(row: Mapping[str, Any], name: str, bad: Any) -> str | None:
 
 def _attributes(row: Mapping[str, Any], bad: Any) -> tuple[tuple[str, float], ...]:
     value = row.get("attributes")
-    if value is None:
+    if _absent(value) or (isinstance(value, str) and not value.strip()):
         return ()
     if isinstance(value, str):
         try:
@@ -286,6 +302,11 @@ def _attributes(row: Mapping[str, Any], bad: Any) -> tuple[tuple[str, float], ..
         return tuple((str(k), float(v)) for k, v in value.items() if v is not None)
     except (TypeError, ValueError):
         raise bad("attributes", "numbers as weights", value) from None
+
+
+def _absent(value: object) -> bool:
+    """Null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _short(value: object) -> str:

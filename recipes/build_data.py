@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pgenrm_train.config import Config
+from pgenrm_train.errors import ConfigError
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages import build_data
 from recipes.run import prepare, run_stage
@@ -20,4 +21,7 @@ def builder(config: Config) -> Callable[..., Iterable[PreferencePair]]:
     """The builder of `data=`; each is one file in data_builders/."""
     from data_builders import pairs, personaworld
 
-    return {"pairs": pairs.build, "personaworld": personaworld.build}[config.data.name]
+    known = {"pairs": pairs.build, "personaworld": personaworld.build}
+    if config.data.name not in known:
+        raise ConfigError(f"data.name={config.data.name} is not one of {', '.join(known)}")
+    return known[config.data.name]

@@ -10,7 +10,7 @@ import numpy as np
 
 from pgenrm_train.backends.base import Teacher
 from pgenrm_train.chains import FORMAT_STRINGS
-from pgenrm_train.config import Config, masking_of
+from pgenrm_train.config import ROOT, Config, masking_of
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.masking import apply_masking
 from pgenrm_train.prompts import TAGS, chat_messages
@@ -29,10 +29,9 @@ def run(config: Config) -> None:
 
     def body(folder, _tracker):  # type: ignore[no-untyped-def]
         pairs = load_pairs(Path(config.run_dir))
-        base = folder.path / "base"
 
         def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:
-            return PromptWriter(config, load_tokenizer(base_model(config, base, kept)))
+            return PromptWriter(config, load_tokenizer(make_base(config, kept)))
 
         return build_sec.run(config, folder, pairs, teacher(config, pairs), writer_for, progress)
 
@@ -68,17 +67,26 @@ class _Features:
         return self.rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
 
 
-def base_model(config: Config, folder: Path, kept: Sequence[build_sec.Kept]) -> Path | str:
-    """Where training starts: `model.path`, the hub name, or a nano made from the chains at hand."""
+def base_model(config: Config) -> Path | str:
+    """Where PSI starts: `model.path`, the hub name, a shipped nano, or the nano that build_sec makes."""
     if config.model.path:
         return Path(config.model.path)
     if config.model.kind != "nano":
         return config.model.name
-    from pgenrm_train.backends.nano import make_nano
+    if config.psi.nano_start:
+        return ROOT / config.psi.nano_start
+    return Path(config.run_dir) / "build_sec" / "base"
 
-    sample = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
-    make_nano(folder, sample, [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)], config.model.nano, config.seed)
-    return folder
+
+def make_base(config: Config, kept: Sequence[build_sec.Kept]) -> Path | str:
+    """`base_model`, made from the chains at hand where it is a nano from random weights."""
+    base = base_model(config)
+    if base == Path(config.run_dir) / "build_sec" / "base":
+        from pgenrm_train.backends.nano import make_nano
+
+        sample = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
+        make_nano(base, sample, [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)], config.model.nano, config.seed)
+    return base
 
 
 def load_tokenizer(model: Path | str):  # type: ignore[no-untyped-def]

@@ -7,23 +7,25 @@ import time
 from pathlib import Path
 
 from pgenrm_train.artifacts import StageFolder, environment_facts, write_json
-from pgenrm_train.config import Config
+from pgenrm_train.config import STAGES, Config
 from recipes.run import launch, prepare
 
-STAGES = (
+RECIPES = (
     "build_data",  # raw source → pairs
     "build_sec",  # teacher chains, rejection sampling
     "psi",  # SFT on DeepSpeed
-    "evaluate",  # unseen users, both orders, vLLM
+    "cre_and_curriculum",  # GRPO on veRL: criteria masked, then hard negatives; one engine start for both
+    "prototypes",  # analyses of training users → clusters → refinement
+    "evaluate",  # every checkpoint on unseen users, both orders, vLLM; scaling of the last
 )
 
 
 def run(config: Config) -> None:
     started = time.monotonic()
     prepare(config)
-    for number, stage in enumerate(STAGES, start=1):
-        print(f"── stage {number} of {len(STAGES)}: {stage}", flush=True)
-        launch(config, stage)
+    for number, recipe in enumerate(RECIPES, start=1):
+        print(f"── {number} of {len(RECIPES)}: {recipe}", flush=True)
+        launch(config, recipe)
     publish(config, time.monotonic() - started)
 
 

@@ -20,9 +20,7 @@ def run(config: Config) -> None:
 
         os.environ.update({k: v for k, v in deepspeed_sft.environment(config).items() if k not in os.environ})
         sec = Path(config.run_dir) / "build_sec"
-        start = (
-            Path(config.model.path) if config.model.path else sec / "base" if config.model.kind == "nano" else config.model.name
-        )
+        start = build_sec.base_model(config)
         trained = deepspeed_sft.train(config, sec / psi.SEC, start=start, work_dir=folder.path, log=tracker.log)
         return psi.facts(trained)
 

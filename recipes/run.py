@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgenrm_train.artifacts import StageFolder, set_aside, write_config
+from pgenrm_train.artifacts import StageFolder, set_aside, sha256_file, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
 from pgenrm_train.preflight import check_machine
 from pgenrm_train.tracking import Tracker
 
 T = TypeVar("T")
+CHILD = "PGENRM_PIPELINE_CHILD"
 
 
 def run_stage(
@@ -38,7 +39,7 @@ def run_stage(
     run_dir = Path(config.run_dir)
     folder = StageFolder.read(run_dir, stage)
     made_from = {name: StageFolder.read(run_dir, name).manifest.get("fingerprint", "") for name in inputs}
-    settings = {key: _plain(get(config, key)) for key in reads}
+    settings = {key: _plain(get(config, key)) for key in reads} | _source(config)
     if folder.complete and folder.made_from(settings, made_from):
         print(f"[{stage}] complete in {folder.path}", flush=True)
         return folder
@@ -77,7 +78,8 @@ def launch(config: Config, recipe: str) -> None:
     """Run one recipe of the same configuration in a child process that dies with this one."""
     file = Path(config.run_dir) / "config.yaml"
     command = [sys.executable, "-m", "pgenrm_train.worker", str(file), recipe]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, CHILD: "1"}
     child = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
     try:
         code = child.wait()
@@ -96,6 +98,8 @@ def launch(config: Config, recipe: str) -> None:
 
 def prepare(config: Config) -> None:
     """Make the run folder, or set an old one aside when resume=false, and write the resolved configuration."""
+    if CHILD in os.environ:  # the pipeline has done it
+        return
     run_dir = Path(config.run_dir)
     if not config.resume and (old := set_aside(run_dir)):
         print(f"resume=false: the old run was moved to {old}", flush=True)
@@ -134,6 +138,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def _die_with_parent() -> None:
     """Linux: the kernel ends the child when its parent is killed, so that kill -9 leaves no process behind."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _source(config: Config) -> dict[str, Any]:
+    """The raw data counts by its content: a moved file is the same data, a changed file is not."""
+    if config.data.path is None or not (path := Path(config.data.path)).is_file():
+        return {}
+    return {"data": to_dict(config.data) | {"path": None}, "data file sha256": sha256_file(path)}
 
 
 def _plain(value: Any) -> Any:

@@ -121,6 +121,7 @@ def _finish(config: Config, trainer: Any, tokenizer: Any, result: Any, work_dir:
     staging = work_dir / "checkpoint.tmp"
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody's to load
         tokenizer.save_pretrained(staging)
         publish_folder(staging, work_dir / "checkpoint")
         write_json(work_dir / "trained.json", {"steps": state.global_step, "metrics": metrics})

@@ -95,7 +95,9 @@ def check(config: Config, section: str, start: Path) -> None:
             f"({section}.mini_batch_prompts × {section}.group_size over {ranks} processes)"
         )
     if ranks % cluster.tensor_parallel:
-        raise ConfigError(f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {ranks} processes of cluster.processes_per_node")
+        raise ConfigError(
+            f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {ranks} processes of cluster.processes_per_node"
+        )
     positions = _positions(start)
     needed = model.max_prompt_tokens + model.max_response_tokens
     if positions is not None and needed > positions:
@@ -229,7 +231,9 @@ def gpu_keys(config: Config, section: str) -> dict[str, Any]:
         f"{actor}.fsdp_config.dtype": model.dtype,
         f"{actor}.fsdp_config.param_offload": offload,
         f"{actor}.fsdp_config.optimizer_offload": offload,
-        f"{actor}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",  # fp32 master weights unless the base is frozen
+        f"{actor}.fsdp_config.model_dtype": "bf16"
+        if model.lora.rank
+        else "fp32",  # fp32 master weights unless the base is frozen
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
         f"{rollout}.dtype": model.dtype,
         f"{rollout}.gpu_memory_utilization": cluster.gpu_memory_utilization,

@@ -67,7 +67,9 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "verl_job.json", folder / "verl_report.json"
     report.unlink(missing_ok=True)
-    write_json(job, {"config": dataclasses.asdict(config), "phases": [dataclasses.asdict(p) for p in phases], "report": str(report)})
+    write_json(
+        job, {"config": dataclasses.asdict(config), "phases": [dataclasses.asdict(p) for p in phases], "report": str(report)}
+    )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment(config)
     command = [sys.executable, "-m", "pgenrm_train.backends.verl_grpo", str(job)]
     child = subprocess.Popen(command, env=env, start_new_session=True)
@@ -85,7 +87,9 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
 
 def _read(report: Path, code: int, folder: Path) -> list[Trained]:
     if not report.exists():
-        raise BackendError(f"veRL's process ended with code {code} and no report; its last worker logs are in {folder / 'ray_logs'}")
+        raise BackendError(
+            f"veRL's process ended with code {code} and no report; its last worker logs are in {folder / 'ray_logs'}"
+        )
     found = read_json(report)
     if "error" in found:
         kind = getattr(errors, found["error"], BackendError)
@@ -103,7 +107,12 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
     waiting = [i for i, phase in enumerate(phases) if _completed(phase) is None]
     sessions = [[i] for i in waiting] if config.model.lora.rank else [waiting] if waiting else []
     for together in sessions:
-        _run_session(config, [phases[i] for i in together], [starts[i] for i in together], report or phases[0].work_dir / "verl_report.json")
+        _run_session(
+            config,
+            [phases[i] for i in together],
+            [starts[i] for i in together],
+            report or phases[0].work_dir / "verl_report.json",
+        )
     return [done for phase in phases if (done := _completed(phase)) is not None]
 
 
@@ -150,7 +159,9 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     _check_steps(phase, trainer.last_saved())
     session.watchdog.beat(phase.section, phase.steps, "exporting the checkpoint")
     export(trainer, phase, start, "float32" if config.cluster.device == "cpu" else config.model.dtype)
-    write_json(phase.work_dir / "trained.json", {"steps": phase.steps, "metrics": {k: v for k, v in run.last.items() if v is not None}})
+    write_json(
+        phase.work_dir / "trained.json", {"steps": phase.steps, "metrics": {k: v for k, v in run.last.items() if v is not None}}
+    )
 
 
 def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | None] | None) -> Any:
@@ -192,7 +203,9 @@ def _check_loads(folder: Path) -> None:
 
 def _check_steps(phase: Phase, made: int) -> None:
     if made != phase.steps:
-        raise NothingTrainedError(f"{phase.section} planned {phase.steps} steps and stands at {made}; see {phase.work_dir / 'metrics.jsonl'}")
+        raise NothingTrainedError(
+            f"{phase.section} planned {phase.steps} steps and stands at {made}; see {phase.work_dir / 'metrics.jsonl'}"
+        )
 
 
 def _completed(phase: Phase) -> Trained | None:
@@ -202,7 +215,9 @@ def _completed(phase: Phase) -> Trained | None:
         return None
     found = read_json(said)
     if found["steps"] != phase.steps:
-        raise ArtifactError(f"{phase.work_dir} holds a {phase.section} of {found['steps']} steps and {phase.steps} are planned; use another run_dir")
+        raise ArtifactError(
+            f"{phase.work_dir} holds a {phase.section} of {found['steps']} steps and {phase.steps} are planned; use another run_dir"
+        )
     return Trained(found["steps"], phase.checkpoint, found["metrics"])
 
 

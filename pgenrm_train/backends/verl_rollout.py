@@ -93,19 +93,22 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
     chain = parse_chain(text, responses)
     process = None if judge is None else (lambda _chain: judge(text, extra))
     reward = chain_reward(text, chosen, process=process, weights=weights, n_responses=responses)
-    parsed = not isinstance(chain, ParseFailure)
-    judged = parsed and judge is not None
-    others = [s for i, s in enumerate(chain.scores) if i != chosen] if parsed else []
+    failure = chain.kind if isinstance(chain, ParseFailure) else None
+    judged = failure is None and judge is not None
     return {
         "total": reward.total,
         "outcome": _or_null(reward.parts["outcome"]),
         "process": _or_null(reward.parts["process"]) if judged else None,
         "format": _or_null(reward.parts["format"]),
-        "margin": chain.scores[chosen] - max(others) if parsed else None,
-        "failure": None if parsed else ("length" if not sample.finished else chain.kind),
+        "margin": None if isinstance(chain, ParseFailure) else _margin(chain.scores, chosen),
+        "failure": failure if sample.finished else "length",
         "null_verdict": judged and math.isnan(reward.parts["process"]),
         "error": None,
     }
+
+
+def _margin(scores: Sequence[float], chosen: int) -> float:
+    return scores[chosen] - max(score for i, score in enumerate(scores) if i != chosen)
 
 
 def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
@@ -194,9 +197,7 @@ class ChainSampler:
         place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
         self.in_flight[place] += 1
         try:
-            output = await self.servers[place].generate.remote(
-                prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex
-            )
+            output = await self.servers[place].generate.remote(prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex)
         finally:
             self.in_flight[place] -= 1
         tokens = list(output.token_ids[:limit])

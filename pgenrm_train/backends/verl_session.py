@@ -36,7 +36,8 @@ class Watchdog:
     def __init__(self, seconds: float, on_stall: Callable[[str], None]) -> None:
         self.seconds, self.on_stall = seconds, on_stall
         self.stage, self.step, self.doing = "start-up", 0, "starting Ray, the actor and vLLM"
-        self.last, self.stepped, self.file = time.monotonic(), False, None
+        self.last, self.stepped = time.monotonic(), False
+        self.file: Path | None = None
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 

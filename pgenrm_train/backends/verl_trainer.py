@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import ray
 import transfer_queue as tq
@@ -31,6 +30,16 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.verl_config import TRAINER
+from pgenrm_train.backends.verl_progress import (
+    MARKER,
+    append,
+    chain_metrics,
+    complete_checkpoints,
+    newest_checkpoint,
+    progress_line,
+    trim,
+    under_stage,
+)
 from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
@@ -40,7 +49,6 @@ POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a sma
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 MAX_NULL_SHARE = 0.5  # of a step's judged chains without a verdict
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
-MARKER = "complete.json"
 
 
 @dataclass
@@ -55,11 +63,11 @@ class PhaseRun:
     seed: int
     keep_checkpoints: int = 2
     beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
-    last: dict[str, float] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    sampler: CurriculumSampler = field(init=False)  # set by `begin`, once hardness is known
 
     def __post_init__(self) -> None:
         self.table = pq.read_table(self.rows)
-        self.sampler: CurriculumSampler | None = None  # set by `begin`, once hardness is known
         self.started, self.first_step = time.monotonic(), 0
 
     def row(self, index: int) -> dict[str, Any]:
@@ -67,19 +75,23 @@ class PhaseRun:
 
     def state_dict(self) -> dict[str, Any]:
         """verl stores this in data.pt; we read it back from the marker."""
-        assert self.sampler is not None
         return self.sampler.state_dict()
+
+    def seconds_a_step(self, step: int) -> float:
+        return (time.monotonic() - self.started) / max(step - self.first_step, 1)
 
 
 @register_trainer(TRAINER)
 class ChainTrainer(PPOTrainerSync):
-    """See the module's docstring.  `start_rollout` after `init`, then for each phase `begin` and `fit`."""
+    """See the module's docstring.  `start_rollout` after `init`, then for each phase `prepare`, `begin` and `fit`."""
+
+    role_worker_mapping: dict[Any, Any]
 
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"  # the base class branches on the name
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
-        self.run: PhaseRun | None = None
+        self.run: PhaseRun  # set by `prepare`
         self.loaded = config.actor_rollout_ref.model.path
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
 
@@ -120,7 +132,6 @@ class ChainTrainer(PPOTrainerSync):
     def begin(self, sampler: CurriculumSampler) -> int:
         """Go to the newest complete checkpoint of the phase, if there is one; returns the step that the phase stands at."""
         run = self.run
-        assert run is not None
         run.sampler = sampler
         self.global_steps = self._resume(run)
         self._init_dump_executor()
@@ -128,7 +139,6 @@ class ChainTrainer(PPOTrainerSync):
         return self.global_steps
 
     def last_saved(self) -> int:
-        assert self.run is not None
         return newest_checkpoint(self.run.work_dir / "verl")[1]
 
     def _sync(self) -> None:
@@ -145,7 +155,6 @@ class ChainTrainer(PPOTrainerSync):
             return 0
         print(f"{run.stage}: resuming after step {step} from {folder}", flush=True)
         self.actor_rollout_wg.load_checkpoint(local_path=str(folder / "actor"), del_local_after_load=False)
-        assert run.sampler is not None
         run.sampler.load_state_dict(state)
         self.loaded, self.global_steps = str(folder), step
         self._sync()
@@ -160,7 +169,6 @@ class ChainTrainer(PPOTrainerSync):
     def measure(self, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
         """`samples` chains of every row from the current actor, scored and not trained on; one list of infos a row."""
         run, groups = self.run, []
-        assert run is not None
         for first in range(0, run.table.num_rows, prompts_at_once):
             places = range(first, min(first + prompts_at_once, run.table.num_rows))
             prompts = [self._prompt(run.row(i), f"{purpose}{i}", samples, 0) for i in places]
@@ -171,19 +179,20 @@ class ChainTrainer(PPOTrainerSync):
     # one step
 
     def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int) -> Prompt:
-        assert self.run is not None
         seed = f"{self.run.seed}/{self.run.stage}"
         return Prompt(uid, row, step, seed, samples, self.config.actor_rollout_ref.rollout.temperature)
 
     def prepare_step(self) -> dict[str, Any]:
         """Draw the batch and hand it to the rollout."""
         run, step = self.run, self.global_steps
-        assert run is not None
         run.beat(run.stage, step, "sampling chains")
         drawn = run.sampler.next_batch(step)
         samples = self.config.actor_rollout_ref.rollout.n
         prompts = [self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)]
-        append(run.work_dir / "batches.jsonl", {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]})
+        append(
+            run.work_dir / "batches.jsonl",
+            {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]},
+        )
         tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts]
         tq.kv_batch_put(keys=[p.uid for p in prompts], partition_id="train", tags=tags)
         self.rollout.train(prompts)
@@ -191,11 +200,9 @@ class ChainTrainer(PPOTrainerSync):
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
-        assert self.run is not None
         self.run.beat(self.run.stage, self.global_steps, "updating the actor")
 
     def on_step_end(self) -> None:
-        assert self.run is not None
         self.run.beat(self.run.stage, self.global_steps, "syncing weights to vLLM")
         super().on_step_end()
 
@@ -206,7 +213,6 @@ class ChainTrainer(PPOTrainerSync):
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         began = time.monotonic()
         run = self.run
-        assert run is not None
         try:
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
@@ -220,8 +226,8 @@ class ChainTrainer(PPOTrainerSync):
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
         run.last = ours
-        append(run.work_dir / "metrics.jsonl", {"step": self.global_steps, "stage": run.stage} | _nulls(run.stage, ours))
-        print(progress_line(run, self.global_steps), flush=True)
+        append(run.work_dir / "metrics.jsonl", {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours))
+        print(progress_line(run.stage, self.global_steps, run.steps, ours, run.seconds_a_step(self.global_steps)), flush=True)
         self._stop_if_hopeless(groups, ours, run_failures)
         return batch
 
@@ -239,7 +245,6 @@ class ChainTrainer(PPOTrainerSync):
 
     def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
         run = self.run
-        assert run is not None
         where = f"{run.stage} stopped at step {self.global_steps}"
         problem = None
         if ours["reward/error_share"] > MAX_ERROR_SHARE:
@@ -255,7 +260,6 @@ class ChainTrainer(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps
-        assert run is not None
         run.beat(run.stage, step, "saving a checkpoint")
         super()._save_checkpoint()
         folder = run.work_dir / "verl" / f"global_step_{step}"
@@ -279,89 +283,6 @@ def use_direct_servers() -> None:
     trainer_base.LLMServerManager = DirectServers
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders `global_step_N` that hold a marker, oldest first."""
-    found = [path.parent for path in folder.glob(f"global_step_*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
-    """(folder, step, sampler state) of the newest complete checkpoint, (None, 0, {}) without one.
-    Half-written ones are reported and removed, for verl would write into them again."""
-    complete = complete_checkpoints(folder)
-    for path in folder.glob("global_step_*"):
-        if path not in complete:
-            print(f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True)
-            shutil.rmtree(path)
-    if not complete:
-        return None, 0, {}
-    marker = json.loads((complete[-1] / MARKER).read_text())
-    return complete[-1], int(marker["step"]), marker["sampler"]
-
-
-def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
-    """Every reward part of a step; a part that no chain has is null."""
-    infos = [info for group in groups for info in group]
-    judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
-    found: dict[str, Any] = {}
-    for part in ("total", "outcome", "process", "format", "margin"):
-        values = [info[part] for info in infos if info[part] is not None]
-        found[f"reward/{part}"] = float(np.mean(values)) if values else None
-        found[f"reward/{part}_std"] = float(np.std(values)) if values else None
-    kinds = [info["failure"] for info in infos]
-    spreads = [np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups]
-    return found | {
-        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged) if judged else None,
-        "reward/error_share": sum(info["error"] is not None for info in infos) / len(infos),
-        "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in infos) / len(infos),
-        "format_error_share": sum(kind is not None for kind in kinds) / len(infos),
-        "length_cut_share": kinds.count("length") / len(infos),
-        "response_length": float(np.mean([info["length"] for info in infos])),
-        "response_length_max": max(info["length"] for info in infos),
-        "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
-        "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
-        "curriculum/target_hard_share": sampler.target,
-        "curriculum/realised_hard_share": sampler.realised,
-    }
-
-
-def progress_line(run: PhaseRun, step: int) -> str:
-    """One line for the console: where the phase stands and how long it will take."""
-    last, seconds = run.last, (time.monotonic() - run.started) / max(step - run.first_step, 1)
-
-    def show(name: str) -> str:
-        value = last[f"reward/{name}"]
-        return "–" if value is None else f"{value:.3f}"
-
-    left = seconds * (run.steps - step) / 60
-    return (
-        f"{run.stage} {step}/{run.steps} · reward {show('total')} (outcome {show('outcome')}, process {show('process')}, format errors "
-        f"{last['format_error_share']:.1%}) · {last['time/step']:.1f} s · {left:.1f} min left"
-    )
-
-
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def trim(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.rename(path)
-
-
 def _place(key: str) -> tuple[str, int]:
     uid, sample, _ = key.rsplit("_", 2)
     return uid, int(sample)
-
-
-def _nulls(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{stage}/{k}": (None if isinstance(v, float) and np.isnan(v) else v) for k, v in found.items()}

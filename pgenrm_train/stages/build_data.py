@@ -34,12 +34,18 @@ def _with_unique_ids(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
     """Many sources name the *question*, which several users voted on; here an id names one vote."""
     found = list(pairs)
     times = Counter(p.pair_id for p in found)
+    used = {name for name, count in times.items() if count == 1}
     seen: Counter[str] = Counter()
     unique = []
     for pair in found:
-        name = pair.pair_id if times[pair.pair_id] == 1 else f"{pair.pair_id}/{pair.user_id}"
-        seen[name] += 1
-        unique.append(replace(pair, pair_id=name if seen[name] == 1 else f"{name}/{seen[name]}"))
+        name = pair.pair_id
+        if times[name] > 1:
+            base = name = f"{pair.pair_id}/{pair.user_id}"
+            while name in used or seen[base] == 0:
+                seen[base] += 1
+                name = base if seen[base] == 1 else f"{base}/{seen[base]}"
+            used.add(name)
+        unique.append(replace(pair, pair_id=name))
     return unique
 
 

@@ -30,6 +30,7 @@ READS = (
     "sec",
     "masking",
     "psi.masking",
+    "psi.nano_start",
     "model.instructions",
     "model.max_prompt_tokens",
     "model.max_text_tokens",

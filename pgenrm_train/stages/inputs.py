@@ -38,15 +38,14 @@ def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None)
     found = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
     if limit is None or len(found) <= limit:
         return found
-    conversations = dict.fromkeys(p.conversation_id for p in found)
-    sizes = Counter(p.conversation_id for p in found)
+    sizes = Counter(p.conversation_id or p.pair_id for p in found)  # in the order of the file
     kept, total = set(), 0
-    for conversation in conversations:
+    for conversation, size in sizes.items():
         if total >= limit:
             break
         kept.add(conversation)
-        total += sizes[conversation]
-    return [p for p in found if p.conversation_id in kept]
+        total += size
+    return [p for p in found if (p.conversation_id or p.pair_id) in kept]
 
 
 class PromptWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_share_runs_from_start_to_end_without_falling(schedule: str) -> None:
     shares = [hard_share(schedule, t / 50, 0.3, 0.8) for t in range(51)]
     assert shares[0] == pytest.approx(0.3)
     assert shares[-1] == pytest.approx(0.8)
-    assert all(a <= b + 1e-12 for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(shares))
 
 
 def test_unknown_schedule_is_named_with_the_valid_ones() -> None:

@@ -1,0 +1,96 @@
+"""What a GRPO phase leaves on disk while it runs, and what it says: metrics, batches, complete checkpoints.  No veRL in here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgenrm_train.curriculum import CurriculumSampler
+
+MARKER = "complete.json"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders `global_step_N` that hold a marker, oldest first."""
+    found = [path.parent for path in folder.glob(f"global_step_*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
+    """(folder, step, sampler state) of the newest complete checkpoint, (None, 0, {}) without one.
+    Half-written ones are reported and removed, for verl would write into them again."""
+    complete = complete_checkpoints(folder)
+    for path in folder.glob("global_step_*"):
+        if path not in complete:
+            print(f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True)
+            shutil.rmtree(path)
+    if not complete:
+        return None, 0, {}
+    marker = json.loads((complete[-1] / MARKER).read_text())
+    return complete[-1], int(marker["step"]), marker["sampler"]
+
+
+def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
+    """Every reward part of a step; a part that no chain has is null."""
+    infos = [info for group in groups for info in group]
+    judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
+    found: dict[str, Any] = {}
+    for part in ("total", "outcome", "process", "format", "margin"):
+        values = [info[part] for info in infos if info[part] is not None]
+        found[f"reward/{part}"] = float(np.mean(values)) if values else None
+        found[f"reward/{part}_std"] = float(np.std(values)) if values else None
+    kinds = [info["failure"] for info in infos]
+    spreads = [np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups]
+    return found | {
+        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged) if judged else None,
+        "reward/error_share": sum(info["error"] is not None for info in infos) / len(infos),
+        "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in infos) / len(infos),
+        "format_error_share": sum(kind is not None for kind in kinds) / len(infos),
+        "length_cut_share": kinds.count("length") / len(infos),
+        "response_length": float(np.mean([info["length"] for info in infos])),
+        "response_length_max": max(info["length"] for info in infos),
+        "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
+        "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
+        "curriculum/target_hard_share": sampler.target,
+        "curriculum/realised_hard_share": sampler.realised,
+    }
+
+
+def progress_line(stage: str, step: int, steps: int, last: Mapping[str, Any], seconds: float) -> str:
+    """One line for the console: where the phase stands and, at `seconds` a step, how long it will take."""
+
+    def show(name: str) -> str:
+        value = last[f"reward/{name}"]
+        return "–" if value is None else f"{value:.3f}"
+
+    left = seconds * (steps - step) / 60
+    return (
+        f"{stage} {step}/{steps} · reward {show('total')} (outcome {show('outcome')}, process {show('process')}, format errors "
+        f"{last['format_error_share']:.1%}) · {last['time/step']:.1f} s · {left:.1f} min left"
+    )
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def trim(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
+    if not path.exists():
+        return
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step]
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.rename(path)
+
+
+def under_stage(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """`name` → `stage/name`, with NaN as null: JSON has no NaN."""
+    return {f"{stage}/{k}": (None if isinstance(v, float) and np.isnan(v) else v) for k, v in found.items()}

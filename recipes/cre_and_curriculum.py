@@ -1,0 +1,10 @@
+"""cre, then curriculum, with one start of Ray, actor and vLLM for both."""
+
+from __future__ import annotations
+
+from pgenrm_train.config import Config
+from recipes.grpo import run_stages
+
+
+def run(config: Config) -> None:
+    run_stages(config, ["cre", "curriculum"])

@@ -1,0 +1,354 @@
+"""The real thing on a CPU: verl, vLLM and Ray train a model of 100k parameters through both phases, are killed, and go on."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import verl_world
+
+from pgenrm_train.backends.verl_config import check, environment, to_verl
+from pgenrm_train.backends.verl_grpo import Phase, launch
+from pgenrm_train.config import Config
+from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
+
+STEPS, ROWS = 4, 48
+
+
+def config(run_dir: Path, **changed: Any) -> Config:
+    found = Config(recipe="pipeline", run_dir=str(run_dir))
+    found.model.max_prompt_tokens, found.model.max_response_tokens = 64, 64
+    found.tracking.kind = "none"
+    for section in (found.cre, found.curriculum):
+        section.prompts_per_step, section.mini_batch_prompts, section.group_size = 8, 8, 4
+        section.micro_batch_size, section.learning_rate, section.kl_coefficient = 16, 1e-3, 0.01
+        section.save_every, section.keep_checkpoints, section.stall_seconds = 1, 2, 60.0
+        for key, value in changed.items():
+            setattr(section, key, value)
+    found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judge_on_path() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    verl_world.write_checkpoint(folder / "start", sft_steps=220)
+    verl_world.write_rows(folder / "rows.parquet", ROWS)
+    return folder
+
+
+def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Phase:
+    kwargs = {"broken_every": broken_every}
+    return Phase("cre", world / "start", world / "rows.parquet", run / "cre", steps, {}, "verl_world:trait_judge", kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CRE and the curriculum in one session, uninterrupted."""
+    run = tmp_path_factory.mktemp("run")
+    second = Phase("curriculum", None, world / "rows.parquet", run / "curriculum", 2, {"process": 0.0}, mining_samples=2)
+    done = launch(config(run), [cre(world, run), second])
+    assert [t.steps for t in done] == [STEPS, 2]
+    assert not children_of_ray()
+    return run
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def children_of_ray() -> list[str]:
+    """Command lines of Ray, vLLM and veRL processes below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if any(name in line for name in ("raylet", "ray::", "EngineCore", "gcs_server", "verl_grpo")):
+            found.append(line)
+    return found
+
+
+def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> None:
+    steps = lines(trained / "cre/metrics.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for line in steps:
+        assert line["stage"] == "cre"
+        for name in ("total", "outcome", "process", "format"):
+            assert math.isfinite(line[f"cre/reward/{name}"])
+            assert line[f"cre/reward/{name}_std"] >= 0
+        for name in ("pass_rate", "groups/zero_advantage_share", "order_first_share", "format_error_share", "length_cut_share"):
+            assert 0 <= line[f"cre/{name}"] <= 1
+        assert line["cre/reward/error_share"] == 0
+        assert 1 <= line["cre/response_length"] <= 64
+        assert abs(line["cre/actor/ppo_kl"]) < 1e-5, "vLLM's probabilities are the actor's: the weight sync works"
+    assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
+
+
+def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
+    """Every sixth pair has none: the share is reported and the mean is over those that have one."""
+    steps = lines(trained / "cre/metrics.jsonl")
+    assert max(line["cre/reward/process_null_share"] for line in steps) > 0
+    assert all(line["curriculum/reward/process"] is None for line in lines(trained / "curriculum/metrics.jsonl"))
+
+
+def test_batches_are_those_of_the_pure_sampler(trained: Path) -> None:
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=STEPS, seed=0)
+    assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == [sampler.next_batch(s) for s in range(1, STEPS + 1)]
+
+
+def test_mining_measures_every_row_and_feeds_the_curriculum(trained: Path) -> None:
+    import pyarrow.parquet as pq
+
+    mined = pq.read_table(trained / "curriculum/mining.parquet").to_pylist()
+    assert [row["pair_id"] for row in mined] == [f"p{i}" for i in range(ROWS)]
+    assert {row["pass_rate"] for row in mined} <= {0.0, 0.5, 1.0}
+    hard = {row["index"] for row in mined if row["pass_rate"] <= 0.5}
+    for line, target in zip(lines(trained / "curriculum/batches.jsonl"), (0.25, 0.75), strict=True):
+        assert sum(i in hard for i in line["rows"]) / 8 == pytest.approx(target)
+
+
+def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
+    assert lines(trained / "curriculum/metrics.jsonl")[0]["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = [world / "start", trained / "cre/checkpoint", trained / "curriculum/checkpoint"]
+    weights = [AutoModelForCausalLM.from_pretrained(f).model.layers[0].mlp.up_proj.weight for f in folders]
+    assert all(w.dtype == torch.float32 for w in weights)
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    ids = [AutoTokenizer.from_pretrained(f)("user likes warm . <JSON_START>")["input_ids"] for f in folders]
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
+    before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
+    began = time.monotonic()
+    second = Phase("curriculum", None, world / "rows.parquet", trained / "curriculum", 2, {"process": 0.0}, mining_samples=2)
+    assert [t.steps for t in launch(config(trained), [cre(world, trained), second])] == [STEPS, 2]
+    assert time.monotonic() - began < 30, "nothing was started"
+    assert (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ArtifactError, match="4 steps and 5 are planned"):
+        launch(config(trained), [cre(world, trained, steps=5)])
+
+
+def wait_for(condition: Any, seconds: float, said: str) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds:.0f} s for {said}")
+
+
+def in_background(work: Any) -> tuple[threading.Thread, list[Any]]:
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BackendError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+def processes(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained: Path, tmp_path: Path) -> None:
+    """kill -9 of the driver after step 1, a frozen engine after step 2, then to the end: same batches, rewards and weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    phase, saved = cre(world, tmp_path), tmp_path / "cre/verl"
+
+    thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
+    wait_for(lambda: (saved / "global_step_1/complete.json").exists(), 240, "the first checkpoint")
+    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "code -9" in str(killed[0])
+    wait_for(lambda: not children_of_ray(), 20, "Ray to follow its driver")
+    (saved / "global_step_9").mkdir()  # as if the kill had come while a checkpoint was being written
+
+    thread, stalled = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0), [phase]))
+    wait_for(lambda: (saved / "global_step_2/complete.json").exists(), 240, "the second checkpoint")
+    engine = processes("EngineCore")[0]
+    engine.suspend()
+    thread.join(timeout=120)
+    assert "cre made no progress for" in str(stalled[0])
+    assert not children_of_ray()
+    assert (tmp_path / "cre/stall_stacks.txt").stat().st_size > 0
+
+    assert launch(config(tmp_path), [phase])[0].steps == STEPS
+    assert not (saved / "global_step_9").exists()
+    for file in ("batches.jsonl", "metrics.jsonl"):
+        names = ("step", "pairs") if file == "batches.jsonl" else ("step", "cre/reward/total", "cre/response_length")
+        ours, theirs = (
+            [[line[name] for name in names] for line in lines(run / "cre" / file)] for run in (tmp_path, trained)
+        )
+        assert ours == theirs
+    weights = [load_file(run / "cre/checkpoint/model.safetensors") for run in (tmp_path, trained)]
+    assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-5
+    assert all(torch.isfinite(w).all() for w in weights[0].values())
+
+
+def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None:
+    from verl.utils.config import validate_config
+
+    gpu = Config(recipe="cre")
+    gpu.cluster.device, gpu.cluster.processes_per_node, gpu.cluster.tensor_parallel = "cuda", 8, 2
+    gpu.model.max_prompt_tokens, gpu.model.max_response_tokens = 256, 256
+    gpu.model.lora.rank = 16
+    found = to_verl(gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7)
+    validate_config(found, use_reference_policy=True, use_critic=False)
+    assert found.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
+    assert found.actor_rollout_ref.model.use_remove_padding
+    assert found.actor_rollout_ref.actor.use_kl_loss
+    assert found.trainer.total_training_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cre.mini_batch_prompts": 6, "cluster.processes_per_node": 5}, r"cre.mini_batch_prompts × cre.group_size = 48 .* = 5"),
+        ({"cre.micro_batch_size": 7}, "cre.micro_batch_size=7 must divide the 1024"),
+        ({"cluster.tensor_parallel": 3}, "cluster.tensor_parallel=3 must divide"),
+        ({"model.max_response_tokens": 9000}, r"model.max_prompt_tokens \+ model.max_response_tokens = 13096 exceeds the 512"),
+    ],
+)
+def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str) -> None:
+    found = Config(recipe="cre")
+    for key, value in change.items():
+        section, name = key.split(".")
+        setattr(getattr(found, section), name, value)
+    with pytest.raises(ConfigError, match=said):
+        check(found, "cre", world / "start")
+
+
+def sample(text: str, finished: bool = True) -> Any:
+    from pgenrm_train.backends.verl_rollout import Sample
+
+    return Sample([1], [2], [0.0], text, finished, 0)
+
+
+def test_scores_of_a_group() -> None:
+    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.rewards import RewardWeights
+
+    row, weights = verl_world.example(0), RewardWeights()
+    chosen = int(row["reward_model"]["ground_truth"])
+    right = verl_world.chain("warm", (8, 2) if chosen == 0 else (2, 8))
+    group = [sample(right), sample(right, finished=False), sample("no chain"), sample(right)]
+    verdicts = iter([1.0, None])
+
+    def judge(text: str, example: Any) -> float | None:
+        return next(verdicts)
+
+    for one in group:
+        one.info = scored(one, row, weights, judge)
+    settle(group, row, weights)
+    assert [one.info["failure"] for one in group][1] == "length"
+    assert [one.score for one in group] == [1.0, -0.1, -0.1, 1.0], "no verdict for one: no process reward in its group"
+    assert [one.info["process"] for one in group] == [1.0, None, None, None]
+
+
+def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
+    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.rewards import RewardWeights
+
+    row, weights = verl_world.example(0), RewardWeights()
+    wrong = verl_world.chain("warm", (5, 5))
+
+    def judge(text: str, example: Any) -> float | None:
+        raise OSError("connection lost")
+
+    group = [sample(wrong), sample("no chain")]
+    for one in group:
+        one.info = scored(one, row, weights, judge)
+    settle(group, row, weights)
+    assert group[0].info["error"] == "OSError: connection lost"
+    assert group[0].score == group[1].score == pytest.approx(-0.1)
+
+
+def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pgenrm_train.backends.verl_progress import newest_checkpoint, trim
+
+    for step, complete in ((2, True), (4, True), (6, False)):
+        (tmp_path / f"global_step_{step}").mkdir()
+        if complete:
+            (tmp_path / f"global_step_{step}/complete.json").write_text(json.dumps({"step": step, "sampler": {"at": step}}))
+    folder, step, state = newest_checkpoint(tmp_path)
+    assert (folder, step, state) == (tmp_path / "global_step_4", 4, {"at": 4})
+    assert "global_step_6 was left half-written" in capsys.readouterr().out
+    (tmp_path / "m.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"ste')
+    trim(tmp_path / "m.jsonl", 4)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n'
+
+
+def test_the_cpu_patches_are_still_needed() -> None:
+    """When one of these fails, a patch in verl_cpu.py or a setting in verl_config.cpu_keys can go."""
+    from verl.model_merger import fsdp_model_merger
+    from verl.workers.engine.fsdp import transformer_impl
+
+    assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl)
+    assert ".bfloat16()" in inspect.getsource(fsdp_model_merger), "verl's merger still rounds: our export stays"
+    script = """
+import torch
+from torch import distributed
+try:
+    distributed.init_process_group("cpu:gloo,cpu:gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    raise SystemExit("torch takes a device named twice: use_gloo can go")
+except (ValueError, AssertionError):
+    pass
+try:
+    torch.Generator("cpu").get_offset()
+    raise SystemExit("CPU generators have offsets: chunked prefill can be switched on")
+except RuntimeError:
+    pass
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+layer = torch.nn.Linear(64, 64, bias=False)
+layer.weight.requires_grad_(False)
+dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+if layer.weight.numel():
+    raise SystemExit("vLLM keeps Linear weights: keep_linear_weights can go")
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+    assert found.returncode == 0, found.stderr[-2000:]
+
+
+def test_the_environment_reaches_every_worker() -> None:
+    found = environment(Config(recipe="cre"))
+    assert found["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.verl_cpu"
+    assert all(isinstance(value, str) for value in found.values())

@@ -1,0 +1,191 @@
+"""build_data: one id a vote, no vote on both sides of a split, limits in whole users, and a card that counts right."""
+
+import json
+from collections import Counter
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_builders import pairs as pairs_builder
+from data_builders import personaworld
+from pgenrm_train.artifacts import StageFolder, sha256_file
+from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.records import Message, PreferencePair, pair_to_row
+from pgenrm_train.stages import build_data
+from pgenrm_train.stages.inputs import asked, load_pairs
+from recipes.build_data import builder
+
+
+def vote(pair_id="p", user="u", chosen="good", rejected="bad", query="q", **more) -> PreferencePair:
+    return PreferencePair(str(pair_id), user, (Message("user", query),), chosen, rejected, **more)
+
+
+def build(tmp_path, votes, **data) -> tuple[list[PreferencePair], dict]:
+    """Run the stage on given votes; what it wrote, read back, and the card."""
+    config = Config(data=DataConfig(**data))
+    folder = StageFolder(tmp_path / "build_data", "build_data")
+    card = build_data.run(config, folder, lambda _data, _seed: iter(votes))
+    assert json.loads((folder.path / "card.json").read_text()) == card
+    return load_pairs(tmp_path), card
+
+
+def test_ids_that_name_a_question_become_ids_of_votes(tmp_path):
+    votes = [vote("q1", "a"), vote("q1", "b"), vote("q2", "a"), vote("q1", "a", "left", "right")]
+    made, _ = build(tmp_path, votes)
+    assert [p.pair_id for p in made] == ["q1/a", "q1/b", "q2", "q1/a/2"]
+    assert [(p.user_id, p.chosen) for p in made] == [(p.user_id, p.chosen) for p in votes]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(("a", "a/u", "a/u/2", "a/u/3")), st.sampled_from(("u", "v", "u/2"))), max_size=8))
+def test_ids_are_unique_whatever_the_source_calls_its_votes(drawn):
+    made = build_data._with_unique_ids(vote(pair_id, user) for pair_id, user in drawn)
+    assert len({p.pair_id for p in made}) == len(drawn)
+
+
+def test_train_votes_that_return_in_test_are_dropped_and_counted(tmp_path):
+    votes = [
+        vote(1, "a", "x", "y"),
+        vote(2, "a", "x", "y", split="test"),  # the same vote
+        vote(3, "a", "y", "x", query="other"),  # the same texts after another question
+        vote(4, "b", "x", "y"),  # another user
+        vote(5, "c", "y", "x"),
+        vote(6, "c", "x", "y", split="val"),  # the same texts, voted the other way
+    ]
+    made, card = build(tmp_path, votes)
+    assert [p.pair_id for p in made] == ["2", "3", "4", "6"]
+    assert card["train_votes_dropped_as_repeated_in_val_or_test"] == 2
+
+
+def test_held_out_votes_are_never_dropped():
+    votes = [vote(1, "a", split="test"), vote(2, "a", split="val"), vote(3, "a", split="test")]
+    assert build_data.without_overlap(votes) == votes
+
+
+def test_the_card_counts(tmp_path):
+    votes = [
+        vote(1, "a", "longer text", "short", kind="easy"),
+        vote(2, "a", "same", "same"),
+        vote(3, "b", "s", "much longer", split="test", user_split="test", kind="easy"),
+    ]
+    _, card = build(tmp_path, votes)
+    assert (card["pairs"], card["users"], card["identical_responses"]) == (3, 2, 1)
+    assert card["pairs_by_split"] == {"train": 2, "test": 1}
+    assert card["users_by_user_split"] == {"train": 1, "test": 1}
+    assert card["pairs_by_kind"] == {"easy": 2, "(none)": 1}
+    assert card["with_stated_criteria"] == 0 and card["chosen_longer_share"] == pytest.approx(1 / 3, abs=1e-4)
+    assert card["sha256"] == sha256_file(tmp_path / "build_data" / "pairs.parquet")
+
+
+def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
+    votes = [vote(f"{user}{n}", user, f"good {n}") for user in "abcd" for n in range(3)]
+    votes += [vote(f"t{n}", "t", f"good {n}", user_split="test", split=("train", "test")[n % 2]) for n in range(4)]
+    made, card = build(tmp_path, votes, max_train_pairs=4)
+    assert Counter(p.user_id for p in made) == {"a": 3, "b": 3, "t": 4}
+    assert card["pairs"] == 10
+
+
+@pytest.mark.parametrize("votes", [[], [vote(1, split="test")], [vote(1, user_split="test")]])
+def test_nothing_to_learn_from_is_said(tmp_path, votes):
+    with pytest.raises(DataError, match="nothing could be learnt"):
+        build(tmp_path, votes)
+
+
+def test_personaworld_goes_through_whole(tmp_path):
+    votes = list(personaworld.build(DataConfig(users=20, heldout_users=8), 0))
+    made, card = build(tmp_path, votes)
+    assert made == [p for p in votes if p in made] and card["with_stated_criteria"] == len(made)
+    assert len(votes) - len(made) == card["train_votes_dropped_as_repeated_in_val_or_test"] < 0.02 * len(votes)
+
+
+def test_pairs_are_asked_for_by_name_of_the_stage_that_makes_them(tmp_path):
+    with pytest.raises(ArtifactError, match="recipe=build_data"):
+        load_pairs(tmp_path)
+
+
+# ---- which pairs a stage asks about ----
+
+
+def test_asked_train_leaves_out_held_out_users():
+    votes = [vote(1), vote(2, user_split="test"), vote(3, split="val"), vote(4, split="test", user_split="test")]
+    assert [p.pair_id for p in asked(votes, "train")] == ["1"]
+    assert [p.pair_id for p in asked(votes, "val")] == ["3"]
+    assert [p.pair_id for p in asked(votes, "test")] == ["4"]
+
+
+def test_a_limit_on_what_is_asked_keeps_conversations_whole():
+    votes = [vote(n, split="test", conversation_id=f"c{n % 5}") for n in range(15)]
+    kept = asked(votes, "test", 4)
+    assert Counter(p.conversation_id for p in kept) == {"c0": 3, "c1": 3}
+    assert asked(votes, "test", 100) == votes and asked(votes, "test") == votes
+
+
+def test_a_limit_holds_for_votes_without_a_conversation():
+    votes = [vote(n, split="test") for n in range(15)]
+    assert [p.pair_id for p in asked(votes, "test", 4)] == ["0", "1", "2", "3"]
+
+
+# ---- data=pairs ----
+
+
+def write_votes(tmp_path, rows):
+    path = tmp_path / "votes.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return DataConfig(name="pairs", path=str(path))
+
+
+def rows(count=4):
+    return [pair_to_row(vote(n)) | {"shared_context": n % 2 == 0, "language": ("en", "de")[n % 2]} for n in range(count)]
+
+
+def test_only_keeps_the_rows_that_have_the_value(tmp_path):
+    data = write_votes(tmp_path, rows())
+    data.only = {"shared_context": "True"}
+    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["0", "2"]
+    data.only = {"language": "de"}
+    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["1", "3"]
+    data.only = {"shared_context": "True", "language": "de"}
+    with pytest.raises(DataError, match="no usable rows"):
+        list(pairs_builder.build(data, 0))
+
+
+def test_only_names_a_column_that_the_file_lacks(tmp_path):
+    data = write_votes(tmp_path, rows())
+    data.only = {"tongue": "en"}
+    with pytest.raises(DataError, match="data.only names the column 'tongue'"):
+        list(pairs_builder.build(data, 0))
+
+
+def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
+    bad = rows()
+    bad[1]["split"], bad[3]["chosen"] = "dev", None
+    data = write_votes(tmp_path, bad)
+    with pytest.raises(DataError, match="row 2, field 'split'"):
+        list(pairs_builder.build(data, 0))
+    data.on_bad_row = "skip"
+    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["0", "2"]
+    told = capsys.readouterr().out
+    assert "row 2, field 'split'" in told and "row 4, field 'chosen'" in told and "skipped 2 rows" in told
+
+
+def test_skipping_everything_is_an_error(tmp_path):
+    data = write_votes(tmp_path, [row | {"split": "dev"} for row in rows()])
+    data.on_bad_row = "skip"
+    with pytest.raises(DataError, match="no usable rows"):
+        list(pairs_builder.build(data, 0))
+
+
+def test_parquet_of_pandas_is_read(tmp_path):
+    pd.DataFrame(rows()).to_parquet(tmp_path / "votes.parquet")
+    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0))
+    assert [p.pair_id for p in made] == ["0", "1", "2", "3"]
+
+
+def test_every_data_name_has_its_builder_and_another_is_told():
+    assert builder(Config(data=DataConfig(name="pairs"))) is pairs_builder.build
+    assert builder(Config(data=DataConfig(name="personaworld"))) is personaworld.build
+    with pytest.raises(ConfigError, match=r"data\.name=foo is not one of pairs, personaworld"):
+        builder(Config(data=DataConfig(name="foo")))

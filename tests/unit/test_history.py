@@ -1,0 +1,133 @@
+"""Histories: only the user's own train part, never the asked vote, and the same one in every stage."""
+
+import dataclasses
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgenrm_train.config import Config
+from pgenrm_train.history import POLICIES, HistorySampler
+from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.stages.inputs import histories
+
+
+def vote(user: str, number: int, split: str = "train", **more) -> PreferencePair:
+    name = f"{user}{number}"
+    given = {"pair_id": name, "chosen": f"good {name}", "rejected": f"bad {name}", "scenario": ("work", "health")[number % 2], "split": split}
+    given |= {"kind": ("easy", "medium")[number // 2 % 2]} | more
+    return PreferencePair(user_id=user, context=(Message("user", f"query {name}"),), **given)
+
+
+VOTES = [vote(user, n) for n in range(10) for user in "abc"]
+ASKED = vote("a", 99, "test", scenario="work")
+
+
+def queries(items):
+    return [item.query for item in items]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_items_are_the_users_own_train_votes(policy):
+    votes = [*VOTES, vote("a", 50, "test"), vote("a", 51, "val"), ASKED]
+    items = HistorySampler(votes, size=20, policy=policy)(ASKED)
+    assert sorted(queries(items)) == sorted(f"query a{n}" for n in range(10))
+    assert (items[0].chosen, items[0].rejected) == ("good a0", "bad a0")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_vote_is_never_in_its_own_history(policy):
+    sampler = HistorySampler(VOTES, size=20, policy=policy)
+    for pair in VOTES:
+        items = sampler(pair)
+        assert len(items) == 9 and pair.as_history() not in items
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_vote_on_the_same_two_texts_is_never_shown(policy, swapped):
+    texts = (ASKED.rejected, ASKED.chosen) if swapped else (ASKED.chosen, ASKED.rejected)
+    again = dataclasses.replace(vote("a", 98), chosen=texts[0], rejected=texts[1])
+    items = HistorySampler([*VOTES, again], size=20, policy=policy)(ASKED)
+    assert len(items) == 10 and again.as_history() not in items
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(data=st.data(), size=st.integers(0, 12))
+@settings(max_examples=30, deadline=None)
+def test_the_draw_is_stable_under_other_users_and_their_order(policy, data, size):
+    own = [v for v in VOTES if v.user_id == "a"]
+    others = data.draw(st.permutations([v for v in VOTES if v.user_id != "a"]))[: data.draw(st.integers(0, 20))]
+    mixed = list(others)
+    for place, pair in zip(sorted(data.draw(st.lists(st.integers(0, len(others)), min_size=10, max_size=10))), own, strict=True):
+        mixed.insert(place + own.index(pair), pair)
+    assert [v for v in mixed if v.user_id == "a"] == own
+    assert HistorySampler(mixed, size=size, policy=policy)(ASKED) == HistorySampler(VOTES, size=size, policy=policy)(ASKED)
+
+
+def test_a_draw_does_not_depend_on_what_was_asked_before():
+    sampler = HistorySampler(VOTES, size=3, policy="random")
+    first = sampler(ASKED)
+    for pair in VOTES:
+        sampler(pair)
+    assert sampler(ASKED) == first
+
+
+def test_random_draws_depend_on_seed_and_pair():
+    assert len({HistorySampler(VOTES, size=3, policy="random", seed=s)(ASKED) for s in range(10)}) > 5
+    sampler = HistorySampler(VOTES, size=3, policy="random")
+    assert len({sampler(dataclasses.replace(ASKED, pair_id=f"q{i}")) for i in range(10)}) > 5
+
+
+def test_random_draws_reach_every_vote_about_equally_often():
+    sampler = HistorySampler(VOTES, size=3, policy="random")
+    counts = Counter(query for i in range(400) for query in queries(sampler(dataclasses.replace(ASKED, pair_id=f"q{i}"))))
+    assert len(counts) == 10 and max(counts.values()) < 2 * min(counts.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_items_stand_oldest_first(policy):
+    for seed in range(5):
+        shown = queries(HistorySampler(VOTES, size=4, policy=policy, seed=seed)(ASKED))
+        assert len(shown) == 4 and shown == sorted(shown)
+
+
+def test_recent_takes_the_newest():
+    sampler = HistorySampler(VOTES, size=3, policy="recent")
+    assert queries(sampler(ASKED)) == ["query a7", "query a8", "query a9"]
+    assert sampler(ASKED, 0) == ()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 30])
+def test_sizes_and_pools_that_are_smaller(policy, size):
+    sampler = HistorySampler(VOTES[:6], size=3, policy=policy)  # two votes a user
+    assert len(sampler(ASKED, size)) == min(size, 2)
+    assert sampler(vote("stranger", 1)) == ()
+
+
+def test_same_scenario_comes_first_and_the_rest_fills_up():
+    work = {f"query a{n}" for n in range(0, 10, 2)}
+    for seed in range(10):
+        sampler = HistorySampler(VOTES, size=3, policy="same_scenario", seed=seed)
+        assert set(queries(sampler(ASKED))) <= work
+        assert work < set(queries(sampler(ASKED, 7)))
+    seen = {query for s in range(30) for query in queries(HistorySampler(VOTES, size=2, policy="same_scenario", seed=s)(ASKED))}
+    assert seen == work  # random within the scenario
+
+
+def test_a_kind_restricts_the_pool():
+    shown = queries(HistorySampler(VOTES, size=20, policy="random", kind="medium")(ASKED))
+    assert shown == ["query a2", "query a3", "query a6", "query a7"]
+
+
+def test_every_stage_draws_the_same_history_by_configuration():
+    config = Config(seed=4)
+    config.data.history_size, config.data.history_policy, config.data.history_kind = 2, "same_scenario", "medium"
+    shuffled = VOTES[:]
+    random.Random(0).shuffle(shuffled)
+    shuffled.sort(key=lambda pair: int(pair.pair_id[1:]))  # users in another order, each with their own
+    assert histories(config, VOTES)(ASKED) == histories(config, shuffled)(ASKED)
+    assert len(histories(config, VOTES)(ASKED)) == 2

@@ -1,0 +1,282 @@
+"""Pairs are read back as they were written, and every bad file is told in one sentence that names file, row, field and expectation."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgenrm_train.artifacts import write_table
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import ExplicitSignals, Message, PreferencePair, pair_to_row, read_pairs, row_to_pair
+
+
+def a_pair(number: int = 0, **changes) -> PreferencePair:
+    explicit = ExplicitSignals("short please", "a nurse", "kind", (("fluency", 80.0), ("wit", 0.5)), synthetic=True)
+    given = {
+        "pair_id": f"p{number}",
+        "user_id": "u",
+        "context": (
+            Message("system", "be nice"),
+            Message("user", "hi"),
+            Message("assistant", "hello"),
+            Message("user", "tell me"),
+        ),
+        "chosen": "good ünïcode 漢",
+        "rejected": "bad\n\nlines",
+        "conversation_id": "c",
+        "chosen_score": 7.5,
+        "rejected_score": None,
+        "turn": 2,
+        "kind": "hard",
+        "scenario": "work",
+        "split": "val",
+        "user_split": "test",
+        "cohort": "seen_persona",
+        "explicit": explicit,
+    }
+    return PreferencePair(**(given | changes))
+
+
+def a_row(**changes) -> dict:
+    """A raw row as the published data sets have it."""
+    row = {
+        "user_id": "u1",
+        "context": [{"role": "user", "content": "hi"}],
+        "chosen": {"role": "model", "content": "good"},
+        "rejected": {"role": "model", "content": "bad"},
+    }
+    return row | changes
+
+
+def write_jsonl(folder: Path, *rows) -> Path:
+    path = folder / "votes.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def problem(path: Path) -> str:
+    """The one sentence with which reading ends."""
+    with pytest.raises(DataError) as error:
+        list(read_pairs(path))
+    sentence = str(error.value)
+    assert "\n" not in sentence and str(path) in sentence
+    return sentence
+
+
+def test_parquet_round_trip(tmp_path):
+    pairs = [
+        a_pair(0),
+        a_pair(1, explicit=ExplicitSignals(), chosen_score=None, kind=None, cohort=None),
+        a_pair(2, split="train"),
+    ]
+    write_table(tmp_path / "pairs.parquet", [pair_to_row(p) for p in pairs])
+    assert list(read_pairs(tmp_path / "pairs.parquet")) == pairs
+
+
+def test_jsonl_round_trip_passes_over_blank_lines(tmp_path):
+    pairs = [a_pair(0), a_pair(1)]
+    path = write_jsonl(tmp_path, pair_to_row(pairs[0]), "", pair_to_row(pairs[1]))
+    assert list(read_pairs(str(path))) == pairs
+
+
+def test_more_rows_than_one_batch_of_parquet(tmp_path):
+    write_table(tmp_path / "pairs.parquet", [pair_to_row(a_pair(i)) for i in range(1500)])
+    assert [p.pair_id for p in read_pairs(tmp_path / "pairs.parquet")] == [f"p{i}" for i in range(1500)]
+
+
+def test_the_least_row_and_the_names_of_the_published_sets(tmp_path):
+    row = a_row(
+        context=[{"role": "user", "content": "a"}, {"role": "model", "content": "b"}, {"role": "user", "content": "c"}],
+        split="validation",
+    )
+    (pair,) = read_pairs(write_jsonl(tmp_path, row))
+    assert [m.role for m in pair.context] == ["user", "assistant", "user"]
+    assert (pair.chosen, pair.rejected, pair.query, pair.split) == ("good", "bad", "c", "val")
+    assert pair.pair_id and pair.user_split == "train" and pair.explicit == ExplicitSignals()
+
+
+def test_a_text_context_is_one_user_turn_and_plain_texts_are_responses(tmp_path):
+    (pair,) = read_pairs(write_jsonl(tmp_path, a_row(context="hi there", chosen="x", rejected="y")))
+    assert pair.context == (Message("user", "hi there"),) and (pair.chosen, pair.rejected) == ("x", "y")
+
+
+@pytest.mark.parametrize("absent", [None, "", "  ", float("nan")])
+def test_optional_columns_may_be_absent_in_every_way(tmp_path, absent):
+    names = ("criteria", "self_description", "style", "attributes", "type", "scenario", "cohort", "user_split")
+    (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**dict.fromkeys(names, absent))))
+    assert pair.explicit == ExplicitSignals() and pair.kind is pair.scenario is pair.cohort is None
+
+
+def test_attributes_are_read_from_json_text_and_from_objects(tmp_path):
+    path = write_jsonl(tmp_path, a_row(attributes='{"wit": 3}'), a_row(attributes={"wit": 3, "tact": None}))
+    assert [p.explicit.attributes for p in read_pairs(path)] == [(("wit", 3.0),), (("wit", 3.0),)]
+
+
+def test_missing_file(tmp_path):
+    assert "does not exist" in problem(tmp_path / "nothing.parquet")
+
+
+@pytest.mark.parametrize("name", ["votes.csv", "votes"])
+def test_wrong_suffix(tmp_path, name):
+    (tmp_path / name).write_text("a,b\n")
+    assert "expected .parquet or .jsonl" in problem(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["votes.jsonl", "votes.parquet"])
+def test_empty_file(tmp_path, name):
+    (tmp_path / name).touch()
+    problem(tmp_path / name)
+
+
+def test_a_parquet_table_without_rows(tmp_path):
+    pq.write_table(pa.table({"user_id": pa.array([], pa.string())}), tmp_path / "votes.parquet")
+    assert "expected at least one" in problem(tmp_path / "votes.parquet")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_truncated_parquet(tmp_path, share):
+    path = tmp_path / "votes.parquet"
+    write_table(path, [pair_to_row(a_pair(i, chosen=f"text {i} " * 20)) for i in range(200)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert "cannot be read as parquet" in problem(path)
+
+
+def test_a_damaged_parquet_page(tmp_path):
+    path = tmp_path / "votes.parquet"
+    write_table(path, [pair_to_row(a_pair(i, chosen=f"text {i} " * 20)) for i in range(200)])
+    content = bytearray(path.read_bytes())
+    content[200:800] = bytes(600)
+    path.write_bytes(content)
+    problem(path)
+
+
+@pytest.mark.parametrize("line", ['{"user_id": "u1", "conte', "user_id,context", '"a text"', "[1, 2]"])
+def test_a_line_that_is_no_json_object(tmp_path, line):
+    sentence = problem(write_jsonl(tmp_path, a_row(), line))
+    assert "row 2" in sentence and "expected" in sentence
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_bytes(json.dumps(a_row()).encode() + b"\n\xff\xfe\x00broken\n")
+    assert "UTF-8" in problem(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "votes.jsonl").mkdir()
+    problem(tmp_path / "votes.jsonl")
+
+
+BAD_FIELDS = {
+    "null user": ({"user_id": None}, "user_id", "a value"),
+    "empty user": ({"user_id": " "}, "user_id", "a value"),
+    "user that is not a number": ({"user_id": float("nan")}, "user_id", "a value"),
+    "null context": ({"context": None}, "context", "a value"),
+    "empty context": ({"context": []}, "context", "non-empty list"),
+    "context of another type": ({"context": 3}, "context", "non-empty list"),
+    "turn without content": ({"context": [{"role": "user"}]}, "context[0]", "{role, content}"),
+    "turn with null content": ({"context": [{"role": "user", "content": None}]}, "context[0]", "{role, content}"),
+    "bad role": ({"context": [{"role": "human", "content": "hi"}]}, "context[0].role", "user, assistant"),
+    "ends with the assistant": (
+        {"context": [{"role": "user", "content": "hi"}, {"role": "model", "content": "yo"}]}, "context", "ends with a user turn",
+    ),
+    "null chosen": ({"chosen": None}, "chosen", "a value"),
+    "empty chosen": ({"chosen": " \n"}, "chosen", "non-empty text"),
+    "empty rejected": ({"rejected": {"role": "model", "content": ""}}, "rejected", "non-empty text"),
+    "chosen of another type": ({"chosen": ["good"]}, "chosen", "non-empty text"),
+    "bad split": ({"split": "dev"}, "split", "train, val or test"),
+    "split that is a list": ({"split": ["train"]}, "split", "train, val or test"),
+    "split that is a number": ({"split": 1}, "split", "train, val or test"),
+    "score that is a text": ({"chosen_score": "high"}, "chosen_score", "a number or null"),
+    "score that is a boolean": ({"rejected_score": True}, "rejected_score", "a number or null"),
+    "endless turn": ({"turn": float("inf")}, "turn", "a whole number"),
+    "attributes that are no JSON": ({"attributes": "fluency: 80"}, "attributes", "JSON object"),
+    "attributes that are a list": ({"attributes": '["fluency"]'}, "attributes", "name → weight"),
+    "attributes that are texts": ({"attributes": {"fluency": "high"}}, "attributes", "numbers as weights"),
+    "criteria that are a number": ({"criteria": 4}, "criteria", "a text or null"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_field_names_file_row_field_and_expectation(tmp_path, name):
+    changes, field, expectation = BAD_FIELDS[name]
+    sentence = problem(write_jsonl(tmp_path, a_row(), a_row(), a_row(**changes)))
+    assert "row 3" in sentence and f"'{field}'" in sentence and expectation in sentence
+    assert len(sentence) < len(str(tmp_path)) + 250
+
+
+@pytest.mark.parametrize("column", ["user_id", "context", "chosen", "rejected"])
+def test_a_missing_column(tmp_path, column):
+    row = pair_to_row(a_pair())
+    del row[column]
+    write_table(tmp_path / "votes.parquet", [row])
+    sentence = problem(tmp_path / "votes.parquet")
+    assert "row 1" in sentence and f"'{column}'" in sentence and "missing or null" in sentence
+
+
+def test_rows_before_the_bad_one_were_streamed(tmp_path):
+    reader = read_pairs(write_jsonl(tmp_path, a_row(), a_row(split="dev")))
+    assert next(reader).user_id == "u1"
+    with pytest.raises(DataError):
+        next(reader)
+
+
+@pytest.mark.parametrize("split,user_split,trains", [("train", "train", True), ("train", "overlapping", True), ("train", "test", False),
+                                                     ("train", "val", False), ("test", "train", False), ("val", "val", False)])  # fmt: skip
+def test_what_may_be_learnt_from(split, user_split, trains):
+    assert a_pair(split=split, user_split=user_split).trains is trains
+
+
+# Lone surrogates are no text that a file could hold.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+FILLED = TEXT.filter(str.strip)
+LABEL = st.none() | FILLED.map(str.strip)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+PAIRS = st.builds(
+    PreferencePair,
+    pair_id=FILLED,
+    user_id=FILLED,
+    context=st.tuples(
+        st.builds(Message, st.sampled_from(("user", "assistant", "system")), TEXT), st.builds(Message, st.just("user"), TEXT)
+    ),
+    chosen=FILLED,
+    rejected=FILLED,
+    conversation_id=FILLED,
+    chosen_score=st.none() | NUMBER,
+    rejected_score=st.none() | NUMBER,
+    turn=st.integers(-5, 1000),
+    kind=LABEL,
+    scenario=LABEL,
+    split=st.sampled_from(("train", "val", "test")),
+    user_split=FILLED.map(str.strip),
+    cohort=LABEL,
+    explicit=st.builds(
+        ExplicitSignals,
+        LABEL,
+        LABEL,
+        LABEL,
+        st.dictionaries(TEXT, NUMBER, max_size=3).map(lambda d: tuple(d.items())),
+        st.booleans(),
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(PAIRS)
+def test_every_pair_survives_its_row_as_json(pair):
+    row = json.loads(json.dumps(pair_to_row(pair)))
+    assert row_to_pair(row, Path("votes.jsonl"), 1) == pair
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(PAIRS, min_size=1, max_size=4))
+def test_every_pair_survives_both_file_formats(pairs):
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(Path(folder) / "votes.parquet", [pair_to_row(p) for p in pairs])
+        assert list(read_pairs(Path(folder) / "votes.parquet")) == pairs
+        assert list(read_pairs(write_jsonl(Path(folder), *(pair_to_row(p) for p in pairs)))) == pairs
