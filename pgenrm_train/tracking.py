@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,38 @@ class Tracker:
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "stage": self.stage, **numbers}) + "\n")
         self.after_log()
+        self._send(step, metrics)
+
+    @contextmanager
+    def follow(self, path: Path, every: float = 2.0) -> Iterator[None]:
+        """Forward the lines that another process appends to `path` while the block runs: an engine's metrics.jsonl.
+
+        The engine never talks to the tracking service itself, so that the network cannot stop training.
+        """
+        ended = threading.Event()
+        thread = threading.Thread(target=self._forward, args=(path, ended, every), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(timeout=30)
+
+    def _forward(self, path: Path, ended: threading.Event, every: float) -> None:
+        sent = 0
+        while True:
+            last_round = ended.wait(every)
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+            for line in lines[sent:]:
+                self.after_log()
+                record = json.loads(line)
+                numbers = {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None}
+                self._send(int(record["step"]), numbers)
+            sent = len(lines)
+            if last_round:
+                return
+
+    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._wandb is not None:
             try:
                 self._wandb.log(dict(metrics), step=step)
@@ -40,7 +74,7 @@ class Tracker:
     def close(self) -> None:
         if self._wandb is not None:
             try:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
             except Exception as error:
                 self._give_up(error)
 

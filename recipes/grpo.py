@@ -11,6 +11,7 @@ from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.config import Config
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
+from pgenrm_train.tracking import Tracker
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
 from recipes.run import newest, prepare, progress, run_stage
@@ -32,12 +33,13 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
         start = folder.path / "checkpoint"
 
 
-def train(config: Config, stages: Sequence[str], start: Path, _folder: StageFolder, _tracker: Any) -> dict[str, Any]:
+def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
     """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
     from pgenrm_train.backends import verl_grpo
 
     phases = [phase(config, stage, start if n == 0 else None) for n, stage in enumerate(stages)]
-    trained = verl_grpo.launch(config, phases)[0]
+    with tracker.follow(folder.path / "metrics.jsonl"):
+        trained = verl_grpo.launch(config, phases)[0]
     return {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
 
 

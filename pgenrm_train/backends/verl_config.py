@@ -166,7 +166,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         "trainer.save_freq": grpo.save_every,
         "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
         "trainer.resume_mode": "disable",  # `verl_trainer` resumes from the newest complete checkpoint itself
-        "trainer.logger": [] if config.tracking.kind == "none" else ["wandb"],
+        "trainer.logger": [],  # the trainer writes metrics.jsonl; `tracking.Tracker.follow` forwards it
         "trainer.project_name": config.tracking.project,
         "trainer.experiment_name": f"{Path(config.run_dir).name}-{section}",
         "trainer.v1.trainer_mode": TRAINER,

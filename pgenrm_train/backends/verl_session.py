@@ -8,7 +8,6 @@ on a dead vLLM worker never returns.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +178,3 @@ def exit_on_terminate() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-
-
-def read_report(report: Path) -> Mapping[str, Any] | None:
-    return json.loads(report.read_text()) if report.exists() else None
-
-
-def log_tail(folder: Path, lines: int = 20) -> Sequence[str]:
-    """The last lines of the newest worker error log, for a message about a failure in a worker."""
-    logs = sorted(folder.glob("worker-*.err"), key=lambda path: path.stat().st_mtime)
-    return logs[-1].read_text(errors="replace").splitlines()[-lines:] if logs else []

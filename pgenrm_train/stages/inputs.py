@@ -51,9 +51,9 @@ def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None)
 class PromptWriter:
     """View → chat messages within `model.max_prompt_tokens`.
 
-    Policy for what is too long, in this order, each counted in `trimmed`: every query and response is cut to
-    `model.max_text_tokens`; then the oldest history items go; then the longest response is cut.  A cut text ends in
-    ` …(+N words)`, so that its length can still be seen.
+    Policy for what is too long, in this order: every query and response is cut to `model.max_text_tokens`; then the oldest history
+    items go; then queries and responses are cut to the greatest common length that fits.  A cut text ends in ` …(+N words)`, so
+    that its length can still be seen.  `trimmed` counts prompts, cut texts, dropped history items and prompts cut to fit.
     """
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -62,12 +62,18 @@ class PromptWriter:
         self.trimmed: Counter[str] = Counter()
 
     def __call__(self, view: MaskedView | FullView) -> Messages:
-        """Raises DataError when even empty texts would not fit."""
+        """Raises DataError when even texts of one token would not fit."""
+        fitted = self._cut_texts(view, self.config.max_text_tokens)
+        while fitted.history and not self._fits(fitted):
+            fitted = replace(fitted, history=fitted.history[1:])
+            self.trimmed["history_items"] += 1
+        view = replace(view, history=view.history[len(view.history) - len(fitted.history) :])
+        if not self._fits(fitted):
+            fitted = self._cut_to_fit(view)
+            self.trimmed["prompts_cut_to_fit"] += 1
         self.trimmed["prompts"] += 1
-        view = self._cut_texts(view)
-        while (excess := self._excess(view)) > 0:
-            view = self._shorten(view, excess)
-        return self._messages(view)
+        self.trimmed["texts"] += sum(a != b for a, b in zip(_texts(view), _texts(fitted), strict=True))
+        return self._messages(fitted)
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a prompt, ready to be continued by the model."""
@@ -77,11 +83,10 @@ class PromptWriter:
     def _messages(self, view: MaskedView | FullView) -> Messages:
         return chat_messages(view, instructions=self.config.instructions, reserved=self.reserved)
 
-    def _excess(self, view: MaskedView | FullView) -> int:
-        return len(self.ids(self._messages(view))) - self.config.max_prompt_tokens
+    def _fits(self, view: MaskedView | FullView) -> bool:
+        return len(self.ids(self._messages(view))) <= self.config.max_prompt_tokens
 
-    def _cut_texts(self, view: MaskedView | FullView) -> MaskedView | FullView:
-        limit = self.config.max_text_tokens
+    def _cut_texts(self, view: MaskedView | FullView, limit: int | None) -> MaskedView | FullView:
         if limit is None:
             return view
         return replace(
@@ -94,27 +99,38 @@ class PromptWriter:
             responses=tuple(self._cut(r, limit) for r in view.responses),
         )
 
+    def _cut_to_fit(self, view: MaskedView | FullView) -> MaskedView | FullView:
+        """All texts cut to the greatest common number of tokens with which the prompt fits, found by bisection."""
+        low, high = 0, self.config.max_text_tokens or self.config.max_prompt_tokens
+        best: MaskedView | FullView | None = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            cut = self._cut_texts(view, middle)
+            if self._fits(cut):
+                low, best = middle, cut
+            else:
+                high = middle - 1
+        if best is None:
+            raise DataError(f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it")
+        return best
+
     def _cut(self, text: str, limit: int) -> str:
-        if len(text) <= limit:  # a token is at least one character
+        if len(text) * 4 <= limit:  # UTF-8: a character has at most 4 bytes, and a token at least one
             return text
         head = text[: limit * 16]
-        ids = self.tokenizer(head, add_special_tokens=False)["input_ids"]
-        if len(ids) <= limit and len(head) == len(text):
-            return text
-        kept = self.tokenizer.decode(ids[:limit], skip_special_tokens=False).rstrip("�")
-        self.trimmed["texts"] += 1
-        return f"{kept} …(+{len(text[len(kept) :].split())} words)"
+        encoded = self.tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        if len(offsets) <= limit:
+            end = len(head)
+        else:  # a character may be several tokens: only whole ones are kept
+            end = min(offsets[limit - 1][1], offsets[limit][0])
+        gone = len(text[end:].split())
+        return f"{text[:end]} …(+{gone} words)" if gone else text
 
-    def _shorten(self, view: MaskedView | FullView, excess: int) -> MaskedView | FullView:
-        if view.history:
-            self.trimmed["history_items"] += 1
-            return replace(view, history=view.history[1:])
-        longest = max(range(len(view.responses)), key=lambda i: len(view.responses[i]))
-        text = view.responses[longest]
-        tokens = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        keep = tokens - excess - 8
-        if keep < 1:
-            raise DataError(f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it")
-        self.trimmed["responses"] += 1
-        cut = self._cut(text, keep)
-        return replace(view, responses=tuple(cut if i == longest else r for i, r in enumerate(view.responses)))
+
+def _texts(view: MaskedView) -> list[str]:
+    return [
+        *(m.content for m in view.context),
+        *(text for i in view.history for text in (i.query, i.chosen, i.rejected)),
+        *view.responses,
+    ]

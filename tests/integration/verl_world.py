@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TRAITS = ("brief", "warm", "exact", "funny", "formal", "vivid", "plain", "bold")
+BATCH = 16
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -68,6 +69,7 @@ def write_checkpoint(folder: Path, *, sft_steps: int = 150, hidden: int = 64, la
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+    torch.set_num_threads(1)  # matrices this small lose more to waiting threads than they gain
     _write_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
@@ -112,15 +114,15 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         sequences = []
-        for _ in range(32):
+        for _ in range(BATCH):
             row = example(draw.randrange(10**6), seed=7)
             trait = json.loads(row["extra_info"]["criteria"])["trait"] if draw.random() < 0.7 else draw.choice(TRAITS)
             scores = (draw.randint(1, 9), draw.randint(1, 9))
             prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
             sequences.append((prompt, tokenizer(chain(trait, scores) + "<|im_end|>")["input_ids"]))
         width = max(len(p) + len(c) for p, c in sequences)
-        ids = torch.full((32, width), tokenizer.pad_token_id)
-        labels = torch.full((32, width), -100)
+        ids = torch.full((BATCH, width), tokenizer.pad_token_id)
+        labels = torch.full((BATCH, width), -100)
         for i, (prompt, answer) in enumerate(sequences):
             ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
             labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
