@@ -258,17 +258,17 @@ def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str
     for column in columns:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(column), row.get(f"{column} ci95")) for column in columns))
+        table.add_row(*(_cell(column, row.get(column), row.get(f"{column} ci95")) for column in columns))
     out = StringIO()
     Console(file=out, width=width, force_terminal=False).print(table)
     return out.getvalue()
 
 
-def _cell(value: Any, interval: Sequence[float] | None) -> str:
+def _cell(column: str, value: Any, interval: Sequence[float] | None) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "–"
     if interval:
         return f"{value * 100:.1f} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
-    if isinstance(value, float) and value <= 1:
+    if column.endswith(("accuracy", "stderr")):
         return f"{value * 100:.1f}"
-    return f"{value:.0f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)

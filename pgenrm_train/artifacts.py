@@ -215,7 +215,9 @@ def set_aside(run_dir: Path) -> Path | None:
     """Move an existing run folder out of the way (never delete what a user made); returns where it went."""
     if not run_dir.exists():
         return None
-    target = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (f"{run_dir.name}.{stamp}{suffix}.bak" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    target = next(path for name in names if not (path := run_dir.with_name(name)).exists())
     run_dir.rename(target)
     return target
 

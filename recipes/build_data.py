@@ -13,8 +13,9 @@ from recipes.run import prepare, run_stage
 
 def run(config: Config) -> None:
     prepare(config)
-    folder = run_stage(config, "build_data", build_data.READS, [], lambda f, _: build_data.run(config, f, builder(config)))
-    print(f"[build_data] {folder.manifest['pairs']} pairs of {folder.manifest['users']} users in {folder.path}")
+    run_stage(
+        config, "build_data", build_data.READS, [], lambda f, _: build_data.run(config, f, builder(config)), "{pairs} pairs of {users} users"
+    )
 
 
 def builder(config: Config) -> Callable[..., Iterable[PreferencePair]]:

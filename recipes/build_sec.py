@@ -35,11 +35,8 @@ def run(config: Config) -> None:
 
         return build_sec.run(config, folder, pairs, teacher(config, pairs), writer_for, progress)
 
-    folder = run_stage(config, "build_sec", build_sec.READS, ["build_data"], body)
-    facts = folder.manifest
-    print(
-        f"[build_sec] {facts['chains']} chains kept of {facts['asked']} asked; rejected: {facts['rejected']}; trimmed: {facts['trimmed']}"
-    )
+    say = "{chains} chains kept of {asked} asked; rejected: {rejected}; trimmed: {trimmed}"
+    run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say)
 
 
 def teacher(config: Config, pairs: Sequence[PreferencePair]) -> Teacher:

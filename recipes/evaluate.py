@@ -34,7 +34,7 @@ def run(config: Config) -> None:
         raise ArtifactError(
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
-    folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made))
+    folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made), "accuracy {accuracy:.3f} of {model}")
     print((folder.path / "table.txt").read_text(), end="")
 
 
@@ -52,7 +52,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         if candidate is everyone[-1]:
             grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs)
         candidate.close()
-    baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs, split).items()]
+    baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs).items()]
     for step, result in enumerate(tested):
         tracker.log(step, metrics(result))
     final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config))
@@ -132,12 +132,12 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -
     return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
 
 
-def scorers(config: Config, pairs: Sequence[PreferencePair], split: Sequence[PreferencePair]) -> dict[str, Any]:
+def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """The LLM-free baselines that were asked for, fitted on training pairs."""
     names = [config.model.name] if config.model.kind == "baseline" else list(config.eval.baselines)
     more: dict[str, Any] = {"features": _features, "oracle": _oracle}
     train = [p for p in pairs if p.trains]
-    return {name: fit_baseline(name, train, split, seed=config.seed, more=more) for name in names}
+    return {name: fit_baseline(name, train, pairs, seed=config.seed, more=more) for name in names}
 
 
 class _Fitted:

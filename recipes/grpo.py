@@ -28,9 +28,8 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     made_by = [] if config.model.path else [start.parent.name]
     for number, stage in enumerate(stages):
         inputs = ["build_data", *(made_by if number == 0 else [stages[number - 1]])]
-        folder = run_stage(config, stage, grpo.reads(stage), inputs, functools.partial(train, config, list(stages[number:]), start))
-        print(f"[{stage}] {folder.manifest['steps']} steps, checkpoint in {folder.path / 'checkpoint'}", flush=True)
-        start = folder.path / "checkpoint"
+        body = functools.partial(train, config, list(stages[number:]), start)
+        start = run_stage(config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}").path / "checkpoint"
 
 
 def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:

@@ -21,11 +21,8 @@ def run(config: Config) -> None:
     build_data.run(config)
     made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
-    folder = run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made))
-    facts = folder.manifest
-    print(
-        f"[prototypes] k={facts['k']} from {facts['analyses']} analyses of {facts['users']} users; adjusted Rand index {facts['recovery']}"
-    )
+    say = "k={k} from {analyses} analyses of {users} users; adjusted Rand index {recovery}"
+    run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say)
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:

@@ -24,5 +24,4 @@ def run(config: Config) -> None:
         trained = deepspeed_sft.train(config, sec / psi.SEC, start=start, work_dir=folder.path, log=tracker.log)
         return psi.facts(trained)
 
-    folder = run_stage(config, "psi", psi.READS, ["build_sec"], body)
-    print(f"[psi] {folder.manifest['steps']} steps, checkpoint in {folder.path / 'checkpoint'}")
+    run_stage(config, "psi", psi.READS, ["build_sec"], body, "{steps} optimiser steps")

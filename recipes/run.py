@@ -31,9 +31,11 @@ def run_stage(
     reads: Sequence[str],
     inputs: Sequence[str],
     body: Callable[[StageFolder, Tracker], Mapping[str, Any]],
+    say: str,
 ) -> StageFolder:
     """Run `body` in `<run_dir>/<stage>` unless it is complete already; returns the stage's folder.
 
+    `say` is formatted with the facts that `body` returns and told at the end;
     `reads` are the configuration keys that the stage depends on, `inputs` the stages whose products it uses.
     """
     run_dir = Path(config.run_dir)
@@ -41,7 +43,8 @@ def run_stage(
     made_from = {name: StageFolder.read(run_dir, name).manifest.get("fingerprint", "") for name in inputs}
     settings = {key: _plain(get(config, key)) for key in reads} | _source(config)
     if folder.complete and folder.made_from(settings, made_from):
-        print(f"[{stage}] complete in {folder.path}", flush=True)
+        if stage == config.recipe:
+            print(f"[{stage}] complete in {folder.path}", flush=True)
         return folder
     check_machine(config, stage)
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
@@ -58,6 +61,7 @@ def run_stage(
     finally:
         tracker.close()
     folder.finish(**facts)
+    print(f"[{stage}] " + say.format(**folder.manifest), flush=True)
     return folder
 
 

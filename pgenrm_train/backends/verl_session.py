@@ -25,7 +25,8 @@ from pgenrm_train.artifacts import write_json
 from pgenrm_train.config import ROOT, Config
 from pgenrm_train.errors import BackendError
 
-STARTUP_SECONDS = 900.0  # granted before the first step, whatever stall_seconds is
+STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
+PREFIX = "pg_"  # of Ray's folders under /tmp: pg_<driver pid>_<random>
 STALLED = 3  # exit code of a run that the watchdog ended
 
 
@@ -45,8 +46,9 @@ class Watchdog:
         self.file = file
 
     def beat(self, stage: str, step: int, doing: str) -> None:
+        # the first step of a session also imports and compiles: it has the patience of the start-up
+        self.stepped = self.stepped or (stage == self.stage and 0 < self.step < step)
         self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()
-        self.stepped = self.stepped or step > 1
         if self.file is not None:
             write_json(self.file, {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()})
 
@@ -70,7 +72,10 @@ class Session:
 
     def __init__(self, config: Config, verl: Any, watchdog: Watchdog) -> None:
         self.config, self.watchdog = config, watchdog
-        self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
+        remove_orphans()
+        self.folder = Path(
+            tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")
+        )  # short: AF_UNIX paths end at 107 characters
         self.failed = True
         try:
             self._start_ray(verl)
@@ -131,6 +136,14 @@ class Session:
         """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
         self.watchdog.stop()
         shut_down(self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None)
+
+
+def remove_orphans() -> None:
+    """Ray's folders of sessions whose driver was killed before it could remove them."""
+    for folder in Path("/tmp").glob(f"{PREFIX}*_*"):
+        owner = folder.name.removeprefix(PREFIX).partition("_")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shut_down(folder: Path, keep_logs: Path | None) -> None:

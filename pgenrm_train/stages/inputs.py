@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -34,17 +35,17 @@ def histories(config: Config, pairs: Iterable[PreferencePair]) -> HistorySampler
 
 def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None) -> list[PreferencePair]:
     """Pairs of a split that a stage asks about.  `train` means training users' train part; the train part of held-out users
-    is history only.  A limit keeps whole groups of votes on the same conversation, in the order of the file."""
+    is history only.  A limit keeps whole groups of votes on the same conversation, drawn by the hash of its id."""
     found = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
     if limit is None or len(found) <= limit:
         return found
-    sizes = Counter(p.conversation_id or p.pair_id for p in found)  # in the order of the file
+    sizes = Counter(p.conversation_id or p.pair_id for p in found)
     kept, total = set(), 0
-    for conversation, size in sizes.items():
+    for conversation in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if total >= limit:
             break
         kept.add(conversation)
-        total += size
+        total += sizes[conversation]
     return [p for p in found if (p.conversation_id or p.pair_id) in kept]
 
 

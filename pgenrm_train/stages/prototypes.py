@@ -68,7 +68,7 @@ def run(
         "analyses": len(rows),
         "users": len(set(users)),
         "failures": dict(failures),
-        "refinement": {name: value for name, value in metrics.items()},
+        "refinement": dict(metrics),
         "recovery": _recovery([p for p, _ in rows], refined.labels),
     }
     write_json(folder.path / "cards.json", _cards(rows, refined))

@@ -188,7 +188,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver after step 1, a frozen engine after step 2, then to the end: same batches, rewards and weights."""
+    """kill -9 of the driver after step 1, a frozen engine after step 3, then to the end: same batches, rewards and weights."""
     import torch
     from safetensors.torch import load_file
 
@@ -196,14 +196,17 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
 
     thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
     wait_for(lambda: (saved / "global_step_1/complete.json").exists(), 240, "the first checkpoint")
-    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    driver = processes("verl_grpo")[0]
+    followers = driver.children(recursive=True)
+    assert any("EngineCore" in " ".join(p.cmdline()) for p in followers)
+    driver.send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
-    wait_for(lambda: not children_of_ray(), 20, "Ray to follow its driver")
+    wait_for(lambda: not psutil.wait_procs(followers, timeout=0)[1], 30, "Ray and vLLM to follow their driver")
     (saved / "global_step_9").mkdir()  # as if the kill had come while a checkpoint was being written
 
     thread, stalled = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0), [phase]))
-    wait_for(lambda: (saved / "global_step_2/complete.json").exists(), 240, "the second checkpoint")
+    wait_for(lambda: (saved / "global_step_3/complete.json").exists(), 240, "the third checkpoint")
     engine = processes("EngineCore")[0]
     engine.suspend()
     thread.join(timeout=120)

@@ -1,0 +1,264 @@
+"""build_sec keeps only chains worth learning from, records why the others fell, balances orders, and leaks no criteria."""
+
+import json
+from collections import Counter
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from data_builders.oracle import OracleTeacher
+from data_builders.personaworld import build
+from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.chains import parse_chain, write_chain
+from pgenrm_train.config import Config, DataConfig, EndpointConfig, MaskingConfig, SecConfig
+from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.prompts import chat_messages
+from pgenrm_train.records import Example, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.stages import build_sec
+from pgenrm_train.stages.build_sec import reason_to_reject
+from recipes.build_sec import teacher
+
+CRITERIA = [("brevity", 70), ("wit", 30)]
+EXAMPLE = Example("p1", "u1", (Message("user", "q"),), ("left", "right"), 0)
+
+
+def chain(first: float, second: float, analysis: str = "Short is better.", criteria=CRITERIA) -> str:
+    return write_chain(analysis, criteria, [[first] * len(criteria), [second] * len(criteria)])
+
+
+def reason(text: str, example: Example = EXAMPLE, seen=frozenset()) -> str | None:
+    return reason_to_reject(parse_chain(text, len(example.responses)), example, text, set(seen))
+
+
+# ---- reasons ----
+
+
+def test_a_correct_chain_is_kept_for_the_side_that_it_prefers():
+    second = Example("p1", "u1", EXAMPLE.context, EXAMPLE.responses, 1)
+    assert reason(chain(8, 3)) is None and reason(chain(3, 8), second) is None
+    assert reason(chain(8, 3), second) == reason(chain(3, 8)) == "wrong_ranking"
+    assert reason(chain(5, 5)) == reason(chain(5, 5), second) == "tie"
+
+
+@pytest.mark.parametrize("text,kind", [
+    ("", "no_markers"),
+    ("left is better", "no_markers"),
+    ("<JSON_START>{oops<JSON_END>", "bad_json"),
+    ('<JSON_START>{"rationale": "x"}<JSON_END>', "scores_missing"),
+    ('<JSON_START>{"better_response": {"response_1": 8}}<JSON_END>', "scores_count"),
+    ('<JSON_START>{"better_response": {"response_1": true, "response_2": 1}}<JSON_END>', "scores_not_numbers"),
+])  # fmt: skip
+def test_chains_that_cannot_be_read(text, kind):
+    assert reason(text) == f"parse:{kind}"
+
+
+def declared(rationale: str, first: float = 8.0, second: float = 3.0) -> str:
+    block = {"rationale": rationale, "better_response": {"response_1": first, "response_2": second}}
+    return f"Analysis.\n<JSON_START>{json.dumps(block)}<JSON_END>"
+
+
+@pytest.mark.parametrize("text,issue", [
+    (declared("It is simply better."), "no_rubric"),
+    (declared("brevity 70%, wit 70%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."), "weights"),
+    (declared("brevity 70%, wit 30%. Response 1: brevity 20, wit 20 = 20.0. Response 2: brevity 3, wit 3 = 3.0.", 20), "score_range"),
+    (declared("brevity 70%, wit 30%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0.", 9.5), "declared_differs"),
+    (chain(8, 3) + " And that is that.", "trailing_text"),
+])  # fmt: skip
+def test_chains_whose_rubric_does_not_hold(text, issue):
+    assert reason(text) == f"issue:{issue}"
+
+
+def test_the_ranking_is_looked_at_before_the_issues():
+    assert reason(declared("It is simply better.", 3, 8)) == "wrong_ranking"
+
+
+@pytest.mark.parametrize("words", ["As the chosen response shows, ", "The REJECTED Response fails: ", "Ground truth: ", "By the label, "])
+def test_a_chain_that_talks_of_labels_is_a_leak(words):
+    assert reason(chain(8, 3, words)) == "label_leak"
+
+
+def test_a_chain_is_kept_once_for_a_user():
+    text = chain(8, 3)
+    assert reason(text, seen={("u1", text)}) == "duplicate"
+    assert reason(text, seen={("u2", text)}) is None
+
+
+def test_more_than_two_responses_need_the_chosen_one_above_every_other():
+    three = Example("p1", "u1", EXAMPLE.context, ("a", "b", "c"), 1)
+    scores = {(5, 8, 3): None, (8, 8, 3): "tie", (5, 6, 7): "wrong_ranking"}
+    for given, expected in scores.items():
+        assert reason(write_chain("x", CRITERIA, [[s, s] for s in given]), three) == expected
+
+
+# ---- the stage ----
+
+
+def progress(items, _what, _total):
+    return items
+
+
+def vote(number: int, user: str = "u", **more) -> PreferencePair:
+    explicit = ExplicitSignals(criteria="SECRET-CRITERION", self_description="SECRET-SELF")
+    context = (Message("user", f"question {number}"),)
+    return PreferencePair(f"p{number}", user, context, f"good {number}", f"bad {number}", explicit=explicit, **more)
+
+
+class Prefers:
+    """A teacher that scores texts beginning with `good` higher; `wrong` first attempts are ranked the other way."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.wrong, self.asked = wrong, []
+
+    def write(self, example: Example, attempt: int) -> str:
+        self.asked.append((example.pair_id, example.chosen_index, attempt))
+        scores = [[8, 8] if text.startswith("good") else [3, 3] for text in example.responses]
+        if attempt < self.wrong:
+            scores.reverse()
+        return write_chain(f"About {example.pair_id} in order {example.chosen_index}.", CRITERIA, scores)
+
+
+class Says:
+    """A teacher with one answer to everything."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def write(self, example: Example, attempt: int) -> str:
+        return self.text
+
+
+def run(tmp_path, teacher, votes=None, **config):
+    """Run the stage; its facts, the rows for SFT and the rejected chains."""
+    folder = StageFolder(tmp_path / "build_sec", "build_sec")
+    settings = Config(**config)
+    settings.psi.masking = settings.psi.masking if "masking" in config else "masked"
+    votes = votes or [vote(n, f"u{n % 4}") for n in range(20)]
+    facts = build_sec.run(settings, folder, votes, teacher, lambda kept: chat_messages, progress)
+    assert json.loads((folder.path / "yield.json").read_text()) == facts
+    rows = pq.read_table(folder.path / "sec.parquet").to_pylist()
+    return facts, rows, pd.read_parquet(folder.path / "rejected.parquet")
+
+
+def test_orders_alternate_and_both_are_equally_frequent(tmp_path):
+    facts, rows, _ = run(tmp_path, Prefers())
+    assert facts["chains"] == len(rows) == 20 and facts["chosen_first"] == 0.5
+    assert Counter(row["order"] for row in rows) == {0: 10, 1: 10}
+    assert [row["order"] for row in rows] == [0, 1] * 10
+    assert len({row["pair_id"] for row in rows}) == 20
+    for row in rows:  # the chosen response stands where the order says
+        prompt = row["messages"][-2]["content"]
+        assert (prompt.index("<response_1>good") > 0) if row["order"] == 0 else (prompt.index("<response_2>good") > 0)
+
+
+def test_two_orders_a_pair_ask_both(tmp_path):
+    _, rows, _ = run(tmp_path, Prefers(), sec=SecConfig(orders_per_pair=2))
+    assert Counter(Counter(row["pair_id"] for row in rows).values()) == {2: 20}
+    assert {(row["pair_id"], row["order"]) for row in rows} == {(f"p{n}", order) for n in range(20) for order in (0, 1)}
+
+
+def test_a_rejected_chain_is_recorded_and_another_is_asked_for(tmp_path):
+    teacher = Prefers(wrong=2)
+    facts, rows, rejected = run(tmp_path, teacher)
+    assert len(teacher.asked) == 60 and {row["attempt"] for row in rows} == {2}
+    assert facts["rejected"] == {"wrong_ranking": 40} and facts["asked"] == 60 and facts["yield"] == pytest.approx(1 / 3, abs=1e-4)
+    assert len(rejected) == 40 and set(rejected["reason"]) == {"wrong_ranking"}
+    assert list(rejected["attempt"][:2]) == [0, 1] and rejected["text"].str.contains("JSON_START").all()
+
+
+def test_no_more_samples_than_allowed(tmp_path):
+    teacher = Prefers(wrong=9)
+    with pytest.raises(DataError, match=r"no chain passed rejection sampling; reasons: \{'wrong_ranking': 60\}"):
+        run(tmp_path, teacher, sec=SecConfig(samples_per_pair=3))
+    assert len(teacher.asked) == 60
+
+
+@pytest.mark.parametrize("text,reasons", [(chain(5, 5), "tie"), ("I cannot say.", "parse:no_markers"), ("", "parse:no_markers")])
+def test_a_teacher_that_never_succeeds_ends_the_stage_in_one_sentence(tmp_path, text, reasons):
+    with pytest.raises(DataError, match=reasons) as error:
+        run(tmp_path, Says(text))
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_text_is_learnt_once_a_user(tmp_path):
+    votes = [vote(n, f"u{n % 2}") for n in range(12)]
+    _, rows, rejected = run(tmp_path, Says(chain(8, 3)), votes)
+    assert len(rows) == 2 and {row["user_id"] for row in rows} == {"u0", "u1"}
+    assert set(rejected["reason"]) == {"duplicate", "wrong_ranking"}
+
+
+def test_a_run_without_rejections_still_writes_the_table(tmp_path):
+    _, _, rejected = run(tmp_path, Prefers())
+    assert {"pair_id", "reason", "text"} <= set(rejected.columns)
+
+
+def test_only_training_votes_are_asked_about(tmp_path):
+    votes = [vote(1), vote(2, split="test"), vote(3, user_split="test"), vote(4, split="val"), vote(5)]
+    _, rows, _ = run(tmp_path, Prefers(), votes)
+    assert {row["pair_id"] for row in rows} == {"p1", "p5"}
+
+
+def test_a_limit_on_chains_is_kept_and_stays_balanced(tmp_path):
+    facts, rows, _ = run(tmp_path, Prefers(), sec=SecConfig(max_chains=6))
+    assert len(rows) == 6 and facts["chosen_first"] == 0.5
+
+
+def test_the_seed_orders_the_questions(tmp_path):
+    orders = [[row["pair_id"] for row in run(tmp_path / str(n), Prefers(), seed=seed)[1]] for n, seed in enumerate((0, 0, 1))]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+
+
+def text_of(row) -> str:
+    return json.dumps(row["messages"])
+
+
+def test_masked_prompts_hold_no_criteria_and_full_ones_do(tmp_path):
+    _, masked, _ = run(tmp_path / "masked", Prefers(), masking=MaskingConfig(policy="masked"))
+    _, full, _ = run(tmp_path / "full", Prefers(), masking=MaskingConfig(policy="full"))
+    assert not any("SECRET" in text_of(row) for row in masked)
+    assert all("SECRET-CRITERION" in text_of(row) and "SECRET-SELF" in text_of(row) for row in full)
+
+
+def test_mixed_masking_draws_by_pair_and_reproducibly(tmp_path):
+    mixed = MaskingConfig(policy="mixed", show_probability=0.5)
+    first, second = (run(tmp_path / name, Prefers(), masking=mixed)[1] for name in "ab")
+    assert first == second and 0 < sum("SECRET" in text_of(row) for row in first) < 20
+
+
+def test_a_row_is_a_chat_that_ends_with_the_chain(tmp_path):
+    _, rows, _ = run(tmp_path, Prefers())
+    for row in rows:
+        assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+        read = parse_chain(row["messages"][-1]["content"])
+        assert read.scores[row["order"]] > read.scores[1 - row["order"]] and row["analysis"] == read.analysis
+        assert row["pair_id"] in read.analysis
+
+
+def test_histories_are_shown_and_never_hold_the_asked_vote(tmp_path):
+    _, rows, _ = run(tmp_path, Prefers())
+    for row in rows:
+        prompt = row["messages"][-2]["content"]
+        number = row["pair_id"][1:]
+        assert prompt.count("<chosen>") == 3 and f"<query>question {number}\n<chosen>" not in prompt
+
+
+def test_the_oracle_teacher_fills_a_stage_whose_prompts_stay_masked(tmp_path):
+    votes = list(build(DataConfig(users=15, heldout_users=2), 0))
+    facts, rows, rejected = run(tmp_path, OracleTeacher(), votes)
+    assert 0.6 < facts["yield"] <= 1 and abs(facts["chosen_first"] - 0.5) < 0.1
+    assert set(rejected["reason"]) <= {"wrong_ranking", "tie", "duplicate"}
+    assert not any("above all" in row["messages"][-2]["content"] for row in rows)
+    assert set(facts["kinds"]) == {"easy", "medium", "hard", "rival"}
+
+
+# ---- the teachers of a configuration ----
+
+
+def test_teachers_by_name():
+    assert isinstance(teacher(Config(teacher=EndpointConfig("oracle")), []), OracleTeacher)
+    votes = [vote(n, f"u{n % 4}") for n in range(12)]
+    rule = teacher(Config(teacher=EndpointConfig("features")), votes)
+    first, again, other = (rule.write(EXAMPLE, attempt) for attempt in (0, 0, 1))
+    assert first == again and parse_chain(first).issues == () and parse_chain(other).issues == ()
+    with pytest.raises(ConfigError, match="teacher=none"):
+        teacher(Config(teacher=EndpointConfig("none")), votes)
