@@ -93,13 +93,17 @@ def _explain(error: Exception) -> str | None:
         if isinstance(cause, PGenRMError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(_groups())}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         return f"{match[1]}={match[2]} is not one of {', '.join(choices(match[1]))}"
-    if match := re.search(r"Could not override '([\w.]+)'", text):
-        return _unknown_key(match[1])
+    if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
+        return _unknown_key(match[1] or match[2])
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]}= must be given"
     if match := re.search(r"Could not find '([^']+)'", text):
         return f"config group or file '{match[1]}' does not exist; groups are {', '.join(_groups())}"
     if match := re.search(r"Error merging override (\S+)", text):
@@ -116,6 +120,8 @@ def _unknown_key(key: str) -> str:
         node = node[parts.pop(0)]
     section = key[: len(key) - len(".".join(parts))]
     names = sorted(str(name) for name in node)
+    if parts[0] in names:
+        return f"{key}= cannot take this value; its keys are set one by one, as in {key}.KEY=VALUE"
     near = get_close_matches(parts[0], names, n=1)
     hint = f"did you mean {section}{near[0]}? " if near else ""
     where = f"{section.rstrip('.')} has" if section else "top-level keys are"
@@ -127,7 +133,7 @@ def _groups() -> list[str]:
 
 
 def _fail(sentence: str, code: int = 2) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     return code
 
 

@@ -318,11 +318,13 @@ def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
 
 
 def parse(composed: Any) -> Config:
-    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError."""
+    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError, and OmegaConf's for unknown keys."""
     from omegaconf import OmegaConf
 
     register_resolvers()
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True) if OmegaConf.is_config(composed) else composed
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     check(config)
     return config
@@ -356,6 +358,8 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
             )
+    if config.model.kind == "endpoint":
+        raise ConfigError("model=endpoint is not built yet; valid today: a model with weights (nano, llama31_8b, …) or model=baseline")
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(

@@ -55,6 +55,7 @@ class Phase:
     judge_in_flight: int = 64
     hard: Sequence[float | None] | None = None
     mining_samples: int = 0
+    validation: Path | None = None  # rows as `rows`, each pair in both orders; sampled every `<section>.validate_every` steps
 
     @property
     def checkpoint(self) -> Path:
@@ -146,8 +147,10 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     grpo, trainer = getattr(config, phase.section), session.trainer
     rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight)
     run = PhaseRun(
-        phase.section, phase.rows, phase.work_dir, phase.steps, rewards, config.seed, grpo.keep_checkpoints, session.watchdog.beat
-    )
+        stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=config.seed,
+        keep_checkpoints=grpo.keep_checkpoints, validation=phase.validation, validate_every=grpo.validate_every,
+        beat=session.watchdog.beat,
+    )  # fmt: skip
     session.watchdog.beat(phase.section, 0, "preparing the phase")
     trainer.prepare(run, _verl(config, phase, start), start)
     rates = phase.hard
@@ -260,7 +263,7 @@ def main(job: Path) -> int:
 
 
 def _phase(said: dict[str, Any]) -> Phase:
-    paths = {name: Path(said[name]) for name in ("start", "rows", "work_dir") if said[name] is not None}
+    paths = {name: Path(said[name]) for name in ("start", "rows", "work_dir", "validation") if said.get(name) is not None}
     return Phase(**(said | paths))
 
 

@@ -36,7 +36,7 @@ def pass_rates(trainer: Any, start: Path, samples: int) -> list[float]:
 
 def mine(trainer: Any, samples: int) -> list[dict[str, Any]]:
     """Sample every row `samples` times from the current actor and summarise it."""
-    groups = trainer.measure(samples, "mine")
+    groups = trainer.measure(trainer.run.table, samples, "mine")
     extras = trainer.run.table["extra_info"].to_pylist()
     return [summary(index, extra["pair_id"], group) for index, (extra, group) in enumerate(zip(extras, groups, strict=True))]
 

@@ -61,6 +61,19 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: Curric
     }
 
 
+def validation_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], extras: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy as the mean over pairs of the mean over their orders, and the share of two-order pairs won in one order only."""
+    hits: dict[str, list[float]] = {}
+    for group, extra in zip(groups, extras, strict=True):
+        hits.setdefault(extra["pair_id"], []).append(float(np.mean([(info["outcome"] or 0.0) > 0 for info in group])))
+    both = [won for won in hits.values() if len(won) == 2]
+    return {
+        "validation/accuracy": float(np.mean([np.mean(won) for won in hits.values()])),
+        "validation/order_flip_rate": float(np.mean([won[0] != won[1] for won in both])) if both else float("nan"),
+        "validation/format_error_share": float(np.mean([info["failure"] is not None for group in groups for info in group])),
+    }
+
+
 def progress_line(stage: str, step: int, steps: int, last: Mapping[str, Any], seconds: float) -> str:
     """One line for the console: where the phase stands and, at `seconds` a step, how long it will take."""
 

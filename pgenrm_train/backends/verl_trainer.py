@@ -39,6 +39,7 @@ from pgenrm_train.backends.verl_progress import (
     progress_line,
     trim,
     under_stage,
+    validation_metrics,
 )
 from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
@@ -62,6 +63,8 @@ class PhaseRun:
     rewards: RewardSpec
     seed: int
     keep_checkpoints: int = 2
+    validation: Path | None = None
+    validate_every: int = 0
     beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
     last: dict[str, Any] = field(default_factory=dict)
     sampler: CurriculumSampler = field(init=False)  # set by `begin`, once hardness is known
@@ -166,15 +169,25 @@ class ChainTrainer(PPOTrainerSync):
     def export(self, folder: Path, dtype: str) -> None:
         self.actor_rollout_wg.export(str(folder), dtype)
 
-    def measure(self, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
-        """`samples` chains of every row from the current actor, scored and not trained on; one list of infos a row."""
+    def measure(self, table: Any, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
+        """`samples` chains of every row of `table` from the current actor, scored and not trained on; one list of infos a row."""
         run, groups = self.run, []
-        for first in range(0, run.table.num_rows, prompts_at_once):
-            places = range(first, min(first + prompts_at_once, run.table.num_rows))
-            prompts = [self._prompt(run.row(i), f"{purpose}{i}", samples, 0) for i in places]
+        for first in range(0, table.num_rows, prompts_at_once):
+            rows = table.slice(first, prompts_at_once).to_pylist()
+            prompts = [self._prompt(row, f"{purpose}{first + i}", samples, self.global_steps) for i, row in enumerate(rows)]
             groups += self.rollout.measure(prompts)
-            run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{run.table.num_rows} pairs")
+            run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{table.num_rows} pairs")
         return groups
+
+    def validate(self) -> None:
+        """One chain a validation row, in the orders that the rows hold, when this step is due."""
+        run, step = self.run, self.global_steps
+        if run.validation is None or not run.validate_every or (step % run.validate_every and step < run.steps):
+            return
+        table = pq.read_table(run.validation)
+        found = validation_metrics(self.measure(table, 1, "validation"), table["extra_info"].to_pylist())
+        append(run.work_dir / "metrics.jsonl", {"step": step, "stage": run.stage} | under_stage(run.stage, found))
+        print(f"{run.stage} {step}/{run.steps} · validation accuracy {found['validation/accuracy']:.3f}", flush=True)
 
     # one step
 
@@ -205,6 +218,7 @@ class ChainTrainer(PPOTrainerSync):
     def on_step_end(self) -> None:
         self.run.beat(self.run.stage, self.global_steps, "syncing weights to vLLM")
         super().on_step_end()
+        self.validate()
 
     def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _place(batch.keys[i])))

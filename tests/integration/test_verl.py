@@ -37,6 +37,7 @@ def config(run_dir: Path, **changed: Any) -> Config:
         section.prompts_per_step, section.mini_batch_prompts, section.group_size = 8, 8, 4
         section.micro_batch_size, section.learning_rate, section.kl_coefficient = 16, 1e-3, 0.01
         section.save_every, section.keep_checkpoints, section.stall_seconds = 1, 2, 60.0
+        section.validate_every = 3
         for key, value in changed.items():
             setattr(section, key, value)
     found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
@@ -56,12 +57,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     verl_world.write_checkpoint(folder / "start", sft_steps=220)
     verl_world.write_rows(folder / "rows.parquet", ROWS)
+    verl_world.write_rows(folder / "validation.parquet", 10, seed=5, both_orders=True)
     return folder
 
 
 def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Phase:
     kwargs = {"broken_every": broken_every}
-    return Phase("cre", world / "start", world / "rows.parquet", run / "cre", steps, {}, "verl_world:trait_judge", kwargs)
+    rows, judge = world / "rows.parquet", "verl_world:trait_judge"
+    return Phase("cre", world / "start", rows, run / "cre", steps, {}, judge, kwargs, validation=world / "validation.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def training(run: Path, stage: str = "cre") -> list[dict[str, Any]]:
+    """The metric lines of training steps; validation has lines of its own."""
+    return [line for line in lines(run / stage / "metrics.jsonl") if f"{stage}/reward/total" in line]
+
+
 def children_of_ray() -> list[str]:
     """Command lines of Ray, vLLM and veRL processes below this one."""
     found = []
@@ -93,7 +101,7 @@ def children_of_ray() -> list[str]:
 
 
 def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> None:
-    steps = lines(trained / "cre/metrics.jsonl")
+    steps = training(trained)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     for line in steps:
         assert line["stage"] == "cre"
@@ -108,11 +116,18 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 
+def test_validation_is_sampled_at_its_steps_and_at_the_end(trained: Path) -> None:
+    found = [line for line in lines(trained / "cre/metrics.jsonl") if "cre/validation/accuracy" in line]
+    assert [line["step"] for line in found] == [3, STEPS]
+    for name in ("accuracy", "order_flip_rate", "format_error_share"):
+        assert all(0 <= line[f"cre/validation/{name}"] <= 1 for line in found)
+
+
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
     """Every sixth pair has none: the share is reported and the mean is over those that have one."""
-    steps = lines(trained / "cre/metrics.jsonl")
+    steps = training(trained)
     assert max(line["cre/reward/process_null_share"] for line in steps) > 0
-    assert all(line["curriculum/reward/process"] is None for line in lines(trained / "curriculum/metrics.jsonl"))
+    assert all(line["curriculum/reward/process"] is None for line in training(trained, "curriculum"))
 
 
 def test_batches_are_those_of_the_pure_sampler(trained: Path) -> None:
@@ -132,7 +147,7 @@ def test_mining_measures_every_row_and_feeds_the_curriculum(trained: Path) -> No
 
 
 def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
-    assert lines(trained / "curriculum/metrics.jsonl")[0]["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert training(trained, "curriculum")[0]["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: Path) -> None:
@@ -216,12 +231,10 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
 
     assert launch(config(tmp_path), [phase])[0].steps == STEPS
     assert not (saved / "global_step_9").exists()
-    for file in ("batches.jsonl", "metrics.jsonl"):
-        names = ("step", "pairs") if file == "batches.jsonl" else ("step", "cre/reward/total", "cre/response_length")
-        ours, theirs = (
-            [[line[name] for name in names] for line in lines(run / "cre" / file)] for run in (tmp_path, trained)
-        )
-        assert ours == theirs
+    assert lines(tmp_path / "cre/batches.jsonl") == lines(trained / "cre/batches.jsonl")
+    names = ("step", "cre/reward/total", "cre/reward/process", "cre/response_length")
+    ours, theirs = ([[line[name] for name in names] for line in training(run)] for run in (tmp_path, trained))
+    assert ours == theirs
     weights = [load_file(run / "cre/checkpoint/model.safetensors") for run in (tmp_path, trained)]
     assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-5
     assert all(torch.isfinite(w).all() for w in weights[0].values())
@@ -347,7 +360,9 @@ dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 if layer.weight.numel():
     raise SystemExit("vLLM keeps Linear weights: keep_linear_weights can go")
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ))
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ)
+    )
     assert found.returncode == 0, found.stderr[-2000:]
 
 

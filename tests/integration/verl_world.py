@@ -55,12 +55,25 @@ def trait_judge(broken_every: int = 0) -> Any:
     return judge
 
 
-def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+def swapped(row: dict[str, Any]) -> dict[str, Any]:
+    """The same pair in the other order."""
+    text, extra = row["prompt"][0]["content"], row["extra_info"]
+    first, second = (line.split(" is ")[1] for line in text.splitlines()[1:])
+    other = f"{text.splitlines()[0]}\nresponse_1 is {second}\nresponse_2 is {first}"
+    return row | {
+        "prompt": [{"role": "user", "content": other}],
+        "reward_model": {"style": "rule", "ground_truth": str(1 - int(row["reward_model"]["ground_truth"]))},
+        "extra_info": extra | {"order": 1 - extra["order"]},
+    }
+
+
+def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([example(i, seed) for i in range(count)]), path)
+    rows = [example(i, seed) for i in range(count)]
+    pq.write_table(pa.Table.from_pylist(rows + [swapped(row) for row in rows] if both_orders else rows), path)
     return path
 
 

@@ -1,0 +1,134 @@
+"""The whole method at smoke size, as a user runs it: real DeepSpeed, veRL, Ray and vLLM; then killed in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pgenrm_train.config import ROOT
+
+TIMEOUT = 900
+
+
+def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "pipeline.budget=smoke", f"run_dir={run_dir}", *more]
+    log = (run_dir.parent / f"{run_dir.name}.log").open("a")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+def words(run_dir: Path) -> str:
+    return (run_dir.parent / f"{run_dir.name}.log").read_text()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("pipeline") / "run"
+    assert start(run_dir).wait(timeout=TIMEOUT) == 0, words(run_dir)
+    return run_dir
+
+
+def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "predictions.parquet", "results.json", "report.html", "checkpoint"):
+        assert (finished / name).exists(), name
+    results = json.loads((finished / "results.json").read_text())
+    promised = {
+        "accuracy", "stderr", "ci95", "macro_accuracy", "n_pairs", "n_users", "ties", "failures", "order_flip_rate",
+        "protocol", "ind", "pro", "model", "data", "seeds",
+    }  # fmt: skip
+    assert promised <= results.keys()
+    assert list(results["stages"]) == ["psi", "cre", "curriculum"]
+    assert 0 <= results["accuracy"] <= 1 and results["n_pairs"] >= 40
+    for line in (finished / "metrics.jsonl").read_text().splitlines():
+        assert {"step", "stage"} <= json.loads(line).keys()
+
+
+def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = []
+    for stage, steps in (("psi", 20), ("cre", 3), ("curriculum", 3)):
+        manifest = json.loads((finished / stage / "manifest.json").read_text())
+        assert manifest["status"] == "complete" and manifest["steps"] == steps
+        model = AutoModelForCausalLM.from_pretrained(finished / stage / "checkpoint")
+        assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(finished / stage / "checkpoint"))
+        weights.append(next(model.parameters()).detach())
+        assert not list((finished / stage / "checkpoint").glob("*.bin")), "no pickles"
+    assert (weights[0] != weights[1]).any() and (weights[1] != weights[2]).any()
+
+
+def test_a_second_start_changes_nothing(finished: Path) -> None:
+    before = (finished / "evaluate" / "results.json").stat().st_mtime_ns
+    assert start(finished).wait(timeout=120) == 0, words(finished)
+    assert (finished / "evaluate" / "results.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_in_one_sentence(finished: Path) -> None:
+    command = [sys.executable, "-m", "pgenrm_train", "recipe=psi", "pipeline.budget=smoke", f"run_dir={finished}", "psi.learning_rate=1e-5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "psi.learning_rate: 0.0003 → 1e-05" in done.stderr and "Traceback" not in done.stderr
+
+
+def _exists(pattern: str) -> Callable[[Path], bool]:
+    return lambda run_dir: any(run_dir.glob(pattern))
+
+
+STAGES = {  # stage → what shows that it is at work
+    "build_data": _exists("build_data/manifest.json"),
+    "build_sec": _exists("build_sec/manifest.json"),
+    "psi": _exists("psi/steps/checkpoint-*"),
+    "cre": _exists("cre/metrics.jsonl"),
+    "curriculum": _exists("curriculum/metrics.jsonl"),
+    "prototypes": _exists("prototypes/manifest.json"),
+    "evaluate": _exists("evaluate/psi/predictions/part-*.parquet"),
+}
+
+
+def test_killed_in_every_stage_and_rerun_ends_in_the_same_table(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for stage, at_work in STAGES.items():
+        process = start(run_dir)
+        wait_until(lambda at_work=at_work: at_work(run_dir), process, run_dir, stage)
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, f"left behind after kill -9 in {stage}: {alive}"
+    assert start(run_dir).wait(timeout=TIMEOUT) == 0, words(run_dir)
+    same, again = (json.loads((d / "results.json").read_text()) for d in (finished, run_dir))
+    for stage in same["stages"]:
+        assert again["stages"][stage]["n_pairs"] == same["stages"][stage]["n_pairs"]
+        assert again["stages"][stage]["accuracy"] == pytest.approx(same["stages"][stage]["accuracy"], abs=1e-9), stage
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path, what: str) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, f"ended before {what} was at work:\n{words(run_dir)}"
+        assert time.monotonic() < end, f"{what} never started:\n{words(run_dir)}"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_no_process(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "psi.max_steps=200")
+    wait_until(lambda: STAGES["psi"](run_dir), process, run_dir, "psi")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    manifest = json.loads((run_dir / "psi" / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted" and manifest["wall_seconds"] > 0
+    log = run_dir.parent / "run.log"
+    assert "error: interrupted; the same command continues the run" in log.read_text()
+    assert "Traceback" not in log.read_text()
