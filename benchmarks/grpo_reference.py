@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--process-weight", type=float, default=0.5)
     parser.add_argument("--judge", default=None, help="module:factory of a judge; none: no process reward")
     parser.add_argument("--judge-kwargs", type=json.loads, default={})
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -54,7 +55,7 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Any:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: Sequence[list[int]], group: int, limit: int) -> list[list[int]]:
-    """`group` chains a prompt at temperature 1, prompt by prompt; each ends with the end token or at `limit` tokens."""
+    """`group` chains a prompt at temperature 1, all at once; each ends with the end token or at `limit` tokens."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts for _ in range(group)])
@@ -126,6 +127,7 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
     rows = pq.read_table(args.rows).to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(args.start)
     model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)

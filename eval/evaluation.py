@@ -148,7 +148,7 @@ def stage_row(tested: Tested) -> dict[str, Any]:
     row: dict[str, Any] = {
         "stage": tested.name,
         "accuracy": report["accuracy"],
-        "accuracy ci95": report["ci95"],
+        "ci95": report["ci95"],
         "stderr": report["stderr"],
     }
     if hard:
@@ -177,7 +177,7 @@ def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
                 "model": tested.name,
                 "users": cohort,
                 "accuracy": report["accuracy"],
-                "accuracy ci95": report["ci95"],
+                "ci95": report["ci95"],
                 "pairs": report["n_pairs"],
             }
         )

@@ -73,7 +73,7 @@ class PredictionStore:
 
     def flush(self) -> None:
         if self._pending:
-            number = len(list(self.folder.glob("part-*.parquet")))
+            number = 1 + max((int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")), default=-1)
             with atomic(self.folder / f"part-{number:06d}.parquet") as temporary:
                 pd.DataFrame(self._pending).to_parquet(temporary)
             self._pending = []
@@ -106,12 +106,14 @@ def ask(
     if todo:
         answers = generator()(_requests(todo, write, masking), temperature=temperature)
         bar = iter(progress(range(len(todo)), what, len(todo)))
-        for group in _grouped(answers, by_key):
-            question = by_key[group[0].key]
-            store.add([prediction(question, generation) for generation in group])
+        try:
+            for group in _grouped(answers, by_key):
+                question = by_key[group[0].key]
+                store.add([prediction(question, generation) for generation in group])
+                next(bar, None)
             next(bar, None)
-        next(bar, None)
-        store.flush()
+        finally:  # an engine that fails and Ctrl-C lose no answer
+            store.flush()
     return store.read()
 
 

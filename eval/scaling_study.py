@@ -75,7 +75,7 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
         report = accuracy_report(
             part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed, extra={"ind": int(m), "pro": int(n)}
         )
-        row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "accuracy ci95": report["ci95"]}
+        row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
         row |= {
             "ties": report["ties"],
             "pairs": report["n_pairs"],

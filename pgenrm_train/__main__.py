@@ -120,6 +120,8 @@ def _unknown_key(key: str) -> str:
         node = node[parts.pop(0)]
     section = key[: len(key) - len(".".join(parts))]
     names = sorted(str(name) for name in node)
+    if not names:  # a free dictionary
+        return f"key '{key}' is new and takes a plus: +{key}=VALUE"
     if parts[0] in names:
         return f"{key}= cannot take this value; its keys are set one by one, as in {key}.KEY=VALUE"
     near = get_close_matches(parts[0], names, n=1)

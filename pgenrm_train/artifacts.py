@@ -177,9 +177,13 @@ class StageFolder:
             self._count_time()
             self.save()
 
-    def finish(self, **facts: Any) -> None:
-        """Mark complete, with the facts that a table shows; wall seconds add up over restarts."""
+    def finish(self, *, seconds_shift: float = 0.0, **facts: Any) -> None:
+        """Mark complete, with the facts that a table shows; wall seconds add up over restarts.
+
+        `seconds_shift`: time that another stage's process spent for this one, or this one's for another (negative).
+        """
         self._count_time()
+        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + seconds_shift, 1)
         self.manifest |= {"status": "complete", **facts}
         self.save()
 

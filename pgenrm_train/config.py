@@ -359,7 +359,9 @@ def check(config: Config) -> None:
                 f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
             )
     if config.model.kind == "endpoint":
-        raise ConfigError("model=endpoint is not built yet; valid today: a model with weights (nano, llama31_8b, …) or model=baseline")
+        raise ConfigError(
+            "model=endpoint is not built yet; valid today: a model with weights (nano, llama31_8b, …) or model=baseline"
+        )
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(

@@ -51,16 +51,15 @@ class Tracker:
             thread.join(timeout=30)
 
     def _forward(self, path: Path, ended: threading.Event, every: float) -> None:
-        sent = 0
+        sent = -1  # the newest step that was forwarded: a resumed engine rewrites lines, so they cannot be counted
         while True:
             last_round = ended.wait(every)
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-            for line in lines[sent:]:
-                self.after_log()
-                record = json.loads(line)
-                numbers = {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None}
-                self._send(int(record["step"]), numbers)
-            sent = len(lines)
+            for record in map(json.loads, lines):
+                if int(record["step"]) > sent:
+                    sent = int(record["step"])
+                    self.after_log()
+                    self._send(sent, {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None})
             if last_round:
                 return
 

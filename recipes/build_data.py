@@ -14,7 +14,12 @@ from recipes.run import prepare, run_stage
 def run(config: Config) -> None:
     prepare(config)
     run_stage(
-        config, "build_data", build_data.READS, [], lambda f, _: build_data.run(config, f, builder(config)), "{pairs} pairs of {users} users"
+        config,
+        "build_data",
+        build_data.READS,
+        [],
+        lambda f, _: build_data.run(config, f, builder(config)),
+        "{pairs} pairs of {users} users",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.artifacts import StageFolder, read_json
 from pgenrm_train.config import Config
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
@@ -37,9 +37,14 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     from pgenrm_train.backends import verl_grpo
 
     phases = [phase(config, stage, start if n == 0 else None) for n, stage in enumerate(stages)]
+    said = [p.work_dir / verl_grpo.TRAINED for p in phases]
+    known = [path.exists() for path in said]
     with tracker.follow(folder.path / "metrics.jsonl"):
         trained = verl_grpo.launch(config, phases)[0]
-    return {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
+    # One session serves several stages: each stage's time goes to its own row of the table.
+    seconds = [read_json(path)["seconds"] for path in said]
+    shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
+    return {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind, "seconds_shift": shift}
 
 
 def phase(config: Config, stage: str, start: Path | None) -> Any:

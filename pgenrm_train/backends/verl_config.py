@@ -163,7 +163,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         "trainer.device": cluster.device,
         "trainer.val_before_train": False,
         "trainer.test_freq": -1,
-        "trainer.save_freq": grpo.save_every,
+        "trainer.save_freq": grpo.save_every if grpo.save_every > 0 else grpo.steps,  # the last step is always saved
         "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
         "trainer.resume_mode": "disable",  # `verl_trainer` resumes from the newest complete checkpoint itself
         "trainer.logger": [],  # the trainer writes metrics.jsonl; `tracking.Tracker.follow` forwards it

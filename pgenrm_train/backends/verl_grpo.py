@@ -18,11 +18,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pgenrm_train import errors
 from pgenrm_train.artifacts import read_json, write_json
@@ -31,6 +33,7 @@ from pgenrm_train.backends.verl_config import environment, to_verl
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
 
+TRAINED, ENGINE_LOG = "trained.json", "engine.log"
 __all__ = ["Phase", "environment", "launch", "to_verl", "train"]
 
 
@@ -73,7 +76,12 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment(config)
     command = [sys.executable, "-m", "pgenrm_train.backends.verl_grpo", str(job)]
-    child = subprocess.Popen(command, env=env, start_new_session=True)
+    child = subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    told = tuple(f"{phase.section} " for phase in phases) + tuple(f"{phase.section}:" for phase in phases)
+    # A thread, because Ray's daemons may hold the pipe open longer than the child lives.
+    threading.Thread(target=_relay, args=(child.stdout, folder / ENGINE_LOG, told), daemon=True).start()
     try:
         code = child.wait()
     except BaseException:
@@ -86,11 +94,20 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     return _read(report, code, folder)
 
 
+def _relay(lines: IO[str] | None, log: Path, told: tuple[str, ...]) -> None:
+    """Keep all that Ray, veRL and vLLM say in a file; show the progress lines."""
+    assert lines is not None
+    with log.open("a", encoding="utf-8") as out:
+        for line in lines:
+            out.write(line)
+            out.flush()
+            if line.startswith(told):
+                print(line, end="", flush=True)
+
+
 def _read(report: Path, code: int, folder: Path) -> list[Trained]:
     if not report.exists():
-        raise BackendError(
-            f"veRL's process ended with code {code} and no report; its last worker logs are in {folder / 'ray_logs'}"
-        )
+        raise BackendError(f"veRL's process ended with code {code} and no report; its last words are in {folder / ENGINE_LOG}")
     found = read_json(report)
     if "error" in found:
         kind = getattr(errors, found["error"], BackendError)
@@ -144,6 +161,7 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     from pgenrm_train.backends.verl_rollout import RewardSpec
     from pgenrm_train.backends.verl_trainer import PhaseRun
 
+    started = time.monotonic()
     grpo, trainer = getattr(config, phase.section), session.trainer
     rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight)
     run = PhaseRun(
@@ -162,9 +180,9 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     _check_steps(phase, trainer.last_saved())
     session.watchdog.beat(phase.section, phase.steps, "exporting the checkpoint")
     export(trainer, phase, start, "float32" if config.cluster.device == "cpu" else config.model.dtype)
-    write_json(
-        phase.work_dir / "trained.json", {"steps": phase.steps, "metrics": {k: v for k, v in run.last.items() if v is not None}}
-    )
+    last = {k: v for k, v in run.last.items() if v is not None}
+    seconds = round(time.monotonic() - started, 1)
+    write_json(phase.work_dir / TRAINED, {"steps": phase.steps, "metrics": last, "seconds": seconds})
 
 
 def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | None] | None) -> Any:
@@ -213,7 +231,7 @@ def _check_steps(phase: Phase, made: int) -> None:
 
 def _completed(phase: Phase) -> Trained | None:
     """What a complete phase reports; ArtifactError when it was complete with another number of steps."""
-    said = phase.work_dir / "trained.json"
+    said = phase.work_dir / TRAINED
     if not (said.exists() and (phase.checkpoint / "config.json").exists()):
         return None
     found = read_json(said)

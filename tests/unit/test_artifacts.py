@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -23,7 +24,7 @@ from pgenrm_train.artifacts import (
     write_table,
     write_text,
 )
-from pgenrm_train.config import Config, to_dict
+from pgenrm_train.config import ROOT, Config, to_dict
 from pgenrm_train.errors import ArtifactError
 from recipes.run import prepare
 
@@ -49,7 +50,7 @@ def test_an_exception_leaves_the_old_file_and_no_rest(tmp_path, error):
 
 
 def test_a_table_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(Exception, match="mix|convert"):
+    with pytest.raises(Exception, match=r"mix|convert"):
         write_table(tmp_path / "t.parquet", [{"a": 1}, {"a": {"b": "c"}}])
     assert list(tmp_path.iterdir()) == []
 
@@ -93,7 +94,7 @@ def test_fingerprints_are_stable_over_key_order_processes_and_versions():
     turned = {"a": {"x": "ü", "y": True}, "b": [1, 2.5, None]}
     assert fingerprint(settings, {}) == fingerprint(turned, {}) == "29c98950ff01b00e"
     code = f"from pgenrm_train.artifacts import fingerprint; print(fingerprint({settings!r}, {{}}))"
-    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(artifacts.Path(artifacts.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == fingerprint(settings, {})
 
@@ -226,7 +227,7 @@ def test_manifests_hold_no_variable_no_host_and_no_secret(tmp_path, monkeypatch)
     node = platform.node()
     words = set(json.dumps(json.loads(manifest)).replace('"', " ").replace("-", " ").replace(",", " ").split())
     assert len(node) < 4 or node not in manifest
-    assert os.path.expanduser("~") not in words and sys.prefix not in manifest
+    assert str(Path.home()) not in words and sys.prefix not in manifest
 
 
 def test_manifests_hold_versions_and_git_state(tmp_path):

@@ -119,13 +119,14 @@ def test_asked_train_leaves_out_held_out_users():
 def test_a_limit_on_what_is_asked_keeps_conversations_whole():
     votes = [vote(n, split="test", conversation_id=f"c{n % 5}") for n in range(15)]
     kept = asked(votes, "test", 4)
-    assert Counter(p.conversation_id for p in kept) == {"c0": 3, "c1": 3}
+    assert sorted(Counter(p.conversation_id for p in kept).values()) == [3, 3]
+    assert asked(votes[::-1], "test", 4) == kept[::-1]  # which ones does not depend on the order of the file
     assert asked(votes, "test", 100) == votes and asked(votes, "test") == votes
 
 
 def test_a_limit_holds_for_votes_without_a_conversation():
     votes = [vote(n, split="test") for n in range(15)]
-    assert [p.pair_id for p in asked(votes, "test", 4)] == ["0", "1", "2", "3"]
+    assert len(asked(votes, "test", 4)) == 4
 
 
 # ---- data=pairs ----
@@ -155,7 +156,7 @@ def test_only_keeps_the_rows_that_have_the_value(tmp_path):
 def test_only_names_a_column_that_the_file_lacks(tmp_path):
     data = write_votes(tmp_path, rows())
     data.only = {"tongue": "en"}
-    with pytest.raises(DataError, match="data.only names the column 'tongue'"):
+    with pytest.raises(DataError, match=r"data\.only names the column 'tongue'"):
         list(pairs_builder.build(data, 0))
 
 

@@ -73,7 +73,9 @@ def test_the_ranking_is_looked_at_before_the_issues():
     assert reason(declared("It is simply better.", 3, 8)) == "wrong_ranking"
 
 
-@pytest.mark.parametrize("words", ["As the chosen response shows, ", "The REJECTED Response fails: ", "Ground truth: ", "By the label, "])
+@pytest.mark.parametrize(
+    "words", ["As the chosen response shows, ", "The REJECTED Response fails: ", "Ground truth: ", "By the label, "]
+)
 def test_a_chain_that_talks_of_labels_is_a_leak(words):
     assert reason(chain(8, 3, words)) == "label_leak"
 
@@ -161,7 +163,9 @@ def test_a_rejected_chain_is_recorded_and_another_is_asked_for(tmp_path):
     teacher = Prefers(wrong=2)
     facts, rows, rejected = run(tmp_path, teacher)
     assert len(teacher.asked) == 60 and {row["attempt"] for row in rows} == {2}
-    assert facts["rejected"] == {"wrong_ranking": 40} and facts["asked"] == 60 and facts["yield"] == pytest.approx(1 / 3, abs=1e-4)
+    assert (
+        facts["rejected"] == {"wrong_ranking": 40} and facts["asked"] == 60 and facts["yield"] == pytest.approx(1 / 3, abs=1e-4)
+    )
     assert len(rejected) == 40 and set(rejected["reason"]) == {"wrong_ranking"}
     assert list(rejected["attempt"][:2]) == [0, 1] and rejected["text"].str.contains("JSON_START").all()
 

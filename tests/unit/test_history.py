@@ -16,7 +16,13 @@ from pgenrm_train.stages.inputs import histories
 
 def vote(user: str, number: int, split: str = "train", **more) -> PreferencePair:
     name = f"{user}{number}"
-    given = {"pair_id": name, "chosen": f"good {name}", "rejected": f"bad {name}", "scenario": ("work", "health")[number % 2], "split": split}
+    given = {
+        "pair_id": name,
+        "chosen": f"good {name}",
+        "rejected": f"bad {name}",
+        "scenario": ("work", "health")[number % 2],
+        "split": split,
+    }
     given |= {"kind": ("easy", "medium")[number // 2 % 2]} | more
     return PreferencePair(user_id=user, context=(Message("user", f"query {name}"),), **given)
 

@@ -20,7 +20,9 @@ FIXED = [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)]
 CUT = re.compile(r"^(.*) …\(\+(\d+) words\)$", re.DOTALL)
 
 
-def a_view(history: int = 2, query: str = "Which one is better?", responses=("A short answer.", "Another answer, no longer."), **more):
+def a_view(
+    history: int = 2, query: str = "Which one is better?", responses=("A short answer.", "Another answer, no longer."), **more
+):
     items = tuple(HistoryItem(f"Question number {i}?", f"A good answer {i}.", f"A bad answer {i}.") for i in range(history))
     context = (Message("user", query),)
     return FullView(context, items, responses, more["explicit"]) if more else MaskedView(context, items, responses)
@@ -138,7 +140,9 @@ def test_long_texts_are_cut_and_say_how_many_words_are_gone(tokenizer):
         assert int(match[2]) == len(long[len(kept) :].split())
 
 
-@pytest.mark.parametrize("text", ["漢字仮名" * 50, "🙂🙃" * 80, "e\u0301 a\u0308 " * 80, "Ünï cödé " * 40, "a.b , c ! d ' s " * 30, "x" * 2000])
+@pytest.mark.parametrize(
+    "text", ["漢字仮名" * 50, "🙂🙃" * 80, "e\u0301 a\u0308 " * 80, "Ünï cödé " * 40, "a.b , c ! d ' s " * 30, "x" * 2000]
+)
 def test_a_cut_text_is_a_prefix_in_whole_characters(tokenizer, text):
     write = writer(tokenizer, max_text_tokens=25)
     shown = dict(sections(write(a_view(history=0, responses=(text, "b")))))["<response_1>"]
@@ -201,9 +205,9 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
 
 
 def test_what_cannot_fit_is_said(tokenizer):
-    with pytest.raises(DataError, match="model.max_prompt_tokens=20"):
+    with pytest.raises(DataError, match=r"model\.max_prompt_tokens=20"):
         writer(tokenizer, max_prompt_tokens=20)(a_view(responses=("word " * 50, "b")))
-    with pytest.raises(DataError, match="model.max_prompt_tokens=60"):  # stated criteria are never cut
+    with pytest.raises(DataError, match=r"model\.max_prompt_tokens=60"):  # stated criteria are never cut
         writer(tokenizer, max_prompt_tokens=60)(a_view(history=0, explicit=ExplicitSignals("short " * 100)))
 
 

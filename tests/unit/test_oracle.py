@@ -19,7 +19,9 @@ PAIRS = list(build(DataConfig(users=60, heldout_users=60), 5))
 TEST = [p for p in PAIRS if p.split == "test"]
 HISTORY = HistorySampler(PAIRS, size=3, policy="random")
 CRITERIA = ("formal", "direct", "warm")
-STATED = ExplicitSignals(f"For work I want {CRITERIA[0]} above all, then {CRITERIA[1]}, then {CRITERIA[2]}.", "People call me a buddy.")
+STATED = ExplicitSignals(
+    f"For work I want {CRITERIA[0]} above all, then {CRITERIA[1]}, then {CRITERIA[2]}.", "People call me a buddy."
+)
 
 
 def hit(pair, order: int, attempt: int = 0) -> bool:
@@ -58,7 +60,10 @@ def test_chains_are_deterministic_and_attempts_differ():
 
 def test_equal_attributes_get_equal_scores():
     for seed in range(30):
-        left, right = rendered("formal", "cautious", "listed", seed=seed), rendered("formal", "cautious", "listed", seed=seed + 100)
+        left, right = (
+            rendered("formal", "cautious", "listed", seed=seed),
+            rendered("formal", "cautious", "listed", seed=seed + 100),
+        )
         chain = parse_chain(OracleTeacher(seed).write(an_example(left, right)))
         assert chain.scores[0] == chain.scores[1]
         assert chain.criterion_scores[0] == chain.criterion_scores[1]
@@ -155,7 +160,11 @@ def test_the_judge_prefers_truer_weights():
 
 def test_naming_every_attribute_earns_no_more_than_naming_random_ones():
     rng = random.Random(0)
-    everything = ({p: 10 for p in POLES}, {**{p: 9 for p in POLES}, "quality": 10}, {**{p: 1 for p in POLES}, "quality": 90})
+    everything = (
+        dict.fromkeys(POLES, 10),
+        {**dict.fromkeys(POLES, 9), "quality": 10},
+        {**dict.fromkeys(POLES, 1), "quality": 90},
+    )
     users = [tuple(rng.choice(axis) for axis in rng.sample([POLES[i : i + 2] for i in range(0, 10, 2)], 3)) for _ in range(300)]
     guesses = []
     for criteria in users:

@@ -74,7 +74,9 @@ def test_a_rendered_response_is_read_back(poles, quality):
         assert read_response(response.render(random.Random(seed))) == response
 
 
-@pytest.mark.parametrize("text", ["", "Hello there.", "Dear reader.", "Dear reader. Hello. Well researched.", "Well researched. Dear"])
+@pytest.mark.parametrize(
+    "text", ["", "Hello there.", "Dear reader.", "Dear reader. Hello. Well researched.", "Well researched. Dear"]
+)
 def test_other_texts_are_not_read(text):
     assert read_response(text) is None
 
@@ -180,7 +182,11 @@ def test_no_surface_rule_decides_among_equal_quality(pairs):
     longer = sum((len(p.chosen) > len(p.rejected)) + 0.5 * (len(p.chosen) == len(p.rejected)) for p in equal)
     assert abs(longer / len(equal) - 0.5) < 0.1
     for pole in POLES[::2]:  # nor is one pole preferred by everybody
-        votes = [pole in responses(p)[0].poles for p in equal if {pole, OPPOSITE[pole]} <= {*responses(p)[0].poles, *responses(p)[1].poles}]
+        votes = [
+            pole in responses(p)[0].poles
+            for p in equal
+            if {pole, OPPOSITE[pole]} <= {*responses(p)[0].poles, *responses(p)[1].poles}
+        ]
         assert 0.25 < sum(votes) / len(votes) < 0.75
 
 

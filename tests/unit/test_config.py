@@ -1,0 +1,254 @@
+"""Every shipped choice composes and parses, YAML holds only keys of the schema, and each check names its keys in one sentence."""
+
+import dataclasses
+import importlib
+import itertools
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pgenrm_train.config import (
+    BUDGETS,
+    CONFIG_DIR,
+    ROOT,
+    Config,
+    check,
+    get,
+    masking_of,
+    parse,
+    register_resolvers,
+    sizes,
+    to_dict,
+)
+from pgenrm_train.errors import ConfigError
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    register_resolvers()
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        yield
+
+
+def load(*overrides: str) -> Config:
+    return parse(compose("config", overrides=list(overrides)))
+
+
+def given(data: str) -> list[str]:
+    return [f"data={data}", *(["data.path=votes.parquet"] if data == "pairs" else [])]
+
+
+SCHEMA = OmegaConf.structured(Config)
+RECIPES, DATA, MODELS, CLUSTERS = (choices(group) for group in ("recipe", "data", "model", "cluster"))
+BUILT = [model for model in MODELS if model != "endpoint"]
+
+
+COMBINATIONS = sorted(
+    {
+        *itertools.product(DATA, BUILT, ["cpu"]),
+        *itertools.product(["pairs"], ["nano", "llama31_8b", "llama31_70b_lora"], CLUSTERS),
+    }
+)
+
+
+@pytest.mark.parametrize("data,model,cluster", COMBINATIONS)
+def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster):
+    batch = [] if cluster == "cpu" else ["psi.batch_size=128", "psi.micro_batch_size=1"]  # nano's own batch is for one process
+    config = load("recipe=pipeline", *given(data), f"model={model}", f"cluster={cluster}", *batch)
+    assert (config.data.name, config.cluster.name) == (data, cluster)
+    assert config.model.label.startswith(model)
+    assert config.cluster.device == ("cpu" if cluster == "cpu" else "cuda")
+    assert f"{data}-{config.model.label}-demo" in config.run_dir
+
+
+@pytest.mark.parametrize("recipe,data", zip(RECIPES, itertools.cycle(DATA)))
+def test_every_recipe_composes(recipe, data):
+    assert load(f"recipe={recipe}", *given(data)).recipe == recipe
+
+
+@pytest.mark.parametrize("data,budget", itertools.product(DATA, BUDGETS))
+def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
+    config = load("recipe=pipeline", *given(data), f"pipeline.budget={budget}")
+    assert config.pipeline.budget == budget and parse(to_dict(config)) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_its_file(recipe):
+    assert (ROOT / "recipes" / f"{recipe}.py").exists()
+    assert callable(importlib.import_module(f"recipes.{recipe}").run)
+
+
+@pytest.mark.parametrize("group,choice", [(g, c) for g in ("masking", "tracking") for c in choices(g)])
+def test_every_choice_of_the_small_groups_parses(group, choice):
+    config = load("recipe=psi", f"{group}={choice}")
+    assert {"masking": config.masking.policy or "per_stage", "tracking": config.tracking.kind}[group] == choice
+
+
+def test_defaults_are_the_documented_ones():
+    config = load("recipe=pipeline")
+    assert (config.data.name, config.model.kind, config.cluster.name, config.tracking.kind) == (
+        "personaworld",
+        "nano",
+        "cpu",
+        "offline",
+    )
+    assert config.run_dir == "runs/personaworld-nano-demo" and config.resume and config.seed == 0
+    assert (config.eval.protocol, config.eval.split) == ("strict", "test")
+
+
+@pytest.mark.parametrize("data,teacher,judge", [("personaworld", "oracle", "oracle"), ("pairs", "features", "none")])
+def test_data_chooses_teacher_and_judge(data, teacher, judge):
+    config = load("recipe=pipeline", *given(data))
+    assert (config.teacher.kind, config.judge.kind) == (teacher, judge)
+    chosen = load("recipe=pipeline", *given(data), "teacher=features", "judge=none")
+    assert (chosen.teacher.kind, chosen.judge.kind) == ("features", "none")
+
+
+def test_masking_is_each_stages_own_or_one_for_all():
+    own = load("recipe=psi", "psi.masking=full")
+    assert (masking_of(own, "psi"), masking_of(own, "cre"), masking_of(own, "eval")) == ("full", "masked", "masked")
+    assert masking_of(load("recipe=psi", "psi.masking=full", "masking=mixed"), "psi") == "mixed"
+
+
+# ---- keys of the YAML files ----
+
+
+def keys(node: dict, prefix: str = ""):
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_key_in_yaml_is_in_the_schema(path):
+    text = path.read_text(encoding="utf-8")
+    content = {k: v for k, v in (yaml.safe_load(text) or {}).items() if k not in ("defaults", "hydra")}
+    group = "" if path.parent == CONFIG_DIR or "@package _global_" in text else f"{path.parent.name}."
+    for key in keys(content, group):
+        parent = OmegaConf.select(SCHEMA, key.rpartition(".")[0]) if "." in key else SCHEMA
+        assert parent is not None and key.rpartition(".")[2] in list(parent.keys()), f"{path.name}: {key}"
+
+
+def test_every_checked_key_exists_and_every_default_passes_its_own_check():
+    config = Config(recipe="psi")
+    config.teacher.kind, config.judge.kind = "oracle", "oracle"
+    check(config)
+    for field in dataclasses.fields(Config):
+        get(config, field.name)
+
+
+# ---- the budget resolver ----
+
+
+def budgeted(expression: str, budget: str):
+    tree = OmegaConf.create({"pipeline": {"budget": budget}, "value": expression})
+    return OmegaConf.to_container(tree, resolve=True)["value"]
+
+
+@pytest.mark.parametrize("budget,value", zip(BUDGETS, (1, 20, None), strict=True))
+def test_the_budget_picks_a_value(budget, value):
+    assert budgeted("${budget:1,20,null}", budget) == value
+
+
+@pytest.mark.parametrize("budget,value", zip(BUDGETS, ([1, 2], [], [0.5]), strict=True))
+def test_the_budget_picks_lists(budget, value):
+    assert budgeted("${budget:[1,2],[],[0.5]}", budget) == value
+
+
+def test_budgets_differ_in_size_and_smoke_is_the_smallest():
+    users = [load("recipe=pipeline", f"pipeline.budget={b}").data.users for b in BUDGETS]
+    assert users == sorted(users) and len(set(users)) == 3
+
+
+def test_an_unknown_budget_names_the_valid_ones():
+    with pytest.raises((ConfigError, OmegaConfBaseException), match=r"pipeline\.budget=huge is not one of smoke, demo, full"):
+        load("recipe=pipeline", "pipeline.budget=huge")
+
+
+# ---- checks ----
+
+MISTAKES = {
+    "data.history_policy=oldest": ("data.history_policy=oldest", "random, recent, same_scenario"),
+    "data.on_bad_row=ignore": ("data.on_bad_row=ignore", "fail, skip"),
+    "model.kind=huge": ("model.kind=huge", "nano, hf"),
+    "model.kind=endpoint": ("model=endpoint", "not built yet"),
+    "cluster.device=tpu": ("cluster.device=tpu", "cpu, cuda"),
+    "judge.kind=features": ("judge.kind=features", "oracle, none"),
+    "teacher.kind=none": ("teacher.kind=none", "oracle, features"),
+    "tracking.kind=mlflow": ("tracking.kind=mlflow", "offline, wandb, none"),
+    "eval.protocol=loose": ("eval.protocol=loose", "strict, release, both_orders, user_disjoint"),
+    "eval.split=dev": ("eval.split=dev", "train, val, test"),
+    "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
+    "masking.policy=some": ("masking.policy=some", "full, masked, history_dropout, mixed"),
+    "curriculum.schedule=fast": ("curriculum.schedule=fast", "linear, cosine, step, uniform"),
+    "eval.ind=many": ("eval.ind=many", "a number"),
+    "eval.pro=-1": ("eval.pro=-1", "from 0"),
+    "eval.ind=[]": ("eval.ind=[]", "a number"),
+    "psi.batch_size=0": ("psi.batch_size=0", "above 0"),
+    "psi.learning_rate=-1": ("psi.learning_rate=-1", "above 0"),
+    "data.history_size=-3": ("data.history_size=-3", "above 0"),
+    "eval.seeds=0": ("eval.seeds=0", "above 0"),
+    "cluster.nodes=0": ("cluster.nodes=0", "above 0"),
+    "cre.group_size=1": ("cre.group_size=1", "at least 2"),
+    "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
+    "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
+    "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
+    "data.name=pairs": ("data.path=", "data=pairs"),
+    "teacher.kind=vllm": ("teacher=vllm", "not built yet"),
+    "judge.kind=endpoint": ("judge=endpoint", "not built yet"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(hydra):
+    return to_dict(load("recipe=pipeline"))
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_told_in_one_sentence_that_names_its_key(override, plain):
+    key, _, value = override.partition("=")
+    changed = OmegaConf.create(plain)
+    OmegaConf.update(changed, key, yaml.safe_load(value))
+    with pytest.raises(ConfigError) as error:
+        parse(changed)
+    assert all(part in str(error.value) for part in MISTAKES[override]) and "\n" not in str(error.value)
+
+
+def test_the_oracle_knows_its_own_world_only():
+    for section in ("teacher", "judge"):
+        with pytest.raises(ConfigError, match=f"{section}=oracle knows data=personaworld only"):
+            load("recipe=pipeline", *given("pairs"), f"{section}=oracle")
+
+
+@pytest.mark.parametrize("override", ["psi.batch_siz=8", "modle.kind=nano", "psi.learning_rate=fast", "recipe=nope", "data=nope"])
+def test_what_hydra_refuses(override):
+    with pytest.raises(HydraException):
+        load("recipe=pipeline", override)
+
+
+@pytest.mark.parametrize("override", ["+psi.batch_siz=8", "++nothing=1", "+data.foo.bar=1"])
+def test_a_plus_does_not_carry_a_key_past_the_schema(override):
+    with pytest.raises(OmegaConfBaseException, match="not in"):
+        load("recipe=pipeline", override)
+
+
+def test_free_dictionaries_take_keys():
+    config = load("recipe=build_data", *given("pairs"), "+data.only.shared_context='True'", "+data.only.language=en")
+    assert config.data.only == {"shared_context": "True", "language": "en"}
+
+
+def test_sizes_of_scaling():
+    assert sizes(4) == (4,) and sizes([1, 4]) == (1, 4)
+    assert load("recipe=evaluate", "eval.ind=[1,8]").eval.ind == [1, 8] and load("recipe=evaluate", "eval.ind=2").eval.ind == 2

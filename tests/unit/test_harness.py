@@ -1,0 +1,373 @@
+"""The evaluation's queue: order is irrelevant, failures are data, resume asks only what is missing, and the probe is wired right."""
+
+import random
+
+import pandas as pd
+import pytest
+
+from eval import harness
+from eval.evaluation import Candidate, Evaluation, cohort_rows, stage_row
+from eval.harness import PredictionStore, Question, ask, own_questions, prediction
+from eval.metrics import COLUMNS, accuracy_report
+from pgenrm_train.backends.base import Generation
+from pgenrm_train.chains import write_chain
+from pgenrm_train.config import Config
+from pgenrm_train.errors import DataError
+from pgenrm_train.prompts import chat_messages, split_prompt
+from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair
+
+CRITERIA = [("likeness", 100)]
+
+
+def vote(number: int, user: str = "u", chosen: str = "tea", rejected: str = "coffee", **more) -> PreferencePair:
+    explicit = ExplicitSignals(criteria="SECRET")
+    return PreferencePair(f"p{number}", user, (Message("user", f"q{number}"),), chosen, rejected, explicit=explicit, **more)
+
+
+def liked(text: str) -> tuple[HistoryItem, ...]:
+    return (HistoryItem("earlier", text, "something else"),)
+
+
+class LikesHistory:
+    """A generator that scores the response named by the history 8 and others 3, and finishes requests in a random order."""
+
+    def __init__(self, seed: int = 0, broken=lambda request, sample: None) -> None:
+        self.random, self.broken = random.Random(seed), broken
+        self.asked: list[str] = []
+        self.temperatures: list[float] = []
+        self.prompts: list[str] = []
+
+    def __call__(self, requests, *, temperature):
+        self.temperatures.append(temperature)
+        waiting = list(requests)
+        self.asked += [request.key for request in waiting]
+        answers = [self.answer(request, sample) for request in waiting for sample in range(request.samples)]
+        self.random.shuffle(answers)
+        yield from answers
+
+    def answer(self, request, sample: int) -> Generation:
+        self.prompts.append(request.messages[-1]["content"])
+        if (broken := self.broken(request, sample)) is not None:
+            return broken
+        sections = split_prompt(request.messages[-1]["content"])
+        likes = next((text for tag, text in sections if tag == "<chosen>"), None)
+        scores = [[8.0] if text == likes else [3.0] for tag, text in sections if tag.startswith("<response_")]
+        return Generation(request.key, sample, write_chain("x", CRITERIA, scores), None, 12)
+
+    def close(self) -> None: ...
+
+
+def progress(items, _what, _total):
+    return items
+
+
+PAIRS = [vote(n, f"u{n % 3}", *(("tea", "coffee") if n % 2 else ("coffee", "tea"))) for n in range(8)]
+HISTORIES = {p.pair_id: liked(p.chosen) for p in PAIRS}
+QUESTIONS = own_questions(PAIRS, HISTORIES)
+
+
+def answer(folder, generator, questions=QUESTIONS, identity="model a", masking="masked") -> pd.DataFrame:
+    return ask(
+        questions, lambda: generator, chat_messages, PredictionStore(folder, identity),
+        masking=masking, temperature=0.5, progress=progress, what="test",
+    )  # fmt: skip
+
+
+def table(frame: pd.DataFrame) -> list[tuple]:
+    return sorted(frame.fillna("none").itertuples(index=False, name=None))
+
+
+def test_every_pair_is_asked_in_both_orders_and_scores_follow_the_chosen_response(tmp_path):
+    generator = LikesHistory()
+    frame = answer(tmp_path, generator)
+    assert len(frame) == 16 and generator.temperatures == [0.5]
+    assert set(zip(frame["pair_id"], frame["order"], strict=True)) == {(p.pair_id, order) for p in PAIRS for order in (0, 1)}
+    assert set(frame["score_chosen"]) == set(frame["verified_chosen"]) == {8.0}
+    assert set(frame["score_rejected"]) == {3.0} and frame["failure"].isna().all()
+    for prompt in generator.prompts:
+        assert prompt.index("<response_1>") < prompt.index("<response_2>") and "SECRET" not in prompt
+
+
+def test_prompts_hold_criteria_only_when_masking_shows_them(tmp_path):
+    generator = LikesHistory()
+    answer(tmp_path, generator, masking="full")
+    assert all("SECRET" in prompt for prompt in generator.prompts)
+
+
+def test_the_order_of_completion_does_not_matter(tmp_path):
+    frames = [answer(tmp_path / str(seed), LikesHistory(seed), own_questions(PAIRS, HISTORIES, samples=3)) for seed in range(3)]
+    assert table(frames[0]) == table(frames[1]) == table(frames[2])
+    assert frames[0]["key"].tolist() != frames[1]["key"].tolist()  # they did finish in another order
+
+
+def test_the_table_is_what_the_metrics_read(tmp_path):
+    frame = answer(tmp_path, LikesHistory(), own_questions(PAIRS, HISTORIES, seeds=2, samples=3))
+    assert set(COLUMNS) <= set(frame.columns) and len(frame) == 8 * 2 * 2 * 3
+    report = accuracy_report(frame, draws=20)
+    assert (report["accuracy"], report["n_pairs"], report["n_users"], report["seeds"], report["ind"]) == (1.0, 8, 3, [0, 1], 3)
+
+
+BROKEN = {
+    "length": Generation("", 0, "half a chain", "length", 99),
+    "prompt_too_long": Generation("", 0, None, "prompt_too_long"),
+    "engine:RuntimeError": Generation("", 0, None, "engine:RuntimeError"),
+    "parse:no_markers": Generation("", 0, "I prefer tea.", None, 5),
+    "parse:bad_json": Generation("", 0, "<JSON_START>{tea<JSON_END>", None, 5),
+    "parse:scores_count": Generation("", 0, '<JSON_START>{"better_response": {"response_1": 3}}<JSON_END>', None, 5),
+}
+
+
+@pytest.mark.parametrize("failure", BROKEN)
+def test_a_failure_stays_in_the_table_with_its_reason(tmp_path, failure):
+    def broken(request, sample):
+        given = BROKEN[failure]
+        return Generation(request.key, sample, given.text, given.failure, given.tokens) if '"p3"' in request.key else None
+
+    frame = answer(tmp_path, LikesHistory(broken=broken))
+    bad = frame[frame["pair_id"] == "p3"]
+    assert set(bad["failure"]) == {failure} and bad[["score_chosen", "score_rejected", "verified_chosen"]].isna().all(axis=None)
+    assert (bad["text"].dropna() == BROKEN[failure].text).all()
+    report = accuracy_report(frame, draws=20)
+    assert report["failures"] == {failure: 2} and report["accuracy"] == pytest.approx(7 / 8) and report["n_pairs"] == 8
+
+
+def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
+    text = '<JSON_START>{"rationale": "a 100%. Response 1: a 8 = 8.0. Response 2: a 3 = 3.0.", "better_response": {"response_1": 2, "response_2": 9}}<JSON_END>'
+    row = prediction(Question(PAIRS[0], 0, ()), Generation("k", 0, text))
+    assert (row["score_chosen"], row["score_rejected"]) == (2.0, 9.0)
+    assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row["issues"] == "declared_differs"
+    turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text))
+    assert (turned["score_chosen"], turned["verified_chosen"]) == (9.0, 3.0)
+
+
+# ---- resume ----
+
+
+def test_a_second_start_asks_only_what_is_missing(tmp_path):
+    first = LikesHistory()
+    answer(tmp_path, first, QUESTIONS[:6])
+    second = LikesHistory()
+    frame = answer(tmp_path, second)
+    assert sorted(second.asked) == sorted(q.key for q in QUESTIONS[6:]) and len(first.asked) == 6
+    assert table(frame) == table(answer(tmp_path / "whole", LikesHistory()))
+
+
+def test_nothing_left_to_ask_starts_no_engine(tmp_path):
+    whole = answer(tmp_path, LikesHistory())
+    again = ask(
+        QUESTIONS, lambda: pytest.fail("the engine was started"), chat_messages, PredictionStore(tmp_path, "model a"),
+        masking="masked", temperature=0.5, progress=progress, what="test",
+    )  # fmt: skip
+    assert table(again) == table(whole)
+
+
+class Dies(LikesHistory):
+    """Answers so many requests, then the engine is gone."""
+
+    def __init__(self, after: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.after, self.error = after, error
+
+    def __call__(self, requests, *, temperature):
+        for number, request in enumerate(requests):
+            if number == self.after:
+                raise self.error
+            for sample in range(request.samples):
+                yield self.answer(request, sample)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_was_answered_before_an_engine_died_is_kept(tmp_path, error):
+    questions = own_questions(PAIRS, HISTORIES, samples=2)
+    with pytest.raises(error):
+        answer(tmp_path, Dies(5, error), questions)
+    rest = LikesHistory()
+    frame = answer(tmp_path, rest, questions)
+    assert len(rest.asked) == 16 - 5 and len(frame) == 32
+    assert table(frame) == table(answer(tmp_path / "whole", LikesHistory(), questions))
+
+
+def test_a_question_answered_in_part_is_asked_again_whole(tmp_path):
+    questions = own_questions(PAIRS[:2], HISTORIES, samples=2)
+
+    class Forgets(LikesHistory):
+        def __call__(self, requests, *, temperature):
+            yield from list(super().__call__(requests, temperature=temperature))[:-1]
+
+    with pytest.raises(DataError, match="1 questions answered in part"):
+        answer(tmp_path, Forgets(), questions)
+    rest = LikesHistory()
+    frame = answer(tmp_path, rest, questions)
+    assert len(rest.asked) == 1 and len(frame) == 8 and not frame.duplicated(["key", "sample"]).any()
+
+
+def test_another_number_of_samples_is_another_question(tmp_path):
+    answer(tmp_path, LikesHistory())
+    more = LikesHistory()
+    answer(tmp_path, more, own_questions(PAIRS, HISTORIES, samples=2))
+    assert len(more.asked) == 16
+
+
+def test_another_identity_is_refused(tmp_path):
+    answer(tmp_path, LikesHistory())
+    with pytest.raises(DataError, match="another model or other settings"):
+        answer(tmp_path, LikesHistory(), identity="model b")
+    answer(tmp_path, LikesHistory())  # and the store is still its owner's
+
+
+def test_two_equal_questions_are_refused(tmp_path):
+    with pytest.raises(DataError, match="pair ids must be unique"):
+        answer(tmp_path, LikesHistory(), [*QUESTIONS, QUESTIONS[0]])
+
+
+# ---- shards ----
+
+
+def a_row(number: int) -> dict:
+    return {"key": f"k{number}", "value": number}
+
+
+def test_shards_are_written_as_they_fill_and_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROWS_PER_SHARD", 4)
+    store = PredictionStore(tmp_path, "x")
+    for number in range(10):
+        store.add([a_row(number)])
+    assert len(list(tmp_path.glob("part-*.parquet"))) == 2 and len(store.done()) == 8
+    store.flush()
+    store.flush()
+    assert [p.name for p in sorted(tmp_path.glob("part-*"))] == [
+        "part-000000.parquet",
+        "part-000001.parquet",
+        "part-000002.parquet",
+    ]
+    assert PredictionStore(tmp_path, "x").read()["value"].tolist() == list(range(10))
+
+
+def test_half_written_shards_are_not_read(tmp_path):
+    store = PredictionStore(tmp_path, "x")
+    store.add([a_row(0)])
+    store.flush()
+    (tmp_path / ".part-000001.parquet.123.tmp").write_bytes(b"PAR1 half a shard")
+    again = PredictionStore(tmp_path, "x")
+    assert again.done() == {"k0"}
+    again.add([a_row(1)])
+    again.flush()
+    assert again.done() == {"k0", "k1"}
+
+
+def test_a_shard_that_a_user_deleted_is_asked_again_and_overwrites_nothing(tmp_path):
+    store = PredictionStore(tmp_path, "x")
+    for number in range(3):
+        store.add([a_row(number)])
+        store.flush()
+    (tmp_path / "part-000000.parquet").unlink()
+    again = PredictionStore(tmp_path, "x")
+    again.add([a_row(0)])
+    again.flush()
+    assert again.done() == {"k0", "k1", "k2"}
+
+
+def test_an_empty_store(tmp_path):
+    assert PredictionStore(tmp_path / "new", "x").done() == set()
+
+
+# ---- the evaluation ----
+
+
+def evaluation(pairs, histories, **settings) -> Evaluation:
+    config = Config(recipe="evaluate")
+    config.eval.draws, config.eval.probes = 50, True
+    for name, value in settings.items():
+        setattr(config.eval, name, value)
+    return Evaluation(config, pairs, histories)
+
+
+# On every question two users disagree, and each user's history names what they like.
+TWINS = [
+    vote(2 * n + side, f"{'ab'[side]}{n % 5}", *(("tea", "coffee") if side else ("coffee", "tea")), kind=("hard", "medium")[n % 2],
+         cohort=("seen_persona", "unseen_persona")[n % 2])
+    for n in range(20)
+    for side in (0, 1)
+]  # fmt: skip
+TWINS = [PreferencePair(p.pair_id, p.user_id, (Message("user", f"question {int(p.pair_id[1:]) // 2}"),), p.chosen, p.rejected,
+                        kind=p.kind, cohort=p.cohort) for p in TWINS]  # fmt: skip
+TWIN_HISTORIES = {p.pair_id: liked(p.chosen) for p in TWINS}
+
+
+class LikesTea(LikesHistory):
+    """Not personal at all."""
+
+    def answer(self, request, sample):
+        texts = [text for tag, text in split_prompt(request.messages[-1]["content"]) if tag.startswith("<response_")]
+        return Generation(request.key, sample, write_chain("x", CRITERIA, [[8.0] if t == "tea" else [3.0] for t in texts]))
+
+
+def run(tmp_path, generator, **settings):
+    candidate = Candidate("psi", "sha", lambda: generator, lambda: chat_messages, lambda: None, 12.0)
+    return evaluation(TWINS, TWIN_HISTORIES, **settings).test(candidate, tmp_path, progress)
+
+
+def test_a_personal_model_falls_with_swapped_histories(tmp_path):
+    generator = LikesHistory()
+    tested = run(tmp_path, generator)
+    assert len(generator.asked) == 40 * 2 * 2
+    assert tested.report["accuracy"] == 1.0 and tested.report["model"] == "psi" and tested.report["n_pairs"] == 40
+    assert (tested.probe["own"]["accuracy"], tested.probe["swapped"]["accuracy"]) == (1.0, 0.0)
+    assert tested.probe["n_pairs"] == 40 and tested.probe["difference"]["ci95"][0] > 0
+
+
+def test_a_rule_that_ignores_the_user_scores_one_half_on_both(tmp_path):
+    tested = run(tmp_path, LikesTea())
+    assert tested.probe["own"]["accuracy"] == tested.probe["swapped"]["accuracy"] == 0.5
+    assert tested.probe["difference"]["difference"] == 0.0
+
+
+def test_swapped_answers_never_count_for_the_headline(tmp_path):
+    with_probe, without = run(tmp_path / "a", LikesHistory()), run(tmp_path / "b", LikesHistory(), probes=False)
+    assert without.probe is None and with_probe.report["accuracy"] == without.report["accuracy"]
+    assert set(without.predictions["set"]) == {"own"} and set(with_probe.predictions["set"]) == {"own", "swapped"}
+
+
+def test_answers_to_questions_of_an_earlier_run_are_left_out(tmp_path):
+    run(tmp_path, LikesHistory(), seeds=2)
+    tested = run(tmp_path, LikesHistory(), seeds=1)
+    assert tested.report["seeds"] == [0] and len(tested.predictions) == 160
+
+
+def test_several_seeds_give_an_error_of_the_mean(tmp_path):
+    def broken(request, sample):
+        return Generation(request.key, sample, None, "length") if '"p3", "b1", 0, 1,' in request.key else None
+
+    tested = run(tmp_path, LikesHistory(broken=broken), seeds=2)
+    assert tested.report["seeds"] == [0, 1] and tested.report["stderr"] > 0
+    assert tested.report["failures"] == {"length": 1} and tested.report["accuracy"] < 1
+
+
+def test_rows_of_the_tables(tmp_path):
+    tested = run(tmp_path, LikesHistory())
+    row = stage_row(tested)
+    assert (row["stage"], row["accuracy"], row["hard accuracy"], row["seconds"], row["format failures"]) == (
+        "psi",
+        1.0,
+        1.0,
+        12.0,
+        0,
+    )
+    assert row["swapped history accuracy"] == 0.0
+    cohorts = cohort_rows(tested, Config(recipe="evaluate"))
+    assert {r["users"]: r["pairs"] for r in cohorts} == {"seen_persona": 20, "unseen_persona": 20}
+
+
+def test_baselines_answer_the_same_pairs_and_probe():
+    class First:
+        def score(self, example):
+            return tuple(8.0 if text == example.history[0].chosen else 3.0 for text in example.responses)
+
+    tested = evaluation(TWINS, TWIN_HISTORIES).baseline("follows", First())
+    assert tested.report["accuracy"] == 1.0 and tested.probe["swapped"]["accuracy"] == 0.0
+
+
+def test_without_disagreement_there_is_no_probe(tmp_path):
+    candidate = Candidate("psi", "sha", LikesHistory, lambda: chat_messages, lambda: None)
+    tested = evaluation(PAIRS[:1], HISTORIES).test(candidate, tmp_path, progress)
+    assert tested.probe is None and set(tested.predictions["set"]) == {"own"}

@@ -1,0 +1,151 @@
+"""metrics.jsonl is always written; a tracking service is optional, may fail, and never stops a run or learns a secret."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
+from pgenrm_train.tracking import Tracker, _public
+
+
+def lines(path) -> list[dict]:
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def silent(folder, stage="psi") -> Tracker:
+    return Tracker(Config(recipe="psi", tracking=TrackingConfig(kind="none")), stage, folder)
+
+
+def test_one_json_object_a_line(tmp_path):
+    tracker = silent(tmp_path / "psi")
+    tracker.log(1, {"psi/loss": 2.5, "psi/learning_rate": 1e-3})
+    tracker.log(2, {"psi/loss": 2})
+    tracker.close()
+    assert lines(tmp_path / "psi" / "metrics.jsonl") == [
+        {"step": 1, "stage": "psi", "psi/loss": 2.5, "psi/learning_rate": 1e-3},
+        {"step": 2, "stage": "psi", "psi/loss": 2},
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_become_null(tmp_path, value):
+    tracker = silent(tmp_path)
+    tracker.log(1, {"a": value, "b": 1.0})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "stage": "psi", "a": None, "b": 1.0}]
+
+
+def test_a_second_start_appends(tmp_path):
+    for step in (1, 2):
+        silent(tmp_path).log(step, {"a": 1.0})
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_is_to_happen_after_a_log_happens(tmp_path):
+    tracker, beats = silent(tmp_path), []
+    tracker.after_log = lambda: beats.append(1)
+    tracker.log(1, {"a": 1.0})
+    assert beats == [1]
+
+
+class Service:
+    """Stands where wandb's run would: it records, or fails from the n-th call on."""
+
+    def __init__(self, fails_from: int = 10**9) -> None:
+        self.logged, self.fails_from = [], fails_from
+
+    def log(self, numbers, step):
+        if len(self.logged) + 1 >= self.fails_from:
+            raise OSError("disk full")
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        if self.fails_from < 10**9:
+            raise OSError("disk full")
+
+
+def test_a_service_that_breaks_is_told_once_and_training_goes_on(tmp_path, capsys):
+    tracker = silent(tmp_path)
+    tracker._wandb = service = Service(fails_from=2)
+    for step in range(5):
+        tracker.log(step, {"a": 1.0})
+    tracker.close()
+    assert len(service.logged) == 1 and len(lines(tmp_path / "metrics.jsonl")) == 5
+    assert capsys.readouterr().err.count("warning: W&B logging stopped") == 1
+
+
+def test_a_service_that_breaks_at_the_end_is_told(tmp_path, capsys):
+    tracker = silent(tmp_path)
+    tracker._wandb = Service(fails_from=100)
+    tracker.log(1, {"a": 1.0})
+    tracker.close()
+    assert "disk full" in capsys.readouterr().err
+
+
+def test_lines_of_another_process_are_forwarded_once_and_whole(tmp_path):
+    tracker, engine = silent(tmp_path / "cre", "cre"), tmp_path / "engine.jsonl"
+    tracker._wandb = service = Service()
+    with tracker.follow(engine, every=0.02):
+        for step in range(3):
+            with engine.open("a") as file:
+                file.write(json.dumps({"step": step, "stage": "cre", "cre/reward": 0.5, "cre/kl": None}) + "\n")
+            time.sleep(0.05)
+        with engine.open("a") as file:
+            file.write('{"step": 3, "half a li')
+    assert service.logged == [(step, {"cre/reward": 0.5}) for step in range(3)]
+
+
+def test_settings_that_are_sent_hold_no_address_and_no_name_of_a_credential():
+    config = Config(recipe="psi")
+    config.teacher.api_key_env, config.teacher.base_url = "MY_KEY", "http://user:password@host/v1"
+    sent = json.dumps(_public(to_dict(config)))
+    assert "MY_KEY" not in sent and "password" not in sent and "learning_rate" in sent
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+TRACK = """
+import sys
+from pathlib import Path
+from pgenrm_train.config import Config, TrackingConfig
+from pgenrm_train.tracking import Tracker
+tracker = Tracker(Config(recipe="psi", run_dir="run", tracking=TrackingConfig(kind={kind!r})), "psi", Path({folder!r}))
+tracker.log(1, {{"psi/loss": 1.0, "psi/nan": float("nan")}})
+tracker.close()
+print("wandb" in sys.modules)
+"""
+
+
+def test_no_tracking_imports_no_wandb(tmp_path):
+    done = python(TRACK.format(kind="none", folder=str(tmp_path)))
+    assert done.stdout.strip() == "False" and done.stderr == ""
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_offline_tracking_leaves_files_and_says_nothing(tmp_path):
+    done = python(TRACK.format(kind="offline", folder=str(tmp_path)))
+    assert done.returncode == 0 and done.stdout.strip() == "True" and "warning" not in done.stderr, done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_wandb_that_cannot_start_does_not_stop_the_run(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError('broken installation')\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = python(TRACK.format(kind="offline", folder=str(tmp_path / "psi")), PYTHONPATH=path)
+    assert done.returncode == 0 and done.stderr.count("warning: W&B logging stopped") == 1
+    assert len(lines(tmp_path / "psi" / "metrics.jsonl")) == 1
