@@ -44,7 +44,7 @@ _INTERVAL = re.compile(r"(?:^|[ _])ci95$")
 _INK = "#010203"  # stands for the page's text colour; no series uses it
 _COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
 _DASHES = ("-", "--", "-.", ":")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
     "text.parse_math": False,  # a `$` in a name is a dollar
@@ -263,7 +263,7 @@ def _table(rows: pd.DataFrame | Rows) -> Table:
     folded = {name for name in names if _measure(name) in names}
     shown = [name for name in names if name not in folded]
     interval_of = {_measure(name): name for name in folded}
-    cells = [[_cell(name, row.get(name), row.get(interval_of.get(name))) for name in shown] for row in records]
+    cells = [[_cell(name, row.get(name), row.get(interval_of.get(name, ""))) for name in shown] for row in records]
     numeric = [all(line[i].numeric or line[i].text == DASH for line in cells) for i in range(len(shown))]
     return Table([(_heading(name), flag) for name, flag in zip(shown, numeric, strict=True)], cells)
 

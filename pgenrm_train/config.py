@@ -77,7 +77,7 @@ class ModelConfig:
     max_text_tokens: int | None = None  # longer queries and responses are cut to this and counted
     max_response_tokens: int = 8192
     dtype: str = "bfloat16"
-    attention: str = "flash_attention_2"
+    attention: str = "sdpa"  # flash_attention_2 where flash-attn is installed: packing without padding on veRL
     lora: LoraConfig = field(default_factory=LoraConfig)
     nano: NanoConfig = field(default_factory=NanoConfig)
 

@@ -225,7 +225,7 @@ def gpu_keys(config: Config, section: str) -> dict[str, Any]:
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     offload = cluster.offload_optimizer
     return {
-        "actor_rollout_ref.model.use_remove_padding": True,
+        "actor_rollout_ref.model.use_remove_padding": model.attention == "flash_attention_2",
         "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
         "actor_rollout_ref.model.enable_gradient_checkpointing": True,
         f"{actor}.fsdp_config.dtype": model.dtype,

@@ -121,10 +121,8 @@ class PromptWriter:
         head = text[: limit * 16]
         encoded = self.tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        if len(offsets) <= limit:
-            end = len(head)
-        else:  # a character may be several tokens: only whole ones are kept
-            end = min(offsets[limit - 1][1], offsets[limit][0])
+        # A character may be several tokens: only whole ones are kept.
+        end = len(head) if len(offsets) <= limit else min(offsets[limit - 1][1], offsets[limit][0])
         gone = len(text[end:].split())
         return f"{text[:end]} …(+{gone} words)" if gone else text
 

@@ -71,7 +71,7 @@ def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster
     assert f"{data}-{config.model.label}-demo" in config.run_dir
 
 
-@pytest.mark.parametrize("recipe,data", zip(RECIPES, itertools.cycle(DATA)))
+@pytest.mark.parametrize("recipe,data", list(zip(RECIPES, itertools.cycle(DATA))))
 def test_every_recipe_composes(recipe, data):
     assert load(f"recipe={recipe}", *given(data)).recipe == recipe
 
@@ -157,12 +157,12 @@ def budgeted(expression: str, budget: str):
     return OmegaConf.to_container(tree, resolve=True)["value"]
 
 
-@pytest.mark.parametrize("budget,value", zip(BUDGETS, (1, 20, None), strict=True))
+@pytest.mark.parametrize("budget,value", list(zip(BUDGETS, (1, 20, None), strict=True)))
 def test_the_budget_picks_a_value(budget, value):
     assert budgeted("${budget:1,20,null}", budget) == value
 
 
-@pytest.mark.parametrize("budget,value", zip(BUDGETS, ([1, 2], [], [0.5]), strict=True))
+@pytest.mark.parametrize("budget,value", list(zip(BUDGETS, ([1, 2], [], [0.5]), strict=True)))
 def test_the_budget_picks_lists(budget, value):
     assert budgeted("${budget:[1,2],[],[0.5]}", budget) == value
 
