@@ -123,7 +123,8 @@ def _unknown_key(key: str) -> str:
     if not names:  # a free dictionary
         return f"key '{key}' is new and takes a plus: +{key}=VALUE"
     if parts[0] in names:
-        return f"{key}= cannot take this value; its keys are set one by one, as in {key}.KEY=VALUE"
+        plus = "" if node[parts[0]] else "+"  # a free dictionary
+        return f"{key}= cannot take this value; its keys are set one by one, as in {plus}{key}.KEY=VALUE"
     near = get_close_matches(parts[0], names, n=1)
     hint = f"did you mean {section}{near[0]}? " if near else ""
     where = f"{section.rstrip('.')} has" if section else "top-level keys are"

@@ -35,7 +35,7 @@ class DataConfig:
     max_val_pairs: int | None = None
     max_test_pairs: int | None = None
     on_bad_row: str = "fail"  # fail · skip (counted and listed)
-    only: dict[str, str] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
+    only: dict[str, Any] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
     # PersonaWorld
     users: int = 3000
     heldout_users: int = 300

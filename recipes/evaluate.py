@@ -28,12 +28,12 @@ TRAINED = ("psi", "cre", "curriculum")  # stages that make a checkpoint, in orde
 
 def run(config: Config) -> None:
     prepare(config)
-    build_data.run(config)
     made = [stage for stage in TRAINED if StageFolder.read(Path(config.run_dir), stage).complete]
     if config.model.kind in ("nano", "hf") and not config.model.path and not made:
         raise ArtifactError(
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
+    build_data.run(config)
     folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made), "accuracy {accuracy:.3f} of {model}")
     print((folder.path / "table.txt").read_text(), end="")
 

@@ -23,8 +23,8 @@ JUDGES = {"oracle": "data_builders.oracle:judge_for_rewards", "none": None}
 def run_stages(config: Config, stages: Sequence[str]) -> None:
     """Train `stages` one after the other; the engine is started once for all that are still to be done."""
     prepare(config)
-    build_data.run(config)
     start = Path(config.model.path) if config.model.path else newest(config, *BEFORE[stages[0]]).path / "checkpoint"
+    build_data.run(config)
     made_by = [] if config.model.path else [start.parent.name]
     for number, stage in enumerate(stages):
         inputs = ["build_data", *(made_by if number == 0 else [stages[number - 1]])]

@@ -76,7 +76,7 @@ def test_every_recipe_composes(recipe, data):
     assert load(f"recipe={recipe}", *given(data)).recipe == recipe
 
 
-@pytest.mark.parametrize("data,budget", itertools.product(DATA, BUDGETS))
+@pytest.mark.parametrize("data,budget", list(itertools.product(DATA, BUDGETS)))
 def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
     config = load("recipe=pipeline", *given(data), f"pipeline.budget={budget}")
     assert config.pipeline.budget == budget and parse(to_dict(config)) == config
