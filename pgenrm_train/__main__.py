@@ -52,13 +52,11 @@ def choices(group: str) -> list[str]:
 
 def _hydra_main() -> int:
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
     register_resolvers()
-    ConfigStore.instance().store(name="schema", node=Config)
     codes: list[int] = []
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name="config", version_base=None)
@@ -67,7 +65,7 @@ def _hydra_main() -> int:
             if OmegaConf.is_missing(composed, "recipe"):
                 raise ConfigError(f"say which recipe: recipe={'|'.join(choices('recipe'))}")
             config = parse(composed)
-            if HydraConfig.get().mode == RunMode.MULTIRUN and not _overridden(HydraConfig.get().overrides.task, "run_dir"):
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # a folder a job, also when run_dir= is given
                 config.run_dir = str(Path(config.run_dir) / f"job-{HydraConfig.get().job.num}")
             codes.append(run_recipe(config))
         except Exception as error:  # told here in one sentence; Hydra would add its own lines
@@ -79,10 +77,6 @@ def _hydra_main() -> int:
     return max(codes, default=0)
 
 
-def _overridden(overrides: Any, key: str) -> bool:
-    return any(str(o).split("=")[0].lstrip("+") == key for o in overrides)
-
-
 def _explain(error: Exception) -> str | None:
     """One sentence for what Hydra and OmegaConf say about a user's mistake; None for anything else."""
     from hydra.errors import HydraException
@@ -92,7 +86,7 @@ def _explain(error: Exception) -> str | None:
     while cause is not None:
         if isinstance(cause, PGenRMError):
             return str(cause)
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(_groups())}"
     if not isinstance(error, HydraException | OmegaConfBaseException):

@@ -301,10 +301,21 @@ _POSITIVE = (
 
 
 def register_resolvers() -> None:
-    """Make `${budget:…}` known to OmegaConf (idempotent)."""
+    """Make `${budget:…}` and the schema known to OmegaConf and Hydra (idempotent)."""
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load(*overrides: str) -> Config:
+    """Compose and check a configuration as the command line would, e.g. `load("recipe=psi", "model=nano")`."""
+    from hydra import compose, initialize_config_dir
+
+    register_resolvers()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        return parse(compose("config", overrides=list(overrides)))
 
 
 def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
@@ -341,6 +352,14 @@ def check(config: Config) -> None:
         value = get(config, key)
         if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
             raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
+    if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
+        raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
+    if config.sec.orders_per_pair not in (1, 2):
+        raise ConfigError(f"sec.orders_per_pair={config.sec.orders_per_pair} is not one of 1, 2")
+    if not 0 <= config.masking.show_probability <= 1:
+        raise ConfigError(f"masking.show_probability={config.masking.show_probability} must be within 0 and 1")
+    if config.model.max_text_tokens is not None and config.model.max_text_tokens < 1:
+        raise ConfigError(f"model.max_text_tokens={config.model.max_text_tokens} must be at least 1, or null for no limit")
     for key in _POSITIVE:
         if get(config, key) <= 0:
             raise ConfigError(f"{key}={get(config, key)} must be above 0")

@@ -15,10 +15,10 @@ def main(config_file: str, recipe: str) -> int:
     import yaml
 
     sys.path.insert(0, str(ROOT))
-    config = parse(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
-    if recipe not in ("build_data", "build_sec", "psi"):
-        config.model.path = None  # it names where PSI starts; later stages start from what the run has made
     try:
+        config = parse(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
+        if recipe not in ("build_data", "build_sec", "psi"):
+            config.model.path = None  # it names where PSI starts; later stages start from what the run has made
         return run_recipe(dataclasses.replace(config, recipe=recipe))
     except KeyboardInterrupt:
         return 130

@@ -34,7 +34,7 @@ def run(config: Config) -> None:
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
     build_data.run(config)
-    folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made), "accuracy {accuracy:.3f} of {model}")
+    folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made), "accuracy {accuracy:.3f} of {model}", renew=True)
     print((folder.path / "table.txt").read_text(), end="")
 
 
@@ -46,13 +46,13 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         raise DataError(f"no pair has split={config.eval.split}; nothing to evaluate")
     sampler = histories(config, pairs)
     evaluation = Evaluation(config, split, {p.pair_id: sampler(p) for p in split})
+    baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs).items()]
     tested, grids = [], []
     for candidate in (everyone := candidates(config, made)):
         tested.append(evaluation.test(candidate, folder.path / candidate.name, progress))
         if candidate is everyone[-1]:
             grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs)
         candidate.close()
-    baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs).items()]
     for step, result in enumerate(tested):
         tracker.log(step, metrics(result))
     final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config))

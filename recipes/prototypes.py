@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
     say = "k={k} from {analyses} analyses of {users} users; adjusted Rand index {recovery}"
-    run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say)
+    run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True)
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
         questions,
         lambda: generator(config, checkpoint),
         PromptWriter(config, load_tokenizer(checkpoint)),
-        PredictionStore(folder.path / "chains", fingerprint(str(checkpoint), config.seed)),
+        PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", fingerprint(str(checkpoint), config.seed)),
         masking=masking_of(config, "eval"),
         temperature=0.0,
         progress=progress,

@@ -32,10 +32,13 @@ def run_stage(
     inputs: Sequence[str],
     body: Callable[[StageFolder, Tracker], Mapping[str, Any]],
     say: str,
+    *,
+    renew: bool = False,
 ) -> StageFolder:
     """Run `body` in `<run_dir>/<stage>` unless it is complete already; returns the stage's folder.
 
-    `say` is formatted with the facts that `body` returns and told at the end;
+    `say` is formatted with the facts that `body` returns and told at the end.  `renew`: with other settings or inputs the stage is
+    made anew in place, where others refuse: it trains nothing, and what it has asked a model is kept by what was asked.
     `reads` are the configuration keys that the stage depends on, `inputs` the stages whose products it uses.
     """
     run_dir = Path(config.run_dir)
@@ -47,6 +50,8 @@ def run_stage(
             print(f"[{stage}] complete in {folder.path}", flush=True)
         return folder
     check_machine(config, stage)
+    if renew and not folder.made_from(settings, made_from):
+        folder.manifest = {}
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
     tracker = Tracker(config, stage, folder.path)
     tracker.after_log = folder.beat

@@ -94,7 +94,7 @@ def newest_complete(steps: Path) -> Path | None:
 
 def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path, log: Log | None) -> Trained:
     os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
-    _skip_compiled_ops(config)
+    _join_processes(config)
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
@@ -108,19 +108,20 @@ def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path, l
     if resume:
         print(f"resuming from {resume}", flush=True)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return _finish(config, trainer, tokenizer, result, work_dir)
+    return _finish(config, trainer, tokenizer, result, start, work_dir)
 
 
-def _finish(config: Config, trainer: Any, tokenizer: Any, result: Any, work_dir: Path) -> Trained:
+def _finish(config: Config, trainer: Any, tokenizer: Any, result: Any, start: Path | str, work_dir: Path) -> Trained:
     state, planned = trainer.state, trainer.state.max_steps
     if state.global_step < planned or not planned:
         raise NothingTrainedError(f"PSI made {state.global_step} of {planned} planned optimiser steps")
     metrics = {"psi/train_loss": float(result.training_loss), "psi/steps": float(state.global_step)}
-    if config.model.lora.rank:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     staging = work_dir / "checkpoint.tmp"
-    trainer.save_model(str(staging))
+    adapter = work_dir / "adapter"
+    trainer.save_model(str(adapter if config.model.lora.rank else staging))
     if trainer.is_world_process_zero():
+        if config.model.lora.rank:
+            _merge(start, adapter, staging, config)
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody's to load
         tokenizer.save_pretrained(staging)
         publish_folder(staging, work_dir / "checkpoint")
@@ -128,12 +129,28 @@ def _finish(config: Config, trainer: Any, tokenizer: Any, result: Any, work_dir:
     return Trained(state.global_step, work_dir / "checkpoint", metrics)
 
 
-def _skip_compiled_ops(config: Config) -> None:
-    """Gloo's start would compile an op for minutes, and a killed compile leaves a lock that hangs the next run."""
-    if config.cluster.device == "cpu":
-        import deepspeed.ops
+def _merge(start: Path | str, adapter: Path, merged: Path, config: Config) -> None:
+    """Base and adapter → one plain checkpoint, in host memory: sharded weights would have to be gathered on every GPU."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard the base while it loads
+    dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
+    base = AutoModelForCausalLM.from_pretrained(start, dtype=dtype)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(merged)
+
+
+def _join_processes(config: Config) -> None:
+    """Start the process group now: ZeRO-3 asks for the world size while the weights load."""
+    import deepspeed
+
+    on_cpu = config.cluster.device == "cpu"
+    if on_cpu:  # gloo's start would compile an op for minutes, and a killed compile leaves a lock that hangs the next run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if config.cluster.nodes * config.cluster.processes_per_node > 1:
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
 
 
 def _trainer(config: Config, start: Path | str, chats: Sequence[Encoded], tokenizer: Any, steps: Path, log: Log | None) -> Any:
@@ -216,6 +233,7 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also when the optimiser is offloaded
         "bf16": {"enabled": config.cluster.device == "cuda" and config.model.dtype == "bfloat16"},
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",

@@ -50,6 +50,8 @@ class VllmGenerator:
             max_num_batched_tokens=8192,
             enforce_eager=on_cpu,
             enable_prefix_caching=True,
+            # On a CPU a seeded request whose prompt is prefilled in pieces ends the engine (a CPU generator has no offset).
+            enable_chunked_prefill=not on_cpu,
             tensor_parallel_size=config.cluster.tensor_parallel,
             seed=config.seed,
             disable_log_stats=True,
