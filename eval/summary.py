@@ -258,7 +258,9 @@ def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str
     for column in columns:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in rows:
-        table.add_row(*(_cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95")) for column in columns))
+        table.add_row(
+            *(_cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95")) for column in columns)
+        )
     out = StringIO()
     Console(file=out, width=width, force_terminal=False).print(table)
     return out.getvalue()

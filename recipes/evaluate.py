@@ -34,7 +34,15 @@ def run(config: Config) -> None:
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
     build_data.run(config)
-    folder = run_stage(config, "evaluate", READS, ["build_data", *made], lambda f, t: evaluate(config, f, t, made), "accuracy {accuracy:.3f} of {model}", renew=True)
+    folder = run_stage(
+        config,
+        "evaluate",
+        READS,
+        ["build_data", *made],
+        lambda f, t: evaluate(config, f, t, made),
+        "accuracy {accuracy:.3f} of {model}",
+        renew=True,
+    )
     print((folder.path / "table.txt").read_text(), end="")
 
 

@@ -29,7 +29,10 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     for number, stage in enumerate(stages):
         inputs = ["build_data", *(made_by if number == 0 else [stages[number - 1]])]
         body = functools.partial(train, config, list(stages[number:]), start)
-        start = run_stage(config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}").path / "checkpoint"
+        start = (
+            run_stage(config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}").path
+            / "checkpoint"
+        )
 
 
 def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:

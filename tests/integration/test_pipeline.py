@@ -37,7 +37,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
-    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "predictions.parquet", "results.json", "report.html", "checkpoint"):
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "predictions.parquet",
+        "results.json",
+        "report.html",
+        "checkpoint",
+    ):
         assert (finished / name).exists(), name
     results = json.loads((finished / "results.json").read_text())
     promised = {
@@ -72,7 +80,15 @@ def test_a_second_start_changes_nothing(finished: Path) -> None:
 
 
 def test_other_settings_are_refused_in_one_sentence(finished: Path) -> None:
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=psi", "pipeline.budget=smoke", f"run_dir={finished}", "psi.learning_rate=1e-5"]
+    command = [
+        sys.executable,
+        "-m",
+        "pgenrm_train",
+        "recipe=psi",
+        "pipeline.budget=smoke",
+        f"run_dir={finished}",
+        "psi.learning_rate=1e-5",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "psi.learning_rate: 0.0003 → 1e-05" in done.stderr and "Traceback" not in done.stderr

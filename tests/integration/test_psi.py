@@ -39,7 +39,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     history, teacher = HistorySampler(pairs, size=3, policy="random"), OracleTeacher()
     examples = [present(pair, history(pair), n % 2) for n, pair in enumerate(pairs[:16])]
     chats = [
-        [*chat_messages(MaskedView(e.context, e.history, e.responses), instructions=False), {"role": "assistant", "content": teacher.write(e)}]
+        [
+            *chat_messages(MaskedView(e.context, e.history, e.responses), instructions=False),
+            {"role": "assistant", "content": teacher.write(e)},
+        ]
         for e in examples
     ]
     path = tmp_path_factory.mktemp("rows") / "sec.parquet"
@@ -47,9 +50,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
-)
+@pytest.mark.parametrize(("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")])
 def test_gpu_settings_take_a_real_step(model: str, cluster: str, rows: Path, tmp_path: Path) -> None:
     config = load("recipe=psi", f"model={model}", f"cluster={cluster}")
     for key, value in CHANGED.items():
