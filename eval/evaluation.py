@@ -74,13 +74,13 @@ class Evaluation:
             swapped = swapped_histories(self.twins, self.histories)
             twins = [p for twin in self.twins for p in twin]
             questions += own_questions(twins, swapped, set_name="swapped")
-        predictions = self.asker(candidate, folder, progress, self.config.eval.temperature or 0.0, "predictions")(questions)
+        predictions = self.asker(candidate, folder, progress, "predictions")(questions)
         predictions = predictions[predictions["key"].isin({q.key for q in questions})]
         return self.judge(candidate.name, predictions, candidate.seconds)
 
-    def asker(self, candidate: Candidate, folder: Path, progress: Progress, temperature: float, store: str) -> Ask:
-        """A function that answers questions with the candidate at a temperature, keeping the answers in `folder/store`."""
-        masking = masking_of(self.config, "eval")
+    def asker(self, candidate: Candidate, folder: Path, progress: Progress, store: str) -> Ask:
+        """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
+        masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
         identity = fingerprint(candidate.identity, temperature, masking, self.config.seed)
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
@@ -88,7 +88,7 @@ class Evaluation:
                 questions,
                 candidate.start,
                 candidate.write(),
-                PredictionStore(folder / store, identity),
+                PredictionStore(folder / f"{store}-{identity}", identity),
                 masking=masking,
                 temperature=temperature,
                 progress=progress,
@@ -102,8 +102,7 @@ class Evaluation:
     ) -> Grid:
         """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
         pairs = self.pairs[: self.config.eval.grid_pairs]
-        temperature = 1.0 if self.config.eval.temperature is None else self.config.eval.temperature
-        pool = sample_pool(study, pairs, histories, self.asker(candidate, folder, progress, temperature, "samples"), find)
+        pool = sample_pool(study, pairs, histories, self.asker(candidate, folder, progress, "samples"), find)
         return Grid(study, pool, cells(pool, study, self.config))
 
     def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None) -> Tested:

@@ -119,6 +119,7 @@ def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
         "protocol": f"{config.eval.protocol} (both orders; a tie or a failure is not a hit)",
         "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
         "training seed": config.seed,
+        "sampling": f"temperature {config.eval.temperature}, {config.eval.seeds} evaluation seed(s)",
         "masking": config.eval.masking,
         "teacher": config.teacher.kind,
         "judge": config.judge.kind,

@@ -215,13 +215,13 @@ class EvalConfig:
     protocol: str = "strict"
     split: str = "test"
     masking: str = "masked"
-    seeds: int = 1
+    seeds: int = 5
     ind: Any = 1  # m own samples a pair and order: a number, or a list for a grid beside the Ind-1 headline
     pro: Any = 0  # n chains from the histories of similar users: a number or a list
     one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)
     grid_pairs: int | None = None  # pairs of the grids; null: all
-    temperature: float | None = None  # null: greedy for one sample, 1.0 for several
+    temperature: float = 0.7  # as in training, chains are sampled; 0 is greedy, for one sample a question only
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap
     probes: bool = True
@@ -354,6 +354,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
     if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
         raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
+    if config.eval.temperature < 0:
+        raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
+    if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
+        raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
     if config.sec.orders_per_pair not in (1, 2):
         raise ConfigError(f"sec.orders_per_pair={config.sec.orders_per_pair} is not one of 1, 2")
     if not 0 <= config.masking.show_probability <= 1:

@@ -43,7 +43,7 @@ def score(config: Config, checkpoint: Path, view: Any, n_responses: int) -> int:
 
     generator = VllmGenerator(config, checkpoint)
     messages = tuple(PromptWriter(config, generator.tokenizer)(view))
-    answers = list(generator([GenerationRequest("score", messages, 1, config.seed)], temperature=config.eval.temperature or 0.0))
+    answers = list(generator([GenerationRequest("score", messages, 1, config.seed)], temperature=0.0))
     generator.close()
     chain = parse_chain(answers[0].text or "", n_responses)
     print(answers[0].text)

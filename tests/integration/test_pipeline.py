@@ -105,7 +105,7 @@ STAGES = {  # stage → what shows that it is at work
     "cre": _exists("cre/metrics.jsonl"),
     "curriculum": _exists("curriculum/metrics.jsonl"),
     "prototypes": _exists("prototypes/manifest.json"),
-    "evaluate": _exists("evaluate/psi/predictions/part-*.parquet"),
+    "evaluate": _exists("evaluate/psi/predictions-*/part-*.parquet"),
 }
 
 

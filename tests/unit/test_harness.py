@@ -310,7 +310,7 @@ def run(tmp_path, generator, **settings):
 def test_a_personal_model_falls_with_swapped_histories(tmp_path):
     generator = LikesHistory()
     tested = run(tmp_path, generator)
-    assert len(generator.asked) == 40 * 2 * 2
+    assert len(generator.asked) == 40 * 2 * (5 + 1)  # five evaluation seeds, and the probe once
     assert tested.report["accuracy"] == 1.0 and tested.report["model"] == "psi" and tested.report["n_pairs"] == 40
     assert (tested.probe["own"]["accuracy"], tested.probe["swapped"]["accuracy"]) == (1.0, 0.0)
     assert tested.probe["n_pairs"] == 40 and tested.probe["difference"]["ci95"][0] > 0
