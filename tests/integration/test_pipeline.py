@@ -22,7 +22,12 @@ TIMEOUT = 900
 def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "pipeline.budget=smoke", f"run_dir={run_dir}", *more]
     log = (run_dir.parent / f"{run_dir.name}.log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c)
+
+
+def _hear_ctrl_c() -> None:
+    """A shell that runs the tests in the background has made them, and so their children, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def words(run_dir: Path) -> str:
