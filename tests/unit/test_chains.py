@@ -425,3 +425,11 @@ def test_a_megabyte_takes_linear_time(unit):
         began = time.perf_counter()
         check(parse_chain(candidate))
         assert time.perf_counter() - began < 3, candidate[:60]
+
+
+def test_earlier_blocks_are_no_part_of_the_analysis():
+    draft = write_chain("First thoughts.", [("tone", 100)], [[3], [4]])
+    final = write_chain("Second thoughts.", [("tone", 100)], [[8], [2]])
+    chain = parse_chain(draft + "\n" + final)
+    assert chain.scores == (8.0, 2.0)
+    assert chain.analysis.split() == "First thoughts. Second thoughts.".split()
