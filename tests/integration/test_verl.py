@@ -250,6 +250,9 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     found = to_verl(gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7)
     validate_config(found, use_reference_policy=True, use_critic=False)
     assert found.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
+    assert not found.actor_rollout_ref.model.use_remove_padding  # packing needs flash-attn, which the default does not
+    gpu.model.attention = "flash_attention_2"
+    found = to_verl(gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7)
     assert found.actor_rollout_ref.model.use_remove_padding
     assert found.actor_rollout_ref.actor.use_kl_loss
     assert found.trainer.total_training_steps == 7

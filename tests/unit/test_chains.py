@@ -432,4 +432,4 @@ def test_earlier_blocks_are_no_part_of_the_analysis():
     final = write_chain("Second thoughts.", [("tone", 100)], [[8], [2]])
     chain = parse_chain(draft + "\n" + final)
     assert chain.scores == (8.0, 2.0)
-    assert chain.analysis.split() == "First thoughts. Second thoughts.".split()
+    assert chain.analysis.split() == ["First", "thoughts.", "Second", "thoughts."]
