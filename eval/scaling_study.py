@@ -85,7 +85,7 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
             first = part
         else:
             difference = paired_difference(part, first, draws=config.eval.draws, seed=config.seed)
-            row |= {"difference to first": difference["difference"], "difference to first ci95": difference["ci95"]}
+            row |= {"paired difference": difference["difference"], "paired difference ci95": difference["ci95"]}
         rows.append(row)
     return rows
 
