@@ -153,6 +153,11 @@ def prediction(question: Question, generation: Generation) -> dict[str, Any]:
     return row
 
 
+def readable_text(row: Mapping[str, Any]) -> str | None:
+    """The chain of a prediction, or None where generation or parsing failed.  A missing value may be None or NaN: parquet decides."""
+    return row["text"] if pd.isna(row["failure"]) and isinstance(row["text"], str) else None
+
+
 def own_questions(
     pairs: Iterable[PreferencePair],
     histories: Mapping[str, tuple[HistoryItem, ...]],

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import Question, own_questions
+from eval.harness import Question, own_questions, readable_text
 from eval.metrics import accuracy_report, paired_difference
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
@@ -102,9 +102,9 @@ def _similar_questions(
     readable: list[Question] = []
     lost: list[Question] = []
     for question in own_asked:
-        chain = parse_chain(first.at[question.key, "text"] or "")
+        chain = parse_chain(readable_text(first.loc[question.key]) or "")
         (lost if isinstance(chain, ParseFailure) or not chain.analysis else readable).append(question)
-    analyses = [parse_chain(first.at[q.key, "text"]).analysis for q in readable]  # type: ignore[union-attr]
+    analyses = [parse_chain(readable_text(first.loc[q.key]) or "").analysis for q in readable]  # type: ignore[union-attr]
     found = find(analyses, [q.pair.user_id for q in readable], study.n)
     questions, missing = [], [_missing(q, rank, "no_analysis") for q in lost for rank in range(study.n)]
     for question, similar in zip(readable, found):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.harness import PredictionStore, ask, own_questions
+from eval.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.artifacts import StageFolder, fingerprint
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.stages import prototypes
@@ -42,7 +42,7 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
         progress=progress,
         what="analyses of training users",
     ).set_index("key")
-    chains = [(q.pair, table.at[q.key, "text"] if table.at[q.key, "failure"] is None else None) for q in questions]
+    chains = [(q.pair, readable_text(table.loc[q.key])) for q in questions]
     embedder = make_embedder(config)
     return prototypes.run(config, folder, chains, shown, embedder, hashes(config, checkpoint, embedder))
 

@@ -7,7 +7,7 @@ import pytest
 
 from eval import harness
 from eval.evaluation import Candidate, Evaluation, cohort_rows, stage_row
-from eval.harness import PredictionStore, Question, ask, own_questions, prediction
+from eval.harness import PredictionStore, Question, ask, own_questions, prediction, readable_text
 from eval.metrics import COLUMNS, accuracy_report
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
@@ -371,3 +371,12 @@ def test_without_disagreement_there_is_no_probe(tmp_path):
     candidate = Candidate("psi", "sha", LikesHistory, lambda: chat_messages, lambda: None)
     tested = evaluation(PAIRS[:1], HISTORIES).test(candidate, tmp_path, progress)
     assert tested.probe is None and set(tested.predictions["set"]) == {"own"}
+
+
+def test_one_failure_among_many_hides_no_other_chain(tmp_path):
+    """A column of texts with one missing value comes back from parquet with NaN where None was written."""
+    store = PredictionStore(tmp_path, "x")
+    rows = [{"key": str(n), "text": "chain" if n else None, "failure": None if n else "length"} for n in range(3)]
+    store.add(rows)
+    store.flush()
+    assert [readable_text(row) for _, row in store.read().iterrows()] == [None, "chain", "chain"]
