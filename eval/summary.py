@@ -217,7 +217,8 @@ def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[C
     for row in own.iloc[::step].head(config.eval.chains_in_report).itertuples():
         pair = pairs[row.pair_id]
         example = present(pair, evaluation.histories[pair.pair_id], row.order)
-        chain = parse_chain(row.text or "")
+        text = row.text if isinstance(row.text, str) else ""  # NaN where the engine gave none
+        chain = parse_chain(text)
         known: dict[str, Any] = {}
         if isinstance(chain, Chain):
             known = {
@@ -236,7 +237,7 @@ def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[C
                 query=pair.query,
                 responses=example.responses,
                 label=example.chosen_index,
-                text=row.text or "",
+                text=text,
                 kind=pair.kind,
                 stage=final.name,
                 history=example.history,
