@@ -22,11 +22,11 @@ from typing import Any
 import psutil
 
 from pgenrm_train.artifacts import write_json
+from pgenrm_train.backends import guardian
 from pgenrm_train.config import ROOT, Config
 from pgenrm_train.errors import BackendError
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
-PREFIX = "pg_"  # of Ray's folders under /tmp: pg_<driver pid>_<random>
 STALLED = 3  # exit code of a run that the watchdog ended
 
 
@@ -72,10 +72,8 @@ class Session:
 
     def __init__(self, config: Config, verl: Any, watchdog: Watchdog) -> None:
         self.config, self.watchdog = config, watchdog
-        remove_orphans()
-        self.folder = Path(
-            tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}_", dir="/tmp")
-        )  # short: AF_UNIX paths end at 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
+        self.guardian = guardian.watch_over(self.folder)
         self.failed = True
         try:
             self._start_ray(verl)
@@ -136,14 +134,7 @@ class Session:
         """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
         self.watchdog.stop()
         shut_down(self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None)
-
-
-def remove_orphans() -> None:
-    """Ray's folders of sessions whose driver was killed before it could remove them."""
-    for folder in Path("/tmp").glob(f"{PREFIX}*_*"):
-        owner = folder.name.removeprefix(PREFIX).partition("_")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+        guardian.dismiss(self.guardian)
 
 
 def shut_down(folder: Path, keep_logs: Path | None) -> None:
@@ -154,11 +145,8 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
     children = psutil.Process().children(recursive=True)
     polite.start()
     polite.join(timeout=10.0)
-    for child in {*children, *psutil.Process().children(recursive=True)}:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+    # agents of a raylet that is already dead are nobody's children any more: their open files give them away
+    guardian.kill({*children, *psutil.Process().children(recursive=True), *guardian.holders(folder)} - {psutil.Process()})
     psutil.wait_procs(children, timeout=5.0)
     logs = folder / "session_latest" / "logs"
     if keep_logs is not None and logs.exists():

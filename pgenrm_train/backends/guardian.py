@@ -1,0 +1,66 @@
+"""A process that outlives a killed veRL driver just long enough to end what Ray leaves behind.
+
+Linux ends the raylet with its driver, but not the raylet's agents: they try for a minute to report to a server that is gone.  The
+driver holds the other end of this process's standard input; when that closes without a word, every process that still has a file of
+the session's folder open is killed, and the folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+SECONDS = 10.0  # how long processes may go on appearing after the driver's death
+
+
+def watch_over(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the guardian of `folder` for the life of the calling process.  In a session of its own: Ctrl-C is not for it."""
+    return subprocess.Popen([sys.executable, "-m", __name__, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def dismiss(guardian: subprocess.Popen[bytes]) -> None:
+    """The driver has cleaned up itself."""
+    guardian.kill()
+    guardian.wait()
+    if guardian.stdin:
+        guardian.stdin.close()
+
+
+def holders(folder: Path) -> list[psutil.Process]:
+    """Processes that have a file below `folder` open."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+                found.append(process)
+        except psutil.Error:  # gone, or another user's
+            continue
+    return found
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def main(folder: Path) -> None:
+    sys.stdin.read()
+    end, quiet = time.monotonic() + SECONDS, 0
+    while quiet < 3 and time.monotonic() < end:
+        left = holders(folder)
+        quiet = 0 if left else quiet + 1
+        kill(left)
+        time.sleep(0.3)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
