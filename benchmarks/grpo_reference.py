@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--process-weight", type=float, default=0.5)
     parser.add_argument("--judge", default=None, help="module:factory of a judge; none: no process reward")
     parser.add_argument("--judge-kwargs", type=json.loads, default={})
+    parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
     rows = pq.read_table(args.rows).to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(args.start)
     model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     judge, weights = load_judge(args.judge, args.judge_kwargs), RewardWeights(process=args.process_weight)
     sampler = CurriculumSampler(len(rows), prompts_per_step=args.prompts, steps=args.steps, seed=args.seed)
     with (args.out / "metrics.jsonl").open("w") as metrics:

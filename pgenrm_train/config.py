@@ -105,9 +105,18 @@ class EndpointConfig:
     name: str | None = None
     api_key_env: str | None = None
     max_in_flight: int = 64
+    requests_per_minute: float | None = None
     timeout_seconds: float = 120.0
+    attempts: int = 5  # of a call, with exponential backoff, on 429, 5xx, time-outs and lost connections
+    give_up_after: int = 20  # calls that failed one after the other: the server is taken to be down
     max_tokens: int = 2048
+    max_tokens_field: str = "max_tokens"  # max_completion_tokens for OpenAI's reasoning models
     temperature: float = 0.7
+    structured: str = "json_schema"  # json_schema · json_object · none: how a judge's answer is constrained
+    dollars_per_million_in: float = 0.0
+    dollars_per_million_out: float = 0.0
+    max_dollars: float | None = None  # the run stops when this much was spent; what was answered stays in the cache
+    max_total_tokens: int | None = None
 
 
 @dataclass
@@ -159,6 +168,7 @@ class GrpoConfig:
     """GRPO on veRL (METHOD §4).  8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts a step, mini-batches of 128 prompts."""
 
     masking: str = "masked"
+    seed: int | None = None  # null: the run's; another one repeats the stage on the same data
     rows: int = 8192  # training pairs to draw from
     steps: int = 200
     prompts_per_step: int = 128
@@ -410,6 +420,12 @@ def sizes(value: Any) -> tuple[int, ...]:
 def masking_of(config: Config, stage: str) -> str:
     """The masking policy of a stage: `masking=` when given, else the stage's own."""
     return config.masking.policy or str(getattr(config, stage).masking)
+
+
+def seed_of(config: Config, stage: str) -> int:
+    """The seed of a GRPO stage: its own when given, else the run's."""
+    own = getattr(config, stage).seed
+    return config.seed if own is None else int(own)
 
 
 def get(config: Any, key: str) -> Any:

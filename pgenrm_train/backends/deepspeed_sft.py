@@ -192,19 +192,25 @@ class _Chats:
 
 
 def _collate(batch: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """Right-padded input_ids, attention_mask and labels, each (batch, longest)."""
+    """Left-padded input_ids, attention_mask and position_ids, (batch, longest); labels (batch, kept) of the last `kept` tokens.
+
+    Ends are aligned, so that the assistant's tokens, which alone are trained on, stand together: logits are made for these
+    `kept` columns only.  A prompt is several times as long as its chain, and a row of logits as long as the vocabulary.
+    """
     import torch
 
     longest = max(len(chat.ids) for chat in batch)
+    kept = 1 + max(len(chat.ids) - chat.loss_from for chat in batch)  # and the token before, which predicts the first
     ids = torch.full((len(batch), longest), pad)
-    labels = torch.full((len(batch), longest), IGNORED)
+    labels = torch.full((len(batch), kept), IGNORED)
     mask = torch.zeros(len(batch), longest, dtype=torch.long)
     for row, chat in enumerate(batch):
-        n = len(chat.ids)
-        ids[row, :n] = torch.tensor(chat.ids)
-        labels[row, chat.loss_from : n] = ids[row, chat.loss_from : n]
-        mask[row, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        n, trained = len(chat.ids), len(chat.ids) - chat.loss_from
+        ids[row, longest - n :] = torch.tensor(chat.ids)
+        labels[row, kept - trained :] = torch.tensor(chat.ids[chat.loss_from :])
+        mask[row, longest - n :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "logits_to_keep": kept}
 
 
 def _with_lora(config: Config, model: Any) -> Any:

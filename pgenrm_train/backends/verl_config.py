@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import ROOT, Config, GrpoConfig
+from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
 from pgenrm_train.errors import ArtifactError, ConfigError
 
 TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
@@ -116,7 +116,7 @@ def _positions(start: Path) -> int | None:
 def grpo_keys(config: Config, section: str) -> dict[str, Any]:
     """What does not depend on the device."""
     grpo: GrpoConfig = getattr(config, section)
-    model, cluster = config.model, config.cluster
+    model, cluster, seed = config.model, config.cluster, seed_of(config, section)
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     length = model.max_prompt_tokens + model.max_response_tokens
     return {
@@ -125,7 +125,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         "data.train_batch_size": grpo.prompts_per_step,
         "data.max_prompt_length": model.max_prompt_tokens,
         "data.max_response_length": model.max_response_tokens,
-        "data.seed": config.seed,
+        "data.seed": seed,
         "data.dataloader_num_workers": 0,
         "actor_rollout_ref.nccl_timeout": int(grpo.stall_seconds),
         "actor_rollout_ref.model.lora_rank": model.lora.rank,
@@ -146,14 +146,14 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         f"{actor}.use_kl_loss": grpo.kl_coefficient > 0,
         f"{actor}.kl_loss_coef": grpo.kl_coefficient,
         f"{actor}.kl_loss_type": "low_var_kl",
-        f"{actor}.data_loader_seed": config.seed,
+        f"{actor}.data_loader_seed": seed,
         f"{actor}.optim.lr": grpo.learning_rate,
         f"{actor}.optim.lr_warmup_steps": grpo.warmup_steps,
         f"{actor}.optim.weight_decay": grpo.weight_decay,
         f"{rollout}.name": "vllm",
         f"{rollout}.n": grpo.group_size,
         f"{rollout}.temperature": grpo.temperature,
-        f"{rollout}.seed": config.seed,
+        f"{rollout}.seed": seed,
         f"{rollout}.tensor_model_parallel_size": cluster.tensor_parallel,
         f"{rollout}.max_model_len": length,
         f"{rollout}.enable_prefix_caching": True,

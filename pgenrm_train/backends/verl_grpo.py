@@ -30,7 +30,7 @@ from pgenrm_train import errors
 from pgenrm_train.artifacts import read_json, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_config import environment, to_verl
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, seed_of
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
 
 TRAINED, ENGINE_LOG = "trained.json", "engine.log"
@@ -165,7 +165,7 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     grpo, trainer = getattr(config, phase.section), session.trainer
     rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight)
     run = PhaseRun(
-        stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=config.seed,
+        stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
         keep_checkpoints=grpo.keep_checkpoints, validation=phase.validation, validate_every=grpo.validate_every,
         beat=session.watchdog.beat,
     )  # fmt: skip
@@ -195,7 +195,9 @@ def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | No
             "schedule": grpo.schedule, "start": grpo.hard_share_start, "end": grpo.hard_share_end,
             "hard_pass_rate": grpo.hard_pass_rate, "pass_rates": rates,
         }  # fmt: skip
-    return CurriculumSampler(rows, prompts_per_step=grpo.prompts_per_step, steps=phase.steps, seed=config.seed, **shape)
+    return CurriculumSampler(
+        rows, prompts_per_step=grpo.prompts_per_step, steps=phase.steps, seed=seed_of(config, phase.section), **shape
+    )
 
 
 def export(trainer: Any, phase: Phase, start: Path, dtype: str) -> None:

@@ -3,6 +3,9 @@
 verl builds actor, reference and rollout once; a second `run_ppo` would build them again (80–90 s on two cores).  `ChainWorker`
 takes over the weights, loss and optimiser settings of the next phase in the running process and writes checkpoints in
 Hugging Face format in the dtype asked for (verl's merger casts every tensor to bfloat16, which would round an fp32 model).
+
+Without flash-attn verl takes log-probabilities one *token* at a time: its loop over rows was written for (batch, length) logits
+and gets them flattened.  That is most of an update on a CPU and a kernel launch a token on a GPU, so it is done in chunks here.
 """
 
 from __future__ import annotations
@@ -12,11 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils import torch_functional
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.device import get_device_name
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict, get_fsdp_full_state_dict
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
+
+CHUNK = 4096  # tokens whose log-softmax is held at a time
+
+
+def logprobs_in_chunks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each label: logits (…, vocabulary), labels (…) → (…)."""
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    parts = [-cross_entropy(r, w, reduction="none") for r, w in zip(rows.split(CHUNK), wanted.split(CHUNK), strict=True)]
+    return torch.cat(parts).view(labels.shape)
+
+
+torch_functional.logprobs_from_logits_v2 = logprobs_in_chunks
 
 
 class ChainWorker(ActorRolloutRefWorker):
@@ -48,7 +66,7 @@ class ChainWorker(ActorRolloutRefWorker):
 
         engine = self.actor.engine
         if engine.is_param_offload_enabled:
-            engine.to("device", model=True, optimizer=False, grad=False)
+            engine.to(get_device_name(), model=True, optimizer=False, grad=False)
         state = get_fsdp_full_state_dict(engine.module, offload_to_cpu=True, rank0_only=True)
         if torch.distributed.get_rank() == 0:
             kind = getattr(torch, dtype)

@@ -30,6 +30,24 @@ def environment(config: Config) -> dict[str, str]:
     }
 
 
+def engine_settings(config: Config) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` beside the model."""
+    on_cpu = config.cluster.device == "cpu"
+    return {
+        "dtype": "float32" if on_cpu else config.model.dtype,
+        "max_model_len": config.model.max_prompt_tokens + config.model.max_response_tokens,
+        "max_num_seqs": config.eval.max_in_flight,
+        "max_num_batched_tokens": 8192,
+        "enforce_eager": on_cpu,
+        "enable_prefix_caching": True,
+        # On a CPU a seeded request whose prompt is prefilled in pieces ends the engine (a CPU generator has no offset).
+        "enable_chunked_prefill": not on_cpu,
+        "tensor_parallel_size": config.cluster.tensor_parallel,
+        "seed": config.seed,
+        "disable_log_stats": True,
+    }
+
+
 class VllmGenerator:
     """A `Generator` over a local checkpoint.  Seeded per request, so results do not depend on the order of the queue."""
 
@@ -40,22 +58,7 @@ class VllmGenerator:
 
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        on_cpu = config.cluster.device == "cpu"
-        self._llm = LLM(
-            model=str(checkpoint),
-            tokenizer=str(checkpoint),
-            dtype="float32" if on_cpu else config.model.dtype,
-            max_model_len=config.model.max_prompt_tokens + config.model.max_response_tokens,
-            max_num_seqs=config.eval.max_in_flight,
-            max_num_batched_tokens=8192,
-            enforce_eager=on_cpu,
-            enable_prefix_caching=True,
-            # On a CPU a seeded request whose prompt is prefilled in pieces ends the engine (a CPU generator has no offset).
-            enable_chunked_prefill=not on_cpu,
-            tensor_parallel_size=config.cluster.tensor_parallel,
-            seed=config.seed,
-            disable_log_stats=True,
-        )
+        self._llm = LLM(model=str(checkpoint), tokenizer=str(checkpoint), **engine_settings(config))
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         """Yield every sample of every request, a request's samples together, as requests finish."""

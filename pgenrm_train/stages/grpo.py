@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.artifacts import write_table
-from pgenrm_train.config import Config, masking_of
+from pgenrm_train.config import Config, masking_of, seed_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import apply_masking, present
 from pgenrm_train.records import PreferencePair
@@ -41,7 +41,7 @@ def write_rows(
     """
     settings = getattr(config, section)
     train = asked(pairs, "train")
-    random.Random(f"{config.seed}/{section}").shuffle(train)
+    random.Random(f"{seed_of(config, section)}/{section}").shuffle(train)
     train = train[: max(settings.rows, settings.prompts_per_step)]
     if len(train) < settings.prompts_per_step:
         raise DataError(f"{len(train)} training pairs are fewer than {section}.prompts_per_step={settings.prompts_per_step}")
@@ -55,7 +55,7 @@ def write_rows(
 
 
 def _row(config: Config, section: str, index: int, pair: PreferencePair, example: Any, writer: PromptWriter) -> dict[str, Any]:
-    rng = random.Random(f"{config.seed}/{section}/mask/{pair.pair_id}")
+    rng = random.Random(f"{seed_of(config, section)}/{section}/mask/{pair.pair_id}")
     view, withheld = apply_masking(example, masking_of(config, section), rng, show_probability=config.masking.show_probability)
     return {
         "data_source": config.data.name,

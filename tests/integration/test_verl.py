@@ -336,6 +336,25 @@ def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: 
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n'
 
 
+def test_logprobs_in_chunks_are_those_that_verl_takes_token_by_token() -> None:
+    import torch
+    from verl.utils import torch_functional
+
+    theirs = torch_functional.logprobs_from_logits_v2
+    from pgenrm_train.backends import verl_worker
+
+    assert torch_functional.logprobs_from_logits_v2 is verl_worker.logprobs_in_chunks
+    if theirs is verl_worker.logprobs_in_chunks:  # imported before this test
+        theirs = torch_functional.logprobs_from_logits_naive
+    torch.manual_seed(0)
+    for shape in ((2 * verl_worker.CHUNK + 3,), (3, 7)):
+        logits = torch.randn(*shape, 11, requires_grad=True)
+        labels = torch.randint(11, shape)
+        results = [take(logits, labels) for take in (theirs, verl_worker.logprobs_in_chunks)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(r.square().sum(), logits)[0] for r in results))
+
+
 def test_the_cpu_patches_are_still_needed() -> None:
     """When one of these fails, a patch in verl_cpu.py or a setting in verl_config.cpu_keys can go."""
     from verl.model_merger import fsdp_model_merger

@@ -104,16 +104,50 @@ def test_a_template_whose_prompt_is_no_prefix_is_refused(plain_tokenizer):
         encode_chat(plain_tokenizer, messages("plain"), 10_000)
 
 
-def test_batches_are_padded_on_the_right_and_labels_follow():
+def test_batches_align_their_ends_and_keep_logits_for_the_answers_only():
     batch = _collate([Encoded((5, 6, 7, 8), 2), Encoded((5, 9), 1)], pad=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [IGNORED, 9, IGNORED, IGNORED]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 5, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch["logits_to_keep"] == 3  # the answers' two tokens at most, and the one that predicts the first
+    assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 9]]
 
 
 def test_a_pad_that_is_also_the_end_is_still_learnt_where_it_ends_an_answer():
     batch = _collate([Encoded((5, 6, 2), 1), Encoded((5, 2), 1)], pad=2)
-    assert batch["labels"].tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 2], [IGNORED, IGNORED, 2]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_loss_of_a_batch_is_that_of_its_chats_alone(attention):
+    """Padding, alignment and the cut of the logits change no gradient."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attn_implementation=attention,
+        )
+    )
+    chats = [Encoded(tuple(range(3, 23)), 12), Encoded(tuple(range(30, 41)), 9), Encoded((7, 8, 9, 10, 11, 12, 13), 1)]
+    together = model(**_collate(chats, pad=0)).loss
+    total, count = torch.zeros(()), 0
+    for chat in chats:
+        log_probs = model(input_ids=torch.tensor([chat.ids])).logits[0].log_softmax(-1)
+        for place in range(chat.loss_from, len(chat.ids)):
+            total, count = total - log_probs[place - 1, chat.ids[place]], count + 1
+    torch.testing.assert_close(together, total / count, rtol=1e-5, atol=1e-6)
+    grad_together = torch.autograd.grad(together, list(model.parameters()), retain_graph=True)
+    for one, other in zip(grad_together, torch.autograd.grad(total / count, list(model.parameters())), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 # ---- checkpoints ----

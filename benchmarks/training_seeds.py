@@ -1,0 +1,166 @@
+"""What CRE and the curriculum are worth over several training seeds, and whether veRL learns what plain GRPO learns.
+
+From one run's PSI checkpoint, on the same data, for each seed: `cre` on veRL; from it `curriculum` (linear schedule) and `uniform`
+(the control: the same budget without a schedule); and `reference`, CRE's settings and rows in the page of torch of
+`grpo_reference.py`.  Every checkpoint answers the same questions.  A cell that is complete is kept, so the benchmark may be
+killed and started again, or run seed by seed:
+
+    python benchmarks/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 0 1 2
+    python benchmarks/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 3 --methods cre reference
+
+The table gives accuracy (strict, one evaluation seed) and differences on the same pairs: the mean over seeds, the standard error
+over seeds, and for the pooled pairs the 95 % interval by a bootstrap over users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from eval.metrics import accuracy_report, paired_difference
+from pgenrm_train.config import ROOT
+
+METHODS = ("cre", "curriculum", "uniform", "reference")
+COMPARISONS = (("cre", "psi"), ("curriculum", "cre"), ("curriculum", "uniform"), ("cre", "reference"))
+SLICES = (None, "easy", "hard", "rival")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--run", type=Path, required=True, help="run folder with a finished PSI; its data and model settings apply"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for one run folder a cell")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="more Hydra overrides, e.g. pipeline.budget=smoke cre.steps=60"
+    )
+    return parser.parse_args()
+
+
+class Cells:
+    """One run folder a method and seed; `model.path` chains them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out, self.overrides = args.out, args.overrides
+        self.psi = (args.run / "psi" / "checkpoint").resolve()
+
+    def folder(self, method: str, seed: int | None) -> Path:
+        return self.out / (method if seed is None else f"{method}-{seed}")
+
+    def make(self, method: str, seed: int) -> None:
+        folder = self.folder(method, seed)
+        if method == "cre":
+            self.recipe(folder, "cre", self.psi, f"cre.seed={seed}")
+        elif method == "reference":
+            self.reference(folder, seed)
+        else:
+            schedule = {"curriculum": "linear", "uniform": "uniform"}[method]
+            start = self.folder("cre", seed) / "cre" / "checkpoint"
+            self.recipe(folder, "curriculum", start, f"curriculum.seed={seed}", f"curriculum.schedule={schedule}")
+        self.evaluate(folder, folder / {"uniform": "curriculum"}.get(method, method) / "checkpoint")
+
+    def evaluate(self, folder: Path, checkpoint: Path) -> None:
+        # the control of the comparison is the pairs, which the settings below give to every cell
+        few = ("eval.seeds=1", "eval.ind=1", "eval.one_pair_ind=[]", "eval.baselines=[]")
+        self.recipe(folder, "evaluate", checkpoint, "eval.probes=false", *few)
+
+    def recipe(self, folder: Path, recipe: str, start: Path, *more: str) -> None:
+        self.call("-m", "pgenrm_train", f"recipe={recipe}", f"run_dir={folder}", f"model.path={start}", "tracking=none", *more,
+                  *self.overrides)  # fmt: skip
+
+    def reference(self, folder: Path, seed: int) -> None:
+        """CRE's rows and settings of the same seed."""
+        said = self.folder("cre", seed) / "cre" / "manifest.json"
+        config = json.loads(said.read_text())["config"]
+        cre, out = config["cre"], folder / "reference"
+        if (out / "checkpoint" / "config.json").exists():
+            return
+        if cre["kl_coefficient"]:
+            sys.exit(f"error: {said}: cre.kl_coefficient={cre['kl_coefficient']}, and the plain loop has no KL term")
+        settings = {
+            "start": self.psi, "rows": said.parent / "rows.parquet", "out": out, "seed": seed, "steps": cre["steps"],
+            "prompts": cre["prompts_per_step"], "group": cre["group_size"], "learning-rate": cre["learning_rate"],
+            "clip": cre["clip_ratio"], "response-tokens": config["model"]["max_response_tokens"],
+            "process-weight": cre["process_weight"], "weight-decay": cre["weight_decay"],
+        }  # fmt: skip
+        judge = ["--judge", "data_builders.oracle:judge_for_rewards"] if config["judge"]["kind"] == "oracle" else []
+        self.call("benchmarks/grpo_reference.py", *(f"--{key}={value}" for key, value in settings.items()), *judge)
+
+    def call(self, *command: str) -> None:
+        print("·", " ".join(command), flush=True)
+        if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            sys.exit(f"error: exit code {code}; the same command continues here")
+
+    def predictions(self, method: str, seed: int | None) -> pd.DataFrame | None:
+        path = self.folder(method, seed) / "evaluate" / "predictions.parquet"
+        if not path.exists():
+            return None
+        frame = pd.read_parquet(path)
+        return frame[frame["set"] == "own"]
+
+
+def report(cells: Cells, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    psi = cells.predictions("psi", None)
+    found = {(m, s): p for m in methods for s in seeds if (p := cells.predictions(m, s)) is not None}
+    found |= {("psi", s): psi for s in seeds if psi is not None}
+    print(f"\n{'':<24}" + "".join(f"{name or 'all':>24}" for name in SLICES))
+    for method in ("psi", *methods):
+        tables = [found[method, s] for s in seeds if (method, s) in found]
+        print(f"{method:<24}" + "".join(f"{_mean([_accuracy(t, kind) for t in tables]):>24}" for kind in SLICES))
+    for one, other in COMPARISONS:
+        both = [s for s in seeds if (one, s) in found and (other, s) in found]
+        if both:
+            cellwise = [_difference(cells, found, one, other, both, kind) for kind in SLICES]
+            print(f"{one + ' − ' + other:<24}" + "".join(f"{text:>24}" for text in cellwise))
+
+
+def _accuracy(table: pd.DataFrame, kind: str | None) -> float:
+    return 100 * float(accuracy_report(_slice(table, kind), draws=1)["accuracy"])
+
+
+def _difference(
+    cells: Cells, found: dict[tuple[str, int], pd.DataFrame], one: str, other: str, seeds: Sequence[int], kind: str | None
+) -> str:
+    """Mean over training seeds ± their standard error, and the interval over users with the seeds as evaluation seeds."""
+    single = [_accuracy(found[one, s], kind) - _accuracy(found[other, s], kind) for s in seeds]
+    pooled = [pd.concat([_slice(found[m, s], kind).assign(seed=s) for s in seeds]) for m in (one, other)]
+    low, high = paired_difference(pooled[0], pooled[1])["ci95"]
+    return f"{_mean(single)} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _slice(table: pd.DataFrame, kind: str | None) -> pd.DataFrame:
+    return table if kind is None else table[table["kind"] == kind]
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Mean ± standard error over training seeds."""
+    if not values:
+        return "—"
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.fmean(values):.1f} ± {error:.1f}"
+
+
+def main() -> None:
+    args = arguments()
+    if not (args.run / "psi" / "checkpoint" / "config.json").exists():
+        sys.exit(f"error: {args.run} holds no finished PSI; make one with `make demo` or recipe=psi")
+    cells = Cells(args)
+    cells.evaluate(cells.folder("psi", None), cells.psi)
+    for seed in args.seeds:
+        for method in args.methods:
+            cells.make(method, seed)
+            report(cells, args.methods, args.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Child of test_gpu_settings.py: veRL with the settings that ship for GPUs, apart from the switches below, on this CPU.
+
+`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `verl_config.environment` for a CPU.  FOLDER holds start/ and
+rows.parquet of `verl_world`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pgenrm_train.backends import verl_grpo
+from pgenrm_train.config import Config, load
+
+ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
+# Our configuration: sizes alone.
+SMALLER: dict[str, Any] = {
+    "cluster.nodes": 1,
+    "cluster.processes_per_node": 2,
+    "cluster.tensor_parallel": 1,
+    "model.max_prompt_tokens": 64,
+    "model.max_response_tokens": 64,
+    "cre.steps": 1,
+    "cre.prompts_per_step": 4,
+    "cre.mini_batch_prompts": 4,
+    "cre.group_size": 4,
+}
+# verl's configuration: what a CPU cannot do.  Everything else is used as shipped.
+CPU_SWITCHES: dict[str, Any] = {
+    "trainer.device": "cpu",
+    f"{ACTOR}.use_torch_compile": False,  # inductor would compile for minutes
+    f"{ACTOR}.fsdp_config.use_torch_compile": False,
+    f"{REF}.use_torch_compile": False,
+    f"{REF}.fsdp_config.use_torch_compile": False,
+    f"{ROLLOUT}.enforce_eager": True,
+    f"{ROLLOUT}.free_cache_engine": False,  # vLLM's sleep mode is CUDA's
+    f"{ROLLOUT}.enable_sleep_mode": False,
+    f"{ROLLOUT}.enable_chunked_prefill": False,  # a CPU generator cannot rewind a seeded request
+    f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
+}
+
+
+def gpu_config(folder: Path, model: str, cluster: str) -> Config:
+    overrides = [f"{key}={value}" for key, value in SMALLER.items()]
+    return load("recipe=cre", f"model={model}", f"cluster={cluster}", f"run_dir={folder}", "tracking=none", "judge=none",
+                "data=pairs", "data.path=none.parquet", "teacher=features", *overrides)  # fmt: skip
+
+
+def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:
+    gpu = copy.deepcopy(config)
+    gpu.cluster.device = "cuda"
+    composed = to_verl(gpu, section, **where)
+    for key, value in CPU_SWITCHES.items():
+        OmegaConf.update(composed, key, value, force_add=True)
+    return composed
+
+
+to_verl = verl_grpo.to_verl
+
+
+def main(folder: Path, model: str, cluster: str) -> None:
+    config = gpu_config(folder, model, cluster)
+    config.cluster.device = "cpu"  # how Ray and the processes start
+    verl_grpo.to_verl = shipped_with_switches
+    phase = verl_grpo.Phase("cre", folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps)
+    print(verl_grpo.train(config, [phase]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

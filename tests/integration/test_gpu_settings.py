@@ -1,0 +1,65 @@
+"""The veRL and vLLM settings that ship for GPUs take a real step on this CPU, with only allow-listed keys changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_on_cpu
+import verl_world
+
+from pgenrm_train.backends.verl_config import environment
+from pgenrm_train.config import ROOT, Config, load
+
+SETTINGS = [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
+
+
+@pytest.mark.parametrize(("model", "cluster"), SETTINGS)
+def test_the_shipped_verl_settings_take_a_real_step(model: str, cluster: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    verl_world.write_checkpoint(tmp_path / "start", sft_steps=120)
+    verl_world.write_rows(tmp_path / "rows.parquet", 8)
+    env = {**os.environ, **environment(Config(recipe="cre"))}
+    command = [sys.executable, str(ROOT / "tests/integration/gpu_on_cpu.py"), str(tmp_path), model, cluster]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    line = json.loads((tmp_path / "cre" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["cre/actor/grad_norm"] > 0, "groups whose rewards differ"
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint"))
+    assert any(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before)
+
+
+ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "tensor_parallel_size": 1, "max_model_len": 128}
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+output = LLM(model=folder, tokenizer=folder, **settings).generate(
+    [{"prompt_token_ids": [5, 6, 7]}], SamplingParams(n=2, seed=1, max_tokens=8, temperature=0.7)
+)
+print("TOKENS", sum(len(o.token_ids) for o in output[0].outputs))
+"""
+
+
+@pytest.mark.parametrize(("model", "cluster"), SETTINGS)
+def test_the_shipped_vllm_settings_generate(model: str, cluster: str, tmp_path: Path) -> None:
+    from pgenrm_train.backends import vllm_engine
+
+    shipped = load("recipe=evaluate", f"model={model}", f"cluster={cluster}", "data=pairs", "data.path=none.parquet",
+                   "teacher=features", "judge=none")  # fmt: skip
+    settings = vllm_engine.engine_settings(shipped)
+    assert settings["dtype"] == "bfloat16" and settings["max_model_len"] == 12288
+    verl_world.write_checkpoint(tmp_path / "start", sft_steps=1)
+    env = {**os.environ, **vllm_engine.environment(Config(recipe="evaluate"))}
+    command = [sys.executable, "-c", VLLM, str(tmp_path / "start"), json.dumps(settings | ON_CPU)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split("TOKENS")[1]) >= 2
