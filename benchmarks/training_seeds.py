@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from pathlib import Path
 import pandas as pd
 
 from eval.metrics import accuracy_report, paired_difference
-from pgenrm_train.config import ROOT
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("cre", "curriculum", "uniform", "reference")
 COMPARISONS = (("cre", "psi"), ("curriculum", "cre"), ("curriculum", "uniform"), ("cre", "reference"))
 SLICES = (None, "easy", "hard", "rival")
@@ -98,7 +99,8 @@ class Cells:
 
     def call(self, *command: str) -> None:
         print("·", " ".join(command), flush=True)
-        if code := subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        env = os.environ | {"PYTHONPATH": str(ROOT)}  # a script's own folder comes first on its path, the checkout must come next
+        if code := subprocess.run([sys.executable, *command], cwd=ROOT, env=env).returncode:
             sys.exit(f"error: exit code {code}; the same command continues here")
 
     def predictions(self, method: str, seed: int | None) -> pd.DataFrame | None:

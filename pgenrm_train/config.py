@@ -16,6 +16,14 @@ from pgenrm_train.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
 BUDGETS = ("smoke", "demo", "full")
+ANSWER_KEYS = (
+    "kind",
+    "name",
+    "max_tokens",
+    "temperature",
+    "structured",
+    "instructions",
+)  # of teacher and judge: what an answer depends on
 STAGES = ("build_data", "build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
 
 
@@ -104,6 +112,8 @@ class EndpointConfig:
     base_url: str | None = None
     name: str | None = None
     api_key_env: str | None = None
+    gpus: int = 1  # of a vLLM that is served here
+    instructions: bool = True  # of a teacher: false for a model that has learnt the task from chains
     max_in_flight: int = 64
     requests_per_minute: float | None = None
     timeout_seconds: float = 120.0
@@ -295,18 +305,21 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.device": ("cpu", "cuda"),
     "teacher.kind": ("oracle", "features", "endpoint", "vllm"),
     "judge.kind": ("oracle", "none", "endpoint", "vllm"),
+    **{f"{who}.structured": ("json_schema", "json_object", "none") for who in ("teacher", "judge")},
+    **{f"{who}.max_tokens_field": ("max_tokens", "max_completion_tokens") for who in ("teacher", "judge")},
     "tracking.kind": ("offline", "wandb", "none"),
     "eval.protocol": ("strict", "release", "both_orders", "user_disjoint"),
     "eval.split": ("train", "val", "test"),
     "curriculum.schedule": ("linear", "cosine", "step", "uniform"),
     **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
 }
-_LOCAL = {"teacher": "teacher=features (any votes)", "judge": "judge=none (outcome and format only)"}
 _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "prototypes.k", "eval.seeds", "eval.max_in_flight", "eval.draws", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens",
+    *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
+                                                                   "give_up_after", "gpus")),
 )  # fmt: skip
 
 
@@ -383,10 +396,7 @@ def check(config: Config) -> None:
         _check_grpo(section, getattr(config, section))
     for section in ("teacher", "judge"):
         endpoint = getattr(config, section)
-        if endpoint.kind in ("endpoint", "vllm"):
-            raise ConfigError(
-                f"{section}={endpoint.kind} is not built yet; valid today: {section}=oracle (personaworld), {_LOCAL[section]}"
-            )
+        _check_endpoint(section, endpoint)
         if endpoint.kind == "oracle" and config.data.name != "personaworld":
             raise ConfigError(
                 f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
@@ -401,6 +411,15 @@ def check(config: Config) -> None:
             f"psi.batch_size={config.psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
             f"{config.psi.micro_batch_size} × {ranks}"
         )
+
+
+def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
+    if endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name):
+        raise ConfigError(
+            f"{section}=endpoint needs {section}.base_url (e.g. http://localhost:8000/v1) and {section}.name (the served model)"
+        )
+    if endpoint.kind == "vllm" and not endpoint.name:
+        raise ConfigError(f"{section}=vllm needs {section}.name, a checkpoint folder or a hub name to serve")
 
 
 def _check_grpo(section: str, grpo: GrpoConfig) -> None:

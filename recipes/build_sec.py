@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pgenrm_train.backends.base import Teacher
+from pgenrm_train.backends.base import Generation, Teacher
 from pgenrm_train.chains import FORMAT_STRINGS
 from pgenrm_train.config import ROOT, Config, masking_of
-from pgenrm_train.errors import ConfigError
 from pgenrm_train.masking import apply_masking
 from pgenrm_train.prompts import TAGS, chat_messages
 from pgenrm_train.records import Example, PreferencePair
 from pgenrm_train.stages import build_sec
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
 from recipes import build_data
+from recipes.llm import endpoint
 from recipes.run import prepare, progress, run_stage
 
 TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
@@ -33,35 +35,56 @@ def run(config: Config) -> None:
         def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:
             return PromptWriter(config, load_tokenizer(make_base(config, kept)))
 
-        return build_sec.run(config, folder, pairs, teacher(config, pairs), writer_for, progress)
+        with teacher(config, pairs, folder.path) as writes:
+            return build_sec.run(config, folder, pairs, writes, writer_for, progress)
 
-    say = "{chains} chains kept of {asked} asked; rejected: {rejected}; trimmed: {trimmed}"
+    say = "{chains} chains kept of {asked} asked; rejected: {rejected}; trimmed: {trimmed}; teacher: {teacher}"
     run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say)
 
 
-def teacher(config: Config, pairs: Sequence[PreferencePair]) -> Teacher:
-    """The teacher of `teacher=`."""
+@contextmanager
+def teacher(config: Config, pairs: Sequence[PreferencePair], folder: Path) -> Iterator[Teacher]:
+    """The teacher of `teacher=`; `folder` keeps what a language model answered."""
     if config.teacher.kind == "oracle":
         from data_builders.oracle import OracleTeacher
 
-        return OracleTeacher(config.seed)
-    if config.teacher.kind == "features":
-        return _Features(config, pairs)
-    raise ConfigError(f"teacher={config.teacher.kind} is not built yet; use teacher=oracle (personaworld) or teacher=features")
+        yield _Rule(OracleTeacher(config.seed).write)
+    elif config.teacher.kind == "features":
+        yield _Rule(features_teacher(config, pairs))
+    else:
+        from pgenrm_train.backends.llm import LlmTeacher
+
+        with endpoint(config, "teacher", folder) as found:
+            yield LlmTeacher(found)
 
 
-class _Features:
-    """The `features` teacher behind the Teacher protocol."""
+class _Rule:
+    """A teacher that is a rule: instant, free and never without an answer."""
 
-    def __init__(self, config: Config, pairs: Sequence[PreferencePair]) -> None:
-        from data_builders.features import FeatureTeacher
+    in_flight = 1
 
-        self.seed, self.rule = config.seed, FeatureTeacher().fit([p for p in pairs if p.trains])
+    def __init__(self, write: Callable[[Example, int], str]) -> None:
+        self.text = write
 
-    def write(self, example: Example, attempt: int) -> str:
-        key = f"{self.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
+        return Generation(example.pair_id, attempt, self.text(example, attempt))
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def features_teacher(config: Config, pairs: Sequence[PreferencePair]) -> Callable[[Example, int], str]:
+    """The `features` rule, fitted on the training pairs."""
+    from data_builders.features import FeatureTeacher
+
+    rule = FeatureTeacher().fit([p for p in pairs if p.trains])
+
+    def write(example: Example, attempt: int) -> str:
+        key = f"{config.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
         rng = np.random.default_rng(list(key.encode())) if attempt else None  # the first chain is the rule's own, without jitter
-        return self.rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
+        return rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
+
+    return write
 
 
 def base_model(config: Config) -> Path | str:

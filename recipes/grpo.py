@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from pgenrm_train.artifacts import StageFolder, read_json
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.errors import ConfigError
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
 from pgenrm_train.tracking import Tracker
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
+from recipes.llm import settings_of
 from recipes.run import newest, prepare, progress, run_stage
 
 BEFORE = {"cre": ("psi",), "curriculum": ("cre", "psi")}  # where a stage starts when model.path is not given
-JUDGES = {"oracle": "data_builders.oracle:judge_for_rewards", "none": None}
+JUDGES = {
+    "oracle": "data_builders.oracle:judge_for_rewards",
+    "endpoint": "pgenrm_train.backends.llm:judge_for_rewards",
+    "none": None,
+}
 
 
 def run_stages(config: Config, stages: Sequence[str]) -> None:
@@ -39,19 +49,21 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
     from pgenrm_train.backends import verl_grpo
 
-    phases = [phase(config, stage, start if n == 0 else None) for n, stage in enumerate(stages)]
-    said = [p.work_dir / verl_grpo.TRAINED for p in phases]
-    known = [path.exists() for path in said]
-    with tracker.follow(folder.path / "metrics.jsonl"):
-        trained = verl_grpo.launch(config, phases)[0]
+    judged = any(getattr(config, stage).process_weight for stage in stages)
+    with settings_of(config, "judge", folder.path / "judge_server.log") if judged else nullcontext(config.judge) as judge:
+        phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
+        said = [p.work_dir / verl_grpo.TRAINED for p in phases]
+        known = [path.exists() for path in said]
+        with tracker.follow(folder.path / "metrics.jsonl"):
+            trained = verl_grpo.launch(config, phases)[0]
     # One session serves several stages: each stage's time goes to its own row of the table.
     seconds = [read_json(path)["seconds"] for path in said]
     shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
     return {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind, "seconds_shift": shift}
 
 
-def phase(config: Config, stage: str, start: Path | None) -> Any:
-    """The engine's description of one stage, with its rows on disk."""
+def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig) -> Any:
+    """The engine's description of one stage, with its rows on disk; judge: as it answers now, a served one included."""
     from pgenrm_train.backends import verl_grpo
 
     settings = getattr(config, stage)
@@ -61,6 +73,23 @@ def phase(config: Config, stage: str, start: Path | None) -> Any:
         tokenizer = load_tokenizer(start or Path(config.run_dir) / "psi" / "checkpoint")
         grpo.write_rows(config, stage, rows, load_pairs(Path(config.run_dir)), PromptWriter(config, tokenizer), progress)
     weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error}
-    judge = JUDGES[config.judge.kind] if settings.process_weight else None
-    mining = getattr(settings, "mining_samples", 0)
-    return verl_grpo.Phase(stage, start, rows, work_dir, settings.steps, weights=weights, judge=judge, mining_samples=mining)
+    return verl_grpo.Phase(
+        stage, start, rows, work_dir, settings.steps, weights=weights, mining_samples=getattr(settings, "mining_samples", 0),
+        **(judged_by(config, judge, rows) if settings.process_weight else {}),
+    )  # fmt: skip
+
+
+def judged_by(config: Config, judge: EndpointConfig, rows: Path) -> dict[str, Any]:
+    """Who rates the process; ConfigError when a language model would have nothing to judge by."""
+    if judge.kind != "endpoint":
+        return {"judge": JUDGES[judge.kind]}
+    said = pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
+    if not any(extra["explicit"] != "{}" for extra in said):
+        raise ConfigError(
+            f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} states criteria, style, "
+            "attributes or a self-description; use judge=none"
+        )
+    # several nodes share no file that SQLite can lock
+    cache = str(rows.parent / "judge_cache") if config.cluster.nodes == 1 else None
+    kwargs = {"settings": dataclasses.asdict(judge), "cache": cache}
+    return {"judge": JUDGES["endpoint"], "judge_kwargs": kwargs, "judge_in_flight": judge.max_in_flight}

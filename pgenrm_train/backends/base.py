@@ -43,9 +43,17 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Writes evaluation chains.  Sees history and explicit signals, never which response was chosen."""
+    """Writes evaluation chains.  Sees history and explicit signals, never which response was chosen.
 
-    def write(self, example: Example, attempt: int) -> str: ...
+    `complaint` says what was wrong with the form of the attempt before.  `in_flight`: calls worth making at a time.  Raises
+    BackendError when no further chain can be had (the server is down, the budget spent).
+    """
+
+    in_flight: int
+
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation: ...
+
+    def facts(self) -> Mapping[str, Any]: ...
 
 
 class Judge(Protocol):

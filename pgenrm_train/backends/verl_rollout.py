@@ -34,6 +34,8 @@ from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards import RewardWeights, chain_reward
 
+NOTHING_SAID = "{}"  # `extra_info.explicit` of a user who stated nothing
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -91,6 +93,8 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
     chosen, responses = int(row["reward_model"]["ground_truth"]), int(extra["n_responses"])
     text = sample.text if sample.finished else ""  # an unended chain is a format error whatever its text holds
     chain = parse_chain(text, responses)
+    if extra.get("explicit") == NOTHING_SAID:
+        judge = None  # no verdict is missing where there is nothing to judge by
     process = None if judge is None else (lambda _chain: judge(text, extra))
     reward = chain_reward(text, chosen, process=process, weights=weights, n_responses=responses)
     failure = chain.kind if isinstance(chain, ParseFailure) else None

@@ -17,7 +17,8 @@ from typing import Any
 from pgenrm_train.artifacts import StageFolder, write_json, write_table
 from pgenrm_train.backends.base import Teacher
 from pgenrm_train.chains import Chain, ParseFailure, parse_chain
-from pgenrm_train.config import Config, masking_of
+from pgenrm_train.concurrency import concurrently
+from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.records import Example, PreferencePair
@@ -26,7 +27,7 @@ from pgenrm_train.stages.inputs import asked, histories
 READS = (
     "data",
     "seed",
-    "teacher",
+    *(f"teacher.{key}" for key in ANSWER_KEYS),
     "sec",
     "masking",
     "psi.masking",
@@ -70,7 +71,7 @@ def run(
     rows = [_row(config, item, writer) for item in progress(kept, "prompts", len(kept))]
     write_table(folder.path / "rejected.parquet", rejected or [{"pair_id": None, "reason": None, "text": None}])
     write_table(folder.path / SEC, rows)
-    facts = _facts(kept, rejected) | {"trimmed": dict(getattr(writer, "trimmed", {}))}
+    facts = _facts(kept, rejected) | {"trimmed": dict(getattr(writer, "trimmed", {})), "teacher": dict(teacher.facts())}
     write_json(folder.path / "yield.json", facts)
     return facts
 
@@ -81,27 +82,59 @@ def sample_chains(
     teacher: Teacher,
     progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
 ) -> tuple[list[Kept], list[dict[str, Any]]]:
-    """Ask for up to `sec.samples_per_pair` chains a pair and order until one passes; every rejected chain is recorded."""
+    """Ask for up to `sec.samples_per_pair` chains a pair and order until one passes; every rejected chain is recorded.
+
+    Questions are asked side by side in one queue, `teacher.in_flight` at a time.  The result is in the order of the questions,
+    whatever the order of the answers; of equal texts for one user the first is kept.
+    """
     questions = _questions(config, pairs)
     history = histories(config, pairs)
+
+    def ask(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[dict[str, Any]]]:
+        pair, order = question
+        return _ask(present(pair, history(pair), order), order, teacher, config.sec.samples_per_pair)
+
+    answers = concurrently(ask, questions, teacher.in_flight)
+    in_order = sorted(progress(answers, "teacher chains", len(questions)), key=lambda numbered: numbered[0])
     kept: list[Kept] = []
     rejected: list[dict[str, Any]] = []
     seen: set[tuple[str, str]] = set()
-    for pair, order in progress(questions, "teacher chains", len(questions)):
-        example = present(pair, history(pair), order)
-        for attempt in range(config.sec.samples_per_pair):
-            text = teacher.write(example, attempt)
-            chain = parse_chain(text, len(example.responses))
-            reason = reason_to_reject(chain, example, text, seen)
-            if reason is None:
-                seen.add((pair.user_id, text))
-                kept.append(Kept(example, order, chain, text, attempt))  # type: ignore[arg-type]
-                break
-            rejected.append({"pair_id": pair.pair_id, "order": order, "attempt": attempt, "reason": reason, "text": text})
+    for _, (item, refused) in in_order:
+        rejected += refused
+        if item is None:
+            continue
+        if (item.example.user_id, item.text) in seen:
+            rejected.append(_rejected(item.example, item.order, item.attempt, "duplicate", item.text))
+            continue
+        seen.add((item.example.user_id, item.text))
+        kept.append(item)
     return kept, rejected
 
 
-def reason_to_reject(chain: Chain | ParseFailure, example: Example, text: str, seen: set[tuple[str, str]]) -> str | None:
+def _ask(example: Example, order: int, teacher: Teacher, samples: int) -> tuple[Kept | None, list[dict[str, Any]]]:
+    """One question until a chain passes.  A second chance is told what was wrong with the *form* only: to be told that the
+    ranking was wrong would be to be told the label."""
+    rejected: list[dict[str, Any]] = []
+    complaint = None
+    for attempt in range(samples):
+        answer = teacher.write(example, attempt, complaint)
+        if answer.text is None:
+            rejected.append(_rejected(example, order, attempt, f"teacher:{answer.failure}", None))
+            continue
+        chain = parse_chain(answer.text, len(example.responses))
+        reason = reason_to_reject(chain, example, answer.text)
+        if reason is None:
+            return Kept(example, order, chain, answer.text, attempt), rejected  # type: ignore[arg-type]
+        rejected.append(_rejected(example, order, attempt, reason, answer.text))
+        complaint = reason if reason.startswith(("parse:", "issue:")) else None
+    return None, rejected
+
+
+def _rejected(example: Example, order: int, attempt: int, reason: str, text: str | None) -> dict[str, Any]:
+    return {"pair_id": example.pair_id, "order": order, "attempt": attempt, "reason": reason, "text": text}
+
+
+def reason_to_reject(chain: Chain | ParseFailure, example: Example, text: str) -> str | None:
     """Why a chain must not be learnt from, or None."""
     if isinstance(chain, ParseFailure):
         return f"parse:{chain.kind}"
@@ -113,7 +146,7 @@ def reason_to_reject(chain: Chain | ParseFailure, example: Example, text: str, s
         return f"issue:{chain.issues[0]}"
     if any(words in text.lower() for words in LABEL_WORDS):
         return "label_leak"
-    return "duplicate" if (example.user_id, text) in seen else None
+    return None
 
 
 def _questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, int]]:

@@ -6,14 +6,16 @@ What the policy of masking keeps out of the prompt rides in `extra_info` only, w
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.artifacts import write_table
-from pgenrm_train.config import Config, masking_of, seed_of
+from pgenrm_train.config import ANSWER_KEYS, Config, masking_of, seed_of
 from pgenrm_train.errors import DataError
+from pgenrm_train.judging import signals
 from pgenrm_train.masking import apply_masking, present
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories
@@ -24,7 +26,8 @@ MODEL_KEYS = ("model.kind", "model.name", "model.path", "model.lora", "model.ins
 
 def reads(section: str) -> tuple[str, ...]:
     """Configuration keys that the stage depends on."""
-    return (section, "data", "seed", "judge", "masking", *MODEL_KEYS, "cluster.processes_per_node", "cluster.nodes")
+    judge = (f"judge.{key}" for key in ANSWER_KEYS)
+    return (section, "data", "seed", *judge, "masking", *MODEL_KEYS, "cluster.processes_per_node", "cluster.nodes")
 
 
 def write_rows(
@@ -69,5 +72,6 @@ def _row(config: Config, section: str, index: int, pair: PreferencePair, example
             "kind": pair.kind,
             "n_responses": len(example.responses),
             "criteria": withheld.explicit.criteria,
+            "explicit": json.dumps(signals(withheld.explicit), ensure_ascii=False),  # all that the user said, for an LLM judge
         },
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import gpu_on_cpu
 import verl_world
 
 from pgenrm_train.backends.verl_config import environment

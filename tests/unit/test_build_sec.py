@@ -1,23 +1,29 @@
 """build_sec keeps only chains worth learning from, records why the others fell, balances orders, and leaks no criteria."""
 
 import json
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from llm_server import serve, slowly
+
 from data_builders.oracle import OracleTeacher
 from data_builders.personaworld import build
 from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.backends import endpoint as endpoint_module
 from pgenrm_train.chains import parse_chain, write_chain
 from pgenrm_train.config import Config, DataConfig, EndpointConfig, MaskingConfig, SecConfig
-from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.prompts import chat_messages
 from pgenrm_train.records import Example, ExplicitSignals, Message, PreferencePair
 from pgenrm_train.stages import build_sec
 from pgenrm_train.stages.build_sec import reason_to_reject
-from recipes.build_sec import teacher
+from recipes.build_sec import _Rule, teacher
 
 CRITERIA = [("brevity", 70), ("wit", 30)]
 EXAMPLE = Example("p1", "u1", (Message("user", "q"),), ("left", "right"), 0)
@@ -27,8 +33,8 @@ def chain(first: float, second: float, analysis: str = "Short is better.", crite
     return write_chain(analysis, criteria, [[first] * len(criteria), [second] * len(criteria)])
 
 
-def reason(text: str, example: Example = EXAMPLE, seen=frozenset()) -> str | None:
-    return reason_to_reject(parse_chain(text, len(example.responses)), example, text, set(seen))
+def reason(text: str, example: Example = EXAMPLE) -> str | None:
+    return reason_to_reject(parse_chain(text, len(example.responses)), example, text)
 
 
 # ---- reasons ----
@@ -78,12 +84,6 @@ def test_the_ranking_is_looked_at_before_the_issues():
 )
 def test_a_chain_that_talks_of_labels_is_a_leak(words):
     assert reason(chain(8, 3, words)) == "label_leak"
-
-
-def test_a_chain_is_kept_once_for_a_user():
-    text = chain(8, 3)
-    assert reason(text, seen={("u1", text)}) == "duplicate"
-    assert reason(text, seen={("u2", text)}) is None
 
 
 def test_more_than_two_responses_need_the_chosen_one_above_every_other():
@@ -136,6 +136,7 @@ def run(tmp_path, teacher, votes=None, **config):
     settings = Config(**config)
     settings.psi.masking = settings.psi.masking if "masking" in config else "masked"
     votes = votes or [vote(n, f"u{n % 4}") for n in range(20)]
+    teacher = teacher if hasattr(teacher, "in_flight") else _Rule(teacher.write)
     facts = build_sec.run(settings, folder, votes, teacher, lambda kept: chat_messages, progress)
     assert json.loads((folder.path / "yield.json").read_text()) == facts
     rows = pq.read_table(folder.path / "sec.parquet").to_pylist()
@@ -188,6 +189,7 @@ def test_the_same_text_is_learnt_once_a_user(tmp_path):
     votes = [vote(n, f"u{n % 2}") for n in range(12)]
     _, rows, rejected = run(tmp_path, Says(chain(8, 3)), votes)
     assert len(rows) == 2 and {row["user_id"] for row in rows} == {"u0", "u1"}
+    assert len(rows) + len(rejected[rejected["reason"] == "duplicate"]) == 6, "orders alternate: half rank the other way"
     assert set(rejected["reason"]) == {"duplicate", "wrong_ranking"}
 
 
@@ -258,11 +260,108 @@ def test_the_oracle_teacher_fills_a_stage_whose_prompts_stay_masked(tmp_path):
 # ---- the teachers of a configuration ----
 
 
-def test_teachers_by_name():
-    assert isinstance(teacher(Config(teacher=EndpointConfig("oracle")), []), OracleTeacher)
+def test_teachers_by_name(tmp_path):
+    with teacher(Config(teacher=EndpointConfig("oracle")), [], tmp_path) as oracle:
+        assert isinstance(oracle.text.__self__, OracleTeacher)
     votes = [vote(n, f"u{n % 4}") for n in range(12)]
-    rule = teacher(Config(teacher=EndpointConfig("features")), votes)
-    first, again, other = (rule.write(EXAMPLE, attempt) for attempt in (0, 0, 1))
+    with teacher(Config(teacher=EndpointConfig("features")), votes, tmp_path) as rule:
+        first, again, other = (rule.write(EXAMPLE, attempt).text for attempt in (0, 0, 1))
     assert first == again and parse_chain(first).issues == () and parse_chain(other).issues == ()
-    with pytest.raises(ConfigError, match="teacher=none"):
-        teacher(Config(teacher=EndpointConfig("none")), votes)
+    with pytest.raises(ConfigError, match="base_url"), teacher(Config(teacher=EndpointConfig("endpoint")), votes, tmp_path):
+        pass
+
+
+# ---- a language model as the teacher ----
+
+
+def settings_for(server, **more) -> EndpointConfig:
+    return EndpointConfig("endpoint", server.url, "stub", timeout_seconds=0.5, attempts=2, max_in_flight=8, **more)
+
+
+def written(body, wrong_form=False) -> str:
+    """What a model answers that prefers responses which begin with `good`."""
+    first = "<response_1>good" in body["messages"][1]["content"]
+    text = (
+        chain(8, 3, f"About {hash(str(body['messages'][1]))}.") if first else chain(3, 8, f"On {hash(str(body['messages'][1]))}.")
+    )
+    return text.replace("<JSON_END>", "") if wrong_form else text
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    monkeypatch.setattr(endpoint_module, "MAX_WAIT_SECONDS", 0.02)
+
+
+def test_the_llm_teacher_is_shown_everything_but_the_label(tmp_path):
+    with serve(lambda body, n: written(body)) as server, teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm:
+        facts, rows, _ = run(tmp_path, llm)
+    assert len(rows) == 20 and facts["teacher"]["calls"] == 20 and facts["teacher"]["failures"] == {}
+    assert server.most_busy > 1, "questions are asked side by side"
+    assert [row["order"] for row in rows] == [0, 1] * 10, "whatever the order of the answers"
+    for body in server.bodies:
+        system, user = (m["content"] for m in body["messages"])
+        assert "<JSON_START>" in system and "SECRET-CRITERION" in user
+        assert "chosen_index" not in user and user.count("<chosen>") == 3, "of the history alone"
+
+
+def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothing_paid_twice(tmp_path, short_waits):
+    """Errors, hangs, dropped connections and garbage; then the same command again, and a third time from the cache alone."""
+    troubles = [{"status": 500}, {"status": 429}, {"reset": True}, {"raw": b"garbage"}, {"hang": True}]
+
+    def flaky(body, n):
+        trouble = troubles[(n // 3) % 5] if n % 3 == 0 else None
+        if trouble and "hang" in trouble:
+            return slowly(0.8, "late")
+        return trouble or written(body)
+
+    config = {"sec": SecConfig(samples_per_pair=1)}
+    with serve(flaky) as server:
+        kept = []
+        for attempt in ("first", "second", "third", "fourth"):
+            with teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm:
+                facts, rows, rejected = run(tmp_path / attempt, llm, **config)
+            kept.append({row["pair_id"]: row["messages"][-1]["content"] for row in rows})
+            failed = set(rejected["pair_id"].dropna())
+            assert len(kept[-1]) + len(failed) == 20 and not failed & set(kept[-1])
+            assert all(r is None or r.startswith("teacher:") for r in rejected["reason"])
+            assert facts["asked"] == 20
+        answered = len(server.bodies)
+        with teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm:
+            facts, _, _ = run(tmp_path / "last", llm, **config)
+    assert kept[0].items() <= kept[1].items() <= kept[3].items(), "what was answered is never asked again"
+    assert len(kept[3]) == 20 and len(server.bodies) == answered and facts["teacher"]["from cache"] == 20
+
+
+def test_a_second_chance_is_told_about_the_form_and_never_about_the_ranking(tmp_path):
+    with (
+        serve(lambda body, n: written(body, wrong_form=len(body["messages"]) == 2)) as server,
+        teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm,
+    ):
+        facts, rows, _ = run(tmp_path, llm)
+    assert len(rows) == 20 and set(facts["rejected"]) == {"parse:no_markers"}
+    complaints = [body["messages"][2]["content"] for body in server.bodies if len(body["messages"]) == 3]
+    assert len(complaints) == 20 and all("parse:no_markers" in text for text in complaints)
+    with (
+        serve(lambda body, n: chain(5, 5)) as server,
+        teacher(Config(teacher=settings_for(server)), [], tmp_path / "ties") as llm,
+        pytest.raises(DataError, match="tie"),
+    ):
+        run(tmp_path / "ties", llm)
+    assert all(len(body["messages"]) == 2 for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("more", "trouble", "said"),
+    [
+        ({"give_up_after": 3}, {"status": 500}, "failed . calls in a row"),
+        ({"max_total_tokens": 30}, None, "the budget of stub is spent"),
+    ],
+)
+def test_a_dead_server_and_a_spent_budget_stop_the_stage_in_one_sentence(tmp_path, short_waits, more, trouble, said):
+    with (
+        serve(lambda body, n: trouble or written(body)) as server,
+        teacher(Config(teacher=settings_for(server, **more)), [], tmp_path) as llm,
+        pytest.raises(BackendError, match=f"teacher: .*{said}.*the same command goes on from there"),
+    ):
+        run(tmp_path, llm)
+    assert len(server.bodies) < 30

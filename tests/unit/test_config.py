@@ -206,8 +206,10 @@ MISTAKES = {
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
     "data.name=pairs": ("data.path=", "data=pairs"),
-    "teacher.kind=vllm": ("teacher=vllm", "not built yet"),
-    "judge.kind=endpoint": ("judge=endpoint", "not built yet"),
+    "teacher.kind=vllm": ("teacher=vllm", "teacher.name"),
+    "judge.kind=endpoint": ("judge=endpoint", "judge.base_url"),
+    "judge.structured=xml": ("judge.structured=xml", "json_schema, json_object, none"),
+    "teacher.max_in_flight=0": ("teacher.max_in_flight=0", "above 0"),
 }
 
 

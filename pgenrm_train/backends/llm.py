@@ -1,0 +1,85 @@
+"""Teacher and judge that are language models behind an `Endpoint`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.backends.base import Generation
+from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.config import EndpointConfig
+from pgenrm_train.errors import BackendError
+from pgenrm_train.judging import SCHEMA, judge_messages, read_verdict
+from pgenrm_train.masking import FullView
+from pgenrm_train.prompts import chat_messages
+from pgenrm_train.records import Example
+
+
+class LlmTeacher:
+    """Writes chains from history and explicit signals, as METHOD §3 asks; see `base.Teacher`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.in_flight = endpoint, endpoint.settings.max_in_flight
+
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
+        if stopped := self.endpoint.stopped:
+            raise BackendError(f"teacher: {stopped}; what was answered is kept, and the same command goes on from there")
+        view = FullView(example.context, example.history, example.responses, example.explicit)
+        messages = chat_messages(view, instructions=self.endpoint.settings.instructions)
+        if complaint is not None:
+            again = f"Your last answer could not be used ({complaint}). Write it anew, in exactly the format asked for."
+            messages.append({"role": "user", "content": again})
+        reply = self.endpoint.ask(messages, sample=attempt)
+        return Generation(example.pair_id, attempt, reply.text, reply.failure, reply.completion_tokens)
+
+    def facts(self) -> Mapping[str, Any]:
+        return self.endpoint.usage.facts(self.endpoint.settings)
+
+
+class LlmJudge:
+    """Rates chains against the withheld signals; see `base.Judge`.  Every failure is None and counted by kind.
+
+    One chain in `AUDIT_EVERY` is judged twice; `agreement` is the mean absolute difference of the two scores.
+    """
+
+    AUDIT_EVERY = 50
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.lock, self.asked = threading.Lock(), 0
+        self.failures: Counter[str] = Counter()
+        self.differences: list[float] = []
+
+    def __call__(self, chain_text: str, example: Mapping[str, Any]) -> float | None:
+        said = json.loads(example["explicit"])
+        with self.lock:
+            self.asked += 1
+            audited = self.asked % self.AUDIT_EVERY == 0
+        score = self._score(chain_text, said, 0)
+        if audited and score is not None and (again := self._score(chain_text, said, 1)) is not None:
+            with self.lock:
+                self.differences.append(abs(score - again))
+        return score
+
+    def facts(self) -> dict[str, Any]:
+        agreement = sum(self.differences) / len(self.differences) if self.differences else None
+        usage = self.endpoint.usage.facts(self.endpoint.settings)
+        return usage | {"no verdict": dict(self.failures), "judged twice": len(self.differences), "mean difference": agreement}
+
+    def _score(self, chain_text: str, said: Mapping[str, Any], sample: int) -> float | None:
+        reply = self.endpoint.ask(judge_messages(chain_text, said), sample=sample, schema=SCHEMA)
+        verdict = read_verdict(reply.text) if reply.text is not None else None
+        if verdict is None:
+            with self.lock:
+                self.failures[reply.failure or "unreadable"] += 1
+            return None
+        return verdict.score
+
+
+def judge_for_rewards(settings: Mapping[str, Any], cache: str | None) -> LlmJudge:
+    """Factory named by the GRPO backend; settings: fields of `EndpointConfig`."""
+    return LlmJudge(Endpoint(EndpointConfig(**settings), Path(cache) if cache else None))

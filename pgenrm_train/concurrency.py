@@ -1,0 +1,35 @@
+"""Many slow calls at a time, results as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[int, R]]:
+    """(index, function(item)) in the order of completion, at most `workers` calls at a time; one worker means no thread at all.
+
+    Items are taken as they are needed, so `items` may be endless.  An exception of a call is raised here and ends the rest.
+    """
+    numbered = enumerate(items)
+    if workers == 1:
+        yield from ((index, function(item)) for index, item in numbered)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="call")
+    running: dict[Future[R], int] = {}
+    try:
+        while True:
+            # as many again wait in the pool, so that no worker idles while results are consumed
+            for index, item in islice(numbered, 2 * workers - len(running)):
+                running[pool.submit(function, item)] = index
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

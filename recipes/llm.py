@@ -1,0 +1,34 @@
+"""The language models that a run asks: behind an API, or served here by vLLM for as long as a stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.config import Config, EndpointConfig
+
+
+@contextmanager
+def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointConfig]:
+    """The settings of `teacher` or `judge` as an API that answers; with kind vllm, a server is started and stopped."""
+    settings: EndpointConfig = getattr(config, section)
+    if settings.kind != "vllm":
+        yield settings
+        return
+    from pgenrm_train.backends.vllm_server import served
+
+    print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
+    with served(config, settings, log) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def endpoint(config: Config, section: str, folder: Path) -> Iterator[Endpoint]:
+    """The endpoint of `teacher` or `judge`, with a cache of its answers in `folder`."""
+    with ExitStack() as stack:
+        settings = stack.enter_context(settings_of(config, section, folder / f"{section}_server.log"))
+        found = Endpoint(settings, folder / f"{section}_cache")
+        stack.callback(found.close)
+        yield found

@@ -1,0 +1,57 @@
+"""A real vLLM, served here, as teacher and as judge.  The models are tiny: this shows the plumbing, not good chains or verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from data_builders.personaworld import build
+from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.backends.llm import LlmJudge
+from pgenrm_train.backends.nano import make_nano
+from pgenrm_train.backends.vllm_server import served
+from pgenrm_train.config import ROOT, Config, DataConfig, EndpointConfig, NanoConfig
+from pgenrm_train.judging import INSTRUCTIONS
+from pgenrm_train.records import ExplicitSignals, pair_to_row
+
+
+def test_a_served_judge_gives_verdicts_of_the_asked_shape(tmp_path: Path) -> None:
+    """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
+    make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
+    settings = EndpointConfig("vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4)
+    with served(Config(recipe="cre"), settings, tmp_path / "server.log") as endpoint:
+        family = psutil.Process(os.getpid()).children(recursive=True)
+        judge = LlmJudge(Endpoint(endpoint))
+        scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]
+        assert judge.endpoint.usage.calls == 4, (tmp_path / "server.log").read_text()[-2000:]
+        assert sum(score is not None for score in scores) >= 2, judge.facts()[
+            "no verdict"
+        ]  # a random text may run into max_tokens
+        assert all(score is None or 0 <= score <= 1 for score in scores)
+    assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_served_model_is_the_teacher_of_a_run(tmp_path: Path) -> None:
+    """The shipped nano has learnt to write chains: build_sec takes them from it as from any teacher."""
+    votes = tmp_path / "votes.jsonl"
+    # without stated criteria: the shipped model was trained without
+    pairs = [replace(p, explicit=ExplicitSignals()) for p in build(DataConfig(users=40, heldout_users=4), 0) if p.trains]
+    votes.write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in pairs))
+    command = [
+        sys.executable, "-m", "pgenrm_train", "recipe=build_sec", "pipeline.budget=smoke", f"run_dir={tmp_path / 'run'}",
+        "data=pairs", f"data.path={votes}", "teacher=vllm", f"teacher.name={ROOT / 'tests/data/psi_nano'}", "teacher.instructions=false", "teacher.max_tokens=192",
+        "teacher.temperature=0.3", "data.history_policy=same_scenario", "data.history_kind=medium", "sec.max_chains=60",
+        "sec.samples_per_pair=2",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "run/build_sec/yield.json").read_text())
+    unreadable = sum(count for reason, count in facts["rejected"].items() if reason.startswith(("parse:", "teacher:")))
+    assert facts["asked"] - unreadable >= 30, facts  # its prompts are longer than those it was trained on
+    assert facts["teacher"]["calls"] == facts["asked"] and facts["teacher"]["completion tokens"] > 0

@@ -1,0 +1,203 @@
+"""An endpoint over real HTTP: what is retried, what is a failure, what is paid, what stops it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from llm_server import Server, completion, serve, slowly
+
+from pgenrm_train.backends import endpoint as module
+from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.concurrency import concurrently
+from pgenrm_train.config import EndpointConfig
+from pgenrm_train.errors import ConfigError
+
+ASK = [{"role": "user", "content": "hello"}]
+
+
+def to(server: Server, **more) -> EndpointConfig:
+    settings = {"kind": "endpoint", "base_url": server.url, "name": "stub", "timeout_seconds": 1.0, "attempts": 3} | more
+    return EndpointConfig(**settings)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAIT_SECONDS", 0.05)
+
+
+def test_an_answer_is_text_and_its_cost():
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, dollars_per_million_in=1.0, dollars_per_million_out=2.0))
+        reply = one.ask(ASK, sample=3)
+        assert (reply.text, reply.failure, reply.prompt_tokens, reply.completion_tokens) == ("hi", None, 10, 5)
+        assert server.bodies[0]["messages"] == ASK and server.bodies[0]["seed"] == 3
+        assert one.usage.dollars(one.settings) == pytest.approx(20e-6)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [{"status": 429, "headers": {"retry-after": "0"}}, {"status": 500}, {"status": 503}, {"status": 408}, {"reset": True}],
+)
+def test_passing_trouble_is_retried(trouble):
+    with serve(lambda body, n: trouble if n < 2 else "at last") as server:
+        one = Endpoint(to(server))
+        assert one.ask(ASK).text == "at last"
+        assert (one.usage.calls, one.usage.tries, dict(one.usage.failures)) == (1, 3, {})
+
+
+@pytest.mark.parametrize(
+    ("trouble", "failure", "tries"),
+    [
+        ({"status": 500}, "http_500", 3),
+        ({"status": 400}, "http_400", 1),
+        ({"status": 401}, "http_401", 1),
+        ({"reset": True}, "connection", 3),
+        ({"raw": b"<html>gateway</html>"}, "malformed", 1),
+        ({"raw": b'{"choices": []}'}, "malformed", 1),
+        ({"completion": completion("half a", "length")}, "length", 1),
+        ({"completion": completion(None)}, "empty", 1),
+        ({"completion": completion(" \n")}, "empty", 1),
+    ],
+)
+def test_what_cannot_be_had_is_a_reply_with_its_reason(trouble, failure, tries):
+    with serve(lambda body, n: trouble) as server:
+        one = Endpoint(to(server))
+        reply = one.ask(ASK)
+        assert (reply.text, reply.failure) == (None, failure)
+        assert len(server.bodies) == tries and one.usage.failures == {failure: 1}
+
+
+def test_a_server_that_hangs_is_a_timeout():
+    with serve(lambda body, n: slowly(1.5, "late")) as server:
+        assert Endpoint(to(server, timeout_seconds=0.2, attempts=2)).ask(ASK).failure == "timeout"
+
+
+def test_nobody_there_is_a_connection_failure():
+    with serve(lambda body, n: "x") as server:
+        settings = to(server)
+    assert Endpoint(settings).ask(ASK).failure == "connection"
+
+
+def test_answers_are_paid_for_once_and_failures_are_asked_again(tmp_path):
+    with serve(lambda body, n: {"status": 400} if n == 0 else f"answer {n}") as server:
+        first = Endpoint(to(server), tmp_path / "cache")
+        assert first.ask(ASK).failure == "http_400"
+        assert first.ask(ASK).text == "answer 1"
+        first.close()
+        again = Endpoint(to(server), tmp_path / "cache")
+        reply = again.ask(ASK)
+        assert (reply.text, reply.cached) == ("answer 1", True)
+        assert again.ask(ASK, sample=1).text == "answer 2", "another sample is another question"
+        assert Endpoint(to(server, temperature=0.1), tmp_path / "cache").ask(ASK).text == "answer 3"
+        assert (again.usage.calls, again.usage.cached, again.usage.tries) == (2, 1, 1)
+
+
+def test_a_dead_server_opens_the_circuit_and_a_rest_closes_it(monkeypatch):
+    with serve(lambda body, n: {"status": 500} if n < 4 else "back") as server:
+        one = Endpoint(to(server, attempts=1, give_up_after=4))
+        assert [one.ask(ASK).failure for _ in range(6)] == ["http_500"] * 4 + ["circuit_open"] * 2
+        assert len(server.bodies) == 4
+        assert one.stopped == f"stub at {server.url} failed 4 calls in a row (4 × http_500, 2 × circuit_open)"
+        rested = time.monotonic() + 31
+        monkeypatch.setattr(module.time, "monotonic", lambda: rested)
+        assert one.ask(ASK).text == "back" and one.stopped is None
+
+
+def test_a_spent_budget_stops_everything(tmp_path):
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, dollars_per_million_in=1e5, max_dollars=2.5), tmp_path)
+        assert [one.ask(ASK, sample=i).failure for i in range(5)] == [None] * 3 + ["budget"] * 2
+        assert one.stopped.startswith("the budget of stub is spent: 3.00 dollars and 45 tokens")
+        assert one.ask(ASK, sample=0).text == "hi", "what is known costs nothing"
+        assert Endpoint(to(server, max_total_tokens=15)).ask(ASK).text == "hi"
+
+
+def test_calls_in_flight_are_bounded_and_all_used():
+    with serve(lambda body, n: slowly(0.05, "hi")) as server:
+        one = Endpoint(to(server, max_in_flight=4))
+        threads = [threading.Thread(target=one.ask, args=(ASK,), kwargs={"sample": i}) for i in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert server.most_busy == 4 and one.usage.calls == 16
+
+
+def test_requests_keep_the_pace():
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, requests_per_minute=600))
+        began = time.monotonic()
+        for i in range(4):
+            one.ask(ASK, sample=i)
+        assert time.monotonic() - began >= 0.3
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    with serve(lambda body, n: {"status": 401} if n else "hi") as server:
+        one = Endpoint(to(server, api_key_env="MY_KEY"), tmp_path / "cache")
+        one.ask(ASK)
+        one.ask(ASK, sample=1)
+        assert server.keys == {"Bearer sk-very-secret"}
+        assert "very-secret" not in str(one.usage.facts(one.settings)) + str(one.settings)
+    assert not any(b"very-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(ConfigError, match="environment variable MY_KEY named by api_key_env is not set"):
+        Endpoint(to(server, api_key_env="MY_KEY"))
+
+
+def test_structured_answers_are_asked_for_in_the_server_s_way():
+    with serve(lambda body, n: "{}") as server:
+        for structured in ("json_schema", "json_object", "none"):
+            Endpoint(to(server, structured=structured, max_tokens_field="max_completion_tokens")).ask(
+                ASK, schema={"type": "object"}
+            )
+        formats = [body.get("response_format", {}).get("type") for body in server.bodies]
+        assert formats == ["json_schema", "json_object", None]
+        assert all("max_completion_tokens" in body and "max_tokens" not in body for body in server.bodies)
+
+
+# ---- concurrently ----
+
+
+def test_results_come_as_they_finish_with_their_place():
+    found = list(concurrently(lambda s: slowly(s, s), [0.3, 0.0, 0.1], 3))
+    assert found == [(1, 0.0), (2, 0.1), (0, 0.3)]
+
+
+def test_one_worker_is_no_thread():
+    assert list(concurrently(lambda _: threading.current_thread(), range(2), 1)) == [
+        (0, threading.main_thread()),
+        (1, threading.main_thread()),
+    ]
+
+
+def test_few_more_items_are_taken_than_are_worked_on():
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield taken[-1]
+
+    calls = concurrently(lambda i: i, endless(), 4)
+    for _ in range(10):
+        next(calls)
+    calls.close()
+    assert len(taken) <= 10 + 8
+
+
+def test_an_exception_ends_the_rest():
+    def call(i):
+        if i == 3:
+            raise ValueError("third")
+        return i
+
+    with pytest.raises(ValueError, match="third"):
+        list(concurrently(call, range(100), 2))
