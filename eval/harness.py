@@ -26,6 +26,7 @@ from pgenrm_train.records import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 ROWS_PER_SHARD = 512
+ENGINE_FAILURE = "engine:"  # how a failure begins that is the engine's and not the model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,12 @@ class PredictionStore:
         self._pending: list[dict[str, Any]] = []
 
     def done(self) -> set[str]:
-        """Keys of the questions that are answered in full."""
+        """Keys of the questions that are answered in full; where the engine failed, another start asks again."""
         frame = self.read()
-        return set(frame["key"]) if len(frame) else set()
+        if frame.empty:
+            return set()
+        failed = frame["failure"].astype("string").str.startswith(ENGINE_FAILURE).fillna(False)
+        return set(frame["key"]) - set(frame.loc[failed, "key"])
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         self._pending.extend(rows)
@@ -80,7 +84,10 @@ class PredictionStore:
 
     def read(self) -> pd.DataFrame:
         shards = sorted(self.folder.glob("part-*.parquet"))
-        return pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True) if shards else pd.DataFrame()
+        if not shards:
+            return pd.DataFrame()
+        frame = pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True)
+        return frame.drop_duplicates(["key", "sample"], keep="last", ignore_index=True)  # the newest answer to a question
 
 
 def ask(

@@ -402,9 +402,10 @@ def check(config: Config) -> None:
                 f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
             )
     if config.model.kind == "endpoint":
-        raise ConfigError(
-            "model=endpoint is not built yet; valid today: a model with weights (nano, llama31_8b, …) or model=baseline"
-        )
+        if config.recipe not in ("build_data", "evaluate", "score"):
+            raise ConfigError(f"model=endpoint is a model to evaluate; recipe={config.recipe} needs one with weights")
+        if not config.model.base_url:
+            raise ConfigError("model=endpoint needs model.base_url (e.g. http://localhost:8000/v1)")
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(

@@ -19,6 +19,7 @@ from pgenrm_train.records import Example, PreferencePair
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
+from recipes.llm import model_endpoint, plain_writer
 from recipes.run import newest, prepare, progress, run_stage
 
 READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.instructions", "model.max_prompt_tokens",
@@ -112,6 +113,8 @@ def candidates(config: Config, made: Sequence[str]) -> list[Candidate]:
     """The models under test, in the order of the table."""
     if config.model.kind == "baseline":
         return []
+    if config.model.kind == "endpoint":
+        return [_endpoint(config)]
     if config.model.path:
         return [_local(config, config.model.label, Path(config.model.path), None)]
     run_dir = Path(config.run_dir)
@@ -138,6 +141,23 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -
 
     identity = "|".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in sorted(checkpoint.glob("*.safetensors")))
     return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
+
+
+def _endpoint(config: Config) -> Candidate:
+    from pgenrm_train.backends.endpoint import Endpoint
+    from pgenrm_train.backends.llm import EndpointGenerator
+
+    settings = model_endpoint(config)
+
+    @functools.cache
+    def start() -> Generator:
+        return EndpointGenerator(Endpoint(settings))  # answers are kept as predictions
+
+    def close() -> None:
+        if start.cache_info().currsize:
+            start().close()
+
+    return Candidate(config.model.label, f"{settings.base_url}|{settings.name}", start, lambda: plain_writer(config), close)
 
 
 def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pgenrm_train.backends.endpoint import Endpoint
 from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.masking import FullView, MaskedView
+from pgenrm_train.prompts import chat_messages
 
 
 @contextmanager
@@ -22,6 +25,20 @@ def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointCon
     print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
     with served(config, settings, log) as endpoint:
         yield endpoint
+
+
+def model_endpoint(config: Config) -> EndpointConfig:
+    """The model under test of `model=endpoint`."""
+    model = config.model
+    return EndpointConfig(
+        "endpoint", model.base_url, model.name, model.api_key_env, max_in_flight=config.eval.max_in_flight,
+        max_tokens=model.max_response_tokens, temperature=config.eval.temperature,
+    )  # fmt: skip
+
+
+def plain_writer(config: Config) -> Callable[[MaskedView | FullView], list[dict[str, str]]]:
+    """Prompts for a model whose tokenizer is not at hand: nothing is cut."""
+    return functools.partial(chat_messages, instructions=config.model.instructions)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ leak into the next, and a stage alone is the same code path as a stage of the pi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pgenrm_train.artifacts import StageFolder, set_aside, sha256_file, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
@@ -110,13 +111,38 @@ def prepare(config: Config) -> None:
     if CHILD in os.environ:  # the pipeline has done it
         return
     run_dir = Path(config.run_dir)
-    if not config.resume and (old := set_aside(run_dir)):
-        print(f"resume=false: the old run was moved to {old}", flush=True)
-    config.resume = True
     try:
+        if not config.resume and run_dir.exists():
+            _lock(run_dir)
+            print(f"resume=false: the old run was moved to {set_aside(run_dir)}", flush=True)
+            _LOCKS.pop(run_dir.resolve()).close()
+        config.resume = True
+        _lock(run_dir)
         write_config(run_dir / "config.yaml", to_dict(config))
     except OSError as error:
         raise ArtifactError(f"run_dir={run_dir} cannot be written ({error.strerror})") from None
+
+
+_LOCKS: dict[Path, IO[str]] = {}  # open for as long as this process lives
+
+
+def _lock(run_dir: Path) -> None:
+    """Two processes must not write one run.  The lock goes with the process, however it ends."""
+    if run_dir.resolve() in _LOCKS:
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ArtifactError(
+            f"run_dir={run_dir} is in use by process {file.read().strip() or '?'}; wait for it or use another run_dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _LOCKS[run_dir.resolve()] = file
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.base import GenerationRequest
+from pgenrm_train.backends.base import GenerationRequest, Generator
+from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.backends.llm import EndpointGenerator
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, ConfigError, DataError
@@ -20,6 +24,7 @@ from pgenrm_train.masking import apply_masking
 from pgenrm_train.prompts import chat_messages
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message
 from pgenrm_train.stages.inputs import PromptWriter
+from recipes.llm import model_endpoint, plain_writer
 from recipes.run import newest
 
 
@@ -33,19 +38,23 @@ def run(config: Config) -> int:
     if config.score.dry_run:
         print(json.dumps(chat_messages(view, instructions=config.model.instructions), ensure_ascii=False, indent=2))
         return 0
+    if config.model.kind == "endpoint":
+        settings = replace(model_endpoint(config), temperature=0.0)
+        return score(config, EndpointGenerator(Endpoint(settings)), plain_writer(config)(view), len(example.responses))
     checkpoint = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
-    return score(config, checkpoint, view, len(example.responses))
-
-
-def score(config: Config, checkpoint: Path, view: Any, n_responses: int) -> int:
-    """Generate one chain, print it and its scores; exit code 0 only when the chain could be read."""
     from pgenrm_train.backends.vllm_engine import VllmGenerator
 
     generator = VllmGenerator(config, checkpoint)
-    messages = tuple(PromptWriter(config, generator.tokenizer)(view))
-    answers = list(generator([GenerationRequest("score", messages, 1, config.seed)], temperature=0.0))
+    return score(config, generator, PromptWriter(config, generator.tokenizer)(view), len(example.responses))
+
+
+def score(config: Config, generator: Generator, messages: Sequence[Mapping[str, str]], n_responses: int) -> int:
+    """Generate one chain, print it and its scores; exit code 0 only when the chain could be read."""
+    answers = list(generator([GenerationRequest("score", tuple(messages), 1, config.seed)], temperature=0.0))
     generator.close()
-    chain = parse_chain(answers[0].text or "", n_responses)
+    if answers[0].text is None:
+        raise BackendError(f"the model gave no chain ({answers[0].failure})")
+    chain = parse_chain(answers[0].text, n_responses)
     print(answers[0].text)
     if isinstance(chain, ParseFailure):
         raise BackendError(f"the model's chain cannot be read ({chain.kind}: {chain.detail})")

@@ -1,16 +1,17 @@
-"""Teacher and judge that are language models behind an `Endpoint`."""
+"""Teacher, judge and model under test that are language models behind an `Endpoint`."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.base import Generation
+from pgenrm_train.backends.base import Generation, GenerationRequest
 from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
 from pgenrm_train.judging import SCHEMA, judge_messages, read_verdict
@@ -78,6 +79,34 @@ class LlmJudge:
                 self.failures[reply.failure or "unreadable"] += 1
             return None
         return verdict.score
+
+
+class EndpointGenerator:
+    """A model under test behind an API; see `base.Generator`.  Samples are calls of their own, all in one queue.
+
+    A call without an answer is a failed generation, `engine:<kind>`; BackendError when the server is down or the budget spent.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
+        if temperature != self.endpoint.settings.temperature:
+            raise ValueError(f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}")
+        calls = ((request, sample) for request in requests for sample in range(request.samples))
+        for _, generation in concurrently(self._ask, calls, self.endpoint.settings.max_in_flight):
+            yield generation
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+    def _ask(self, call: tuple[GenerationRequest, int]) -> Generation:
+        request, sample = call
+        if stopped := self.endpoint.stopped:
+            raise BackendError(f"model: {stopped}; what was answered is kept, and the same command goes on from there")
+        reply = self.endpoint.ask(request.messages, sample=(request.seed + sample) % 2**31)
+        failure = reply.failure if reply.failure in (None, "length") else f"engine:{reply.failure}"
+        return Generation(request.key, sample, reply.text, failure, reply.completion_tokens)
 
 
 def judge_for_rewards(settings: Mapping[str, Any], cache: str | None) -> LlmJudge:

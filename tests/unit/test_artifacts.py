@@ -197,6 +197,32 @@ def test_resume_false_twice_within_a_second_loses_nothing(tmp_path):
     assert set_aside(tmp_path / "run") is None
 
 
+def test_a_run_folder_is_one_process_s(tmp_path):
+    """A second start is told who is at work, and may go on as soon as that process is gone, even by kill -9."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    config = Config(recipe="psi", run_dir=str(tmp_path / "run"))
+    for resume in (True, False):
+        config.resume = resume
+        with pytest.raises(ArtifactError, match=f"run_dir={tmp_path}/run is in use by process {holder.pid}; wait for it"):
+            prepare(config)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing was set aside"
+    holder.kill()
+    holder.wait()
+    prepare(config)
+    prepare(config)  # the stages of one process share the lock
+
+
+HOLD = """
+import sys, time
+from pgenrm_train.config import Config
+from recipes.run import prepare
+prepare(Config(recipe="psi", run_dir=sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def test_resume_true_keeps_what_is_there(tmp_path):
     write_text(tmp_path / "run" / "psi" / "x.txt", "x")
     prepare(Config(recipe="psi", run_dir=str(tmp_path / "run")))

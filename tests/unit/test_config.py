@@ -183,7 +183,7 @@ MISTAKES = {
     "data.history_policy=oldest": ("data.history_policy=oldest", "random, recent, same_scenario"),
     "data.on_bad_row=ignore": ("data.on_bad_row=ignore", "fail, skip"),
     "model.kind=huge": ("model.kind=huge", "nano, hf"),
-    "model.kind=endpoint": ("model=endpoint", "not built yet"),
+    "model.kind=endpoint": ("model=endpoint", "needs one with weights"),
     "cluster.device=tpu": ("cluster.device=tpu", "cpu, cuda"),
     "judge.kind=features": ("judge.kind=features", "oracle, none"),
     "teacher.kind=none": ("teacher.kind=none", "oracle, features"),

@@ -224,7 +224,7 @@ def test_two_equal_questions_are_refused(tmp_path):
 
 
 def a_row(number: int) -> dict:
-    return {"key": f"k{number}", "value": number}
+    return {"sample": 0, "failure": None, "key": f"k{number}", "value": number}
 
 
 def test_shards_are_written_as_they_fill_and_add_up(tmp_path, monkeypatch):
@@ -376,7 +376,7 @@ def test_without_disagreement_there_is_no_probe(tmp_path):
 def test_one_failure_among_many_hides_no_other_chain(tmp_path):
     """A column of texts with one missing value comes back from parquet with NaN where None was written."""
     store = PredictionStore(tmp_path, "x")
-    rows = [{"key": str(n), "text": "chain" if n else None, "failure": None if n else "length"} for n in range(3)]
+    rows = [{"key": str(n), "sample": 0, "text": "chain" if n else None, "failure": None if n else "length"} for n in range(3)]
     store.add(rows)
     store.flush()
     assert [readable_text(row) for _, row in store.read().iterrows()] == [None, "chain", "chain"]

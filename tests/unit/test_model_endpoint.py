@@ -1,0 +1,77 @@
+"""A model behind an API, evaluated and asked for one score as a user does it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from llm_server import serve
+
+from pgenrm_train.chains import write_chain
+from pgenrm_train.config import ROOT
+
+FIRST = write_chain("The first, always.", [("place", 100)], [[9], [2]])
+
+
+def command(recipe, run_dir, url, *more):
+    arguments = [
+        f"recipe={recipe}", "model=endpoint", "model.name=stub", f"model.base_url={url}", f"run_dir={run_dir}", "tracking=none",
+        "pipeline.budget=smoke", "eval.ind=1", "eval.one_pair_ind=[]", "eval.probes=false", "eval.max_in_flight=16", "eval.seeds=2", *more,
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "pgenrm_train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def results(run_dir):
+    return json.loads((run_dir / "evaluate" / "results.json").read_text())
+
+
+def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
+    """One call in four is refused; what was answered is not asked again."""
+    refuses = {"every": 4}
+    with serve(lambda body, n: {"status": 400} if n % refuses["every"] == 0 else FIRST) as server:
+        done = command("evaluate", tmp_path / "run", server.url)
+        assert done.returncode == 0, done.stderr[-2000:]
+        first, asked = results(tmp_path / "run"), len(server.bodies)
+        assert first["n_pairs"] * 2 * 2 == asked, "every pair, both orders, two seeds"
+        assert first["failures"] == {"engine:http_400": asked // 4} and first["accuracy"] < 0.5, "and all in the denominator"
+        assert "<history>" in server.bodies[0]["messages"][1]["content"] and server.bodies[0]["messages"][0]["role"] == "system"
+        refuses["every"] = 10**9
+        again = command("evaluate", tmp_path / "run", server.url, "eval.draws=500")
+        assert again.returncode == 0 and len(server.bodies) == asked + asked // 4
+        final = results(tmp_path / "run")
+    assert final["accuracy"] == pytest.approx(0.5) and final["failures"] == {} and final["order_flip_rate"] == 1.0
+
+
+def test_a_server_that_is_down_ends_the_evaluation_and_the_same_command_goes_on(tmp_path):
+    up = {"limit": 30}
+
+    def behaviour(body, n):
+        return FIRST if n < up["limit"] else {"status": 404}
+
+    with serve(behaviour) as server:
+        done = command("evaluate", tmp_path / "run", server.url)
+        assert done.returncode == 2
+        assert "failed" in done.stderr and "the same command goes on from there" in done.stderr and "Traceback" not in done.stderr
+        up["limit"] = 10**9
+        before = len(server.bodies)
+        done = command("evaluate", tmp_path / "run", server.url)
+        assert done.returncode == 0, done.stderr[-2000:]
+        final = results(tmp_path / "run")
+        assert final["failures"] == {} and final["accuracy"] == pytest.approx(0.5)
+        assert len(server.bodies) - before < final["n_pairs"] * 2 * 2, "what was answered is kept"
+
+
+def test_one_score_over_an_api(tmp_path):
+    question = {"user_id": "u", "history": [], "query": "Tea or coffee?", "responses": ["Tea.", "Coffee."]}
+    (tmp_path / "q.json").write_text(json.dumps(question))
+    with serve(lambda body, n: FIRST) as server:
+        done = command("score", tmp_path / "run", server.url, f"score.input={tmp_path / 'q.json'}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1])["scores"] == {"response_1": 9.0, "response_2": 2.0}
+    done = command("score", tmp_path / "run", "http://127.0.0.1:9/v1", f"score.input={tmp_path / 'q.json'}")
+    assert done.returncode == 2 and "the model gave no chain (engine:connection)" in done.stderr
