@@ -44,7 +44,7 @@ class LlmTeacher:
 class LlmJudge:
     """Rates chains against the withheld signals; see `base.Judge`.  Every failure is None and counted by kind.
 
-    One chain in `AUDIT_EVERY` is judged twice; `agreement` is the mean absolute difference of the two scores.
+    One chain in `AUDIT_EVERY` is judged twice, and the absolute difference of the two scores is kept.
     """
 
     AUDIT_EVERY = 50
@@ -66,10 +66,15 @@ class LlmJudge:
                 self.differences.append(abs(score - again))
         return score
 
-    def facts(self) -> dict[str, Any]:
-        agreement = sum(self.differences) / len(self.differences) if self.differences else None
-        usage = self.endpoint.usage.facts(self.endpoint.settings)
-        return usage | {"no verdict": dict(self.failures), "judged twice": len(self.differences), "mean difference": agreement}
+    def metrics(self) -> dict[str, float]:
+        """Sums since the start, for the metrics of a step; `no_verdict/<kind>` are chains whose process reward is null."""
+        usage = self.endpoint.usage
+        return {
+            "calls": usage.calls, "tries": usage.tries, "from_cache": usage.cached, "dollars": usage.dollars(self.endpoint.settings),
+            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+            "judged_twice": len(self.differences), "judged_twice_difference": sum(self.differences),
+            **{f"no_verdict/{kind}": count for kind, count in self.failures.items()},
+        }  # fmt: skip
 
     def _score(self, chain_text: str, said: Mapping[str, Any], sample: int) -> float | None:
         reply = self.endpoint.ask(judge_messages(chain_text, said), sample=sample, schema=SCHEMA)

@@ -161,6 +161,11 @@ class ChainSampler:
         groups = await asyncio.gather(*(self.group(prompt) for prompt in prompts))
         return [[sample.info for sample in group] for group in groups]
 
+    async def judge_metrics(self) -> dict[str, float]:
+        """What the judge says of itself (calls, cost, missing verdicts), summed since the start; empty for a rule."""
+        metrics = getattr(self.judge, "metrics", dict)
+        return dict(metrics())
+
     async def take_failures(self) -> list[str]:
         taken, self.failures = self.failures, []
         return taken
@@ -253,6 +258,14 @@ class Rollout:
         if self.actors:
             return [line for lines in ray.get([a.take_failures.remote() for a in self.actors]) for line in lines]
         return asyncio.run_coroutine_threadsafe(self.sampler.take_failures(), self.loop).result()
+
+    def judge_metrics(self) -> dict[str, float]:
+        """Summed over samplers."""
+        if self.actors:
+            found = ray.get([a.judge_metrics.remote() for a in self.actors])
+        else:
+            found = [asyncio.run_coroutine_threadsafe(self.sampler.judge_metrics(), self.loop).result()]
+        return {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
 
     def _start(self, call: str, prompts: Sequence[Prompt]) -> list[Any]:
         if not self.actors:

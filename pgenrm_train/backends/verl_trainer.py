@@ -235,6 +235,7 @@ class ChainTrainer(PPOTrainerSync):
             raise
         groups = self._groups(batch)
         ours = chain_metrics(groups, run.sampler)
+        ours |= self.rollout.judge_metrics()
         ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
         metrics.update({f"{run.stage}/{name}": value for name, value in ours.items()})
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}

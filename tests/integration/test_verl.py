@@ -18,7 +18,9 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 import verl_world
+from llm_server import serve, slowly
 
 from pgenrm_train.backends.verl_config import check, environment, to_verl
 from pgenrm_train.backends.verl_grpo import Phase, launch
@@ -69,22 +71,60 @@ def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Ph
 
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CRE and the curriculum in one session, uninterrupted."""
+    """CRE, the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
     run = tmp_path_factory.mktemp("run")
     second = Phase("curriculum", None, world / "rows.parquet", run / "curriculum", 2, {"process": 0.0}, mining_samples=2)
-    done = launch(config(run), [cre(world, run), second])
-    assert [t.steps for t in done] == [STEPS, 2]
+    with serve(unreliable_judge()) as server:
+        settings = {
+            "kind": "endpoint",
+            "base_url": server.url,
+            "name": "stub",
+            "attempts": 1,
+            "timeout_seconds": 1.0,
+            "give_up_after": 99,
+        }
+        third = Phase(
+            "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.llm:judge_for_rewards",
+            {"settings": settings, "cache": str(run / "judge_cache")},
+        )  # fmt: skip
+        done = launch(config(run), [cre(world, run), second, third])
+    assert [t.steps for t in done] == [STEPS, 2, 2]
     assert not children_of_ray()
     return run
+
+
+def unreliable_judge() -> Any:
+    """A judge behind HTTP that always says 0.8 · (1 − 0.25) = 0.6, except that three calls in ten fail, hang or are garbage."""
+    troubles = {0: {"status": 500}, 3: {"raw": b"<html>"}, 6: "I would say 1.0!"}
+
+    def behaviour(body: dict[str, Any], number: int) -> Any:
+        if number == 7:
+            return slowly(2.0, "too late")
+        return troubles.get(number % 10, '{"reason": "likes", "covered": 0.8, "unsupported": 0.25}')
+
+    return behaviour
+
+
+def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: Path) -> None:
+    steps = training(trained, "judged", "cre")
+    assert len(steps) == 2
+    for line in steps:
+        assert 0 < line["cre/reward/process_null_share"] < 1
+        # No verdict for one chain: no process reward in its group.  So every process reward that counts is a whole verdict.
+        assert line["cre/reward/process"] is None or line["cre/reward/process"] == pytest.approx(0.6)
+    last = steps[-1]
+    assert last["cre/judge/calls"] >= 32 and last["cre/judge/completion_tokens"] > 0
+    kinds = {name.rsplit("/", 1)[1] for name in last if "no_verdict" in name}
+    assert {"http_500", "malformed", "unreadable", "timeout"} <= kinds
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def training(run: Path, stage: str = "cre") -> list[dict[str, Any]]:
+def training(run: Path, folder: str = "cre", stage: str | None = None) -> list[dict[str, Any]]:
     """The metric lines of training steps; validation has lines of its own."""
-    return [line for line in lines(run / stage / "metrics.jsonl") if f"{stage}/reward/total" in line]
+    return [line for line in lines(run / folder / "metrics.jsonl") if f"{stage or folder}/reward/total" in line]
 
 
 def children_of_ray() -> list[str]:

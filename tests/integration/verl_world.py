@@ -29,7 +29,7 @@ def example(number: int, seed: int = 0) -> dict[str, Any]:
     prompt = f"user likes {liked} .\nresponse_1 is {texts[0]} .\nresponse_2 is {texts[1]} ."
     extra = {
         "index": number, "pair_id": f"p{number}", "user_id": f"u{number % 7}", "order": order, "kind": "easy", "n_responses": 2,
-        "criteria": json.dumps({"trait": liked}),
+        "criteria": json.dumps({"trait": liked}), "explicit": json.dumps({"criteria": f"likes {liked}"}),
     }  # fmt: skip
     return {
         "data_source": "verl_world",

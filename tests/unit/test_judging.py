@@ -112,7 +112,7 @@ def test_a_failed_judgement_is_none_and_counted(answer, kind, monkeypatch):
     with serve(lambda body, n: answer) as server:
         rate = judge(server)
         assert rate("a chain", row()) is None
-        assert rate.facts()["no verdict"] == {kind: 1}
+        assert rate.metrics()[f"no_verdict/{kind}"] == 1
 
 
 def test_some_chains_are_judged_twice_and_the_difference_is_known():
@@ -123,5 +123,5 @@ def test_some_chains_are_judged_twice_and_the_difference_is_known():
         rate = judge(server)
         for number in range(100):
             rate(f"chain {number}", row())
-        facts = rate.facts()
-        assert facts["judged twice"] == 2 and facts["mean difference"] == pytest.approx(0.2)
+        found = rate.metrics()
+        assert found["judged_twice"] == 2 and found["judged_twice_difference"] == pytest.approx(0.4) and found["calls"] == 102
