@@ -24,6 +24,7 @@ ANSWER_KEYS = (
     "structured",
     "instructions",
 )  # of teacher and judge: what an answer depends on
+NULL_POLICIES = ("drop_process_for_group", "group_mean", "stop")
 STAGES = ("build_data", "build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
 
 
@@ -195,6 +196,8 @@ class GrpoConfig:
     outcome_weight: float = 1.0
     process_weight: float = 0.5
     format_error: float = -0.1
+    null_policy: str = "drop_process_for_group"  # a judge without a verdict: see rewards; or group_mean, stop
+    max_null_share: float = 0.5  # of a step's judged chains without a verdict: more end the run, resumably
     save_every: int = 50
     validate_every: int = 0
     keep_checkpoints: int = 2
@@ -310,6 +313,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tracking.kind": ("offline", "wandb", "none"),
     "eval.protocol": ("strict", "release", "both_orders", "user_disjoint"),
     "eval.split": ("train", "val", "test"),
+    **{f"{stage}.null_policy": NULL_POLICIES for stage in ("cre", "curriculum")},
     "curriculum.schedule": ("linear", "cosine", "step", "uniform"),
     **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
 }
@@ -407,7 +411,7 @@ def check(config: Config) -> None:
         if not config.model.base_url:
             raise ConfigError("model=endpoint needs model.base_url (e.g. http://localhost:8000/v1)")
     ranks = config.cluster.nodes * config.cluster.processes_per_node
-    if config.psi.batch_size % (config.psi.micro_batch_size * ranks):
+    if config.recipe in ("psi", "pipeline") and config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(
             f"psi.batch_size={config.psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
             f"{config.psi.micro_batch_size} × {ranks}"

@@ -163,11 +163,11 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
 
     started = time.monotonic()
     grpo, trainer = getattr(config, phase.section), session.trainer
-    rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight)
+    rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight, grpo.null_policy)
     run = PhaseRun(
         stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
         keep_checkpoints=grpo.keep_checkpoints, validation=phase.validation, validate_every=grpo.validate_every,
-        beat=session.watchdog.beat,
+        beat=session.watchdog.beat, max_null_share=0.0 if grpo.null_policy == "stop" else grpo.max_null_share,
     )  # fmt: skip
     session.watchdog.beat(phase.section, 0, "preparing the phase")
     trainer.prepare(run, _verl(config, phase, start), start)

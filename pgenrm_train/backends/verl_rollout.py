@@ -45,6 +45,7 @@ class RewardSpec:
     judge: str | None = None
     judge_kwargs: Mapping[str, Any] = field(default_factory=dict)
     judge_in_flight: int = 64
+    null_policy: str = "drop_process_for_group"
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,31 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def settle(samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights) -> None:
-    """Turn the parts of a group into the scores that GRPO compares (see the module's docstring on nulls)."""
+def settle(samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights, null_policy: str) -> None:
+    """Turn the parts of a group into the scores that GRPO compares.
+
+    A chain without a verdict is neither good nor bad: by default no sample of its group gets a process reward, with `group_mean` it
+    gets the mean of those that have one, with `stop` the trainer ends the run after this step.
+    """
     if any(sample.info["null_verdict"] for sample in samples):
-        for sample in samples:
+        for sample, process in zip(samples, _stand_ins(samples, null_policy), strict=True):
             if sample.info["error"] is None:
-                sample.info["total"] = scored(sample, row, weights, None)["total"]
+                sample.info["total"] = scored(sample, row, weights, None)["total"] + weights.process * process
     totals = [sample.info["total"] for sample in samples if sample.info["total"] is not None]
     mean = sum(totals) / len(totals) if totals else 0.0
     for sample in samples:
         sample.score = mean if sample.info["total"] is None else sample.info["total"]
+
+
+def _stand_ins(samples: Sequence[Sample], null_policy: str) -> list[float]:
+    """The process score that counts for each sample of a group in which a verdict is missing."""
+    known = [sample.info["process"] for sample in samples if sample.info["process"] is not None]
+    if null_policy != "group_mean" or not known:
+        return [0.0] * len(samples)
+    mean = sum(known) / len(known)
+    return [
+        sample.info["process"] if sample.info["process"] is not None else mean * sample.info["null_verdict"] for sample in samples
+    ]
 
 
 class ChainSampler:
@@ -149,6 +165,7 @@ class ChainSampler:
         self.use_rewards(RewardSpec())
 
     def use_rewards(self, spec: RewardSpec) -> None:
+        self.null_policy = spec.null_policy
         self.weights, self.judge = RewardWeights(**spec.weights), load_judge(spec.judge, spec.judge_kwargs)
         self.threads = ThreadPoolExecutor(max_workers=spec.judge_in_flight, thread_name_prefix="reward")
 
@@ -185,7 +202,7 @@ class ChainSampler:
         """All samples of one prompt, scored."""
         ids = self._prompt_ids(prompt)
         samples = await asyncio.gather(*(self._sample(prompt, ids, number) for number in range(prompt.samples)))
-        settle(samples, prompt.row, self.weights)
+        settle(samples, prompt.row, self.weights, self.null_policy)
         return list(samples)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:

@@ -48,7 +48,6 @@ from pgenrm_train.errors import BackendError
 
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
-MAX_NULL_SHARE = 0.5  # of a step's judged chains without a verdict
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
 
@@ -65,6 +64,7 @@ class PhaseRun:
     keep_checkpoints: int = 2
     validation: Path | None = None
     validate_every: int = 0
+    max_null_share: float = 0.5
     beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
     last: dict[str, Any] = field(default_factory=dict)
     sampler: CurriculumSampler = field(init=False)  # set by `begin`, once hardness is known
@@ -265,7 +265,7 @@ class ChainTrainer(PPOTrainerSync):
         if ours["reward/error_share"] > MAX_ERROR_SHARE:
             reason = next(info["error"] for group in groups for info in group if info["error"])
             problem = f"{where}: reward code failed for {ours['reward/error_share']:.0%} of its chains, first with {reason}"
-        elif (ours["reward/process_null_share"] or 0.0) > MAX_NULL_SHARE:
+        elif (ours["reward/process_null_share"] or 0.0) > run.max_null_share:
             problem = f"{where}: the judge gave no verdict for {ours['reward/process_null_share']:.0%} of the chains that it saw"
         elif len(failures) > MAX_FAILED_PROMPTS * run.sampler.prompts_per_step:
             problem = f"{where}: the engine failed {len(failures)} of {run.sampler.prompts_per_step} prompts, first {failures[0]}"

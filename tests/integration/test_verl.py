@@ -337,7 +337,9 @@ def test_scores_of_a_group() -> None:
 
     for one in group:
         one.info = scored(one, row, weights, judge)
-    settle(group, row, weights)
+    settle(group, row, weights, "group_mean")
+    assert [one.score for one in group] == [1.5, -0.1, -0.1, 1.5], "the mean of the verdicts that there are"
+    settle(group, row, weights, "drop_process_for_group")
     assert [one.info["failure"] for one in group][1] == "length"
     assert [one.score for one in group] == [1.0, -0.1, -0.1, 1.0], "no verdict for one: no process reward in its group"
     assert [one.info["process"] for one in group] == [1.0, None, None, None]
@@ -356,7 +358,7 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
     group = [sample(wrong), sample("no chain")]
     for one in group:
         one.info = scored(one, row, weights, judge)
-    settle(group, row, weights)
+    settle(group, row, weights, "drop_process_for_group")
     assert group[0].info["error"] == "OSError: connection lost"
     assert group[0].score == group[1].score == pytest.approx(-0.1)
 
