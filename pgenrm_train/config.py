@@ -45,6 +45,9 @@ class DataConfig:
     max_test_pairs: int | None = None
     on_bad_row: str = "fail"  # fail · skip (counted and listed)
     only: dict[str, Any] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
+    # PRISM
+    min_rating_gap: float = 10.0  # points between two ratings that make a pair
+    split_by: str = "within_user"  # within_user · user_disjoint
     # PersonaWorld
     users: int = 3000
     heldout_users: int = 300
@@ -303,6 +306,7 @@ class Config:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "pipeline.budget": BUDGETS,
     "data.history_policy": ("random", "recent", "same_scenario"),
+    "data.split_by": ("within_user", "user_disjoint"),
     "data.on_bad_row": ("fail", "skip"),
     "model.kind": ("nano", "hf", "endpoint", "baseline"),
     "cluster.device": ("cpu", "cuda"),

@@ -25,9 +25,15 @@ def run(config: Config) -> None:
 
 def builder(config: Config) -> Callable[..., Iterable[PreferencePair]]:
     """The builder of `data=`; each is one file in data_builders/."""
-    from data_builders import pairs, personaworld
+    from data_builders import pairs, personal_reward_bench, personaworld, prism
 
-    known = {"pairs": pairs.build, "personaworld": personaworld.build}
+    known = {
+        "pairs": pairs.build,
+        "personaworld": personaworld.build,
+        "chatbot_arena": personal_reward_bench.build,
+        "prism_personalized": personal_reward_bench.build,
+        "prism": prism.build,
+    }
     if config.data.name not in known:
         raise ConfigError(f"data.name={config.data.name} is not one of {', '.join(known)}")
     return known[config.data.name]

@@ -1,0 +1,25 @@
+"""data=chatbot_arena and data=prism_personalized: the two parts of PersonalRewardBench (SynthesizeMe, Ryan et al. 2025).
+
+`data.path` may name a copy on disk.  Users appear in every split; the `split` column counts, not the hub's split.  The columns with
+other judges' verdicts are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_builders import hub, pairs
+from pgenrm_train.config import DataConfig
+from pgenrm_train.records import PreferencePair
+
+HUB = {
+    "chatbot_arena": "MichaelR207/chatbot_arena_personalized_0125",
+    "prism_personalized": "MichaelR207/prism_personalized_0125",
+}
+
+
+def build(data: DataConfig, seed: int) -> Iterator[PreferencePair]:
+    """Stream the pairs.  Raises DataError with source, row, field and expectation."""
+    source = data.path or HUB[data.name]
+    yield from pairs.read(hub.rows(source), Path(source), data)

@@ -1,0 +1,183 @@
+"""PRISM's survey and conversations become pairs: every two ratings far enough apart, with what the user stated and nothing that tells."""
+
+import copy
+import json
+from collections import Counter
+
+import pytest
+
+from data_builders import hub
+from data_builders.personal_reward_bench import build as build_personalised
+from data_builders.prism import build
+from pgenrm_train.config import DataConfig, load
+from pgenrm_train.errors import DataError
+
+SURVEY = {
+    "user_id": "user0", "self_description": "A cook.", "system_string": "Be brief.",
+    "stated_prefs": {"values": 10, "fluency": 90, "personalisation": None}, "age": "25-34",
+}  # fmt: skip
+
+
+def model(turn, text, score, chosen=False, place=0):
+    return {"turn": turn, "role": "model", "content": text, "model_name": "m", "score": score, "if_chosen": chosen,
+            "within_turn_id": place}  # fmt: skip
+
+
+def user(turn, text):
+    return {"turn": turn, "role": "user", "content": text, "model_name": None, "score": None, "if_chosen": None,
+            "within_turn_id": None}  # fmt: skip
+
+
+CONVERSATION = {
+    "conversation_id": "c0", "user_id": "user0", "opening_prompt": "Hi", "conversation_type": "unguided", "conversation_turns": 2,
+    "conversation_history": [
+        user(0, "Hi"), model(0, "A", 90, True), model(0, "B", 40), model(0, "C", 85), model(0, "EMPTY STRING", 1),
+        user(1, "More"), model(1, "D", 20), model(1, "E", 70, True), model(1, "F", None),
+    ],
+    "choice_attributes": {"values": 60, "factuality": 80.0, "safety": None},
+    "performance_attributes": {"values": 99}, "open_feedback": "I liked the first one: SECRET",
+}  # fmt: skip
+
+
+def write(folder, survey=(SURVEY,), conversations=(CONVERSATION,)):
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("survey", survey), ("conversations", conversations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pairs(folder, **more):
+    return list(build(DataConfig(name="prism", path=str(folder), **more), 0))
+
+
+def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path, capsys):
+    found = pairs(write(tmp_path))
+    assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.turn) for p in found] == [
+        ("A", "B", 90.0, 40.0, 0), ("C", "B", 85.0, 40.0, 0), ("E", "D", 70.0, 20.0, 1),
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "2 responses without text or rating" in said and "1 pairs rated less than 10 points apart" in said
+    assert len(pairs(tmp_path, min_rating_gap=5)) == 4 and len(pairs(tmp_path, min_rating_gap=50)) == 2
+    assert len({p.pair_id for p in found}) == 3
+
+
+def test_the_context_is_the_conversation_that_the_user_went_on_with(tmp_path):
+    first, *_, last = pairs(write(tmp_path))
+    assert [(m.role, m.content) for m in first.context] == [("user", "Hi")]
+    assert [(m.role, m.content) for m in last.context] == [("user", "Hi"), ("assistant", "A"), ("user", "More")]
+
+
+def test_a_conversation_without_a_chosen_response_ends_there(tmp_path):
+    row = copy.deepcopy(CONVERSATION)
+    row["conversation_history"][1]["if_chosen"] = False
+    assert {p.turn for p in pairs(write(tmp_path, conversations=[row]))} == {0}
+
+
+def test_what_the_user_stated_is_typed_and_the_feedback_is_nowhere(tmp_path):
+    first = pairs(write(tmp_path))[0]
+    assert (
+        first.explicit.style == "Be brief." and first.explicit.self_description == "A cook." and first.explicit.criteria is None
+    )
+    assert first.explicit.attributes == (("values", 60.0), ("factuality", 80.0)), "of this conversation, nulls left out"
+    assert "SECRET" not in repr(first)
+    without = CONVERSATION | {"choice_attributes": None}
+    quiet = SURVEY | {"self_description": "EMPTY STRING", "system_string": None}
+    explicit = pairs(write(tmp_path, [quiet], [without]))[0].explicit
+    assert explicit.attributes == (("values", 10.0), ("fluency", 90.0)) and explicit.texts() == ()
+
+
+def world(users=40, conversations=10):
+    survey = [SURVEY | {"user_id": f"user{u}"} for u in range(users)]
+    rows = [
+        CONVERSATION | {"conversation_id": f"c{u}-{c}", "user_id": f"user{u}"} for u in range(users) for c in range(conversations)
+    ]
+    return survey, rows
+
+
+def test_whole_conversations_are_split_within_each_user(tmp_path):
+    write(tmp_path, *world())
+    found = pairs(tmp_path)
+    assert Counter(p.split for p in found) == {"train": 40 * 7 * 3, "val": 40 * 3, "test": 40 * 2 * 3}
+    assert all(len({p.split for p in found if p.conversation_id == c}) == 1 for c in ("c0-0", "c7-3"))
+    assert {p.user_split for p in found} == {"train"}
+    assert found == pairs(tmp_path), "reproducible"
+    write(tmp_path, *world(users=5, conversations=1))
+    assert {p.split for p in pairs(tmp_path)} == {"train"}, "a single conversation is a history"
+
+
+def test_held_out_users_are_asked_about_conversations_that_are_not_their_history(tmp_path):
+    write(tmp_path, *world())
+    found = pairs(tmp_path, split_by="user_disjoint")
+    held_out = {p.user_id for p in found if p.user_split == "test"}
+    assert len(held_out) == 4
+    for p in found:
+        assert p.split == "train" if p.user_id not in held_out else p.split in ("train", "test")
+    asked = {p.conversation_id for p in found if p.split == "test"}
+    assert len(asked) == 4 * 5 and not asked & {p.conversation_id for p in found if p.split == "train"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"user_id": None}, "prism conversations, row 1, field 'user_id': expected a value"),
+        (
+            {"conversation_history": [{"turn": 0, "role": "bot"}]},
+            r"row 1, field 'conversation_history\[0\]': expected \{turn, role",
+        ),
+        (
+            {"conversation_history": [user(0, "Hi"), model(0, "A", "high")]},
+            r"conversation_history\[1\]'.score: expected a number",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, change, said):
+    with pytest.raises(DataError, match=said) as error:
+        pairs(write(tmp_path, conversations=[CONVERSATION | change]))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_sources_are_told(tmp_path):
+    with pytest.raises(DataError, match="does not exist; expected a file, a folder, or the id"):
+        pairs(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no survey\*.parquet or survey\*.jsonl"):
+        pairs(tmp_path / "empty")
+    with pytest.raises(DataError, match="prism survey holds no rows"):
+        pairs(write(tmp_path, survey=[]))
+
+
+def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path, capsys):
+    assert pairs(write(tmp_path, survey=[SURVEY | {"user_id": "other"}])) == []
+    assert "1 conversations whose user is not in the survey" in capsys.readouterr().out
+
+
+# ---- PersonalRewardBench ----
+
+
+def vote(number, split):
+    return {
+        "conversation_id": f"c{number}", "user_id": f"u{number % 3}", "context": [{"role": "user", "content": f"q{number}"}],
+        "chosen": {"role": "model", "content": "good"}, "rejected": {"role": "model", "content": "bad"}, "turns": 1,
+        "type": "unguided", "split": split, "flip": False, "chosen_score": 90.0, "rejected_score": 10.0,
+        "judge_llama_verdict": "LEAK", "judge_llama_score": 1,
+    }  # fmt: skip
+
+
+def test_all_files_of_a_copy_are_read_by_their_split_column_and_judges_are_ignored(tmp_path):
+    for name, split in (("train-0", "train"), ("validation-0", "val"), ("test-0", "test")):
+        rows = [vote(n, split) for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = load("recipe=build_data", "data=chatbot_arena", f"data.path={tmp_path}")
+    found = list(build_personalised(config.data, 0))
+    assert Counter(p.split for p in found) == {"train": 4, "val": 4, "test": 4}
+    assert "LEAK" not in repr(found) and found[0].chosen_score == 90.0
+    (tmp_path / "test-0.jsonl").write_text(json.dumps(vote(0, "dev")) + "\n")
+    with pytest.raises(DataError, match="field 'split': expected train, val or test"):
+        list(build_personalised(config.data, 0))
+
+
+def test_the_hub_s_own_loader_reads_a_data_set(tmp_path):
+    """`load_dataset` on a local repository: the path that a hub id takes."""
+    (tmp_path / "train.jsonl").write_text(json.dumps(vote(0, "train")) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(vote(1, "test")) + "\n")
+    assert [row["split"] for row in hub._from_hub(str(tmp_path), None)] == ["train", "test"]
