@@ -15,7 +15,6 @@ over seeds, and for the pooled pairs the 95 % interval by a bootstrap over users
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -25,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from eval.metrics import accuracy_report, paired_difference
 
@@ -81,8 +81,8 @@ class Cells:
 
     def reference(self, folder: Path, seed: int) -> None:
         """CRE's rows and settings of the same seed."""
-        said = self.folder("cre", seed) / "cre" / "manifest.json"
-        config = json.loads(said.read_text())["config"]
+        said = self.folder("cre", seed) / "cre" / "config.yaml"
+        config = yaml.safe_load(said.read_text())
         cre, out = config["cre"], folder / "reference"
         if (out / "checkpoint" / "config.json").exists():
             return

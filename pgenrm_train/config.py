@@ -216,7 +216,8 @@ class CurriculumConfig(GrpoConfig):
     hard_share_start: float = 0.3
     hard_share_end: float = 0.8
     mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`
-    hard_pass_rate: float = 0.5  # a pair is hard when at most this share of its chains rank chosen first
+    hard_low: float = 0.25  # a pair is hard when the share of its chains that rank chosen first lies between these;
+    hard_high: float = 0.75  # below, the model contradicts the vote: suspect, and left in its natural share among the rest
 
 
 @dataclass
@@ -414,6 +415,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"model=endpoint is a model to evaluate; recipe={config.recipe} needs one with weights")
         if not config.model.base_url:
             raise ConfigError("model=endpoint needs model.base_url (e.g. http://localhost:8000/v1)")
+    low, high = config.curriculum.hard_low, config.curriculum.hard_high
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order within 0 and 1")
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     if config.recipe in ("psi", "pipeline") and config.psi.batch_size % (config.psi.micro_batch_size * ranks):
         raise ConfigError(

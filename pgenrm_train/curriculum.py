@@ -3,9 +3,14 @@
 The paper says that the share of hard negatives grows and gives neither a definition nor a schedule.  Ours:
 
     pass rate  r_i = share of K sampled chains of the current model that rank chosen above rejected
-    hardness   = 1 − r_i;  a pair is *hard* when r_i ≤ `hard_pass_rate`
+    hard       low ≤ r_i ≤ high: the model wavers;   suspect  r_i < low: it contradicts the vote, chain after chain
     target     h(t) = h0 + (h1 − h0)·f(t/T),  f = t (linear), (1 − cos πt)/2 (cosine), 1{t ≥ ½} (step);
                uniform ignores hardness
+
+Why a band and not "the lowest pass rates": those are chosen by the *label*.  A batch full of pairs that the model gets wrong is a
+batch in which its evidence points the wrong way, and to learn from that mix is to learn to distrust one's own reading; measured,
+it cost 2.5 points (docs/curriculum.md).  To waver does not depend on which response was chosen.  Suspect pairs, noisy votes among
+them, keep their natural share among the rest.
 
 Deviations from a plain draw: inside a bucket the pairs come in shuffled rounds, so each is seen once before any is seen twice,
 and the fractional part of a batch's target is carried to the next, so small batches hold the share on average.
@@ -24,12 +29,12 @@ from pgenrm_train.errors import ConfigError
 SCHEDULES = ("linear", "cosine", "step", "uniform")
 
 
-def hardness(pass_rates: Sequence[float | None]) -> np.ndarray:
-    """1 − pass rate, shape (N,), in [0, 1]; NaN where a pair was not measured.  Raises ConfigError outside [0, 1]."""
+def checked_rates(pass_rates: Sequence[float | None]) -> np.ndarray:
+    """Pass rates, shape (N,), in [0, 1]; NaN where a pair was not measured.  Raises ConfigError outside [0, 1]."""
     rates = np.array([np.nan if rate is None else rate for rate in pass_rates], dtype=float)
     if np.any((rates < 0) | (rates > 1)):
         raise ConfigError(f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}")
-    return 1.0 - rates
+    return rates
 
 
 def hard_share(schedule: str, progress: float, start: float, end: float) -> float:
@@ -96,7 +101,8 @@ class CurriculumSampler:
         seed: int,
         schedule: str = "uniform",
         pass_rates: Sequence[float | None] | None = None,
-        hard_pass_rate: float = 0.5,
+        hard_low: float = 0.25,
+        hard_high: float = 0.75,
         start: float = 0.3,
         end: float = 0.8,
     ) -> None:
@@ -105,7 +111,7 @@ class CurriculumSampler:
         self.prompts_per_step, self.steps = prompts_per_step, steps
         self.schedule, self.start, self.end = schedule, start, end
         hard_share(schedule, 0.0, start, end)  # an unknown schedule fails here, before training
-        hard = self._hard_mask(pairs, pass_rates, hard_pass_rate)
+        hard = self._hard_mask(pairs, pass_rates, hard_low, hard_high)
         self.is_hard = hard
         everything = np.arange(pairs)
         self.hard = Rounds(everything[hard], seed, 1)
@@ -114,7 +120,7 @@ class CurriculumSampler:
         self.target, self.realised = 0.0, 0.0
         self.drawn = {"hard": 0, "other": 0}
 
-    def _hard_mask(self, pairs: int, pass_rates: Sequence[float | None] | None, limit: float) -> np.ndarray:
+    def _hard_mask(self, pairs: int, pass_rates: Sequence[float | None] | None, low: float, high: float) -> np.ndarray:
         if self.schedule == "uniform":
             return np.zeros(pairs, dtype=bool)
         for key, share in (("hard_share_start", self.start), ("hard_share_end", self.end)):
@@ -123,16 +129,14 @@ class CurriculumSampler:
         if pass_rates is None or len(pass_rates) != pairs:
             got = "none" if pass_rates is None else str(len(pass_rates))
             raise ConfigError(f"curriculum.schedule={self.schedule} needs a pass rate for each of {pairs} pairs, got {got}")
-        hard = hardness(pass_rates) >= 1.0 - limit
-        self._check_buckets(hard, limit)
-        return hard
-
-    def _check_buckets(self, hard: np.ndarray, limit: float) -> None:
-        counted = f"{int(hard.sum())} of {len(hard)} pairs are hard at curriculum.hard_pass_rate={limit:g}"
+        rates = checked_rates(pass_rates)
+        hard = (rates >= low) & (rates <= high)
+        counted = f"{int(hard.sum())} of {len(hard)} pairs are hard between curriculum.hard_low={low:g} and hard_high={high:g}"
         if max(self.start, self.end) > 0 and not hard.any():
-            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for some: raise hard_pass_rate")
+            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for some: widen the band")
         if min(self.start, self.end) < 1 and hard.all():
-            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for others too: lower hard_pass_rate")
+            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for others too: narrow the band")
+        return hard
 
     def next_batch(self, step: int) -> list[int]:
         """Indices of the `prompts_per_step` pairs of `step` (counted from 1), in a seeded order."""

@@ -193,7 +193,7 @@ def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | No
     if phase.section == "curriculum":
         shape = {
             "schedule": grpo.schedule, "start": grpo.hard_share_start, "end": grpo.hard_share_end,
-            "hard_pass_rate": grpo.hard_pass_rate, "pass_rates": rates,
+            "hard_low": grpo.hard_low, "hard_high": grpo.hard_high, "pass_rates": rates,
         }  # fmt: skip
     return CurriculumSampler(
         rows, prompts_per_step=grpo.prompts_per_step, steps=phase.steps, seed=seed_of(config, phase.section), **shape

@@ -181,7 +181,7 @@ def test_mining_measures_every_row_and_feeds_the_curriculum(trained: Path) -> No
     mined = pq.read_table(trained / "curriculum/mining.parquet").to_pylist()
     assert [row["pair_id"] for row in mined] == [f"p{i}" for i in range(ROWS)]
     assert {row["pass_rate"] for row in mined} <= {0.0, 0.5, 1.0}
-    hard = {row["index"] for row in mined if row["pass_rate"] <= 0.5}
+    hard = {row["index"] for row in mined if row["pass_rate"] == 0.5}
     for line, target in zip(lines(trained / "curriculum/batches.jsonl"), (0.25, 0.75), strict=True):
         assert sum(i in hard for i in line["rows"]) / 8 == pytest.approx(target)
 

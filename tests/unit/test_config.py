@@ -193,6 +193,7 @@ MISTAKES = {
     "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
     "masking.policy=some": ("masking.policy=some", "full, masked, history_dropout, mixed"),
     "curriculum.schedule=fast": ("curriculum.schedule=fast", "linear, cosine, step, uniform"),
+    "curriculum.hard_low=0.9": ("curriculum.hard_low=0.9", "curriculum.hard_high=0.75"),
     "eval.ind=many": ("eval.ind=many", "a number"),
     "eval.pro=-1": ("eval.pro=-1", "from 0"),
     "eval.ind=[]": ("eval.ind=[]", "a number"),

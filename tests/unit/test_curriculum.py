@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pgenrm_train.curriculum import SCHEDULES, CurriculumSampler, hard_share, hardness
+from pgenrm_train.curriculum import SCHEDULES, CurriculumSampler, checked_rates, hard_share
 from pgenrm_train.errors import ConfigError
 
 RATES = [0.0 if i % 4 == 0 else 0.25 + 0.75 * (i % 3) / 2 for i in range(60)]
@@ -19,18 +19,27 @@ RATES = [min(rate, 1.0) for rate in RATES]
 
 def sampler(schedule: str = "linear", **changed: object) -> CurriculumSampler:
     settings: dict = {
-        "prompts_per_step": 8, "steps": 40, "seed": 3, "schedule": schedule, "pass_rates": RATES, "hard_pass_rate": 0.2,
+        "prompts_per_step": 8, "steps": 40, "seed": 3, "schedule": schedule, "pass_rates": RATES, "hard_low": 0.0, "hard_high": 0.2,
         "start": 0.2, "end": 0.9,
     }  # fmt: skip
     return CurriculumSampler(len(RATES), **(settings | changed))
 
 
-def test_hardness_is_one_minus_pass_rate_and_keeps_unknowns() -> None:
-    found = hardness([0.0, 0.25, 1.0, None])
-    assert found[:3].tolist() == [1.0, 0.75, 0.0]
+def test_rates_are_checked_and_unknowns_kept() -> None:
+    found = checked_rates([0.0, 0.25, 1.0, None])
+    assert found[:3].tolist() == [0.0, 0.25, 1.0]
     assert np.isnan(found[3])
     with pytest.raises(ConfigError, match="0, 1"):
-        hardness([1.5])
+        checked_rates([1.5])
+
+
+def test_pairs_on_which_the_model_wavers_are_hard_and_the_label_does_not_choose_them() -> None:
+    rates = [0.0, 0.25, 0.5, 0.75, 1.0, None]
+    drawn = CurriculumSampler(6, prompts_per_step=2, steps=4, seed=0, schedule="linear", pass_rates=rates)
+    assert drawn.is_hard.tolist() == [False, True, True, True, False, False]
+    turned = [None if rate is None else 1 - rate for rate in rates]  # had every vote been the other way
+    again = CurriculumSampler(6, prompts_per_step=2, steps=4, seed=0, schedule="linear", pass_rates=turned)
+    assert again.is_hard.tolist() == drawn.is_hard.tolist()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "step"])
@@ -96,9 +105,7 @@ def test_a_batch_larger_than_a_bucket_wraps_around() -> None:
 
 
 def test_unmeasured_pairs_count_as_not_hard() -> None:
-    drawn = CurriculumSampler(
-        3, prompts_per_step=2, steps=4, seed=0, schedule="linear", pass_rates=[0.0, None, None], hard_pass_rate=0.5
-    )
+    drawn = CurriculumSampler(3, prompts_per_step=2, steps=4, seed=0, schedule="linear", pass_rates=[0.5, None, None])
     assert drawn.is_hard.tolist() == [True, False, False]
 
 
@@ -119,6 +126,6 @@ def test_what_cannot_be_drawn_is_said_before_training(changed: dict, said: str) 
 
 
 def test_draws_stay_cheap_with_many_pairs() -> None:
-    rates = np.where(np.arange(300_000) % 3 == 0, 0.0, 1.0).tolist()
+    rates = np.where(np.arange(300_000) % 3 == 0, 0.5, 1.0).tolist()
     drawn = CurriculumSampler(300_000, prompts_per_step=512, steps=100, seed=0, schedule="linear", pass_rates=rates)
     assert len({i for step in range(1, 101) for i in drawn.next_batch(step)}) == 51_200
