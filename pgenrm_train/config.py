@@ -415,6 +415,14 @@ def check(config: Config) -> None:
             raise ConfigError(f"model=endpoint is a model to evaluate; recipe={config.recipe} needs one with weights")
         if not config.model.base_url:
             raise ConfigError("model=endpoint needs model.base_url (e.g. http://localhost:8000/v1)")
+    if (config.recipe, config.model.kind, config.pipeline.budget) == (
+        "pipeline",
+        "nano",
+        "smoke",
+    ) and config.data.name != "personaworld":
+        raise ConfigError(
+            f"pipeline.budget=smoke is too short for nano to learn a chain from data={config.data.name}; use pipeline.budget=demo"
+        )
     low, high = config.curriculum.hard_low, config.curriculum.hard_high
     if not 0 <= low <= high <= 1:
         raise ConfigError(f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order within 0 and 1")

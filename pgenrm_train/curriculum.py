@@ -133,9 +133,13 @@ class CurriculumSampler:
         hard = (rates >= low) & (rates <= high)
         counted = f"{int(hard.sum())} of {len(hard)} pairs are hard between curriculum.hard_low={low:g} and hard_high={high:g}"
         if max(self.start, self.end) > 0 and not hard.any():
-            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for some: widen the band")
+            raise ConfigError(
+                f"{counted}, and curriculum.schedule={self.schedule} asks for some: widen the band, or use schedule=uniform"
+            )
         if min(self.start, self.end) < 1 and hard.all():
-            raise ConfigError(f"{counted}, and curriculum.schedule={self.schedule} asks for others too: narrow the band")
+            raise ConfigError(
+                f"{counted}, and curriculum.schedule={self.schedule} asks for others too: narrow the band, or use schedule=uniform"
+            )
         return hard
 
     def next_batch(self, step: int) -> list[int]:

@@ -78,8 +78,13 @@ def test_every_recipe_composes(recipe, data):
 
 @pytest.mark.parametrize("data,budget", list(itertools.product(DATA, BUDGETS)))
 def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
-    config = load("recipe=pipeline", *given(data), f"pipeline.budget={budget}")
+    config = load("recipe=psi", *given(data), f"pipeline.budget={budget}")
     assert config.pipeline.budget == budget and parse(to_dict(config)) == config
+
+
+def test_smoke_is_refused_where_nano_could_learn_nothing_in_it():
+    with pytest.raises(ConfigError, match="pipeline.budget=smoke is too short for nano to learn a chain from data=pairs"):
+        load("recipe=pipeline", *given("pairs"), "pipeline.budget=smoke")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
