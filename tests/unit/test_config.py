@@ -83,7 +83,7 @@ def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
 
 
 def test_smoke_is_refused_where_nano_could_learn_nothing_in_it():
-    with pytest.raises(ConfigError, match="pipeline.budget=smoke is too short for nano to learn a chain from data=pairs"):
+    with pytest.raises(ConfigError, match=r"pipeline\.budget=smoke is too short for nano to learn a chain from data=pairs"):
         load("recipe=pipeline", *given("pairs"), "pipeline.budget=smoke")
 
 
