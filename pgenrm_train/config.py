@@ -136,7 +136,7 @@ class EndpointConfig:
 @dataclass
 class MaskingConfig:
     policy: str | None = None  # null: each stage's own (psi.masking, cre.masking, curriculum.masking, eval.masking)
-    show_probability: float = 0.5  # of the criteria, under `mixed`
+    show_probability: float = 0.5  # of the criteria under `mixed`, of the whole history under `history_dropout`
 
 
 @dataclass

@@ -8,8 +8,8 @@ written from a view:
     Supervision                 what is withheld: the label and the explicit signals, for teachers, judges and rewards only
 
 Policies: `full` shows everything (METHOD §3), `masked` never shows explicit signals (§4), `history_dropout` also drops a random
-part of the history (*our choice*: users with little feedback), `mixed` draws between full and masked (*our choice*: one model
-for users with and without stated criteria).
+part of some histories (*our choice*: users with little feedback), `mixed` draws between full and masked (*our choice*: one model
+for users with and without stated criteria).  `show_probability` is the share that these two leave whole.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def apply_masking(
 ) -> tuple[MaskedView | FullView, Supervision]:
     """Split an example into what the model sees under `policy` and what is withheld from it.
 
-    `rng` is drawn from by `history_dropout` and `mixed` only; `show_probability` (0..1) is the share of full views of `mixed`.
-    Raises ConfigError for an unknown policy or a probability outside [0, 1].
+    `rng` is drawn from by `history_dropout` and `mixed` only; `show_probability` (0..1) is the share of whole histories of the
+    one and of full views of the other.  Raises ConfigError for an unknown policy or a probability outside [0, 1].
     """
     if policy not in POLICIES:
         raise ConfigError(f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(POLICIES)}")
@@ -89,11 +89,13 @@ def apply_masking(
     supervision = Supervision(example.chosen_index, example.explicit)
     if policy == "full" or (policy == "mixed" and rng.random() < show_probability):
         return FullView(example.context, example.history, example.responses, example.explicit), supervision
-    history = _drop_history(example.history, rng) if policy == "history_dropout" else example.history
+    history = drop_history(example.history, rng, show_probability) if policy == "history_dropout" else example.history
     return MaskedView(example.context, history, example.responses), supervision
 
 
-def _drop_history(history: tuple[HistoryItem, ...], rng: random.Random) -> tuple[HistoryItem, ...]:
-    """Keep k items in their order, k uniform on 0..h, so that every amount of feedback is trained equally often."""
+def drop_history(history: tuple[HistoryItem, ...], rng: random.Random, show_probability: float) -> tuple[HistoryItem, ...]:
+    """The whole history with `show_probability`, else k of its h items in their order, k uniform on 0..h."""
+    if rng.random() < show_probability:
+        return history
     kept = rng.sample(range(len(history)), rng.randint(0, len(history)))
     return tuple(history[i] for i in sorted(kept))

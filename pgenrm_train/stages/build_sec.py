@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pgenrm_train.artifacts import StageFolder, write_json, write_table
@@ -20,7 +20,7 @@ from pgenrm_train.chains import Chain, ParseFailure, parse_chain
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
 from pgenrm_train.errors import DataError
-from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.masking import FullView, MaskedView, apply_masking, drop_history, present
 from pgenrm_train.records import Example, PreferencePair
 from pgenrm_train.stages.inputs import asked, histories
 
@@ -92,7 +92,7 @@ def sample_chains(
 
     def ask(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[dict[str, Any]]]:
         pair, order = question
-        return _ask(present(pair, history(pair), order), order, teacher, config.sec.samples_per_pair)
+        return _ask(_shown(config, present(pair, history(pair), order), order), order, teacher, config.sec.samples_per_pair)
 
     answers = concurrently(ask, questions, teacher.in_flight)
     in_order = sorted(progress(answers, "teacher chains", len(questions)), key=lambda numbered: numbered[0])
@@ -109,6 +109,14 @@ def sample_chains(
         seen.add((item.example.user_id, item.text))
         kept.append(item)
     return kept, rejected
+
+
+def _shown(config: Config, example: Example, order: int) -> Example:
+    """What the teacher reads: no more history than the prompt will show, or its chain would speak of votes that are not there."""
+    if masking_of(config, "psi") != "history_dropout":
+        return example
+    rng = random.Random(f"{config.seed}/history/{example.pair_id}/{order}")
+    return replace(example, history=drop_history(example.history, rng, config.masking.show_probability))
 
 
 def _ask(example: Example, order: int, teacher: Teacher, samples: int) -> tuple[Kept | None, list[dict[str, Any]]]:
@@ -162,7 +170,8 @@ def _questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[Pr
 
 def _row(config: Config, item: Kept, writer: Callable[[MaskedView | FullView], list[dict[str, str]]]) -> dict[str, Any]:
     rng = random.Random(f"{config.seed}/mask/{item.example.pair_id}/{item.order}")
-    view, _ = apply_masking(item.example, masking_of(config, "psi"), rng, show_probability=config.masking.show_probability)
+    policy = masking_of(config, "psi").replace("history_dropout", "masked")  # what was dropped, the teacher did not see either
+    view, _ = apply_masking(item.example, policy, rng, show_probability=config.masking.show_probability)
     return {
         "pair_id": item.example.pair_id,
         "user_id": item.example.user_id,

@@ -231,6 +231,26 @@ def test_mixed_masking_draws_by_pair_and_reproducibly(tmp_path):
     assert first == second and 0 < sum("SECRET" in text_of(row) for row in first) < 20
 
 
+def test_under_history_dropout_the_teacher_reads_as_many_votes_as_the_prompt_shows(tmp_path):
+    """A chain that spoke of votes which the prompt lacks would teach the model to invent some."""
+
+    class Counts(Prefers):
+        def write(self, example, attempt):
+            self.read[example.pair_id, example.chosen_index] = [item.query for item in example.history]
+            return super().write(example, attempt)
+
+    teacher = Counts()
+    teacher.read = {}
+    dropout = MaskingConfig(policy="history_dropout", show_probability=0.4)
+    _, rows, _ = run(tmp_path / "a", teacher, masking=dropout)
+    for row in rows:
+        queries = teacher.read[row["pair_id"], row["order"]]
+        prompt = row["messages"][-2]["content"]
+        assert prompt.count("<chosen>") == len(queries) and all(query in prompt for query in queries)
+    assert {len(queries) for queries in teacher.read.values()} >= {1, 3}
+    assert run(tmp_path / "b", Prefers(), masking=dropout)[1] == rows
+
+
 def test_a_row_is_a_chat_that_ends_with_the_chain(tmp_path):
     _, rows, _ = run(tmp_path, Prefers())
     for row in rows:

@@ -56,11 +56,19 @@ def test_history_dropout_keeps_order_and_reaches_every_amount():
     sizes = set()
     rng = random.Random(1)
     for _ in range(200):
-        view, _ = apply_masking(an_example(), "history_dropout", rng)
+        view, _ = apply_masking(an_example(), "history_dropout", rng, show_probability=0.0)
         assert type(view) is MaskedView
         assert list(view.history) == sorted(view.history, key=lambda item: item.query)
         sizes.add(len(view.history))
     assert sizes == {0, 1, 2, 3}
+
+
+def test_history_dropout_leaves_the_share_whole_that_it_is_told():
+    whole = an_example().history
+    rng = random.Random(1)
+    views = [apply_masking(an_example(), "history_dropout", rng, show_probability=0.7)[0] for _ in range(400)]
+    assert sum(view.history == whole for view in views) / 400 == pytest.approx(0.7 + 0.3 / 4, abs=0.06)
+    assert all(apply_masking(an_example(), "history_dropout", rng, show_probability=1.0)[0].history == whole for _ in range(50))
 
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 400), (0.25, pytest.approx(100, abs=40))])
