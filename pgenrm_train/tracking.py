@@ -17,12 +17,30 @@ from typing import Any
 
 from pgenrm_train.config import Config, to_dict
 
+METRICS = "metrics.jsonl"
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def trim(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
+    if not path.exists():
+        return
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step]
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.rename(path)
+
 
 class Tracker:
     """Logs numbers of one stage.  A tracking service that fails is reported once and never stops training."""
 
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
-        self.stage, self.path = stage, folder / "metrics.jsonl"
+        self.stage, self.path = stage, folder / METRICS
         self.after_log: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = self._start_wandb(config, folder) if config.tracking.kind != "none" else None
@@ -30,8 +48,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line `{"step", "stage", name: number}`; non-finite numbers become null."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "stage": self.stage, **numbers}) + "\n")
+        append(self.path, {"step": step, "stage": self.stage, **numbers})
         self.after_log()
         self._send(step, metrics)
 

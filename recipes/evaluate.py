@@ -11,7 +11,7 @@ from eval.baselines import fit_baseline
 from eval.evaluation import Candidate, Evaluation, Grid, Tested
 from eval.scaling_study import FindSimilar, Similar, Study
 from eval.summary import publish
-from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.artifacts import StageFolder, weights_digest
 from pgenrm_train.backends.base import Generator
 from pgenrm_train.config import Config, sizes
 from pgenrm_train.errors import ArtifactError, DataError
@@ -139,8 +139,9 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -
             start().close()
             start.cache_clear()
 
-    identity = "|".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in sorted(checkpoint.glob("*.safetensors")))
-    return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
+    return Candidate(
+        name, weights_digest(checkpoint), start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds
+    )
 
 
 def _endpoint(config: Config) -> Candidate:

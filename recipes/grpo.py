@@ -16,7 +16,7 @@ from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
-from pgenrm_train.tracking import Tracker
+from pgenrm_train.tracking import METRICS, Tracker
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
 from recipes.llm import settings_of
@@ -54,7 +54,7 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
         phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
         said = [p.work_dir / verl_grpo.TRAINED for p in phases]
         known = [path.exists() for path in said]
-        with tracker.follow(folder.path / "metrics.jsonl"):
+        with tracker.follow(folder.path / METRICS):
             trained = verl_grpo.launch(config, phases)[0]
     # One session serves several stages: each stage's time goes to its own row of the table.
     seconds = [read_json(path)["seconds"] for path in said]

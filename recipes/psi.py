@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pgenrm_train.config import Config
 from pgenrm_train.stages import psi
+from pgenrm_train.tracking import METRICS
 from recipes import build_sec
 from recipes.run import prepare, run_stage
 
@@ -21,7 +22,8 @@ def run(config: Config) -> None:
         os.environ.update({k: v for k, v in deepspeed_sft.environment(config).items() if k not in os.environ})
         sec = Path(config.run_dir) / "build_sec"
         start = build_sec.base_model(config)
-        trained = deepspeed_sft.train(config, sec / psi.SEC, start=start, work_dir=folder.path, log=tracker.log)
+        with tracker.follow(folder.path / METRICS):
+            trained = deepspeed_sft.train(config, sec / psi.SEC, start=start, work_dir=folder.path)
         return psi.facts(trained)
 
     run_stage(config, "psi", psi.READS, ["build_sec"], body, "{steps} optimiser steps")

@@ -21,6 +21,7 @@ from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
 from pgenrm_train.preflight import check_machine
 from pgenrm_train.tracking import Tracker
+from recipes.card import METHODS, write_card
 
 T = TypeVar("T")
 CHILD = "PGENRM_PIPELINE_CHILD"
@@ -58,6 +59,8 @@ def run_stage(
     tracker.after_log = folder.beat
     try:
         facts = body(folder, tracker)
+        if stage in METHODS:
+            write_card(config, folder, facts["steps"])
     except KeyboardInterrupt:
         folder.interrupted("interrupted by the user")
         raise

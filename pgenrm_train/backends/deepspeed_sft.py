@@ -8,6 +8,7 @@ kill is recognised and passed over on resume.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,10 +22,10 @@ from pgenrm_train.artifacts import publish_folder, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.config import Config, parse, to_dict
 from pgenrm_train.errors import BackendError, DataError, NothingTrainedError
+from pgenrm_train.tracking import METRICS, append, trim
 
 COMPLETE = "complete.json"  # the last file written into a checkpoint
 IGNORED = -100  # label of tokens without loss
-Log = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,17 @@ def environment(config: Config) -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "false", **on_cpu, **(single if ranks == 1 else {})}
 
 
-def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path, log: Log | None = None) -> Trained:
+def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path) -> Trained:
     """Fine-tune `start` on the chats in `rows` (parquet; METHOD §3) and publish `work_dir/checkpoint`.
 
-    Resumes from the newest complete checkpoint under `work_dir/steps`.  Raises NothingTrainedError when fewer optimiser steps
+    Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Resumes from the newest complete checkpoint under `work_dir/steps`.  Raises NothingTrainedError when fewer optimiser steps
     were made than planned.
     """
     job = work_dir / "job.json"
     write_json(job, {"config": to_dict(config), "rows": str(rows), "start": str(start), "work_dir": str(work_dir)})
     ranks = config.cluster.processes_per_node
     if config.cluster.nodes * ranks == 1:
-        return _train_here(config, rows, start, work_dir, log)
+        return _train_here(config, rows, start, work_dir)
     command = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]], env={**os.environ, **environment(config)}
@@ -95,7 +96,7 @@ def newest_complete(steps: Path) -> Path | None:
     return None
 
 
-def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path, log: Log | None) -> Trained:
+def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path) -> Trained:
     os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
     _join_processes(config)
     import pyarrow.parquet as pq
@@ -106,8 +107,10 @@ def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path, l
     chats = [encode_chat(tokenizer, chat, limit) for chat in pq.read_table(rows, columns=["messages"])["messages"].to_pylist()]
     if not chats:
         raise DataError(f"{rows} holds no chains to train on")
-    trainer = _trainer(config, start, chats, tokenizer, work_dir / "steps", log)
+    trainer = _trainer(config, start, chats, tokenizer, work_dir)
     resume = newest_complete(work_dir / "steps")
+    if trainer.is_world_process_zero():
+        trim(work_dir / METRICS, int(resume.name.split("-")[1]) if resume else 0)
     if resume:
         print(f"resuming from {resume}", flush=True)
     result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -156,12 +159,12 @@ def _join_processes(config: Config) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
 
 
-def _trainer(config: Config, start: Path | str, chats: Sequence[Encoded], tokenizer: Any, steps: Path, log: Log | None) -> Any:
+def _trainer(config: Config, start: Path | str, chats: Sequence[Encoded], tokenizer: Any, work_dir: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, Trainer
 
     # Trainer must see DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
-    arguments = _arguments(config, steps)
+    arguments = _arguments(config, work_dir / "steps")
     on_cpu = config.cluster.device == "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         start,
@@ -177,7 +180,7 @@ def _trainer(config: Config, start: Path | str, chats: Sequence[Encoded], tokeni
         args=arguments,
         train_dataset=_Chats(chats),
         data_collator=lambda batch: _collate(batch, pad),
-        callbacks=[_callbacks(log)],
+        callbacks=[_callbacks(work_dir / METRICS)],
     )
 
 
@@ -287,7 +290,7 @@ def _arguments(config: Config, steps: Path) -> Any:
     )
 
 
-def _callbacks(log: Log | None) -> Any:
+def _callbacks(metrics: Path) -> Any:
     from transformers import TrainerCallback
 
     class Callbacks(TrainerCallback):  # type: ignore[misc]
@@ -296,15 +299,17 @@ def _callbacks(log: Log | None) -> Any:
                 write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, {"step": state.global_step})
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-            if log and logs and state.is_world_process_zero and "loss" in logs:
-                log(state.global_step, {f"psi/{name}": float(value) for name, value in logs.items() if name != "total_flos"})
+            if logs and state.is_world_process_zero and "loss" in logs:
+                numbers = {f"psi/{name}": float(value) for name, value in logs.items()}
+                finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+                append(metrics, {"step": state.global_step, "stage": "psi", **finite})
 
     return Callbacks()
 
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    _train_here(parse(job["config"]), Path(job["rows"]), Path(job["start"]), Path(job["work_dir"]), None)
+    _train_here(parse(job["config"]), Path(job["rows"]), Path(job["start"]), Path(job["work_dir"]))
 
 
 if __name__ == "__main__":

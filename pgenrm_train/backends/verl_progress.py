@@ -88,22 +88,6 @@ def progress_line(stage: str, step: int, steps: int, last: Mapping[str, Any], se
     )
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
-def trim(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
-    if not path.exists():
-        return
-    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.rename(path)
-
-
 def under_stage(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """`name` → `stage/name`, with NaN as null: JSON has no NaN."""
     return {f"{stage}/{k}": (None if isinstance(v, float) and np.isnan(v) else v) for k, v in found.items()}

@@ -32,12 +32,10 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from pgenrm_train.backends.verl_config import TRAINER
 from pgenrm_train.backends.verl_progress import (
     MARKER,
-    append,
     chain_metrics,
     complete_checkpoints,
     newest_checkpoint,
     progress_line,
-    trim,
     under_stage,
     validation_metrics,
 )
@@ -45,6 +43,7 @@ from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError
+from pgenrm_train.tracking import METRICS, append, trim
 
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
@@ -152,7 +151,7 @@ class ChainTrainer(PPOTrainerSync):
 
     def _resume(self, run: PhaseRun) -> int:
         folder, step, state = newest_checkpoint(run.work_dir / "verl")
-        trim(run.work_dir / "metrics.jsonl", step)
+        trim(run.work_dir / METRICS, step)
         trim(run.work_dir / "batches.jsonl", step)
         if folder is None:
             return 0
@@ -186,7 +185,7 @@ class ChainTrainer(PPOTrainerSync):
             return
         table = pq.read_table(run.validation)
         found = validation_metrics(self.measure(table, 1, "validation"), table["extra_info"].to_pylist())
-        append(run.work_dir / "metrics.jsonl", {"step": step, "stage": run.stage} | under_stage(run.stage, found))
+        append(run.work_dir / METRICS, {"step": step, "stage": run.stage} | under_stage(run.stage, found))
         print(f"{run.stage} {step}/{run.steps} · validation accuracy {found['validation/accuracy']:.3f}", flush=True)
 
     # one step
@@ -241,7 +240,7 @@ class ChainTrainer(PPOTrainerSync):
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
         run.last = ours
-        append(run.work_dir / "metrics.jsonl", {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours))
+        append(run.work_dir / METRICS, {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours))
         print(progress_line(run.stage, self.global_steps, run.steps, ours, run.seconds_a_step(self.global_steps)), flush=True)
         self._stop_if_hopeless(groups, ours, run_failures)
         return batch

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pgenrm_train import prototypes as core
-from pgenrm_train.artifacts import StageFolder, fingerprint, write_json, write_table
+from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest, write_json, write_table
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
@@ -78,8 +78,7 @@ def run(
 
 def read_hashes(config: Config, checkpoint: Path, embedder: str, data: str) -> dict[str, str]:
     """What the prototypes were made from; a reader with other hashes refuses them."""
-    weights = [(f.name, f.stat().st_size) for f in sorted(checkpoint.glob("*.safetensors"))]
-    return {"model": fingerprint(weights, config.model.name), "embedder": embedder, "data": data}
+    return {"model": fingerprint(weights_digest(checkpoint), config.model.name), "embedder": embedder, "data": data}
 
 
 def _count(seen: Counter[str | None], scenario: str | None) -> int:

@@ -72,6 +72,8 @@ def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
         manifest = json.loads((finished / stage / "manifest.json").read_text())
         assert manifest["status"] == "complete" and manifest["steps"] == steps
         model = AutoModelForCausalLM.from_pretrained(finished / stage / "checkpoint")
+        card = (finished / stage / "checkpoint" / "README.md").read_text()
+        assert f"- {stage}\n" in card and f"| optimiser steps | {steps} |" in card and str(finished) not in card
         assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(finished / stage / "checkpoint"))
         weights.append(next(model.parameters()).detach())
         assert not list((finished / stage / "checkpoint").glob("*.bin")), "no pickles"

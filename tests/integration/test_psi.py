@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pgenrm_train.config import ROOT, DataConfig, load
 from pgenrm_train.history import HistorySampler
 from pgenrm_train.masking import MaskedView, present
 from pgenrm_train.prompts import chat_messages
+from pgenrm_train.tracking import METRICS
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 # What may differ between a GPU run and this test; everything else is used as shipped.
@@ -28,6 +30,7 @@ CHANGED: dict[str, Any] = {
     "model.instructions": False,
     "psi.batch_size": 4,
     "psi.micro_batch_size": 1,
+    "psi.log_every": 1,
     "psi.max_steps": 2,  # the first step of the warm-up has a learning rate of 0
 }
 
@@ -56,8 +59,11 @@ def test_gpu_settings_take_a_real_step(model: str, cluster: str, rows: Path, tmp
     for key, value in CHANGED.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
+    (tmp_path / METRICS).write_text('{"step": 1, "stage": "psi"}\n{"ste')  # of a start that was killed before it saved
     trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
     assert trained.steps == 2
+    logged = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2] and all(line["psi/loss"] > 0 for line in logged)
     _assert_trained(tmp_path / "checkpoint")
 
 

@@ -364,7 +364,8 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
 
 
 def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pgenrm_train.backends.verl_progress import newest_checkpoint, trim
+    from pgenrm_train.backends.verl_progress import newest_checkpoint
+    from pgenrm_train.tracking import trim
 
     for step, complete in ((2, True), (4, True), (6, False)):
         (tmp_path / f"global_step_{step}").mkdir()

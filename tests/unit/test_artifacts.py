@@ -20,6 +20,7 @@ from pgenrm_train.artifacts import (
     read_json,
     set_aside,
     sha256_file,
+    weights_digest,
     write_json,
     write_table,
     write_text,
@@ -261,3 +262,14 @@ def test_manifests_hold_versions_and_git_state(tmp_path):
     for key in ("python", "platform", "cpus", "packages", "git"):
         assert key in folder.manifest
     assert folder.manifest["packages"]["transformers"]
+
+
+def test_weights_of_one_size_are_told_apart_and_copies_are_not(tmp_path):
+    contents = {"a": b"x" * 40 + b"1" * 40, "same": b"x" * 40 + b"1" * 40, "other": b"x" * 40 + b"2" * 40}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    digests = {name: weights_digest(tmp_path / name, piece=8) for name in contents}
+    assert digests["a"] == digests["same"] != digests["other"]
+    (tmp_path / "same" / "model-2.safetensors").write_bytes(b"")
+    assert weights_digest(tmp_path / "same") != digests["a"]

@@ -1,0 +1,76 @@
+"""The model card of a trained checkpoint: what it is, what it was trained on, how to use it, what is not known.
+
+Made from the stage's manifest alone, and without dates or machine paths, so that the same run writes the same card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.artifacts import StageFolder, write_text
+from pgenrm_train.config import Config
+
+METHODS = {
+    "psi": "persona-guided scoring induction: supervised on a teacher's evaluation chains, loss on the chain only",
+    "cre": "criteria-based reasoning enhancement: GRPO, process and outcome reward, criteria masked from the prompt",
+    "curriculum": "hard-negative curriculum: GRPO on the outcome alone, with a growing share of hard pairs",
+}
+
+
+def write_card(config: Config, folder: StageFolder, steps: int) -> None:
+    """Write `checkpoint/README.md`, which the Hugging Face hub shows as the model's page."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    hub = config.model.name if config.model.kind == "hf" and not Path(config.model.name).exists() else None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=hub,
+        tags=["reward-model", "personalization", "p-genrm", folder.stage],
+    )
+    facts = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in _facts(config, folder, steps).items())
+    body = f"""# {config.model.label}, {folder.stage}
+
+A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads what one user preferred before and two or more new
+responses, and writes an evaluation chain: persona, weighted criteria, a score for each response.
+
+Training: {METHODS[folder.stage]}.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+Prompts must be built as in training:
+
+```bash
+python -m pgenrm_train recipe=score model.path=THIS_FOLDER
+```
+
+## Limits
+
+This card holds no accuracy: `recipe=evaluate` measures it on users that were held out and states protocol and intervals. Training data may hold
+personal preferences; their licence is the licence of the data named above and of the base model.
+"""
+    write_text(folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+
+
+def _facts(config: Config, folder: StageFolder, steps: int) -> dict[str, Any]:
+    manifest, settings = folder.manifest, getattr(config, folder.stage)
+    judge = {"judge": config.judge.name or config.judge.kind} if folder.stage == "cre" else {}
+    return {
+        "base model": Path(config.model.name).name,
+        "data": config.data.name,
+        "teacher of the chains": config.teacher.name or config.teacher.kind,
+        **judge,
+        "masking": config.masking.policy or settings.masking,
+        "optimiser steps": steps,
+        "learning rate": settings.learning_rate,
+        "LoRA rank (merged)": config.model.lora.rank or "full parameters",
+        "seed": manifest["seed"],
+        "packages": ", ".join(f"{name} {manifest['packages'][name]}" for name in ("torch", "transformers", "deepspeed", "verl")),
+        "code": (manifest.get("git") or {}).get("commit", "not from a git checkout"),
+        "fingerprint": manifest["fingerprint"],
+    }
