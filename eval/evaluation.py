@@ -6,6 +6,7 @@ the disagreement probe (see `probes`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,30 @@ def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def gain_rows(tested: Sequence[Tested], config: Config) -> list[dict[str, Any]]:
+    """What each stage adds to the one before, and the last to the first: strict accuracy on the same pairs, paired.
+
+    One column for all pairs and one for each kind; a difference that is not there is None.
+    """
+    steps = list(itertools.pairwise(tested))
+    if len(tested) > 2:
+        steps.append((tested[0], tested[-1]))
+    return [{"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps]
+
+
+def _gains(before: Tested, after: Tested, config: Config) -> dict[str, Any]:
+    a, b = (t.predictions[t.predictions["set"] == "own"] for t in (after, before))
+    kinds = sorted(a["kind"].dropna().unique())
+    parts = {"all": (a, b)}
+    if len(kinds) > 1:
+        parts |= {kind: (a[a["kind"] == kind], b[b["kind"] == kind]) for kind in kinds}
+    row: dict[str, Any] = {}
+    for name, (new, old) in parts.items():
+        found = paired_difference(new, old, draws=config.eval.draws, seed=config.seed)
+        row |= {f"{name} difference": found["difference"], f"{name} difference ci95": found["ci95"]}
+    return row
 
 
 def _brief(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.evaluation import Evaluation, Grid, Tested, cohort_rows, stage_row
+from eval.evaluation import Evaluation, Grid, Tested, cohort_rows, gain_rows, stage_row
 from eval.metrics import accuracy_report
 from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
 from pgenrm_train.artifacts import write_json, write_table, write_text
@@ -16,6 +16,8 @@ from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.masking import present
 from pgenrm_train.scaling import grid
+
+GAINS = "What each stage adds, on the same pairs"
 
 
 def publish(
@@ -35,11 +37,13 @@ def publish(
     rows, compared = [stage_row(t) for t in tested], [stage_row(t) for t in baselines]
     final = (tested or baselines)[-1]
     everyone = [*tested, *baselines]
+    gains = gain_rows(tested, config)
     results = headline(config, final, grids) | {
         "data": config.data.name,
         "judge": config.judge.kind,
         "grids": {g.study.name: g.rows for g in grids},
         "stages": {t.name: t.report for t in tested},
+        "gains": gains,
         "baselines": {t.name: t.report for t in baselines},
         "probe_swapped_history": {t.name: t.probe for t in everyone if t.probe},
         "notes": list(notes),
@@ -54,6 +58,7 @@ def publish(
     grid_texts = [text_table(g.rows, grid_title(g), 110) for g in grids]
     text = (
         text_table([*rows, *compared], headline_title(evaluation, config), 150)
+        + (text_table(gains, GAINS, 150) if gains else "")
         + "".join(grid_texts)
         + "".join(f"- {n}\n" for n in notes)
     )
@@ -63,7 +68,11 @@ def publish(
         run=run_facts(config, evaluation),
         stages=rows,
         comparisons=compared,
-        sections=[*(Section(grid_title(g), "", g.rows) for g in grids), *sections(config, tested, everyone)],
+        sections=[
+            *([Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)] if gains else []),
+            *(Section(grid_title(g), "", g.rows) for g in grids),
+            *sections(config, tested, everyone),
+        ],
         curves=[*(grid_curve(g) for g in grids), *training_curves(folder.parent)],
         notes=notes,
         chains=chain_views(config, evaluation, final) if tested else [],

@@ -1,12 +1,13 @@
 """The evaluation's queue: order is irrelevant, failures are data, resume asks only what is missing, and the probe is wired right."""
 
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from eval import harness
-from eval.evaluation import Candidate, Evaluation, cohort_rows, stage_row
+from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
 from eval.harness import PredictionStore, Question, ask, own_questions, prediction, readable_text
 from eval.metrics import COLUMNS, accuracy_report
 from pgenrm_train.backends.base import Generation
@@ -341,6 +342,17 @@ def test_several_seeds_give_an_error_of_the_mean(tmp_path):
     tested = run(tmp_path, LikesHistory(broken=broken), seeds=2)
     assert tested.report["seeds"] == [0, 1] and tested.report["stderr"] > 0
     assert tested.report["failures"] == {"length": 1} and tested.report["accuracy"] < 1
+
+
+def test_gains_are_paired_step_by_step_and_from_first_to_last(tmp_path):
+    tea, good = run(tmp_path / "a", LikesTea()), run(tmp_path / "b", LikesHistory())
+    config = Config(recipe="evaluate")
+    rows = gain_rows([replace(tea, name="psi"), replace(good, name="cre"), replace(good, name="curriculum")], config)
+    assert [(row["from"], row["to"]) for row in rows] == [("psi", "cre"), ("cre", "curriculum"), ("psi", "curriculum")]
+    assert [row["all difference"] for row in rows] == [0.5, 0.0, 0.5]
+    assert rows[0]["hard difference"] == rows[0]["medium difference"] == 0.5 and rows[0]["all difference ci95"][0] > 0
+    assert list(rows[1]["all difference ci95"]) == [0.0, 0.0]
+    assert gain_rows([tea], config) == []
 
 
 def test_rows_of_the_tables(tmp_path):
