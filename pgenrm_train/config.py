@@ -120,6 +120,7 @@ class EndpointConfig:
     instructions: bool = True  # of a teacher: false for a model that has learnt the task from chains
     max_in_flight: int = 64
     requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # of prompts and answers together
     timeout_seconds: float = 120.0
     attempts: int = 5  # of a call, with exponential backoff, on 429, 5xx, time-outs and lost connections
     give_up_after: int = 20  # calls that failed one after the other: the server is taken to be down
@@ -328,7 +329,8 @@ _POSITIVE = (
     "curriculum.learning_rate", "prototypes.k", "eval.seeds", "eval.max_in_flight", "eval.draws", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
-                                                                   "give_up_after", "gpus")),
+                                                                   "give_up_after", "gpus", "requests_per_minute",
+                                                                   "tokens_per_minute")),
 )  # fmt: skip
 
 
@@ -397,7 +399,7 @@ def check(config: Config) -> None:
     if config.model.max_text_tokens is not None and config.model.max_text_tokens < 1:
         raise ConfigError(f"model.max_text_tokens={config.model.max_text_tokens} must be at least 1, or null for no limit")
     for key in _POSITIVE:
-        if get(config, key) <= 0:
+        if (value := get(config, key)) is not None and value <= 0:
             raise ConfigError(f"{key}={get(config, key)} must be above 0")
     if config.data.name == "pairs" and not config.data.path:
         raise ConfigError("data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema")

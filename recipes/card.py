@@ -46,8 +46,10 @@ Training: {METHODS[folder.stage]}.
 Prompts must be built as in training:
 
 ```bash
-python -m pgenrm_train recipe=score model.path=THIS_FOLDER
+python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_FOLDER score.input=question.json
 ```
+
+`question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`, `chosen`, `rejected`.
 
 ## Limits
 

@@ -24,6 +24,7 @@ from pgenrm_train.errors import ConfigError
 Messages = Sequence[Mapping[str, str]]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
+CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Endpoint:
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
         self._lock = threading.Lock()
         self._next_start = 0.0
+        self._answers, self._tokens = 0, 0  # that came back, cut-off and empty ones too: what a call costs the server's limit
         self._in_a_row, self._open_until = 0, 0.0
         self._cache = _open_cache(cache)
         self._closed = threading.Event()
@@ -185,25 +187,35 @@ class Endpoint:
             return Reply(None, "malformed")
 
     def _once(self, body: dict[str, Any]) -> Reply:
-        self._keep_pace()
+        self._keep_pace(body)
         with self._lock:
             self.usage.tries += 1
         answer = self._client.chat.completions.create(**body)
         choice, used = answer.choices[0], answer.usage
         spent = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
+        with self._lock:
+            self._answers, self._tokens = self._answers + 1, self._tokens + sum(spent)
         if choice.finish_reason == "length":
             return Reply(None, "length", *spent)
         text = choice.message.content
         return Reply(text, None, *spent) if text and text.strip() else Reply(None, "empty", *spent)
 
-    def _keep_pace(self) -> None:
-        """At most `requests_per_minute` starts, evenly spread."""
-        if self.settings.requests_per_minute is None:
-            return
+    def _keep_pace(self, body: Mapping[str, Any]) -> None:
+        """At most `requests_per_minute` starts and `tokens_per_minute` tokens, evenly spread.
+
+        A call is taken to need as many tokens as calls have needed so far; the first ones, as many as they may.
+        """
+        settings, gap = self.settings, 0.0
+        if settings.requests_per_minute is not None:
+            gap = 60.0 / settings.requests_per_minute
         with self._lock:
+            if settings.tokens_per_minute is not None:
+                most = len(json.dumps(body["messages"])) / CHARACTERS_PER_TOKEN + settings.max_tokens
+                expected = self._tokens / self._answers if self._answers else most
+                gap = max(gap, 60.0 * expected / settings.tokens_per_minute)
             start = max(self._next_start, time.monotonic())
-            self._next_start = start + 60.0 / self.settings.requests_per_minute
-        time.sleep(max(0.0, start - time.monotonic()))
+            self._next_start = start + gap
+        self._closed.wait(max(0.0, start - time.monotonic()))
 
 
 def _client(settings: EndpointConfig) -> Any:

@@ -210,6 +210,7 @@ MISTAKES = {
     "cre.group_size=1": ("cre.group_size=1", "at least 2"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
+    "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
     "data.name=pairs": ("data.path=", "data=pairs"),
     "teacher.kind=vllm": ("teacher=vllm", "teacher.name"),

@@ -138,6 +138,28 @@ def test_requests_keep_the_pace():
         assert time.monotonic() - began >= 0.3
 
 
+def test_tokens_keep_the_pace_that_earlier_answers_give():
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, max_tokens=50))
+        one.ask(ASK)
+        used = one.usage.prompt_tokens + one.usage.completion_tokens
+        assert used > 0
+        one.settings.tokens_per_minute = 600.0 * used  # ten calls a second
+        began = time.monotonic()
+        for i in range(1, 6):
+            one.ask(ASK, sample=i)
+        assert 0.4 <= time.monotonic() - began < 3.0
+
+
+def test_the_first_call_is_taken_to_need_all_that_it_may():
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, max_tokens=1000, tokens_per_minute=60_000))
+        began = time.monotonic()
+        for i in range(2):
+            one.ask(ASK, sample=i)
+        assert time.monotonic() - began >= 1.0  # a thousand tokens a second
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     with serve(lambda body, n: {"status": 401} if n else "hi") as server:
