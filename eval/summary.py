@@ -70,7 +70,7 @@ def publish(
         comparisons=compared,
         sections=[
             *([Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)] if gains else []),
-            *(Section(grid_title(g), "", g.rows) for g in grids),
+            *(Section(grid_title(g), "Ties are counted by pair, order and evaluation seed.", g.rows) for g in grids),
             *sections(config, tested, everyone),
         ],
         curves=[*(grid_curve(g) for g in grids), *training_curves(folder.parent)],

@@ -165,10 +165,12 @@ class StageFolder:
         found = self.manifest.get("fingerprint")
         wanted = fingerprint(settings, inputs)
         if found not in (None, wanted):
-            raise ArtifactError(
-                f"{self.path} was made with other settings ({self._difference(settings, inputs)}); "
-                "use another run_dir=, or resume=false to set the old run aside and start anew"
-            )
+            if self._holds_work():
+                raise ArtifactError(
+                    f"{self.path} was made with other settings ({self._difference(settings, inputs)}); "
+                    "use another run_dir=, or resume=false to set the old run aside and start anew"
+                )
+            self.manifest = {}
         self._started = time.monotonic()
         self.manifest = {
             "stage": self.stage,
@@ -183,6 +185,10 @@ class StageFolder:
         }
         write_config(self.path / "config.yaml", config)
         self.save()
+
+    def _holds_work(self) -> bool:
+        """Whether something was made: a start that failed on a mistyped path does not bind the folder to the mistake."""
+        return self.complete or any(path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir())
 
     def beat(self, every: float = 10.0) -> None:
         """Note the time spent so far, so that a killed stage has not spent it for nothing in the table."""

@@ -52,7 +52,9 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     pairs = load_pairs(Path(config.run_dir))
     split = asked(pairs, config.eval.split, config.data.max_test_pairs)
     if not split:
-        raise DataError(f"no pair has split={config.eval.split}; nothing to evaluate")
+        raise DataError(
+            f"no pair has split={config.eval.split}; nothing to evaluate (rows say theirs in the column split: train, val or test)"
+        )
     sampler = histories(config, pairs)
     evaluation = Evaluation(config, split, {p.pair_id: sampler(p) for p in split})
     baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs).items()]

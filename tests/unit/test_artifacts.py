@@ -160,12 +160,26 @@ def test_an_interrupted_stage_continues_and_its_seconds_add_up(tmp_path, monkeyp
 @pytest.mark.parametrize("end", ["finish", "interrupted", "killed"])
 def test_other_settings_are_refused_and_the_changed_key_is_named(tmp_path, settings, inputs, said, end):
     folder = begun(tmp_path)
+    write_text(folder.path / "steps" / "weights", "hours of work")
     {"finish": folder.finish, "interrupted": lambda: folder.interrupted("x"), "killed": lambda: None}[end]()
     before = (tmp_path / "psi" / "manifest.json").read_text()
     with pytest.raises(ArtifactError) as error:
         begun(tmp_path, settings, inputs)
     assert said in str(error.value) and "run_dir=" in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "psi" / "manifest.json").read_text() == before
+
+
+@pytest.mark.parametrize("end", ["interrupted", "killed"])
+def test_a_start_that_made_nothing_binds_the_folder_to_nothing(tmp_path, end):
+    first = begun(tmp_path, {**SETTINGS, "data.path": "typo.jsonl"})
+    (first.path / "wandb").mkdir()
+    if end == "interrupted":
+        first.interrupted("DataError: typo.jsonl does not exist")
+    again = begun(tmp_path)
+    assert again.manifest["settings"] == SETTINGS and again.manifest["starts"] == 1
+    again.finish()
+    with pytest.raises(ArtifactError, match="data.path"):  # a complete stage is work, whatever it left
+        begun(tmp_path, {**SETTINGS, "data.path": "other.jsonl"})
 
 
 def test_a_broken_manifest_is_said(tmp_path):
