@@ -310,6 +310,9 @@ def _callbacks(metrics: Path) -> Any:
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     _train_here(parse(job["config"]), Path(job["rows"]), Path(job["start"]), Path(job["work_dir"]))
+    from torch import distributed
+
+    distributed.destroy_process_group()  # a rank that exits with its threads running may abort, and torchrun ends the others
 
 
 if __name__ == "__main__":

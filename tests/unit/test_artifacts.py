@@ -178,7 +178,7 @@ def test_a_start_that_made_nothing_binds_the_folder_to_nothing(tmp_path, end):
     again = begun(tmp_path)
     assert again.manifest["settings"] == SETTINGS and again.manifest["starts"] == 1
     again.finish()
-    with pytest.raises(ArtifactError, match="data.path"):  # a complete stage is work, whatever it left
+    with pytest.raises(ArtifactError, match=r"data\.path"):  # a complete stage is work, whatever it left
         begun(tmp_path, {**SETTINGS, "data.path": "other.jsonl"})
 
 

@@ -313,7 +313,11 @@ def short_waits(monkeypatch):
 
 
 def test_the_llm_teacher_is_shown_everything_but_the_label(tmp_path):
-    with serve(lambda body, n: written(body)) as server, teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm:
+    # slower than a thread's turn on a busy machine
+    with (
+        serve(lambda body, n: slowly(0.1, written(body))) as server,
+        teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm,
+    ):
         facts, rows, _ = run(tmp_path, llm)
     assert len(rows) == 20 and facts["teacher"]["calls"] == 20 and facts["teacher"]["failures"] == {}
     assert server.most_busy > 1, "questions are asked side by side"
