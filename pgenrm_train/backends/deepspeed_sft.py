@@ -50,8 +50,8 @@ def environment(config: Config) -> dict[str, str]:
 def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path) -> Trained:
     """Fine-tune `start` on the chats in `rows` (parquet; METHOD §3) and publish `work_dir/checkpoint`.
 
-    Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Resumes from the newest complete checkpoint under `work_dir/steps`.  Raises NothingTrainedError when fewer optimiser steps
-    were made than planned.
+    Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Resumes from the newest complete checkpoint under
+    `work_dir/steps`.  Raises NothingTrainedError when fewer optimiser steps were made than planned.
     """
     job = work_dir / "job.json"
     write_json(job, {"config": to_dict(config), "rows": str(rows), "start": str(start), "work_dir": str(work_dir)})
