@@ -58,7 +58,7 @@ def publish(
     grid_texts = [text_table(g.rows, grid_title(g), 110) for g in grids]
     text = (
         text_table([*rows, *compared], headline_title(evaluation, config), 150)
-        + (text_table(gains, GAINS, 150) if gains else "")
+        + (text_table(narrow(gains), GAINS, 150) if gains else "")
         + "".join(grid_texts)
         + "".join(f"- {n}\n" for n in notes)
     )
@@ -80,6 +80,12 @@ def publish(
     write_report(folder / "report.html", report)
     write_markdown(folder / "report.md", report)
     return results
+
+
+def narrow(gains: Sequence[Mapping[str, Any]], columns: int = 12) -> list[Mapping[str, Any]]:
+    """The rows as they are where a console has room for them, else without the kinds; the report has all."""
+    kept = ("from", "to", "all difference", "all difference ci95")
+    return [row if len(row) <= columns else {name: row[name] for name in kept} for row in gains]
 
 
 def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from eval import harness
 from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
 from eval.harness import PredictionStore, Question, ask, own_questions, prediction, readable_text
 from eval.metrics import COLUMNS, accuracy_report
+from eval.summary import narrow
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
 from pgenrm_train.config import Config
@@ -353,6 +354,7 @@ def test_gains_are_paired_step_by_step_and_from_first_to_last(tmp_path):
     assert rows[0]["hard difference"] == rows[0]["medium difference"] == 0.5 and rows[0]["all difference ci95"][0] > 0
     assert list(rows[1]["all difference ci95"]) == [0.0, 0.0]
     assert gain_rows([tea], config) == []
+    assert narrow(rows) == rows and list(narrow(rows, columns=4)[0]) == ["from", "to", "all difference", "all difference ci95"]
 
 
 def test_rows_of_the_tables(tmp_path):
