@@ -187,7 +187,7 @@ def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
 def gain_rows(tested: Sequence[Tested], config: Config) -> list[dict[str, Any]]:
     """What each stage adds to the one before, and the last to the first: strict accuracy on the same pairs, paired.
 
-    One column for all pairs and one for each kind; a difference that is not there is None.
+    A column for all pairs and, where there are several kinds, one for each.  Raises DataError when the stages were asked other pairs.
     """
     steps = list(itertools.pairwise(tested))
     if len(tested) > 2:

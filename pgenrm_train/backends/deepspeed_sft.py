@@ -39,10 +39,7 @@ class Encoded:
 def environment(config: Config) -> dict[str, str]:
     """What must be set before torch and DeepSpeed are imported."""
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    # Without the last, accelerate allows a thread per *physical* core: one, where two cores share a socket's core.
-    threads = max(1, len(os.sched_getaffinity(0)) // config.cluster.processes_per_node)
-    cpu = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(threads)}
-    on_cpu = cpu if config.cluster.device == "cpu" else {}
+    on_cpu = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"} if config.cluster.device == "cpu" else {}
     ranks = config.cluster.nodes * config.cluster.processes_per_node
     return {"TOKENIZERS_PARALLELISM": "false", **on_cpu, **(single if ranks == 1 else {})}
 
