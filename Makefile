@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Python writes .pyc files: every process of a run then starts faster.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow check lint unit env clean
+.PHONY: demo test test-slow check gpu-check fixture lint unit env clean help
 demo: env ## the whole pipeline on this machine: CPU, tiny model, embedded data
 	$(BIN)/python -m pgenrm_train recipe=pipeline $(ARGS)
 
@@ -39,6 +39,9 @@ $(STAMP): requirements/cpu.txt requirements/vllm-alias/pyproject.toml pyproject.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./requirements/vllm-alias -e .
 	@touch $(STAMP)
+
+gpu-check: ## on a GPU node: preflight, 3 steps of PSI and CRE, an evaluation, one verdict (PYTHON= the one with requirements/gpu.txt)
+	$(PYTHON) -m pgenrm_train recipe=gpu_check model=nano_1b cluster=gpu1 cluster.min_free_memory_gib=32 cluster.min_free_disk_gib=60 $(ARGS)
 
 fixture: env ## the small PSI checkpoint that budget=smoke and the tests start from
 	$(BIN)/python -m pgenrm_train recipe=psi run_dir=runs/fixture tracking=none

@@ -1,30 +1,28 @@
-"""Check the harness against the reference accuracies of the three development sets (shared/data/README.md).
+"""Check `recipe=evaluate` against the reference accuracies of the three development sets (shared/data/README.md).
 
-    python benchmarks/reference_accuracies.py [FOLDER]        FOLDER defaults to ../shared/data
+    python benchmarks/reference_accuracies.py [FOLDER] [NAME …]     FOLDER defaults to ../shared/data, NAMEs to all files
 
-The README's majority counts *all* other voters of the source (columns `n_other_*`), also those whose votes were held back from
-the files; `counted` scores by these columns through the same harness.  `majority` sees only the votes that are in a file, so its
-figure is lower and its ties are more; it is printed beside, with the other baselines.  Exit code 1 when a reference is missed.
+Each file is built and evaluated as a user does it, with every baseline that needs no language model.  The README's majority counts
+*all* other voters of the source (columns `n_other_*`), also those whose votes were held back from the files; `majority` goes by
+these counts too.  Exit code 1 when a reference is missed.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
-from eval.baselines import BASELINES, Scorer, fit_baseline, predict_baseline
-from eval.metrics import accuracy_report
-from pgenrm_train.records import Example, PreferencePair, read_pairs
+from pgenrm_train.config import BASELINES, load
+from recipes import evaluate
 
 TOLERANCE = 0.0005  # the README's figures hold to the third decimal
-REFERENCES = {  # file, shared context only → pairs, users, longer, shorter, counted
+REFERENCES = {  # file, shared context only → pairs, users, longer, shorter, majority
     ("llmfao_dev", False): (1112, 47, 0.3426, 0.6574, 0.6223),
     ("mtbench_judges_dev", False): (874, 39, 0.6625, 0.3307, 0.5446),
     ("mtbench_judges_dev", True): (436, 39, 0.6674, 0.3234, 0.5550),
@@ -32,71 +30,51 @@ REFERENCES = {  # file, shared context only → pairs, users, longer, shorter, c
 }
 
 
-@dataclass(frozen=True)
-class CountedVotes:
-    """Scores a response by the source's counts of other voters: pair_id → {text: votes}."""
-
-    votes: Mapping[str, Mapping[str, int]]
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        return tuple(float(self.votes[example.pair_id][text]) for text in example.responses)
-
-
-def main(folder: Path) -> int:
-    missed = 0
+def main(folder: Path, names: list[str]) -> int:
+    missed, lines = 0, []
     for (name, shared_only), reference in REFERENCES.items():
-        frame = _frame(folder / f"{name}.parquet", shared_only)
-        pairs = _pairs(frame)
-        test = [p for p in pairs if p.split == "test"]
-        train = [p for p in pairs if p.split != "test"]
-        print(f"{name}{', shared context only' if shared_only else ''}")
-        scorers: dict[str, Scorer] = {"counted": _counted(frame)}
-        scorers |= {baseline: fit_baseline(baseline, train, pairs) for baseline in BASELINES}
-        measured = {key: accuracy_report(predict_baseline(s, test, None), draws=500) for key, s in scorers.items()}
-        expected = dict(zip(("n_pairs", "n_users", "longer", "shorter", "counted"), reference, strict=True))
-        missed += _print(measured, expected)
-    print("all references reproduced" if not missed else f"{missed} references missed")
+        if names and name not in names:
+            continue
+        results = evaluated(folder / f"{name}.parquet", shared_only)
+        lines.append(f"{name}{', shared context only' if shared_only else ''}")
+        expected = dict(zip(("n_pairs", "n_users", "longer", "shorter", "majority"), reference, strict=True))
+        wrong, told = compared(results["baselines"], expected)
+        missed, lines = missed + wrong, lines + told
+    print("\n".join([*lines, "all references reproduced" if not missed else f"{missed} references missed"]))
     return int(missed > 0)
 
 
-def _print(measured: Mapping[str, Mapping], expected: Mapping[str, float]) -> int:
+def evaluated(path: Path, shared_only: bool) -> dict[str, Any]:
+    """results.json of the recipe."""
+    baselines = ",".join(name for name in BASELINES if name != "oracle")
+    with tempfile.TemporaryDirectory() as run_dir:
+        evaluate.run(load(
+            "recipe=evaluate", "data=pairs", f"data.path={path}", "model=baseline", "model.name=majority", "tracking=none",
+            f"eval.baselines=[{baselines}]", "eval.draws=500", f"run_dir={run_dir}", 
+            *(["+data.only.shared_context='True'"] if shared_only else []),
+        ))  # fmt: skip
+        return dict(json.loads(Path(run_dir, "evaluate", "results.json").read_text()))
+
+
+def compared(measured: Mapping[str, Any], expected: Mapping[str, float]) -> tuple[int, list[str]]:
+    """(references missed, lines to print)"""
     sizes = measured["longer"]
-    wrong = [key for key in ("n_pairs", "n_users") if sizes[key] != expected[key]]
-    for key in wrong:
-        print(f"  {key} {sizes[key]}, reference {expected[key]}: MISSED")
+    lines = [
+        f"  {key} {sizes[key]}, reference {expected[key]}: MISSED"
+        for key in ("n_pairs", "n_users")
+        if sizes[key] != expected[key]
+    ]
+    wrong = len(lines)
     for name, report in measured.items():
         low, high = report["ci95"]
-        line = f"  {name:12s} {report['accuracy']:.4f} [{low:.3f}, {high:.3f}]  tied {report['ties'] / 2 / report['n_pairs']:.3f}"
+        line = f"  {name:18s} {report['accuracy']:.4f} [{low:.3f}, {high:.3f}]  tied {report['ties'] / 2 / report['n_pairs']:.3f}"
         if name in expected:
             good = abs(report["accuracy"] - expected[name]) <= TOLERANCE
             line += f"  reference {expected[name]:.4f} {'ok' if good else 'MISSED'}"
-            wrong += [] if good else [name]
-        print(line)
-    return len(wrong)
-
-
-def _frame(path: Path, shared_only: bool) -> pd.DataFrame:
-    frame = pd.read_parquet(path)
-    if shared_only:
-        frame = frame[frame["shared_context"]]
-    # Two of the files name a pair by its content; here an id names one vote.  Their `user_split` is not one of ours.
-    return frame.assign(pair_id=frame["user_id"] + "/" + frame["pair_id"]).drop(columns="user_split")
-
-
-def _pairs(frame: pd.DataFrame) -> list[PreferencePair]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pairs.parquet")
-        frame.to_parquet(path)
-        return list(read_pairs(path))
-
-
-def _counted(frame: pd.DataFrame) -> CountedVotes:
-    against = frame.get("n_other_disagree")
-    if against is None:  # mtbench gives the number of other judges instead
-        against = frame["n_other_judges"] - frame["n_other_agree"] - frame["n_other_tie"]
-    rows = zip(frame["pair_id"], frame["chosen"], frame["rejected"], frame["n_other_agree"], against, strict=True)
-    return CountedVotes({key: {c["content"]: int(n), r["content"]: int(m)} for key, c, r, n, m in rows})
+            wrong += not good
+        lines.append(line)
+    return wrong, lines
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")))
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data"), sys.argv[2:]))

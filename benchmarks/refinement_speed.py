@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from pgenrm_train.config import PrototypesConfig
-from pgenrm_train.prototypes import Prototypes, Refinement, RefinementBatch
+from pgenrm_train.prototypes import Prototypes
+from pgenrm_train.refinement import Refinement, RefinementBatch
 
 
 def random_world(n: int, d: int, h: int, k: int) -> tuple[Prototypes, RefinementBatch]:

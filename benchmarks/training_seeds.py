@@ -20,7 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -34,18 +34,19 @@ COMPARISONS = (("cre", "psi"), ("curriculum", "cre"), ("curriculum", "uniform"),
 SLICES = (None, "easy", "hard", "rival")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str, methods: Sequence[str], seeds: Sequence[int]) -> argparse.ArgumentParser:
+    """What every benchmark over cells of (method, seed) asks."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--run", type=Path, required=True, help="run folder with a finished PSI; its data and model settings apply"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for one run folder a cell")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument(
         "--overrides", nargs="*", default=[], help="more Hydra overrides, e.g. pipeline.budget=smoke cre.steps=60"
     )
-    return parser.parse_args()
+    return parser
 
 
 class Cells:
@@ -104,44 +105,58 @@ class Cells:
             sys.exit(f"error: exit code {code}; the same command continues here")
 
     def predictions(self, method: str, seed: int | None) -> pd.DataFrame | None:
-        path = self.folder(method, seed) / "evaluate" / "predictions.parquet"
+        path = self.folder(method, None if method == "psi" else seed) / "evaluate" / "predictions.parquet"
         if not path.exists():
             return None
         frame = pd.read_parquet(path)
         return frame[frame["set"] == "own"]
 
 
-def report(cells: Cells, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    psi = cells.predictions("psi", None)
+def report(
+    cells: Cells,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS,
+    slices: Sequence[str | None] = SLICES,
+) -> None:
+    """Print accuracies and differences of the cells that are there."""
     found = {(m, s): p for m in methods for s in seeds if (p := cells.predictions(m, s)) is not None}
-    found |= {("psi", s): psi for s in seeds if psi is not None}
-    print(f"\n{'':<24}" + "".join(f"{name or 'all':>24}" for name in SLICES))
-    for method in ("psi", *methods):
+    print(f"\n{'':<24}" + "".join(f"{name or 'all':>28}" for name in slices))
+    for method in methods:
         tables = [found[method, s] for s in seeds if (method, s) in found]
-        print(f"{method:<24}" + "".join(f"{_mean([_accuracy(t, kind) for t in tables]):>24}" for kind in SLICES))
-    for one, other in COMPARISONS:
+        print(f"{method:<24}" + "".join(f"{_mean([accuracy(t, kind) for t in tables]):>28}" for kind in slices))
+    for one, other in comparisons:
         both = [s for s in seeds if (one, s) in found and (other, s) in found]
         if both:
-            cellwise = [_difference(cells, found, one, other, both, kind) for kind in SLICES]
-            print(f"{one + ' − ' + other:<24}" + "".join(f"{text:>24}" for text in cellwise))
+            cellwise = [_text(*difference(found, one, other, both, kind)) for kind in slices]
+            print(f"{one + ' − ' + other:<24}" + "".join(f"{text:>28}" for text in cellwise))
 
 
-def _accuracy(table: pd.DataFrame, kind: str | None) -> float:
-    return 100 * float(accuracy_report(_slice(table, kind), draws=1)["accuracy"])
+def accuracy(table: pd.DataFrame, kind: str | None) -> float:
+    return 100 * float(accuracy_report(part(table, kind), draws=1)["accuracy"])
 
 
-def _difference(
-    cells: Cells, found: dict[tuple[str, int], pd.DataFrame], one: str, other: str, seeds: Sequence[int], kind: str | None
-) -> str:
-    """Mean over training seeds ± their standard error, and the interval over users with the seeds as evaluation seeds."""
-    single = [_accuracy(found[one, s], kind) - _accuracy(found[other, s], kind) for s in seeds]
-    pooled = [pd.concat([_slice(found[m, s], kind).assign(seed=s) for s in seeds]) for m in (one, other)]
-    low, high = paired_difference(pooled[0], pooled[1])["ci95"]
-    return f"{_mean(single)} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def difference(
+    found: Mapping[tuple[str, int], pd.DataFrame], one: str, other: str, seeds: Sequence[int], kind: str | None
+) -> tuple[list[float], list[float]]:
+    """Points of accuracy by training seed, and the interval over users with the seeds as evaluation seeds."""
+    single = [accuracy(found[one, s], kind) - accuracy(found[other, s], kind) for s in seeds]
+    pooled = [pd.concat([part(found[m, s], kind).assign(seed=s) for s in seeds]) for m in (one, other)]
+    return single, [100 * bound for bound in paired_difference(pooled[0], pooled[1])["ci95"]]
 
 
-def _slice(table: pd.DataFrame, kind: str | None) -> pd.DataFrame:
-    return table if kind is None else table[table["kind"] == kind]
+def part(table: pd.DataFrame, kind: str | None) -> pd.DataFrame:
+    """The rows of a kind; `unseen`, alone or before a kind, keeps users of unseen personas."""
+    words = (kind or "").split()
+    if "unseen" in words:
+        table = table[table["cohort"] == "unseen_persona"]
+    kinds = [word for word in words if word != "unseen"]
+    return table[table["kind"].isin(kinds)] if kinds else table
+
+
+def _text(single: Sequence[float], bounds: Sequence[float]) -> str:
+    """Mean over training seeds ± their standard error, and the interval."""
+    return f"{_mean(single)} [{bounds[0]:+.1f}, {bounds[1]:+.1f}]"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -152,16 +167,20 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
 
+def checked_run(run: Path) -> None:
+    if not (run / "psi" / "checkpoint" / "config.json").exists():
+        sys.exit(f"error: {run} holds no finished PSI; make one with `make demo` or recipe=psi")
+
+
 def main() -> None:
-    args = arguments()
-    if not (args.run / "psi" / "checkpoint" / "config.json").exists():
-        sys.exit(f"error: {args.run} holds no finished PSI; make one with `make demo` or recipe=psi")
+    args = arguments(__doc__.splitlines()[0], METHODS, (0, 1, 2)).parse_args()
+    checked_run(args.run)
     cells = Cells(args)
     cells.evaluate(cells.folder("psi", None), cells.psi)
     for seed in args.seeds:
         for method in args.methods:
             cells.make(method, seed)
-            report(cells, args.methods, args.seeds)
+            report(cells, ("psi", *args.methods), args.seeds)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ class FeatureTeacher:
         chosen, rejected = [p.chosen for p in train_pairs], [p.rejected for p in train_pairs]
         self._fit_scale(measure_many(sorted({*chosen, *rejected})))
         self.differences = self.standardise(chosen) - self.standardise(rejected)
+        self._total = self.differences.sum(axis=0)
         self.spread = np.sqrt((self.differences**2).mean(axis=0))  # around 0, so that the labels play no part
         self._row_texts = [frozenset(texts) for texts in zip(chosen, rejected)]
         self._user_rows: dict[str, list[int]] = defaultdict(list)
@@ -261,9 +262,14 @@ class FeatureTeacher:
         """
         weights = self.weights(question.user_id, question.history, question.responses)
         top = self._top_features(question, weights)
-        names = [_pole(i, weights[i]) for i in top]
-        criteria = list(zip(names, _percentages(np.abs(weights[top]))))
+        criteria = _criteria(weights, top)
+        names = [name for name, _ in criteria]
         return ChainParts(self._analysis(question.history, names), criteria, self._grades(question.responses, top, weights, rng))
+
+    def preferences(self, user_id: str) -> list[tuple[str, int]]:
+        """What moves this user most, as (criterion, percentage), by all their training rows; the population's for an unknown user."""
+        weights = self.weights(user_id)
+        return _criteria(weights, self._top_features(_Question(user_id, (), "", ()), weights))
 
     def write(
         self,
@@ -303,7 +309,7 @@ class FeatureTeacher:
         """What the user's chosen answers have over the rejected ones, (F,); the population's mean counts as τ further rows."""
         rows, extra, left_out = self._evidence(question.user_id, question.history, question.responses)
         own = self._differences_of(rows, extra)
-        others = (self.differences.sum(axis=0) - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
+        others = (self._total - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
         return (own.sum(axis=0) + self.tau * others) / (len(own) + self.tau)
 
     def _top_features(self, question: Question, weights: np.ndarray) -> np.ndarray:
@@ -350,6 +356,10 @@ class FeatureTeacher:
 def _pole(feature: int, sign: float) -> str:
     named = _TABLE[FEATURES[feature]]
     return named.more if sign >= 0 else named.less
+
+
+def _criteria(weights: np.ndarray, top: np.ndarray) -> list[tuple[str, int]]:
+    return list(zip([_pole(i, weights[i]) for i in top], _percentages(np.abs(weights[top]))))
 
 
 def _clearest(gap: np.ndarray) -> str:

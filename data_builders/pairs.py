@@ -1,4 +1,4 @@
-"""data=pairs: anybody's votes from a parquet or JSONL file in PersonalRewardBench's schema.
+"""data=pairs: anybody's votes from a parquet or JSONL file, or a folder of them, in PersonalRewardBench's schema.
 
 `data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).  `data.on_bad_row=skip` passes
 over rows that do not fit, counted and listed.
@@ -6,43 +6,69 @@ over rows that do not fit, counted and listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_builders import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import PreferencePair, read_rows, row_to_pair
+from pgenrm_train.records import PreferencePair, row_to_pair
 
 LISTED = 20  # skipped rows that are named one by one
 
 
-def build(data: DataConfig, seed: int) -> Iterator[PreferencePair]:
-    """Stream the file's pairs.  Raises DataError with file, row, field and expectation."""
+def build(data: DataConfig, seed: int, left_out: Counter[str]) -> Iterator[PreferencePair]:
+    """Stream the pairs of a file, or of a folder of files.  Raises DataError with file, row, field and expectation."""
     assert data.path is not None
-    yield from read(read_rows(Path(data.path)), Path(data.path), data)
+    yield from read(data.path, data, left_out)
 
 
-def read(rows: Iterable[Mapping[str, Any]], source: Path, data: DataConfig) -> Iterator[PreferencePair]:
-    """Raw rows → pairs; `source` is what messages name.  Raises DataError at a bad row, or when none is left."""
-    skipped, kept = [], 0
-    for number, row in enumerate(rows, start=1):
-        if missing := [column for column in data.only if column not in row]:
-            raise DataError(f"{source}: data.only names the column '{missing[0]}', which the file does not have")
-        if any(str(row[column]) != str(value) for column, value in data.only.items()):
-            continue
-        try:
-            pair = row_to_pair(row, source, number)
-        except DataError as error:
-            if data.on_bad_row == "fail":
-                raise
-            skipped.append(str(error))
-            continue
-        kept += 1
-        yield pair
-    for sentence in skipped[:LISTED]:
-        print(f"skipped: {sentence}", flush=True)
-    if skipped:
-        print(f"skipped {len(skipped)} rows of {source} in all", flush=True)
+def read(source: str, data: DataConfig, left_out: Counter[str]) -> Iterator[PreferencePair]:
+    """Raw rows → pairs.  Raises DataError at a bad row, or when none is left."""
+    bad, kept = BadRows(data.on_bad_row, left_out), 0
+    for table, rows in hub.tables(source):
+        for number, row in enumerate(rows, start=1):
+            if not _wanted(row, data.only, table):
+                continue
+            try:
+                pair = row_to_pair(row, Path(table), number)
+            except DataError as error:
+                bad.take(error)
+                continue
+            kept += 1
+            yield pair
+    bad.tell(source)
     if not kept:
         raise DataError(f"{source} holds no usable rows; expected at least one preference pair")
+
+
+class BadRows:
+    """What becomes of rows that do not fit: the first ends the build, or all are skipped, counted, and the first ones listed."""
+
+    def __init__(self, policy: str, left_out: Counter[str]) -> None:
+        self.policy, self.left_out = policy, left_out
+        self.listed: list[str] = []
+        self.count = 0
+
+    def take(self, error: DataError) -> None:
+        """Raises the error, or notes it when the policy is `skip`."""
+        if self.policy == "fail":
+            raise error
+        self.count += 1
+        self.left_out["rows that do not fit"] += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(str(error))
+
+    def tell(self, source: str) -> None:
+        for sentence in self.listed:
+            print(f"skipped: {sentence}", flush=True)
+        if self.count:
+            print(f"skipped {self.count} rows of {source} in all", flush=True)
+
+
+def _wanted(row: Mapping[str, Any], only: Mapping[str, Any], table: str) -> bool:
+    if missing := [column for column in only if column not in row]:
+        raise DataError(f"{table}: data.only names the column '{missing[0]}', which the file does not have")
+    return all(str(row[column]) == str(value) for column, value in only.items())

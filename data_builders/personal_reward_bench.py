@@ -6,10 +6,10 @@ other judges' verdicts are ignored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
-from data_builders import hub, pairs
+from data_builders import pairs
 from pgenrm_train.config import DataConfig
 from pgenrm_train.records import PreferencePair
 
@@ -19,7 +19,6 @@ HUB = {
 }
 
 
-def build(data: DataConfig, seed: int) -> Iterator[PreferencePair]:
+def build(data: DataConfig, seed: int, left_out: Counter[str]) -> Iterator[PreferencePair]:
     """Stream the pairs.  Raises DataError with source, row, field and expectation."""
-    source = data.path or HUB[data.name]
-    yield from pairs.read(hub.rows(source), Path(source), data)
+    yield from pairs.read(data.path or HUB[data.name], data, left_out)

@@ -120,6 +120,7 @@ class PersonaWorld:
 
     def __init__(self, seed: int = WORLD_SEED) -> None:
         rng = random.Random(seed)
+        self._population: dict[tuple[str, Response], float] = {}  # responses are few, draws are many
         self.cells: dict[tuple[str, str], Criteria] = {}
         for prototype in PROTOTYPES:
             base = [rng.choice(axis) for axis in AXES]
@@ -157,7 +158,9 @@ class PersonaWorld:
         return User(user_id, prototype, criteria, cohort)
 
     def population_utility(self, scenario: str, response: Response) -> float:
-        return sum(utility(self.cells[p, scenario], response) for p in PROTOTYPES) / len(PROTOTYPES)
+        if (key := (scenario, response)) not in self._population:
+            self._population[key] = sum(utility(self.cells[p, scenario], response) for p in PROTOTYPES) / len(PROTOTYPES)
+        return self._population[key]
 
     def kind_of(self, scenario: str, chosen: Response, rejected: Response) -> str:
         popular_loses = self.population_utility(scenario, chosen) < self.population_utility(scenario, rejected) - 0.05
@@ -194,8 +197,11 @@ class PersonaWorld:
         return Response(tuple(first), quality), Response(tuple(second), other)
 
 
-def build(data: DataConfig, seed: int) -> Iterator[PreferencePair]:
-    """Stream the votes of all users: training users, then validation users, then held-out test users with their twins."""
+def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[PreferencePair]:
+    """Stream the votes of all users: training users, then validation users, then held-out test users with their twins.
+
+    Nothing is ever left out.
+    """
     world = PersonaWorld()
     rng = random.Random(seed)
     queries = max(1, data.pairs_per_user - HISTORY_PER_SCENARIO * len(SCENARIOS))

@@ -6,8 +6,12 @@
     user_length  longer or shorter, learnt per user from the training pairs and shrunk to the population
     majority     votes of the *other* users on the same two responses to the same context
 
+Two more are given to `fit_baseline` from outside, as they need other rooms: `features`, and Bradley–Terry on sentence embeddings
+(`bradley_terry`).
+
 `majority` reads labels of the evaluated split (other people's): it is a reference for how much of a vote is shared taste, not a
-competitor.  It can only count votes that are in the data it is given.
+competitor.  Where the source counts the other voters itself (`PreferencePair.others`), those counts are used, for they hold also
+votes that are not in the data; elsewhere it counts the votes that it is given.
 
 A baseline is fitted once and yields a `Scorer`; the user's history and everything else that a model may see is in the `Example`.
 `chosen_index` of an example is the label: a scorer must not read it.
@@ -24,10 +28,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from pgenrm_train.errors import ConfigError, DataError
-from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
+from pgenrm_train.records import ContentKey, Example, HistoryItem, PreferencePair, content_key
 
 Histories = Mapping[str, Sequence[HistoryItem]]
-ContentKey = tuple[tuple[tuple[str, str], ...], frozenset[str]]
 
 
 class Scorer(Protocol):
@@ -128,16 +131,23 @@ class Majority:
         votes: dict[ContentKey, Counter[tuple[str, str]]] = defaultdict(Counter)
         for pair in all_pairs:
             votes[content_key(pair.context, (pair.chosen, pair.rejected))][pair.user_id, pair.chosen] += 1
-        return MajorityScorer(votes)
+        counted = {(p.user_id, p.pair_id): {p.chosen: p.others[0], p.rejected: p.others[1]} for p in all_pairs if p.others}
+        return MajorityScorer(votes, counted)
 
 
 @dataclass(frozen=True)
 class MajorityScorer:
-    """A response scores the number of votes for it by users other than the example's; `votes`: content → (user, text) → n."""
+    """A response scores the number of votes for it by users other than the example's.
+
+    votes: content → (user, text) → n.  counted: (user, pair_id) → text → n, as the source says; goes before `votes`.
+    """
 
     votes: Mapping[ContentKey, Mapping[tuple[str, str], int]] = field(repr=False)
+    counted: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict, repr=False)
 
     def score(self, example: Example) -> tuple[float, ...]:
+        if known := self.counted.get((example.user_id, example.pair_id)):
+            return tuple(float(known[text]) for text in example.responses)
         cast = self.votes.get(content_key(example.context, example.responses), {})
         others: Counter[str] = Counter()
         for (user, text), n in cast.items():
@@ -191,11 +201,6 @@ def predict_baseline(
     if not rows:
         raise DataError("no pairs to score; expected at least one pair in the evaluated split")
     return pd.DataFrame(rows)
-
-
-def content_key(context: Iterable[Message], responses: Iterable[str]) -> ContentKey:
-    """What was judged, whoever judged it and whichever won: the conversation and the unordered responses."""
-    return tuple((m.role, m.content) for m in context), frozenset(responses)
 
 
 def _history(pair: PreferencePair, histories: Histories | None) -> tuple[HistoryItem, ...]:

@@ -18,12 +18,15 @@ from eval.baselines import Scorer, predict_baseline
 from eval.harness import PredictionStore, Question, Write, ask, own_questions
 from eval.metrics import accuracy_report, paired_difference
 from eval.probes import Twins, disagreement_twins, swapped_histories
-from eval.scaling_study import Ask, FindSimilar, Study, cells, sample_pool
+from eval.robustness import ask_scorer, probe_questions, probe_rows, probe_slice
+from eval.scaling_study import Ask, FindSimilar, Study, cells, replayed, sample_pool
+from eval.scored import ScoreMany, ask_scores
 from pgenrm_train.artifacts import fingerprint
 from pgenrm_train.backends.base import Generator
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.records import HistoryItem, PreferencePair
 
+PROMPT = ("instructions", "max_prompt_tokens", "max_response_tokens", "max_text_tokens")  # settings that shape prompt and answer
 Progress = Callable[..., Iterable[Any]]
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 
@@ -38,6 +41,18 @@ class Candidate:
     write: Callable[[], Write]
     close: Callable[[], None]
     seconds: float | None = None  # wall time of the stage that made it
+    cost: Callable[[], Mapping[str, Any]] = dict  # what its answers cost, for a model that is paid for
+
+
+@dataclass(frozen=True)
+class ScoredCandidate:
+    """A model under test that gives scores and writes no chain (see `scored`)."""
+
+    name: str
+    identity: str
+    start: Callable[[], ScoreMany]
+    close: Callable[[], None]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Tested:
     report: dict[str, Any]
     probe: dict[str, Any] | None
     seconds: float | None
+    robustness: Sequence[dict[str, Any]] = ()  # a row a kind of probe; of the final model alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class Grid:
     study: Study
     pool: pd.DataFrame
     rows: list[dict[str, Any]]
+    adaptive: dict[str, Any] | None = None  # the largest cell with adaptive stopping, replayed on the same pool
 
 
 class Evaluation:
@@ -67,33 +84,44 @@ class Evaluation:
         self.config, self.pairs, self.histories = config, pairs, histories
         self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
         self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
+        self.probe_pairs = probe_slice(pairs, config.eval.probe_pairs) if config.eval.probes else []
 
-    def test(self, candidate: Candidate, folder: Path, progress: Progress) -> Tested:
-        """Ask all questions of one candidate; resumes from what `folder` holds."""
-        questions = own_questions(self.pairs, self.histories, seeds=self.config.eval.seeds)
+    def test(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, *, final: bool = False) -> Tested:
+        """Ask all questions of one candidate, those of the robustness probes too if it is the `final` one.
+
+        Resumes from what `folder` holds.
+        """
+        seeds = self.config.eval.seeds if isinstance(candidate, Candidate) else 1
+        questions = own_questions(self.pairs, self.histories, seeds=seeds)
         if self.twins:
             swapped = swapped_histories(self.twins, self.histories)
             twins = [p for twin in self.twins for p in twin]
             questions += own_questions(twins, swapped, set_name="swapped")
+        if final:
+            questions += self._probe_questions()
         predictions = self.asker(candidate, folder, progress, "predictions")(questions)
-        predictions = predictions[predictions["key"].isin({q.key for q in questions})]
-        return self.judge(candidate.name, predictions, candidate.seconds)
+        return self.judge(candidate.name, predictions, candidate.seconds, final=final)
 
-    def asker(self, candidate: Candidate, folder: Path, progress: Progress, store: str) -> Ask:
+    def asker(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str) -> Ask:
         """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
         masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
-        identity = fingerprint(candidate.identity, temperature, masking, self.config.seed)
+        prompt = [getattr(self.config.model, name) for name in PROMPT]
+        root = Path(self.config.eval.cache) if self.config.eval.cache else folder
+        identity = fingerprint(candidate.identity, temperature, masking, self.config.seed, prompt)
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
+            kept, what = PredictionStore(root / f"{store}-{identity}", identity), f"evaluate {candidate.name}"
+            if isinstance(candidate, ScoredCandidate):
+                return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
             return ask(
                 questions,
                 candidate.start,
                 candidate.write(),
-                PredictionStore(folder / f"{store}-{identity}", identity),
+                kept,
                 masking=masking,
                 temperature=temperature,
                 progress=progress,
-                what=f"evaluate {candidate.name}",
+                what=what,
             )
 
         return answer
@@ -103,23 +131,34 @@ class Evaluation:
     ) -> Grid:
         """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
         pairs = self.pairs[: self.config.eval.grid_pairs]
-        pool = sample_pool(study, pairs, histories, self.asker(candidate, folder, progress, "samples"), find)
-        return Grid(study, pool, cells(pool, study, self.config))
+        asker, adaptive = self.asker(candidate, folder, progress, "samples"), self.config.eval.adaptive
+        pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
+        return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
 
-    def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None) -> Tested:
-        """Accuracy on all pairs, and the probe on the twins."""
+    def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False) -> Tested:
+        """Accuracy on all pairs, the probe on the twins, and of the `final` model the robustness probes."""
         own = predictions[predictions["set"] == "own"]
         report = self._accuracy(own) | {"model": name}
-        return Tested(name, predictions, report, self._probe(predictions), seconds)
+        rows = self._robustness(predictions) if final else []
+        return Tested(name, predictions, report, self._probe(predictions), seconds, rows)
 
-    def baseline(self, name: str, scorer: Scorer) -> Tested:
+    def baseline(self, name: str, scorer: Scorer, *, final: bool = False) -> Tested:
         """The same pairs and probe for a scorer that writes no chains."""
         own = predict_baseline(scorer, self.pairs, self.histories).assign(set="own")
         tables = [own]
         if self.twins:
             twins = [p for twin in self.twins for p in twin]
             tables.append(predict_baseline(scorer, twins, swapped_histories(self.twins, self.histories)).assign(set="swapped"))
-        return self.judge(name, pd.concat(tables, ignore_index=True))
+        if final:
+            tables.append(ask_scorer(scorer, self._probe_questions()))
+        return self.judge(name, pd.concat(tables, ignore_index=True), final=final)
+
+    def _probe_questions(self) -> list[Question]:
+        return probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
+
+    def _robustness(self, predictions: pd.DataFrame) -> list[dict[str, Any]]:
+        settings = self.config.eval
+        return probe_rows(predictions, settings.probe_kinds, self.probe_pairs, draws=settings.draws, seed=self.config.seed)
 
     def _accuracy(self, predictions: pd.DataFrame) -> dict[str, Any]:
         protocol = self.config.eval.protocol

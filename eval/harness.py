@@ -7,11 +7,12 @@ limit, unreadable chain, engine error) stays in the table with its reason.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.stages.inputs import PromptWriter
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 ROWS_PER_SHARD = 512
+STAMP = "identity.txt"
 ENGINE_FAILURE = "engine:"  # how a failure begins that is the engine's and not the model's
 
 
@@ -43,7 +46,17 @@ class Question:
 
     @property
     def key(self) -> str:
-        return json.dumps([self.set, self.pair.pair_id, self.pair.user_id, self.order, self.seed, self.neighbour, self.samples])
+        """Names the question by what is asked, texts included: an answer to the same ids with other texts is none to it.
+
+        The same for every number of samples: those that are known already count.
+        """
+        names = [self.set, self.pair.pair_id, self.pair.user_id, self.order, self.seed, self.neighbour]
+        return json.dumps([*names, self._content])
+
+    @property
+    def _content(self) -> str:
+        texts = (self.pair.context, self.pair.chosen, self.pair.rejected, self.pair.explicit, self.history)
+        return hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 class PredictionStore:
@@ -55,20 +68,21 @@ class PredictionStore:
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        stamp = folder / "identity.txt"
+        stamp = folder / STAMP
         if stamp.exists() and stamp.read_text() != identity:
             raise DataError(f"{folder} holds predictions of another model or other settings; use another run_dir or delete it")
-        with atomic(stamp) as temporary:
-            temporary.write_text(identity)
+        if not stamp.exists():
+            with atomic(stamp) as temporary:
+                temporary.write_text(identity)
         self._pending: list[dict[str, Any]] = []
 
-    def done(self) -> set[str]:
-        """Keys of the questions that are answered in full; where the engine failed, another start asks again."""
+    def done(self) -> set[tuple[str, int]]:
+        """(key, sample) of what is answered; where the engine failed, another start asks again."""
         frame = self.read()
         if frame.empty:
             return set()
         failed = frame["failure"].astype("string").str.startswith(ENGINE_FAILURE).fillna(False)
-        return set(frame["key"]) - set(frame.loc[failed, "key"])
+        return set(zip(frame.loc[~failed, "key"], frame.loc[~failed, "sample"]))
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         self._pending.extend(rows)
@@ -76,11 +90,14 @@ class PredictionStore:
             self.flush()
 
     def flush(self) -> None:
-        if self._pending:
+        if not self._pending:
+            return
+        with (self.folder / STAMP).open() as lock:  # runs may share a store: no two take one number
+            fcntl.flock(lock, fcntl.LOCK_EX)
             number = 1 + max((int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")), default=-1)
             with atomic(self.folder / f"part-{number:06d}.parquet") as temporary:
                 pd.DataFrame(self._pending).to_parquet(temporary)
-            self._pending = []
+        self._pending = []
 
     def read(self) -> pd.DataFrame:
         shards = sorted(self.folder.glob("part-*.parquet"))
@@ -101,41 +118,93 @@ def ask(
     progress: Callable[..., Iterable[Any]],
     what: str,
 ) -> pd.DataFrame:
-    """Answer every question that the store does not hold yet; returns the whole table.
+    """Draw every sample of every question that the store does not hold yet; returns the rows of all samples asked for.
 
     The engine is started only if something is left to ask.
     """
-    done = store.done()
-    by_key = {q.key: q for q in questions}
-    if len(by_key) != len(questions):
+    wanted = {q.key: q.samples for q in questions}
+    if len(wanted) != len(questions):
         raise DataError("two questions are the same: pair ids must be unique for a user")
-    todo = [q for q in questions if q.key not in done]
-    if todo:
-        answers = generator()(_requests(todo, write, masking), temperature=temperature)
-        bar = iter(progress(range(len(todo)), what, len(todo)))
+    runs = {run.key: run for run in _missing(questions, store.done())}
+    if runs:
+        answers = generator()(_requests(runs.values(), write, masking), temperature=temperature)
+        total = answered = sum(run.samples for run in runs.values())
         try:
-            for group in _grouped(answers, by_key):
-                question = by_key[group[0].key]
-                store.add([prediction(question, generation) for generation in group])
-                next(bar, None)
-            next(bar, None)
+            for answer, _ in zip(answers, progress(range(total), what, total)):
+                run = runs[answer.key]
+                store.add([prediction(run.question, replace(answer, sample=run.first + answer.sample))])
+                answered -= 1
         finally:  # an engine that fails and Ctrl-C lose no answer
             store.flush()
-    return store.read()
+        if isinstance(write, PromptWriter) and (told := write.told(what)):
+            print(told, flush=True)
+        if answered:
+            raise DataError(f"the engine ended with {answered} of {total} samples unanswered")
+    frame = store.read()
+    return frame[frame["sample"] < frame["key"].map(wanted)].reset_index(drop=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive samples of one question, asked in one request."""
+
+    question: Question
+    first: int
+    samples: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.question.key}#{self.first}" if self.first else self.question.key
+
+
+def _missing(questions: Sequence[Question], done: Set[tuple[str, int]]) -> list[_Run]:
+    """What is left to ask, prompts with the same beginning next to each other: a server encodes a shared prefix once."""
+    runs = []
+    for question in questions:
+        key, start = question.key, None
+        for sample in range(question.samples + 1):
+            open_end = sample < question.samples and (key, sample) not in done
+            if open_end and start is None:
+                start = sample
+            elif not open_end and start is not None:
+                runs.append(_Run(question, start, sample - start))
+                start = None
+    return sorted(runs, key=lambda run: (_texts(run.question.history), run.question.pair.query))
+
+
+def _texts(history: Iterable[HistoryItem]) -> tuple[str, ...]:
+    return tuple(text for item in history for text in (item.query, item.chosen, item.rejected))
 
 
 def prediction(question: Question, generation: Generation) -> dict[str, Any]:
     """One row: INTERFACES' columns plus the text, verified scores, issues and tokens."""
-    pair, chosen = question.pair, question.order
+    chosen = question.order
     chain = parse_chain(generation.text or "", 2) if generation.failure is None else None
     failure = generation.failure if chain is None else f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else None
-    row: dict[str, Any] = {
+    row = answer_row(question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text)
+    if failure is None and chain is not None and not isinstance(chain, ParseFailure):
+        row |= {
+            "score_chosen": chain.scores[chosen],
+            "score_rejected": chain.scores[1 - chosen],
+            "issues": ",".join(chain.issues),
+        }
+        if chain.verified_scores:
+            row |= {"verified_chosen": chain.verified_scores[chosen], "verified_rejected": chain.verified_scores[1 - chosen]}
+    return row
+
+
+def answer_row(
+    question: Question, *, sample: int, failure: str | None, tokens: int = 0, text: str | None = None
+) -> dict[str, Any]:
+    """The row of an answer before its scores are known; every kind of model fills the same columns."""
+    pair = question.pair
+    return {
         "key": question.key,
         "pair_id": pair.pair_id,
         "user_id": pair.user_id,
         "order": question.order,
         "seed": question.seed,
-        "sample": generation.sample,
+        "sample": sample,
         "score_chosen": None,
         "score_rejected": None,
         "verified_chosen": None,
@@ -146,18 +215,9 @@ def prediction(question: Question, generation: Generation) -> dict[str, Any]:
         "set": question.set,
         "neighbour": question.neighbour,
         "issues": "",
-        "tokens": generation.tokens,
-        "text": generation.text,
+        "tokens": tokens,
+        "text": text,
     }
-    if failure is None and chain is not None and not isinstance(chain, ParseFailure):
-        row |= {
-            "score_chosen": chain.scores[chosen],
-            "score_rejected": chain.scores[1 - chosen],
-            "issues": ",".join(chain.issues),
-        }
-        if chain.verified_scores:
-            row |= {"verified_chosen": chain.verified_scores[chosen], "verified_rejected": chain.verified_scores[1 - chosen]}
-    return row
 
 
 def readable_text(row: Mapping[str, Any]) -> str | None:
@@ -172,34 +232,30 @@ def own_questions(
     seeds: int = 1,
     samples: int = 1,
     set_name: str = "own",
+    orders: Sequence[int] = (0, 1),
 ) -> list[Question]:
-    """Every pair in both orders, for every evaluation seed, with the given history."""
+    """Every pair in both `orders`, for every evaluation seed, with the given history."""
     return [
         Question(pair, order, histories[pair.pair_id], set_name, seed, samples)
         for pair in pairs
         for seed in range(seeds)
-        for order in (0, 1)
+        for order in orders
     ]
 
 
-def _requests(questions: Iterable[Question], write: Write, masking: str) -> Iterator[GenerationRequest]:
-    for q in questions:
+def requests(questions: Sequence[Question], write: Write, masking: str) -> Iterator[GenerationRequest]:
+    """What a generator is asked: each question's prompt under the masking policy, and a seed of its own."""
+    yield from _requests(_missing(questions, set()), write, masking)
+
+
+def _requests(runs: Iterable[_Run], write: Write, masking: str) -> Iterator[GenerationRequest]:
+    for run in runs:
+        q = run.question
         example = present(q.pair, q.history, q.order)
         view, _ = apply_masking(example, masking, random.Random(q.key))
-        yield GenerationRequest(q.key, tuple(write(view)), q.samples, _seed(q.key))
+        # engines seed sample i with seed + i: later samples are the same whether asked at once or afterwards
+        yield GenerationRequest(run.key, tuple(write(view)), run.samples, _seed(q.key) + run.first)
 
 
 def _seed(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
-
-
-def _grouped(answers: Iterable[Generation], by_key: Mapping[str, Question]) -> Iterator[list[Generation]]:
-    """Collect a question's samples; a question is stored only with all of them."""
-    open_groups: dict[str, list[Generation]] = {}
-    for answer in answers:
-        group = open_groups.setdefault(answer.key, [])
-        group.append(answer)
-        if len(group) == by_key[answer.key].samples:
-            yield open_groups.pop(answer.key)
-    if open_groups:
-        raise DataError(f"the engine ended with {len(open_groups)} questions answered in part")

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from eval.baselines import ContentKey, Histories, content_key
+from eval.baselines import Histories
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.records import ContentKey, HistoryItem, PreferencePair, content_key
 
 Twins = list[tuple[PreferencePair, PreferencePair]]
 

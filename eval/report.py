@@ -4,8 +4,8 @@ Nothing is fetched: CSS, script and SVG plots are inlined, and the page's Conten
 Model and user text is untrusted; it reaches the page only through jinja2's autoescape, and the SVG's only through matplotlib's
 XML writer.  Tables are generic: a row is a mapping, columns appear in the order in which the rows name them.
 
-A column whose name ends in accuracy, stderr, share, difference, flip rate, pass rate or failure rate is a fraction and shown in
-percent; `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a dash.
+A column whose name ends in accuracy, stderr, share, difference, drop, confidence or a rate (flip, pass, failure) is a fraction and
+shown in percent; `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a dash.
 
 matplotlib's SVG is made for files of its own.  To live inside HTML, next to others, it loses its prolog, metadata, namespaces
 (the HTML parser supplies them), global style rule and fixed size; its ids get a prefix, its text the page's colour.
@@ -38,7 +38,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 DASH = "–"
 Rows = Sequence[Mapping[str, Any]]
 
-_FRACTION = re.compile(r"(accuracy|stderr|share|difference|flip rate|pass rate|failure rate)$")
+_FRACTION = re.compile(r"(accuracy|stderr|share|difference|drop|confidence|flip rate|pass rate|failure rate)$")
 _INTERVAL = re.compile(r"(?:^|[ _])ci95$")
 
 _INK = "#010203"  # stands for the page's text colour; no series uses it
@@ -128,6 +128,7 @@ class Report:
     comparisons: Rows = ()  # baselines and other references
     sections: Sequence[Section] = ()
     curves: Sequence[Curve] = ()
+    drawings: Sequence[tuple[str, Markup]] = ()  # (title, SVG) that is ready, see eval.plots
     notes: Sequence[str] = ()  # plain sentences that qualify the figures
     chains: Sequence[ChainView] = ()
 
@@ -189,7 +190,7 @@ def _plots(report: Report) -> list[tuple[str, Markup]]:
         plots.append(("Accuracy with 95 % intervals", Markup(_accuracy_bars(bars, prefix="bars"))))
     for i, curve in enumerate(Curve(*c) for c in report.curves):
         plots.append((curve.title, Markup(_line_plot(*curve[1:], prefix=f"curve{i}"))))
-    return plots
+    return [*plots, *report.drawings]
 
 
 def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:

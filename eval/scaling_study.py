@@ -7,10 +7,12 @@ that has fewer than n neighbours, keeps its place in the pool with the reason.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from eval.harness import Question, own_questions, readable_text
@@ -18,9 +20,12 @@ from eval.metrics import accuracy_report, paired_difference
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.records import HistoryItem, PreferencePair
-from pgenrm_train.scaling import grid
+from pgenrm_train.scaling import GROUP, grid
+from pgenrm_train.stopping import looks, replay, settled
 
 Histories = Mapping[str, tuple[HistoryItem, ...]]
+SETTLED = "settled"  # the reason of a sample that adaptive stopping did not draw
+REPLAYED_LEVEL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +58,35 @@ class Study:
 
 
 def sample_pool(
-    study: Study, pairs: Sequence[PreferencePair], histories: Histories, ask: Ask, find: FindSimilar | None
+    study: Study,
+    pairs: Sequence[PreferencePair],
+    histories: Histories,
+    ask: Ask,
+    find: FindSimilar | None,
+    *,
+    adaptive: float | None = None,
+    orders: Sequence[int] = (0, 1),
 ) -> pd.DataFrame:
-    """Ask for the largest m and n; returns `scaling.grid`'s pool."""
-    own_asked = own_questions(pairs, histories, samples=max(1, study.m), set_name=f"{study.name}/own")
-    own = _answers(ask(own_asked), own_asked).assign(source="ind")
-    if not study.n:
-        return own
-    assert find is not None, "Pro-n needs prototypes"
-    questions, missing = _similar_questions(study, own_asked, own, find)
-    similar = _answers(ask(questions), questions)
-    similar["sample"] = similar["neighbour"].str.split("/", n=1).str[0].astype(int)
-    return pd.concat([own, similar.assign(source="pro"), missing], ignore_index=True)
+    """Ask for the largest m and n; returns `scaling.grid`'s pool.
+
+    With `adaptive`, an error level, a pair's own samples stop once its verdict is settled (see `stopping`); those that are not
+    drawn have a row with the failure `settled`.
+    """
+    m = max(1, study.m)
+    own_asked = own_questions(pairs, histories, samples=m, set_name=f"{study.name}/own", orders=orders)
+    first_asked = [replace(q, samples=looks(m, adaptive)[0]) for q in own_asked] if adaptive else own_asked
+    own = ask(first_asked)
+    similar = pd.DataFrame()
+    if study.n:
+        assert find is not None, "Pro-n needs prototypes"
+        questions, missing = _similar_questions(study, own_asked, own, find)
+        similar = ask(questions)
+        similar["sample"] = similar["neighbour"].str.split("/", n=1).str[0].astype(int)
+        similar = pd.concat([similar.assign(source="pro"), missing], ignore_index=True)
+    undrawn = pd.DataFrame()
+    if adaptive:
+        own, undrawn = _draw_until_settled(own_asked, own, similar, ask, adaptive)
+    return pd.concat([own.assign(source="ind"), undrawn, similar], ignore_index=True)
 
 
 def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, Any]]:
@@ -81,6 +103,8 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
             "pairs": report["n_pairs"],
             "samples used": float((part["own_used"] + part["similar_used"]).mean()),
         }
+        if (undrawn := (pool["failure"] == SETTLED).sum()) > 0:
+            row["saved share"] = float(undrawn / (pool["source"] == "ind").sum())
         if first is None:
             first = part
         else:
@@ -90,8 +114,56 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
     return rows
 
 
-def _answers(table: pd.DataFrame, questions: Sequence[Question]) -> pd.DataFrame:
-    return table[table["key"].isin({q.key for q in questions})].copy()
+def replayed(pool: pd.DataFrame, study: Study, config: Config, alpha: float = REPLAYED_LEVEL) -> dict[str, Any] | None:
+    """What adaptive stopping would have saved on a full pool, and what it would have cost; None for pools of fewer than 4 samples."""
+    if study.m < 4 or (pool["failure"] == SETTLED).any():
+        return None
+    similar = pool[pool["source"] == "pro"]
+    own = pool[pool["source"] == "ind"].merge(_offsets(similar), how="left", on=GROUP)
+    own["margin"] = (own["score_chosen"] - own["score_rejected"]).astype(float) + own["offset"].fillna(0.0)
+    wide = own.set_index([*GROUP, "sample"])["margin"].unstack()
+    used = pd.Series(replay(wide.to_numpy(), alpha), index=wide.index, name="used")
+    own = own.merge(used, left_on=GROUP, right_index=True)
+    own["failure"] = own["failure"].astype(object).where(own["sample"] < own["used"], SETTLED)
+    early = grid(pd.concat([own, similar], ignore_index=True), [study.m], [study.n])
+    full = grid(pool, [study.m], [study.n])
+    draws, seed = config.eval.draws, config.seed
+    cell = {"ind": study.m, "pro": study.n}
+    report = accuracy_report(early, protocol=config.eval.protocol, draws=draws, seed=seed, extra=cell)
+    difference = paired_difference(early, full, draws=draws, seed=seed)
+    return {
+        "ind": study.m, "pro": study.n, "error level": alpha, "saved share": 1 - float(used.mean()) / study.m,
+        "accuracy": report["accuracy"], "ci95": report["ci95"],
+        "paired difference": difference["difference"], "paired difference ci95": difference["ci95"],
+    }  # fmt: skip
+
+
+def _draw_until_settled(
+    asked: Sequence[Question], own: pd.DataFrame, similar: pd.DataFrame, ask: Ask, alpha: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rounds over the one queue of all pairs that are still open; the samples drawn, and rows for those that were not."""
+    budget = asked[0].samples
+    place = {q.key: i for i, q in enumerate(asked)}
+    groups = pd.DataFrame([(q.pair.pair_id, q.order, q.seed) for q in asked], columns=GROUP)
+    offset = groups.merge(_offsets(similar), how="left", on=GROUP)["offset"].fillna(0.0).to_numpy()
+    steps = looks(budget, alpha)
+    drawn = np.full(len(asked), steps[0])
+    for before, after in itertools.pairwise(steps):
+        margins = np.full((len(asked), budget), np.nan)
+        rows = own["key"].map(place)
+        margins[rows, own["sample"]] = (own["score_chosen"] - own["score_rejected"]).astype(float) + offset[rows]
+        drawn[(drawn == before) & ~settled(margins, before, alpha)] = after
+        own = ask([replace(q, samples=int(n)) for q, n in zip(asked, drawn)])
+    left = [_missing(q, sample, SETTLED, "ind") for q, n in zip(asked, drawn) for sample in range(n, budget)]
+    return own, pd.DataFrame(left)
+
+
+def _offsets(similar: pd.DataFrame) -> pd.DataFrame:
+    """The similar users' mean margin of each pair × order × seed; absent where none could be read."""
+    if similar.empty:
+        return pd.DataFrame(columns=[*GROUP, "offset"])
+    margin = (similar["score_chosen"] - similar["score_rejected"]).astype(float).rename("offset")
+    return margin.groupby([similar[name] for name in GROUP]).mean().reset_index()
 
 
 def _similar_questions(
@@ -127,9 +199,9 @@ def _similar_questions(
     return questions, pd.DataFrame(missing)
 
 
-def _missing(question: Question, rank: int, reason: str) -> dict[str, Any]:
+def _missing(question: Question, rank: int, reason: str, source: str = "pro") -> dict[str, Any]:
     pair = question.pair
     return {
         "pair_id": pair.pair_id, "user_id": pair.user_id, "order": question.order, "seed": question.seed, "sample": rank,
-        "source": "pro", "neighbour": None, "score_chosen": None, "score_rejected": None, "failure": reason, "kind": pair.kind,
+        "source": source, "neighbour": None, "score_chosen": None, "score_rejected": None, "failure": reason, "kind": pair.kind,
     }  # fmt: skip

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
-from eval.evaluation import Evaluation, Grid, Tested, cohort_rows, gain_rows, stage_row
+from eval.console import text_table
+from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
+from eval.factory import cost_section, yield_section
 from eval.metrics import accuracy_report
+from eval.plots import heat_map
+from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
 from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
+from eval.scaling_study import SETTLED
+from eval.sections import calibration_curve, details, input_notes, probe_table, protocol_rows, reader_notes, sections
+from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
 from pgenrm_train.artifacts import write_json, write_table, write_text
 from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.masking import present
 from pgenrm_train.scaling import grid
 
+ADAPTIVE = (
+    "Own samples that eval.adaptive would not have drawn, and the largest cell's accuracy then: the same pool, cut where each pair's "
+    "verdict was settled. The difference is paired, to the cell with all samples."
+)
+RULES = {
+    "strict": "both orders; a tie or a failure is not a hit",
+    "both_orders": "both orders; a tie is not a hit, a failed order leaves",
+    "release": "one random order; ties and failures leave",
+    "user_disjoint": "held-out users; both orders; a tie or a failure is not a hit",
+}
+REWARD_PARTS = {"outcome": "reward/outcome", "process": "reward/process", "format": "reward/format"}
+PASS_RATES = {name: f"curriculum/{name}_pass_rate" for name in ("hard", "rest", "suspect")}
+MIX = {"target": "curriculum/target_hard_share", "realised": "curriculum/realised_hard_share"}
+TRAINING_CURVES = (  # stage, title, axis, lines by what the stage logs
+    ("psi", "loss", "loss", {"loss": "loss"}),
+    ("cre", "reward parts", "mean reward", REWARD_PARTS),
+    ("curriculum", "reward parts", "mean reward", REWARD_PARTS),
+    ("curriculum", "curriculum mix", "share of hard pairs", MIX),
+    ("curriculum", "pass rate by hardness", "pass rate", PASS_RATES),
+)
 GAINS = "What each stage adds, on the same pairs"
 
 
@@ -28,41 +57,50 @@ def publish(
     baselines: Sequence[Tested],
     grids: Sequence[Grid],
     notes: Sequence[str],
+    prototypes: Mapping[str, int] | None = None,
+    cost: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Write everything; returns what results.json holds.
+    """Write everything; returns what results.json holds.  `cost`: what each model under test was paid, empty for our own.
 
     The last of `tested` is the final model and gives the top-level fields: Ind-1 as asked in both orders, or the cell that
-    `eval.ind` and `eval.pro` name when both are numbers.
+    `eval.ind` and `eval.pro` name when both are numbers.  `prototypes`: pair_id → nearest prototype, where the run has some.
     """
     rows, compared = [stage_row(t) for t in tested], [stage_row(t) for t in baselines]
     final = (tested or baselines)[-1]
     everyone = [*tested, *baselines]
     gains = gain_rows(tested, config)
+    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes)
     results = headline(config, final, grids) | {
         "data": config.data.name,
+        "data_sha256": data_digest(evaluation.pairs),
+        "odd_inputs": odd_inputs(evaluation.pairs, evaluation.histories),
         "judge": config.judge.kind,
         "grids": {g.study.name: g.rows for g in grids},
+        "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
         "stages": {t.name: t.report for t in tested},
         "gains": gains,
         "baselines": {t.name: t.report for t in baselines},
         "probe_swapped_history": {t.name: t.probe for t in everyone if t.probe},
+        **details(config, final, labels),
         "notes": list(notes),
+        "cost": {name: dict(facts) for name, facts in cost.items() if facts},
     }
     write_json(folder / "results.json", results)
-    pools = [g.pool.assign(model=final.name) for g in grids]
-    write_table(
-        folder / "predictions.parquet",
-        pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True),
-    )
-    notes = [*personal_sentences(final), *notes]
+    pools = [g.pool[g.pool["failure"] != SETTLED].assign(model=final.name, study=g.study.name) for g in grids]
+    predictions = pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True)
+    write_table(folder / "predictions.parquet", predictions.merge(labels, on=KEYS, how="left"))
+    notes = [*reader_notes(final), *input_notes(results["odd_inputs"]), *notes]
     grid_texts = [text_table(g.rows, grid_title(g), 110) for g in grids]
     text = (
         text_table([*rows, *compared], headline_title(evaluation, config), 150)
         + (text_table(narrow(gains), GAINS, 150) if gains else "")
+        + text_table(protocol_rows(final), f"{final.name}: the same predictions under each protocol", 110)
+        + (text_table(probe_table(results["probes"]), f"{final.name}: what moves its verdicts", 150) if results["probes"] else "")
         + "".join(grid_texts)
         + "".join(f"- {n}\n" for n in notes)
     )
     write_text(folder / "table.txt", text)
+    stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     report = Report(
         title=f"P-GenRM on {config.data.name}",
         run=run_facts(config, evaluation),
@@ -71,9 +109,18 @@ def publish(
         sections=[
             *([Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)] if gains else []),
             *(Section(grid_title(g), "Ties are counted by pair, order and evaluation seed.", g.rows) for g in grids),
-            *sections(config, tested, everyone),
+            *([Section("Adaptive stopping, replayed", ADAPTIVE, stopped)] if stopped else []),
+            *prototype_sections(folder.parent),
+            *sections(config, tested, everyone, results),
+            *(section for section in (yield_section(folder.parent), cost_section(cost)) if section),
         ],
-        curves=[*(grid_curve(g) for g in grids), *training_curves(folder.parent)],
+        curves=[
+            *(grid_curve(g) for g in grids),
+            *([calibration_curve(results["calibration"], final.name)] if results["calibration"]["curve"] else []),
+            *training_curves(folder.parent),
+            *prototype_curves(folder.parent),
+        ],
+        drawings=[*(d for g in grids for d in grid_heat_map(g)), *prototype_maps(folder.parent)],
         notes=notes,
         chains=chain_views(config, evaluation, final) if tested else [],
     )
@@ -108,7 +155,7 @@ def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> dict[str, 
 def headline_title(evaluation: Evaluation, config: Config) -> str:
     users = len({p.user_id for p in evaluation.pairs})
     return (
-        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, {config.eval.protocol} protocol, "
+        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users asked in both orders, {config.eval.protocol} protocol, "
         f"judge={config.judge.kind}; accuracy in % [95 % interval over users]"
     )
 
@@ -125,13 +172,23 @@ def grid_curve(grid: Grid) -> Curve:
     return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy")
 
 
+def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
+    """Accuracy by m and n, where both vary."""
+    if len(grid.study.ind) < 2 or len(grid.study.pro) < 2:
+        return []
+    cells = {(row["ind"], row["pro"]): row["accuracy"] for row in grid.rows}
+    values = [[cells.get((m, n)) for m in grid.study.ind] for n in grid.study.pro]
+    columns, rows = [f"Ind-{m}" for m in grid.study.ind], [f"Pro-{n}" for n in grid.study.pro]
+    return [(grid_title(grid), heat_map(values, rows, columns, prefix=f"heat-{grid.study.name}"))]
+
+
 def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "model": config.model.name,
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
         "users": len({p.user_id for p in evaluation.pairs}),
-        "protocol": f"{config.eval.protocol} (both orders; a tie or a failure is not a hit)",
+        "protocol": f"{config.eval.protocol} ({RULES[config.eval.protocol]})",
         "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
         "training seed": config.seed,
         "sampling": f"temperature {config.eval.temperature}, {config.eval.seeds} evaluation seed(s)",
@@ -141,83 +198,19 @@ def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested]) -> list[Section]:
-    """Accuracy by kind, by cohort, the history probe, and the protocols side by side."""
-    found = []
-    kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
-    if len(kinds) > 1:
-        by_kind = [
-            {"model": t.name, **{f"{k} accuracy": t.report["slices"][k]["accuracy"] for k in kinds if k in t.report["slices"]}}
-            for t in everyone
-        ]
-        found.append(Section("Accuracy by kind of pair", "", by_kind))
-    if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
-        found.append(
-            Section(
-                "Seen and unseen personas",
-                "All test users are unseen; unseen personas also hold criteria that no training user has.",
-                cohorts,
-            )
-        )
-    probes = [
-        {
-            "model": t.name,
-            "own history accuracy": t.probe["own"]["accuracy"],
-            "own history accuracy ci95": t.probe["own"]["ci95"],
-            "swapped accuracy": t.probe["swapped"]["accuracy"],
-            "swapped accuracy ci95": t.probe["swapped"]["ci95"],
-            "pairs": t.probe["n_pairs"],
-        }
-        for t in everyone
-        if t.probe
-    ]
-    if probes:
-        text = (
-            "Votes on the same two responses by two users who disagree: a rule that ignores the user scores 50 % at best. "
-            "With the other user's history in place of one's own, a personal model falls to 50 % or below."
-        )
-        found.append(Section("Is it personal? Swapped histories", text, probes))
-    protocols = [
-        {"model": t.name, **{f"{name} accuracy": p["accuracy"] for name, p in t.report["protocols"].items()}} for t in everyone
-    ]
-    found.append(Section("The same predictions under other protocols", "", protocols))
-    return found
-
-
-def personal_sentences(final: Tested) -> list[str]:
-    """Say plainly whether the final model depends on whose history it reads."""
-    if not final.probe:
-        return []
-    own, swapped = final.probe["own"], final.probe["swapped"]
-    low, high = final.probe["difference"]["ci95"]
-    verdict = (
-        "it uses whose history it reads"
-        if low > 0
-        else "no dependence on whose history it reads is proven: this model is not shown to be personal"
-    )
-    return [
-        f"{final.name}, {final.probe['n_pairs']} votes on which two users disagree: own history {own['accuracy']:.1%}, swapped history "
-        f"{swapped['accuracy']:.1%} (difference [{low:+.1%}, {high:+.1%}]); {verdict}."
-    ]
-
-
 def training_curves(run_dir: Path) -> list[Curve]:
-    """Loss and reward curves of the stages that logged them."""
+    """Loss, reward parts and curriculum mix of the stages that logged them."""
     curves = []
-    for stage, name, label in (
-        ("psi", "psi/loss", "loss"),
-        ("cre", "cre/reward/outcome", "outcome reward"),
-        ("curriculum", "curriculum/reward/outcome", "outcome reward"),
-    ):
+    for stage, title, label, lines in TRAINING_CURVES:
         path = run_dir / stage / "metrics.jsonl"
         if not path.exists():
             continue
         frame = pd.read_json(path, lines=True)
-        if name in frame:
-            part = frame[["step", name]].dropna().drop_duplicates("step", keep="last")
-            curves.append(
-                Curve(f"{stage}: {label}", part["step"].tolist(), {label: part[name].tolist()}, "optimiser step", label)
-            )
+        logged = {line: f"{stage}/{name}" for line, name in lines.items() if f"{stage}/{name}" in frame}
+        part = frame.dropna(subset=list(logged.values()), how="all").drop_duplicates("step", keep="last")
+        series = {line: part[name].tolist() for line, name in logged.items() if part[name].notna().any()}
+        if series:
+            curves.append(Curve(f"{stage}: {title}", part["step"].tolist(), series, "optimiser step", label))
     return curves
 
 
@@ -261,33 +254,3 @@ def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[C
             )
         )
     return views
-
-
-def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str:
-    """A table for the console."""
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95")))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in rows:
-        table.add_row(
-            *(_cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95")) for column in columns)
-        )
-    out = StringIO()
-    Console(file=out, width=width, force_terminal=False).print(table)
-    return out.getvalue()
-
-
-def _cell(column: str, value: Any, interval: Sequence[float] | None) -> str:
-    if value is None or (isinstance(value, float) and value != value):
-        return "–"
-    if interval:
-        return f"{value * 100:.1f} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
-    if column.endswith(("accuracy", "stderr")):
-        return f"{value * 100:.1f}"
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pgenrm_train import usage
 from pgenrm_train.config import CONFIG_DIR, Config, parse, register_resolvers
 from pgenrm_train.errors import ConfigError, PGenRMError
 
@@ -20,6 +21,9 @@ from pgenrm_train.errors import ConfigError, PGenRMError
 def main() -> int:
     if not (CONFIG_DIR / "config.yaml").exists():
         return _fail("the recipes and configs are not installed; run from a checkout, or `pip install -e .` in one")
+    if (text := usage.asked_for(sys.argv[1:], _groups(), choices)) is not None:
+        print(text, end="")
+        return 0
     sys.path.insert(0, str(CONFIG_DIR.parent))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and one sentence can be made of it
     try:
@@ -44,6 +48,8 @@ def run_recipe(config: Config) -> int:
         if error.name not in ("recipes", f"recipes.{config.recipe}"):
             raise
         raise ConfigError(f"recipe={config.recipe} is not one of {', '.join(choices('recipe'))}") from None
+    if config.preflight.only and config.recipe != "plan":
+        module = importlib.import_module("recipes.preflight")
     return int(module.run(config) or 0)
 
 

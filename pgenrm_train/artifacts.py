@@ -81,6 +81,12 @@ def publish_folder(staging: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def link(target: Path, place: Path) -> None:
+    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
+    place.unlink(missing_ok=True)
+    place.symlink_to(os.path.relpath(target, place.parent))
+
+
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:

@@ -81,7 +81,7 @@ def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
 
     Without a valid block, the failure of the last complete one is returned.
     """
-    starts = [match.end() for match in re.finditer(JSON_START, text)]
+    starts = [match.end() for match in _START.finditer(text)]
     limits = [start - len(JSON_START) for start in starts[1:]] + [len(text)]
     spans = list(zip(starts, limits, strict=False))[::-1]
     if len(starts) > 1:
@@ -160,6 +160,7 @@ def _half_up(weights: Sequence[float], scores: Sequence[float]) -> str:
 # ---- blocks and declared scores -----------------------------------------------------------------------------------------------
 
 # Integers are read as floats: Python refuses to convert very long ones.
+_START = re.compile(JSON_START)
 _DECODER = json.JSONDecoder(strict=False, parse_int=float)
 _OBJECT = re.compile(r'\{[ \t\r\n]*+["}]')
 

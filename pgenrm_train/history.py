@@ -1,18 +1,26 @@
 """Which earlier votes of a user an example may show (METHOD §1: h randomly drawn pairs).
 
-Rules that hold for every policy: only pairs of the same user's `train` part, never the asked pair itself, never a vote on the
-same texts, and the draw depends on (seed, pair) alone, so that every stage shows the same history for the same pair.
+Rules that hold for every policy: only pairs of the same user's `train` part; never the asked pair itself, a vote on the same two
+texts, or one on the same prompt that shares a response with it (that A beat C tells much of A against B); never its future (a later
+vote where votes have times, a later turn of the same conversation).  The draw depends on (seed, pair) alone, so that every stage
+shows the same history for the same pair.
+
+Policies: `random` (the paper), `recent`, `most_similar` (TF–IDF cosine of the queries, within the user; ties to the newer vote),
+`same_scenario` (random, those of the asked scenario first).
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections import defaultdict
-from collections.abc import Iterable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 from pgenrm_train.records import HistoryItem, PreferencePair
 
-POLICIES = ("random", "recent", "same_scenario")
+POLICIES = ("random", "recent", "most_similar", "same_scenario")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
 
 
 class HistorySampler:
@@ -26,20 +34,68 @@ class HistorySampler:
         for pair in pairs:
             if pair.split == "train" and kind in (None, pair.kind):
                 self._by_user[pair.user_id].append(pair)
+        for votes in self._by_user.values():
+            votes.sort(key=lambda p: -math.inf if p.time is None else p.time)  # stable: rows without times keep their order
+        self._queries: dict[str, _Queries] = {}
 
     def __call__(self, pair: PreferencePair, size: int | None = None) -> tuple[HistoryItem, ...]:
         """Up to `size` items, oldest first; fewer when the user has fewer."""
         size = self.size if size is None else size
-        texts = {pair.chosen, pair.rejected}
-        pool = [p for p in self._by_user.get(pair.user_id, ()) if p.pair_id != pair.pair_id and {p.chosen, p.rejected} != texts]
-        chosen = self._choose(pair, list(range(len(pool))), pool, size)
-        return tuple(pool[i].as_history() for i in sorted(chosen))
+        votes = self._by_user.get(pair.user_id, [])
+        usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair)]
+        return tuple(votes[i].as_history() for i in sorted(self._choose(pair, usable, votes, size)))
 
-    def _choose(self, pair: PreferencePair, indices: list[int], pool: list[PreferencePair], size: int) -> list[int]:
+    def _choose(self, pair: PreferencePair, indices: list[int], votes: list[PreferencePair], size: int) -> list[int]:
         if self.policy == "recent":
             return indices[-size:] if size else []
+        if self.policy == "most_similar":
+            if pair.user_id not in self._queries:
+                self._queries[pair.user_id] = _Queries([vote.query for vote in votes])
+            similar = self._queries[pair.user_id].similarity(pair.query)
+            return sorted(indices, key=lambda i: (-similar[i], -i))[:size]
         rng = random.Random(f"{self.seed}/{pair.pair_id}")
         rng.shuffle(indices)
         if self.policy == "same_scenario":
-            indices.sort(key=lambda i: pool[i].scenario != pair.scenario)  # stable: random within each group
+            indices.sort(key=lambda i: votes[i].scenario != pair.scenario)  # stable: random within each group
         return indices[:size]
+
+
+def _may_show(vote: PreferencePair, asked: PreferencePair) -> bool:
+    if vote.pair_id == asked.pair_id:
+        return False
+    shared = {vote.chosen, vote.rejected} & {asked.chosen, asked.rejected}
+    if shared and (vote.query == asked.query or shared == {asked.chosen, asked.rejected}):
+        return False
+    if asked.time is not None and (vote.time is None or vote.time >= asked.time):
+        return False
+    return not asked.conversation_id or vote.conversation_id != asked.conversation_id or vote.turn <= asked.turn
+
+
+class _Queries:
+    """One user's queries as TF–IDF vectors, w = (1 + ln tf) · (1 + ln((1 + n) / (1 + df))), normalised, behind an inverted index."""
+
+    def __init__(self, queries: Sequence[str]) -> None:
+        counts = [_words(query) for query in queries]
+        documents = Counter(word for words in counts for word in words)
+        self._idf = {word: 1 + math.log((1 + len(counts)) / (1 + df)) for word, df in documents.items()}
+        self._found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for i, words in enumerate(counts):
+            weights = self._weights(words)
+            length = math.sqrt(sum(w * w for w in weights.values())) or 1.0
+            for word, weight in weights.items():
+                self._found[word].append((i, weight / length))
+
+    def similarity(self, query: str) -> dict[int, float]:
+        """Query number → cosine up to the asked query's own length, which does not change an order; absent is 0."""
+        scores: dict[int, float] = defaultdict(float)
+        for word, weight in self._weights(_words(query)).items():
+            for i, other in self._found[word]:
+                scores[i] += weight * other
+        return scores
+
+    def _weights(self, words: Counter[str]) -> dict[str, float]:
+        return {word: (1 + math.log(tf)) * self._idf[word] for word, tf in words.items() if word in self._idf}
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(_WORD.findall(text.lower()))

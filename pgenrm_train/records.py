@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pgenrm_train import shards
 from pgenrm_train.errors import DataError
 
 SPLITS = ("train", "val", "test")
+_POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
+ContentKey = tuple[tuple[tuple[str, str], ...], frozenset[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,10 @@ class ExplicitSignals:
 
 @dataclass(frozen=True, slots=True)
 class HistoryItem:
-    """One earlier vote of the user, as a prompt may show it: no scores, no attributes."""
+    """One earlier vote of the user, as a prompt may show it: no scores, no attributes.
+
+    `query` alone, both responses empty, is something the user wrote (LaMP-QA's profiles).
+    """
 
     query: str
     chosen: str
@@ -71,6 +78,9 @@ class PreferencePair:
     split: str = "train"  # within the user
     user_split: str = "train"  # across users; val and test mark held-out users, any other word a training user
     cohort: str | None = None  # group of users a report tells apart, e.g. seen_persona | unseen_persona
+    time: float | None = None  # of the vote, seconds since 1970 (UTC); a history then comes from before it
+    position: int | None = None  # place at which the user saw the chosen response, from 0; never in a prompt
+    others: tuple[int, int] | None = None  # the source's count of everybody else's votes on it: for chosen, for rejected
     explicit: ExplicitSignals = field(default_factory=ExplicitSignals)
 
     @property
@@ -106,17 +116,23 @@ class Example:
         return self.context[-1].content
 
 
+def content_key(context: Iterable[Message], responses: Iterable[str]) -> ContentKey:
+    """What was judged, whoever judged it and whichever won: the conversation and the unordered responses."""
+    return tuple((m.role, m.content) for m in context), frozenset(responses)
+
+
 def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
-    """Stream `PreferencePair`s from a parquet or JSONL file.
+    """Stream `PreferencePair`s from a parquet or JSONL file, or from a folder of them in the order of their names.
 
     Raises DataError with file, row, field and expectation at the first row that does not fit; also for a missing, empty or
-    truncated file.  Rows are counted from 1.
+    truncated file.  Rows are counted from 1 in each file.
     """
     path = Path(path)
     seen = False
-    for row_number, row in enumerate(read_rows(path), start=1):
-        seen = True
-        yield row_to_pair(row, path, row_number)
+    for file in shards.parts(path):
+        for row_number, row in enumerate(read_rows(file), start=1):
+            seen = True
+            yield row_to_pair(row, file, row_number)
     if not seen:
         raise DataError(f"{path} holds no rows; expected at least one preference pair")
 
@@ -138,6 +154,10 @@ def pair_to_row(pair: PreferencePair) -> dict[str, Any]:
         "split": pair.split,
         "user_split": pair.user_split,
         "cohort": pair.cohort,
+        "time": pair.time,
+        "position": pair.position,
+        "n_other_agree": pair.others[0] if pair.others else None,
+        "n_other_disagree": pair.others[1] if pair.others else None,
         "criteria": pair.explicit.criteria,
         "self_description": pair.explicit.self_description,
         "style": pair.explicit.style,
@@ -146,14 +166,29 @@ def pair_to_row(pair: PreferencePair) -> dict[str, Any]:
     }
 
 
+def pair_schema() -> Any:
+    """The Arrow schema of `pair_to_row`'s rows."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    kinds = {"context": pa.list_(message), "chosen": message, "rejected": message, "turn": pa.int64()}
+    kinds |= dict.fromkeys(("position", "n_other_agree", "n_other_disagree"), pa.int64())
+    kinds |= dict.fromkeys(("chosen_score", "rejected_score", "time"), pa.float64()) | {"synthetic_criteria": pa.bool_()}
+    example = PreferencePair("", "", (Message("user", ""),), "", "")
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in pair_to_row(example)])
+
+
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Raw rows of a parquet or JSONL file.  Raises DataError when it is missing or cannot be read."""
+    """Raw rows of one parquet or JSONL file.  Raises DataError when it is missing or cannot be read."""
     if not path.exists():
-        raise DataError(f"{path} does not exist; expected a parquet or JSONL file of preference pairs")
-    if path.suffix in (".jsonl", ".json"):
+        raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
+    if path.suffix == ".json" and path.is_file() and _is_array(path):
+        yield from _array_rows(path)
+    elif path.suffix in (".jsonl", ".json"):
         yield from _jsonl_rows(path)
     elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        for batch in shards.tables(path):
+            yield from batch.to_pylist()
     else:
         raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
 
@@ -172,6 +207,23 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected a JSONL file") from None
 
 
+def _is_array(path: Path) -> bool:
+    """Whether the file is one JSON array of rows rather than a row a line."""
+    with path.open("rb") as stream:
+        return stream.read(64).lstrip().startswith(b"[")
+
+
+def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected a JSON array of objects, got something that is not JSON ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
+        yield row
+
+
 def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
@@ -180,18 +232,6 @@ def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
     return row
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
 def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePair:
@@ -242,6 +282,9 @@ def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePa
         split=split,
         user_split=_optional_text(row, "user_split", bad) or "train",
         cohort=_optional_text(row, "cohort", bad),
+        time=_time(row, bad),
+        position=_position(row),
+        others=_others(row, bad),
         explicit=ExplicitSignals(
             criteria=_optional_text(row, "criteria", bad),
             self_description=_optional_text(row, "self_description", bad),
@@ -278,6 +321,24 @@ def _choice(row: Mapping[str, Any], name: str, bad: Any) -> str:
     return str(value)
 
 
+def _others(row: Mapping[str, Any], bad: Any) -> tuple[int, int] | None:
+    """`n_other_agree` and `n_other_disagree`; a source may give `n_other_judges` and `n_other_tie` in place of the second."""
+    rest = ("n_other_disagree",) if not _absent(row.get("n_other_disagree")) else ("n_other_judges", "n_other_tie")
+    columns = ("n_other_agree", *rest)
+    if any(_absent(row.get(name)) for name in columns):
+        return None
+    counts = []
+    for name in columns:
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 and float(value).is_integer()):
+            raise bad(name, "a whole number from 0 or null", value)
+        counts.append(int(value))
+    agree, disagree = counts[0], counts[1] if len(counts) == 2 else counts[1] - counts[2] - counts[0]
+    if disagree < 0:
+        raise bad("n_other_judges", "at least n_other_agree + n_other_tie", row["n_other_judges"])
+    return agree, disagree
+
+
 def _optional_text(row: Mapping[str, Any], name: str, bad: Any) -> str | None:
     value = row.get(name)
     if _absent(value):
@@ -302,6 +363,34 @@ def _attributes(row: Mapping[str, Any], bad: Any) -> tuple[tuple[str, float], ..
         return tuple((str(k), float(v)) for k, v in value.items() if v is not None)
     except (TypeError, ValueError):
         raise bad("attributes", "numbers as weights", value) from None
+
+
+def _time(row: Mapping[str, Any], bad: Any) -> float | None:
+    """When the vote was cast: the column `time` or `timestamp`, in seconds, as a date or in ISO 8601; without a zone it is UTC."""
+    name = "timestamp" if _absent(row.get("time")) else "time"
+    value = row.get(name)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError:
+            raise bad(name, "seconds since 1970 or a date in ISO 8601", value) from None
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if _absent(value) or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise bad(name, "seconds since 1970 or a date in ISO 8601", value)
+    return float(value)
+
+
+def _position(row: Mapping[str, Any]) -> int | None:
+    """Where the user saw the chosen response; a column `position_of_chosen` in words other than these is somebody else's."""
+    value = row.get("position_of_chosen") if _absent(row.get("position")) else row.get("position")
+    if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers beside nulls
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value >= 0 else None
+    return _POSITIONS.get(value.lower()) if isinstance(value, str) else None
 
 
 def _absent(value: object) -> bool:

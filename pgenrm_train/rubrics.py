@@ -132,7 +132,17 @@ _LEAD_IN = (  # between a criterion's name and its score: markup, its weight aga
     rf"[\s*_`\"']{{0,4}}(?:[(\[][^()\[\]\n]{{0,40}}%[^()\[\]\n]{{0,10}}[)\]]|[:=–—-]?\s?{_DIGITS}\s?%)?"
     r"[\s*_`\"':=–—\-(\[]{0,8}(?:(?:scores?|gets|is|rated|earns)\s{1,2})?"
 )
+_MAX_WEIGHT_WORDS = 24  # characters that they span at most
+_SCORE = re.compile(rf"{_LEAD_IN}(?:{_FACTORS}|({_DIGITS})(?!\.[0-9]|\s?%))", re.IGNORECASE)
 _MARKUP = " \t\n*_`\"'#+&-–—("
+_NAME_END = f"{_MARKUP}:=[~"
+_REMARK = re.compile(r"\([^()]{0,100}\)")
+_BREAK_BEFORE = re.compile(r"[,;\n.|•:)\]]")
+_BREAK_AFTER = re.compile(r"[,;\n.:(|]")
+_LEAD_TO_NAME = re.compile(r"^[\s*_:–—)\]-]{0,6}(?:(?:for|on|to)\s)?")
+_TRAILING_AND = re.compile(r"\s(?:and|plus)\s?$")
+_LEADING_AND = re.compile(r"^(?:and|with|plus)\s", re.IGNORECASE)
+_LETTER = re.compile(r"[^\W\d_]")
 _WEIGHT_WORDS = re.compile(  # what may stand between a name and its weight
     r"(?:[\s:=(–—-]{0,4}\b(?:weight(?:ed|ing|s)?|at|is|of)|[\s:=(]{0,4}[0-9.]{1,6}(?:/10)?\s?[*×x·])[\s:=(*]{0,4}$"
 )
@@ -183,35 +193,61 @@ def _free_criteria(text: str) -> Criteria:
 
 def _name_before(text: str) -> str:
     """The criterion that a weight follows: the last phrase of `text`, without markup, remarks in brackets and numbering."""
-    text = re.sub(r"\([^()]{0,100}\)", " ", text[-160:]).rstrip(f"{_MARKUP}:=[~")
+    text = _REMARK.sub(" ", text[-160:]).rstrip(_NAME_END)
     for _ in range(2):
-        text = _WEIGHT_WORDS.sub("", text).rstrip(f"{_MARKUP}:=[~")
-    return _phrase(re.split(r"[,;\n.|•:)\]]", text)[-1])
+        words = _WEIGHT_WORDS.search(text, max(0, len(text) - _MAX_WEIGHT_WORDS))
+        if words is None:
+            break
+        text = text[: words.start()].rstrip(_NAME_END)
+    return _phrase(_BREAK_BEFORE.split(text)[-1])
 
 
 def _name_after(text: str) -> str:
-    text = re.sub(r"^[\s*_:–—)\]-]{0,6}(?:(?:for|on|to)\s)?", "", text[:160])
-    return _phrase(re.sub(r"\s(?:and|plus)\s?$", "", re.split(r"[,;\n.:(|]", text)[0]))
+    text = _LEAD_TO_NAME.sub("", text[:160])
+    return _phrase(_TRAILING_AND.sub("", _BREAK_AFTER.split(text)[0]))
 
 
 def _phrase(text: str) -> str:
-    name = re.sub(r"^(?:and|with|plus)\s", "", text.strip(_MARKUP), flags=re.IGNORECASE).strip(_MARKUP)
-    return name if len(name) <= _MAX_NAME and re.search(r"[^\W\d_]", name) else ""
+    name = _LEADING_AND.sub("", text.strip(_MARKUP)).strip(_MARKUP)
+    return name if len(name) <= _MAX_NAME and _LETTER.search(name) else ""
 
 
 def _named_scores(segment: str, criteria: Criteria) -> tuple[float, ...] | None:
-    weights = {name.casefold(): weight for name, weight in criteria}
-    names = "|".join(re.escape(name) for name, _ in sorted(criteria, key=lambda item: -len(item[0])))
-    pattern = re.compile(rf"(?<!\w)({names})(?!\w){_LEAD_IN}(?:{_FACTORS}|({_DIGITS})(?!\.[0-9]|\s?%))", re.IGNORECASE)
-    found: dict[str, float] = {}
-    for match in pattern.finditer(segment):
-        name, *factors, alone = match.groups()
-        key = name.casefold()
-        score = float(alone) if alone else _other_factor(factors, weights.get(key, math.nan))
+    """Scores that follow the criteria's names, the first of each; of names that begin at one place the longest that has a score.
+
+    Names are found as plain text: a pattern compiled for each chain's names would cost more than all the rest.
+    """
+    found: dict[int, float] = {}
+    end = 0
+    for start, minus_length, index in _mentions_of([name for name, _ in criteria], segment):
+        match = _SCORE.match(segment, start - minus_length) if start >= end else None
+        if match is None:
+            continue
+        end = match.end()
+        *factors, alone = match.groups()
+        score = float(alone) if alone else _other_factor(factors, criteria[index][1])
         if score is not None:
-            found.setdefault(key, score)
-    row = tuple(found[key] for key in weights if key in found)
-    return row if len(row) == len(criteria) else None
+            found.setdefault(index, score)
+    return tuple(found[index] for index in range(len(criteria))) if len(found) == len(criteria) else None
+
+
+def _mentions_of(names: Sequence[str], text: str) -> list[tuple[int, int, int]]:
+    """(start, −length, index of the name) of every whole-word mention in any case, by place and the longest name first."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # a letter whose lower case is two characters would shift every place
+        lowered = text
+    found = []
+    for index, name in enumerate(name.lower() for name in names):
+        start = lowered.find(name)
+        while start >= 0:
+            if not (_in_word(lowered[start - 1 : start]) or _in_word(lowered[start + len(name) : start + len(name) + 1])):
+                found.append((start, -len(name), index))
+            start = lowered.find(name, start + 1)
+    return sorted(found)
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
 
 
 def _product_scores(segment: str, criteria: Criteria) -> tuple[float, ...] | None:

@@ -25,6 +25,11 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         lines.write(json.dumps(record) + "\n")
 
 
+def samples_file(metrics: Path, step: int) -> Path:
+    """Where the sample chains of a validation lie, beside the metrics file that holds its numbers."""
+    return metrics.parent / "samples" / f"step-{step:06d}.parquet"
+
+
 def trim(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
     if not path.exists():
@@ -68,22 +73,27 @@ class Tracker:
             thread.join(timeout=30)
 
     def _forward(self, path: Path, ended: threading.Event, every: float) -> None:
-        sent = -1  # the newest step that was forwarded: a resumed engine rewrites lines, so they cannot be counted
+        # The newest step forwarded, by the names logged: a resumed engine rewrites lines, so they cannot be counted, and
+        # training and validation both write a line of the same step.
+        sent: dict[frozenset[str], int] = {}
         while True:
             last_round = ended.wait(every)
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
             for record in map(json.loads, lines):
-                if int(record["step"]) > sent:
-                    sent = int(record["step"])
+                step, names = int(record["step"]), frozenset(record)
+                if step > sent.get(names, -1):
+                    sent[names] = step
                     self.after_log()
-                    self._send(sent, {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None})
+                    numbers = {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None}
+                    self._send(step, numbers, samples_file(path, step) if "eval/accuracy" in record else None)
             if last_round:
                 return
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _send(self, step: int, metrics: Mapping[str, float], samples: Path | None = None) -> None:
         if self._wandb is not None:
             try:
-                self._wandb.log(dict(metrics), step=step)
+                table = _table(samples) if samples and samples.exists() else {}
+                self._wandb.log({**metrics, **table}, step=step)
             except Exception as error:
                 self._give_up(error)
 
@@ -116,6 +126,13 @@ class Tracker:
     def _give_up(self, error: Exception) -> None:
         print(f"warning: W&B logging stopped ({type(error).__name__}: {error}); metrics.jsonl goes on", file=sys.stderr)
         self._wandb = None
+
+
+def _table(samples: Path) -> dict[str, Any]:
+    import pandas as pd
+    import wandb
+
+    return {"eval/chains": wandb.Table(dataframe=pd.read_parquet(samples))}
 
 
 def _public(settings: dict[str, Any]) -> dict[str, Any]:

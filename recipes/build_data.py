@@ -1,29 +1,36 @@
-"""build_data: raw source → preference pairs, a card, and nothing else."""
+"""build_data: raw source → preference pairs, a card, a leak report, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from typing import Any
 
+from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages import build_data
 from recipes.run import prepare, run_stage
 
 
 def run(config: Config) -> None:
+    if config.data.name == "lampqa" and config.recipe not in ("build_data", "evaluate"):
+        raise ConfigError(f"data=lampqa is for evaluation only; recipe={config.recipe} needs another data=")
     prepare(config)
-    run_stage(
-        config,
-        "build_data",
-        build_data.READS,
-        [],
-        lambda f, _: build_data.run(config, f, builder(config)),
-        "{pairs} pairs of {users} users",
-    )
+    say = "{questions} questions, {answers} answers" if config.data.name == "lampqa" else "{pairs} pairs of {users} users"
+    run_stage(config, "build_data", build_data.READS, [], lambda folder, _: build(config, folder), say)
 
 
-def builder(config: Config) -> Callable[..., Iterable[PreferencePair]]:
+def build(config: Config, folder: StageFolder) -> dict[str, Any]:
+    """The pairs, then what is to be known of them; or a set of questions, which no stage trains on."""
+    from data_builders.card import describe
+
+    if config.data.name == "lampqa":
+        from data_builders import lampqa
+
+        return lampqa.build(config, folder.path)
+    return describe(config, folder.path, build_data.run(config, folder, builder(config)))
+
+
+def builder(config: Config) -> build_data.Builder:
     """The builder of `data=`; each is one file in data_builders/."""
     from data_builders import pairs, personal_reward_bench, personaworld, prism
 

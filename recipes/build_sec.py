@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,18 @@ def run(config: Config) -> None:
             return PromptWriter(config, load_tokenizer(make_base(config, kept)))
 
         with teacher(config, pairs, folder.path) as writes:
-            return build_sec.run(config, folder, pairs, writes, writer_for, progress)
+            facts = build_sec.run(config, folder, pairs, writes, writer_for, progress)
+        print(yield_table(facts), flush=True)
+        return facts
 
-    say = "{chains} chains kept of {asked} asked; rejected: {rejected}; trimmed: {trimmed}; teacher: {teacher}"
+    say = "{chains} chains kept of {asked} asked; trimmed: {trimmed}; teacher: {teacher}"
     run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say)
+
+
+def yield_table(facts: Mapping[str, Any]) -> str:
+    """Chains kept and rejected, a line a reason."""
+    counts = {"kept": facts["chains"], **facts["rejected"]}
+    return "\n".join(f"{count:>9,}  {count / facts['asked']:>6.1%}  {reason}" for reason, count in counts.items())
 
 
 @contextmanager
@@ -62,12 +70,16 @@ class _Rule:
     """A teacher that is a rule: instant, free and never without an answer."""
 
     in_flight = 1
+    by_rule = True
 
     def __init__(self, write: Callable[[Example, int], str]) -> None:
         self.text = write
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
         return Generation(example.pair_id, attempt, self.text(example, attempt))
+
+    def expect(self, examples: Sequence[Example], questions: int, tries: int) -> dict[str, Any]:
+        return {}
 
     def facts(self) -> dict[str, Any]:
         return {}

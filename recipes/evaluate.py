@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import fit_baseline
+from eval.compare import compare, publish_comparison
 from eval.evaluation import Candidate, Evaluation, Grid, Tested
 from eval.scaling_study import FindSimilar, Similar, Study
+from eval.slices import first_analyses
 from eval.summary import publish
-from pgenrm_train.artifacts import StageFolder, weights_digest
-from pgenrm_train.backends.base import Generator
-from pgenrm_train.config import Config, sizes
+from eval.validation import headline
+from pgenrm_train.artifacts import StageFolder, link
+from pgenrm_train.config import ANSWER_KEYS, Config, sizes
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.records import Example, PreferencePair
-from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.records import PreferencePair
+from pgenrm_train.stages.inputs import asked, histories, load_pairs
 from recipes import build_data
-from recipes.build_sec import load_tokenizer
-from recipes.llm import model_endpoint, plain_writer
+from recipes.candidates import candidates
+from recipes.costs import tell_evaluation
+from recipes.llm import model_endpoint, shown_histories
 from recipes.run import newest, prepare, progress, run_stage
+from recipes.scorers import scorers
 
-READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.instructions", "model.max_prompt_tokens",
+READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.prompt", "model.instructions", "model.max_prompt_tokens",
          "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
 TRAINED = ("psi", "cre", "curriculum")  # stages that make a checkpoint, in order
 
 
 def run(config: Config) -> None:
+    if config.eval.compare:
+        compare_runs(config)
+        return
     prepare(config)
     made = [stage for stage in TRAINED if StageFolder.read(Path(config.run_dir), stage).complete]
     if config.model.kind in ("nano", "hf") and not config.model.path and not made:
@@ -35,16 +40,27 @@ def run(config: Config) -> None:
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
     build_data.run(config)
-    folder = run_stage(
-        config,
-        "evaluate",
-        READS,
-        ["build_data", *made],
-        lambda f, t: evaluate(config, f, t, made),
-        "accuracy {accuracy:.3f} of {model}",
-        renew=True,
-    )
+    body, reads, say = evaluate, list(READS), "accuracy {accuracy:.3f} of {model}"
+    if config.data.name == "lampqa":
+        from recipes import lampqa
+
+        body, say = lampqa.evaluate, "Spearman {spearman} of {model}"
+        reads += [f"judge.{key}" for key in ANSWER_KEYS]  # the reference ranking may be a judge's
+    inputs = ["build_data", *made]
+    folder = run_stage(config, "evaluate", reads, inputs, lambda f, t: body(config, f, t, made), say, renew=True)
     print((folder.path / "table.txt").read_text(), end="")
+
+
+def compare_runs(config: Config) -> None:
+    """Two finished runs side by side → `<run_dir>/compare/`; starts no model and touches neither run."""
+    first, second = config.eval.compare
+    found = compare((first, second), draws=config.eval.draws, seed=config.seed)
+    run_dir, folder = Path(config.run_dir), Path(config.run_dir) / "compare"
+    print(publish_comparison(found, folder), end="")
+    for name in ("comparison.json", "report.html", "report.md"):
+        if not (run_dir / name).exists() or (run_dir / name).resolve().parent == folder.resolve():
+            link(folder / name, run_dir / name)
+    print(f"comparison: {folder / 'comparison.json'} · report: {folder / 'report.html'}")
 
 
 def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[str]) -> dict[str, Any]:
@@ -56,18 +72,28 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
             f"no pair has split={config.eval.split}; nothing to evaluate (rows say theirs in the column split: train, val or test)"
         )
     sampler = histories(config, pairs)
-    evaluation = Evaluation(config, split, {p.pair_id: sampler(p) for p in split})
-    baselines = [evaluation.baseline(name, scorer) for name, scorer in scorers(config, pairs).items()]
-    tested, grids = [], []
-    for candidate in (everyone := candidates(config, made)):
-        tested.append(evaluation.test(candidate, folder.path / candidate.name, progress))
-        if candidate is everyone[-1]:
+    evaluation = Evaluation(config, split, shown_histories(config, sampler, split))
+    tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
+    fitted = scorers(config, pairs)
+    baselines = [
+        evaluation.baseline(name, scorer, final=not everyone and name == list(fitted)[-1]) for name, scorer in fitted.items()
+    ]
+    if config.model.kind == "endpoint":
+        folder.manifest["estimate"] = tell_evaluation(config, evaluation, model_endpoint(config))
+    for candidate in everyone:
+        last = candidate is everyone[-1]
+        tested.append(evaluation.test(candidate, folder.path / candidate.name, progress, final=last))
+        if last and isinstance(candidate, Candidate):  # pure scores do not vary by sample
             grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs)
+            cost[candidate.name] = dict(candidate.cost())
         candidate.close()
     for step, result in enumerate(tested):
-        tracker.log(step, metrics(result))
-    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config))
-    return {"accuracy": final["accuracy"], "ci95": final["ci95"], "model": final["model"], "judge": config.judge.kind}
+        tracker.log(step, headline(result.report))
+    nearest = nearest_prototypes(config, tested[-1]) if tested else None
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config), nearest, cost)
+    for name, facts in final["cost"].items():
+        print(f"{name} was paid: {facts}", flush=True)
+    return {key: final[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
 
 
 def scale(
@@ -80,7 +106,7 @@ def scale(
     if config.eval.one_pair_ind:
         studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0])), 1))
     for study, size in studies:
-        shown = {p.pair_id: sampler(p, size) for p in evaluation.pairs}
+        shown = shown_histories(config, sampler, evaluation.pairs, size)
         find = find_similar(config, pairs) if study.n else None
         grids.append(evaluation.study(study, candidate, shown, folder, progress, find))
     return grids
@@ -91,19 +117,17 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
     import pandas as pd
 
     from pgenrm_train import prototypes
-    from recipes.prototypes import hashes, make_embedder
 
     folder = newest(config, "prototypes")
-    embedder = make_embedder(config)
-    expect = {k: v for k, v in hashes(config, Path("-"), embedder).items() if k != "model"}
-    loaded = prototypes.load(folder.path, expect)
+    loaded, embedder = load_prototypes(config, folder)
+    neighbourhood = prototypes.Neighbourhood(loaded)
     members = pd.read_parquet(folder.path / "analyses.parquet").sort_values("row")
     sampler, by_id = histories(config, pairs), {p.pair_id: p for p in pairs}
 
     def find(analyses: Sequence[str], users: Sequence[str], n: int) -> list[list[Similar]]:
         found = []
-        for vector, user in zip(embedder(analyses), users):
-            rows = prototypes.neighbours(loaded, loaded.embeddings, loaded.users, vector, user, n, allow_fewer=True)
+        for vector, user in zip(embedder([prototypes.preference_text(a) for a in analyses]), users):
+            rows = neighbourhood.nearest(vector, user, n, allow_fewer=True)
             chosen = [by_id[members["pair_id"].iat[row]] for row in rows]
             found.append([Similar(p.user_id, sampler(p)) for p in chosen])
         return found
@@ -111,119 +135,30 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
     return find
 
 
-def candidates(config: Config, made: Sequence[str]) -> list[Candidate]:
-    """The models under test, in the order of the table."""
-    if config.model.kind == "baseline":
-        return []
-    if config.model.kind == "endpoint":
-        return [_endpoint(config)]
-    if config.model.path:
-        return [_local(config, config.model.label, Path(config.model.path), None)]
-    run_dir = Path(config.run_dir)
-    return [
-        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"])
-        for stage in made
-    ]
+def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
+    """pair_id → the prototype nearest to the model's own analysis of its user; None where the run has no prototypes.
+
+    A pair whose first chain cannot be read has none.
+    """
+    from pgenrm_train import prototypes
+
+    folder = StageFolder.read(Path(config.run_dir), "prototypes")
+    analyses = first_analyses(final.predictions) if folder.complete else {}
+    if not analyses:
+        return None
+    loaded, embedder = load_prototypes(config, folder)
+    labels = prototypes.assign(loaded.A, embedder([prototypes.preference_text(text) for text in analyses.values()]))
+    return {pair: int(label) for pair, label in zip(analyses, labels, strict=True)}
 
 
-def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -> Candidate:
-    if not (checkpoint / "config.json").exists():
-        raise ArtifactError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
+def load_prototypes(config: Config, folder: StageFolder) -> tuple[Any, Any]:
+    """The run's prototypes and the embedder that made them.  Raises ArtifactError when they belong to other data or settings."""
+    from pgenrm_train import prototypes
+    from recipes.prototypes import hashes, make_embedder
 
-    @functools.cache
-    def start() -> Generator:
-        from pgenrm_train.backends.vllm_engine import VllmGenerator
-
-        return VllmGenerator(config, checkpoint)
-
-    def close() -> None:
-        if start.cache_info().currsize:
-            start().close()
-            start.cache_clear()
-
-    return Candidate(
-        name, weights_digest(checkpoint), start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds
-    )
-
-
-def _endpoint(config: Config) -> Candidate:
-    from pgenrm_train.backends.endpoint import Endpoint
-    from pgenrm_train.backends.llm import EndpointGenerator
-
-    settings = model_endpoint(config)
-
-    @functools.cache
-    def start() -> Generator:
-        return EndpointGenerator(Endpoint(settings))  # answers are kept as predictions
-
-    def close() -> None:
-        if start.cache_info().currsize:
-            start().close()
-
-    return Candidate(config.model.label, f"{settings.base_url}|{settings.name}", start, lambda: plain_writer(config), close)
-
-
-def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
-    """The LLM-free baselines that were asked for, fitted on training pairs."""
-    names = [config.model.name] if config.model.kind == "baseline" else list(config.eval.baselines)
-    more: dict[str, Any] = {"features": _features, "oracle": _oracle}
-    train = [p for p in pairs if p.trains]
-    return {name: fit_baseline(name, train, pairs, seed=config.seed, more=more) for name in names}
-
-
-class _Fitted:
-    """Adapts a function of the example to the baseline protocol."""
-
-    def __init__(self, score: Callable[[Example], tuple[float, ...]]) -> None:
-        self.score = score
-
-
-class _features:  # named as in the registry
-    """The features teacher's rule as a scorer."""
-
-    def __init__(self, *, seed: int = 0) -> None:
-        from data_builders.features import FeatureTeacher
-
-        self.rule = FeatureTeacher()
-
-    def fit(self, train: Sequence[PreferencePair], _all: Sequence[PreferencePair]) -> _Fitted:
-        self.rule.fit(train)
-        return _Fitted(lambda e: self.rule.score(e.user_id, e.history, e.query, e.responses))
-
-
-class _oracle:
-    """PersonaWorld's teacher with the stated criteria in sight: the ceiling of the table."""
-
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
-
-    def fit(self, _train: Sequence[PreferencePair], asked_pairs: Sequence[PreferencePair]) -> _Fitted:
-        from data_builders.oracle import OracleTeacher
-        from pgenrm_train.chains import Chain, parse_chain
-
-        teacher, explicit = OracleTeacher(self.seed), {p.pair_id: p.explicit for p in asked_pairs}
-
-        def score(example: Example) -> tuple[float, ...]:
-            import dataclasses
-
-            chain = parse_chain(teacher.write(dataclasses.replace(example, explicit=explicit[example.pair_id])))
-            assert isinstance(chain, Chain)
-            return chain.scores
-
-        return _Fitted(score)
-
-
-def metrics(result: Tested) -> dict[str, float]:
-    """What W&B and metrics.jsonl get of a tested model."""
-    report = result.report
-    found = {
-        "eval/accuracy": report["accuracy"],
-        "eval/macro_accuracy": report["macro_accuracy"],
-        "eval/ties": report["ties"],
-        "eval/format_failures": sum(report["failures"].values()),
-        "eval/order_flip_rate": report["order_flip_rate"],
-    }
-    return {k: float(v) for k, v in found.items() if v is not None}
+    embedder = make_embedder(config)
+    expect = {k: v for k, v in hashes(config, Path("-"), embedder).items() if k != "model"}
+    return prototypes.load(folder.path, expect), embedder
 
 
 def notes(config: Config) -> list[str]:
@@ -236,4 +171,5 @@ def notes(config: Config) -> list[str]:
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."
         )
-    return notes
+    findings = StageFolder.read(Path(config.run_dir), "build_data").manifest.get("findings", [])
+    return [*notes, *(f"Data: {finding}." for finding in findings)]

@@ -11,14 +11,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pgenrm_train.artifacts import StageFolder, read_json
+from pgenrm_train.artifacts import StageFolder, read_json, write_json
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.stages import grpo
+from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
 from pgenrm_train.tracking import METRICS, Tracker
-from recipes import build_data
+from recipes import build_data, criteria
 from recipes.build_sec import load_tokenizer
+from recipes.costs import judge_cost, tell_judge
 from recipes.llm import settings_of
 from recipes.run import newest, prepare, progress, run_stage
 
@@ -36,13 +38,21 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
     start = Path(config.model.path) if config.model.path else newest(config, *BEFORE[stages[0]]).path / "checkpoint"
     build_data.run(config)
     made_by = [] if config.model.path else [start.parent.name]
+    if any(synthesized(config, stage) for stage in stages):
+        criteria.run(config)
     for number, stage in enumerate(stages):
         inputs = ["build_data", *(made_by if number == 0 else [stages[number - 1]])]
+        inputs += ["criteria"] if synthesized(config, stage) else []
         body = functools.partial(train, config, list(stages[number:]), start)
         start = (
             run_stage(config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}").path
             / "checkpoint"
         )
+
+
+def synthesized(config: Config, stage: str) -> bool:
+    """Whether a stage is judged by synthetic criteria where users stated none."""
+    return config.sec.synthesize_criteria and bool(getattr(config, stage).process_weight)
 
 
 def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
@@ -52,6 +62,10 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     judged = any(getattr(config, stage).process_weight for stage in stages)
     with settings_of(config, "judge", folder.path / "judge_server.log") if judged else nullcontext(config.judge) as judge:
         phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
+        judged_by_model = [p for p in phases if p.judge == JUDGES["endpoint"]]
+        if judged_by_model:
+            folder.manifest["estimate"] = tell_judge(config, judge, {p.work_dir.name: p.rows for p in judged_by_model})
+            folder.save()
         said = [p.work_dir / verl_grpo.TRAINED for p in phases]
         known = [path.exists() for path in said]
         with tracker.follow(folder.path / METRICS):
@@ -59,7 +73,14 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     # One session serves several stages: each stage's time goes to its own row of the table.
     seconds = [read_json(path)["seconds"] for path in said]
     shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
-    return {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind, "seconds_shift": shift}
+    counted = folder.path / "hardness.json"
+    facts: dict[str, Any] = {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
+    if counted.exists():
+        facts["hardness"] = read_json(counted)
+    if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in judged_by_model]):
+        print(f"judge was paid: {cost}", flush=True)
+        facts["judge_cost"] = cost
+    return facts | {"seconds_shift": shift}
 
 
 def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig) -> Any:
@@ -68,15 +89,28 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
 
     settings = getattr(config, stage)
     work_dir = Path(config.run_dir) / stage
-    rows = work_dir / "rows.parquet"
+    rows = work_dir / grpo.ROWS
     if not rows.exists():
-        tokenizer = load_tokenizer(start or Path(config.run_dir) / "psi" / "checkpoint")
-        grpo.write_rows(config, stage, rows, load_pairs(Path(config.run_dir)), PromptWriter(config, tokenizer), progress)
+        write = PromptWriter(config, load_tokenizer(start or Path(config.run_dir) / "psi" / "checkpoint"))
+        synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
+        grpo.write_rows(config, stage, rows, load_pairs(Path(config.run_dir)), write, progress, synthetic)
+        write_json(work_dir / "trimmed.json", dict(write.trimmed))
+        if told := write.told(f"{stage} prompts"):
+            print(told, flush=True)
     weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error}
     return verl_grpo.Phase(
-        stage, start, rows, work_dir, settings.steps, weights=weights, mining_samples=getattr(settings, "mining_samples", 0),
+        stage, start, rows, work_dir, settings.steps, weights=weights, **hardness_of(config, stage, work_dir),
         **(judged_by(config, judge, rows) if settings.process_weight else {}),
     )  # fmt: skip
+
+
+def hardness_of(config: Config, stage: str, work_dir: Path) -> dict[str, Any]:
+    """From what the engine knows which pairs are hard; nothing where no schedule asks."""
+    settings = config.curriculum
+    if stage != "curriculum" or settings.schedule == "uniform":
+        return {}
+    mined = {"mining_samples": settings.mining_samples, "mirror": work_dir / grpo.MIRROR} if grpo.mines(config) else {}
+    return {"signals": work_dir / grpo.SIGNALS, **mined}
 
 
 def judged_by(config: Config, judge: EndpointConfig, rows: Path) -> dict[str, Any]:
@@ -87,7 +121,7 @@ def judged_by(config: Config, judge: EndpointConfig, rows: Path) -> dict[str, An
     if not any(extra["explicit"] != "{}" for extra in said):
         raise ConfigError(
             f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} states criteria, style, "
-            "attributes or a self-description; use judge=none"
+            "attributes or a self-description; use judge=none, or sec.synthesize_criteria=true to infer criteria from their votes"
         )
     # several nodes share no file that SQLite can lock
     cache = str(rows.parent / "judge_cache") if config.cluster.nodes == 1 else None

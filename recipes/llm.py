@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.backends.endpoint_generator import EndpointGenerator
+from pgenrm_train.backends.persona import PersonaGenerator
 from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.history import HistorySampler
 from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompts import chat_messages
+from pgenrm_train.prompt_styles import styled_messages
+from pgenrm_train.records import HistoryItem, PreferencePair
 
 
 @contextmanager
@@ -38,7 +42,28 @@ def model_endpoint(config: Config) -> EndpointConfig:
 
 def plain_writer(config: Config) -> Callable[[MaskedView | FullView], list[dict[str, str]]]:
     """Prompts for a model whose tokenizer is not at hand: nothing is cut."""
-    return functools.partial(chat_messages, instructions=config.model.instructions)
+    return functools.partial(styled_messages, config.model.prompt, instructions=config.model.instructions)
+
+
+def api_generator(settings: EndpointConfig, prompt: str, folder: Path | None) -> EndpointGenerator:
+    """The model under test of `model=endpoint`, asked in the style `prompt`; `folder` keeps what was paid, and personas."""
+    endpoint = Endpoint(settings, folder and folder / "paid")  # answers are kept as predictions
+    if prompt == "persona":
+        return PersonaGenerator(endpoint, Endpoint(settings, folder and folder / "personas"))
+    return EndpointGenerator(endpoint)
+
+
+def shown_histories(
+    config: Config, sampler: HistorySampler, pairs: Sequence[PreferencePair], size: int | None = None
+) -> Mapping[str, tuple[HistoryItem, ...]]:
+    """pair_id → the history that its question shows: a draw of its own, or one a user where a persona is written from it."""
+    if config.model.prompt != "persona":
+        return {p.pair_id: sampler(p, size) for p in pairs}
+    of_user: dict[str, tuple[HistoryItem, ...]] = {}
+    for pair in sorted(pairs, key=lambda p: p.pair_id):
+        if pair.user_id not in of_user:
+            of_user[pair.user_id] = sampler(pair, size)
+    return {p.pair_id: of_user[p.user_id] for p in pairs}
 
 
 @contextmanager

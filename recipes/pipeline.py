@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
-from pgenrm_train.artifacts import StageFolder, environment_facts, write_json
+from pgenrm_train.artifacts import StageFolder, environment_facts, link, write_json
 from pgenrm_train.config import STAGES, Config
+from pgenrm_train.errors import PreflightError
+from pgenrm_train.preflight import findings, still_to_do
 from recipes.run import launch, prepare
 
 RECIPES = (
@@ -23,19 +24,29 @@ RECIPES = (
 def run(config: Config) -> None:
     started = time.monotonic()
     prepare(config)
+    fail_early(config)
     for number, recipe in enumerate(RECIPES, start=1):
         print(f"── {number} of {len(RECIPES)}: {recipe}", flush=True)
         launch(config, recipe)
     publish(config, time.monotonic() - started)
 
 
+def fail_early(config: Config) -> None:
+    """What the last stage will lack, a judge's key say, is told before the first one has run for hours."""
+    problems = [
+        p for finding in findings(config, still_to_do(config, STAGES)) if finding.check != "ring" for p in finding.problems
+    ]
+    if problems:
+        raise PreflightError("; ".join(problems))
+
+
 def publish(config: Config, seconds: float) -> None:
     """Put the final files at the top of the run folder and say where they are."""
     run_dir = Path(config.run_dir)
     for name in ("results.json", "predictions.parquet", "report.html", "report.md", "table.txt"):
-        _link(run_dir / "evaluate" / name, run_dir / name)
+        link(run_dir / "evaluate" / name, run_dir / name)
     trained = [stage for stage in STAGES if (run_dir / stage / "checkpoint").exists()]
-    _link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
+    link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
     lines = [(run_dir / s / "metrics.jsonl").read_text() for s in STAGES if (run_dir / s / "metrics.jsonl").exists()]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     stages = {stage: _brief(StageFolder.read(run_dir, stage)) for stage in STAGES}
@@ -57,9 +68,3 @@ def publish(config: Config, seconds: float) -> None:
 
 def _brief(folder: StageFolder) -> dict[str, object]:
     return {key: folder.manifest.get(key) for key in ("status", "wall_seconds", "fingerprint", "starts")}
-
-
-def _link(target: Path, link: Path) -> None:
-    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(target, link.parent))

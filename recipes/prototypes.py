@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.harness import PredictionStore, ask, own_questions, readable_text
-from pgenrm_train.artifacts import StageFolder, fingerprint
+from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
 from recipes.run import newest, prepare, progress, run_stage
+
+NEWCOMERS = 200  # pairs of validation users for the cold-start curve
 
 
 def run(config: Config) -> None:
@@ -26,25 +28,32 @@ def run(config: Config) -> None:
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:
-    """Ask the model about training users, then hand chains and embedder to the stage."""
+    """Ask the model about training users and about newcomers, then hand chains and embedder to the stage."""
     pairs = load_pairs(Path(config.run_dir))
-    chosen = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
     sampler = histories(config, pairs)
-    shown = {p.pair_id: sampler(p) for p in chosen}
-    questions = [q for q in own_questions(chosen, shown) if q.order == 0]
+    train = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
+    shown = {p.pair_id: sampler(p) for p in train}
+    sets = {"own": (train, shown)}
+    seen = {p.user_id for p in pairs if p.trains}
+    newcomers = [p for p in asked(pairs, "val", min(NEWCOMERS, config.data.max_val_pairs or NEWCOMERS)) if p.user_id not in seen]
+    for size in range(config.data.history_size + 1):  # newcomers of whom so many votes are known
+        sets[f"known/{size}"] = newcomers, {p.pair_id: sampler(p, size) for p in newcomers}
+    questions = {name: own_questions(*these, set_name=name, orders=(0,)) for name, these in sets.items()}
     table = ask(
-        questions,
+        [q for these in questions.values() for q in these],
         lambda: generator(config, checkpoint),
         PromptWriter(config, load_tokenizer(checkpoint)),
-        PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", fingerprint(str(checkpoint), config.seed)),
+        PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", fingerprint(weights_digest(checkpoint), config.seed)),
         masking=masking_of(config, "eval"),
         temperature=0.0,
         progress=progress,
-        what="analyses of training users",
+        what="analyses of users",
     ).set_index("key")
-    chains = [(q.pair, readable_text(table.loc[q.key])) for q in questions]
+    chains = {name: [(q.pair, readable_text(table.loc[q.key])) for q in these] for name, these in questions.items()}
     embedder = make_embedder(config)
-    return prototypes.run(config, folder, chains, shown, embedder, hashes(config, checkpoint, embedder))
+    own = chains.pop("own")
+    newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
+    return prototypes.run(config, folder, own, shown, embedder, hashes(config, checkpoint, embedder), newcomers_chains)
 
 
 def generator(config: Config, checkpoint: Path) -> Any:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from eval.validation import Validation
+from pgenrm_train.backends.base import Validator
 from pgenrm_train.config import Config
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages import psi
+from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from pgenrm_train.tracking import METRICS
 from recipes import build_sec
+from recipes.build_sec import load_tokenizer
 from recipes.run import prepare, run_stage
 
 
@@ -22,8 +28,26 @@ def run(config: Config) -> None:
         os.environ.update({k: v for k, v in deepspeed_sft.environment(config).items() if k not in os.environ})
         sec = Path(config.run_dir) / "build_sec"
         start = build_sec.base_model(config)
+        if config.psi.evaluate_every:
+            validation_pairs(config)  # there must be some, and this is the time to say so
         with tracker.follow(folder.path / METRICS):
-            trained = deepspeed_sft.train(config, sec / psi.SEC, start=start, work_dir=folder.path)
+            trained = deepspeed_sft.train(
+                config, sec / psi.SEC, start=start, work_dir=folder.path, validator="recipes.psi:validation"
+            )
         return psi.facts(trained)
 
     run_stage(config, "psi", psi.READS, ["build_sec"], body, "{steps} optimiser steps")
+
+
+def validation(config: Config) -> Validator:
+    """Accuracy while training: a fixed slice of the validation split, asked and judged by the shared harness."""
+    sampler, pairs = histories(config, load_pairs(Path(config.run_dir))), validation_pairs(config)
+    writer = PromptWriter(config, load_tokenizer(build_sec.base_model(config)))
+    return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer)
+
+
+def validation_pairs(config: Config) -> list[PreferencePair]:
+    """Raises DataError when the data has no validation split."""
+    if not (pairs := asked(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)):
+        raise DataError("psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0")
+    return pairs

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pgenrm_train.artifacts import StageFolder, set_aside, sha256_file, write_config
+from pgenrm_train.artifacts import StageFolder, set_aside, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
 from pgenrm_train.preflight import check_machine
+from pgenrm_train.shards import digest
 from pgenrm_train.tracking import Tracker
 from recipes.card import METHODS, write_card
 
@@ -180,9 +181,11 @@ def _die_with_parent() -> None:
 
 def _source(config: Config) -> dict[str, Any]:
     """The raw data counts by its content: a moved file is the same data, a changed file is not."""
-    if config.data.path is None or not (path := Path(config.data.path)).is_file():
+    given = {key: Path(value) for key in ("path", "answers") if (value := getattr(config.data, key)) and Path(value).exists()}
+    if not given:
         return {}
-    return {"data": to_dict(config.data) | {"path": None}, "data file sha256": sha256_file(path)}
+    hashes = {f"data.{key} sha256": digest(path) for key, path in given.items()}
+    return {"data": to_dict(config.data) | dict.fromkeys(given)} | hashes
 
 
 def _plain(value: Any) -> Any:

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.base import GenerationRequest, Generator
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.llm import EndpointGenerator
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.masking import apply_masking
-from pgenrm_train.prompts import chat_messages
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message
 from pgenrm_train.stages.inputs import PromptWriter
-from recipes.llm import model_endpoint, plain_writer
+from recipes.llm import api_generator, model_endpoint, plain_writer
 from recipes.run import newest
 
 
@@ -36,11 +33,13 @@ def run(config: Config) -> int:
     policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
     view, _ = apply_masking(example, policy, random.Random(config.seed), show_probability=config.masking.show_probability)
     if config.score.dry_run:
-        print(json.dumps(chat_messages(view, instructions=config.model.instructions), ensure_ascii=False, indent=2))
+        print(json.dumps(plain_writer(config)(view), ensure_ascii=False, indent=2))
         return 0
     if config.model.kind == "endpoint":
         settings = replace(model_endpoint(config), temperature=0.0)
-        return score(config, EndpointGenerator(Endpoint(settings)), plain_writer(config)(view), len(example.responses))
+        return score(
+            config, api_generator(settings, config.model.prompt, None), plain_writer(config)(view), len(example.responses)
+        )
     checkpoint = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     from pgenrm_train.backends.vllm_engine import VllmGenerator
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pgenrm_train.records import Example
+from pgenrm_train.records import Example, HistoryItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,31 @@ class Generator(Protocol):
 class Teacher(Protocol):
     """Writes evaluation chains.  Sees history and explicit signals, never which response was chosen.
 
-    `complaint` says what was wrong with the form of the attempt before.  `in_flight`: calls worth making at a time.  Raises
-    BackendError when no further chain can be had (the server is down, the budget spent).
+    `complaint` says what was wrong with the form of the attempt before.  `in_flight`: calls worth making at a time.  `by_rule`: it
+    writes by template, so that its chains resemble each other.  Raises BackendError when no further chain can be had (the server is
+    down, the budget spent).
     """
 
     in_flight: int
+    by_rule: bool
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation: ...
+
+    def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Mapping[str, Any]:
+        """Tell what up to `tries` calls on each of `questions` like these will cost, and return it; empty for a rule."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]: ...
+
+
+class CriteriaWriter(Protocol):
+    """Infers a user's criteria from their votes, as the JSON text that `synthesis` reads.  Raises BackendError as a teacher does."""
+
+    in_flight: int
+
+    def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation: ...
+
+    def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Mapping[str, Any]: ...
 
     def facts(self) -> Mapping[str, Any]: ...
 
@@ -71,7 +89,15 @@ class Trained:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class SupervisedTrainer(Protocol):
-    """SFT on chat rows; resumes from the newest complete checkpoint in `work_dir`."""
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What a validation found: numbers for metrics.jsonl (`eval/accuracy` among them) and rows of a table of sample chains."""
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], *, start: Path, work_dir: Path) -> Trained: ...
+    metrics: Mapping[str, float]
+    samples: Sequence[Mapping[str, Any]]
+
+
+class Validator(Protocol):
+    """Scores a model while it is trained: asks a fixed slice of questions and judges the answers."""
+
+    def __call__(self, generator: Generator) -> Validated: ...

@@ -1,135 +1,157 @@
 """PSI's engine: transformers' Trainer on DeepSpeed, loss on assistant tokens only.
 
-One code path for nano on a CPU and 70B with LoRA on a cluster.  A single process runs in place; several are started by torchrun,
-which runs this file's `main` on a job description.  Checkpoints carry a marker that is written last, so that one cut off by a
-kill is recognised and passed over on resume.
+One code path for nano on a CPU and 70B with LoRA on a cluster.  `train` looks at everything that can be wrong first, encodes the
+chats once for all processes, and publishes what training has left on disk.  A single process trains in place; several on one node
+are started by torchrun, which runs this file's `main` on a job description, and several nodes' by Ray Train.  Checkpoints carry a
+marker that is written last, so that one cut off by a kill is recognised and passed over on resume.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import functools
+import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import publish_folder, write_json
+from pgenrm_train.artifacts import publish_folder, read_json, write_json
+from pgenrm_train.backends import ray_train
 from pgenrm_train.backends.base import Trained
+from pgenrm_train.backends.sft_batches import Chats, StepOrder, collate, layout_of, write_chats
+from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete, state_of, step_of
+from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.config import Config, parse, to_dict
-from pgenrm_train.errors import BackendError, DataError, NothingTrainedError
-from pgenrm_train.tracking import METRICS, append, trim
+from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
+from pgenrm_train.tracking import METRICS, trim
 
-COMPLETE = "complete.json"  # the last file written into a checkpoint
-IGNORED = -100  # label of tokens without loss
+CHATS, STEPS = "chats.parquet", "steps"
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one chat and the index of the first token that bears loss."""
+@dataclass(frozen=True)
+class Job:
+    """What every process of a training must know; `mark` is written into each checkpoint and compared on resume.
 
-    ids: tuple[int, ...]
-    loss_from: int
+    Paths are absolute: a process on another node has another working directory.
+    """
+
+    config: Config
+    start: str
+    work_dir: Path
+    mark: dict[str, Any]
+    validator: str | None
+
+    def write(self) -> Path:
+        file = self.work_dir / "job.json"
+        write_json(file, {**self.__dict__, "config": to_dict(self.config)})
+        return file
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        found = read_json(path)
+        return cls(parse(found["config"]), found["start"], Path(found["work_dir"]), found["mark"], found["validator"])
 
 
 def environment(config: Config) -> dict[str, str]:
     """What must be set before torch and DeepSpeed are imported."""
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     on_cpu = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"} if config.cluster.device == "cpu" else {}
-    ranks = config.cluster.nodes * config.cluster.processes_per_node
-    return {"TOKENIZERS_PARALLELISM": "false", **on_cpu, **(single if ranks == 1 else {})}
+    return {"TOKENIZERS_PARALLELISM": "false", **on_cpu, **(single if _ranks(config) == 1 else {})}
 
 
-def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path) -> Trained:
+def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path, validator: str | None = None) -> Trained:
     """Fine-tune `start` on the chats in `rows` (parquet; METHOD §3) and publish `work_dir/checkpoint`.
 
     Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Resumes from the newest complete checkpoint under
-    `work_dir/steps`.  Raises NothingTrainedError when fewer optimiser steps were made than planned.
+    `work_dir/steps`.  `validator` is `module:function`, which makes a `Validator` of the configuration: a name, because every
+    process makes its own; with it the checkpoint that it liked best is published, else the last.
+
+    Raises ConfigError, DataError or ArtifactError for what cannot be trained on, before any weight is loaded, and
+    NothingTrainedError when fewer optimiser steps were made than planned.
     """
-    job = work_dir / "job.json"
-    write_json(job, {"config": to_dict(config), "rows": str(rows), "start": str(start), "work_dir": str(work_dir)})
-    ranks = config.cluster.processes_per_node
-    if config.cluster.nodes * ranks == 1:
-        return _train_here(config, rows, start, work_dir)
-    command = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
+    os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
+    check_libraries(config)
+    found = inspect_start(config, start)
+    write_chats(work_dir / CHATS, encode_rows(found.tokenizer, rows, found.limit))
+    mark = {"ranks": _ranks(config), "zero_stage": config.cluster.zero_stage, "model": found.identity}
+    if resume := newest_complete(work_dir / STEPS):
+        check_resumable(resume, mark)
+    base = str(Path(start).resolve()) if Path(start).exists() else str(start)
+    job = Job(config, base, work_dir.resolve(), mark, validator if config.psi.evaluate_every else None)
+    if resume and is_over(config, state_of(resume)):
+        trim(work_dir / METRICS, step_of(resume))
+    else:
+        _run(job)
+    return _publish(job, found.tokenizer)
+
+
+def _ranks(config: Config) -> int:
+    return config.cluster.nodes * config.cluster.processes_per_node
+
+
+def _run(job: Job) -> None:
+    if _ranks(job.config) == 1:
+        _train_here(job)
+    elif job.config.cluster.nodes == 1:
+        _torchrun(job.config, job.write())
+    else:
+        ray_train.run(job.config, job.write(), environment(job.config))
+
+
+def _torchrun(config: Config, job: Path) -> None:
+    ranks = f"--nproc_per_node={config.cluster.processes_per_node}"
+    command = ["torchrun", "--standalone", ranks, "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]], env={**os.environ, **environment(config)}
     )
     if done.returncode:
         raise BackendError(f"torchrun ended with exit code {done.returncode}; the processes' messages stand above")
-    result = json.loads((work_dir / "trained.json").read_text())
-    return Trained(result["steps"], work_dir / "checkpoint", result["metrics"])
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], limit: int) -> Encoded:
-    """Ids of a chat whose last message is the assistant's; loss starts where the generation prompt ends.
-
-    The same ids result from tokenising prompt and answer apart, which is what generation sees: the template's text before the
-    answer must be a prefix of the whole.  Raises DataError otherwise or when the chat is longer than `limit`.
-    """
-    render: Callable[..., str] = tokenizer.apply_chat_template
-    prompt = render(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-    whole = render(list(messages), tokenize=False)
-    if not whole.startswith(prompt):
-        raise DataError("the chat template renders a prompt that is not a prefix of prompt and answer; loss could not be placed")
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    if len(prompt_ids) + len(answer_ids) > limit:
-        raise DataError(f"a chat of {len(prompt_ids) + len(answer_ids)} tokens is longer than the model's limit of {limit}")
-    return Encoded((*prompt_ids, *answer_ids), len(prompt_ids))
+def _train_here(job: Job) -> None:
+    """One process's part.  Each finds the checkpoint to go on from by itself: a launcher may start processes anew after a loss."""
+    os.environ.update({k: v for k, v in environment(job.config).items() if k not in os.environ})
+    _join_processes(job.config)
+    trainer = _trainer(job)
+    first = trainer.is_world_process_zero()
+    resume = newest_complete(job.work_dir / STEPS, clean=first)
+    if first:
+        trim(job.work_dir / METRICS, step_of(resume) if resume else 0)
+        if resume:
+            print(f"resuming from {resume}", flush=True)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
-def newest_complete(steps: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are reported and removed."""
-    for folder in sorted(steps.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if (folder / COMPLETE).exists():
-            return folder
-        print(f"ignoring half-written checkpoint {folder}", flush=True)
-        shutil.rmtree(folder)
-    return None
-
-
-def _train_here(config: Config, rows: Path, start: Path | str, work_dir: Path) -> Trained:
-    os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
-    _join_processes(config)
-    import pyarrow.parquet as pq
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(start)
-    limit = config.model.max_prompt_tokens + config.model.max_response_tokens
-    chats = [encode_chat(tokenizer, chat, limit) for chat in pq.read_table(rows, columns=["messages"])["messages"].to_pylist()]
-    if not chats:
-        raise DataError(f"{rows} holds no chains to train on")
-    trainer = _trainer(config, start, chats, tokenizer, work_dir)
-    resume = newest_complete(work_dir / "steps")
-    if trainer.is_world_process_zero():
-        trim(work_dir / METRICS, int(resume.name.split("-")[1]) if resume else 0)
-    if resume:
-        print(f"resuming from {resume}", flush=True)
-    result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return _finish(config, trainer, tokenizer, result, start, work_dir)
-
-
-def _finish(config: Config, trainer: Any, tokenizer: Any, result: Any, start: Path | str, work_dir: Path) -> Trained:
-    state, planned = trainer.state, trainer.state.max_steps
-    if state.global_step < planned or not planned:
-        raise NothingTrainedError(f"PSI made {state.global_step} of {planned} planned optimiser steps")
-    metrics = {"psi/train_loss": float(result.training_loss), "psi/steps": float(state.global_step)}
-    staging = work_dir / "checkpoint.tmp"
-    adapter = work_dir / "adapter"
-    trainer.save_model(str(adapter if config.model.lora.rank else staging))
-    if trainer.is_world_process_zero():
-        if config.model.lora.rank:
-            _merge(start, adapter, staging, config)
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nobody's to load
-        tokenizer.save_pretrained(staging)
-        publish_folder(staging, work_dir / "checkpoint")
-        write_json(work_dir / "trained.json", {"steps": state.global_step, "metrics": metrics})
-    return Trained(state.global_step, work_dir / "checkpoint", metrics)
+def _publish(job: Job, tokenizer: Any) -> Trained:
+    """The last checkpoint, or the one that validation liked best, as a plain Hugging Face folder."""
+    steps = job.work_dir / STEPS
+    last = newest_complete(steps)
+    state = state_of(last) if last else None
+    if last is None or state is None or not is_over(job.config, state):
+        made, planned = (state.global_step, state.max_steps) if state else (0, "the")
+        raise NothingTrainedError(f"PSI made {made} of {planned} planned optimiser steps")
+    chosen = steps / f"checkpoint-{state.best_global_step}" if job.validator and state.best_global_step else last
+    if not (chosen / COMPLETE).exists():
+        raise ArtifactError(f"{chosen}, which validation liked best, is gone; use another run_dir=, or resume=false")
+    staging = job.work_dir / "checkpoint.tmp"
+    shutil.rmtree(staging, ignore_errors=True)  # of a start that was killed here
+    if job.config.model.lora.rank:
+        _merge(job.start, chosen, staging, job.config)
+    else:
+        staging.mkdir()
+        for file in (file for pattern in WEIGHTS for file in chosen.glob(pattern)):
+            shutil.copy2(file, staging)
+    tokenizer.save_pretrained(staging)
+    publish_folder(staging, job.work_dir / "checkpoint")
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    metrics = {"psi/steps": float(state.global_step), "psi/published_step": float(step_of(chosen))}
+    if losses:
+        metrics["psi/train_loss"] = sum(losses) / len(losses)
+    return Trained(state.global_step, job.work_dir / "checkpoint", metrics)
 
 
 def _merge(start: Path | str, adapter: Path, merged: Path, config: Config) -> None:
@@ -152,68 +174,54 @@ def _join_processes(config: Config) -> None:
     on_cpu = config.cluster.device == "cpu"
     if on_cpu:  # gloo's start would compile an op for minutes, and a killed compile leaves a lock that hangs the next run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if config.cluster.nodes * config.cluster.processes_per_node > 1:
+    if _ranks(config) > 1:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
 
 
-def _trainer(config: Config, start: Path | str, chats: Sequence[Encoded], tokenizer: Any, work_dir: Path) -> Any:
+def _trainer(job: Job) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, Trainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pgenrm_train.backends.sft_loss import train_in_pieces
+    from pgenrm_train.backends.sft_trainer import Follower, SftTrainer
+
+    config, psi = job.config, job.config.psi
     # Trainer must see DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
-    arguments = _arguments(config, work_dir / "steps")
+    arguments = _arguments(config, job.work_dir / STEPS)
     on_cpu = config.cluster.device == "cpu"
+    attention = "sdpa" if on_cpu else config.model.attention
     model = AutoModelForCausalLM.from_pretrained(
-        start,
-        dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype),
-        attn_implementation="sdpa" if on_cpu else config.model.attention,
+        job.start, dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype), attn_implementation=attention
     )
-    model.config.use_cache = False
+    train_in_pieces(model)
     if config.model.lora.rank:
         model = _with_lora(config, model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Trainer(
+    tokenizer, chats, layout = AutoTokenizer.from_pretrained(job.start), Chats(job.work_dir / CHATS), layout_of(config)
+    order = StepOrder(chats.lengths, layout, batch_size=psi.batch_size, micro_batch_size=psi.micro_batch_size, seed=config.seed)
+    lay_out = functools.partial(
+        collate,
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=layout == "packed",
+        score_weight=psi.score_weight,
+        flash=attention.startswith("flash_attention"),
+    )
+    return SftTrainer(
+        config,
+        order=order,
+        validate=_called(job.validator)(config) if job.validator else None,
+        tokenizer=tokenizer,
+        work_dir=job.work_dir,
         model=model,
         args=arguments,
-        train_dataset=_Chats(chats),
-        data_collator=lambda batch: _collate(batch, pad),
-        callbacks=[_callbacks(work_dir / METRICS)],
+        train_dataset=chats,
+        data_collator=lay_out,
+        callbacks=[Follower(config, order, job.work_dir / METRICS, job.mark)],
     )
 
 
-class _Chats:
-    """A map-style dataset of encoded chats."""
-
-    def __init__(self, chats: Sequence[Encoded]) -> None:
-        self.chats = chats
-
-    def __len__(self) -> int:
-        return len(self.chats)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.chats[index]
-
-
-def _collate(batch: Sequence[Encoded], pad: int) -> dict[str, Any]:
-    """Left-padded input_ids, attention_mask and position_ids, (batch, longest); labels (batch, kept) of the last `kept` tokens.
-
-    Ends are aligned, so that the assistant's tokens, which alone are trained on, stand together: logits are made for these
-    `kept` columns only.  A prompt is several times as long as its chain, and a row of logits as long as the vocabulary.
-    """
-    import torch
-
-    longest = max(len(chat.ids) for chat in batch)
-    kept = 1 + max(len(chat.ids) - chat.loss_from for chat in batch)  # and the token before, which predicts the first
-    ids = torch.full((len(batch), longest), pad)
-    labels = torch.full((len(batch), kept), IGNORED)
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
-    for row, chat in enumerate(batch):
-        n, trained = len(chat.ids), len(chat.ids) - chat.loss_from
-        ids[row, longest - n :] = torch.tensor(chat.ids)
-        labels[row, kept - trained :] = torch.tensor(chat.ids[chat.loss_from :])
-        mask[row, longest - n :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels, "logits_to_keep": kept}
+def _called(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _with_lora(config: Config, model: Any) -> Any:
@@ -255,11 +263,10 @@ def _arguments(config: Config, steps: Path) -> Any:
     from transformers import TrainingArguments
 
     psi, on_cpu = config.psi, config.cluster.device == "cpu"
-    ranks = config.cluster.nodes * config.cluster.processes_per_node
     return TrainingArguments(
         output_dir=str(steps),
         per_device_train_batch_size=psi.micro_batch_size,
-        gradient_accumulation_steps=psi.batch_size // (psi.micro_batch_size * ranks),
+        gradient_accumulation_steps=psi.batch_size // (psi.micro_batch_size * _ranks(config)),
         num_train_epochs=psi.epochs,
         max_steps=psi.max_steps or -1,
         learning_rate=psi.learning_rate,
@@ -283,30 +290,23 @@ def _arguments(config: Config, steps: Path) -> Any:
         data_seed=config.seed,
         dataloader_num_workers=0,
         remove_unused_columns=False,
+        metric_for_best_model="accuracy" if psi.evaluate_every else None,
+        greater_is_better=True,
+        use_liger_kernel=psi.liger,
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False}
+        if psi.liger
+        else None,  # ours is made in pieces
         disable_tqdm=False,
     )
 
 
-def _callbacks(metrics: Path) -> Any:
-    from transformers import TrainerCallback
-
-    class Callbacks(TrainerCallback):  # type: ignore[misc]
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
-                write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, {"step": state.global_step})
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-            if logs and state.is_world_process_zero and "loss" in logs:
-                numbers = {f"psi/{name}": float(value) for name, value in logs.items()}
-                finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-                append(metrics, {"step": state.global_step, "stage": "psi", **finite})
-
-    return Callbacks()
+def train_rank(job_file: str) -> None:
+    """One process's part of the training that `train` has described in the job file."""
+    _train_here(Job.read(Path(job_file)))
 
 
 def main(job_file: str) -> None:
-    job = json.loads(Path(job_file).read_text())
-    _train_here(parse(job["config"]), Path(job["rows"]), Path(job["start"]), Path(job["work_dir"]))
+    train_rank(job_file)
     from torch import distributed
 
     distributed.destroy_process_group()  # a rank that exits with its threads running may abort, and torchrun ends the others

@@ -1,41 +1,82 @@
-"""Teacher, judge and model under test that are language models behind an `Endpoint`."""
+"""Teacher and judge that are language models behind an `Endpoint`."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.base import Generation, GenerationRequest
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.concurrency import concurrently
+from pgenrm_train import synthesis
+from pgenrm_train.backends.base import Generation
+from pgenrm_train.backends.costs import announce, characters, estimate
+from pgenrm_train.backends.endpoint import Endpoint, dollars
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
 from pgenrm_train.judging import SCHEMA, judge_messages, read_verdict
 from pgenrm_train.masking import FullView
 from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import Example
+from pgenrm_train.records import Example, HistoryItem
+from pgenrm_train.synthesis import synthesis_messages
+
+MEASURED = 200  # users whose prompts tell what all will cost
+CRITERIA_TOKENS = 120  # of an answer, as a rule
 
 
 class LlmTeacher:
     """Writes chains from history and explicit signals, as METHOD §3 asks; see `base.Teacher`."""
 
+    by_rule = False
+
     def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint, self.in_flight = endpoint, endpoint.settings.max_in_flight
+        self.endpoint = endpoint
+        slots = endpoint.settings.max_in_flight
+        self.in_flight = (
+            slots + slots // 4
+        )  # the endpoint lets `slots` through; the others have their prompts ready when one is free
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
         if stopped := self.endpoint.stopped:
             raise BackendError(f"teacher: {stopped}; what was answered is kept, and the same command goes on from there")
-        view = FullView(example.context, example.history, example.responses, example.explicit)
-        messages = chat_messages(view, instructions=self.endpoint.settings.instructions)
+        messages = self._messages(example)
         if complaint is not None:
             again = f"Your last answer could not be used ({complaint}). Write it anew, in exactly the format asked for."
             messages.append({"role": "user", "content": again})
         reply = self.endpoint.ask(messages, sample=attempt)
         return Generation(example.pair_id, attempt, reply.text, reply.failure, reply.completion_tokens)
+
+    def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Mapping[str, Any]:
+        prompts = [self._messages(example) for example in examples]
+        known = sum(self.endpoint.knows(prompt) for prompt in prompts) / max(1, len(prompts))
+        settings = self.endpoint.settings
+        return announce("teacher", settings, estimate(settings, characters(prompts), questions, tries=tries, known_share=known))
+
+    def facts(self) -> Mapping[str, Any]:
+        return self.endpoint.usage.facts(self.endpoint.settings)
+
+    def _messages(self, example: Example) -> list[dict[str, str]]:
+        view = FullView(example.context, example.history, example.responses, example.explicit)
+        return chat_messages(view, instructions=self.endpoint.settings.instructions)
+
+
+class LlmCriteria:
+    """Infers criteria of users who stated none; see `base.CriteriaWriter`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.in_flight = endpoint, endpoint.settings.max_in_flight
+
+    def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation:
+        if stopped := self.endpoint.stopped:
+            raise BackendError(f"teacher: {stopped}; what was answered is kept, and the same command goes on from there")
+        reply = self.endpoint.ask(synthesis_messages(votes), sample=attempt, schema=synthesis.SCHEMA)
+        return Generation(user_id, attempt, reply.text, reply.failure, reply.completion_tokens)
+
+    def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Mapping[str, Any]:
+        some = [synthesis_messages(votes) for votes in users[:: max(1, len(users) // MEASURED)]]
+        found = estimate(self.endpoint.settings, characters(some), len(users), tries=tries, answer_tokens=CRITERIA_TOKENS)
+        return announce("teacher", self.endpoint.settings, found)
 
     def facts(self) -> Mapping[str, Any]:
         return self.endpoint.usage.facts(self.endpoint.settings)
@@ -70,7 +111,7 @@ class LlmJudge:
         """Sums since the start, for the metrics of a step; `no_verdict/<kind>` are chains whose process reward is null."""
         usage = self.endpoint.usage
         return {
-            "calls": usage.calls, "tries": usage.tries, "from_cache": usage.cached, "dollars": usage.dollars(self.endpoint.settings),
+            "calls": usage.calls, "tries": usage.tries, "from_cache": usage.cached, "dollars": dollars(self.endpoint.settings, usage.prompt_tokens, usage.completion_tokens),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "judged_twice": len(self.differences), "judged_twice_difference": sum(self.differences),
             **{f"no_verdict/{kind}": count for kind, count in self.failures.items()},
@@ -84,34 +125,6 @@ class LlmJudge:
                 self.failures[reply.failure or "unreadable"] += 1
             return None
         return verdict.score
-
-
-class EndpointGenerator:
-    """A model under test behind an API; see `base.Generator`.  Samples are calls of their own, all in one queue.
-
-    A call without an answer is a failed generation, `engine:<kind>`; BackendError when the server is down or the budget spent.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-
-    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
-        if temperature != self.endpoint.settings.temperature:
-            raise ValueError(f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}")
-        calls = ((request, sample) for request in requests for sample in range(request.samples))
-        for _, generation in concurrently(self._ask, calls, self.endpoint.settings.max_in_flight):
-            yield generation
-
-    def close(self) -> None:
-        self.endpoint.close()
-
-    def _ask(self, call: tuple[GenerationRequest, int]) -> Generation:
-        request, sample = call
-        if stopped := self.endpoint.stopped:
-            raise BackendError(f"model: {stopped}; what was answered is kept, and the same command goes on from there")
-        reply = self.endpoint.ask(request.messages, sample=(request.seed + sample) % 2**31)
-        failure = reply.failure if reply.failure in (None, "length") else f"engine:{reply.failure}"
-        return Generation(request.key, sample, reply.text, failure, reply.completion_tokens)
 
 
 def judge_for_rewards(settings: Mapping[str, Any], cache: str | None) -> LlmJudge:

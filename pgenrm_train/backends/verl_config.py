@@ -16,6 +16,7 @@ from typing import Any
 
 from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
 from pgenrm_train.errors import ArtifactError, ConfigError
+from pgenrm_train.planning.batches import grpo_problems
 
 TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
 MODULE = "pgenrm_train.backends.verl_cpu"
@@ -80,24 +81,9 @@ def to_verl(config: Config, section: str, *, start: Path, rows: Path, work_dir: 
 
 def check(config: Config, section: str, start: Path) -> None:
     """Divisibility and lengths; each failure names both keys."""
-    grpo: GrpoConfig = getattr(config, section)
-    cluster, model = config.cluster, config.model
-    ranks = cluster.nodes * cluster.processes_per_node
-    rollouts = grpo.mini_batch_prompts * grpo.group_size
-    if rollouts % ranks:
-        raise ConfigError(
-            f"{section}.mini_batch_prompts × {section}.group_size = {rollouts} must be a multiple of cluster.nodes × "
-            f"cluster.processes_per_node = {ranks}"
-        )
-    if (rollouts // ranks) % grpo.micro_batch_size:
-        raise ConfigError(
-            f"{section}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts of a process "
-            f"({section}.mini_batch_prompts × {section}.group_size over {ranks} processes)"
-        )
-    if ranks % cluster.tensor_parallel:
-        raise ConfigError(
-            f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {ranks} processes of cluster.processes_per_node"
-        )
+    for problem in grpo_problems(config, section):
+        raise ConfigError(problem)
+    model = config.model
     positions = _positions(start)
     needed = model.max_prompt_tokens + model.max_response_tokens
     if positions is not None and needed > positions:

@@ -44,7 +44,8 @@ class Phase:
     section: "cre" or "curriculum", whose settings apply.  start: checkpoint in Hugging Face format; None takes the phase before.
     rows: parquet with data_source, prompt, reward_model, extra_info.  steps: optimiser steps of the whole phase.
     weights: fields of `rewards.RewardWeights`.  judge: "module:factory" of a `base.Judge`, None for no process reward.
-    hard: pass rate a row (None where unknown); without it and with `mining_samples` = K > 0 the phase measures them first.
+    mining_samples: K > 0 chains a row measure hardness before training, half of them on `mirror`, the rows in the other
+    presentation order, when given.  signals: parquet of model-free signals a row, enough for a start without mining.
     """
 
     section: str
@@ -56,8 +57,9 @@ class Phase:
     judge: str | None = None
     judge_kwargs: Mapping[str, Any] = field(default_factory=dict)
     judge_in_flight: int = 64
-    hard: Sequence[float | None] | None = None
     mining_samples: int = 0
+    mirror: Path | None = None
+    signals: Path | None = None
     validation: Path | None = None  # rows as `rows`, each pair in both orders; sampled every `<section>.validate_every` steps
 
     @property
@@ -157,7 +159,6 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
 
 def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     """Mine where asked, train to the planned step, export, and say so in `trained.json`."""
-    from pgenrm_train.backends.verl_mining import pass_rates
     from pgenrm_train.backends.verl_rollout import RewardSpec
     from pgenrm_train.backends.verl_trainer import PhaseRun
 
@@ -166,15 +167,12 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight, grpo.null_policy)
     run = PhaseRun(
         stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
-        keep_checkpoints=grpo.keep_checkpoints, validation=phase.validation, validate_every=grpo.validate_every,
+        keep_checkpoints=grpo.keep_checkpoints, resample=grpo.resample, validation=phase.validation, validate_every=grpo.validate_every,
         beat=session.watchdog.beat, max_null_share=0.0 if grpo.null_policy == "stop" else grpo.max_null_share,
     )  # fmt: skip
     session.watchdog.beat(phase.section, 0, "preparing the phase")
     trainer.prepare(run, _verl(config, phase, start), start)
-    rates = phase.hard
-    if rates is None and phase.mining_samples:
-        rates = pass_rates(trainer, start, phase.mining_samples)
-    made = trainer.begin(_sampler(config, phase, run.table.num_rows, rates))
+    made = trainer.begin(_sampler(config, phase, trainer, start))
     if made < phase.steps:
         trainer.fit()
     _check_steps(phase, trainer.last_saved())
@@ -185,18 +183,29 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     write_json(phase.work_dir / TRAINED, {"steps": phase.steps, "metrics": last, "seconds": seconds})
 
 
-def _sampler(config: Config, phase: Phase, rows: int, rates: Sequence[float | None] | None) -> Any:
+def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
+    """The phase's sampler; measures hardness first where the schedule needs it."""
+    from pgenrm_train.backends.verl_mining import hardness
     from pgenrm_train.curriculum import CurriculumSampler
 
-    grpo = getattr(config, phase.section)
+    grpo, run = getattr(config, phase.section), trainer.run
     shape: dict[str, Any] = {}
     if phase.section == "curriculum":
         shape = {
             "schedule": grpo.schedule, "start": grpo.hard_share_start, "end": grpo.hard_share_end,
-            "hard_low": grpo.hard_low, "hard_high": grpo.hard_high, "pass_rates": rates,
+            "band": (grpo.hard_low, grpo.hard_high), "suspect_weight": grpo.suspect_weight,
+            "users": run.user_ids if grpo.user_balanced else None,
         }  # fmt: skip
+        if phase.mining_samples or phase.signals:
+            found = hardness(trainer, start, phase.mining_samples, phase.mirror, phase.signals, shape["band"], grpo.hard_by)
+            shape |= {"hard": found["hard"], "suspect": found["suspect"], "pass_rates": found.get("pass_rate")}
+            shape["chains"] = phase.mining_samples
     return CurriculumSampler(
-        rows, prompts_per_step=grpo.prompts_per_step, steps=phase.steps, seed=seed_of(config, phase.section), **shape
+        run.table.num_rows,
+        prompts_per_step=grpo.prompts_per_step,
+        steps=phase.steps,
+        seed=seed_of(config, phase.section),
+        **shape,
     )
 
 
@@ -283,7 +292,8 @@ def main(job: Path) -> int:
 
 
 def _phase(said: dict[str, Any]) -> Phase:
-    paths = {name: Path(said[name]) for name in ("start", "rows", "work_dir", "validation") if said.get(name) is not None}
+    names = ("start", "rows", "work_dir", "validation", "mirror", "signals")
+    paths = {name: Path(said[name]) for name in names if said.get(name) is not None}
     return Phase(**(said | paths))
 
 

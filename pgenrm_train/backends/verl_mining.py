@@ -1,13 +1,18 @@
-"""Measured hardness: K chains a row from the current actor, through the session's own rollout engine (METHOD §5).
+"""Measured hardness: K chains a pair from the current actor, through the session's own rollout engine (METHOD §5).
 
-`mining.parquet` in the phase's folder holds a row a pair: index, pair_id, pass_rate (share of the K chains that rank chosen
-first; a failed chain ranks nothing), margin (mean of s_chosen − best other over parsed chains, null without any), samples,
-failures.  Its metadata names the checkpoint by a hash of its weights, so another model's measurements are not reused.
+In the phase's folder:
+
+    mining.parquet    a row a pair: index, pair_id, pass_rate (share of the K chains that rank chosen first; a failed chain ranks
+                      nothing), margin and verified_margin (means of s_chosen − best other over the chains that have such scores,
+                      null without any), order_gap (difference of the pass rates in the two orders, null when one order was asked),
+                      samples, failures.  Its metadata names the checkpoint by a hash of its weights
+    hardness.parquet  the record of each pair: the above, the model-free signals, hard, suspect and why
+    suspect.parquet   the suspect rows of the record, most contradicted first
+    hardness.json     counts, for the manifest
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,48 +21,116 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pgenrm_train.artifacts import atomic, weights_digest, write_json
+from pgenrm_train.errors import ArtifactError
+from pgenrm_train.hardness import ORDERS, SIGNALS, column, records
 
-def pass_rates(trainer: Any, start: Path, samples: int) -> list[float]:
-    """One pass rate a row of the trainer's phase: from `mining.parquet` when it is of this checkpoint, else measured now."""
-    file = trainer.run.work_dir / "mining.parquet"
-    mark = {b"checkpoint": weights_hash(start).encode(), b"samples": str(samples).encode()}
+MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
+
+
+def hardness(
+    trainer: Any,
+    start: Path,
+    samples: int,
+    mirror: Path | None,
+    signals: Path | None,
+    band: tuple[float, float],
+    by: str = "hardness",
+) -> dict[str, Any]:
+    """The hardness record of the trainer's phase, written, counted and told; returns its columns (see `hardness.records`).
+
+    samples: chains a pair, 0 for a cold start from `signals`; mirror: the rows in the other presentation order.
+    """
+    run = trainer.run
+    mined = mined_rows(trainer, start, samples, mirror) if samples else None
+    table, names = None if signals is None else pq.read_table(signals), (*SIGNALS, *([by] if by in ORDERS else []))
+    found = None if table is None else {name: np.asarray(table[name].to_numpy(), dtype=float) for name in names}
+    record = records(run.pair_ids, mined, found, *band, by)
+    if table is not None:
+        record["origin"] = table["origin"].to_pylist()
+    publish(run.work_dir, record, run.stage)
+    return record
+
+
+def publish(folder: Path, record: Mapping[str, Any], stage: str) -> None:
+    table = pa.table(dict(record))
+    with atomic(folder / HARDNESS) as draft:
+        pq.write_table(table, draft)
+    suspects = table.filter(table["suspect"])
+    if "margin" in suspects.column_names:
+        suspects = suspects.sort_by("margin")
+    with atomic(folder / SUSPECTS) as draft:
+        pq.write_table(suspects, draft)
+    counts = {"pairs": table.num_rows, "hard": sum(record["hard"]), "suspect": suspects.num_rows,
+              "measured_by": "model" if "pass_rate" in record else next((name for name in ORDERS if name in record), "signals")}  # fmt: skip
+    write_json(folder / COUNTS, counts)
+    listed = f" (down-weighted, listed in {folder / SUSPECTS})" if suspects.num_rows else ""
+    print(f"{stage}: {counts['hard']} of {counts['pairs']} pairs are hard, {counts['suspect']} suspect{listed}", flush=True)
+
+
+def mined_rows(trainer: Any, start: Path, samples: int, mirror: Path | None) -> list[dict[str, Any]]:
+    """From `mining.parquet`, else measured now.  Raises ArtifactError when the file is of another checkpoint or other pairs."""
+    run = trainer.run
+    file, mark = run.work_dir / MINING, {b"checkpoint": weights_digest(start).encode(), b"samples": str(samples).encode()}
     if file.exists():
-        found = pq.read_table(file)
-        kept = {key: (found.schema.metadata or {}).get(key) for key in mark}
-        if kept == mark and found.num_rows == trainer.run.table.num_rows:
-            return found["pass_rate"].to_pylist()
-        print(f"{file} is of another checkpoint or other rows; the pairs are measured again", flush=True)
-    rows = mine(trainer, samples)
-    draft = file.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(mark), draft)
-    draft.rename(file)
-    return [row["pass_rate"] for row in rows]
+        return cached(file, mark, run.pair_ids, start)
+    rows = mine(trainer, samples, mirror)
+    with atomic(file) as draft:
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(mark), draft)
+    return rows
 
 
-def mine(trainer: Any, samples: int) -> list[dict[str, Any]]:
-    """Sample every row `samples` times from the current actor and summarise it."""
-    groups = trainer.measure(trainer.run.table, samples, "mine")
-    extras = trainer.run.table["extra_info"].to_pylist()
-    return [summary(index, extra["pair_id"], group) for index, (extra, group) in enumerate(zip(extras, groups, strict=True))]
+def cached(file: Path, mark: Mapping[bytes, bytes], pair_ids: Sequence[str], start: Path) -> list[dict[str, Any]]:
+    found = pq.read_table(file)
+    said = found.schema.metadata or {}
+    for key, what in ((b"checkpoint", f"another checkpoint than {start}"), (b"samples", "another curriculum.mining_samples")):
+        if said.get(key) != mark[key]:
+            raise ArtifactError(
+                f"{file} was measured with {what} ({_text(said.get(key))} instead of {_text(mark[key])}): delete it to measure "
+                "again, or use another run_dir"
+            )
+    rows: list[dict[str, Any]] = found.to_pylist()
+    if [row["pair_id"] for row in rows] != list(pair_ids):
+        raise ArtifactError(f"{file} holds other pairs than the phase's rows: delete it to measure again, or use another run_dir")
+    return rows
 
 
-def summary(index: int, pair_id: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    margins = [info["margin"] for info in group if info["margin"] is not None]
+def _text(value: bytes | None) -> str:
+    return "nothing" if value is None else value.decode()
+
+
+def mine(trainer: Any, samples: int, mirror: Path | None) -> list[dict[str, Any]]:
+    """Sample every row `samples` times from the current actor, half of them in the other order, and summarise it."""
+    run = trainer.run
+    turned = samples // 2 if mirror is not None else 0
+    asked = trainer.measure(run.table, samples - turned, "mine")
+    other = trainer.measure(pq.read_table(mirror), turned, "turned") if turned else [[]] * len(asked)
+    return [
+        summary(index, pair_id, *groups) for index, (pair_id, *groups) in enumerate(zip(run.pair_ids, asked, other, strict=True))
+    ]
+
+
+def summary(
+    index: int, pair_id: str, asked: Sequence[Mapping[str, Any]], turned: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """What the chains of one pair say; `turned` are those in the other order."""
+    group = [*asked, *turned]
     return {
         "index": index,
         "pair_id": pair_id,
-        "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in group) / len(group),
-        "margin": float(np.mean(margins)) if margins else None,
+        "pass_rate": _passed(group),
+        "margin": _mean(group, "margin"),
+        "verified_margin": _mean(group, "verified_margin"),
+        "order_gap": abs(_passed(asked) - _passed(turned)) if turned else None,
         "samples": len(group),
-        "failures": len(group) - len(margins),
+        "failures": sum(info["margin"] is None for info in group),
     }
 
 
-def weights_hash(checkpoint: Path) -> str:
-    """Of the safetensors files, in name order."""
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _passed(group: Sequence[Mapping[str, Any]]) -> float:
+    return sum((info["outcome"] or 0.0) > 0 for info in group) / len(group)
+
+
+def _mean(group: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = column(group, name)
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None

@@ -35,7 +35,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
     return complete[-1], int(marker["step"]), marker["sampler"]
 
 
-def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
+def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Every reward part of a step; a part that no chain has is null."""
     infos = [info for group in groups for info in group]
     judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
@@ -55,10 +55,36 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], sampler: Curric
         "response_length": float(np.mean([info["length"] for info in infos])),
         "response_length_max": max(info["length"] for info in infos),
         "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
+        "groups/discarded_chains": sum(group[0]["discarded_chains"] for group in groups),
         "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
+    }
+
+
+def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(passes, chains) of all that was sampled for a prompt, discarded groups included: what was kept alone would be a selection."""
+    passes = sum((info["outcome"] or 0.0) > 0 for info in group)
+    return passes + group[0]["discarded_passes"], len(group) + group[0]["discarded_chains"]
+
+
+def mix_metrics(drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
+    """Target and realised share of hard pairs, and what the step's chains say of the hard, the suspect and the rest.
+
+    drawn: pair → its group.  To be read before `sampler.observe`, which may move the pairs.
+    """
+    found: dict[str, Any] = {
         "curriculum/target_hard_share": sampler.target,
         "curriculum/realised_hard_share": sampler.realised,
     }
+    if len(sampler.buckets) == 1:
+        return found
+    rates: dict[str, list[float]] = {name: [] for name in sampler.buckets}
+    for pair, group in drawn.items():
+        passes, chains = tried(group)
+        rates[sampler.bucket_of(pair)].append(passes / chains)
+    for name, bucket in sampler.buckets.items():
+        found[f"curriculum/{name}_pairs"] = bucket.count
+        found[f"curriculum/{name}_pass_rate"] = float(np.mean(rates[name])) if rates[name] else None
+    return found
 
 
 def validation_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], extras: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -58,6 +58,7 @@ class Prompt:
     seed: str
     samples: int
     temperature: float
+    resample: int = 0  # times that a group without advantage is sampled anew
 
 
 @dataclass
@@ -106,6 +107,9 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
         "process": _or_null(reward.parts["process"]) if judged else None,
         "format": _or_null(reward.parts["format"]),
         "margin": None if isinstance(chain, ParseFailure) else _margin(chain.scores, chosen),
+        "verified_margin": None
+        if isinstance(chain, ParseFailure) or chain.verified_scores is None
+        else _margin(chain.verified_scores, chosen),
         "failure": failure if sample.finished else "length",
         "null_verdict": judged and math.isnan(reward.parts["process"]),
         "error": None,
@@ -121,7 +125,7 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
     try:
         return score(sample, row, weights, judge)
     except Exception as error:
-        nothing = dict.fromkeys(("total", "outcome", "process", "format", "margin", "failure"))
+        nothing = dict.fromkeys(("total", "outcome", "process", "format", "margin", "verified_margin", "failure"))
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -190,18 +194,33 @@ class ChainSampler:
     async def _train_group(self, prompt: Prompt) -> None:
         status = "finished"
         try:
-            samples = await self.group(prompt)
-            await asyncio.to_thread(_put_group, prompt, samples)
+            samples, discarded = await self._with_advantage(prompt)
+            await asyncio.to_thread(_put_group, prompt, samples, discarded)
         except Exception as error:  # an engine failure of one prompt must not strand the others; the trainer counts and judges
             self.failures.append(f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300])
             status = "failure"
         tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
         await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=tags)
 
-    async def group(self, prompt: Prompt) -> list[Sample]:
-        """All samples of one prompt, scored."""
+    async def _with_advantage(self, prompt: Prompt) -> tuple[list[Sample], dict[str, int]]:
+        """The first group whose rewards differ, else the last of `1 + prompt.resample`, and what was discarded before.
+
+        The same prompt is asked again, not another: which groups end first is chance, and the sampler's draws must not hang on it.
+        """
+        discarded = {"discarded_passes": 0, "discarded_chains": 0}
+        for attempt in range(prompt.resample):
+            samples = await self.group(prompt, attempt)
+            if len({sample.score for sample in samples}) > 1:
+                return samples, discarded
+            discarded["discarded_passes"] += sum((sample.info["outcome"] or 0.0) > 0 for sample in samples)
+            discarded["discarded_chains"] += len(samples)
+        return await self.group(prompt, prompt.resample), discarded
+
+    async def group(self, prompt: Prompt, attempt: int = 0) -> list[Sample]:
+        """All samples of one prompt, scored; each attempt has seeds of its own."""
         ids = self._prompt_ids(prompt)
-        samples = await asyncio.gather(*(self._sample(prompt, ids, number) for number in range(prompt.samples)))
+        numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
+        samples = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
         settle(samples, prompt.row, self.weights, self.null_policy)
         return list(samples)
 
@@ -303,14 +322,14 @@ class _RemoteSampler(ChainSampler):
         super().__init__(config, servers)
 
 
-def _put_group(prompt: Prompt, samples: Sequence[Sample]) -> None:
+def _put_group(prompt: Prompt, samples: Sequence[Sample], discarded: Mapping[str, int]) -> None:
     keys = [f"{prompt.uid}_{number}_0" for number in range(len(samples))]
-    fields = list_of_dict_to_tensordict([_trajectory(prompt, sample) for sample in samples])
+    fields = list_of_dict_to_tensordict([_trajectory(prompt, sample, discarded) for sample in samples])
     tags = [_tag(prompt, sample) for sample in samples]
     tq.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id="train")
 
 
-def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+def _trajectory(prompt: Prompt, sample: Sample, discarded: Mapping[str, int]) -> dict[str, Any]:
     """The fields that verl's trainer and actor read; the reward sits on the last token, the end token is inside the mask."""
     prompts = torch.tensor(sample.prompt_ids, dtype=torch.int64)
     responses = torch.tensor(sample.token_ids, dtype=torch.int64)
@@ -330,7 +349,7 @@ def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
         "rm_scores": rewards,
         "num_turns": 2,
         "multi_modal_inputs": {},
-        "extra_fields": {"reward_extra_info": sample.info, "order": prompt.row["extra_info"].get("order")},
+        "extra_fields": {"reward_extra_info": sample.info, "order": prompt.row["extra_info"].get("order"), **discarded},
     }
 
 

@@ -23,7 +23,8 @@ import psutil
 
 from pgenrm_train.artifacts import write_json
 from pgenrm_train.backends import guardian
-from pgenrm_train.config import ROOT, Config
+from pgenrm_train.backends.ray_cluster import join
+from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
@@ -88,16 +89,12 @@ class Session:
 
         variables = get_ppo_ray_runtime_env(verl)["env_vars"]
         address = self.config.ray.address
-        if address is not None:  # workers of a running cluster inherit nothing from us
+        if address is not None:
             from pgenrm_train.backends.verl_config import environment
 
-            remote = {
-                "env_vars": variables | environment(self.config),
-                "working_dir": str(ROOT),
-                "excludes": [".venv", ".git", "runs"],
-            }
-            remote["env_vars"].pop("PYTHONPATH")
-            ray.init(address=address, runtime_env=remote, log_to_driver=False)
+            variables |= environment(self.config)
+            variables.pop("PYTHONPATH")
+            join(address, variables)
             return
         os.environ.update(variables)
         cpu = self.config.cluster.device == "cpu"

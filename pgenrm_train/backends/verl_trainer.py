@@ -7,6 +7,7 @@ a phase, `fit` is verl's own loop.  What differs from stock verl and why:
   state after t draws, and it is stored beside the weights of step t in the marker that makes a checkpoint complete;
 - a checkpoint counts only when `complete.json` was renamed into it; verl's own tracker file can be half-written;
 - trajectories are put in (place, sample) order before the update, so that a resumed run sums in the same order;
+- the sampler learns the step's pass rates before the checkpoint is written, so its saved state is not one update stale;
 - reward parts are read before the checkpoint is written, so a stop (too many reward errors, a judge without verdicts) leaves a
   resumable run and `metrics.jsonl` never lacks a step that a checkpoint holds.
 """
@@ -34,8 +35,10 @@ from pgenrm_train.backends.verl_progress import (
     MARKER,
     chain_metrics,
     complete_checkpoints,
+    mix_metrics,
     newest_checkpoint,
     progress_line,
+    tried,
     under_stage,
     validation_metrics,
 )
@@ -61,6 +64,7 @@ class PhaseRun:
     rewards: RewardSpec
     seed: int
     keep_checkpoints: int = 2
+    resample: int = 0
     validation: Path | None = None
     validate_every: int = 0
     max_null_share: float = 0.5
@@ -71,6 +75,9 @@ class PhaseRun:
     def __post_init__(self) -> None:
         self.table = pq.read_table(self.rows)
         self.started, self.first_step = time.monotonic(), 0
+        extras = self.table["extra_info"].to_pylist()
+        self.pair_ids, self.user_ids = ([extra[name] for extra in extras] for name in ("pair_id", "user_id"))
+        self.drawn: list[int] = []  # the rows of the step under way
 
     def row(self, index: int) -> dict[str, Any]:
         return self.table.slice(index, 1).to_pylist()[0]
@@ -192,13 +199,13 @@ class ChainTrainer(PPOTrainerSync):
 
     def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int) -> Prompt:
         seed = f"{self.run.seed}/{self.run.stage}"
-        return Prompt(uid, row, step, seed, samples, self.config.actor_rollout_ref.rollout.temperature)
+        return Prompt(uid, row, step, seed, samples, self.config.actor_rollout_ref.rollout.temperature, self.run.resample)
 
     def prepare_step(self) -> dict[str, Any]:
         """Draw the batch and hand it to the rollout."""
         run, step = self.run, self.global_steps
         run.beat(run.stage, step, "sampling chains")
-        drawn = run.sampler.next_batch(step)
+        drawn = run.drawn = run.sampler.next_batch(step)
         samples = self.config.actor_rollout_ref.rollout.n
         prompts = [self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)]
         append(
@@ -232,8 +239,10 @@ class ChainTrainer(PPOTrainerSync):
             if failures := self.rollout.take_failures():
                 raise BackendError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
             raise
-        groups = self._groups(batch)
-        ours = chain_metrics(groups, run.sampler)
+        placed = self._groups(batch)
+        groups = list(placed.values())
+        ours = chain_metrics(groups) | mix_metrics({run.drawn[place]: group for place, group in placed.items()}, run.sampler)
+        run.sampler.observe((run.drawn[place], *tried(group)) for place, group in placed.items())
         ours |= self.rollout.judge_metrics()
         ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
         metrics.update({f"{run.stage}/{name}": value for name, value in ours.items()})
@@ -245,17 +254,18 @@ class ChainTrainer(PPOTrainerSync):
         self._stop_if_hopeless(groups, ours, run_failures)
         return batch
 
-    def _groups(self, batch: Any) -> list[list[dict[str, Any]]]:
-        """The infos of the step's samples, group by group; padding rows left out."""
+    def _groups(self, batch: Any) -> dict[int, list[dict[str, Any]]]:
+        """Place in the batch → the infos of its samples, in the order of the places; padding rows left out."""
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
         fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        groups: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[int, list[dict[str, Any]]] = {}
         for key, extra in zip(keys, list(fields["extra_fields"]), strict=True):
             extra = getattr(extra, "data", extra)
-            info = extra["reward_extra_info"] | {"length": lengths[key], "order": extra["order"]}
-            groups.setdefault(key.split("_")[0], []).append(info)
-        return list(groups.values())
+            info = extra["reward_extra_info"] | {"length": lengths[key]}
+            info |= {name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")}
+            groups.setdefault(int(key.split("_")[0].rpartition("p")[2]), []).append(info)
+        return dict(sorted(groups.items()))
 
     def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
         run = self.run

@@ -1,93 +1,99 @@
 """build_data: a raw source → preference pairs of one schema, with a card of counts and hashes.
 
-Needs a builder.  Makes `pairs.parquet` and `card.json`.
+Needs a builder.  Makes `pairs.parquet` (a folder of shards) and `card.json`.
+
+The pairs pass through once, into raw shards and an index of hashes on disk; ids, splits and limits are decided on the index and
+applied to the shards as Arrow columns.  So memory holds a batch, however many pairs there are.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder, sha256_file, write_json, write_table
+from pgenrm_train.artifacts import StageFolder, write_json
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import PreferencePair, pair_to_row
+from pgenrm_train.records import PreferencePair, pair_schema, pair_to_row
+from pgenrm_train.shards import ShardWriter, digest, tables
 from pgenrm_train.stages.inputs import PAIRS
+from pgenrm_train.stages.vote_index import TRAINS, VoteIndex
 
 READS = ("data", "seed")
+Builder = Callable[..., Iterable[PreferencePair]]
+"""(data configuration, seed, Counter that takes what was left out and why) → pairs"""
 
 
-def run(config: Config, folder: StageFolder, build: Callable[..., Iterable[PreferencePair]]) -> dict[str, Any]:
+def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
     """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from."""
-    pairs = _limited(_with_unique_ids(build(config.data, config.seed)), config)
-    kept = without_overlap(pairs)
-    write_table(folder.path / PAIRS, [pair_to_row(p) for p in kept])
-    card = _card(kept) | {"train_votes_dropped_as_repeated_in_val_or_test": len(pairs) - len(kept)}
-    card["sha256"] = sha256_file(folder.path / PAIRS)
+    left_out: Counter[str] = Counter()
+    raw, index = folder.path / ".raw.parquet", VoteIndex()
+    try:
+        with ShardWriter(raw, pair_schema()) as writer:
+            for pair in build(config.data, config.seed, left_out):
+                index.add(pair)
+                writer.row(pair_to_row(pair))
+        index.added()
+        dropped = _decide(index, config)
+        facts = _facts(index)
+        _write(raw, index, folder.path / PAIRS)
+    finally:
+        index.close()
+        shutil.rmtree(raw, ignore_errors=True)
+    for what, count in (+left_out).most_common():
+        print(f"{config.data.name}: left out {count} {what}", flush=True)
+    card = facts | {
+        "train_votes_dropped_as_repeated_in_val_or_test": dropped["train"],
+        "val_votes_dropped_as_repeated_in_test": dropped["val"],
+        "left_out": dict(+left_out),
+        "sha256": digest(folder.path / PAIRS),
+    }
     write_json(folder.path / "card.json", card)
     return card
 
 
-def _with_unique_ids(pairs: Iterable[PreferencePair]) -> list[PreferencePair]:
-    """Many sources name the *question*, which several users voted on; here an id names one vote."""
-    found = list(pairs)
-    times = Counter(p.pair_id for p in found)
-    used = {name for name, count in times.items() if count == 1}
-    seen: Counter[str] = Counter()
-    unique = []
-    for pair in found:
-        name = pair.pair_id
-        if times[name] > 1:
-            base = name = f"{pair.pair_id}/{pair.user_id}"
-            while name in used or seen[base] == 0:
-                seen[base] += 1
-                name = base if seen[base] == 1 else f"{base}/{seen[base]}"
-            used.add(name)
-        unique.append(replace(pair, pair_id=name))
-    return unique
+def _decide(index: VoteIndex, config: Config) -> Counter[str]:
+    index.name_votes()
+    index.split(config.data.split_by, config.seed)
+    index.limit_training(config.data.max_train_pairs)
+    dropped = index.drop_overlap()
+    if config.data.on_overlap == "fail" and (count := dropped.total()):
+        raise DataError(
+            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split; "
+            "mend the source, or leave them out with data.on_overlap=drop"
+        )
+    return dropped
 
 
-def without_overlap(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Drop train votes that the same user also casts in val or test: same conversation, same two texts, whichever was chosen.
+def _write(raw: Path, index: VoteIndex, path: Path) -> None:
+    """The raw shards, with the index's ids and splits and without what it left out."""
+    import pyarrow as pa
 
-    The same question put to *other* users is normal in votes and stays.
-    """
-    held_out = {_content(p) for p in pairs if p.split != "train"}
-    return [p for p in pairs if p.split != "train" or _content(p) not in held_out]
-
-
-def _content(pair: PreferencePair) -> tuple[str, tuple[str, ...], frozenset[str]]:
-    return pair.user_id, tuple(m.content for m in pair.context), frozenset((pair.chosen, pair.rejected))
-
-
-def _limited(pairs: list[PreferencePair], config: Config) -> list[PreferencePair]:
-    """Keep at most `data.max_train_pairs` train rows, whole users at a time; held-out limits are applied where they are asked."""
-    limit = config.data.max_train_pairs
-    if limit is None:
-        return pairs
-    counts = Counter(p.user_id for p in pairs if p.trains)
-    kept, total = set(), 0
-    for user, rows in counts.items():
-        if total >= limit:
-            break
-        kept.add(user)
-        total += rows
-    return [p for p in pairs if not p.trains or p.user_id in kept]
+    decisions = index.decisions()
+    with ShardWriter(path, pair_schema()) as writer:
+        for batch in tables(raw, batch=8192):
+            names, splits, user_splits, kept = zip(*islice(decisions, batch.num_rows), strict=True)
+            table = pa.Table.from_batches([batch])
+            for name, values in (("pair_id", names), ("split", splits), ("user_split", user_splits)):
+                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+            writer.table(table.filter(pa.array(kept).cast(pa.bool_())))
 
 
-def _card(pairs: Sequence[PreferencePair]) -> dict[str, Any]:
-    if not any(p.trains for p in pairs):
+def _facts(index: VoteIndex) -> dict[str, Any]:
+    if not index.number(f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"):
         raise DataError("the data holds no pair with split=train of a training user; nothing could be learnt")
-    splits = Counter(p.split for p in pairs)
+    pairs = index.number("SELECT COUNT(*) FROM votes WHERE kept")
     return {
-        "pairs": len(pairs),
-        "users": len({p.user_id for p in pairs}),
-        "pairs_by_split": dict(splits),
-        "users_by_user_split": dict(Counter(split for _, split in {(p.user_id, p.user_split) for p in pairs})),
-        "pairs_by_kind": dict(Counter(p.kind or "(none)" for p in pairs)),
-        "with_stated_criteria": sum(p.explicit.criteria is not None for p in pairs),
-        "chosen_longer_share": round(sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs), 4),
-        "identical_responses": sum(p.chosen == p.rejected for p in pairs),
+        "pairs": pairs,
+        "users": index.number("SELECT COUNT(DISTINCT user) FROM votes WHERE kept"),
+        "pairs_by_split": index.counts("split"),
+        "users_by_user_split": index.counts("user_split", "(SELECT DISTINCT user, user_split, 0 AS rowid FROM votes WHERE kept)"),
+        "pairs_by_kind": index.counts("COALESCE(kind, '(none)')"),
+        "with_stated_criteria": index.number("SELECT SUM(criteria) FROM votes WHERE kept"),
+        "chosen_longer_share": round(index.number("SELECT SUM(longer > 0) FROM votes WHERE kept") / pairs, 4),
+        "identical_responses": index.number("SELECT SUM(identical) FROM votes WHERE kept"),
     }

@@ -1,9 +1,10 @@
 """build_sec: teacher chains filtered by rejection sampling (METHOD §3) → the SFT set of PSI.
 
 Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` (each rejected chain with its reason) and
-`yield.json`.  A chain is kept when it parses, ranks the chosen response strictly above every other, its rubric can be recomputed
-and agrees (our additions), and no other kept chain of the user has the same text.  The teacher never sees the label; half of the
-chains present the chosen response first.
+`yield.json`.  What a chain must be is said in `rejection`; beyond that no two kept chains may say the same (`duplicate`: a text of
+this user; `near_duplicate`: almost an analysis of this user; `boilerplate`: almost an analysis of another user, so it is about
+nobody), and the model must be able to write it (`over_length`).  The teacher never sees the label; half of the chains present the
+chosen response first.
 """
 
 from __future__ import annotations
@@ -12,23 +13,35 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import compress
+from typing import Any, Protocol
 
 from pgenrm_train.artifacts import StageFolder, write_json, write_table
 from pgenrm_train.backends.base import Teacher
-from pgenrm_train.chains import Chain, ParseFailure, parse_chain
+from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
 from pgenrm_train.errors import DataError
+from pgenrm_train.history import HistorySampler
 from pgenrm_train.masking import FullView, MaskedView, apply_masking, drop_history, present
+from pgenrm_train.near_duplicates import NearDuplicates, signature
 from pgenrm_train.records import Example, PreferencePair
+from pgenrm_train.rejection import (
+    BOILERPLATE,
+    DUPLICATE,
+    NEAR_DUPLICATE,
+    OVER_LENGTH,
+    complaint,
+    form_problem,
+    reason_to_reject,
+)
 from pgenrm_train.stages.inputs import asked, histories
 
 READS = (
     "data",
     "seed",
     *(f"teacher.{key}" for key in ANSWER_KEYS),
-    "sec",
+    *(f"sec.{key}" for key in ("samples_per_pair", "orders_per_pair", "max_chains", "second_chance", "near_duplicate")),
     "masking",
     "psi.masking",
     "psi.nano_start",
@@ -41,7 +54,7 @@ READS = (
     "model.max_text_tokens",
 )
 SEC = "sec.parquet"
-LABEL_WORDS = ("chosen response", "rejected response", "ground truth", "the label")  # a teacher that talks of labels leaks them
+MEASURED = 200  # questions whose prompts tell what all will cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,120 +68,156 @@ class Kept:
     attempt: int
 
 
+class ChatWriter(Protocol):
+    """View → chat messages that fit the model; `inputs.PromptWriter` is one."""
+
+    trimmed: Counter[str]
+
+    def __call__(self, view: MaskedView | FullView) -> list[dict[str, str]]: ...
+
+    def can_be_written(self, response: str) -> bool: ...
+
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+Rejected = dict[str, Any]
+
+
 def run(
     config: Config,
     folder: StageFolder,
     pairs: Sequence[PreferencePair],
     teacher: Teacher,
-    writer_for: Callable[[Sequence[Kept]], Callable[[MaskedView | FullView], list[dict[str, str]]]],
-    progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
+    writer_for: Callable[[Sequence[Kept]], ChatWriter],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write chains, filter, render prompts; returns the yield.  Raises DataError when nothing was kept."""
-    kept, rejected = sample_chains(config, pairs, teacher, progress)
+    if expected := _expected(config, pairs, teacher):
+        folder.manifest["estimate"] = expected
+        folder.save()
+    kept, rejected = without_repetitions(config, *sample_chains(config, pairs, teacher, progress), by_rule=teacher.by_rule)
+    if kept:
+        writer = writer_for(kept)
+        fits = [writer.can_be_written(item.text) for item in kept]
+        rejected += [_rejected(item, OVER_LENGTH) for item, fit in zip(kept, fits, strict=True) if not fit]
+        kept = list(compress(kept, fits))
     if not kept:
         raise DataError(f"no chain passed rejection sampling; reasons: {dict(Counter(r['reason'] for r in rejected))}")
-    writer = writer_for(kept)
     rows = [_row(config, item, writer) for item in progress(kept, "prompts", len(kept))]
     write_table(folder.path / "rejected.parquet", rejected or [{"pair_id": None, "reason": None, "text": None}])
     write_table(folder.path / SEC, rows)
-    facts = _facts(kept, rejected) | {"trimmed": dict(getattr(writer, "trimmed", {})), "teacher": dict(teacher.facts())}
+    facts = _facts(kept, rejected) | {"trimmed": dict(writer.trimmed), "teacher": dict(teacher.facts())}
     write_json(folder.path / "yield.json", facts)
     return facts
 
 
+def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> dict[str, Any]:
+    """What the teacher will cost, from the prompts of some questions."""
+    asking, history = questions(config, pairs), histories(config, pairs)
+    some = [shown(config, pair, order, history) for pair, order in asking[:: max(1, len(asking) // MEASURED)][:MEASURED]]
+    return dict(teacher.expect(some, len(asking), config.sec.samples_per_pair))
+
+
 def sample_chains(
-    config: Config,
-    pairs: Sequence[PreferencePair],
-    teacher: Teacher,
-    progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
-) -> tuple[list[Kept], list[dict[str, Any]]]:
+    config: Config, pairs: Sequence[PreferencePair], teacher: Teacher, progress: Progress
+) -> tuple[list[Kept], list[Rejected]]:
     """Ask for up to `sec.samples_per_pair` chains a pair and order until one passes; every rejected chain is recorded.
 
     Questions are asked side by side in one queue, `teacher.in_flight` at a time.  The result is in the order of the questions,
-    whatever the order of the answers; of equal texts for one user the first is kept.
+    whatever the order of the answers.
     """
-    questions = _questions(config, pairs)
+    asking = questions(config, pairs)
     history = histories(config, pairs)
 
-    def ask(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[dict[str, Any]]]:
-        pair, order = question
-        return _ask(_shown(config, present(pair, history(pair), order), order), order, teacher, config.sec.samples_per_pair)
+    def ask(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[Rejected]]:
+        return _ask(config, shown(config, *question, history), question[1], teacher)
 
-    answers = concurrently(ask, questions, teacher.in_flight)
-    in_order = sorted(progress(answers, "teacher chains", len(questions)), key=lambda numbered: numbered[0])
-    kept: list[Kept] = []
-    rejected: list[dict[str, Any]] = []
-    seen: set[tuple[str, str]] = set()
-    for _, (item, refused) in in_order:
-        rejected += refused
-        if item is None:
-            continue
-        if (item.example.user_id, item.text) in seen:
-            rejected.append(_rejected(item.example, item.order, item.attempt, "duplicate", item.text))
-            continue
-        seen.add((item.example.user_id, item.text))
-        kept.append(item)
-    return kept, rejected
+    answers = concurrently(ask, asking, teacher.in_flight)
+    in_order = sorted(progress(answers, "teacher chains", len(asking)), key=lambda numbered: numbered[0])
+    kept = [item for _, (item, _) in in_order if item is not None]
+    return kept, [row for _, (_, refused) in in_order for row in refused]
 
 
-def _shown(config: Config, example: Example, order: int) -> Example:
+def shown(config: Config, pair: PreferencePair, order: int, history: HistorySampler) -> Example:
     """What the teacher reads: no more history than the prompt will show, or its chain would speak of votes that are not there."""
+    example = present(pair, history(pair), order)
     if masking_of(config, "psi") != "history_dropout":
         return example
     rng = random.Random(f"{config.seed}/history/{example.pair_id}/{order}")
     return replace(example, history=drop_history(example.history, rng, config.masking.show_probability))
 
 
-def _ask(example: Example, order: int, teacher: Teacher, samples: int) -> tuple[Kept | None, list[dict[str, Any]]]:
-    """One question until a chain passes.  A second chance is told what was wrong with the *form* only: to be told that the
-    ranking was wrong would be to be told the label."""
-    rejected: list[dict[str, Any]] = []
-    complaint = None
-    for attempt in range(samples):
-        answer = teacher.write(example, attempt, complaint)
+def _ask(config: Config, example: Example, order: int, teacher: Teacher) -> tuple[Kept | None, list[Rejected]]:
+    """One question until a chain passes.  With `sec.second_chance` the teacher is told what was wrong with its last answer."""
+    rejected: list[Rejected] = []
+    told = None
+    for attempt in range(config.sec.samples_per_pair):
+        answer = teacher.write(example, attempt, told)
         if answer.text is None:
-            rejected.append(_rejected(example, order, attempt, f"teacher:{answer.failure}", None))
+            rejected.append(_refused(example, order, attempt, f"teacher:{answer.failure}", None))
             continue
         chain = parse_chain(answer.text, len(example.responses))
-        reason = reason_to_reject(chain, example, answer.text)
+        reason = reason_to_reject(chain, example.chosen_index, answer.text)
         if reason is None:
             return Kept(example, order, chain, answer.text, attempt), rejected  # type: ignore[arg-type]
-        rejected.append(_rejected(example, order, attempt, reason, answer.text))
-        complaint = reason if reason.startswith(("parse:", "issue:")) else None
+        rejected.append(_refused(example, order, attempt, reason, answer.text))
+        problem = form_problem(chain, answer.text)
+        told = complaint(problem, chain) if problem and config.sec.second_chance else None
     return None, rejected
 
 
-def _rejected(example: Example, order: int, attempt: int, reason: str, text: str | None) -> dict[str, Any]:
+def without_repetitions(
+    config: Config, kept: Sequence[Kept], rejected: list[Rejected], *, by_rule: bool
+) -> tuple[list[Kept], list[Rejected]]:
+    """Of chains that say the same, the first stays.
+
+    A rule writes by template: only its exact repetitions count.  The two orders of one pair may share their analysis: what they
+    teach is that the scores follow the responses.
+    """
+    texts: set[tuple[str, str]] = set()
+    near = None if by_rule else NearDuplicates(config.sec.near_duplicate)
+    unique: list[Kept] = []
+    for item in kept:
+        reason = DUPLICATE if (item.example.user_id, item.text) in texts else None
+        if near and not reason:
+            said = signature(item.chain.analysis)
+            reason = _repeats(item, [unique[i] for i in near.find(said)])
+        if reason:
+            rejected.append(_rejected(item, reason))
+            continue
+        if near:
+            near.add(said)
+        texts.add((item.example.user_id, item.text))
+        unique.append(item)
+    return unique, rejected
+
+
+def _repeats(item: Kept, similar: Sequence[Kept]) -> str | None:
+    others = [other.example for other in similar if other.example.pair_id != item.example.pair_id or other.order == item.order]
+    if any(other.user_id == item.example.user_id for other in others):
+        return NEAR_DUPLICATE
+    return BOILERPLATE if others else None
+
+
+def _rejected(item: Kept, reason: str) -> Rejected:
+    return _refused(item.example, item.order, item.attempt, reason, item.text)
+
+
+def _refused(example: Example, order: int, attempt: int, reason: str, text: str | None) -> Rejected:
     return {"pair_id": example.pair_id, "order": order, "attempt": attempt, "reason": reason, "text": text}
 
 
-def reason_to_reject(chain: Chain | ParseFailure, example: Example, text: str) -> str | None:
-    """Why a chain must not be learnt from, or None."""
-    if isinstance(chain, ParseFailure):
-        return f"parse:{chain.kind}"
-    chosen = chain.scores[example.chosen_index]
-    others = [s for i, s in enumerate(chain.scores) if i != example.chosen_index]
-    if chosen <= max(others):
-        return "tie" if chosen == max(others) else "wrong_ranking"
-    if chain.issues:
-        return f"issue:{chain.issues[0]}"
-    if any(words in text.lower() for words in LABEL_WORDS):
-        return "label_leak"
-    return None
-
-
-def _questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, int]]:
+def questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, int]]:
     """Shuffled (pair, order); with one order a pair, orders alternate so that both are equally frequent."""
     train = asked(pairs, "train")
     random.Random(config.seed).shuffle(train)
     if config.sec.orders_per_pair == 1:
-        questions = [(pair, n % 2) for n, pair in enumerate(train)]
+        asking = [(pair, n % 2) for n, pair in enumerate(train)]
     else:
-        questions = [(pair, order) for pair in train for order in (0, 1)]
-    return questions[: config.sec.max_chains]
+        asking = [(pair, order) for pair in train for order in (0, 1)]
+    return asking[: config.sec.max_chains]
 
 
-def _row(config: Config, item: Kept, writer: Callable[[MaskedView | FullView], list[dict[str, str]]]) -> dict[str, Any]:
+def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, Any]:
     rng = random.Random(f"{config.seed}/mask/{item.example.pair_id}/{item.order}")
     policy = masking_of(config, "psi").replace("history_dropout", "masked")  # what was dropped, the teacher did not see either
     view, _ = apply_masking(item.example, policy, rng, show_probability=config.masking.show_probability)
@@ -183,7 +232,7 @@ def _row(config: Config, item: Kept, writer: Callable[[MaskedView | FullView], l
     }
 
 
-def _facts(kept: Sequence[Kept], rejected: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _facts(kept: Sequence[Kept], rejected: Sequence[Rejected]) -> dict[str, Any]:
     reasons = Counter(r["reason"] for r in rejected)
     return {
         "chains": len(kept),

@@ -13,7 +13,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.history import HistorySampler
 from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompts import chat_messages
+from pgenrm_train.prompt_styles import styled_messages
 from pgenrm_train.records import HistoryItem, Message, PreferencePair, read_pairs
 
 PAIRS = "pairs.parquet"
@@ -54,7 +54,8 @@ class PromptWriter:
 
     Policy for what is too long, in this order: every query and response is cut to `model.max_text_tokens`; then the oldest history
     items go; then queries and responses are cut to the greatest common length that fits.  A cut text ends in ` …(+N words)`, so
-    that its length can still be seen.  `trimmed` counts prompts, cut texts, dropped history items and prompts cut to fit.
+    that its length can still be seen.  `trimmed` counts prompts, cut texts, dropped history items, prompts cut to fit, and prompts
+    whose responses differ only in what was cut.
     """
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -74,15 +75,31 @@ class PromptWriter:
             self.trimmed["prompts_cut_to_fit"] += 1
         self.trimmed["prompts"] += 1
         self.trimmed["texts"] += sum(a != b for a, b in zip(_texts(view), _texts(fitted), strict=True))
+        self.trimmed["prompts_left_with_equal_responses"] += len(set(fitted.responses)) < len(set(view.responses))
         return self._messages(fitted)
+
+    def told(self, what: str) -> str:
+        """One sentence on what was cut, empty when nothing was."""
+        cut = {name.replace("_", " "): count for name, count in (+self.trimmed).items() if name != "prompts"}
+        listed = ", ".join(f"{count} {name}" for name, count in cut.items())
+        return (
+            f"[{what}] over-long, of {self.trimmed['prompts']} prompts (oldest history first, then the longest texts): {listed}"
+            if cut
+            else ""
+        )
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a prompt, ready to be continued by the model."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def can_be_written(self, response: str) -> bool:
+        """Whether the model, with its end token, may write a text as long as `response`."""
+        encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        return len(encoded) < self.config.max_response_tokens
+
     def _messages(self, view: MaskedView | FullView) -> Messages:
-        return chat_messages(view, instructions=self.config.instructions, reserved=self.reserved)
+        return styled_messages(self.config.prompt, view, instructions=self.config.instructions, reserved=self.reserved)
 
     def _fits(self, view: MaskedView | FullView) -> bool:
         return len(self.ids(self._messages(view))) <= self.config.max_prompt_tokens

@@ -1,8 +1,9 @@
 """User prototypes (METHOD §6): the analyses that a model writes for training users → clusters → refined prototypes.
 
 Needs chains of training users (handed in by the recipe) and an embedder.  Makes `prototypes.safetensors`, `members.parquet`,
-`prototypes.json`, `analyses.parquet` and `cards.json`.  Only the *analysis* of a chain is embedded, never its scores, here and at
-test time alike.
+`prototypes.json`, `analyses.parquet` (with a 2-D map), `cards.json` and `cards.md`, `singular_values.json` and, with chains of users
+that training has not seen, `cold_start.json`.  Only what the *analysis* of a chain says of a preference is embedded, never its
+scores, here and at test time alike (`prototypes.preference_text`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pgenrm_train import prototypes as core
-from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest, write_json, write_table
+from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest, write_json, write_table, write_text
 from pgenrm_train.chains import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.refinement import RefinementBatch, Rows, cold_start, refine
+from pgenrm_train.stages.prototype_cards import cards, cards_markdown, plane
 
 READS = ("prototypes", "data", "seed", "masking", "model.kind", "model.name", "model.path", "model.instructions")
 Embed = Callable[[Sequence[str]], np.ndarray]
+Chains = Sequence[tuple[PreferencePair, str | None]]  # one generated text a pair, None where generation failed
 Histories = Mapping[str, tuple[HistoryItem, ...]]
+
+
+class Analysed(NamedTuple):
+    """A pair whose chain could be read."""
+
+    pair: PreferencePair
+    analysis: str
+    criteria: tuple[tuple[str, float], ...]
 
 
 def pairs_to_analyse(config: Config, train: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -43,36 +55,46 @@ def pairs_to_analyse(config: Config, train: Sequence[PreferencePair]) -> list[Pr
 def run(
     config: Config,
     folder: StageFolder,
-    chains: Sequence[tuple[PreferencePair, str | None]],
+    chains: Chains,
     histories: Histories,
     embed: Embed,
     hashes: Mapping[str, str],
+    newcomers: Sequence[tuple[Chains, Histories]] = (),
 ) -> dict[str, Any]:
-    """Cluster and refine; `chains` holds one generated text a pair (None where generation failed).  Returns the facts."""
+    """Cluster and refine; returns the facts.
+
+    `newcomers`: entry t holds chains of users that training has not seen, written from t history pairs, and those histories.
+    """
     rows, failures = _readable(chains)
     if not rows:
         raise DataError(
             f"none of {len(chains)} chains of training users could be read ({dict(failures)}); prototypes need analyses"
         )
-    matrix = embed([analysis for _, analysis in rows])
-    users = [pair.user_id for pair, _ in rows]
-    k = min(config.prototypes.k, len(np.unique(matrix, axis=0)))
-    centroids = core.cluster(matrix, k, config.seed, users)
-    refined, metrics = core.refine(centroids, _samples([p for p, _ in rows], histories, embed), config.prototypes, config.seed)
+    matrix = embed([core.preference_text(row.analysis) for row in rows])
+    users = [row.pair.user_id for row in rows]
+    suggested, curve = core.suggest_k(matrix, config.prototypes.retained_mass)
+    wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
+    centroids = core.cluster(matrix, min(wanted, len(np.unique(matrix, axis=0))), config.seed, users)
+    samples = _samples([row.pair for row in rows], histories, embed)
+    refined, metrics = refine(centroids, samples, config.prototypes, config.seed)
     core.save(refined, folder.path, hashes)
-    write_table(folder.path / "analyses.parquet", _table(rows, refined))
-    suggested, curve = core.suggest_k(matrix)
+    start = [_cold_start(config, refined, chains_t, shown, embed) for chains_t, shown in newcomers]
     facts = {
-        "k": k,
+        "k": len(refined.A),
         "k_suggested_by_singular_values": suggested,
         "analyses": len(rows),
         "users": len(set(users)),
         "failures": dict(failures),
         "refinement": dict(metrics),
-        "recovery": _recovery([p for p, _ in rows], refined.labels),
+        "recovery": _recovery([row.pair for row in rows], refined.labels),
+        "cold_start": start,
     }
-    write_json(folder.path / "cards.json", _cards(rows, refined))
-    write_json(folder.path / "singular_values.json", {"retained_mass": [round(float(x), 5) for x in curve]})
+    write_table(folder.path / "analyses.parquet", _table(rows, refined))
+    write_json(folder.path / "cards.json", made := cards(rows, refined))
+    write_text(folder.path / "cards.md", cards_markdown(made))
+    curve_facts = {"retained_mass": [round(float(x), 5) for x in curve], "k": len(refined.A), "suggested_k": suggested}
+    write_json(folder.path / "singular_values.json", curve_facts)
+    write_json(folder.path / "cold_start.json", start)
     return facts
 
 
@@ -86,7 +108,7 @@ def _count(seen: Counter[str | None], scenario: str | None) -> int:
     return seen[scenario]
 
 
-def _readable(chains: Sequence[tuple[PreferencePair, str | None]]) -> tuple[list[tuple[PreferencePair, str]], Counter[str]]:
+def _readable(chains: Chains) -> tuple[list[Analysed], Counter[str]]:
     rows, failures = [], Counter[str]()
     for pair, text in chains:
         chain = parse_chain(text or "")
@@ -95,11 +117,23 @@ def _readable(chains: Sequence[tuple[PreferencePair, str | None]]) -> tuple[list
         elif not chain.analysis:
             failures["no_analysis"] += 1
         else:
-            rows.append((pair, chain.analysis))
+            rows.append(Analysed(pair, chain.analysis, chain.criteria))
     return rows, failures
 
 
-def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed) -> core.RefinementBatch:
+def _cold_start(config: Config, refined: core.Prototypes, chains: Chains, shown: Histories, embed: Embed) -> dict[str, Any]:
+    """One point of the cold-start curve.  A chain that cannot be read gives no prototype: the mean of all stands in."""
+    rows, failures = _readable(chains)
+    analyses = embed([core.preference_text(row.analysis) for row in rows]) if rows else refined.A[:0]
+    label = dict(zip((row.pair.pair_id for row in rows), core.assign(refined.A, analyses)))
+    pairs = [pair for pair, _ in chains]
+    samples = _samples(pairs, shown, embed)
+    labels = np.array([label.get(p.pair_id, -1) for p in pairs])
+    found = cold_start(refined, samples, labels, config.prototypes, config.seed)
+    return {"history_pairs": max((len(h) for h in shown.values()), default=0), "failures": dict(failures), **found}
+
+
+def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed) -> RefinementBatch:
     """Embeddings of queries and responses, and of padded histories; equal texts are embedded once."""
     items = [histories[p.pair_id] for p in pairs]
     longest = max(1, max(len(h) for h in items))
@@ -110,24 +144,27 @@ def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed
     table, place = embed(texts), {text: i for i, text in enumerate(texts)}
     mask = np.array([[n < len(h) for n in range(longest)] for h in items])
 
-    def padded(name: str) -> core.Rows:
+    def padded(name: str) -> Rows:
         index = [[place[getattr(h[n], name)] if n < len(h) else 0 for n in range(longest)] for h in items]
-        return core.Rows(table, np.array(index))
+        return Rows(table, np.array(index))
 
-    def column(name: str) -> core.Rows:
-        return core.Rows(table, np.array([place[getattr(p, name)] for p in pairs]))
+    def column(name: str) -> Rows:
+        return Rows(table, np.array([place[getattr(p, name)] for p in pairs]))
 
-    return core.RefinementBatch(
+    return RefinementBatch(
         column("query"), column("chosen"), column("rejected"), padded("query"), padded("chosen"), padded("rejected"),
         mask, np.array([p.user_id for p in pairs]),
     )  # fmt: skip
 
 
-def _table(rows: Sequence[tuple[PreferencePair, str]], refined: core.Prototypes) -> list[dict[str, Any]]:
+def _table(rows: Sequence[Analysed], refined: core.Prototypes) -> list[dict[str, Any]]:
     return [
-        {"row": i, "pair_id": pair.pair_id, "user_id": pair.user_id, "prototype": int(refined.labels[i]), "analysis": analysis}
-        for i, (pair, analysis) in enumerate(rows)
-    ]
+        {
+            "row": i, "pair_id": row.pair.pair_id, "user_id": row.pair.user_id, "prototype": int(refined.labels[i]),
+            "analysis": row.analysis, "x": float(x), "y": float(y),
+        }
+        for i, (row, (x, y)) in enumerate(zip(rows, plane(refined.embeddings)))
+    ]  # fmt: skip
 
 
 def _recovery(pairs: Sequence[PreferencePair], labels: np.ndarray) -> float | None:
@@ -138,25 +175,3 @@ def _recovery(pairs: Sequence[PreferencePair], labels: np.ndarray) -> float | No
     from sklearn.metrics import adjusted_rand_score
 
     return round(float(adjusted_rand_score(truth, labels)), 4)
-
-
-def _cards(rows: Sequence[tuple[PreferencePair, str]], refined: core.Prototypes) -> list[dict[str, Any]]:
-    """One card a prototype: its size and the members nearest to and farthest from it."""
-    cards: list[dict[str, Any]] = []
-    for j in range(len(refined.A)):
-        members = np.flatnonzero(refined.labels == j)
-        if not len(members):
-            cards.append({"prototype": j, "analyses": 0})
-            continue
-        distance = np.linalg.norm(refined.embeddings[members] - refined.A[j], axis=1)
-        near, far = members[distance.argmin()], members[distance.argmax()]
-        cards.append(
-            {
-                "prototype": j,
-                "analyses": len(members),
-                "users": len({rows[i][0].user_id for i in members}),
-                "nearest": {"user_id": rows[near][0].user_id, "analysis": rows[near][1]},
-                "farthest": {"user_id": rows[far][0].user_id, "analysis": rows[far][1]},
-            }
-        )
-    return cards

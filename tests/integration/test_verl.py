@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -28,7 +29,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 
-STEPS, ROWS = 4, 48
+STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
 
 
 def config(run_dir: Path, **changed: Any) -> Config:
@@ -43,6 +44,7 @@ def config(run_dir: Path, **changed: Any) -> Config:
         for key, value in changed.items():
             setattr(section, key, value)
     found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
+    found.curriculum.schedule, found.curriculum.resample = "self_paced", 1
     return found
 
 
@@ -60,6 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     verl_world.write_checkpoint(folder / "start", sft_steps=220)
     verl_world.write_rows(folder / "rows.parquet", ROWS)
     verl_world.write_rows(folder / "validation.parquet", 10, seed=5, both_orders=True)
+    verl_world.write_rows(folder / "mirror.parquet", ROWS, turned=True)
     return folder
 
 
@@ -69,11 +72,19 @@ def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Ph
     return Phase("cre", world / "start", rows, run / "cre", steps, {}, judge, kwargs, validation=world / "validation.parquet")
 
 
+def curriculum(world: Path, run: Path) -> Phase:
+    """Self-paced, with hardness from one chain in each order."""
+    return Phase(
+        "curriculum", None, world / "rows.parquet", run / "curriculum", CURRICULUM_STEPS, {"process": 0.0}, mining_samples=2,
+        mirror=world / "mirror.parquet",
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CRE, the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
     run = tmp_path_factory.mktemp("run")
-    second = Phase("curriculum", None, world / "rows.parquet", run / "curriculum", 2, {"process": 0.0}, mining_samples=2)
+    second = curriculum(world, run)
     with serve(unreliable_judge()) as server:
         settings = {
             "kind": "endpoint",
@@ -88,7 +99,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"settings": settings, "cache": str(run / "judge_cache")},
         )  # fmt: skip
         done = launch(config(run), [cre(world, run), second, third])
-    assert [t.steps for t in done] == [STEPS, 2, 2]
+    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 2]
     assert not children_of_ray()
     return run
 
@@ -113,7 +124,7 @@ def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: P
         # No verdict for one chain: no process reward in its group.  So every process reward that counts is a whole verdict.
         assert line["cre/reward/process"] is None or line["cre/reward/process"] == pytest.approx(0.6)
     last = steps[-1]
-    assert last["cre/judge/calls"] >= 32 and last["cre/judge/completion_tokens"] > 0
+    assert last["cre/judge/calls"] >= 20 and last["cre/judge/completion_tokens"] > 0
     kinds = {name.rsplit("/", 1)[1] for name in last if "no_verdict" in name}
     assert {"http_500", "malformed", "unreadable", "timeout"} <= kinds
 
@@ -175,15 +186,34 @@ def test_batches_are_those_of_the_pure_sampler(trained: Path) -> None:
     assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == [sampler.next_batch(s) for s in range(1, STEPS + 1)]
 
 
-def test_mining_measures_every_row_and_feeds_the_curriculum(trained: Path) -> None:
+def test_mining_measures_every_row_in_both_orders_and_feeds_the_curriculum(trained: Path) -> None:
     import pyarrow.parquet as pq
 
-    mined = pq.read_table(trained / "curriculum/mining.parquet").to_pylist()
-    assert [row["pair_id"] for row in mined] == [f"p{i}" for i in range(ROWS)]
-    assert {row["pass_rate"] for row in mined} <= {0.0, 0.5, 1.0}
-    hard = {row["index"] for row in mined if row["pass_rate"] == 0.5}
-    for line, target in zip(lines(trained / "curriculum/batches.jsonl"), (0.25, 0.75), strict=True):
-        assert sum(i in hard for i in line["rows"]) / 8 == pytest.approx(target)
+    folder = trained / "curriculum"
+    found = pq.read_table(folder / "hardness.parquet").to_pylist()
+    assert [row["pair_id"] for row in found] == [f"p{i}" for i in range(ROWS)]
+    assert {row["pass_rate"] for row in found} <= {0.0, 0.5, 1.0} and {row["samples"] for row in found} == {2}
+    assert {row["order_gap"] for row in found} == {0.0, 1.0}
+    hard = {row["index"] for row in found if row["pass_rate"] == 0.5}
+    first = lines(folder / "batches.jsonl")[0]
+    assert sum(i in hard for i in first["rows"]) / 8 == pytest.approx(0.75)
+    counts = json.loads((folder / "hardness.json").read_text())
+    assert counts["hard"] == len(hard) and counts["suspect"] == pq.read_metadata(folder / "suspect.parquet").num_rows
+
+
+def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> None:
+    """Not one update stale: the marker beside the weights of the last step holds the evidence of that step's groups."""
+    folder = trained / "curriculum"
+    state = json.loads((folder / f"verl/global_step_{CURRICULUM_STEPS}/complete.json").read_text())["sampler"]
+    drawn = [i for line in lines(folder / "batches.jsonl") for i in line["rows"]]
+    assert [pair for pair, _, _ in state["evidence"]] == sorted(set(drawn))
+    steps = training(trained, "curriculum")
+    assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
+    assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0, "groups without advantage were asked again"
+    for line in steps:
+        assert line["curriculum/curriculum/hard_pairs"] + line["curriculum/curriculum/rest_pairs"] + line.get(
+            "curriculum/curriculum/suspect_pairs", 0
+        ) == pytest.approx(ROWS)
 
 
 def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
@@ -206,8 +236,8 @@ def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: 
 def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
     before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
     began = time.monotonic()
-    second = Phase("curriculum", None, world / "rows.parquet", trained / "curriculum", 2, {"process": 0.0}, mining_samples=2)
-    assert [t.steps for t in launch(config(trained), [cre(world, trained), second])] == [STEPS, 2]
+    second = curriculum(world, trained)
+    assert [t.steps for t in launch(config(trained), [cre(world, trained), second])] == [STEPS, CURRICULUM_STEPS]
     assert time.monotonic() - began < 30, "nothing was started"
     assert (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ArtifactError, match="4 steps and 5 are planned"):
@@ -278,6 +308,21 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
     weights = [load_file(run / "cre/checkpoint/model.safetensors") for run in (tmp_path, trained)]
     assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]) < 1e-5
     assert all(torch.isfinite(w).all() for w in weights[0].values())
+
+
+@pytest.mark.slow
+def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: Path, tmp_path: Path) -> None:
+    """kill -9 after the first step of a self-paced curriculum: what it drew next hangs on what it had seen."""
+    first = cre(world, trained)
+    phase = dataclasses.replace(curriculum(world, tmp_path), start=first.checkpoint)
+    thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
+    wait_for(lambda: (tmp_path / "curriculum/verl/global_step_1/complete.json").exists(), 300, "the first checkpoint")
+    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "code -9" in str(killed[0])
+    wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
+    assert launch(config(tmp_path), [phase])[0].steps == CURRICULUM_STEPS
+    assert lines(tmp_path / "curriculum/batches.jsonl") == lines(trained / "curriculum/batches.jsonl")
 
 
 def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None:
@@ -361,6 +406,38 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
     settle(group, row, weights, "drop_process_for_group")
     assert group[0].info["error"] == "OSError: connection lost"
     assert group[0].score == group[1].score == pytest.approx(-0.1)
+
+
+def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -> None:
+    import asyncio
+
+    from pgenrm_train.backends.verl_rollout import ChainSampler, Prompt
+
+    def group(*outcomes: float) -> list[Any]:
+        found = [sample("chain") for _ in outcomes]
+        for one, outcome in zip(found, outcomes, strict=True):
+            one.score, one.info = outcome, {"outcome": outcome}
+        return found
+
+    class Scripted(ChainSampler):
+        def __init__(self, *groups: list[Any]) -> None:
+            self.groups, self.asked = groups, 0
+
+        async def group(self, prompt: Prompt, attempt: int = 0) -> list[Any]:
+            assert attempt == self.asked
+            self.asked += 1
+            return self.groups[attempt]
+
+    def ask(resample: int, *groups: list[Any]) -> tuple[list[float], dict[str, int], int]:
+        sampler = Scripted(*groups)
+        kept, discarded = asyncio.run(sampler._with_advantage(Prompt("s1p00000", {}, 1, "0", 2, 1.0, resample)))
+        return [one.score for one in kept], discarded, sampler.asked
+
+    same, other = group(1, 1), group(1, 0)
+    assert ask(0, same) == ([1, 1], {"discarded_passes": 0, "discarded_chains": 0}, 1)
+    assert ask(2, other, same) == ([1, 0], {"discarded_passes": 0, "discarded_chains": 0}, 1)
+    assert ask(2, same, other) == ([1, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2)
+    assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), "bounded: the last is kept"
 
 
 def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

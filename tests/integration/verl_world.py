@@ -67,12 +67,13 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False) -> Path:
+def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False) -> Path:
+    """`turned`: every pair in the other order than without it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [example(i, seed) for i in range(count)]
+    rows = [swapped(row) if turned else row for row in (example(i, seed) for i in range(count))]
     pq.write_table(pa.Table.from_pylist(rows + [swapped(row) for row in rows] if both_orders else rows), path)
     return path
 

@@ -70,6 +70,17 @@ def test_majority_counts_other_users_on_the_same_content_only():
     assert (report["accuracy"], report["ties"]) == (pytest.approx(3 / 5), 2)
 
 
+def test_majority_goes_by_the_sources_own_count_of_the_other_voters():
+    everything = [
+        vote("1", "a", "yes", "no", others=(1, 3)),
+        vote("2", "b", "yes", "no", others=(2, 2)),
+        vote("3", "c", "yes", "no"),
+    ]
+    rows = predict_baseline(fit_baseline("majority", [], everything), everything, None)
+    first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
+    assert first.to_numpy().tolist() == [[1, 3], [2, 2], [2, 0]]
+
+
 def test_majority_leaves_out_every_vote_of_the_same_user():
     everything = [vote("1", "a", "yes", "no"), vote("2", "a", "yes", "no"), vote("3", "b", "no", "yes")]
     assert accuracy("majority", everything[:1], everything=everything)["accuracy"] == 0.0

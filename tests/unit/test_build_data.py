@@ -1,6 +1,8 @@
 """build_data: one id a vote, no vote on both sides of a split, limits in whole users, and a card that counts right."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pandas as pd
@@ -10,12 +12,14 @@ from hypothesis import strategies as st
 
 from data_builders import pairs as pairs_builder
 from data_builders import personaworld
-from pgenrm_train.artifacts import StageFolder, sha256_file
-from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.records import Message, PreferencePair, pair_to_row
+from pgenrm_train.shards import digest, parts
 from pgenrm_train.stages import build_data
 from pgenrm_train.stages.inputs import asked, load_pairs
+from pgenrm_train.stages.vote_index import VoteIndex
 from recipes.build_data import builder
 
 
@@ -27,9 +31,17 @@ def build(tmp_path, votes, **data) -> tuple[list[PreferencePair], dict]:
     """Run the stage on given votes; what it wrote, read back, and the card."""
     config = Config(data=DataConfig(**data))
     folder = StageFolder(tmp_path / "build_data", "build_data")
-    card = build_data.run(config, folder, lambda _data, _seed: iter(votes))
+    card = build_data.run(config, folder, lambda _data, _seed, _left_out: iter(votes))
     assert json.loads((folder.path / "card.json").read_text()) == card
     return load_pairs(tmp_path), card
+
+
+def indexed(votes) -> VoteIndex:
+    index = VoteIndex()
+    for pair in votes:
+        index.add(pair)
+    index.added()
+    return index
 
 
 def test_ids_that_name_a_question_become_ids_of_votes(tmp_path):
@@ -42,8 +54,9 @@ def test_ids_that_name_a_question_become_ids_of_votes(tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(("a", "a/u", "a/u/2", "a/u/3")), st.sampled_from(("u", "v", "u/2"))), max_size=8))
 def test_ids_are_unique_whatever_the_source_calls_its_votes(drawn):
-    made = build_data._with_unique_ids(vote(pair_id, user) for pair_id, user in drawn)
-    assert len({p.pair_id for p in made}) == len(drawn)
+    index = indexed([vote(pair_id, user) for pair_id, user in drawn])
+    index.name_votes()
+    assert len({name for name, *_ in index.decisions()}) == len(drawn)
 
 
 def test_train_votes_that_return_in_test_are_dropped_and_counted(tmp_path):
@@ -60,9 +73,20 @@ def test_train_votes_that_return_in_test_are_dropped_and_counted(tmp_path):
     assert card["train_votes_dropped_as_repeated_in_val_or_test"] == 2
 
 
-def test_held_out_votes_are_never_dropped():
-    votes = [vote(1, "a", split="test"), vote(2, "a", split="val"), vote(3, "a", split="test")]
-    assert build_data.without_overlap(votes) == votes
+def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
+    index = indexed(
+        [vote(1, "a", split="test"), vote(2, "a", split="val"), vote(3, "a", split="test"), vote(4, "b", split="val")]
+    )
+    assert index.drop_overlap() == {"train": 0, "val": 1}
+    assert [kept for *_, kept in index.decisions()] == [1, 0, 1, 1]
+
+
+def test_overlap_within_a_user_may_fail_the_build(tmp_path):
+    votes = [vote(1, "a"), vote(2, "a", split="test")]
+    with pytest.raises(DataError, match=r"1 votes of the source are cast again .* data\.on_overlap=drop"):
+        build(tmp_path, votes, on_overlap="fail")
+    assert not (tmp_path / "build_data" / "pairs.parquet").exists()
+    assert build(tmp_path, [vote(1, "a"), vote(2, "b", split="test")], on_overlap="fail")[1]["pairs"] == 2
 
 
 def test_the_card_counts(tmp_path):
@@ -77,7 +101,7 @@ def test_the_card_counts(tmp_path):
     assert card["users_by_user_split"] == {"train": 1, "test": 1}
     assert card["pairs_by_kind"] == {"easy": 2, "(none)": 1}
     assert card["with_stated_criteria"] == 0 and card["chosen_longer_share"] == pytest.approx(1 / 3, abs=1e-4)
-    assert card["sha256"] == sha256_file(tmp_path / "build_data" / "pairs.parquet")
+    assert card["sha256"] == digest(tmp_path / "build_data" / "pairs.parquet")
 
 
 def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
@@ -145,19 +169,19 @@ def rows(count=4):
 def test_only_keeps_the_rows_that_have_the_value(tmp_path):
     data = write_votes(tmp_path, rows())
     data.only = {"shared_context": "True"}
-    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["0", "2"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["0", "2"]
     data.only = {"language": "de"}
-    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["1", "3"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["1", "3"]
     data.only = {"shared_context": "True", "language": "de"}
     with pytest.raises(DataError, match="no usable rows"):
-        list(pairs_builder.build(data, 0))
+        list(pairs_builder.build(data, 0, Counter()))
 
 
 def test_only_names_a_column_that_the_file_lacks(tmp_path):
     data = write_votes(tmp_path, rows())
     data.only = {"tongue": "en"}
     with pytest.raises(DataError, match=r"data\.only names the column 'tongue'"):
-        list(pairs_builder.build(data, 0))
+        list(pairs_builder.build(data, 0, Counter()))
 
 
 def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
@@ -165,9 +189,9 @@ def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
     bad[1]["split"], bad[3]["chosen"] = "dev", None
     data = write_votes(tmp_path, bad)
     with pytest.raises(DataError, match="row 2, field 'split'"):
-        list(pairs_builder.build(data, 0))
+        list(pairs_builder.build(data, 0, Counter()))
     data.on_bad_row = "skip"
-    assert [p.pair_id for p in pairs_builder.build(data, 0)] == ["0", "2"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["0", "2"]
     told = capsys.readouterr().out
     assert "row 2, field 'split'" in told and "row 4, field 'chosen'" in told and "skipped 2 rows" in told
 
@@ -176,12 +200,12 @@ def test_skipping_everything_is_an_error(tmp_path):
     data = write_votes(tmp_path, [row | {"split": "dev"} for row in rows()])
     data.on_bad_row = "skip"
     with pytest.raises(DataError, match="no usable rows"):
-        list(pairs_builder.build(data, 0))
+        list(pairs_builder.build(data, 0, Counter()))
 
 
 def test_parquet_of_pandas_is_read(tmp_path):
     pd.DataFrame(rows()).to_parquet(tmp_path / "votes.parquet")
-    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0))
+    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0, Counter()))
     assert [p.pair_id for p in made] == ["0", "1", "2", "3"]
 
 
@@ -190,3 +214,124 @@ def test_every_data_name_has_its_builder_and_another_is_told():
     assert builder(Config(data=DataConfig(name="personaworld"))) is personaworld.build
     with pytest.raises(ConfigError, match=r"data\.name=foo is not one of pairs, personaworld"):
         builder(Config(data=DataConfig(name="foo")))
+
+
+# ---- a folder of files, and files that are not whole ----
+
+
+def write_shards(folder, count=6, shard=2):
+    folder.mkdir()
+    for n in range(0, count, shard):
+        pd.DataFrame(rows(count)[n : n + shard]).to_parquet(folder / f"part-{n // shard:05d}-of-{count // shard:05d}.parquet")
+    return DataConfig(name="pairs", path=str(folder))
+
+
+def ids(data):
+    return [p.pair_id for p in pairs_builder.build(data, 0, Counter())]
+
+
+def test_a_folder_of_shards_is_read_in_order(tmp_path):
+    assert ids(write_shards(tmp_path / "votes")) == [str(n) for n in range(6)]
+
+
+def test_a_shard_that_is_cut_off_lost_or_bad_is_named(tmp_path):
+    data = write_shards(tmp_path / "votes")
+    second = tmp_path / "votes" / "part-00001-of-00003.parquet"
+    whole = second.read_bytes()
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"part-00001-of-00003\.parquet cannot be read as parquet: it was cut off"):
+        ids(data)
+    second.unlink()
+    with pytest.raises(DataError, match=r"votes holds 2 of the 3 files part-\*-of-00003"):
+        ids(data)
+    pd.DataFrame([rows()[0], rows()[1] | {"chosen": {"role": "assistant", "content": ""}}]).to_parquet(second)
+    with pytest.raises(DataError, match=r"part-00001-of-00003\.parquet, row 2, field 'chosen'"):
+        ids(data)
+
+
+def test_a_build_that_fails_leaves_no_pairs_and_keeps_those_of_before(tmp_path):
+    build(tmp_path, [vote(1)])
+    before = load_pairs(tmp_path)
+
+    def fails(_data, _seed, _left_out):
+        yield vote(2)
+        raise DataError("row 2 is bad")
+
+    with pytest.raises(DataError, match="row 2 is bad"):
+        build_data.run(Config(), StageFolder(tmp_path / "build_data", "build_data"), fails)
+    assert load_pairs(tmp_path) == before
+    assert sorted(p.name for p in (tmp_path / "build_data").iterdir()) == ["card.json", "pairs.parquet"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.config import ROOT, Config, DataConfig
+from pgenrm_train.stages import build_data
+from data_builders import personaworld
+
+def votes(data, seed, left_out):
+    for number, pair in enumerate(personaworld.build(data, seed)):
+        if number == 3000:
+            os.kill(os.getpid(), 9)
+        yield pair
+
+build_data.run(Config(data=DataConfig(users=400, heldout_users=8)), StageFolder(Path(sys.argv[1]) / "build_data", "build_data"), votes)
+"""
+
+
+def test_a_killed_build_is_not_read_and_the_next_one_is_as_if_nothing_had_been(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -9
+    with pytest.raises(ArtifactError, match="recipe=build_data"):
+        load_pairs(tmp_path)
+    left = sorted(p.name for p in (tmp_path / "build_data").iterdir())
+    build(tmp_path, [vote(1), vote(2)])
+    assert len(load_pairs(tmp_path)) == 2 and left != []
+    assert sorted(p.name for p in (tmp_path / "build_data").iterdir()) == ["card.json", "pairs.parquet"]
+
+
+def test_what_a_builder_left_out_is_in_the_card_and_told(tmp_path, capsys):
+    data = write_votes(tmp_path, [*rows(), {"user_id": "u"}])
+    data.on_bad_row = "skip"
+    card = build_data.run(Config(data=data), StageFolder(tmp_path / "build_data", "build_data"), pairs_builder.build)
+    assert card["left_out"] == {"rows that do not fit": 1} and card["pairs"] == 4
+    assert "left out 1 rows that do not fit" in capsys.readouterr().out
+
+
+def test_many_shards_hold_what_the_builder_gave(tmp_path):
+    votes = [vote(n, f"u{n % 7}", f"good {n}", f"bad {n}", split=("train", "test")[n % 2]) for n in range(40_000)]
+    card = build(tmp_path, votes)[1]
+    assert len(parts(tmp_path / "build_data" / "pairs.parquet")) == 3 and card["pairs_by_split"] == {
+        "train": 20_000,
+        "test": 20_000,
+    }
+    assert load_pairs(tmp_path) == votes
+
+
+# ---- splits ----
+
+
+@pytest.mark.parametrize("by", ["within_user", "user_disjoint", "pair"])
+def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(by):
+    votes = [vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n // 2}") for u in range(30) for n in range(12)]
+
+    def split(given, seed):
+        index = indexed(given)
+        index.split(by, seed)
+        return {name: (of, user) for name, of, user, _ in index.decisions()}
+
+    first = split(votes, 0)
+    assert split(votes[::-1], 0) == first != split(votes, 1)
+    assert {user for _, user in first.values()} <= {"train", "test"}
+
+
+def test_users_of_few_conversations_have_their_share_of_val():
+    votes = [vote(f"{u}-{n}", f"u{u:03d}", conversation_id=f"c{u}-{n}") for u in range(300) for n in range(4)]
+    index = indexed(votes)
+    index.split("within_user", 0)
+    counts = index.counts("split")
+    assert 0.6 < counts["train"] / 1200 < 0.8 and 0.05 < counts["val"] / 1200 < 0.15 and 0.1 < counts["test"] / 1200 < 0.3
+    with_history = {v.user_id for v, (_, split, *_) in zip(votes, index.decisions()) if split == "train"}
+    assert len(with_history) == 300

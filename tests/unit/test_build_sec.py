@@ -16,14 +16,15 @@ from data_builders.oracle import OracleTeacher
 from data_builders.personaworld import build
 from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.backends import endpoint as endpoint_module
+from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import parse_chain, write_chain
 from pgenrm_train.config import Config, DataConfig, EndpointConfig, MaskingConfig, SecConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.prompts import chat_messages
 from pgenrm_train.records import Example, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.rejection import reason_to_reject
 from pgenrm_train.stages import build_sec
-from pgenrm_train.stages.build_sec import reason_to_reject
-from recipes.build_sec import _Rule, teacher
+from recipes.build_sec import _Rule, teacher, yield_table
 
 CRITERIA = [("brevity", 70), ("wit", 30)]
 EXAMPLE = Example("p1", "u1", (Message("user", "q"),), ("left", "right"), 0)
@@ -34,7 +35,7 @@ def chain(first: float, second: float, analysis: str = "Short is better.", crite
 
 
 def reason(text: str, example: Example = EXAMPLE) -> str | None:
-    return reason_to_reject(parse_chain(text, len(example.responses)), example, text)
+    return reason_to_reject(parse_chain(text, len(example.responses)), example.chosen_index, text)
 
 
 # ---- reasons ----
@@ -80,10 +81,50 @@ def test_the_ranking_is_looked_at_before_the_issues():
 
 
 @pytest.mark.parametrize(
-    "words", ["As the chosen response shows, ", "The REJECTED Response fails: ", "Ground truth: ", "By the label, "]
+    "words",
+    [
+        "As the chosen response shows, short wins.",
+        "The REJECTED Response fails.",
+        "Ground truth: 1.",
+        "By the label, the first wins.",
+        "The user actually picked response 1, so it scores higher.",
+        "Response 2 was clearly rejected for its length.",
+        "Given the actual vote, brevity must weigh most.",
+        "They voted for the first one.",
+        "History is thin. The user preferred the first answer here.",
+        "I correct my previous answer: brevity weighs more.",
+    ],
 )
-def test_a_chain_that_talks_of_labels_is_a_leak(words):
+def test_a_chain_that_speaks_of_the_vote_is_a_leak(words):
     assert reason(chain(8, 3, words)) == "label_leak"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "In pair 2 the chosen response is shorter than the rejected answer.",
+        "Earlier votes: they picked the first answer whenever it was brief.",
+        "Response 1 is the better one, and this user prefers response 1 for its wit.",
+        "The food label of the second is wrong, and response 2 was written in haste.",
+        "Votes in the senate were selected as the topic; I score the previous sentence low.",
+    ],
+)
+def test_judging_and_talk_of_earlier_votes_are_no_leak(words):
+    assert reason(chain(8, 3, words)) is None
+
+
+def test_a_leak_inside_the_rationale_counts():
+    text = (
+        "brevity 70%, wit 30%. Response 1: the user chose the first; brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."
+    )
+    assert reason(declared(text)) == "label_leak"
+
+
+def test_totals_that_rank_only_by_rounding_are_rejected():
+    """Declared 7.1 and 7.0 agree with 7.05 and 7.05 to a decimal; what can be recomputed shows a tie, or the other order."""
+    even = "a 50%, b 50%. Response 1: a 7, b 7.1 = 7.1. Response 2: a 7.1, b 7 = 7.0."
+    other = "a 50%, b 50%. Response 1: a 7, b 7.1 = 7.1. Response 2: a 7.1, b 7.06 = 7.04."
+    assert reason(declared(even, 7.1, 7.0)) == reason(declared(other, 7.1, 7.04)) == "verified_ranking"
 
 
 def test_more_than_two_responses_need_the_chosen_one_above_every_other():
@@ -130,14 +171,27 @@ class Says:
         return self.text
 
 
-def run(tmp_path, teacher, votes=None, **config):
+class Writer:
+    """Prompts that are never cut, of a model that may write `words` words."""
+
+    def __init__(self, words: int = 10_000) -> None:
+        self.words, self.trimmed = words, Counter()
+
+    def __call__(self, view):
+        return chat_messages(view)
+
+    def can_be_written(self, response: str) -> bool:
+        return len(response.split()) <= self.words
+
+
+def run(tmp_path, teacher, votes=None, words=10_000, **config):
     """Run the stage; its facts, the rows for SFT and the rejected chains."""
     folder = StageFolder(tmp_path / "build_sec", "build_sec")
     settings = Config(**config)
     settings.psi.masking = settings.psi.masking if "masking" in config else "masked"
     votes = votes or [vote(n, f"u{n % 4}") for n in range(20)]
     teacher = teacher if hasattr(teacher, "in_flight") else _Rule(teacher.write)
-    facts = build_sec.run(settings, folder, votes, teacher, lambda kept: chat_messages, progress)
+    facts = build_sec.run(settings, folder, votes, teacher, lambda kept: Writer(words), progress)
     assert json.loads((folder.path / "yield.json").read_text()) == facts
     rows = pq.read_table(folder.path / "sec.parquet").to_pylist()
     return facts, rows, pd.read_parquet(folder.path / "rejected.parquet")
@@ -171,6 +225,11 @@ def test_a_rejected_chain_is_recorded_and_another_is_asked_for(tmp_path):
     assert list(rejected["attempt"][:2]) == [0, 1] and rejected["text"].str.contains("JSON_START").all()
 
 
+def test_the_yield_is_a_table_of_reasons(tmp_path):
+    facts, _, _ = run(tmp_path, Prefers(wrong=2))
+    assert yield_table(facts) == "       20   33.3%  kept\n       40   66.7%  wrong_ranking"
+
+
 def test_no_more_samples_than_allowed(tmp_path):
     teacher = Prefers(wrong=9)
     with pytest.raises(DataError, match=r"no chain passed rejection sampling; reasons: \{'wrong_ranking': 60\}"):
@@ -191,6 +250,79 @@ def test_the_same_text_is_learnt_once_a_user(tmp_path):
     assert len(rows) == 2 and {row["user_id"] for row in rows} == {"u0", "u1"}
     assert len(rows) + len(rejected[rejected["reason"] == "duplicate"]) == 6, "orders alternate: half rank the other way"
     assert set(rejected["reason"]) == {"duplicate", "wrong_ranking"}
+
+
+LONG = (
+    "This reader asks for recipes on weekdays and has little time, so every answer that starts with the list of ingredients and then "
+    "gives numbered steps earns marks, whereas stories about grandmothers, remarks on the weather and advice to consult a chef cost "
+    "some; the earlier votes agree on it in three of three pairs, and nothing in them speaks of taste in music or of politics at all."
+)
+OTHER = (
+    "Somebody who argues about history for pleasure: sources with dates, a counter-argument taken seriously, and a plain statement of "
+    "what is not known count for more than tone. Length does no harm as long as each paragraph adds a claim that can be checked by "
+    "the reader, which is why bullet points without verbs and bold headings were passed over twice in the votes shown above."
+)
+
+
+class Repeats(Prefers):
+    """A language model that says `said` of every pair, with one word changed."""
+
+    in_flight, by_rule = 2, False
+
+    def __init__(self, said: str = LONG) -> None:
+        super().__init__()
+        self.said = said
+
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
+        text = (
+            super().write(example, attempt).replace(f"About {example.pair_id} in order", f"{self.said} Case {example.pair_id},")
+        )
+        return Generation(example.pair_id, attempt, text)
+
+    def expect(self, examples, questions, tries):
+        return {}
+
+    def facts(self):
+        return {}
+
+
+def test_an_analysis_that_says_the_same_again_is_kept_once(tmp_path):
+    votes = [vote(n, f"u{n % 2}") for n in range(12)]
+    _, rows, rejected = run(tmp_path, Repeats(), votes)
+    assert len(rows) == 1 and len(rejected) == 11
+    owner = rows[0]["user_id"]
+    users = {v.pair_id: v.user_id for v in votes}
+    for row in rejected.itertuples():  # of this user: nothing new; of another: about nobody
+        assert row.reason == ("near_duplicate" if users[row.pair_id] == owner else "boilerplate")
+
+
+def test_the_two_orders_of_a_pair_may_share_their_analysis(tmp_path):
+    _, rows, rejected = run(tmp_path, Repeats(), [vote(1)], sec=SecConfig(orders_per_pair=2))
+    assert [row["order"] for row in rows] == [0, 1] and rejected["reason"].isna().all()
+
+
+def test_different_analyses_stay_and_the_threshold_is_the_user_s(tmp_path):
+    class Both(Repeats):
+        def write(self, example, attempt, complaint=None):
+            self.said = OTHER if int(example.pair_id[1:]) % 2 else LONG
+            return super().write(example, attempt)
+
+    votes = [vote(n) for n in range(2)]
+    assert len(run(tmp_path / "both", Both(), votes)[1]) == 2
+    votes = [vote(n) for n in range(4)]
+    assert len(run(tmp_path / "exact", Repeats(), votes, sec=SecConfig(near_duplicate=1.0))[1]) == 4
+
+
+def test_a_chain_that_the_model_may_not_write_is_over_length(tmp_path):
+    class Rambles(Prefers):
+        def write(self, example, attempt):
+            more = "and so on " * 100 if example.pair_id in ("p3", "p4") else ""
+            return f"{more}{super().write(example, attempt)}"
+
+    facts, rows, rejected = run(tmp_path, Rambles(), words=100)
+    assert facts["rejected"] == {"over_length": 2} and set(rejected["pair_id"]) == {"p3", "p4"} and len(rows) == 18
+    with pytest.raises(DataError, match=r"reasons: \{'over_length': 20\}"):
+        run(tmp_path / "none", Prefers(), words=3)
 
 
 def test_a_run_without_rejections_still_writes_the_table(tmp_path):
@@ -356,22 +488,41 @@ def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothi
     assert len(kept[3]) == 20 and len(server.bodies) == answered and facts["teacher"]["from cache"] == 20
 
 
-def test_a_second_chance_is_told_about_the_form_and_never_about_the_ranking(tmp_path):
-    with (
-        serve(lambda body, n: written(body, wrong_form=len(body["messages"]) == 2)) as server,
-        teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm,
-    ):
-        facts, rows, _ = run(tmp_path, llm)
+def told(server) -> list[str]:
+    """What the second and later tries were told."""
+    return [body["messages"][2]["content"] for body in server.bodies if len(body["messages"]) == 3]
+
+
+def asked_with(server, tmp_path, **config):
+    with teacher(Config(teacher=settings_for(server)), [], tmp_path) as llm:
+        return run(tmp_path, llm, **config)
+
+
+def test_a_second_chance_is_told_about_the_form(tmp_path):
+    with serve(lambda body, n: written(body, wrong_form=len(body["messages"]) == 2)) as server:
+        facts, rows, _ = asked_with(server, tmp_path)
     assert len(rows) == 20 and set(facts["rejected"]) == {"parse:no_markers"}
-    complaints = [body["messages"][2]["content"] for body in server.bodies if len(body["messages"]) == 3]
-    assert len(complaints) == 20 and all("parse:no_markers" in text for text in complaints)
-    with (
-        serve(lambda body, n: chain(5, 5)) as server,
-        teacher(Config(teacher=settings_for(server)), [], tmp_path / "ties") as llm,
-        pytest.raises(DataError, match="tie"),
-    ):
-        run(tmp_path / "ties", llm)
-    assert all(len(body["messages"]) == 2 for body in server.bodies)
+    assert len(told(server)) == 20 and all("parse:no_markers" in text for text in told(server))
+    assert not any("could not be used" in json.dumps(row["messages"]) for row in rows), "what was told is not learnt"
+
+
+def test_without_a_second_chance_the_question_is_asked_again_as_it_was(tmp_path):
+    with serve(lambda body, n: written(body, wrong_form=body["seed"] == 0)) as server:
+        _, rows, _ = asked_with(server, tmp_path, sec=SecConfig(second_chance=False))
+    assert len(rows) == 20 and told(server) == [] and len(server.bodies) == 40
+
+
+def test_what_a_second_chance_is_told_is_the_same_whatever_the_label(tmp_path):
+    """The ranking is never complained about; a wrong form is, whether the ranking was right or not."""
+    with serve(lambda body, n: chain(5, 5)) as server, pytest.raises(DataError, match="tie"):
+        asked_with(server, tmp_path / "tie", sec=SecConfig(samples_per_pair=2))
+    assert len(told(server)) == 20 and len(set(told(server))) == 1 and "tie" in told(server)[0]
+    with serve(lambda body, n: chain(8, 3)) as server:
+        facts, _, _ = asked_with(server, tmp_path / "always_the_first")
+    assert facts["rejected"]["wrong_ranking"] and told(server) == []
+    with serve(lambda body, n: chain(8, 3) + " And more.") as server, pytest.raises(DataError):
+        asked_with(server, tmp_path / "form", sec=SecConfig(samples_per_pair=2))
+    assert len(told(server)) == 20 and len(set(told(server))) == 1 and "issue:trailing_text" in told(server)[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pgenrm_train.config import (
+    BASELINES,
     BUDGETS,
     CONFIG_DIR,
     ROOT,
@@ -26,6 +27,7 @@ from pgenrm_train.config import (
     to_dict,
 )
 from pgenrm_train.errors import ConfigError
+from recipes.scorers import scorers
 
 
 def choices(group: str) -> list[str]:
@@ -50,7 +52,7 @@ def given(data: str) -> list[str]:
 
 SCHEMA = OmegaConf.structured(Config)
 RECIPES, DATA, MODELS, CLUSTERS = (choices(group) for group in ("recipe", "data", "model", "cluster"))
-BUILT = [model for model in MODELS if model != "endpoint"]
+BUILT = [model for model in MODELS if model not in ("endpoint", "reward_head", "callable")]
 
 
 COMBINATIONS = sorted(
@@ -185,7 +187,8 @@ def test_an_unknown_budget_names_the_valid_ones():
 # ---- checks ----
 
 MISTAKES = {
-    "data.history_policy=oldest": ("data.history_policy=oldest", "random, recent, same_scenario"),
+    "sec.near_duplicate=0": ("sec.near_duplicate=0", "above 0 and at most 1"),
+    "data.history_policy=oldest": ("data.history_policy=oldest", "random, recent, most_similar, same_scenario"),
     "data.on_bad_row=ignore": ("data.on_bad_row=ignore", "fail, skip"),
     "model.kind=huge": ("model.kind=huge", "nano, hf"),
     "model.kind=endpoint": ("model=endpoint", "needs one with weights"),
@@ -197,12 +200,24 @@ MISTAKES = {
     "eval.split=dev": ("eval.split=dev", "train, val, test"),
     "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
     "masking.policy=some": ("masking.policy=some", "full, masked, history_dropout, mixed"),
-    "curriculum.schedule=fast": ("curriculum.schedule=fast", "linear, cosine, step, uniform"),
+    "curriculum.schedule=fast": ("curriculum.schedule=fast", "linear, cosine, step, self_paced, uniform, anti"),
+    "curriculum.hard_by=luck": ("curriculum.hard_by=luck", "hardness, history, scenario"),
+    "curriculum.mining_samples=1": ("curriculum.mining_samples=1", "curriculum.mine=false"),
+    "curriculum.hard_share_end=1.5": ("curriculum.hard_share_end=1.5", "within 0 and 1"),
+    "curriculum.suspect_weight=2": ("curriculum.suspect_weight=2", "within 0 and 1"),
+    "cre.resample=-1": ("cre.resample=-1", "at least 0"),
     "curriculum.hard_low=0.9": ("curriculum.hard_low=0.9", "curriculum.hard_high=0.75"),
     "eval.ind=many": ("eval.ind=many", "a number"),
     "eval.pro=-1": ("eval.pro=-1", "from 0"),
     "eval.ind=[]": ("eval.ind=[]", "a number"),
+    "eval.probe_kinds=[padded,poked]": ("eval.probe_kinds=poked", "swapped_history, empty_history"),
+    "eval.probe_pairs=0": ("eval.probe_pairs=0", "above 0"),
+    "eval.compare=[a]": ("eval.compare=['a']", "two run folders"),
     "psi.batch_size=0": ("psi.batch_size=0", "above 0"),
+    "psi.score_weight=0": ("psi.score_weight=0", "above 0"),
+    "psi.keep_checkpoints=1": ("psi.keep_checkpoints=1", "at least 2"),
+    "psi.patience=2": ("psi.patience=2", "psi.evaluate_every"),
+    "psi.evaluate_every=-1": ("psi.evaluate_every=-1", "at least 0"),
     "psi.learning_rate=-1": ("psi.learning_rate=-1", "above 0"),
     "data.history_size=-3": ("data.history_size=-3", "above 0"),
     "eval.seeds=0": ("eval.seeds=0", "above 0"),
@@ -253,6 +268,11 @@ def test_a_plus_does_not_carry_a_key_past_the_schema(override):
         load("recipe=pipeline", override)
 
 
+def test_a_self_paced_curriculum_needs_pass_rates():
+    with pytest.raises(ConfigError, match=r"schedule=self_paced .* needs curriculum\.hard_by=hardness, not history"):
+        load("recipe=curriculum", "curriculum.schedule=self_paced", "curriculum.hard_by=history")
+
+
 def test_free_dictionaries_take_keys():
     config = load("recipe=build_data", *given("pairs"), "+data.only.shared_context='True'", "+data.only.language=en")
     assert config.data.only == {"shared_context": "True", "language": "en"}
@@ -261,3 +281,51 @@ def test_free_dictionaries_take_keys():
 def test_sizes_of_scaling():
     assert sizes(4) == (4,) and sizes([1, 4]) == (1, 4)
     assert load("recipe=evaluate", "eval.ind=[1,8]").eval.ind == [1, 8] and load("recipe=evaluate", "eval.ind=2").eval.ind == 2
+
+
+@pytest.mark.parametrize(
+    "given_keys,sentence",
+    [
+        (["model=baseline", "model.name=taller"], r"model\.name=taller is not one of random, longer"),
+        (["eval.baselines=[longer,bradly_terry]"], r"eval\.baselines=bradly_terry is not one of .*bradley_terry"),
+        (
+            ["data=pairs", "data.path=x.parquet", "eval.baselines=[oracle]"],
+            r"eval\.baselines=oracle knows data=personaworld only",
+        ),
+        (["model=callable", "model.name=score"], r"model\.name=score must be MODULE:FUNCTION"),
+        (["model=endpoint", "model.name=x"], r"model=endpoint needs model\.base_url"),
+        (
+            ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=judge2"],
+            r"model\.prompt=judge2 is not one of p_genrm, judge",
+        ),
+        (["model=llama31_8b", "model.prompt=persona"], r"model\.prompt=persona takes two calls and needs model=endpoint"),
+        (
+            ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=persona", "eval.split=train"],
+            "reads one history a user",
+        ),
+    ],
+)
+def test_models_to_evaluate_are_checked_before_anything_is_built(given_keys, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load("recipe=evaluate", *given_keys)
+
+
+@pytest.mark.parametrize("model", ["endpoint", "reward_head", "callable"])
+def test_models_without_training_are_for_evaluation_only(model):
+    keys = [f"model={model}", "model.name=m:f", "model.base_url=u"]
+    assert load("recipe=evaluate", *keys).model.kind == model
+    with pytest.raises(ConfigError, match=rf"model={model} is for recipe=evaluate.*recipe=psi needs one with weights"):
+        load("recipe=psi", *keys)
+
+
+def test_a_judges_prompt_is_no_prompt_to_train_with():
+    with pytest.raises(ConfigError, match=r"model\.prompt=judge is for recipe=evaluate"):
+        load("recipe=psi", "model.prompt=judge")
+
+
+def test_every_baseline_that_may_be_named_is_one():
+    config = load("recipe=evaluate")
+    config.eval.baselines = ["nobody"]
+    with pytest.raises(ConfigError) as refusal:
+        scorers(config, [])
+    assert set(str(refusal.value).partition("one of ")[2].split(", ")) == set(BASELINES)

@@ -3,20 +3,13 @@
 import pytest
 
 from pgenrm_train.artifacts import write_json
-from pgenrm_train.backends.deepspeed_sft import (
-    COMPLETE,
-    IGNORED,
-    Encoded,
-    _collate,
-    deepspeed_settings,
-    encode_chat,
-    environment,
-    newest_complete,
-)
+from pgenrm_train.backends.deepspeed_sft import Job, _publish, deepspeed_settings, environment
 from pgenrm_train.backends.nano import CHAT_TEMPLATE, train_tokenizer
-from pgenrm_train.chains import write_chain
-from pgenrm_train.config import ClusterConfig, Config, NanoConfig
-from pgenrm_train.errors import DataError
+from pgenrm_train.backends.sft_batches import encode_chat
+from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete
+from pgenrm_train.chains import JSON_START, write_chain
+from pgenrm_train.config import ClusterConfig, Config, NanoConfig, PsiConfig, load
+from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
 
 # Shaped like the published templates in what matters here: headers, a default system message, stripped contents, empty thoughts.
 LLAMA = (
@@ -68,7 +61,7 @@ def tokenizer(request, plain_tokenizer):
 @pytest.mark.parametrize("name", CHATS)
 def test_loss_falls_on_the_last_answer_and_its_end_and_on_nothing_else(tokenizer, name):
     chat = messages(name)
-    encoded = encode_chat(tokenizer, chat, 10_000)
+    encoded = encode_chat(tokenizer, chat)
     learnt = tokenizer.decode(encoded.ids[encoded.loss_from :], skip_special_tokens=False)
     assert learnt == EXPECTED[tokenizer.family].format(chat[-1]["content"])
     whole = tokenizer.decode(encoded.ids, skip_special_tokens=False)
@@ -78,76 +71,42 @@ def test_loss_falls_on_the_last_answer_and_its_end_and_on_nothing_else(tokenizer
 @pytest.mark.parametrize("name", CHATS)
 def test_the_prompt_in_training_is_the_prompt_of_generation(tokenizer, name):
     chat = messages(name)
-    encoded = encode_chat(tokenizer, chat, 10_000)
+    encoded = encode_chat(tokenizer, chat)
     text = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert list(encoded.ids[: encoded.loss_from]) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_the_end_of_turn_is_one_learnt_token(tokenizer):
-    encoded = encode_chat(tokenizer, messages("plain"), 10_000)
+    encoded = encode_chat(tokenizer, messages("plain"))
     end = {"llama": "<|eot_id|>", "qwen": "<|im_end|>", "nano": "<|end|>"}[tokenizer.family]
     assert tokenizer.convert_tokens_to_ids(end) in encoded.ids[encoded.loss_from :][-2:]
 
 
-def test_a_chat_that_is_too_long_is_said(tokenizer):
-    encoded = encode_chat(tokenizer, messages("plain"), 10_000)
-    size = len(encoded.ids)
-    assert encode_chat(tokenizer, messages("plain"), size) == encoded
-    with pytest.raises(DataError, match=f"a chat of {size} tokens is longer than the model's limit of {size - 1}"):
-        encode_chat(tokenizer, messages("plain"), size - 1)
+@pytest.mark.parametrize("name", ["plain", "system", "several turns", "one that quotes its answer"])
+def test_the_score_part_begins_at_the_last_marker_and_reaches_to_the_end(tokenizer, name):
+    encoded = encode_chat(tokenizer, messages(name))
+    analysis = tokenizer.decode(encoded.ids[encoded.loss_from : encoded.score_from], skip_special_tokens=False)
+    score = tokenizer.decode(encoded.ids[encoded.score_from :], skip_special_tokens=False)
+    assert JSON_START not in analysis and score.lstrip().startswith(JSON_START)
+    assert analysis + score == EXPECTED[tokenizer.family].format(ANSWER)
+
+
+def test_a_marker_that_the_analysis_quotes_does_not_open_the_score_part(tokenizer):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"I write {JSON_START} now. {ANSWER}"}]
+    encoded = encode_chat(tokenizer, chat)
+    assert JSON_START in tokenizer.decode(encoded.ids[encoded.loss_from : encoded.score_from])
+
+
+def test_an_answer_without_a_marker_has_no_score_part(tokenizer):
+    encoded = encode_chat(tokenizer, messages("unicode"))
+    assert encoded.score_from == len(encoded.ids)
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(plain_tokenizer):
     """Some templates open a thought in the generation prompt that they leave out of a finished answer."""
     plain_tokenizer.chat_template = QWEN.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\nHm'")
     with pytest.raises(DataError, match="not a prefix"):
-        encode_chat(plain_tokenizer, messages("plain"), 10_000)
-
-
-def test_batches_align_their_ends_and_keep_logits_for_the_answers_only():
-    batch = _collate([Encoded((5, 6, 7, 8), 2), Encoded((5, 9), 1)], pad=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 5, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert batch["logits_to_keep"] == 3  # the answers' two tokens at most, and the one that predicts the first
-    assert batch["labels"].tolist() == [[IGNORED, 7, 8], [IGNORED, IGNORED, 9]]
-
-
-def test_a_pad_that_is_also_the_end_is_still_learnt_where_it_ends_an_answer():
-    batch = _collate([Encoded((5, 6, 2), 1), Encoded((5, 2), 1)], pad=2)
-    assert batch["labels"].tolist() == [[IGNORED, 6, 2], [IGNORED, IGNORED, 2]]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_loss_of_a_batch_is_that_of_its_chats_alone(attention):
-    """Padding, alignment and the cut of the logits change no gradient."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            attn_implementation=attention,
-        )
-    )
-    chats = [Encoded(tuple(range(3, 23)), 12), Encoded(tuple(range(30, 41)), 9), Encoded((7, 8, 9, 10, 11, 12, 13), 1)]
-    together = model(**_collate(chats, pad=0)).loss
-    total, count = torch.zeros(()), 0
-    for chat in chats:
-        log_probs = model(input_ids=torch.tensor([chat.ids])).logits[0].log_softmax(-1)
-        for place in range(chat.loss_from, len(chat.ids)):
-            total, count = total - log_probs[place - 1, chat.ids[place]], count + 1
-    torch.testing.assert_close(together, total / count, rtol=1e-5, atol=1e-6)
-    grad_together = torch.autograd.grad(together, list(model.parameters()), retain_graph=True)
-    for one, other in zip(grad_together, torch.autograd.grad(total / count, list(model.parameters())), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        encode_chat(plain_tokenizer, messages("plain"))
 
 
 # ---- checkpoints ----
@@ -182,6 +141,63 @@ def test_a_half_written_one_is_told_removed_and_passed_over(tmp_path, capsys):
 def test_only_half_written_ones_mean_a_new_start(tmp_path):
     checkpoint(tmp_path, 100, complete=False)
     assert newest_complete(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+MARK = {"ranks": 8, "zero_stage": 3, "model": "abc"}
+
+
+def test_a_checkpoint_goes_on_as_it_was_written(tmp_path):
+    folder = checkpoint(tmp_path, 100)
+    write_json(folder / COMPLETE, {"step": 100, **MARK})
+    check_resumable(folder, MARK)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("ranks", 4, r"checkpoint-100 was written with another number of processes \(8, now 4\)"),
+        ("zero_stage", 2, r"another ZeRO stage \(3, now 2\)"),
+        ("model", "def", r"another model or adapter \(abc, now def\)"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, key, value, sentence):
+    folder = checkpoint(tmp_path, 100)
+    write_json(folder / COMPLETE, {"step": 100, **MARK})
+    with pytest.raises(ArtifactError, match=sentence):
+        check_resumable(folder, MARK | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("step", "best", "over"), [(100, 100, False), (150, 100, False), (200, 100, True), (1000, 990, True), (200, None, False)]
+)
+def test_training_is_over_after_the_last_step_or_when_patience_is_out(step, best, over):
+    from transformers import TrainerState
+
+    config = Config(psi=PsiConfig(evaluate_every=50, patience=2))
+    assert is_over(config, TrainerState(global_step=step, max_steps=1000, best_global_step=best)) is over
+
+
+def test_a_training_that_left_too_few_steps_fails_and_publishes_nothing(tmp_path):
+    job = Job(Config(), "base", tmp_path, MARK, None)
+    with pytest.raises(NothingTrainedError, match="PSI made 0 of the planned optimiser steps"):
+        _publish(job, None)
+    folder = checkpoint(tmp_path / "steps", 100)
+    write_json(folder / "trainer_state.json", {"global_step": 100, "max_steps": 200})
+    with pytest.raises(NothingTrainedError, match="PSI made 100 of 200 planned optimiser steps"):
+        _publish(job, None)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_best_checkpoint_that_is_gone_is_said(tmp_path):
+    folder = checkpoint(tmp_path / "steps", 200)
+    write_json(folder / "trainer_state.json", {"global_step": 200, "max_steps": 200, "best_global_step": 100})
+    with pytest.raises(ArtifactError, match="checkpoint-100, which validation liked best, is gone"):
+        _publish(Job(Config(), "base", tmp_path, MARK, "a:b"), None)
+
+
+def test_a_job_survives_its_file(tmp_path):
+    job = Job(load("recipe=psi"), "base", tmp_path, MARK, "a:b")
+    assert Job.read(job.write()) == job
 
 
 # ---- settings ----

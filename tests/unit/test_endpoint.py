@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import Server, completion, serve, slowly
 
 from pgenrm_train.backends import endpoint as module
-from pgenrm_train.backends.endpoint import Endpoint
+from pgenrm_train.backends.endpoint import Endpoint, dollars
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
@@ -37,7 +37,7 @@ def test_an_answer_is_text_and_its_cost():
         reply = one.ask(ASK, sample=3)
         assert (reply.text, reply.failure, reply.prompt_tokens, reply.completion_tokens) == ("hi", None, 10, 5)
         assert server.bodies[0]["messages"] == ASK and server.bodies[0]["seed"] == 3
-        assert one.usage.dollars(one.settings) == pytest.approx(20e-6)
+        assert dollars(one.settings, *one.usage.paid) == pytest.approx(20e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,58 @@ def test_a_spent_budget_stops_everything(tmp_path):
         assert one.stopped.startswith("the budget of stub is spent: 3.00 dollars and 45 tokens")
         assert one.ask(ASK, sample=0).text == "hi", "what is known costs nothing"
         assert Endpoint(to(server, max_total_tokens=15)).ask(ASK).text == "hi"
+
+
+def test_a_budget_holds_over_restarts_and_a_higher_one_goes_on(tmp_path):
+    price = {"dollars_per_million_in": 1e5}  # one dollar a call
+    with serve(lambda body, n: "hi") as server:
+        for limit, failures in ((2, [None, None, "budget"]), (2, [None, None, "budget"]), (3, [None, None, None])):
+            one = Endpoint(to(server, max_dollars=limit, **price), tmp_path)
+            assert [one.ask(ASK, sample=i).failure for i in range(3)] == failures
+            one.close()
+        assert len(server.bodies) == 3 and one.usage.facts(one.settings)["dollars"] == 3.0
+        assert (one.usage.facts(one.settings)["prompt tokens"], one.usage.prompt_tokens) == (30, 10), (
+            "of all starts, and of this one"
+        )
+
+
+@pytest.mark.parametrize("answer", [completion("half a", "length"), completion(None)])
+def test_what_was_paid_for_and_is_no_answer_is_not_bought_again(tmp_path, answer):
+    with serve(lambda body, n: {"completion": answer}) as server:
+        for _ in range(2):
+            one = Endpoint(to(server), tmp_path)
+            reply = one.ask(ASK)
+            assert reply.text is None and reply.failure in ("length", "empty")
+            one.close()
+        assert len(server.bodies) == 1 and reply.cached and one.usage.paid == (10, 5)
+        assert Endpoint(to(server, max_tokens=9999), tmp_path).ask(ASK).cached is False, "a higher limit is another question"
+
+
+def test_closing_waits_for_what_is_in_flight_and_keeps_it(tmp_path):
+    with serve(lambda body, n: slowly(0.4, "paid")) as server:
+        one = Endpoint(to(server, max_in_flight=4), tmp_path)
+        replies = []
+        threads = [threading.Thread(target=lambda i=i: replies.append(one.ask(ASK, sample=i))) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        one.close()
+        for thread in threads:
+            thread.join()
+        assert sorted(reply.failure or "answered" for reply in replies) == ["answered"] * 4 + ["closed"] * 4
+        assert len(server.bodies) == 4 and Endpoint(to(server), tmp_path).usage.paid == (40, 20)
+
+
+def test_a_call_that_waits_for_its_turn_is_not_made_once_closed():
+    with serve(lambda body, n: "hi") as server:
+        one = Endpoint(to(server, requests_per_minute=6, max_in_flight=2))
+        one.ask(ASK)
+        waiting = threading.Thread(target=one.ask, args=(ASK,), kwargs={"sample": 1})
+        waiting.start()
+        time.sleep(0.1)
+        one.close()
+        waiting.join(5)
+        assert not waiting.is_alive() and len(server.bodies) == 1
 
 
 def test_calls_in_flight_are_bounded_and_all_used():

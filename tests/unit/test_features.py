@@ -116,10 +116,10 @@ def test_measurements_are_cached_and_read_only():
 
 def test_a_hundred_thousand_characters_are_quick():
     long = "\n".join(f"- line {i}, maybe 'quoted' because!" for i in range(3000))[:100_000]
-    started = time.perf_counter()
+    started = time.process_time()
     for suffix in "abcde":
         measure(long + suffix)
-    assert (time.perf_counter() - started) / 5 < 0.5
+    assert (time.process_time() - started) / 5 < 0.5
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,6 +323,6 @@ def test_twenty_thousand_pairs_fit_in_seconds():
     texts = [text(rng, int(n)) for n in rng.integers(5, 80, size=600)]
     drawn = rng.integers(0, 600, size=(20_000, 2))
     rows = [pair(f"user-{i % 462}", texts[a], texts[b], name=str(i)) for i, (a, b) in enumerate(drawn)]
-    started = time.perf_counter()
+    started = time.process_time()
     FeatureTeacher().fit(rows)
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30

@@ -9,7 +9,8 @@ import pytest
 from eval import harness
 from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
 from eval.harness import PredictionStore, Question, ask, own_questions, prediction, readable_text
-from eval.metrics import COLUMNS, accuracy_report
+from eval.metrics import accuracy_report
+from eval.outcomes import COLUMNS
 from eval.summary import narrow
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
@@ -189,25 +190,54 @@ def test_what_was_answered_before_an_engine_died_is_kept(tmp_path, error):
     assert table(frame) == table(answer(tmp_path / "whole", LikesHistory(), questions))
 
 
-def test_a_question_answered_in_part_is_asked_again_whole(tmp_path):
-    questions = own_questions(PAIRS[:2], HISTORIES, samples=2)
+def test_a_missing_sample_is_asked_for_and_nothing_else(tmp_path):
+    questions = own_questions(PAIRS[:2], HISTORIES, samples=3)
 
     class Forgets(LikesHistory):
         def __call__(self, requests, *, temperature):
-            yield from list(super().__call__(requests, temperature=temperature))[:-1]
+            yield from list(super().__call__(requests, temperature=temperature))[:-2]
 
-    with pytest.raises(DataError, match="1 questions answered in part"):
+    with pytest.raises(DataError, match="ended with 2 of 12 samples unanswered"):
         answer(tmp_path, Forgets(), questions)
     rest = LikesHistory()
     frame = answer(tmp_path, rest, questions)
-    assert len(rest.asked) == 1 and len(frame) == 8 and not frame.duplicated(["key", "sample"]).any()
+    assert len(rest.prompts) == 2 and len(frame) == 12 and not frame.duplicated(["key", "sample"]).any()
 
 
-def test_another_number_of_samples_is_another_question(tmp_path):
+class Seeded(LikesHistory):
+    """Sample i of a request depends on its seed + i, as it does with vLLM."""
+
+    def answer(self, request, sample):
+        text = write_chain("x", CRITERIA, [[1.0 + (request.seed + sample) % 9], [5.0]])
+        return Generation(request.key, sample, text, None, 12)
+
+
+def test_more_samples_ask_for_the_further_ones_and_get_what_one_start_would_have_got(tmp_path):
+    answer(tmp_path, first := Seeded(), own_questions(PAIRS, HISTORIES, samples=2))
+    more = Seeded()
+    frame = answer(tmp_path, more, own_questions(PAIRS, HISTORIES, samples=5))
+    assert len(first.asked) == 16 and len(more.asked) == 16 and len(frame) == 16 * 5
+    assert table(frame) == table(answer(tmp_path / "whole", Seeded(), own_questions(PAIRS, HISTORIES, samples=5)))
+    fewer = answer(tmp_path, LikesHistory(), own_questions(PAIRS, HISTORIES, samples=3))
+    assert len(fewer) == 16 * 3, "samples that nobody asked for are left out"
+
+
+def test_prompts_with_the_same_history_are_asked_one_after_the_other(tmp_path):
+    generator = LikesHistory()
+    answer(tmp_path, generator)
+    histories = [split_prompt(prompt)[2][1] for prompt in generator.prompts]
+    assert len(set(histories)) == 2 and histories == sorted(histories)
+
+
+def test_another_text_under_the_same_ids_is_another_question(tmp_path):
     answer(tmp_path, LikesHistory())
-    more = LikesHistory()
-    answer(tmp_path, more, own_questions(PAIRS, HISTORIES, samples=2))
-    assert len(more.asked) == 16
+    other = HISTORIES | {"p3": liked("neither")}
+    again = LikesHistory()
+    questions = own_questions(PAIRS, other)
+    frame = answer(tmp_path, again, questions)
+    assert len(again.asked) == 2 and all('"p3"' in key for key in again.asked)
+    frame = frame[frame["key"].isin({q.key for q in questions})]
+    assert len(frame) == 16 and set(frame.loc[frame["pair_id"] == "p3", "score_chosen"]) == {3.0}
 
 
 def test_another_identity_is_refused(tmp_path):
@@ -251,10 +281,10 @@ def test_half_written_shards_are_not_read(tmp_path):
     store.flush()
     (tmp_path / ".part-000001.parquet.123.tmp").write_bytes(b"PAR1 half a shard")
     again = PredictionStore(tmp_path, "x")
-    assert again.done() == {"k0"}
+    assert again.done() == {("k0", 0)}
     again.add([a_row(1)])
     again.flush()
-    assert again.done() == {"k0", "k1"}
+    assert again.done() == {("k0", 0), ("k1", 0)}
 
 
 def test_a_shard_that_a_user_deleted_is_asked_again_and_overwrites_nothing(tmp_path):
@@ -266,7 +296,7 @@ def test_a_shard_that_a_user_deleted_is_asked_again_and_overwrites_nothing(tmp_p
     again = PredictionStore(tmp_path, "x")
     again.add([a_row(0)])
     again.flush()
-    assert again.done() == {"k0", "k1", "k2"}
+    assert again.done() == {("k0", 0), ("k1", 0), ("k2", 0)}
 
 
 def test_an_empty_store(tmp_path):
@@ -334,6 +364,39 @@ def test_answers_to_questions_of_an_earlier_run_are_left_out(tmp_path):
     run(tmp_path, LikesHistory(), seeds=2)
     tested = run(tmp_path, LikesHistory(), seeds=1)
     assert tested.report["seeds"] == [0] and len(tested.predictions) == 160
+
+
+def test_a_second_evaluation_asks_again_only_where_prompt_or_sampling_differ(tmp_path):
+    candidate = Candidate("psi", "sha", lambda: generator, lambda: chat_messages, lambda: None)
+    asked = {}
+    for name, change in {
+        "first": {},
+        "same": {},
+        "longer answers": {"max_response_tokens": 7},
+        "shorter texts": {"max_text_tokens": 7},
+    }.items():
+        generator = LikesHistory()
+        tests = evaluation(TWINS, TWIN_HISTORIES, seeds=1)
+        for key, value in change.items():
+            setattr(tests.config.model, key, value)
+        tests.test(candidate, tmp_path, progress, final=True)
+        asked[name] = len(generator.asked)
+    assert asked["first"] == asked["longer answers"] == asked["shorter texts"] > 0 and asked["same"] == 0
+
+
+def test_runs_that_share_a_cache_ask_once(tmp_path):
+    first, second = LikesHistory(), LikesHistory()
+    tested = [run(tmp_path / name, g, cache=str(tmp_path / "cache")) for name, g in (("a", first), ("b", second))]
+    assert len(first.asked) > 0 and second.asked == []
+    assert table(tested[0].predictions) == table(tested[1].predictions)
+
+
+def test_two_writers_of_one_store_lose_nothing(tmp_path):
+    stores = [PredictionStore(tmp_path, "x") for _ in range(2)]
+    for number in range(6):
+        stores[number % 2].add([a_row(number)])
+        stores[number % 2].flush()
+    assert sorted(stores[0].read()["value"]) == list(range(6))
 
 
 def test_several_seeds_give_an_error_of_the_mean(tmp_path):

@@ -137,3 +137,50 @@ def test_every_stage_draws_the_same_history_by_configuration():
     shuffled.sort(key=lambda pair: int(pair.pair_id[1:]))  # users in another order, each with their own
     assert histories(config, VOTES)(ASKED) == histories(config, shuffled)(ASKED)
     assert len(histories(config, VOTES)(ASKED)) == 2
+
+
+# ---- neither the same prompt-response text nor the future ----
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_vote_on_the_same_prompt_that_shares_a_response_is_never_shown(policy):
+    """PRISM's turns: A is rated above B and C, so that "A beat C" would tell of A against B."""
+    asked = dataclasses.replace(ASKED, split="train")
+    sharing = dataclasses.replace(ASKED, pair_id="shares", rejected="third", split="train")
+    elsewhere = dataclasses.replace(sharing, pair_id="elsewhere", context=(Message("user", "another prompt"),))
+    other = dataclasses.replace(ASKED, pair_id="other", chosen="third", rejected="fourth", split="train")
+    shown = HistorySampler([*VOTES, sharing, elsewhere, other, asked], size=20, policy=policy)(asked)
+    assert sharing.as_history() not in shown and asked.as_history() not in shown
+    assert elsewhere.as_history() in shown and other.as_history() in shown and len(shown) == 12
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_later_turn_of_the_same_conversation_is_never_shown(policy):
+    turns = [vote("a", n, conversation_id="c", turn=n) for n in range(5)]
+    sampler = HistorySampler([*turns, vote("a", 7, conversation_id="d", turn=9)], size=20, policy=policy)
+    assert queries(sampler(turns[2])) == ["query a0", "query a1", "query a7"]
+    assert queries(sampler(turns[0])) == ["query a7"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_times_a_history_comes_from_the_past_and_stands_in_order_of_time(policy):
+    votes = [vote("a", n, time=float(10 - n)) for n in range(10)]  # the file holds the newest first
+    shown = HistorySampler([*votes, vote("a", 50)], size=20, policy=policy)(vote("a", 99, "test", time=4.5))
+    assert queries(shown) == ["query a9", "query a8", "query a7", "query a6"], "an unknown time may be later, too"
+    recent = HistorySampler(votes, size=2, policy="recent")(vote("a", 99, "test", time=4.5))
+    assert queries(recent) == ["query a7", "query a6"]
+    assert HistorySampler(votes, size=20, policy=policy)(votes[9]) == (), "nothing lies before the first"
+
+
+def test_the_most_similar_queries_are_found_by_their_rarer_words():
+    asked = ("how do I bake rye bread?", "how do I fix a bike?", "how do I bake a cake?", "how do I write a letter?")
+    votes = [dataclasses.replace(vote("a", n), context=(Message("user", text),)) for n, text in enumerate(asked)]
+    sampler = HistorySampler(votes, size=2, policy="most_similar")
+
+    def shown(text: str, size: int = 2):
+        return queries(sampler(dataclasses.replace(ASKED, context=(Message("user", text),)), size))
+
+    assert shown("How long do I BAKE bread?") == [asked[0], asked[2]]
+    assert shown("my bike is broken", 1) == [asked[1]]
+    assert shown("völlig anders") == list(asked[2:]), "nothing in common: the newest"
+    assert shown("how do I", 4) == list(asked)

@@ -204,6 +204,21 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
     assert long.startswith(kept) and int(gone) == len(long[len(kept) :].split())
 
 
+def test_what_was_cut_is_told_and_responses_that_the_cut_made_equal_are_counted(tokenizer):
+    write = writer(tokenizer, max_text_tokens=20)
+    write(a_view())
+    assert write.told("psi") == ""
+    same = "the same words in the same order " * 20
+    write(a_view(responses=(f"{same} one end", f"{same} other end")))
+    write(a_view(responses=(f"{same} x", "short")))
+    assert write.trimmed["prompts_left_with_equal_responses"] == 1
+    assert write.told("psi").endswith(
+        "3 prompts (oldest history first, then the longest texts): 3 texts, 1 prompts left with equal responses"
+    )
+    write(a_view(responses=("equal before", "equal before")))
+    assert write.trimmed["prompts_left_with_equal_responses"] == 1
+
+
 def test_what_cannot_fit_is_said(tokenizer):
     with pytest.raises(DataError, match=r"model\.max_prompt_tokens=20"):
         writer(tokenizer, max_prompt_tokens=20)(a_view(responses=("word " * 50, "b")))

@@ -37,6 +37,7 @@ def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
         done = command("evaluate", tmp_path / "run", server.url)
         assert done.returncode == 0, done.stderr[-2000:]
         first, asked = results(tmp_path / "run"), len(server.bodies)
+        assert f"model stub: {asked} calls" in done.stdout.replace(",", "") and "no price stated" in done.stdout
         assert first["n_pairs"] * 2 * 2 == asked, "every pair, both orders, two seeds"
         assert first["failures"] == {"engine:http_400": asked // 4} and first["accuracy"] < 0.5, "and all in the denominator"
         assert "<history>" in server.bodies[0]["messages"][1]["content"] and server.bodies[0]["messages"][0]["role"] == "system"
@@ -45,6 +46,10 @@ def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
         assert again.returncode == 0 and len(server.bodies) == asked + asked // 4
         final = results(tmp_path / "run")
     assert final["accuracy"] == pytest.approx(0.5) and final["failures"] == {} and final["order_flip_rate"] == 1.0
+    [cost] = final["cost"].values()
+    assert cost["prompt tokens"] == 10 * asked, "of both starts"
+    report = (tmp_path / "run/evaluate/report.html").read_text()
+    assert "What the answers cost" in report
 
 
 def test_a_server_that_is_down_ends_the_evaluation_and_the_same_command_goes_on(tmp_path):

@@ -1,14 +1,23 @@
-"""What the machine lacks is said in one sentence before the stage starts."""
+"""What the machine or the network lacks is said before the stage starts, all at once, each failure with its remedy and its row in the docs."""
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import ROOT, STAGES, Config, load
+from pgenrm_train.config.checks import PREFLIGHT
 from pgenrm_train.errors import PreflightError
-from pgenrm_train.preflight import check_machine
+from pgenrm_train.preflight import CHECKS, check_machine, findings, machine, reach, still_to_do, versions
 
 
 def config(tmp_path: Path) -> Config:
@@ -17,8 +26,43 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-def test_enough_of_everything_passes(tmp_path: Path) -> None:
-    check_machine(config(tmp_path), "psi")
+@contextmanager
+def server(status: int) -> Iterator[tuple[str, list[str]]]:
+    """A server that answers every GET with `status`; yields its base URL and the Authorization headers that it saw."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(f"{self.path} {self.headers.get('authorization')}")
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    found = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{found.server_address[1]}/v1", seen
+    finally:
+        found.shutdown()
+        found.server_close()
+
+
+def dead_url() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{found.getsockname()[1]}/v1"
+
+
+# ---- machine ----
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_enough_of_everything_passes(tmp_path: Path, stage: str) -> None:
+    check_machine(config(tmp_path), stage)
 
 
 def test_too_little_memory_names_the_need_and_the_remedy(tmp_path: Path) -> None:
@@ -41,6 +85,22 @@ def test_too_little_disk_is_said_for_every_stage(tmp_path: Path) -> None:
         check_machine(wanting, "build_data")
 
 
+def test_all_failures_are_told_at_once(tmp_path: Path) -> None:
+    wanting = config(tmp_path)
+    wanting.cluster.min_free_memory_gib = wanting.cluster.min_free_disk_gib = 1e6
+    wanting.model.path = "none"
+    with pytest.raises(PreflightError) as error:
+        check_machine(wanting, "psi")
+    assert re.findall(r"\(\d\)", str(error.value)) == ["(1)", "(2)", "(3)"] and "\n" not in str(error.value)
+
+
+def test_a_check_can_be_skipped_by_name(tmp_path: Path) -> None:
+    wanting = config(tmp_path)
+    wanting.cluster.min_free_memory_gib = 1e6
+    wanting.preflight.skip = ["memory"]
+    check_machine(wanting, "psi")
+
+
 def test_missing_gpus_are_named(tmp_path: Path) -> None:
     import torch
 
@@ -49,3 +109,210 @@ def test_missing_gpus_are_named(tmp_path: Path) -> None:
     wanting.cluster.processes_per_node = torch.cuda.device_count() + 1
     with pytest.raises(PreflightError, match="cluster=gpu8 needs"):
         check_machine(wanting, "psi")
+    wanting.ray.address = "head:6379"
+    assert list(machine.check_gpus(wanting, "psi")) == [], "the cluster's GPUs are not this machine's"
+
+
+def test_unfit_gpus_are_named(tmp_path: Path) -> None:
+    wanting = config(tmp_path)
+    good = machine.Gpu("NVIDIA H100", 80.0, 79.0, (9, 0))
+    assert list(machine.gpu_problems(wanting, [good, good])) == []
+    old, busy = machine.Gpu("Tesla V100", 32.0, 31.0, (7, 0)), machine.Gpu("NVIDIA H100", 80.0, 12.0, (9, 0))
+    assert "computes no bfloat16" in " ".join(machine.gpu_problems(wanting, [old]))
+    assert "the GPUs differ (NVIDIA H100, Tesla V100)" in " ".join(machine.gpu_problems(wanting, [good, old]))
+    assert "GPU 1 (NVIDIA H100) has 12.0 of 80.0 GiB free" in " ".join(machine.gpu_problems(wanting, [good, busy]))
+
+
+def test_a_fixed_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        monkeypatch.setenv("MASTER_PORT", str(holder.getsockname()[1]))
+        (problem,) = machine.check_ports(config(tmp_path), "psi")
+    assert "MASTER_PORT=" in problem and "in use" in problem
+    monkeypatch.setenv("MASTER_PORT", "0")
+    assert list(machine.check_ports(config(tmp_path), "psi")) == []
+
+
+def test_a_ring_of_two_processes_closes_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(tmp_path)
+    assert list(machine.check_ring(asked, "psi")) == []
+    asked.preflight.ring = True
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert list(machine.check_ring(asked, "psi")) == []
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
+    (problem,) = machine.check_ring(asked, "psi")
+    assert "an all-reduce over 1 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem
+
+
+# ---- versions ----
+
+
+def test_a_version_off_the_pins_is_named_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = dict(versions.pins("cpu")) | {"ray": "0.1", "numpy": "9.9"}
+    monkeypatch.setattr(versions, "pins", lambda device: wanted)
+    (problem,) = versions.check_versions(config(tmp_path), "psi")
+    assert "instead of 0.1" in problem and "instead of 9.9" in problem and "requirements/cpu.txt" in problem
+
+
+def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    versions.pins.cache_clear()
+    assert list(versions.check_versions(config(tmp_path), "psi")) == []
+    versions.pins.cache_clear()
+
+
+# ---- what is reached ----
+
+
+@pytest.mark.parametrize(("section", "stage"), [("teacher", "build_sec"), ("judge", "cre")])
+def test_an_api_is_asked_before_it_is_needed(section: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    settings = getattr(asking, section)
+    settings.kind, settings.name, settings.api_key_env = "endpoint", "m", "SOME_KEY"
+    check = CHECKS[section]
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    assert f"{section}.api_key_env=SOME_KEY is not set" in " ".join(check(asking, stage))
+    monkeypatch.setenv("SOME_KEY", "k")
+    for status, message in {200: "", 404: "", 401: "refuses the key in SOME_KEY", 503: "answers HTTP 503"}.items():
+        with server(status) as (url, seen):
+            settings.base_url = url
+            told = " ".join(check(asking, stage))
+        assert (message in told) if message else not told
+        assert seen == ["/v1/models Bearer k"]
+    settings.base_url = dead_url()
+    assert f"the {section} does not answer at" in " ".join(check(asking, stage))
+    assert list(check(asking, "build_data")) == [], "only where it is used"
+
+
+def test_a_judge_that_is_not_asked_is_not_looked_for(tmp_path: Path) -> None:
+    asking = config(tmp_path)
+    asking.judge.kind, asking.judge.base_url = "endpoint", dead_url()
+    assert list(CHECKS["judge"](asking, "curriculum")) == [], "its process reward is off"
+
+
+def test_a_model_under_test_is_asked(tmp_path: Path) -> None:
+    asking = config(tmp_path)
+    asking.model.kind, asking.model.base_url = "endpoint", "no url at all"
+    assert "the model does not answer" in " ".join(CHECKS["model_endpoint"](asking, "evaluate"))
+
+
+def test_missing_data_is_told_and_a_hub_name_is_not(tmp_path: Path) -> None:
+    asking = config(tmp_path)
+    for path, wrong in {str(tmp_path): False, "none.parquet": True, "/none/x": True, "someone/votes": False}.items():
+        asking.data.path = path
+        assert bool(list(reach.check_data(asking, "build_data"))) == wrong, path
+
+
+def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    asking = config(tmp_path)
+    asking.model.kind, asking.model.name = "hf", "nobody/nothing"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in " ".join(reach.check_model(asking, "psi"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for status, message in {200: "", 403: "accept its licence", 404: "the hub has no model nobody/nothing"}.items():
+        with server(status) as (url, _):
+            monkeypatch.setattr(constants, "ENDPOINT", url)
+            told = " ".join(reach.check_model(asking, "psi"))
+        assert (message in told) if message else not told
+    monkeypatch.setattr(constants, "ENDPOINT", dead_url())
+    assert "is not reached" in " ".join(reach.check_model(asking, "psi"))
+    asking.model.name = str(ROOT / "tests/data/psi_nano")
+    assert list(reach.check_model(asking, "psi")) == []
+
+
+def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    asking.tracking.kind = "wandb"
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "tracking=wandb has no key for api.wandb.ai" in " ".join(reach.check_wandb(asking, "psi"))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert list(reach.check_wandb(asking, "psi")) == []
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert "wandb.example.org" in " ".join(reach.check_wandb(asking, "psi"))
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert list(reach.check_wandb(asking, "psi")) == []
+
+
+def test_a_ray_cluster_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    asking.ray.address = dead_url().removeprefix("http://").removesuffix("/v1")
+    assert "no Ray cluster answers at 127.0.0.1" in " ".join(reach.check_ray(asking, "cre"))
+    with server(200) as (url, _):
+        asking.ray.address = url.removeprefix("http://").removesuffix("/v1")
+        assert list(reach.check_ray(asking, "cre")) == []
+    asking.ray.address = "nonsense"
+    assert "is not host:port or auto" in " ".join(reach.check_ray(asking, "cre"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asking.ray.address = "auto"
+    assert list(reach.check_ray(asking, "cre")) == []
+
+
+# ---- the whole ----
+
+
+def test_what_one_stage_said_the_next_does_not_repeat(tmp_path: Path) -> None:
+    wanting = config(tmp_path)
+    wanting.cluster.min_free_disk_gib = 1e6
+    assert sum(len(f.problems) for f in findings(wanting, STAGES)) == 1
+
+
+def test_complete_stages_need_nothing(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    folder = Path(made.run_dir) / "build_sec"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"status": "complete"}')
+    assert still_to_do(made, ["build_sec", "psi"]) == ["psi"]
+
+
+def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) -> None:
+    def ask(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "preflight.only=true", *more]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
+        )
+
+    lacking = ask("cluster.min_free_disk_gib=1e6", "cluster.min_free_memory_gib=0")
+    assert lacking.returncode == 2 and "FAILED" in lacking.stdout and lacking.stdout.count("FAILED") == 1
+    fine = ask("cluster.min_free_disk_gib=0", "cluster.min_free_memory_gib=0", "preflight.skip=[versions]")
+    assert fine.returncode == 0 and "FAILED" not in fine.stdout and "skipped" in fine.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_checks_are_known_to_the_configuration_and_to_the_docs() -> None:
+    assert tuple(CHECKS) == PREFLIGHT
+    rows = re.findall(r"^\| (`.+?`) \| ", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(CHECKS) <= set(re.findall(r"`(\w+)`", " ".join(rows)))
+
+
+def failures_in_the_code() -> list[str]:
+    """Of every sentence that a check can yield: the longest run of fixed words before its remedy."""
+    import ast
+
+    found = []
+    for name in ("machine", "reach", "versions"):
+        tree = ast.parse((ROOT / f"pgenrm_train/preflight/{name}.py").read_text(encoding="utf-8"))
+        for node in (n.value for n in ast.walk(tree) if isinstance(n, ast.Yield)):
+            assert isinstance(node, ast.JoinedStr)
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            found.append(max(text.partition(";")[0].split("…"), key=len).strip(" (),"))
+    return found
+
+
+def test_every_failure_has_its_row_in_the_troubleshooting_table() -> None:
+    told = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    failures = failures_in_the_code()
+    assert len(failures) > 20 and all(failures)
+    assert [failure for failure in failures if failure not in told] == []
+
+
+def test_a_stage_alone_needs_the_one_before_it_and_its_data(tmp_path: Path) -> None:
+    config = load("recipe=cre", "data=pairs", "data.path=/nowhere/votes.parquet", f"run_dir={tmp_path / 'run'}")
+    said = " ".join(problem for finding in findings(config, ["cre"]) for problem in finding.problems)
+    assert "/nowhere/votes.parquet does not exist" in said and "there is no complete psi under run_dir=" in said
+    assert not (tmp_path / "run").exists()

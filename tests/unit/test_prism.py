@@ -9,8 +9,11 @@ import pytest
 from data_builders import hub
 from data_builders.personal_reward_bench import build as build_personalised
 from data_builders.prism import build
-from pgenrm_train.config import DataConfig, load
+from pgenrm_train.artifacts import StageFolder, write_table
+from pgenrm_train.config import Config, DataConfig, load
 from pgenrm_train.errors import DataError
+from pgenrm_train.stages import build_data
+from pgenrm_train.stages.inputs import load_pairs
 
 SURVEY = {
     "user_id": "user0", "self_description": "A cook.", "system_string": "Be brief.",
@@ -47,16 +50,24 @@ def write(folder, survey=(SURVEY,), conversations=(CONVERSATION,)):
 
 
 def pairs(folder, **more):
-    return list(build(DataConfig(name="prism", path=str(folder), **more), 0))
+    return list(build(DataConfig(name="prism", path=str(folder), **more), 0, Counter()))
 
 
-def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path, capsys):
-    found = pairs(write(tmp_path))
+def split_pairs(folder, by):
+    """The pairs as the stage writes them."""
+    data = DataConfig(name="prism", path=str(folder), split_by=by)
+    build_data.run(Config(data=data), StageFolder(folder / "build_data", "build_data"), build)
+    return load_pairs(folder)
+
+
+def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path):
+    left_out = Counter()
+    found = list(build(DataConfig(name="prism", path=str(write(tmp_path))), 0, left_out))
     assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.turn) for p in found] == [
         ("A", "B", 90.0, 40.0, 0), ("C", "B", 85.0, 40.0, 0), ("E", "D", 70.0, 20.0, 1),
     ]  # fmt: skip
-    said = capsys.readouterr().out
-    assert "2 responses without text or rating" in said and "1 pairs rated less than 10 points apart" in said
+    assert [p.position for p in found] == [0, 1, 1]
+    assert +left_out == {"responses without text or rating": 2, "pairs rated less than 10 points apart": 1}
     assert len(pairs(tmp_path, min_rating_gap=5)) == 4 and len(pairs(tmp_path, min_rating_gap=50)) == 2
     assert len({p.pair_id for p in found}) == 3
 
@@ -88,26 +99,30 @@ def test_what_the_user_stated_is_typed_and_the_feedback_is_nowhere(tmp_path):
 
 def world(users=40, conversations=10):
     survey = [SURVEY | {"user_id": f"user{u}"} for u in range(users)]
+    names = [(u, c) for u in range(users) for c in range(conversations)]
+    talk = CONVERSATION["conversation_history"]
     rows = [
-        CONVERSATION | {"conversation_id": f"c{u}-{c}", "user_id": f"user{u}"} for u in range(users) for c in range(conversations)
+        CONVERSATION
+        | {"conversation_id": f"c{u}-{c}", "user_id": f"user{u}", "conversation_history": [user(0, f"Hi, {u} {c}"), *talk[1:]]}
+        for u, c in names
     ]
     return survey, rows
 
 
 def test_whole_conversations_are_split_within_each_user(tmp_path):
     write(tmp_path, *world())
-    found = pairs(tmp_path)
+    found = split_pairs(tmp_path, "within_user")
     assert Counter(p.split for p in found) == {"train": 40 * 7 * 3, "val": 40 * 3, "test": 40 * 2 * 3}
     assert all(len({p.split for p in found if p.conversation_id == c}) == 1 for c in ("c0-0", "c7-3"))
     assert {p.user_split for p in found} == {"train"}
-    assert found == pairs(tmp_path), "reproducible"
+    assert found == split_pairs(tmp_path, "within_user"), "reproducible"
     write(tmp_path, *world(users=5, conversations=1))
-    assert {p.split for p in pairs(tmp_path)} == {"train"}, "a single conversation is a history"
+    assert {p.split for p in split_pairs(tmp_path, "within_user")} == {"train"}, "a single conversation is a history"
 
 
 def test_held_out_users_are_asked_about_conversations_that_are_not_their_history(tmp_path):
     write(tmp_path, *world())
-    found = pairs(tmp_path, split_by="user_disjoint")
+    found = split_pairs(tmp_path, "user_disjoint")
     held_out = {p.user_id for p in found if p.user_split == "test"}
     assert len(held_out) == 4
     for p in found:
@@ -119,7 +134,9 @@ def test_held_out_users_are_asked_about_conversations_that_are_not_their_history
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"user_id": None}, "prism conversations, row 1, field 'user_id': expected a value"),
+        ({"user_id": None}, r"conversations\.jsonl, row 1, field 'user_id': expected a value"),
+        ({"conversation_history": "Hi"}, "row 1, field 'conversation_history': expected a list of messages"),
+        ({"conversation_history": [user("first", "Hi")]}, r"conversation_history\[0\]'.turn: expected a number, got 'first'"),
         (
             {"conversation_history": [{"turn": 0, "role": "bot"}]},
             r"row 1, field 'conversation_history\[0\]': expected \{turn, role",
@@ -136,6 +153,18 @@ def test_a_bad_row_is_named(tmp_path, change, said):
     assert "\n" not in str(error.value)
 
 
+def test_parquet_tables_give_the_same_pairs_as_json_lines(tmp_path):
+    """As the hub stores them: structs with nulls, one file a table, and the tables that are not read beside."""
+    lines, tables = write(tmp_path / "lines", *world(users=3, conversations=2)), tmp_path / "tables"
+    for name in ("survey", "conversations"):
+        rows = [json.loads(line) for line in (lines / f"{name}.jsonl").read_text().splitlines()]
+        write_table(tables / name / "train-00000-of-00001.parquet", rows)
+    (tables / "utterances.jsonl").write_text('{"utterance_id": "ut0"}\n')
+    (tables / ".cache").mkdir()
+    (tables / ".cache" / "survey.json").write_text("half-written {")
+    assert pairs(tables) == pairs(lines) != []
+
+
 def test_missing_sources_are_told(tmp_path):
     with pytest.raises(DataError, match="does not exist; expected a file, a folder, or the id"):
         pairs(tmp_path / "nowhere")
@@ -146,9 +175,20 @@ def test_missing_sources_are_told(tmp_path):
         pairs(write(tmp_path, survey=[]))
 
 
-def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path, capsys):
-    assert pairs(write(tmp_path, survey=[SURVEY | {"user_id": "other"}])) == []
-    assert "1 conversations whose user is not in the survey" in capsys.readouterr().out
+def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path):
+    left_out = Counter()
+    write(tmp_path, survey=[SURVEY | {"user_id": "other"}])
+    assert list(build(DataConfig(name="prism", path=str(tmp_path)), 0, left_out)) == []
+    assert left_out == {"conversations whose user is not in the survey": 1}
+
+
+def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
+    left_out = Counter()
+    bad = [CONVERSATION | {"conversation_history": [{"role": "bot"}]}, CONVERSATION | {"user_id": None}, CONVERSATION]
+    data = DataConfig(name="prism", path=str(write(tmp_path, conversations=bad)), on_bad_row="skip")
+    assert len(list(build(data, 0, left_out))) == 3 and left_out["rows that do not fit"] == 2
+    said = capsys.readouterr().out
+    assert "conversations.jsonl, row 1, field 'conversation_history[0]'" in said and "row 2, field 'user_id'" in said
 
 
 # ---- PersonalRewardBench ----
@@ -168,16 +208,19 @@ def test_all_files_of_a_copy_are_read_by_their_split_column_and_judges_are_ignor
         rows = [vote(n, split) for n in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = load("recipe=build_data", "data=chatbot_arena", f"data.path={tmp_path}")
-    found = list(build_personalised(config.data, 0))
+    found = list(build_personalised(config.data, 0, Counter()))
     assert Counter(p.split for p in found) == {"train": 4, "val": 4, "test": 4}
     assert "LEAK" not in repr(found) and found[0].chosen_score == 90.0
     (tmp_path / "test-0.jsonl").write_text(json.dumps(vote(0, "dev")) + "\n")
     with pytest.raises(DataError, match="field 'split': expected train, val or test"):
-        list(build_personalised(config.data, 0))
+        list(build_personalised(config.data, 0, Counter()))
 
 
 def test_the_hub_s_own_loader_reads_a_data_set(tmp_path):
     """`load_dataset` on a local repository: the path that a hub id takes."""
     (tmp_path / "train.jsonl").write_text(json.dumps(vote(0, "train")) + "\n")
     (tmp_path / "test.jsonl").write_text(json.dumps(vote(1, "test")) + "\n")
-    assert [row["split"] for row in hub._from_hub(str(tmp_path), None)] == ["train", "test"]
+    assert [(name[-5:], [row["split"] for row in rows]) for name, rows in hub._from_hub(str(tmp_path), None)] == [
+        ("train", ["train"]), ("/test", ["test"])
+    ]  # fmt: skip
+    assert [row["split"] for _, rows in hub._from_hub(str(tmp_path), None, "test") for row in rows] == ["test"]

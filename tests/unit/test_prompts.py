@@ -128,7 +128,8 @@ def test_neutralise_is_idempotent_and_leaves_no_token(text, reserved):
 @given(st.data(), CONTEXT, ITEMS, st.lists(TEXT, min_size=2, max_size=10), st.booleans())
 def test_delimiters_cannot_be_forged(data, context, history, responses, full):
     view = MaskedView(context, history, tuple(responses))
-    expected = ["<history>", *["<query>", "<chosen>", "<rejected>"] * len(history)]
+    triples = [("<query>", "<chosen>", "<rejected>") if item.chosen or item.rejected else ("<query>",) for item in history]
+    expected = ["<history>", *(tag for tags in triples for tag in tags)]
     if full:
         explicit = data.draw(
             st.builds(ExplicitSignals, TEXT, TEXT, TEXT, st.lists(st.tuples(TEXT, st.floats(0, 100))).map(tuple))
@@ -158,8 +159,17 @@ def test_no_character_after_a_tag_merges_with_it_under_nfc():
 )
 def test_neutralise_takes_linear_time(unit):
     text = (unit * 1_000_000)[:1_000_000]
-    began = time.perf_counter()
+    began = time.process_time()
     neutralise(text, RESERVED)
     neutralise("<" + text, RESERVED)
     neutralise("<response_" + text.replace(unit, "1"), RESERVED)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
+
+
+def test_a_text_that_the_user_wrote_stands_in_the_history_without_responses():
+    view = MaskedView(
+        (Message("user", "q"),), (HistoryItem("I wrote <chosen> this", "", ""), HistoryItem("a", "b", "c")), ("x", "y", "z")
+    )
+    [user] = chat_messages(view, instructions=False)
+    tags = [tag for tag, _ in split_prompt(user["content"])]
+    assert tags[:6] == ["<history>", "<query>", "<query>", "<chosen>", "<rejected>", "<current>"] and tags[-1] == "<response_3>"

@@ -12,6 +12,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from pgenrm_train import prototypes as proto
+from pgenrm_train import refinement
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 
@@ -39,7 +40,7 @@ def planted(k=4, users_each=30, per_user=3, noise=0.15, seed=0):
 
     P = unit(centres[group] + noise * rng.normal(size=(n, D)))
     mask = np.arange(H) < rng.integers(0, H + 1, size=(n, 1))
-    return P, group, proto.RefinementBatch(*votes(n), *votes(n, H), mask, users)
+    return P, group, refinement.RefinementBatch(*votes(n), *votes(n, H), mask, users)
 
 
 def config(**changes) -> PrototypesConfig:
@@ -114,7 +115,7 @@ def reference_loss(sample, a, mu, previous, maps, c):
 def test_batched_loss_and_gradients_equal_a_loop_over_samples(world):
     prototypes, _, samples = world
     c = config(rho=0.7, lambda_query=0.3, lambda_summary=0.5)
-    state = proto.Refinement(prototypes, c, seed=0)
+    state = refinement.Refinement(prototypes, c, seed=0)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from the start, where the maps are zero and the penalties vanish
         for value in (*state.maps.values(), state.A):
@@ -145,7 +146,7 @@ def test_batched_loss_and_gradients_equal_a_loop_over_samples(world):
 
 def test_refinement_lowers_the_loss_and_lifts_held_out_accuracy(world):
     prototypes, group, samples = world
-    refined, metrics = proto.refine(prototypes, samples, config(), seed=0, batch_size=64)
+    refined, metrics = refinement.refine(prototypes, samples, config(), seed=0, batch_size=64)
     assert metrics["loss"] == sorted(metrics["loss"], reverse=True)
     assert metrics["loss"][-1] < 0.9 * metrics["loss"][0]
     assert metrics["holdout_users"] == 12
@@ -160,7 +161,7 @@ def test_refinement_lowers_the_loss_and_lifts_held_out_accuracy(world):
 def test_refinement_is_reproducible_and_leaves_its_input_alone(world):
     prototypes, _, samples = world
     before = prototypes.A.copy()
-    first, second = (proto.refine(prototypes, samples, config(refine_epochs=2), seed=3, batch_size=64) for _ in range(2))
+    first, second = (refinement.refine(prototypes, samples, config(refine_epochs=2), seed=3, batch_size=64) for _ in range(2))
     assert np.array_equal(first[0].A, second[0].A)
     assert first[1] == second[1]
     assert np.array_equal(prototypes.A, before)
@@ -172,15 +173,15 @@ def test_history_teaches_something(world):
     P, _, _ = planted()
     single = proto.cluster(P, 1, seed=0, users=samples.users)
     c = config(lambda_summary=1.0, refine_epochs=20)
-    _, with_history = proto.refine(single, samples, c, seed=0, batch_size=64)
+    _, with_history = refinement.refine(single, samples, c, seed=0, batch_size=64)
     blind = dataclasses.replace(samples, mask=np.zeros_like(samples.mask))
-    _, without = proto.refine(single, blind, c, seed=0, batch_size=64)
+    _, without = refinement.refine(single, blind, c, seed=0, batch_size=64)
     assert with_history["train_accuracy"] > without["train_accuracy"] + 0.03
 
 
 def test_an_inactive_prototype_keeps_its_bits(world):
     prototypes, _, samples = world
-    state = proto.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, config(), seed=0)
     one, other = (np.flatnonzero(prototypes.labels == j)[:8] for j in (0, 1))
     state.step(state.batch(samples, one))  # gives prototype 0 momentum
     state.step(state.batch(samples, one))
@@ -195,7 +196,7 @@ def test_an_inactive_prototype_keeps_its_bits(world):
 def test_a_prototype_without_samples_keeps_its_bits_through_refine(world):
     prototypes, _, samples = world
     lonely = dataclasses.replace(prototypes, A=np.vstack([prototypes.A, np.full((1, D), 9, dtype=np.float32)]))
-    refined, metrics = proto.refine(lonely, samples, config(), seed=0)
+    refined, metrics = refinement.refine(lonely, samples, config(), seed=0)
     assert np.array_equal(refined.A[4], lonely.A[4])
     assert metrics["empty_prototypes"] == 1
 
@@ -206,14 +207,14 @@ def test_regularisers_hold_the_prototypes(world, name):
     moved = {}
     for strength in (0.0, 1000.0):
         weights = {"lambda_centre": 0.0, "lambda_trajectory": 0.0} | {name: strength}
-        refined, _ = proto.refine(prototypes, samples, config(learning_rate=0.005, **weights), seed=0, batch_size=32)
+        refined, _ = refinement.refine(prototypes, samples, config(learning_rate=0.005, **weights), seed=0, batch_size=32)
         moved[strength] = np.linalg.norm(refined.A - prototypes.A, axis=1).max()
     assert moved[1000.0] < 0.3 * moved[0.0]
 
 
 def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
     prototypes, _, samples = world
-    state = proto.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, config(), seed=0)
     for _ in range(2):
         start = state.A.detach().clone()
         state.epoch(samples, [np.arange(64), np.arange(64, 128)])
@@ -223,11 +224,11 @@ def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
 
 def test_rows_without_history_attend_to_nothing(world):
     prototypes, _, samples = world
-    state = proto.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, config(), seed=0)
     batch = state.batch(samples, np.arange(5))._replace(mask=torch.zeros(5, H, dtype=torch.bool))
     with torch.no_grad():
         state.maps["W_s"] += 1
-        z = proto.attend(batch, state.A[batch.label], state.maps, state.config)
+        z = refinement.attend(batch, state.A[batch.label], state.maps, state.config)
     torch.testing.assert_close(z, state.A[batch.label].detach())
 
 
@@ -239,10 +240,10 @@ def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):
     table, start, rows = np.load(tmp_path / "table.npy", mmap_mode="r"), 0, {}
     for name in fields:
         shape = getattr(samples, name).shape[:-1]
-        rows[name] = proto.Rows(table, np.arange(start, start + math.prod(shape)).reshape(shape))
+        rows[name] = refinement.Rows(table, np.arange(start, start + math.prod(shape)).reshape(shape))
         start += math.prod(shape)
-    dense, _ = proto.refine(prototypes, samples, config(refine_epochs=1), seed=0)
-    mapped, _ = proto.refine(prototypes, dataclasses.replace(samples, **rows), config(refine_epochs=1), seed=0)
+    dense, _ = refinement.refine(prototypes, samples, config(refine_epochs=1), seed=0)
+    mapped, _ = refinement.refine(prototypes, dataclasses.replace(samples, **rows), config(refine_epochs=1), seed=0)
     assert np.array_equal(dense.A, mapped.A)
 
 
@@ -252,12 +253,12 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
     bare = dataclasses.replace(
         samples, history_query=empty, history_chosen=empty, history_rejected=empty, mask=np.zeros((len(samples), 0), dtype=bool)
     )
-    assert np.isfinite(proto.refine(prototypes, bare, config(refine_epochs=1), seed=0)[0].A).all()
-    untouched, metrics = proto.refine(prototypes, samples, config(refine_epochs=0), seed=0)
+    assert np.isfinite(refinement.refine(prototypes, bare, config(refine_epochs=1), seed=0)[0].A).all()
+    untouched, metrics = refinement.refine(prototypes, samples, config(refine_epochs=0), seed=0)
     assert np.array_equal(untouched.A, prototypes.A)
     assert metrics["holdout_accuracy"] == metrics["holdout_accuracy_centroids"]
     alone = np.full(len(samples), "u")
-    _, metrics = proto.refine(
+    _, metrics = refinement.refine(
         dataclasses.replace(prototypes, users=alone), dataclasses.replace(samples, users=alone), config(refine_epochs=1), seed=0
     )
     assert metrics["holdout_users"] == 0
@@ -267,11 +268,11 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
 def test_samples_that_are_not_the_clustered_rows_are_refused(world):
     prototypes, _, samples = world
     with pytest.raises(DataError, match="same order"):
-        proto.refine(dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, config(), seed=0)
+        refinement.refine(dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, config(), seed=0)
     with pytest.raises(DataError, match="'chosen' has shape"):
         dataclasses.replace(samples, chosen=samples.chosen[:5])
     with pytest.raises(ConfigError, match="learning_rate"):
-        proto.refine(prototypes, samples, config(learning_rate=1e30), seed=0, batch_size=64)
+        refinement.refine(prototypes, samples, config(learning_rate=1e30), seed=0, batch_size=64)
 
 
 # --- neighbours
@@ -287,7 +288,7 @@ def small() -> proto.Prototypes:
 
 def near(user: str, n: int, query=(1.0, 0.05), **keywords) -> list[str]:
     p = small()
-    rows = proto.neighbours(p, p.embeddings, p.users, np.array(query, dtype=np.float32), user, n, **keywords)
+    rows = proto.Neighbourhood(p).nearest(np.array(query, dtype=np.float32), user, n, **keywords)
     return [f"{p.users[row]}{row}" for row in rows]
 
 
@@ -311,9 +312,10 @@ def test_too_few_neighbours_are_visible():
 
 def test_neighbours_are_never_the_user_and_never_twice(world):
     prototypes, _, _ = world
+    neighbourhood = proto.Neighbourhood(prototypes)
     for row in range(0, len(prototypes.users), 29):
         user = prototypes.users[row]
-        found = proto.neighbours(prototypes, prototypes.embeddings, prototypes.users, prototypes.embeddings[row], user, 100)
+        found = neighbourhood.nearest(prototypes.embeddings[row], user, 100)
         users = prototypes.users[found]
         assert user not in users
         assert len(set(users)) == 100
@@ -327,7 +329,7 @@ def test_neighbours_are_never_the_user_and_never_twice(world):
 
 def test_artefacts_come_back_as_they_went(world, tmp_path):
     prototypes, _, samples = world
-    refined, _ = proto.refine(prototypes, samples, config(refine_epochs=1), seed=0)
+    refined, _ = refinement.refine(prototypes, samples, config(refine_epochs=1), seed=0)
     proto.save(refined, tmp_path / "prototypes", HASHES)
     loaded = proto.load(tmp_path / "prototypes", expect=HASHES)
     for name in ("A", "labels", "embeddings", "users"):
@@ -381,7 +383,7 @@ def test_a_save_that_dies_leaves_no_artefact_and_no_scratch(world, tmp_path, mon
 
 def test_importing_prototypes_and_scaling_loads_nothing_heavy():
     code = (
-        "import sys, pgenrm_train.prototypes, pgenrm_train.scaling\n"
+        "import sys, pgenrm_train.prototypes, pgenrm_train.refinement, pgenrm_train.scaling, pgenrm_train.stopping\n"
         "heavy = {'torch', 'sklearn', 'pandas', 'scipy', 'safetensors', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

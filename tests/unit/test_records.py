@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,6 +85,51 @@ def test_jsonl_round_trip_passes_over_blank_lines(tmp_path):
     assert list(read_pairs(str(path))) == pairs
 
 
+@pytest.mark.parametrize(
+    ("given", "time"),
+    [
+        ({"time": 12.5}, 12.5), ({"timestamp": "1970-01-02"}, 86400.0), ({"timestamp": "1970-01-01T01:00:00+01:00"}, 0.0),
+        ({"timestamp": ""}, None), ({"time": float("nan")}, None), ({}, None),
+    ],
+)  # fmt: skip
+def test_times_are_read_in_seconds_or_iso_8601(tmp_path, given, time):
+    (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**given)))
+    assert pair.time == time
+
+
+def test_a_parquet_timestamp_is_a_time(tmp_path):
+    write_table(tmp_path / "votes.parquet", [a_row(timestamp=datetime(1970, 1, 1, 0, 1))])
+    assert next(read_pairs(tmp_path / "votes.parquet")).time == 60.0
+
+
+def test_a_time_that_is_none_is_told(tmp_path):
+    assert "row 1, field 'timestamp': expected seconds since 1970" in problem(write_jsonl(tmp_path, a_row(timestamp="yesterday")))
+
+
+@pytest.mark.parametrize(
+    ("given", "position"),
+    [
+        ({"position": 1}, 1), ({"position": 0.0}, 0), ({"position_of_chosen": "right"}, 1), ({"position_of_chosen": "A1"}, 0),
+        ({"position_of_chosen": "somewhere"}, None), ({"position": -1}, None), ({"position": True}, None), ({}, None),
+    ],
+)  # fmt: skip
+def test_where_the_chosen_response_was_shown(tmp_path, given, position):
+    (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**given)))
+    assert pair.position == position
+
+
+def test_a_json_array_is_read_and_told_when_it_is_none(tmp_path):
+    path = tmp_path / "votes.json"
+    path.write_text(json.dumps([a_row(), a_row(user_id="u2")], indent=1))
+    assert [p.user_id for p in read_pairs(path)] == ["u1", "u2"]
+    path.write_text(json.dumps([a_row(), 3]))
+    assert "row 2: expected a JSON object, got int" in problem(path)
+    path.write_text(json.dumps([a_row()])[:-9])
+    assert "expected a JSON array of objects" in problem(path)
+    path.write_text(json.dumps(a_row()) + "\n" + json.dumps(a_row()))
+    assert len(list(read_pairs(path))) == 2, "a row a line under this name"
+
+
 def test_more_rows_than_one_batch_of_parquet(tmp_path):
     write_table(tmp_path / "pairs.parquet", [pair_to_row(a_pair(i)) for i in range(1500)])
     assert [p.pair_id for p in read_pairs(tmp_path / "pairs.parquet")] == [f"p{i}" for i in range(1500)]
@@ -115,6 +161,33 @@ def test_optional_columns_may_be_absent_in_every_way(tmp_path, absent):
 def test_attributes_are_read_from_json_text_and_from_objects(tmp_path):
     path = write_jsonl(tmp_path, a_row(attributes='{"wit": 3}'), a_row(attributes={"wit": 3, "tact": None}))
     assert [p.explicit.attributes for p in read_pairs(path)] == [(("wit", 3.0),), (("wit", 3.0),)]
+
+
+@pytest.mark.parametrize(
+    "columns,others",
+    [
+        ({"n_other_agree": 3, "n_other_disagree": 1}, (3, 1)),
+        ({"n_other_agree": 3.0, "n_other_disagree": 0.0, "n_other_judges": 9, "n_other_tie": 9}, (3, 0)),
+        ({"n_other_agree": 3, "n_other_judges": 7, "n_other_tie": 2}, (3, 2)),
+        ({"n_other_agree": 3, "n_other_judges": 7}, None),
+        ({"n_other_disagree": 3, "n_other_agree": None}, None),
+    ],
+)
+def test_votes_of_others_as_sources_count_them(tmp_path, columns, others):
+    [pair] = read_pairs(write_jsonl(tmp_path, a_row(**columns)))
+    assert pair.others == others and row_to_pair(pair_to_row(pair), tmp_path, 1).others == others
+
+
+@pytest.mark.parametrize(
+    "columns,name",
+    [
+        ({"n_other_agree": -1, "n_other_disagree": 1}, "n_other_agree"),
+        ({"n_other_agree": 1, "n_other_disagree": 0.5}, "n_other_disagree"),
+        ({"n_other_agree": 3, "n_other_judges": 4, "n_other_tie": 2}, "n_other_judges"),
+    ],
+)
+def test_counts_that_are_none_are_named(tmp_path, columns, name):
+    assert f"row 1, field '{name}'" in problem(write_jsonl(tmp_path, a_row(**columns)))
 
 
 def test_missing_file(tmp_path):
@@ -255,6 +328,8 @@ PAIRS = st.builds(
     split=st.sampled_from(("train", "val", "test")),
     user_split=FILLED.map(str.strip),
     cohort=LABEL,
+    time=st.none() | NUMBER,
+    position=st.none() | st.integers(0, 7),
     explicit=st.builds(
         ExplicitSignals,
         LABEL,

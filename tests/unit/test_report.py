@@ -1,5 +1,6 @@
 """The report is one inert file: it holds what it was given, fetches nothing and runs no text of a model or user."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -165,3 +166,24 @@ def test_markdown_holds_the_tables_and_escapes_text(tmp_path):
     assert "a\\|b \\<script\\>" in text
     assert "1 curves and 2 evaluation chains" in text
     assert "No rows." in text
+
+
+def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
+    from eval.summary import training_curves
+
+    (tmp_path / "curriculum").mkdir()
+    lines = [
+        {"step": n, "curriculum/reward/outcome": 0.5, "curriculum/curriculum/target_hard_share": 0.3 + n / 10,
+         "curriculum/curriculum/realised_hard_share": 0.25, "curriculum/curriculum/hard_pass_rate": None if n == 1 else 0.4,
+         "curriculum/curriculum/rest_pass_rate": 0.9}
+        for n in (1, 2)
+    ]  # fmt: skip
+    (tmp_path / "curriculum/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reward, mix, rates = training_curves(tmp_path)
+    assert (reward.title, mix.title, rates.title) == (
+        "curriculum: reward parts", "curriculum: curriculum mix", "curriculum: pass rate by hardness",
+    )  # fmt: skip
+    assert mix.x == [1, 2] and mix.series == {"target": [0.4, 0.5], "realised": [0.25, 0.25]}
+    assert set(rates.series) == {"hard", "rest"} and rates.series["rest"] == [0.9, 0.9]
+    write_report(tmp_path / "report.html", Report(title="mix", curves=[reward, mix, rates]))
+    assert (tmp_path / "report.html").read_text().count("<svg") == 3

@@ -183,3 +183,9 @@ def test_gpu_pins_resolve_for_the_cluster(python, resolve):
     assert done.returncode == 0, done.stderr[-2000:]
     resolved = dict(line.split("==") for line in done.stdout.splitlines())
     assert {canonicalize_name(name): version for name, version in resolved.items()} == pins("gpu")
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest imports test files by their bare names: two of one name cannot be collected in one run."""
+    names = [path.name for path in (ROOT / "tests").glob("*/*.py")]
+    assert len(names) == len(set(names))

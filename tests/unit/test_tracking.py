@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
-from pgenrm_train.tracking import Tracker, _public
+from pgenrm_train.tracking import Tracker, _public, samples_file
 
 
 def lines(path) -> list[dict]:
@@ -100,6 +101,22 @@ def test_lines_of_another_process_are_forwarded_once_and_whole(tmp_path):
         with engine.open("a") as file:
             file.write('{"step": 3, "half a li')
     assert service.logged == [(step, {"cre/reward": 0.5}) for step in range(3)]
+
+
+def test_a_validation_of_the_same_step_is_forwarded_too_with_its_sample_chains(tmp_path):
+    tracker, engine = silent(tmp_path / "psi", "psi"), tmp_path / "engine.jsonl"
+    tracker._wandb = service = Service()
+    write_table(samples_file(engine, 50), [{"pair_id": "a", "text": "a chain"}])
+    records = [{"step": 50, "stage": "psi", "psi/loss": 0.5}, {"step": 50, "stage": "psi", "eval/accuracy": 0.7}]
+    with tracker.follow(engine, every=0.02):
+        engine.write_text("".join(json.dumps(record) + "\n" for record in records))
+        time.sleep(0.2)
+        with engine.open("a") as file:  # a resumed engine writes a step anew
+            file.write(json.dumps(records[0]) + "\n")
+    (first, second) = service.logged
+    assert first == (50, {"psi/loss": 0.5})
+    table = second[1].pop("eval/chains")
+    assert second == (50, {"eval/accuracy": 0.7}) and table.data == [["a", "a chain"]]
 
 
 def test_settings_that_are_sent_hold_no_address_and_no_name_of_a_credential():

@@ -1,20 +1,14 @@
-"""The typed configuration: the only home of defaults and of checks that span several keys.
+"""The typed configuration: the only home of defaults.
 
-YAML files under `configs/` hold sparse overrides of these dataclasses.  Values that depend on the size of the run use the
-resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
+YAML files under `configs/` hold sparse overrides of these dataclasses.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pgenrm_train.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG_DIR = ROOT / "configs"
 BUDGETS = ("smoke", "demo", "full")
 ANSWER_KEYS = (
     "kind",
@@ -25,6 +19,19 @@ ANSWER_KEYS = (
     "instructions",
 )  # of teacher and judge: what an answer depends on
 NULL_POLICIES = ("drop_process_for_group", "group_mean", "stop")
+PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
+BASELINES = (
+    "random",
+    "longer",
+    "shorter",
+    "user_length",
+    "majority",
+    "features",
+    "bradley_terry",
+    "bradley_terry_user",
+    "oracle",
+)
+PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
 STAGES = ("build_data", "build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
 
 
@@ -38,16 +45,19 @@ class DataConfig:
     name: str = "personaworld"  # builder in data_builders/
     path: str | None = None  # file or folder of the raw source
     history_size: int = 3  # h, the paper's best (METHOD §1)
-    history_policy: str = "random"  # random (paper) · recent · same_scenario (one item shares the query's scenario)
+    history_policy: str = "random"  # random (paper) · recent · most_similar (query) · same_scenario (of PersonaWorld)
     history_kind: str | None = None  # draw history only from pairs of this kind
     max_train_pairs: int | None = None
     max_val_pairs: int | None = None
     max_test_pairs: int | None = None
     on_bad_row: str = "fail"  # fail · skip (counted and listed)
+    on_overlap: str = "drop"  # votes that a user casts again in a later split: drop (counted) · fail
+    split_by: str = "source"  # source: what the records say · within_user · user_disjoint · pair (one split for all voters on it)
+    near_duplicates: bool = True  # in the leak report; the slow part of it
+    answers: str | None = None  # LaMP-QA: file of the models' answers
     only: dict[str, Any] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
     # PRISM
     min_rating_gap: float = 10.0  # points between two ratings that make a pair
-    split_by: str = "within_user"  # within_user · user_disjoint
     # PersonaWorld
     users: int = 3000
     heldout_users: int = 300
@@ -78,12 +88,13 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    kind: str = "nano"  # nano · hf · endpoint · baseline
-    name: str = "nano"  # hub id, served model name or baseline name
+    kind: str = "nano"  # nano · hf · endpoint · baseline · reward_head · callable
+    name: str = "nano"  # hub id, served model name, baseline name, or module:function
     label: str = "nano"  # short name for folders and tables
     path: str | None = None  # a local checkpoint; overrides what the run folder holds
     base_url: str | None = None
     api_key_env: str | None = None
+    prompt: str = "p_genrm"  # of evaluate and score: p_genrm · judge · judge_history · persona (see prompt_styles)
     instructions: bool = True  # system message with the task; nano learns the task from its chains instead
     max_prompt_tokens: int = 4096
     max_text_tokens: int | None = None  # longer queries and responses are cut to this and counted
@@ -102,6 +113,7 @@ class ClusterConfig:
     processes_per_node: int = 1  # ranks of FSDP and DeepSpeed; on cuda: GPUs
     zero_stage: int = 0  # DeepSpeed
     offload_optimizer: bool = False
+    max_failures: int = 3  # starts of PSI's ranks on several nodes after one was lost
     tensor_parallel: int = 1  # of a vLLM replica
     gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
     min_free_memory_gib: float = 6.0
@@ -155,6 +167,9 @@ class SecConfig:
     samples_per_pair: int = 4  # tries until one is kept
     orders_per_pair: int = 1  # presentation orders asked a pair: 1 (balanced over pairs) or 2
     max_chains: int | None = None
+    second_chance: bool = True  # the next try is told what was wrong with the form of the last, never that its ranking was
+    synthesize_criteria: bool = False  # the teacher infers criteria of users who stated nothing, for CRE's judge (METHOD §4)
+    near_duplicate: float = 0.9  # similarity of two analyses (Jaccard, word triples) from which the second teaches nothing new
 
 
 @dataclass
@@ -174,7 +189,13 @@ class PsiConfig:
     gradient_checkpointing: bool = True
     save_every: int = 200
     log_every: int = 10
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # and the one that validation liked best
+    packing: bool | None = None  # sequences in one row without padding; null: where model.attention is FlashAttention
+    score_weight: float = 1.0  # loss weight of a token from <JSON_START> on; those of the analysis have 1
+    liger: bool = False  # Liger's kernels for norms, rotations and activations, where the package is installed
+    evaluate_every: int = 0  # steps between validations by generation; 0: none, and the last checkpoint is published
+    evaluate_pairs: int = 64  # validation pairs asked, in both orders
+    patience: int | None = None  # validations without a better accuracy that end training; null: never
     nano_start: str | None = None  # nano only: a shipped checkpoint to go on from instead of random weights
 
 
@@ -201,6 +222,7 @@ class GrpoConfig:
     process_weight: float = 0.5
     format_error: float = -0.1
     null_policy: str = "drop_process_for_group"  # a judge without a verdict: see rewards; or group_mean, stop
+    resample: int = 0  # times that a group without advantage (all rewards equal) is sampled anew
     max_null_share: float = 0.5  # of a step's judged chains without a verdict: more end the run, resumably
     save_every: int = 50
     validate_every: int = 0
@@ -213,19 +235,25 @@ class CurriculumConfig(GrpoConfig):
     """Hard-negative-aware GRPO (METHOD §5): outcome and format only, the share of hard negatives grows."""
 
     process_weight: float = 0.0
-    schedule: str = "linear"  # linear · cosine · step · uniform
+    schedule: str = "linear"  # linear · cosine · step · self_paced · uniform and anti (controls)
     hard_share_start: float = 0.3
     hard_share_end: float = 0.8
-    mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`
+    hard_by: str = "hardness"  # hardness · history (short ones are hard) · scenario (rare ones are)
+    mine: bool = True  # false: hardness from texts, ratings and other users' votes, without a model
+    mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`, half of them in each order
     hard_low: float = 0.25  # a pair is hard when the share of its chains that rank chosen first lies between these;
-    hard_high: float = 0.75  # below, the model contradicts the vote: suspect, and left in its natural share among the rest
+    hard_high: float = 0.75  # below, the model contradicts the vote, and where it does so confidently the pair is suspect
+    suspect_weight: float = 0.5  # how often a suspect pair is drawn against another one that is not hard
+    user_balanced: bool = False  # users take turns instead of pairs
+    construct: bool = False  # up to half of `rows`: votes against the majority of other users, and near-equal ratings
 
 
 @dataclass
 class PrototypesConfig:
     """User prototypes (METHOD §6)."""
 
-    k: int = 50
+    k: Any = 50  # a number, or auto: from the share of the singular values' sum that k of them hold
+    retained_mass: float = 0.8  # that share; 8 to 12 prototypes hold it in PersonaWorld, which has 12 cells
     embedder: str = "Qwen/Qwen3-Embedding-0.6B"
     analyses_per_user: int = 2
     max_users: int | None = None
@@ -246,6 +274,7 @@ class EvalConfig:
     seeds: int = 5
     ind: Any = 1  # m own samples a pair and order: a number, or a list for a grid beside the Ind-1 headline
     pro: Any = 0  # n chains from the histories of similar users: a number or a list
+    adaptive: float | None = None  # error level at which sampling of a pair stops before eval.ind; null: all are drawn
     one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)
     grid_pairs: int | None = None  # pairs of the grids; null: all
@@ -253,8 +282,11 @@ class EvalConfig:
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap
     probes: bool = True
+    probe_kinds: list[str] = field(default_factory=lambda: list(PROBES))  # asked of the final model
+    probe_pairs: int = 200  # pairs of these probes
     baselines: list[str] = field(default_factory=lambda: ["random", "longer", "shorter", "majority"])
-    compare: list[str] = field(default_factory=list)
+    compare: list[str] = field(default_factory=list)  # two run folders: no evaluation, their comparison
+    cache: str | None = None  # a folder of answers that several runs share; null: each run keeps its own
     chains_in_report: int = 12
 
 
@@ -266,12 +298,51 @@ class ScoreConfig:
 
 @dataclass
 class PreflightConfig:
-    only: bool = False
+    only: bool = False  # check, print a table, start nothing
+    skip: list[str] = field(default_factory=list)  # checks by name, see docs/troubleshooting.md
+    ring: bool | None = None  # an all-reduce over this node's processes; null: on GPUs, where there are several
+
+
+@dataclass
+class CardConfig:
+    """One accelerator of the price table: memory and peaks of the data sheet; the price is an assumption to replace with yours."""
+
+    memory_gib: float
+    tflops: float  # dense bf16
+    terabytes_per_second: float  # of its memory
+    dollars_per_hour: float
+
+
+def _cards() -> dict[str, CardConfig]:
+    return {
+        "a100": CardConfig(80.0, 312.0, 2.04, 2.0),  # A100 SXM 80 GB
+        "h100": CardConfig(79.6, 989.0, 3.35, 3.0),  # H100 SXM 80 GB
+        "h200": CardConfig(140.4, 989.0, 4.8, 4.0),  # H200 SXM 141 GB
+        "l40s": CardConfig(45.0, 362.0, 0.864, 1.2),
+        "cpu": CardConfig(24.0, 0.3, 0.02, 0.0),  # a process of cluster=cpu: two cores
+    }
 
 
 @dataclass
 class PlanConfig:
-    emit: str | None = None
+    """recipe=plan: what a run would need.  Rates, lengths and prices are assumptions, stated beside each plan."""
+
+    stage: str = "all"  # build_sec · psi · cre · curriculum · prototypes · evaluate · all
+    emit: str | None = None  # slurm · rayjob: print a launch file for the stage instead of the table
+    json: bool = False  # print plan.json instead of the table
+    card: str = "h100"  # of `cards`; cluster=cpu takes cpu
+    cards: dict[str, CardConfig] = field(default_factory=_cards)
+    mfu: float = 0.35  # model FLOPs of training and prefill over the card's peak
+    bandwidth_use: float = 0.5  # of the card's memory bandwidth while tokens are generated
+    tokens_per_second: float | None = None  # generated by one GPU, when you have measured it; null: from the bandwidth
+    prompt_tokens: int = 2000  # mean lengths, at most the model's limits; memory is planned for the limits
+    response_tokens: int = 1000
+    pairs: int | None = None  # training pairs; null: what the data configuration or file tells
+    test_pairs: int | None = None
+    sbatch: list[str] = field(default_factory=list)  # more options for SLURM, e.g. ["--partition=gpu","--account=me"]
+    image: str = "pgenrm-train:0.1.0"  # Kubernetes: the image of the Dockerfile,
+    volume_claim: str = "pgenrm-runs"  # a ReadWriteMany claim that is mounted at /runs,
+    secret: str = "pgenrm-secrets"  # and the secret that holds the keys, each under its variable's name
 
 
 @dataclass
@@ -305,155 +376,6 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig)
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "pipeline.budget": BUDGETS,
-    "data.history_policy": ("random", "recent", "same_scenario"),
-    "data.split_by": ("within_user", "user_disjoint"),
-    "data.on_bad_row": ("fail", "skip"),
-    "model.kind": ("nano", "hf", "endpoint", "baseline"),
-    "cluster.device": ("cpu", "cuda"),
-    "teacher.kind": ("oracle", "features", "endpoint", "vllm"),
-    "judge.kind": ("oracle", "none", "endpoint", "vllm"),
-    **{f"{who}.structured": ("json_schema", "json_object", "none") for who in ("teacher", "judge")},
-    **{f"{who}.max_tokens_field": ("max_tokens", "max_completion_tokens") for who in ("teacher", "judge")},
-    "tracking.kind": ("offline", "wandb", "none"),
-    "eval.protocol": ("strict", "release", "both_orders", "user_disjoint"),
-    "eval.split": ("train", "val", "test"),
-    **{f"{stage}.null_policy": NULL_POLICIES for stage in ("cre", "curriculum")},
-    "curriculum.schedule": ("linear", "cosine", "step", "uniform"),
-    **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
-}
-_POSITIVE = (
-    "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "sec.samples_per_pair",
-    "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
-    "curriculum.learning_rate", "prototypes.k", "eval.seeds", "eval.max_in_flight", "eval.draws", "cluster.nodes",
-    "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens",
-    *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
-                                                                   "give_up_after", "gpus", "requests_per_minute",
-                                                                   "tokens_per_minute")),
-)  # fmt: skip
-
-
-def register_resolvers() -> None:
-    """Make `${budget:…}` and the schema known to OmegaConf and Hydra (idempotent)."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
-    ConfigStore.instance().store(name="schema", node=Config)
-
-
-def load(*overrides: str) -> Config:
-    """Compose and check a configuration as the command line would, e.g. `load("recipe=psi", "model=nano")`."""
-    from hydra import compose, initialize_config_dir
-
-    register_resolvers()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        return parse(compose("config", overrides=list(overrides)))
-
-
-def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
-    budget = _root_.pipeline.budget
-    if budget not in BUDGETS:
-        raise ConfigError(_not_one_of("pipeline.budget", budget, BUDGETS))
-    from omegaconf import OmegaConf
-
-    value = {"smoke": smoke, "demo": demo, "full": full}[budget]
-    return OmegaConf.create(value) if isinstance(value, list) else value
-
-
-def parse(composed: Any) -> Config:
-    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError, and OmegaConf's for unknown keys."""
-    from omegaconf import OmegaConf
-
-    register_resolvers()
-    # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True) if OmegaConf.is_config(composed) else composed
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-    assert isinstance(config, Config)
-    check(config)
-    return config
-
-
-def check(config: Config) -> None:
-    """Choices, ranges and cross-field rules; each failure is one sentence that names the keys."""
-    for key, valid in _CHOICES.items():
-        if (value := get(config, key)) not in valid:
-            raise ConfigError(_not_one_of(key, value, valid))
-    if config.masking.policy is not None and config.masking.policy not in _CHOICES["psi.masking"]:
-        raise ConfigError(_not_one_of("masking.policy", config.masking.policy, _CHOICES["psi.masking"]))
-    for key in ("eval.ind", "eval.pro"):
-        value = get(config, key)
-        if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
-            raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
-    if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
-        raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
-    if config.eval.temperature < 0:
-        raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
-    if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
-        raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
-    if config.sec.orders_per_pair not in (1, 2):
-        raise ConfigError(f"sec.orders_per_pair={config.sec.orders_per_pair} is not one of 1, 2")
-    if not 0 <= config.masking.show_probability <= 1:
-        raise ConfigError(f"masking.show_probability={config.masking.show_probability} must be within 0 and 1")
-    if config.model.max_text_tokens is not None and config.model.max_text_tokens < 1:
-        raise ConfigError(f"model.max_text_tokens={config.model.max_text_tokens} must be at least 1, or null for no limit")
-    for key in _POSITIVE:
-        if (value := get(config, key)) is not None and value <= 0:
-            raise ConfigError(f"{key}={get(config, key)} must be above 0")
-    if config.data.name == "pairs" and not config.data.path:
-        raise ConfigError("data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema")
-    for section in ("cre", "curriculum"):
-        _check_grpo(section, getattr(config, section))
-    for section in ("teacher", "judge"):
-        endpoint = getattr(config, section)
-        _check_endpoint(section, endpoint)
-        if endpoint.kind == "oracle" and config.data.name != "personaworld":
-            raise ConfigError(
-                f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
-            )
-    if config.model.kind == "endpoint":
-        if config.recipe not in ("build_data", "evaluate", "score"):
-            raise ConfigError(f"model=endpoint is a model to evaluate; recipe={config.recipe} needs one with weights")
-        if not config.model.base_url:
-            raise ConfigError("model=endpoint needs model.base_url (e.g. http://localhost:8000/v1)")
-    if (config.recipe, config.model.kind, config.pipeline.budget) == (
-        "pipeline",
-        "nano",
-        "smoke",
-    ) and config.data.name != "personaworld":
-        raise ConfigError(
-            f"pipeline.budget=smoke is too short for nano to learn a chain from data={config.data.name}; use pipeline.budget=demo"
-        )
-    low, high = config.curriculum.hard_low, config.curriculum.hard_high
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order within 0 and 1")
-    ranks = config.cluster.nodes * config.cluster.processes_per_node
-    if config.recipe in ("psi", "pipeline") and config.psi.batch_size % (config.psi.micro_batch_size * ranks):
-        raise ConfigError(
-            f"psi.batch_size={config.psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
-            f"{config.psi.micro_batch_size} × {ranks}"
-        )
-
-
-def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
-    if endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name):
-        raise ConfigError(
-            f"{section}=endpoint needs {section}.base_url (e.g. http://localhost:8000/v1) and {section}.name (the served model)"
-        )
-    if endpoint.kind == "vllm" and not endpoint.name:
-        raise ConfigError(f"{section}=vllm needs {section}.name, a checkpoint folder or a hub name to serve")
-
-
-def _check_grpo(section: str, grpo: GrpoConfig) -> None:
-    if grpo.group_size < 2:
-        raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
-    if grpo.prompts_per_step % grpo.mini_batch_prompts:
-        raise ConfigError(
-            f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of {section}.mini_batch_prompts={grpo.mini_batch_prompts}"
-        )
-
-
 def sizes(value: Any) -> tuple[int, ...]:
     """`eval.ind` or `eval.pro` as a tuple."""
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
@@ -478,7 +400,3 @@ def get(config: Any, key: str) -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-def _not_one_of(key: str, value: object, valid: tuple[str, ...]) -> str:
-    return f"{key}={value} is not one of {', '.join(valid)}"

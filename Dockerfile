@@ -1,0 +1,33 @@
+# The GPU set (requirements/gpu.txt) and this checkout.  CUDA 13 with its compiler: DeepSpeed, FlashInfer and Triton build kernels at run time.
+#   docker build -t pgenrm-train:0.1.0 .
+#   docker run --gpus all --shm-size=32g -v "$PWD/runs:/runs" pgenrm-train:0.1.0 recipe=gpu_check run_dir=/runs/gpu-check
+# Keys are given to the container when it starts (-e NAME), never to the build.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
+
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+        git libnuma1 openssh-client python3.12 python3.12-dev python3.12-venv wget \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 10001 trainer \
+    && mkdir -p /opt/venv /opt/pgenrm-train /runs \
+    && chown trainer:trainer /opt/venv /opt/pgenrm-train /runs \
+    && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh
+# (KubeRay starts its commands in a login shell, which sets PATH anew.)
+USER trainer
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+
+# The pins first: a change of the code leaves this layer, most of the image, as it is.
+COPY --chown=trainer:trainer requirements/gpu.txt /opt/pgenrm-train/requirements/gpu.txt
+RUN python3.12 -m venv /opt/venv \
+    && pip install --requirement /opt/pgenrm-train/requirements/gpu.txt
+
+WORKDIR /opt/pgenrm-train
+COPY --chown=trainer:trainer . .
+RUN pip install --no-deps --no-build-isolation --editable .
+
+ENTRYPOINT ["python", "-m", "pgenrm_train"]
+CMD ["--help"]

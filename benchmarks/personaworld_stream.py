@@ -1,0 +1,42 @@
+"""Does `recipe=build_data data=personaworld` stream?  Pairs a CPU second and peak memory at two sizes, five times apart.
+
+    python benchmarks/personaworld_stream.py              20k and 100k pairs
+    python benchmarks/personaworld_stream.py 200000 1000000
+
+Each build runs in a process of its own, whole: pairs, index, shards, leak report (without near duplicates: these texts are made of
+few phrases) and card.  Memory that grew with the data would show in the ratio of the peaks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from measured import measured
+
+PAIRS_PER_USER = 12
+
+
+def main() -> None:
+    sizes = [int(size) for size in sys.argv[1:]] or [20_000, 100_000]
+    peaks, counts = [], []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            spent = measured(
+                "recipe=build_data", "data=personaworld", f"data.users={size // PAIRS_PER_USER}", "data.heldout_users=100",
+                "tracking=none", f"run_dir={folder}/run",
+            )  # fmt: skip
+            made = json.loads(Path(folder, "run", "build_data", "card.json").read_text())["pairs"]
+        peaks.append(spent.peak_mib)
+        counts.append(made)
+        # CPU time, so that a busy machine measures the same
+        print(
+            f"{made:>9,} pairs  {spent.cpu_seconds:7.1f} CPU s  {made / spent.cpu_seconds:7,.0f} pairs/CPU s  peak {spent.peak_mib:.0f} MiB"
+        )
+    print(f"{counts[-1] / counts[0]:.1f} × the pairs, {peaks[-1] / peaks[0]:.2f} × the memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""K-means and refinement on many analyses: seconds and peak memory, with the vectors on disk and equal texts stored once.
+
+    python benchmarks/prototypes_memory.py [--analyses 100000] [--dimensions 384] [--prototypes 50] [--texts-per-analysis 0.5]
+
+Analyses lie in a memory-mapped matrix (analyses, d) around planted centres; queries, responses and histories are `Rows` of a second
+memory-mapped table, as the stage makes them.  Printed after each step: seconds, the peak of resident memory (which counts mapped pages
+that happen to be in memory and could be dropped), the anonymous memory (which could not), and the adjusted Rand index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pgenrm_train.config import PrototypesConfig
+from pgenrm_train.prototypes import CHUNK, Neighbourhood, cluster, suggest_k
+from pgenrm_train.refinement import RefinementBatch, Rows, refine
+
+
+def mapped(
+    path: Path, rows: int, d: int, rng: np.random.Generator, centres: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    table = np.lib.format.open_memmap(path, "w+", np.float32, (rows, d))
+    group = rng.integers(0, 1 if centres is None else len(centres), rows)
+    for start in range(0, rows, CHUNK):
+        x = rng.standard_normal((min(CHUNK, rows - start), d), dtype=np.float32)
+        if centres is not None:
+            x = centres[group[start : start + CHUNK]] + 0.7 * x / np.sqrt(d)
+        table[start : start + CHUNK] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    table.flush()
+    return np.load(path, mmap_mode="r"), group
+
+
+def anonymous_gib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--analyses", type=int, default=100_000)
+    parser.add_argument("--dimensions", type=int, default=384)
+    parser.add_argument("--prototypes", type=int, default=50)
+    parser.add_argument("--texts-per-analysis", type=float, default=0.5, help="distinct queries and responses in the table")
+    args = parser.parse_args()
+    from sklearn.metrics import adjusted_rand_score
+
+    n, d, rng = args.analyses, args.dimensions, np.random.default_rng(0)
+    clock = time.perf_counter()
+
+    def told(step: str) -> None:
+        nonlocal clock
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"{step:32} {time.perf_counter() - clock:7.1f} s, peak {peak:5.2f} GiB resident, {anonymous_gib():5.2f} GiB anonymous",
+            flush=True,
+        )
+        clock = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        centres = rng.standard_normal((args.prototypes, d)).astype(np.float32)
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+        P, group = mapped(Path(folder, "analyses.npy"), n, d, rng, centres)
+        texts, _ = mapped(Path(folder, "texts.npy"), max(16, int(args.texts_per_analysis * n)), d, rng)
+        users = np.char.add("u", (np.arange(n) // 4).astype(str))
+        one, many = (
+            (lambda: Rows(texts, rng.integers(0, len(texts), n))),
+            (lambda: Rows(texts, rng.integers(0, len(texts), (n, 3)))),
+        )
+        samples = RefinementBatch(one(), one(), one(), many(), many(), many(), rng.random((n, 3)) < 0.9, users)
+        told(f"{n} × {d} on disk")
+        suggest_k(P)
+        told("singular values")
+        found = cluster(P, args.prototypes, 0, users)
+        told("K-means")
+        refined, _ = refine(found, samples, PrototypesConfig(k=args.prototypes, refine_epochs=1), 0)
+        told("refinement, one epoch")
+        neighbourhood = Neighbourhood(refined)
+        for row in range(0, n, max(1, n // 200)):
+            neighbourhood.nearest(np.asarray(P[row]), users[row], 8)
+        told("neighbours of 200 queries")
+        print(
+            f"adjusted Rand index: {adjusted_rand_score(group, found.labels):.3f} clustered, {adjusted_rand_score(group, refined.labels):.3f} refined"
+        )
+
+
+if __name__ == "__main__":
+    main()

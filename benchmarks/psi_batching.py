@@ -1,0 +1,96 @@
+"""Tokens/s and share of padding of PSI's three layouts, on the lengths of a real chain set, in one run.
+
+    python -m benchmarks.psi_batching RUN/build_sec [--steps 8] [--batch 32] [--micro 8] [--spread]
+
+Every layout takes the same sequences in the same steps, so ratios compare equal work; layouts take turns step by step, so that a
+busy machine slows all alike.  Tokens are real ones, padding not counted; time is CPU time of this process.  The packed layout is
+timed with the attention that this machine has: a block-diagonal mask under sdpa, whose cost grows with the square of the row.
+FlashAttention does without it, so the speed of `packed` here says nothing of a GPU.  `--spread` cuts each chat to between a tenth
+and the whole of its length, for sets whose lengths vary more than PersonaWorld's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgenrm_train.backends.sft_batches import LAYOUTS, Encoded, StepOrder, collate, encode_chat
+from pgenrm_train.backends.sft_loss import train_in_pieces
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="build_sec of a run: sec.parquet and base/")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
+    parser.add_argument("--micro", type=int, default=8, help="sequences a micro-batch")
+    parser.add_argument("--spread", action="store_true", help="cut chats to a tenth to the whole of their length")
+    parser.add_argument("--chats", type=int, default=2000, help="of the set, which build_sec has shuffled")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def load(folder: Path, count: int, spread: bool) -> tuple[Any, list[Encoded], int]:
+    import pyarrow.parquet as pq
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="sdpa")
+    train_in_pieces(model)
+    rows = pq.read_table(folder / "sec.parquet", columns=["messages"])["messages"][:count].to_pylist()
+    chats = [encode_chat(tokenizer, messages) for messages in rows]
+    if spread:
+        generator = torch.Generator().manual_seed(0)
+        kept = (10 ** -torch.rand(len(chats), generator=generator)).tolist()
+        chats = [_cut(chat, max(8, int(len(chat.ids) * share))) for chat, share in zip(chats, kept, strict=True)]
+    return model, chats, tokenizer.pad_token_id
+
+
+def _cut(chat: Encoded, length: int) -> Encoded:
+    return Encoded(chat.ids[:length], min(chat.loss_from, length // 2), length)
+
+
+def micro_batches(order: StepOrder, step: int) -> list[list[int]]:
+    indices = list(order)[step * order.batch_size : (step + 1) * order.batch_size]
+    return [indices[first : first + order.micro_batch_size] for first in range(0, len(indices), order.micro_batch_size)]
+
+
+def run_step(model: Any, chats: list[Encoded], chosen: list[list[int]], layout: str, pad: int) -> tuple[float, int, int]:
+    """CPU seconds, real tokens, places in the rows."""
+    began, tokens, places = time.process_time(), 0, 0
+    for indices in chosen:
+        batch = collate([chats[i] for i in indices], pad=pad, packed=layout == "packed")
+        tokens += sum(len(chats[i].ids) for i in indices)
+        places += batch["input_ids"].numel()
+        model(**batch).loss.backward()
+    model.zero_grad()
+    return time.process_time() - began, tokens, places
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    model, chats, pad = load(args.folder, args.chats, args.spread)
+    lengths = [len(chat.ids) for chat in chats]
+    orders = {n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in LAYOUTS}
+    totals = {layout: [0.0, 0, 0] for layout in LAYOUTS}
+    for step in range(args.steps + 1):
+        for layout in LAYOUTS:
+            found = run_step(model, chats, micro_batches(orders[layout], step), layout, pad)
+            if step:  # the first warms up
+                totals[layout] = [a + b for a, b in zip(totals[layout], found, strict=True)]
+    print(
+        f"{len(chats)} chats, {min(lengths)} to {max(lengths)} tokens; {args.batch} sequences a step, {args.micro} a micro-batch"
+    )
+    seconds, tokens, _ = totals["padded"]
+    for layout, (spent, real, places) in totals.items():
+        rate, ratio = real / spent, (real / spent) / (tokens / seconds)
+        print(f"{layout:8} padding {1 - real / places:6.1%}   {rate:8.0f} tokens/s   {ratio:.2f} × padded")
+
+
+if __name__ == "__main__":
+    main()

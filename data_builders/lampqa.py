@@ -1,0 +1,120 @@
+"""data=lampqa: LaMP-QA (Salemi & Zamani 2025), questions with a personal narrative and a rubric, for evaluation only.
+
+The three configurations are the three subsets.  `data.path` names a copy on disk, `data.answers` a file of several models' answers
+(columns `id`, `model`, `answer`, and `rubric_score` where an answer was graded).  Rubric and narrative go to a file and a type of
+their own: see `pgenrm_train.questions`.  A profile item that is the question itself is left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_builders import hub
+from data_builders.card import write_card
+from data_builders.pairs import BadRows
+from pgenrm_train.artifacts import write_json
+from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.errors import DataError
+from pgenrm_train.questions import (
+    ANSWERS,
+    Aspect,
+    ProfileItem,
+    Question,
+    QuestionSecret,
+    answers_of_file,
+    write_answers,
+    write_questions,
+    write_secrets,
+)
+
+HUB = "alireza7/LaMP-QA"
+SUBSETS = ("Art_and_Entertainment", "Lifestyle_and_Personal_Development", "Society_and_Culture")
+
+
+def build(config: Config, folder: Path) -> dict[str, Any]:
+    """Write questions, secrets, answers when given, and a card; returns the facts.  Raises DataError with file, row and field."""
+    data, left_out = config.data, Counter[str]()
+    read = list(rows(data, left_out))
+    questions = {question.id: question for question, _ in read}
+    answers = list(answers_of_file(Path(data.answers), questions)) if data.answers else []
+    write_questions(folder, questions.values())
+    write_secrets(folder, (secret for _, secret in read))
+    (folder / ANSWERS).unlink(missing_ok=True)
+    if answers:
+        write_answers(folder, answers)
+    for what, count in (+left_out).most_common():
+        print(f"lampqa: left out {count} {what}", flush=True)
+    facts = {
+        "questions": len(questions),
+        "questions_by_subset": dict(Counter(q.subset for q in questions.values())),
+        "without_profile": sum(not q.profile for q in questions.values()),
+        "answers": len(answers),
+        "answers_by_model": dict(Counter(a.model for a in answers)),
+        "graded_answers": sum(a.rubric_score is not None for a in answers),
+        "questions_with_answers": len({a.question_id for a in answers}),
+        "left_out": dict(+left_out),
+    }
+    write_json(folder / "card.json", facts)
+    write_card(config, folder, facts)
+    return facts
+
+
+def rows(data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[Question, QuestionSecret]]:
+    """The test questions of all subsets, and what they are graded by."""
+    source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
+    seen: set[str] = set()
+    for subset in SUBSETS:
+        for where, row in hub.numbered(source, subset, "test"):
+            try:
+                question, secret = read(row, subset, where, left_out)
+                if question.id in seen:
+                    raise DataError(f"{where}, field 'id': expected an id of its own, got {question.id[:60]!r} again")
+            except DataError as error:
+                bad.take(error)
+                continue
+            seen.add(question.id)
+            yield question, secret
+    bad.tell(source)
+    if not seen:
+        raise DataError(f"{source} holds no usable rows; expected at least one question")
+
+
+def read(row: Mapping[str, Any], subset: str, where: str, left_out: Counter[str]) -> tuple[Question, QuestionSecret]:
+    """One raw row.  Raises DataError naming the field and what was expected."""
+    name, question = _text(row, "id", where), _text(row, "question", where)
+    profile = [
+        ProfileItem(
+            str(item.get("id") or f"{name}/{i}"), _text(item, "text", f"{where}, profile[{i}]"), str(item.get("category") or "")
+        )
+        for i, item in enumerate(_objects(row, "profile", where))
+    ]
+    others = tuple(item for item in profile if item.id != name and item.text.strip() != question.strip())
+    left_out["profile items that are the question itself"] += len(profile) - len(others)
+    aspects = tuple(
+        Aspect(_text(a, "aspect", f"{where}, rubric_aspects[{i}]"), str(a.get("reason") or ""), str(a.get("evidence") or ""))
+        for i, a in enumerate(_objects(row, "rubric_aspects", where))
+    )
+    narrative = row.get("narrative")
+    return (
+        Question(name, question, others, str(row.get("category") or ""), subset),
+        QuestionSecret(name, aspects, narrative if isinstance(narrative, str) else ""),
+    )
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int) and name == "id" and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
+    return value
+
+
+def _objects(row: Mapping[str, Any], name: str, where: str) -> list[Mapping[str, Any]]:
+    value = row.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise DataError(f"{where}, field '{name}': expected a list of objects, got {str(value)[:60]!r}")
+    return value

@@ -1,0 +1,40 @@
+"""Tables of a run for the console: the same rows as in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WORDS = ("stage", "run", "model", "slice", "value", "protocol", "probe")  # columns of words; others hold numbers
+
+
+def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str:
+    """A table for the console; a column `X ci95` is folded into X, which is then a fraction and shown in percent."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95")))
+    for column in columns:
+        table.add_column(column, justify="left" if column in WORDS else "right")
+    for row in rows:
+        table.add_row(
+            *(_cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95")) for column in columns)
+        )
+    out = StringIO()
+    Console(file=out, width=width, force_terminal=False).print(table)
+    return out.getvalue()
+
+
+def _cell(column: str, value: Any, interval: Sequence[float] | None) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "–"
+    if interval:
+        return f"{value * 100:.1f} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+    if column.endswith(("accuracy", "stderr", "flip rate")):
+        return f"{value * 100:.1f}"
+    if isinstance(value, float) and 0 < abs(value) < 1:
+        return f"{value:.2g}"
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)

@@ -1,0 +1,148 @@
+"""The table of predictions, checked and brought to what a model preferred on the full grid of pairs × seeds × orders.
+
+Samples of one (pair, order, evaluation seed) are averaged over the valid ones, `s = (1/m) Σ Extract(S_x)` (METHOD §7, Ind-m), and
+the two means are compared as numbers.  A *pair* is one vote, identified by (user_id, pair_id): several data sets give one `pair_id`
+to all who voted on the same two responses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pgenrm_train.errors import DataError
+
+COLUMNS = ("pair_id", "user_id", "order", "seed", "sample", "score_chosen", "score_rejected", "failure")
+TIE_RTOL = 1e-12  # means of the same scores summed in another order differ by rounding alone; that is a tie
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the model preferred on the full grid of pairs × evaluation seeds × orders."""
+
+    pairs: pd.DataFrame  # pair_id, user_id, kind (str|None); sorted, one row a pair
+    seeds: np.ndarray
+    margin: np.ndarray  # float (pairs, seeds, 2): mean score of chosen − of rejected, 0 for a tie, NaN when every sample failed
+    failures: dict[str, int]
+    samples: int  # most samples that a (pair, order, seed) has
+
+    @property
+    def sign(self) -> np.ndarray:
+        """float (pairs, seeds, 2): +1 chosen, −1 rejected, 0 tie, NaN when every sample failed."""
+        return np.sign(self.margin)
+
+    @property
+    def users(self) -> np.ndarray:
+        """int (pairs,): the user of each pair, numbered from 0."""
+        return user_codes(self.pairs)
+
+
+def user_codes(pairs: pd.DataFrame) -> np.ndarray:
+    return pd.factorize(pairs["user_id"], sort=True)[0]
+
+
+def outcomes(predictions: pd.DataFrame) -> Outcomes:
+    """The grid of a predictions table (`COLUMNS`, and optionally `kind`).  Raises DataError for a table that does not fit."""
+    frame = _checked(predictions)
+    pair, pairs = _pairs(frame)
+    seeds, seed = np.unique(frame["seed"], return_inverse=True)
+    cell = (pair * len(seeds) + seed) * 2 + frame["order"].to_numpy()
+    shape = (len(pairs), len(seeds), 2)
+    counts = np.bincount(cell, minlength=int(np.prod(shape)))
+    _refuse_duplicates(frame, cell)
+    _refuse_gaps(counts.reshape(shape), pairs, seeds)
+    valid = frame["failure"].isna().to_numpy()
+    means = []
+    for column in ("score_chosen", "score_rejected"):
+        sums = np.bincount(cell[valid], weights=frame[column].to_numpy()[valid], minlength=counts.size)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means.append(sums / np.bincount(cell[valid], minlength=counts.size))
+    chosen, rejected = means
+    margin = np.where(np.isclose(chosen, rejected, rtol=TIE_RTOL, atol=0.0), 0.0, chosen - rejected)
+    failures = {str(k): int(n) for k, n in frame["failure"].value_counts().sort_index().items()}
+    return Outcomes(pairs, seeds, margin.reshape(shape), failures, int(counts.max()))
+
+
+def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
+    """A copy with the columns of the schema only, ids as text and numbers as numbers; DataError at the first misfit."""
+    if missing := [c for c in COLUMNS if c not in predictions.columns]:
+        raise DataError(f"predictions: column {missing[0]!r} is missing; expected {', '.join(COLUMNS)}")
+    if predictions.empty:
+        raise DataError("predictions: no rows; expected at least one pair in both orders")
+    source = predictions.reset_index(drop=True)
+    failure = _optional_text(source, "failure")
+    frame = {c: _ids(source, c) for c in ("pair_id", "user_id")}
+    frame |= {c: _integers(source, c) for c in ("order", "seed", "sample")}
+    _refuse(frame["order"] > 1, source, "order", "0 (chosen response first) or 1")
+    valid = failure.isna().to_numpy()
+    for column in ("score_chosen", "score_rejected"):
+        numbers = _numbers(source, column)
+        _refuse(valid & ~np.isfinite(numbers), source, column, "a finite number where 'failure' is null")
+        frame[column] = numbers
+    frame["failure"] = failure
+    frame["kind"] = _optional_text(source, "kind") if "kind" in source else pd.Series([None] * len(source), dtype=object)
+    return pd.DataFrame(frame)
+
+
+def _pairs(frame: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """(code of the pair of each row, table of pairs sorted by id)."""
+    code = frame.groupby(["pair_id", "user_id"], sort=True).ngroup().to_numpy()
+    first = np.unique(code, return_index=True)[1]
+    kind = pd.factorize(frame["kind"])[0]
+    _refuse(kind != kind[first][code], frame, "kind", "one kind for all rows of a pair")
+    return code, frame.iloc[first][["pair_id", "user_id", "kind"]].reset_index(drop=True)
+
+
+def _refuse_duplicates(frame: pd.DataFrame, cell: np.ndarray) -> None:
+    again = pd.DataFrame({"cell": cell, "sample": frame["sample"]}).duplicated().to_numpy()
+    _refuse(again, frame, "sample", "one row per pair_id, user_id, order, seed and sample")
+
+
+def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> None:
+    gaps = np.argwhere(counts == 0)
+    if len(gaps):
+        pair, seed, order = gaps[0]
+        raise DataError(
+            f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row with column "
+            f"'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair in both orders in every "
+            "seed, with a kind in 'failure' where a generation failed"
+        )
+
+
+def _ids(source: pd.DataFrame, column: str) -> pd.Series:
+    _refuse(source[column].isna() | (source[column] == ""), source, column, "an identifier")
+    return source[column].astype(str)
+
+
+def _optional_text(source: pd.DataFrame, column: str) -> pd.Series:
+    values = source[column].astype(object)
+    wrong = {v for v in values[values.notna()].unique() if not isinstance(v, str) or not v.strip()}
+    _refuse(values.isin(wrong) if wrong else np.zeros(len(values), bool), source, column, "a text or null")
+    return values.where(values.notna(), None)
+
+
+def _integers(source: pd.DataFrame, column: str) -> np.ndarray:
+    numbers = _numbers(source, column)
+    with np.errstate(invalid="ignore"):
+        _refuse(~((numbers >= 0) & (numbers % 1 == 0)), source, column, "a whole number from 0")
+    return numbers.astype(np.int64)
+
+
+def _numbers(source: pd.DataFrame, column: str) -> np.ndarray:
+    """Float values; what is not a number ("n/a", True) becomes NaN, and the caller decides whether that is allowed."""
+    values = source[column]
+    if values.dtype == object:
+        values = values.mask(values.map(type).isin((bool, np.bool_)))
+    elif values.dtype == bool:
+        values = pd.Series(np.nan, index=values.index)
+    return pd.to_numeric(values, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+
+
+def _refuse(wrong: Any, source: pd.DataFrame, column: str, expected: str) -> None:
+    rows = np.flatnonzero(np.asarray(wrong, dtype=bool))
+    if rows.size:
+        got = repr(source[column].iloc[rows[0]])
+        raise DataError(f"predictions, row {rows[0] + 1}, column {column!r}: expected {expected}, got {got[:80]}")

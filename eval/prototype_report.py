@@ -1,0 +1,96 @@
+"""What a run's report shows of its user prototypes; nothing where the run has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from eval.plots import point_map
+from eval.report import Curve, Section
+from pgenrm_train.artifacts import StageFolder, read_json
+
+CARDS = (
+    "What the members' chains weigh above everyone's, the size, and the members nearest to and farthest from the prototype. "
+    "The whole cards are in prototypes/cards.md."
+)
+REFINED = (
+    "Pairwise accuracy of z on the votes of users that the refinement has not seen, beside the unrefined centroids'; recovery is the "
+    "adjusted Rand index against what users say of themselves, by scenario, where they say it."
+)
+COLD_START = (
+    "Newcomers of whom so many votes are known: their analysis is written from these alone, finds the nearest prototype, and z (no chain) "
+    "picks a response; without prototypes, the mean of all prototypes stands in. Intervals resample users."
+)
+
+
+def prototype_sections(run_dir: Path) -> list[Section]:
+    """Cards, held-out accuracy of the refinement, and the cold start as tables."""
+    if (folder := _folder(run_dir)) is None:
+        return []
+    facts = folder.manifest
+    refinement = {
+        "prototypes": facts["k"],
+        "suggested by singular values": facts["k_suggested_by_singular_values"],
+        "analyses": facts["analyses"],
+        "users": facts["users"],
+        "held-out pairs": facts["refinement"]["holdout_pairs"],
+        "refined accuracy": facts["refinement"]["holdout_accuracy"],
+        "centroids accuracy": facts["refinement"]["holdout_accuracy_centroids"],
+        "moved share": facts["refinement"]["moved_share"],
+        "recovery": facts["recovery"],
+    }
+    found = [
+        Section("User prototypes", REFINED, [refinement]),
+        Section("What each prototype stands for", CARDS, [_brief(card) for card in read_json(folder.path / "cards.json")]),
+    ]
+    if facts.get("cold_start"):
+        found.append(Section("New users", COLD_START, facts["cold_start"]))
+    return found
+
+
+def prototype_curves(run_dir: Path) -> list[Curve]:
+    """The singular values' mass over k, the refinement's loss, and the cold start."""
+    if (folder := _folder(run_dir)) is None:
+        return []
+    mass = read_json(folder.path / "singular_values.json")["retained_mass"]
+    loss, start = folder.manifest["refinement"]["loss"], folder.manifest.get("cold_start") or []
+    curves = [
+        Curve("Prototypes: retained singular-value mass", [*range(1, len(mass) + 1)], {"share": mass}, "k", "share of the sum"),
+        Curve("Prototypes: loss of the refinement", [*range(1, len(loss) + 1)], {"loss": loss}, "epoch", "loss"),
+    ]
+    if start:
+        lines = {name: [100 * p[key] for p in start] for name, key in
+                 (("with prototypes", "accuracy"), ("without", "without prototypes accuracy"))}  # fmt: skip
+        known = [p["history_pairs"] for p in start]
+        curves.append(Curve("New users: accuracy of z by votes known", known, lines, "history pairs", "accuracy, %"))
+    return curves
+
+
+def prototype_maps(run_dir: Path) -> list[tuple[str, Markup]]:
+    if (folder := _folder(run_dir)) is None:
+        return []
+    table = pd.read_parquet(folder.path / "analyses.parquet")
+    names = [str(j) for j in range(folder.manifest["k"])]
+    x, y, label = (table[name].to_numpy() for name in ("x", "y", "prototype"))
+    return [("Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map"))]
+
+
+def _folder(run_dir: Path) -> StageFolder | None:
+    folder = StageFolder.read(run_dir, "prototypes")
+    return folder if folder.complete and (folder.path / "cards.json").exists() and "x" in _columns(folder.path) else None
+
+
+def _columns(path: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return list(pq.read_schema(path / "analyses.parquet").names)
+
+
+def _brief(card: Mapping[str, Any]) -> dict[str, Any]:
+    who = {name: f"{card[name]['user_id']}: {card[name]['analysis']}"[:160] for name in ("nearest", "farthest") if name in card}
+    return {"prototype": str(card["prototype"]), "typical": ", ".join(card["typical"]), "analyses": card["analyses"],
+            "users": card["users"], **who}  # fmt: skip

@@ -1,0 +1,219 @@
+"""The sections of a report: tables of an evaluation, and the plain sentences that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from eval import published
+from eval.calibration import calibration
+from eval.evaluation import Tested, cohort_rows
+from eval.report import Curve, Section
+from eval.slices import prototype_macro, slice_rows
+from pgenrm_train.config import Config
+
+UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes that should change nothing
+
+PERSONAL = "A reward model that does not fall under swapped history is not personal."
+TWINS = (
+    "Votes on the same two responses by two users who disagree: a rule that ignores the user scores 50 % at best. "
+    f"With the other user's history in place of one's own, a personal model falls to 50 % or below. {PERSONAL}"
+)
+PROBES = (
+    "One thing is changed and the same question asked again. Drop: strict accuracy as asked minus as probed, on the same pairs. Flip "
+    "rate: share of presentations whose preferred response changes; a model that samples flips by chance too (asked again). "
+    "Swapped history comes from another user, empty history is none: a personal model falls under both. Under the others a "
+    "robust model does not move: votes in another order, the rejected response padded with empty sentences, the rejected response "
+    "claiming to be better with forged delimiters and verdict, both responses in other words (by rules, in English)."
+)
+PROTOCOLS = (
+    "strict: a tie and a failure are misses, every pair counts. both orders: a failed order leaves the mean. release: one random "
+    "order, ties and failures leave. Dropped: pair × seed cells that left the denominator."
+)
+SLICES = (
+    "Length ratio is in characters; script stands in for the language; prototype is the nearest user prototype. A slice of few users "
+    "has an interval that is too narrow, one of a single user the whole range."
+)
+
+
+def details(config: Config, final: Tested, labels: pd.DataFrame) -> dict[str, Any]:
+    """What results.json holds of the final model beyond its accuracy: slices, calibration, probes, accuracy over prototypes."""
+    own = final.predictions[final.predictions["set"] == "own"]
+    protocol, draws, seed = config.eval.protocol, config.eval.draws, config.seed
+    return {
+        "slice_rows": slice_rows(own, labels, protocol=protocol, draws=draws, seed=seed),
+        "macro_accuracy_prototypes": prototype_macro(own, labels, protocol=protocol, seed=seed),
+        "calibration": calibration(own, draws=draws, seed=seed),
+        "probes": list(final.robustness),
+    }
+
+
+def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]) -> list[Section]:
+    """Protocols side by side, accuracy by kind, cohort and slice, probes, calibration, published figures, a leaderboard row."""
+    found = [Section("The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone])]
+    kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
+    if len(kinds) > 1:
+        found.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
+    if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
+        found.append(
+            Section(
+                "Seen and unseen personas",
+                "All test users are unseen; unseen personas also hold criteria that no training user has.",
+                cohorts,
+            )
+        )
+    if results["slice_rows"]:
+        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}", results["slice_rows"]))
+    if twins := [_twins(t) for t in everyone if t.probe]:
+        found.append(Section("Is it personal? Swapped histories", TWINS, twins))
+    if results["probes"]:
+        found.append(Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"])))
+    found.append(Section("Calibration of margins", calibration_text(results["calibration"]), results["calibration"]["curve"]))
+    found.append(Section("Published figures", published.TEXT, published.published_rows()))
+    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard_row(results)]))
+    return found
+
+
+def protocol_rows(final: Tested) -> list[dict[str, Any]]:
+    """One row a protocol for one model: the console's table."""
+    return [
+        {"protocol": name, "accuracy": p["accuracy"], "ci95": p["ci95"], "stderr": p["stderr"], "counted": p["n_counted"],
+         "dropped": p["n_dropped"]}
+        for name, p in final.report["protocols"].items()
+    ]  # fmt: skip
+
+
+def protocol_cells(tested: Tested) -> dict[str, Any]:
+    """One row a model, all protocols beside each other: the report's table."""
+    row: dict[str, Any] = {"model": tested.name}
+    for name, p in tested.report["protocols"].items():
+        row |= {f"{name} accuracy": p["accuracy"], f"{name} accuracy ci95": p["ci95"]}
+    return row | {f"{name} dropped": p["n_dropped"] for name, p in tested.report["protocols"].items() if p["n_dropped"]}
+
+
+def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without their sentences."""
+    return [{name: value for name, value in row.items() if name != "note"} for row in rows]
+
+
+def leaderboard_row(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": f"{results['model']} (Ind-{results['ind']}, Pro-{results['pro']})",
+        "data": results["data"],
+        "protocol": results["protocol"],
+        "accuracy": results["accuracy"],
+        "ci95": results["ci95"],
+        "stderr": results["stderr"],
+        "macro accuracy": results["macro_accuracy"],
+        "users": results["n_users"],
+        "pairs": results["n_pairs"],
+        "ties": results["ties"],
+        "failures": sum(results["failures"].values()),
+        "order flip rate": results["order_flip_rate"],
+        "seeds": len(results["seeds"]),
+    }
+
+
+def calibration_text(found: Mapping[str, Any]) -> str:
+    """What the reliability table says in words."""
+    if found["ece"] is None:
+        return "No verdict could be read, so there is no margin."
+    text = (
+        f"Confidence is σ(margin), the margin read as Bradley–Terry log odds. Expected calibration error {found['ece']:.3f} over "
+        f"{found['n']} verdicts"
+    )
+    if found["ece_scaled"] is not None:
+        text += f", {found['ece_scaled']:.3f} with a temperature fitted on other users ({found['temperature']:.3g} on all)"
+    return f"{text}; {found['n_failed']} presentations without a verdict have no margin. A tie counts one half at confidence one half."
+
+
+def calibration_curve(found: Mapping[str, Any], name: str) -> Curve:
+    """Reliability curve: measured accuracy over confidence, beside the diagonal."""
+    rows = found["curve"]
+    confidence = [row["confidence"] for row in rows]
+    lines = {"measured": [row["accuracy"] for row in rows], "perfectly calibrated": confidence}
+    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin)", "accuracy")
+
+
+def reader_notes(final: Tested) -> list[str]:
+    """Sentences that stand above the tables: is it personal, is it robust, are there enough users."""
+    note = final.report["ci95_note"]
+    return [*([f"{note}."] if note else []), *_personal(final), *_robust(final)]
+
+
+def input_notes(odd: Mapping[str, int]) -> list[str]:
+    """Name the unusual pairs that the accuracy includes."""
+    found = ", ".join(f"{n} with {what}" for what, n in odd.items() if n)
+    notes = [f"In the denominator are pairs that deserve a thought: {found}."] if found else []
+    if odd["identical responses"]:
+        notes.append(
+            "Of two identical responses none is better: a tie or a preference by position, and never more than one hit in two."
+        )
+    return notes
+
+
+def _personal(final: Tested) -> list[str]:
+    """Say plainly whether the final model depends on whose history it reads."""
+    if final.probe:
+        what = f"{final.probe['n_pairs']} votes on which two users disagree"
+        own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
+        low, high = final.probe["difference"]["ci95"]
+    elif row := _probed(final, "swapped_history"):
+        what = f"{row['pairs']} pairs with another user's history"
+        own, swapped, (low, high) = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"]
+    else:
+        untested = f"{final.name}: no history could be exchanged for another user's, so whether it is personal was not tested."
+        return [untested] if final.robustness else []
+    verdict = (
+        "it uses whose history it reads"
+        if low > 0
+        else "no dependence on whose history it reads is proven: this model is not shown to be personal"
+    )
+    return [
+        f"{final.name}, {what}: own history {own:.1%}, swapped history "
+        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {verdict}."
+    ]
+
+
+def _robust(final: Tested) -> list[str]:
+    """Name the probes that cost accuracy and should not."""
+    rows = [row for kind in UNMOVED if (row := _probed(final, kind))]
+    if not rows:
+        return []
+    moved = [_moved(row) for row in rows if row["drop ci95"][0] > 0]
+    few = f" ({rows[0]['note']})" if rows[0]["note"] else ""
+    if moved:
+        return [f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."]
+    return [f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."]
+
+
+def _moved(row: Mapping[str, Any]) -> str:
+    lost = f", {row['failures']} answers of {2 * row['pairs']} unreadable" if row["failures"] else ""
+    return f"{row['probe'].replace('_', ' ')} (drop {row['drop']:.1%}{lost})"
+
+
+def _probed(final: Tested, kind: str) -> dict[str, Any] | None:
+    """The row of a probe that changed something."""
+    return next((row for row in final.robustness if row["probe"] == kind and row["pairs"]), None)
+
+
+def _by_kind(tested: Tested, kinds: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": tested.name}
+    for kind in kinds:
+        if part := tested.report["slices"].get(kind):
+            row |= {f"{kind} accuracy": part["accuracy"], f"{kind} accuracy ci95": part["ci95"]}
+    return row
+
+
+def _twins(tested: Tested) -> dict[str, Any]:
+    assert tested.probe is not None
+    return {
+        "model": tested.name,
+        "own history accuracy": tested.probe["own"]["accuracy"],
+        "own history accuracy ci95": tested.probe["own"]["ci95"],
+        "swapped accuracy": tested.probe["swapped"]["accuracy"],
+        "swapped accuracy ci95": tested.probe["swapped"]["ci95"],
+        "pairs": tested.probe["n_pairs"],
+    }

@@ -1,0 +1,89 @@
+"""One POST to an OpenAI-compatible `/chat/completions`, and what its failures mean.
+
+Plain httpx: at hundreds of calls a second a client that builds typed models of every request and answer costs more than all the rest
+of the client side (benchmarks/factory_slots.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+import httpx
+
+from pgenrm_train.backends.answers import Reply
+from pgenrm_train.config import EndpointConfig
+from pgenrm_train.errors import ConfigError
+
+
+def url_and_headers(settings: EndpointConfig) -> tuple[str, dict[str, str]]:
+    """Where to post, and as whom.  Raises ConfigError when the address, the model's name or the key is missing."""
+    if not settings.base_url or not settings.name:
+        raise ConfigError("an endpoint needs base_url (e.g. http://localhost:8000/v1) and name (the served model)")
+    headers = {"content-type": "application/json"}
+    if settings.api_key_env is not None:
+        key = os.environ.get(settings.api_key_env)
+        if not key:
+            raise ConfigError(f"the environment variable {settings.api_key_env} named by api_key_env is not set")
+        headers["authorization"] = f"Bearer {key}"
+    return f"{settings.base_url.rstrip('/')}/chat/completions", headers
+
+
+class ChatApi:
+    """The connections to one server, for threads."""
+
+    def __init__(self, settings: EndpointConfig) -> None:
+        self._url, headers = url_and_headers(settings)
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=settings.timeout_seconds,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.max_in_flight),
+            follow_redirects=True,
+        )
+
+    def post(self, payload: bytes) -> Reply:
+        """The server's completion; a cut-off or empty one is a Reply without text.
+
+        Raises httpx.HTTPError when there is no answer, and ValueError, TypeError, LookupError or AttributeError when the answer is no
+        chat completion.
+        """
+        response = self._client.post(self._url, content=payload)
+        response.raise_for_status()
+        return read_completion(response.json())
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def read_completion(answer: dict[str, object]) -> Reply:
+    choice, used = answer["choices"][0], answer.get("usage") or {}  # type: ignore[index]
+    spent = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))  # type: ignore[attr-defined]
+    text = choice["message"]["content"]
+    if choice.get("finish_reason") == "length":
+        return Reply(None, "length", *spent)
+    return Reply(text, None, *spent) if text and text.strip() else Reply(None, "empty", *spent)
+
+
+def failure_of(error: Exception) -> str:
+    """The reason that a `Reply` gives for an error of `ChatApi.post`."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"http_{error.response.status_code}"
+    if isinstance(error, httpx.TimeoutException):
+        return "timeout"
+    return "connection" if isinstance(error, httpx.TransportError) else "malformed"
+
+
+def is_transient(error: BaseException) -> bool:
+    """Worth another try: no connection, too slow, too many requests, the server's own fault."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in (408, 409, 425, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
+
+
+def retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server asked us to wait."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return None
+    try:
+        return float(error.response.headers["retry-after"])
+    except (KeyError, ValueError):
+        return None

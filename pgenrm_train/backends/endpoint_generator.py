@@ -1,0 +1,212 @@
+"""A model under test behind an API: one asynchronous queue over all requests (METHOD §7), see `base.Generator`.
+
+A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once; a server that knows no `n` is asked m
+times.  At most `max_in_flight` samples are on their way, and no request is taken from the caller before there is room for it:
+the event loop runs only while the caller waits for the next answer, so a caller that is slow to store answers slows the queue down
+and not the memory up.  Pace, budget and circuit are the `Endpoint`'s.
+
+A sample that could not be had is a failed generation, `engine:<kind>`.  When the server is down or the budget spent, what is in
+flight is still handed over, and then comes BackendError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pgenrm_train.backends import endpoint as limits
+from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.backends.chat_api import url_and_headers
+from pgenrm_train.backends.endpoint import Endpoint, Reply
+from pgenrm_train.errors import BackendError
+
+REFUSES_N = ("engine:http_400", "engine:http_422")  # how servers answer a field that they do not take
+ENGINE = "engine:"
+
+
+class EndpointGenerator:
+    """See the module's docstring.  Sample s of a request is seeded with `seed` + s, by vLLM's server with n alike."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
+        if temperature != self.endpoint.settings.temperature:
+            raise ValueError(f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}")
+        queue = _Queue(self.endpoint, requests)
+        with asyncio.Runner() as runner:
+            try:
+                while answers := runner.run(queue.next()):
+                    yield from answers
+            finally:
+                runner.run(queue.close())
+
+    def facts(self) -> Mapping[str, Any]:
+        """What it was paid; see `Usage.facts`."""
+        return self.endpoint.usage.facts(self.endpoint.settings)
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+
+class _Trouble(Exception):
+    """A try that brought no answer."""
+
+    def __init__(self, kind: str, *, passing: bool = True, retry_after: float | None = None) -> None:
+        self.kind, self.passing, self.retry_after = kind, passing, retry_after
+
+
+class _Queue:
+    def __init__(self, endpoint: Endpoint, requests: Iterable[GenerationRequest]) -> None:
+        self.endpoint, self.waiting = endpoint, iter(requests)
+        self.url, self.headers = url_and_headers(endpoint.settings)
+        self.exhausted = False
+        self.several = True  # until the server turns out to take no n
+        self.samples = 0  # in flight
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.answered: asyncio.Queue[list[Generation] | BaseException] = asyncio.Queue()
+        self.session: Any = None
+
+    async def next(self) -> list[Generation]:
+        """The answers that have come since the last call, at least those of one request; an empty list is the end."""
+        stopped = self.endpoint.stopped
+        if stopped is None:
+            self._fill()
+        elif not self.samples and not self.exhausted:
+            raise BackendError(f"model: {stopped}; what was answered is kept, and the same command goes on from there")
+        if not self.samples:
+            return []
+        found = self._taken(await self.answered.get())
+        while not self.answered.empty():
+            found += self._taken(self.answered.get_nowait())
+        return found
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.session is not None:
+            await self.session.close()
+
+    def _fill(self) -> None:
+        while not self.exhausted and self.samples < self.endpoint.settings.max_in_flight:
+            request = next(self.waiting, None)
+            if request is None:
+                self.exhausted = True
+                return
+            self.samples += request.samples
+            task = asyncio.get_running_loop().create_task(self._answer(request))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def _taken(self, answer: list[Generation] | BaseException) -> list[Generation]:
+        if isinstance(answer, BaseException):
+            raise answer
+        self.samples -= len(answer)
+        return answer
+
+    async def _answer(self, request: GenerationRequest) -> None:
+        try:
+            self.answered.put_nowait(await self._sampled(request))
+        except Exception as error:  # a defect of ours; the caller must not wait for ever
+            self.answered.put_nowait(error)
+
+    async def _sampled(self, request: GenerationRequest) -> list[Generation]:
+        if not self.several or request.samples == 1:
+            return await self._singly(request, 0)
+        found = await self._call(request, 0, request.samples)
+        if len(found) == request.samples and found[0].failure not in REFUSES_N:
+            return found
+        if found[0].failure in REFUSES_N:
+            found = []  # of n, or of the prompt: without n it will show
+        rest = await self._singly(request, len(found))
+        self.several = self.several and any(generation.failure in REFUSES_N for generation in rest)
+        return found + rest
+
+    async def _singly(self, request: GenerationRequest, first: int) -> list[Generation]:
+        calls = [self._call(request, sample, 1) for sample in range(first, request.samples)]
+        return [generation for answer in await asyncio.gather(*calls) for generation in answer]
+
+    async def _call(self, request: GenerationRequest, first: int, samples: int) -> list[Generation]:
+        """`samples` generations from number `first` on; fewer where the server gives fewer, but at least one."""
+        body = self.endpoint.body(request.messages, (request.seed + first) % 2**31)
+        if samples > 1:
+            body["n"] = samples
+        try:
+            answer = await self._tried(body)
+            choices = [_read(choice) for choice in answer["choices"][:samples]]
+            used = answer.get("usage") or {}
+            spent = int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
+            if not choices:
+                raise ValueError
+        except _Trouble as trouble:
+            return self._failed(request, first, samples, trouble.kind)
+        except (ValueError, TypeError, LookupError, AttributeError):  # an answer that is no chat completion
+            return self._failed(request, first, samples, "malformed")
+        self.endpoint.learn(sum(spent))
+        self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))
+        self.endpoint.usage.failures.update(f.removeprefix(ENGINE) for _, f in choices if f)
+        return [
+            Generation(request.key, first + i, text, failure, spent[1] // len(choices))
+            for i, (text, failure) in enumerate(choices)
+        ]
+
+    def _failed(self, request: GenerationRequest, first: int, samples: int, kind: str) -> list[Generation]:
+        self.endpoint.book(Reply(None, kind))
+        return [Generation(request.key, first + i, None, f"{ENGINE}{kind}") for i in range(samples)]
+
+    async def _tried(self, body: dict[str, Any]) -> Any:
+        """As `Endpoint` tries: exponential backoff with jitter, or as long as the server asks for."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await self._once(body)
+            except _Trouble as trouble:
+                if not trouble.passing or attempt >= self.endpoint.settings.attempts:
+                    raise
+                wait = random.uniform(0, 2.0**attempt) if trouble.retry_after is None else trouble.retry_after
+            await asyncio.sleep(min(wait, limits.MAX_WAIT_SECONDS))
+
+    async def _once(self, body: dict[str, Any]) -> Any:
+        import aiohttp
+
+        settings = self.endpoint.settings
+        if self.session is None:
+            self.session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # `max_in_flight` is the limit
+                timeout=aiohttp.ClientTimeout(total=settings.timeout_seconds),
+                headers=self.headers,
+                trust_env=True,  # proxies, as other clients do
+            )
+        payload = json.dumps(body).encode()
+        await asyncio.sleep(self.endpoint.start_in(len(payload), body.get("n", 1)))
+        try:
+            async with self.session.post(self.url, data=payload) as response:
+                content = await response.read()
+        except TimeoutError:
+            raise _Trouble("timeout") from None
+        except aiohttp.ClientError:
+            raise _Trouble("connection") from None
+        if response.status >= 400:
+            passing = response.status in (408, 409, 425, 429) or response.status >= 500
+            raise _Trouble(f"http_{response.status}", passing=passing, retry_after=_seconds(response.headers.get("retry-after")))
+        return json.loads(content)
+
+
+def _read(choice: Any) -> tuple[str | None, str | None]:
+    """(text, failure) of one choice."""
+    text = choice["message"]["content"]
+    if choice.get("finish_reason") == "length":
+        return text, "length"
+    return (text, None) if isinstance(text, str) and text.strip() else (None, f"{ENGINE}empty")
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,105 @@
+"""A reward model with a scalar head: a classifier with one logit over a conversation, as Bradley–Terry training makes it.
+
+    s^i = head(conversation so far, response i)          P(y^i ≻ y^j) = σ(s^i − s^j)
+
+Each response is scored by itself, with the model's own chat template; the user's history is not shown, for these models were not
+trained to read one.  A conversation and response that occur again in a batch of questions are scored once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ArtifactError, BackendError
+from pgenrm_train.prompts import neutralise
+from pgenrm_train.records import Example
+
+TOKENS_PER_BATCH = 16_384  # padding included
+
+
+class RewardHead:
+    """`model(examples)` yields a float a response for each example.  `checkpoint`: a Hugging Face folder.
+
+    What exceeds `model.max_prompt_tokens + model.max_response_tokens` is cut at the left, so that the response stays; `cut` counts
+    such texts.  Raises ArtifactError for a folder that holds no classifier with one logit: a language model's folder would
+    otherwise be given a head of random weights.
+    """
+
+    def __init__(self, config: Config, checkpoint: Path) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        _refuse_other_models(AutoConfig.from_pretrained(checkpoint), checkpoint)
+        self.device = torch.device(config.cluster.device)
+        dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).to(self.device).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BackendError(f"the reward model in {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # by it the model finds the last token of each row
+        self.limit = config.model.max_prompt_tokens + config.model.max_response_tokens
+        self.cut: Counter[str] = Counter()
+
+    def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[float, ...]]:
+        asked = [[self.text(example, response) for response in example.responses] for example in examples]
+        scores = self._scores(list(dict.fromkeys(text for texts in asked for text in texts)))
+        for texts in asked:
+            yield tuple(scores[text] for text in texts)
+
+    def close(self) -> None:
+        if self.cut["texts"]:
+            print(f"reward head: {self.cut['texts']} texts were cut at the left to {self.limit} tokens", flush=True)
+
+    def text(self, example: Example, response: str) -> str:
+        """The conversation that ends with the response, as the model was trained to read it."""
+        reserved = tuple(self.tokenizer.all_special_tokens)
+        turns = [{"role": m.role, "content": neutralise(m.content, reserved)} for m in example.context]
+        turns.append({"role": "assistant", "content": neutralise(response, reserved)})
+        if self.tokenizer.chat_template is None:
+            return "\n\n".join(turn["content"] for turn in turns)
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+
+    def _scores(self, texts: Sequence[str]) -> dict[str, float]:
+        import torch
+
+        ids = [self._ids(text) for text in texts]
+        found: dict[str, float] = {}
+        with torch.inference_mode():
+            for batch in _batches(ids):
+                padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt")
+                logits = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
+                found |= {texts[i]: float(score) for i, score in zip(batch, logits, strict=True)}
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"])
+        self.cut["texts"] += len(ids) > self.limit
+        return ids[-self.limit :]
+
+
+def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of texts of like length, as many as fit `TOKENS_PER_BATCH` with their padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        if batch and (len(batch) + 1) * len(ids[i]) > TOKENS_PER_BATCH:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _refuse_other_models(found: Any, checkpoint: Path) -> None:
+    kinds = getattr(found, "architectures", None) or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or found.num_labels != 1:
+        raise ArtifactError(
+            f"{checkpoint} holds {', '.join(kinds) or 'an unknown model'} with {found.num_labels} labels; model=reward_head needs a "
+            "sequence classifier with one"
+        )

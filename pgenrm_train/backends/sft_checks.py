@@ -1,0 +1,112 @@
+"""What can be known to be wrong with an SFT run before a weight is loaded or a GPU is touched, said in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgenrm_train.artifacts import fingerprint
+from pgenrm_train.backends.sft_batches import Encoded, encode_chat
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # our loss knows a plain head only
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that can be trained: its tokenizer, the longest chat it takes (tokens), and what tells its shape from another's."""
+
+    tokenizer: Any
+    limit: int
+    identity: str
+
+
+def check_libraries(config: Config) -> None:
+    """Optional kernels are there where they are asked for.  Raises ConfigError."""
+    if config.psi.liger:
+        from transformers.utils import is_liger_kernel_available
+
+        if not is_liger_kernel_available():
+            raise ConfigError("psi.liger=true needs the package liger-kernel (pip install liger-kernel), which is not installed")
+
+
+def inspect_start(config: Config, start: Path | str) -> Start:
+    """Look at configuration, tokenizer and module names of `start`, not at its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        shape = AutoConfig.from_pretrained(start)
+        tokenizer = AutoTokenizer.from_pretrained(start)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{start} is not a model that PSI can start from: {_first_line(error)}") from None
+    if not tokenizer.chat_template:
+        raise DataError(f"the tokenizer of {start} has no chat template; start from an instruct model or add chat_template.jinja")
+    if odd := [name for name in CHANGES_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]:
+        raise ConfigError(
+            f"{start} changes its logits after the head ({odd[0]}), which the loss of PSI does not do; use another model"
+        )
+    asked = config.model.max_prompt_tokens + config.model.max_response_tokens
+    limit = min(asked, getattr(shape, "max_position_embeddings", None) or asked)
+    return Start(tokenizer, limit, _identity(config, shape))
+
+
+def _identity(config: Config, shape: Any) -> str:
+    """Names and shapes of all weights.  Raises ConfigError when a LoRA target names no module."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(shape)
+    lora = config.model.lora
+    if lora.rank:
+        _check_targets(lora.target_modules, {name.rsplit(".", 1)[-1] for name in _linear(skeleton)}, _linear(skeleton))
+        if set(lora.target_modules) & {"lm_head", "embed_out"}:
+            raise ConfigError("model.lora.target_modules must not name the output head: the loss of PSI is made inside it")
+    weights = {name: list(weight.shape) for name, weight in skeleton.named_parameters()}
+    return fingerprint(weights, [lora.rank, lora.alpha, sorted(lora.target_modules)] if lora.rank else None)
+
+
+def _linear(model: Any) -> list[str]:
+    from torch.nn import Linear
+
+    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+def _check_targets(targets: Sequence[str], short: set[str], names: Sequence[str]) -> None:
+    """As peft matches them: a module's whole name, or its end after a dot."""
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    if unknown or not targets:
+        raise ConfigError(
+            f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(sorted(short))}"
+        )
+
+
+def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
+    """All chats of a parquet file as ids.  Raises DataError that names the first row where one cannot be learnt from."""
+    import pyarrow.parquet as pq
+
+    chats = []
+    for number, messages in enumerate(pq.read_table(rows, columns=["messages"])["messages"].to_pylist()):
+        try:
+            chat = encode_chat(tokenizer, messages)
+        except DataError as error:
+            raise DataError(f"{rows}, row {number}: {error}") from None
+        chats.append(replace(chat, ids=np.array(chat.ids, dtype=np.int32)))  # a tuple takes ten times the memory
+    if not chats:
+        raise DataError(f"{rows} holds no chains to train on")
+    if long := [number for number, chat in enumerate(chats) if len(chat.ids) > limit]:
+        raise DataError(
+            f"{rows}: {len(long)} of {len(chats)} chats are longer than the model's limit of {limit} tokens, the first in row {long[0]} "
+            f"with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and build again, or raise model.max_response_tokens "
+            "where the model has the positions"
+        )
+    return chats
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

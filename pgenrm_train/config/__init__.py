@@ -1,0 +1,139 @@
+"""The configuration: typed defaults (`schema`), what they must satisfy (`checks`), and how a command line becomes one.
+
+Values that depend on the size of the run use the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config.checks import check, not_one_of
+from pgenrm_train.config.schema import (
+    ANSWER_KEYS,
+    BASELINES,
+    BUDGETS,
+    NULL_POLICIES,
+    PROMPTS,
+    STAGES,
+    CardConfig,
+    ClusterConfig,
+    Config,
+    CurriculumConfig,
+    DataConfig,
+    EndpointConfig,
+    EvalConfig,
+    GrpoConfig,
+    LoraConfig,
+    MaskingConfig,
+    ModelConfig,
+    NanoConfig,
+    PipelineConfig,
+    PlanConfig,
+    PreflightConfig,
+    PrototypesConfig,
+    PsiConfig,
+    RayConfig,
+    ScoreConfig,
+    SecConfig,
+    TrackingConfig,
+    get,
+    masking_of,
+    seed_of,
+    sizes,
+    to_dict,
+)
+from pgenrm_train.errors import ConfigError
+
+__all__ = [
+    "ANSWER_KEYS",
+    "BASELINES",
+    "BUDGETS",
+    "CONFIG_DIR",
+    "NULL_POLICIES",
+    "PROMPTS",
+    "ROOT",
+    "STAGES",
+    "CardConfig",
+    "ClusterConfig",
+    "Config",
+    "CurriculumConfig",
+    "DataConfig",
+    "EndpointConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "LoraConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "NanoConfig",
+    "PipelineConfig",
+    "PlanConfig",
+    "PreflightConfig",
+    "PrototypesConfig",
+    "PsiConfig",
+    "RayConfig",
+    "ScoreConfig",
+    "SecConfig",
+    "TrackingConfig",
+    "check",
+    "get",
+    "load",
+    "masking_of",
+    "parse",
+    "register_resolvers",
+    "seed_of",
+    "sizes",
+    "to_dict",
+]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIG_DIR = ROOT / "configs"
+
+
+def register_resolvers() -> None:
+    """Make `${budget:…}` and the schema known to OmegaConf and Hydra (idempotent)."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def load(*overrides: str, checked: bool = True) -> Config:
+    """Compose and check a configuration as the command line would, e.g. `load("recipe=psi", "model=nano")`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_resolvers()
+    state = GlobalHydra.instance()
+    outer = state.hydra  # of a command line that is being run: one command's files name another's
+    state.clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            return parse(compose("config", overrides=list(overrides)), checked=checked)
+    finally:
+        state.hydra = outer
+
+
+def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
+    budget = _root_.pipeline.budget
+    if budget not in BUDGETS:
+        raise ConfigError(not_one_of("pipeline.budget", budget, BUDGETS))
+    from omegaconf import OmegaConf
+
+    value = {"smoke": smoke, "demo": demo, "full": full}[budget]
+    return OmegaConf.create(value) if isinstance(value, list) else value
+
+
+def parse(composed: Any, checked: bool = True) -> Config:
+    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError, and OmegaConf's for unknown keys."""
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True) if OmegaConf.is_config(composed) else composed
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    assert isinstance(config, Config)
+    if checked:
+        check(config)
+    return config

@@ -1,0 +1,80 @@
+"""Hard negatives beyond a random draw of the given pairs.  No label is invented: each rests on votes or ratings of its own user.
+
+    cross_user_flip  a given pair whose user went against the others: the strict majority of the other users who voted on the same
+                     two responses to the same context prefers the rejected one
+    near_tie         two answers to the same context that this user rated, unequally but too close for the data builder to make a
+                     pair of them (N-way data such as PRISM); the higher rated one is chosen
+
+Only training pairs count, as sources and as votes, so nothing of a held-out vote shows.  Near ties join neighbours in a user's
+order of ratings: linear in the rated answers, and no rating between the two could tell them apart more easily.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import pairwise
+
+from pgenrm_train.hardness import Votes, key_of
+from pgenrm_train.records import ContentKey, Message, PreferencePair
+
+FLIP, NEAR_TIE, GIVEN = "cross_user_flip", "near_tie", "given"
+
+
+@dataclass(frozen=True, slots=True)
+class HardNegative:
+    """A pair to train on and where it comes from."""
+
+    pair: PreferencePair
+    origin: str
+
+
+def hard_negatives(pairs: Sequence[PreferencePair], *, near: float) -> list[HardNegative]:
+    """All of the training pairs among `pairs`, near ties first.  `near`: points of rating below which a gap is a near tie.
+
+    pairs: every pair of the data; those that do not train are only checked against, so that no held-out question is built anew.
+    """
+    train = [pair for pair in pairs if pair.trains]
+    votes = Votes(train)
+    ties = near_ties(pairs, near)
+    flips = [pair for pair in train if _against(pair, votes)]
+    return [HardNegative(pair, NEAR_TIE) for pair in ties] + [HardNegative(pair, FLIP) for pair in flips]
+
+
+def _against(pair: PreferencePair, votes: Votes) -> bool:
+    agree, disagree = votes.others(pair)
+    return disagree > agree
+
+
+def near_ties(pairs: Iterable[PreferencePair], near: float) -> list[PreferencePair]:
+    """New pairs of neighbouring ratings of one user and context, less than `near` apart and not equal."""
+    pairs = list(pairs)
+    given: set[tuple[str, ContentKey]] = {(pair.user_id, key_of(pair)) for pair in pairs}
+    made = []
+    for source, rated in _rated(pair for pair in pairs if pair.trains):
+        for (low, worse), (high, better) in pairwise(sorted((score, text) for text, score in rated.items())):
+            tie = replace(source, chosen=better, rejected=worse, chosen_score=high, rejected_score=low)
+            if 0 < high - low < near and (tie.user_id, key_of(tie)) not in given:
+                made.append(replace(tie, pair_id=_name(tie)))
+    return made
+
+
+def _rated(pairs: Iterable[PreferencePair]) -> list[tuple[PreferencePair, dict[str, float]]]:
+    """For each user and context, one of its pairs and text → rating; a text rated twice and differently is left out."""
+    sources: dict[tuple[str, str, tuple[Message, ...]], PreferencePair] = {}
+    ratings: dict[tuple[str, str, tuple[Message, ...]], dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
+    for pair in pairs:
+        where = (pair.user_id, pair.conversation_id, pair.context)
+        sources.setdefault(where, pair)
+        for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
+            if score is not None:
+                ratings[where][text].add(score)
+    agreed = {where: {text: min(s) for text, s in texts.items() if len(s) == 1} for where, texts in ratings.items()}
+    return [(sources[where], texts) for where, texts in agreed.items()]
+
+
+def _name(pair: PreferencePair) -> str:
+    said = repr((pair.user_id, pair.conversation_id, pair.context, pair.chosen, pair.rejected))
+    return f"near-tie-{sha256(said.encode()).hexdigest()[:16]}"

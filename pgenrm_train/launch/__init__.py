@@ -1,0 +1,192 @@
+"""Files that start a run on a cluster, made from the typed configuration: a SLURM script and a KubeRay RayJob.
+
+Both run the driver on the head node with `ray.address=auto`; the checkout travels from there to every worker as the `working_dir`
+of Ray's runtime environment (`verl_session`).  Keys are named, never written: SLURM exports the submitter's environment, Kubernetes
+reads a secret.  What a user typed passes through `shlex.quote` or YAML's own writer, so no value can become a command.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config import CONFIG_DIR, Config, load, to_dict
+from pgenrm_train.errors import ConfigError
+
+HERE = Path(__file__).parent
+RAY_PORT = 6379
+CHECKOUT = "/opt/pgenrm-train"  # in the image of the Dockerfile
+RUNS = "/runs"  # where the volume claim is mounted
+BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # needs no quotes in Hydra's grammar
+LEFT_OUT = ("recipe", "plan", "preflight", "ray")  # of the configuration: they are the planner's, not the run's
+
+
+def slurm(config: Config, hours: float | None = None) -> str:
+    """A batch script: Ray on every node, the recipe on the first; it asks for 1.5 times the planned hours, at most four days."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["quote"] = shlex.quote
+    limit = min(96, max(1, math.ceil(1.5 * (hours or 16.0))))
+    cuda = config.cluster.device == "cuda"
+    return templates.get_template("slurm.sh.j2").render(
+        name=job_name(config),
+        nodes=config.cluster.nodes,
+        gpus=config.cluster.processes_per_node,
+        cuda=cuda,
+        limit=f"{limit}:00:00",
+        directives=[_one_line("plan.sbatch", text) for text in config.plan.sbatch],
+        secrets=required_secrets(config),
+        port=RAY_PORT,
+        command=shlex.join(command(config, ray=config.cluster.nodes > 1)),
+    )
+
+
+def rayjob(config: Config, hours: float | None = None) -> str:
+    """A KubeRay RayJob (ray.io/v1).  HTTPMode: the entrypoint is read by one shell only, so its quotes are what they seem."""
+    import yaml
+
+    from pgenrm_train.preflight.versions import pinned
+
+    for key, path in (("data.path", config.data.path), ("model.path", config.model.path)):
+        if path is not None and not Path(path).is_absolute():
+            raise ConfigError(
+                f"{key}={path} is a path of this machine; for plan.emit=rayjob give one below {RUNS}, where the volume is"
+            )
+    run_dir = config.run_dir if Path(config.run_dir).is_absolute() else f"{RUNS}/{Path(config.run_dir).name}"
+    entry = [part for part in command(config, ray=True) if not part.startswith("run_dir=")]
+    start = f"cd {CHECKOUT} && exec {shlex.join([*entry, f'run_dir={hydra_value(run_dir)}'])}"
+    head, workers = _group(config, head=True), config.cluster.nodes - 1
+    cluster: dict[str, Any] = {"rayVersion": pinned("ray", config), "headGroupSpec": head}
+    if workers:
+        sizes = {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
+        cluster["workerGroupSpecs"] = [{"groupName": "workers", **sizes, **_group(config, head=False)}]
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": job_name(config)},
+        "spec": {
+            "submissionMode": "HTTPMode",
+            "entrypoint": start,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": cluster,
+        },
+    }
+    return str(yaml.safe_dump(job, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _group(config: Config, head: bool) -> dict[str, Any]:
+    """Head or worker: one pod a node with all of its GPUs."""
+    gpus, cuda = config.cluster.processes_per_node, config.cluster.device == "cuda"
+    resources: dict[str, Any] = {"memory": f"{math.ceil(config.cluster.min_free_memory_gib)}Gi"} | (
+        {"nvidia.com/gpu": gpus} if cuda else {}
+    )
+    variables: list[dict[str, Any]] = [{"name": "HF_HOME", "value": f"{RUNS}/huggingface"}]
+    variables += [_from_secret(config, name, optional=False) for name in required_secrets(config)]
+    variables += [_from_secret(config, "HF_TOKEN", optional=True)] if config.model.kind == "hf" else []
+    container = {
+        "name": "ray-head" if head else "ray-worker",
+        "image": config.plan.image,
+        "env": variables,
+        "resources": {"requests": resources, "limits": dict(resources)},
+        "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    volumes = [
+        {"name": "runs", "persistentVolumeClaim": {"claimName": config.plan.volume_claim}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},  # NCCL and Ray need more than the 64 MiB of a container
+    ]
+    start = {"num-gpus": str(gpus)} | (
+        {} if cuda else {"num-cpus": str(8 + 4 * gpus)}
+    )  # on CPUs: logical, as a local Ray is started
+    return {"rayStartParams": start, "template": {"spec": {"containers": [container], "volumes": volumes}}}
+
+
+def _from_secret(config: Config, name: str, optional: bool) -> dict[str, Any]:
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": config.plan.secret, "key": name, "optional": optional}}}
+
+
+def required_secrets(config: Config) -> list[str]:
+    """Names of the variables that hold keys which this run needs.  Raises ConfigError for what is no variable's name."""
+    names = [config.teacher.api_key_env, config.judge.api_key_env, config.model.api_key_env]
+    names += ["WANDB_API_KEY"] if config.tracking.kind == "wandb" else []
+    wrong = next((name for name in names if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)), None)
+    if wrong:
+        raise ConfigError(f"api_key_env={wrong!r} is not the name of an environment variable")
+    return sorted({name for name in names if name})
+
+
+def job_name(config: Config) -> str:
+    """From the run folder, in letters that SLURM and Kubernetes (RFC 1123, at most 47 for KubeRay) allow."""
+    name = re.sub(r"[^a-z0-9]+", "-", Path(config.run_dir).name.lower()).strip("-")[:38].strip("-")
+    return f"pgenrm-{name or 'run'}"
+
+
+# ---- the command line ----
+
+
+def command(config: Config, ray: bool) -> list[str]:
+    """`python -m pgenrm_train …` that composes this configuration again."""
+    return ["python", "-m", "pgenrm_train", *overrides_of(config), *(["ray.address=auto"] if ray else [])]
+
+
+def overrides_of(config: Config) -> list[str]:
+    """The recipe, the groups, and every key in which the configuration differs from what those compose."""
+    recipe = "pipeline" if config.plan.stage == "all" else config.plan.stage
+    groups = {
+        "recipe": recipe,
+        "data": config.data.name,
+        "model": _choice("model", config.model.label, {"hf": "llama31_8b"}.get(config.model.kind, config.model.kind)),
+        "cluster": _choice("cluster", config.cluster.name, "cpu"),
+        "teacher": config.teacher.kind,
+        "judge": config.judge.kind,
+        "tracking": config.tracking.kind,
+    }
+    chosen = [f"{group}={name}" for group, name in groups.items()]
+    # What the groups demand (data.path, judge.name, …) may be among the differences, so the base is composed without the checks.
+    base = to_dict(load(*chosen, checked=False))
+    return chosen + list(_differences(to_dict(config), base, LEFT_OUT))
+
+
+def _choice(group: str, name: str, otherwise: str) -> str:
+    return name if (CONFIG_DIR / group / f"{name}.yaml").exists() else otherwise
+
+
+def _differences(
+    wanted: Mapping[str, Any], base: Mapping[str, Any], skip: tuple[str, ...] = (), prefix: str = ""
+) -> Iterator[str]:
+    for key, value in wanted.items():
+        if key in skip:
+            continue
+        if isinstance(value, Mapping):
+            yield from _differences(value, base.get(key) or {}, prefix=f"{prefix}{key}.")
+        elif key not in base:
+            yield f"+{prefix}{key}={hydra_value(value)}"
+        elif value != base[key]:
+            yield f"{prefix}{key}={hydra_value(value)}"
+
+
+def hydra_value(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides; texts with anything special are quoted, and `${` is escaped."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(hydra_value(item) for item in value) + "]"
+    if not isinstance(value, str):
+        return str(value)
+    _one_line("the configuration", value)
+    if BARE.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return value
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)  # OmegaConf's escape of an interpolation
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), text)
+    return f"'{text}'"
+
+
+def _one_line(key: str, text: str) -> str:
+    if any(ord(letter) < 32 for letter in text):
+        raise ConfigError(f"{key} holds a line break or control character ({text!r}), which a launch file cannot carry")
+    return text

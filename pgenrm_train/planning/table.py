@@ -1,0 +1,80 @@
+"""A plan for people: one table of memory a stage, and one of work."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pgenrm_train.planning import Plan, StagePlan
+from pgenrm_train.planning.memory import ranks_of
+from pgenrm_train.planning.work import card_of
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    console = console or Console(highlight=False, soft_wrap=True)
+    config, card = plan.config, card_of(plan.config)
+    name = "cpu" if config.cluster.device == "cpu" else config.plan.card
+    console.print(
+        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {ranks_of(config)} × {name} "
+        f"({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
+        markup=False,
+    )
+    console.print(memory_table(plan))
+    console.print(work_table(plan))
+    for stage in plan.stages:
+        for line in sentences(stage):
+            console.print(line, markup=False)
+    console.print(totals(plan), markup=False)
+
+
+def memory_table(plan: Plan) -> Table:
+    table = Table("stage", "phase", "GiB by part (the fullest process)", "sum", "of", "", title="Memory", title_justify="left")
+    for stage in plan.stages:
+        for phase in stage.phases:
+            parts = ", ".join(f"{name} {gib:.2f}" for name, gib in phase.parts.items() if gib >= 0.005)
+            if phase.host_parts:
+                parts += "; in a node's own memory: " + ", ".join(f"{k} {v:.1f}" for k, v in phase.host_parts.items())
+            verdict = "fits" if phase.fits else "DOES NOT FIT"
+            table.add_row(stage.stage, phase.name, parts, f"{phase.total:.1f}", f"{phase.available:g}", verdict)
+    return table
+
+
+def work_table(plan: Plan) -> Table:
+    table = Table(
+        "stage", "counts", "M tokens", "hours", "disk, GiB", title="Work (assumed rates, see docs/plan.md)", title_justify="left"
+    )
+    for stage in plan.stages:
+        work = stage.work
+        batches = stage.batches.facts if stage.batches else {}
+        table.add_row(
+            stage.stage,
+            ", ".join(f"{k} {v:,}" for k, v in {**work.counts, **batches}.items() if v),
+            ", ".join(f"{k} {v / 1e6:,.2f}" for k, v in work.tokens.items()),
+            ", ".join(f"{k} {v:.2f}" for k, v in work.hours.items()),
+            f"{sum(work.disk.values()):.1f}",
+        )
+    return table
+
+
+def sentences(stage: StagePlan) -> list[str]:
+    """Problems with the nearest change, then what was assumed."""
+    lines = [f"✗ {problem}" for problem in stage.problems]
+    if stage.problems:
+        found = " ".join(stage.change) if stage.change else None
+        lines.append(
+            f"  nearest change of {stage.stage} that fits: {found}"
+            if found
+            else f"  no few changes make {stage.stage} fit: another cluster"
+        )
+    lines += [f"· {stage.stage}: {note}" for phase in stage.phases for note in phase.notes]
+    return lines + [f"· {stage.stage} assumes: {text}" for text in stage.work.assumptions]
+
+
+def totals(plan: Plan) -> str:
+    api = sum(stage.work.api_dollars for stage in plan.stages)
+    return (
+        f"in all about {plan.hours:.2f} hours, ${plan.dollars:,.2f}"
+        + (f" (${api:,.2f} of it for APIs)" if api else "")
+        + f", {plan.disk_gib:.1f} GiB of disk; start-up and waiting are not counted"
+        + ("" if plan.fits else ", nor are the stages that do not fit")
+    )

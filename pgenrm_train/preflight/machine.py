@@ -1,0 +1,169 @@
+"""Checks of this machine: disk, memory, GPUs, shared memory, ports, and a ring of its processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgenrm_train.config import Config
+
+HEAVY = ("psi", "cre", "curriculum", "evaluate")
+TRAINS = ("psi", "cre", "curriculum")
+RING_SECONDS = 180.0
+
+
+def check_disk(config: Config, stage: str) -> Iterator[str]:
+    free = shutil.disk_usage(_existing(Path(config.run_dir))).free / 2**30
+    if free < config.cluster.min_free_disk_gib:
+        yield (
+            f"{free:.1f} GiB of disk are free at run_dir={config.run_dir}, and cluster.min_free_disk_gib="
+            f"{config.cluster.min_free_disk_gib:g}; free some, choose another run_dir, or lower the limit"
+        )
+
+
+def check_memory(config: Config, stage: str) -> Iterator[str]:
+    import psutil
+
+    free = psutil.virtual_memory().available / 2**30
+    if stage in HEAVY and free < config.cluster.min_free_memory_gib:
+        yield (
+            f"{free:.1f} GiB of memory are free, and {stage} needs cluster.min_free_memory_gib="
+            f"{config.cluster.min_free_memory_gib:g}; close other programs or lower the limit"
+        )
+
+
+def check_shared_memory(config: Config, stage: str) -> Iterator[str]:
+    """NCCL and Ray exchange data through /dev/shm; a container's default of 64 MiB ends them in obscure ways."""
+    shm = Path("/dev/shm")
+    if config.cluster.device == "cuda" and stage in TRAINS and shm.exists():
+        size = shutil.disk_usage(shm).total / 2**30
+        if size < 1.0:
+            yield f"/dev/shm holds {size * 1024:.0f} MiB and NCCL and Ray need GiBs; start the container with --shm-size=32g or --ipc=host"
+
+
+def check_ports(config: Config, stage: str) -> Iterator[str]:
+    """The loopback interface gives ports, and a MASTER_PORT that the environment fixes is free."""
+    if stage not in HEAVY:
+        return
+    try:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+    except OSError as error:
+        yield f"no port can be opened on 127.0.0.1 ({error.strerror}); allow loopback connections, or stop what holds the ports"
+        return
+    fixed = os.environ.get("MASTER_PORT", "")
+    if stage == "psi" and fixed.isdigit() and int(fixed):
+        try:
+            with socket.socket() as found:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                found.bind(("127.0.0.1", int(fixed)))
+        except OSError:
+            yield f"MASTER_PORT={fixed} is in use; stop the process that holds it, or unset MASTER_PORT"
+
+
+# ---- GPUs ----
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One visible GPU, as NVML tells it."""
+
+    name: str
+    memory_gib: float
+    free_gib: float
+    capability: tuple[int, int]
+
+
+def check_gpus(config: Config, stage: str) -> Iterator[str]:
+    """Count and kind.  With ray.address the GPUs are the cluster's, and this machine need not have any."""
+    if config.cluster.device != "cuda" or stage not in (*HEAVY, "prototypes") or config.ray.address is not None:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < config.cluster.processes_per_node:
+        yield (
+            f"cluster={config.cluster.name} needs {config.cluster.processes_per_node} GPUs a node and this machine shows {found}; "
+            "choose another cluster= or set cluster.processes_per_node="
+        )
+        return
+    yield from gpu_problems(config, visible_gpus()[: config.cluster.processes_per_node])
+
+
+def gpu_problems(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
+    if config.model.dtype == "bfloat16" and (old := [gpu.name for gpu in gpus if gpu.capability < (8, 0)]):
+        yield f"{old[0]} computes no bfloat16 (compute capability 8.0 is needed); use Ampere or newer GPUs, or model.dtype=float32"
+    if len(kinds := {gpu.name for gpu in gpus}) > 1:
+        yield f"the GPUs differ ({', '.join(sorted(kinds))}) and the slowest would set the pace; choose alike ones with CUDA_VISIBLE_DEVICES"
+    for number, gpu in enumerate(gpus):
+        if gpu.free_gib < 0.9 * gpu.memory_gib:
+            yield (
+                f"GPU {number} ({gpu.name}) has {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free: another process uses it; "
+                "stop that (nvidia-smi shows it) or choose others with CUDA_VISIBLE_DEVICES"
+            )
+
+
+def visible_gpus() -> list[Gpu]:
+    """NVML's view in the order of CUDA_VISIBLE_DEVICES; empty where NVML is not to be had.  Makes no CUDA context."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library: `torch.cuda.device_count` has already said what counts
+        return []
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = wanted.split(",") if wanted else [str(n) for n in range(pynvml.nvmlDeviceGetCount())]
+    handles = [
+        pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+        for name in names
+    ]
+    return [_gpu(pynvml, handle) for handle in handles]
+
+
+def _gpu(nvml, handle) -> Gpu:  # type: ignore[no-untyped-def]
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(nvml.nvmlDeviceGetName(handle), memory.total / 2**30, memory.free / 2**30, (major, minor))
+
+
+# ---- a ring ----
+
+
+def check_ring(config: Config, stage: str) -> Iterator[str]:
+    """An all-reduce over this node's processes: NCCL on GPUs, gloo on a CPU (only when asked: it imports torch twice)."""
+    processes, cuda = config.cluster.processes_per_node, config.cluster.device == "cuda"
+    wanted = cuda and processes > 1 and config.ray.address is None if config.preflight.ring is None else config.preflight.ring
+    if not wanted or stage not in TRAINS or (cuda and any(check_gpus(config, stage))):  # without GPUs there is no ring
+        return
+    backend = "nccl" if cuda else "gloo"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={max(2, processes) if not cuda else processes}",
+               "-m", "pgenrm_train.backends.ring", backend]  # fmt: skip
+    own = {} if cuda else {"GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RING_SECONDS, env={**own, **os.environ})
+    except subprocess.TimeoutExpired:
+        yield f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; {_remedy(backend)}"
+        return
+    if done.returncode:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given").strip()
+        yield f"an all-reduce over {processes} processes ({backend}) failed ({reason[:200]}); {_remedy(backend)}"
+
+
+def _remedy(backend: str) -> str:
+    if backend == "gloo":
+        return "set GLOO_SOCKET_IFNAME to an interface that is up (lo on one machine)"
+    return (
+        "set NCCL_SOCKET_IFNAME to the cluster's interface, NCCL_DEBUG=INFO to see more, NCCL_P2P_DISABLE=1 to rule out GPU links"
+    )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.resolve().parent
+    return path

@@ -1,0 +1,173 @@
+"""Records of a question-answering evaluation set (LaMP-QA, METHOD §10): questions of users, and several models' answers to each.
+
+What a judge of answers may know and a reward model may not, the rubric and the user's narrative, has a type and a file of its own.
+Neither `Question` nor `Answer` has a field that could carry it, and prompts are written from `masking.MaskedView`, which has none
+either.
+
+    build_data/questions.parquet   Question
+    build_data/secrets.parquet     QuestionSecret
+    build_data/answers.parquet     Answer; absent while nobody has answered
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.artifacts import atomic
+from pgenrm_train.errors import ArtifactError, DataError
+from pgenrm_train.records import read_rows
+
+QUESTIONS, SECRETS, ANSWERS = "questions.parquet", "secrets.parquet", "answers.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileItem:
+    """One earlier text of the asking user."""
+
+    id: str
+    text: str
+    category: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a user asks, and what they wrote before (`profile`, in the order of the source); `subset` is the part of the data set."""
+
+    id: str
+    question: str
+    profile: tuple[ProfileItem, ...]
+    category: str
+    subset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aspect:
+    """One thing that the user wants an answer to cover."""
+
+    aspect: str
+    reason: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSecret:
+    """What answers are graded by: for judges and reference rankings only, never in a prompt of a reward model."""
+
+    question_id: str
+    rubric_aspects: tuple[Aspect, ...]
+    narrative: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One model's answer; `rubric_score` is its grade by the rubric, when somebody graded it."""
+
+    question_id: str
+    model: str
+    text: str
+    rubric_score: float | None = None
+
+
+def write_questions(folder: Path, questions: Iterable[Question]) -> None:
+    """Write `questions.parquet`, atomically."""
+    item = {"id": "string", "text": "string", "category": "string"}
+    _write(
+        folder / QUESTIONS,
+        questions,
+        {"id": "string", "question": "string", "category": "string", "subset": "string"},
+        profile=item,
+    )
+
+
+def write_secrets(folder: Path, secrets: Iterable[QuestionSecret]) -> None:
+    """Write `secrets.parquet`, atomically."""
+    aspect = {"aspect": "string", "reason": "string", "evidence": "string"}
+    _write(folder / SECRETS, secrets, {"question_id": "string", "narrative": "string"}, rubric_aspects=aspect)
+
+
+def write_answers(folder: Path, answers: Iterable[Answer]) -> None:
+    """Write `answers.parquet`, atomically."""
+    _write(folder / ANSWERS, answers, {"question_id": "string", "model": "string", "text": "string", "rubric_score": "float64"})
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """The questions of a `build_data` folder.  Raises ArtifactError when they are missing."""
+    return [
+        Question(r["id"], r["question"], tuple(ProfileItem(**item) for item in r["profile"]), r["category"], r["subset"])
+        for r in _rows(folder / QUESTIONS)
+    ]
+
+
+def read_secrets(folder: Path) -> list[QuestionSecret]:
+    """Rubrics and narratives, in the order of the questions."""
+    return [
+        QuestionSecret(r["question_id"], tuple(Aspect(**a) for a in r["rubric_aspects"]), r["narrative"])
+        for r in _rows(folder / SECRETS)
+    ]
+
+
+def read_answers(folder: Path) -> list[Answer]:
+    """The answers.  Raises ArtifactError when the set was built without any."""
+    if not (folder / ANSWERS).exists():
+        raise ArtifactError(f"{folder / ANSWERS} does not exist; build the data with data.answers=FILE")
+    return [Answer(**row) for row in _rows(folder / ANSWERS)]
+
+
+def answers_of_file(path: Path, known: Mapping[str, Question]) -> Iterator[Answer]:
+    """Answers from a user's parquet or JSONL: columns `id` (of the question), `model`, `answer`, and `rubric_score` if graded.
+
+    Raises DataError with file, row, field and expectation; also for a question that is not among `known`, and for a second answer
+    of a model to the same question.
+    """
+    seen: set[tuple[str, str]] = set()
+    for number, row in enumerate(read_rows(path), start=1):
+        answer = _answer(row, f"{path}, row {number}")
+        if answer.question_id not in known:
+            raise DataError(f"{path}, row {number}, field 'id': expected the id of a question, got {answer.question_id[:60]!r}")
+        if (answer.question_id, answer.model) in seen:
+            raise DataError(
+                f"{path}, row {number}: expected one answer of a model to a question, got a second one of "
+                f"{answer.model[:60]!r} to {answer.question_id[:60]!r}"
+            )
+        seen.add((answer.question_id, answer.model))
+        yield answer
+    if not seen:
+        raise DataError(f"{path} holds no rows; expected at least one answer")
+
+
+def _answer(row: Mapping[str, Any], where: str) -> Answer:
+    texts = []
+    for name in ("id", "model", "answer"):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
+        texts.append(value)
+    score = row.get("rubric_score")
+    if isinstance(score, float) and math.isnan(score):  # what pandas writes for null
+        score = None
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)):
+        raise DataError(f"{where}, field 'rubric_score': expected a finite number or null, got {str(score)[:60]!r}")
+    question, model, text = texts
+    return Answer(question, model, text, None if score is None else float(score))
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; run recipe=build_data data=lampqa with the same run_dir first")
+    return read_rows(path)
+
+
+def _write(path: Path, records: Iterable[Any], columns: Mapping[str, str], **lists: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in columns.items()]
+    for name, members in lists.items():
+        struct = pa.struct([pa.field(member, pa.type_for_alias(kind)) for member, kind in members.items()])
+        fields.append(pa.field(name, pa.list_(struct)))
+    with atomic(path) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(record) for record in records], schema=pa.schema(fields)), temporary)

@@ -1,0 +1,272 @@
+"""History-aware attentive refinement of prototypes by users' votes (METHOD §6).
+
+Equations, for prototype j and a sample with query q, votes y⁺ over y⁻ and history (q_τ, y_τ⁺, y_τ⁻), all of them embeddings:
+
+    o_τ = σ(W [q_τ ; y_τ⁺ − y_τ⁻])      α_τ = softmax_τ( o_τᵀq/√d + ρ o_τᵀa_j/√d )      v = Σ_τ α_τ o_τ
+    z = a_j + λ_q W_q q + λ_s W_s v      Δ = zᵀy⁺ − zᵀy⁻
+    L = −log σ(Δ) + λ_cent ‖a_j − μ_j‖² + λ_tr ‖a_j − p_j‖²
+
+Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
+- W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes, so that one pass trains all of them and small clusters borrow
+  from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids, and what it adds was learned.
+- μ_j is the mean of the cluster that K-means found; p_j is a_j at the start of the epoch.
+- Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a batch keeps its bits.
+- A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the optimiser.
+
+Left out: gradient sync over several processes (one process refines).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pgenrm_train.config import PrototypesConfig
+from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.prototypes import CHUNK, Prototypes, assign, chunks
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Stands in for a large array with many equal rows: `rows[i]` is `table[index[i]]`, gathered when asked.
+
+    `table` (T, d) may be memory-mapped; `index` (N,) or (N, h) of integers.  Padding may point at any row.
+    """
+
+    table: np.ndarray
+    index: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.index.shape, self.table.shape[1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.table[self.index[rows]])
+
+
+@dataclass(frozen=True, slots=True)
+class RefinementBatch:
+    """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Rows`.
+
+    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h), true where an item
+    is real; `users` (N,).  Raises DataError when the shapes disagree.
+    """
+
+    query: np.ndarray | Rows
+    chosen: np.ndarray | Rows
+    rejected: np.ndarray | Rows
+    history_query: np.ndarray | Rows
+    history_chosen: np.ndarray | Rows
+    history_rejected: np.ndarray | Rows
+    mask: np.ndarray
+    users: np.ndarray
+
+    def __post_init__(self) -> None:
+        n, d = self.query.shape
+        h = self.mask.shape[-1]
+        expected = {"query": (n, d), "chosen": (n, d), "rejected": (n, d), "mask": (n, h), "users": (n,)}
+        expected |= dict.fromkeys(("history_query", "history_chosen", "history_rejected"), (n, h, d))
+        for name, shape in expected.items():
+            if tuple(np.shape(getattr(self, name))) != shape:
+                raise DataError(f"refinement samples: '{name}' has shape {np.shape(getattr(self, name))}, expected {shape}")
+
+    def __len__(self) -> int:
+        return int(self.query.shape[0])
+
+
+class Batch(NamedTuple):
+    """Tensors of B samples; `difference` is y⁺ − y⁻, `items` is [q_τ ; y_τ⁺ − y_τ⁻] (B, h, 2d), `label` the prototype j."""
+
+    label: torch.Tensor
+    query: torch.Tensor
+    difference: torch.Tensor
+    items: torch.Tensor
+    mask: torch.Tensor
+
+
+def attend(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig) -> torch.Tensor:
+    """z (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
+    import torch
+
+    o = torch.sigmoid(batch.items @ maps["W"].T)
+    # o·q + ρ o·a is one product with q + ρ a
+    logits = (o @ (batch.query + config.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
+    # the lowest finite number instead of −∞, and the mask once more after the softmax: a row without history gives 0, not NaN
+    weights = logits.masked_fill(~batch.mask, torch.finfo(logits.dtype).min).softmax(-1) * batch.mask
+    v = (weights.unsqueeze(1) @ o).squeeze(1)
+    return a + config.lambda_query * batch.query @ maps["W_q"].T + config.lambda_summary * v @ maps["W_s"].T
+
+
+def refine(
+    prototypes: Prototypes,
+    samples: RefinementBatch,
+    config: PrototypesConfig,
+    seed: int,
+    *,
+    batch_size: int = 512,
+    holdout: float = 0.1,
+    device: str = "cpu",
+) -> tuple[Prototypes, dict[str, Any]]:
+    """History-aware attentive refinement of all prototypes in one pass, then re-assignment of every row to the nearest one.
+
+    Sample i belongs to row i of `prototypes`.  Metrics: `loss` (one a epoch, training samples), accuracy of Δ > 0 for z and for
+    the unrefined centroids on held-out users (`holdout` of them; NaN when there are none) and on training users, measured with
+    the labels before re-assignment; `moved_share` of rows that changed prototype; `empty_prototypes`.
+    Raises DataError when samples and rows disagree, ConfigError when the learning rate makes the loss overflow.
+    """
+    if len(samples) != len(prototypes.labels) or not np.array_equal(np.asarray(samples.users, dtype=str), prototypes.users):
+        raise DataError("refinement samples must be the clustered rows: same number, same users, same order")
+    train, held = _split_users(prototypes.users, holdout, seed)
+    state = Refinement(prototypes, config, seed, device)
+    losses = []
+    for epoch in range(config.refine_epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(train)
+        losses.append(state.epoch(samples, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))
+        if not math.isfinite(losses[-1]):
+            raise ConfigError(f"prototypes.learning_rate={config.learning_rate} makes the refinement diverge; lower it")
+    metrics: dict[str, Any] = {"loss": losses, "holdout_users": len(set(prototypes.users[held])), "holdout_pairs": len(held)}
+    for name, rows in (("holdout", held), ("train", train)):
+        margins, unrefined = state.margins(samples, rows, batch_size)
+        metrics[f"{name}_accuracy"] = float((margins > 0).mean()) if len(rows) else math.nan
+        metrics[f"{name}_accuracy_centroids"] = float((unrefined > 0).mean()) if len(rows) else math.nan
+    A = state.A.detach().cpu().numpy()
+    labels = assign(A, prototypes.embeddings)
+    metrics["moved_share"] = float((labels != prototypes.labels).mean())
+    metrics["empty_prototypes"] = len(A) - len(np.unique(labels))
+    maps = {name: value.detach().cpu().numpy() for name, value in state.maps.items()}
+    return dataclasses.replace(prototypes, A=A, labels=labels, maps=maps), metrics
+
+
+def cold_start(
+    refined: Prototypes, samples: RefinementBatch, labels: np.ndarray, config: PrototypesConfig, seed: int, draws: int = 1000
+) -> dict[str, Any]:
+    """Accuracy of Δ > 0 on users whom refinement has not seen, with their prototypes and without.
+
+    `labels` (N,): the nearest prototype of each sample's user, −1 where none is known.  Without prototypes, and where none is
+    known, the mean of all centroids stands in: a newcomer is then everyone.  Intervals (95 %) resample users.
+    """
+    import torch
+
+    A = np.vstack([refined.A, refined.A.mean(axis=0)])  # row −1: everyone
+    state = Refinement(dataclasses.replace(refined, A=A), config, seed)
+    state.maps = {name: torch.from_numpy(value) for name, value in refined.maps.items()}
+    rows = np.arange(len(samples))
+    found: dict[str, Any] = {"pairs": len(samples), "users": len(np.unique(samples.users))}
+    hits = {}
+    for name, chosen in (("accuracy", labels % len(A)), ("without prototypes accuracy", np.full(len(labels), len(A) - 1))):
+        state.labels = chosen
+        hits[name] = state.margins(samples, rows, 512)[0] > 0
+    hits["difference"] = hits["accuracy"].astype(float) - hits["without prototypes accuracy"]
+    for name, hit in hits.items():
+        found |= {name: float(hit.mean()), f"{name} ci95": _interval(hit, samples.users, seed, draws)}
+    return found
+
+
+def _interval(hit: np.ndarray, users: np.ndarray, seed: int, draws: int) -> list[float]:
+    """Percentile bootstrap over users."""
+    code = np.unique(users, return_inverse=True)[1]
+    size, total = np.bincount(code), np.bincount(code, weights=hit)
+    times = np.random.default_rng(seed).multinomial(len(size), np.full(len(size), 1 / len(size)), draws)
+    return [float(x) for x in np.quantile((times @ total) / (times @ size), (0.025, 0.975))]
+
+
+class Refinement:
+    """The learned state: A, the shared maps, their optimisers, and the two anchors of the regularisers."""
+
+    def __init__(self, prototypes: Prototypes, config: PrototypesConfig, seed: int, device: str = "cpu") -> None:
+        import torch
+
+        self.config, self.labels, self.device = config, prototypes.labels, device
+        d = prototypes.A.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        bound = math.sqrt(6 / (3 * d))  # Xavier's, for d outputs of 2d inputs
+        W = (torch.rand(d, 2 * d, generator=generator) * 2 - 1) * bound
+        start = {"W": W, "W_q": torch.zeros(d, d), "W_s": torch.zeros(d, d)}
+        self.maps = {name: value.to(device).requires_grad_() for name, value in start.items()}
+        self.centroids = torch.tensor(prototypes.A, device=device)
+        self.A = self.centroids.clone().requires_grad_()
+        self.mean = torch.tensor(_cluster_means(prototypes), device=device)
+        self.previous = self.centroids.clone()
+        self.map_optimiser = torch.optim.Adam(self.maps.values(), lr=config.learning_rate, fused=True)
+        self.row_optimiser = torch.optim.SparseAdam([self.A], lr=config.learning_rate)
+
+    def epoch(self, samples: RefinementBatch, batches: Sequence[np.ndarray]) -> float:
+        """One pass; the mean loss per sample as met on the way.  p_j becomes the state at its start."""
+        self.previous = self.A.detach().clone()
+        total = sum(self.step(self.batch(samples, rows)) * len(rows) for rows in batches)
+        return total / max(1, sum(map(len, batches)))
+
+    def step(self, batch: Batch) -> float:
+        loss, _ = self.loss(batch)
+        self.map_optimiser.zero_grad()
+        self.row_optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.map_optimiser.step()
+        self.row_optimiser.step()  # type: ignore[no-untyped-call]
+        return float(loss.item())
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss over the batch, and Δ (B,)."""
+        from torch.nn import functional
+
+        # sparse=True: the gradient holds the gathered rows only, so SparseAdam leaves every other prototype as it is
+        a = functional.embedding(batch.label, self.A, sparse=True)
+        margin = (attend(batch, a, self.maps, self.config) * batch.difference).sum(-1)
+        centre = (a - self.mean[batch.label]).square().sum(-1)
+        trajectory = (a - self.previous[batch.label]).square().sum(-1)
+        penalty = self.config.lambda_centre * centre + self.config.lambda_trajectory * trajectory
+        return (penalty - functional.logsigmoid(margin)).mean(), margin
+
+    def margins(self, samples: RefinementBatch, rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Δ of `rows` with the refined z, and with the unrefined centroid in z's place."""
+        import torch
+
+        refined, unrefined = [np.zeros(0)], [np.zeros(0)]
+        with torch.no_grad():
+            for start in range(0, len(rows), batch_size):
+                batch = self.batch(samples, rows[start : start + batch_size])
+                refined.append(self.loss(batch)[1].cpu().numpy())
+                unrefined.append((self.centroids[batch.label] * batch.difference).sum(-1).cpu().numpy())
+        return np.concatenate(refined), np.concatenate(unrefined)
+
+    def batch(self, samples: RefinementBatch, rows: np.ndarray) -> Batch:
+        """Gather `rows`: the only copy of a memory-mapped sample."""
+        past = samples.history_chosen[rows] - samples.history_rejected[rows]
+        items = np.concatenate([samples.history_query[rows], past], axis=-1)
+        difference = samples.chosen[rows] - samples.rejected[rows]
+        arrays = (self.labels[rows], samples.query[rows], difference, items, np.asarray(samples.mask[rows], dtype=bool))
+        return Batch(*(self._tensor(x) for x in arrays))
+
+    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else np.ascontiguousarray(x)).to(self.device)
+
+
+def _cluster_means(prototypes: Prototypes) -> np.ndarray:
+    """μ (k, d): mean of each cluster's rows, and the centroid itself where a cluster is empty."""
+    import torch
+
+    totals = torch.zeros(prototypes.A.shape)
+    labels = torch.from_numpy(prototypes.labels)
+    for start, chunk in zip(range(0, len(labels), CHUNK), chunks(prototypes.embeddings), strict=True):
+        totals.index_add_(0, labels[start : start + CHUNK], torch.tensor(chunk))
+    sizes = np.bincount(prototypes.labels, minlength=len(prototypes.A))[:, None]
+    return np.where(sizes > 0, totals.numpy() / np.maximum(sizes, 1), prototypes.A).astype(np.float32)
+
+
+def _split_users(users: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of training users and rows of held-out users; with a single user nobody is held out."""
+    names = np.unique(users)
+    count = 0 if len(names) < 2 or share <= 0 else min(len(names) - 1, math.ceil(share * len(names)))
+    chosen = np.random.default_rng([seed, len(names)]).permutation(names)[:count]
+    held = np.isin(users, chosen)
+    return np.flatnonzero(~held), np.flatnonzero(held)

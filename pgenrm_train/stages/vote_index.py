@@ -1,0 +1,195 @@
+"""An index of votes in SQLite, in a file of the temporary folder: rules over a whole data set, in memory that does not grow with it.
+
+A builder streams its pairs; what concerns all of them at once (one id a vote, splits, limits, votes that return on the other
+side of a split) is decided here from a row of hashes and labels a vote, and applied when the pairs are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from pgenrm_train.records import PreferencePair
+
+HELDOUT_SHARE, SHARES = 0.1, (("train", 0.7), ("val", 0.1), ("test", 0.2))
+TRAINS = "split = 'train' AND user_split NOT IN ('val', 'test')"  # as PreferencePair.trains
+_BATCH = 2000
+_TABLES = """
+CREATE TABLE votes (
+    row INTEGER PRIMARY KEY, name TEXT, user TEXT, conversation TEXT,
+    content INTEGER,   -- hash of context and the two texts, in no order
+    chosen INTEGER,    -- hash of the chosen text
+    split TEXT, user_split TEXT, kept INTEGER DEFAULT 1, kind TEXT,
+    longer INTEGER,    -- 1: the chosen text is the longer one, -1: the shorter, 0: as long
+    position INTEGER,  -- where the user saw the chosen text, when that is known
+    criteria INTEGER, identical INTEGER
+);
+CREATE TABLE places (user TEXT, conversation TEXT, split TEXT, user_split TEXT, PRIMARY KEY (user, conversation));
+CREATE TABLE taken (name TEXT PRIMARY KEY, tries INTEGER DEFAULT 0);
+"""
+
+
+def text_hash(*texts: str) -> int:
+    """64 bits, as SQLite stores them; the lengths keep ("a", "bc") from ("ab", "c")."""
+    data = f"{[*map(len, texts)]}{''.join(texts)}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
+
+
+class VoteIndex:
+    """One row a vote, in the order in which they were added; `kept` is 0 for votes that are left out."""
+
+    def __init__(self) -> None:
+        self.db = sqlite3.connect("")  # a temporary file that goes with the connection
+        self.db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; {_TABLES}")
+        self._waiting: list[tuple[Any, ...]] = []
+
+    def add(self, pair: PreferencePair) -> None:
+        texts = sorted((pair.chosen, pair.rejected))
+        longer = len(pair.chosen) - len(pair.rejected)
+        self._waiting.append((
+            pair.pair_id, pair.user_id, pair.conversation_id or pair.pair_id,
+            text_hash(*(m.content for m in pair.context), *texts), text_hash(pair.chosen), pair.split, pair.user_split, pair.kind,
+            (longer > 0) - (longer < 0), pair.position, pair.explicit.criteria is not None, pair.chosen == pair.rejected,
+        ))  # fmt: skip
+        if len(self._waiting) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.db.executemany(
+            "INSERT INTO votes (name, user, conversation, content, chosen, split, user_split, kind, longer, position, criteria,"
+            " identical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            self._waiting,
+        )
+        self._waiting.clear()
+
+    def close(self) -> None:
+        self.db.close()
+
+    def added(self) -> None:
+        """Call once, when all votes are in."""
+        self._flush()
+        self.db.execute("CREATE INDEX by_name ON votes (name)")
+        self.db.execute("CREATE INDEX by_user ON votes (user, content)")
+
+    def number(self, sql: str) -> int:
+        """The single number of a query, 0 for null."""
+        return int(self.db.execute(sql).fetchone()[0] or 0)
+
+    def counts(self, expression: str, table: str = "votes WHERE kept") -> dict[str, int]:
+        """How many rows have each value of an expression, the first to appear first."""
+        return dict(self.db.execute(f"SELECT {expression} AS what, COUNT(*) FROM {table} GROUP BY what ORDER BY MIN(rowid)"))
+
+    # ---- one id a vote ----
+
+    def name_votes(self) -> None:
+        """Many sources name the *question*, which several users voted on; here an id names one vote."""
+        several = "SELECT name FROM votes GROUP BY name HAVING COUNT(*) > 1"
+        self.db.execute(f"INSERT INTO taken (name) SELECT name FROM votes WHERE name NOT IN ({several})")
+        ambiguous = self.db.execute(f"SELECT row, name, user FROM votes WHERE name IN ({several}) ORDER BY row").fetchall()
+        renamed = [(self._free(f"{name}/{user}"), row) for row, name, user in ambiguous]
+        self.db.executemany("UPDATE votes SET name = ? WHERE row = ?", renamed)
+
+    def _free(self, base: str) -> str:
+        """`base`, or with the first number that nobody has."""
+        found = self.db.execute("SELECT tries FROM taken WHERE name = ?", (base,)).fetchone()
+        tries, name, taken = (found[0] if found else 0), base, True
+        while taken:
+            tries += 1
+            name = base if tries == 1 else f"{base}/{tries}"
+            taken = not self.db.execute("INSERT OR IGNORE INTO taken (name) VALUES (?)", (name,)).rowcount
+        self.db.execute("UPDATE taken SET tries = ? WHERE name = ?", (tries, base))
+        return name
+
+    # ---- splits ----
+
+    def split(self, by: str, seed: int) -> None:
+        """Assign splits: `source` keeps what the records say.
+
+        `within_user` gives each user's conversations to train, val and test (70/10/20 % in expectation, the first is always
+        train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of the users, half of whose conversations are history
+        and half are asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to one
+        split.
+        """
+        self.db.create_function("draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True)
+        if by == "pair":
+            self.db.create_function("share", 1, lambda of: _within(_fraction(seed, of)), deterministic=True)
+            self.db.execute("UPDATE votes SET split = share(content), user_split = 'train'")
+        elif by != "source":
+            self.db.executemany("INSERT INTO places VALUES (?, ?, ?, ?)", self._places(by == "user_disjoint", seed))
+            self.db.execute(
+                "UPDATE votes SET (split, user_split) = (SELECT p.split, p.user_split FROM places p"
+                " WHERE p.user = votes.user AND p.conversation = votes.conversation)"
+            )
+
+    def _places(self, user_disjoint: bool, seed: int) -> Iterator[tuple[str, str, str, str]]:
+        held_out: set[str] = set()
+        if user_disjoint:
+            count = round(HELDOUT_SHARE * self.number("SELECT COUNT(DISTINCT user) FROM votes"))
+            drawn = self.db.execute("SELECT user FROM votes GROUP BY user ORDER BY draw('users', user) LIMIT ?", (count,))
+            held_out = {user for (user,) in drawn}
+        units = self.db.execute(
+            "SELECT user, conversation FROM votes GROUP BY user, conversation ORDER BY user, draw(user, conversation)"
+        )
+        for user, rows in groupby(units, key=lambda row: row[0]):
+            names = [name for _, name in rows]
+            start = _fraction(seed, "user", user)  # so that users of few conversations have their share of val, too
+            for i, name in enumerate(names):
+                if user in held_out:
+                    yield user, name, "train" if i < (len(names) + 1) // 2 else "test", "test"
+                elif user_disjoint or i == 0:
+                    yield user, name, "train", "train"
+                else:
+                    yield user, name, _within((i + start) / len(names)), "train"
+
+    # ---- what is left out ----
+
+    def limit_training(self, limit: int | None) -> None:
+        """Keep at most about `limit` votes to learn from, whole users at a time, the first users of the source."""
+        if limit is None:
+            return
+        total, last = 0, -1
+        for votes, first in self.db.execute(
+            f"SELECT COUNT(*), MIN(row) FROM votes WHERE {TRAINS} GROUP BY user ORDER BY MIN(row)"
+        ):
+            if total >= limit:
+                break
+            total, last = total + votes, first
+        late = f"SELECT user FROM votes WHERE {TRAINS} GROUP BY user HAVING MIN(row) > {last}"
+        self.db.execute(f"UPDATE votes SET kept = 0 WHERE {TRAINS} AND user IN ({late})")
+
+    def drop_overlap(self) -> Counter[str]:
+        """Leave out votes that the same user also casts further down train → val → test: the same context and two texts,
+        whichever was chosen.  Returns how many by split.
+
+        The same question put to *other* users is normal in votes and stays.
+        """
+        dropped: Counter[str] = Counter()
+        for split, later in (("train", "'val', 'test'"), ("val", "'test'")):
+            dropped[split] = self.db.execute(
+                f"""UPDATE votes SET kept = 0 WHERE kept AND split = '{split}' AND EXISTS (SELECT 1 FROM votes other
+                WHERE other.user = votes.user AND other.content = votes.content AND other.kept AND other.split IN ({later}))"""
+            ).rowcount
+        return dropped
+
+    def decisions(self) -> Iterator[tuple[str, str, str, int]]:
+        """(pair_id, split, user_split, kept) of every vote, in the order in which they were added."""
+        yield from self.db.execute("SELECT name, split, user_split, kept FROM votes ORDER BY row")
+
+
+def _fraction(seed: int, *of: object) -> float:
+    """A draw in [0, 1) that depends on the arguments alone."""
+    return (text_hash(str(seed), *map(str, of)) + 2**63) / 2**64
+
+
+def _within(position: float) -> str:
+    """The split at a position in [0, 1)."""
+    end = 0.0
+    for split, share in SHARES:
+        end += share
+        if position < end - 1e-9:
+            return split
+    return SHARES[-1][0]

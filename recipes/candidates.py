@@ -1,0 +1,122 @@
+"""The models under test that a configuration names, each with what starts it; nothing is loaded before it is asked something."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.evaluation import Candidate, ScoredCandidate
+from eval.scored import Score, one_by_one
+from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
+from pgenrm_train.backends.base import Generator
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
+from pgenrm_train.stages.inputs import PromptWriter
+from recipes.build_sec import load_tokenizer
+from recipes.llm import api_generator, model_endpoint, plain_writer
+
+
+def candidates(config: Config, made: Sequence[str], folder: Path) -> list[Candidate | ScoredCandidate]:
+    """In the order of the table.  `made` are the complete training stages of the run, `folder` is the evaluation's."""
+    model = config.model
+    if model.kind == "baseline":
+        return []
+    if model.kind == "endpoint":
+        return [_endpoint(config, folder)]
+    if model.kind == "callable":
+        return [_callable(config)]
+    if model.kind == "reward_head":
+        return [_reward_head(config)]
+    if model.path:
+        return [_local(config, model.label, Path(model.path), None)]
+    run_dir = Path(config.run_dir)
+    return [
+        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"])
+        for stage in made
+    ]
+
+
+def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -> Candidate:
+    def make() -> Generator:
+        from pgenrm_train.backends.vllm_engine import VllmGenerator
+
+        return VllmGenerator(config, checkpoint)
+
+    start, close = _once(make)
+    identity = fingerprint(_digest(checkpoint), config.model.prompt)
+    return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
+
+
+def _endpoint(config: Config, folder: Path) -> Candidate:
+    settings, prompt = model_endpoint(config), config.model.prompt
+    start, close = _once(lambda: api_generator(settings, prompt, folder))
+    identity = f"{settings.base_url}|{settings.name}|{prompt}"
+    return Candidate(config.model.label, identity, start, lambda: plain_writer(config), close, cost=lambda: start().facts())
+
+
+def _callable(config: Config) -> ScoredCandidate:
+    """Known by its name and its module's source: an edited file is another model."""
+    name = config.model.name
+    function, source = _imported(name)
+    return ScoredCandidate(config.model.label, fingerprint(name, source), lambda: one_by_one(function), lambda: None)
+
+
+def _reward_head(config: Config) -> ScoredCandidate:
+    checkpoint = Path(config.model.path) if config.model.path else _from_hub(config.model.name)
+    digest = _digest(checkpoint)
+
+    def make() -> Any:
+        from pgenrm_train.backends.reward_head import RewardHead
+
+        return RewardHead(config, checkpoint)
+
+    start, close = _once(make)
+    return ScoredCandidate(config.model.label, digest, start, close)
+
+
+def _once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """(start, close): the engine is made when it is first needed, once, and closed if it was."""
+    start = functools.cache(make)
+
+    def close() -> None:
+        if start.cache_info().currsize:
+            start().close()
+            start.cache_clear()
+
+    return start, close
+
+
+def _digest(checkpoint: Path) -> str:
+    if not (checkpoint / "config.json").exists():
+        raise ArtifactError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
+    return weights_digest(checkpoint)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except Exception as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PreflightError(
+            f"model.name={name} cannot be had from the Hugging Face hub ({reason}); give model.path=FOLDER"
+        ) from None
+
+
+def _imported(name: str) -> tuple[Score, str]:
+    """The function that `module:function` names, and the hash of the file it stands in."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever somebody else's module raises
+        raise ConfigError(f"model.name={name}: the module cannot be imported ({type(error).__name__}: {error})") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ConfigError(f"model.name={name}: {module_name} has no function {attribute}")
+    file = getattr(module, "__file__", None)
+    return function, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

@@ -1,0 +1,89 @@
+"""What a run will ask of a paid model, told before it starts, and what it was paid, told when it ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from eval.evaluation import Evaluation
+from pgenrm_train.config import Config, EndpointConfig, masking_of, sizes
+from pgenrm_train.judging import judge_messages
+from pgenrm_train.masking import apply_masking, present
+from pgenrm_train.stages.build_sec import MEASURED, SEC
+from recipes.llm import plain_writer
+
+VERDICT_TOKENS = 80
+
+
+def tell_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Mapping[str, Any]:
+    """The estimate of `model=endpoint`; what an earlier start was answered is not asked again."""
+    from pgenrm_train.backends.costs import announce, characters, estimate
+
+    write, policy = plain_writer(config), masking_of(config, "eval")
+    some = evaluation.pairs[:: max(1, len(evaluation.pairs) // MEASURED)][:MEASURED]
+    examples = [present(pair, evaluation.histories[pair.pair_id], 0) for pair in some]
+    prompts = [write(apply_masking(example, policy, random.Random(0))[0]) for example in examples]
+    return announce("model", settings, estimate(settings, characters(prompts), evaluation_calls(config, evaluation)))
+
+
+def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
+    """Own and swapped histories in both orders, and the samples of the grids."""
+    settings, pairs = config.eval, len(evaluation.pairs)
+    calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
+    grid = min(pairs, settings.grid_pairs or pairs)
+    if max(ind := sizes(settings.ind)) > 1 or max(sizes(settings.pro)) > 0:
+        calls += 2 * grid * (max(ind) + max(sizes(settings.pro)))
+    if settings.one_pair_ind:
+        calls += 2 * grid * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
+    return calls
+
+
+def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Mapping[str, Any]:
+    """The estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
+    from pgenrm_train.backends.costs import ANSWER_TOKENS, announce, characters, estimate
+
+    calls, said = 0.0, "{}"
+    for stage, rows in judged.items():
+        settings = getattr(config, stage)
+        stated = [extra["explicit"] for extra in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()]
+        with_signals = [text for text in stated if text != "{}"]
+        calls += settings.steps * settings.prompts_per_step * settings.group_size * len(with_signals) / max(1, len(stated))
+        said = max([said, *with_signals], key=len)
+    task = characters([judge_messages("", {"signals": said})])
+    chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(ANSWER_TOKENS, config.model.max_response_tokens)
+    span = (task + chain, task + max(chain, 3.0 * config.model.max_response_tokens))
+    return announce("judge", judge, estimate(judge, span, calls, answer_tokens=VERDICT_TOKENS))
+
+
+def _chain_characters(run_dir: Path) -> float | None:
+    """Mean length of the chains that the policy has learnt from."""
+    path = run_dir / "build_sec" / SEC
+    if not path.exists():
+        return None
+    chats: Sequence[Any] = pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
+    return sum(len(chat[-1]["content"]) for chat in chats) / len(chats) if chats else None
+
+
+def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, Any]:
+    """What the judge was paid in all starts, from its caches; empty where none was kept."""
+    from pgenrm_train.backends.answers import Answers
+    from pgenrm_train.backends.endpoint import dollars
+
+    found = [folder for folder in caches if folder.exists()]
+    if not found:
+        return {}
+    paid = []
+    for folder in found:
+        answers = Answers(folder)
+        paid.append(answers.paid())
+        answers.close()
+    prompts, completions = (sum(part) for part in zip(*paid))
+    return {
+        "prompt tokens": prompts,
+        "completion tokens": completions,
+        "dollars": round(dollars(settings, prompts, completions), 4),
+    }

@@ -1,0 +1,40 @@
+"""plan: what a run would need and cost, or the file that starts it on a cluster.  Starts nothing and makes no folder.
+
+`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON; `plan.emit=slurm|rayjob` prints a launch file, and what does not fit goes
+to stderr.  Where `run_dir` exists already, plan.json is left there.  Exit code 1 when a stage does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from pgenrm_train.artifacts import write_json
+from pgenrm_train.config import Config
+from pgenrm_train.planning import Plan, plan_of
+from pgenrm_train.planning.table import show
+
+
+def run(config: Config) -> int:
+    plan = plan_of(config)
+    if config.plan.emit:
+        return emit(config, plan)
+    if (folder := Path(config.run_dir)).is_dir():
+        write_json(folder / "plan.json", plan.as_json())
+    if config.plan.json:
+        print(json.dumps(plan.as_json(), indent=2))
+    else:
+        show(plan)
+    return 0 if plan.fits else 1
+
+
+def emit(config: Config, plan: Plan) -> int:
+    """The launch file on stdout, so that it can be redirected."""
+    from pgenrm_train.launch import rayjob, slurm
+
+    for stage in plan.stages:
+        for problem in stage.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+    print({"slurm": slurm, "rayjob": rayjob}[config.plan.emit or ""](config, hours=plan.hours), end="")
+    return 0

@@ -1,0 +1,111 @@
+"""A resumed PSI run is the uninterrupted one: at an epoch's end, inside an epoch, after a kill while saving, after the last step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgenrm_train.artifacts import weights_digest, write_table
+from pgenrm_train.backends import deepspeed_sft
+from pgenrm_train.backends.base import Generation, GenerationRequest, Validated
+from pgenrm_train.backends.sft_checkpoints import COMPLETE
+from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.errors import ArtifactError
+from pgenrm_train.tracking import METRICS
+
+NANO = ROOT / "tests" / "data" / "psi_nano"
+SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # what the validator below says, by the number of its call
+
+
+def config_of(**psi: Any) -> Config:
+    config = load("recipe=psi", "tracking=none")
+    small = {"batch_size": 4, "micro_batch_size": 2, "epochs": 2.0, "save_every": 2, "log_every": 1, "keep_checkpoints": 9}
+    for name, value in (small | psi).items():
+        setattr(config.psi, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 chats: 4 steps an epoch, the last of them short."""
+    path = tmp_path_factory.mktemp("rows") / "sec.parquet"
+    answers = [f"{'word ' * (1 + 5 * n % 17)}{n}" for n in range(14)]
+    write_table(
+        path,
+        [
+            {"messages": [{"role": "user", "content": f"Which, {n}?"}, {"role": "assistant", "content": text}]}
+            for n, text in enumerate(answers)
+        ],
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=folder).steps == 8
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [(line["step"], line["psi/loss"]) for line in lines if "psi/loss" in line]
+
+
+@pytest.mark.parametrize("killed_after", [4, 6, 8])  # the end of an epoch, its middle, the end before publishing
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    killed_after: int, whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"checkpoint-{killed_after}"
+    shutil.copytree(whole / "steps" / name, tmp_path / "steps" / name)
+    half = tmp_path / "steps" / f"checkpoint-{killed_after + 2}"
+    shutil.copytree(whole / "steps" / "checkpoint-2", half)
+    (half / COMPLETE).unlink()
+    (half / "trainer_state.json").write_text('{"epo')
+    logged = [line for line in (whole / METRICS).read_text().splitlines() if json.loads(line)["step"] <= killed_after]
+    (tmp_path / METRICS).write_text("\n".join([*logged, '{"step": 9, "stage": "psi", "psi/loss": 7.0}', '{"ste']))
+    trained = deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path)
+    assert f"ignoring half-written checkpoint {half}" in capsys.readouterr().out
+    assert trained.steps == 8 and losses(tmp_path)[:killed_after] == losses(whole)[:killed_after]
+    if killed_after < 8:
+        assert losses(tmp_path) == losses(whole)
+    assert weights_digest(tmp_path / "checkpoint") == weights_digest(whole / "checkpoint")
+    assert (tmp_path / "checkpoint" / "chat_template.jinja").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(whole: Path, rows: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "steps" / "checkpoint-4", tmp_path / "steps" / "checkpoint-4")
+    config = config_of()
+    config.model.lora.rank = 4
+    with pytest.raises(ArtifactError, match="written with another model or adapter"):
+        deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
+
+
+def rising_and_falling(config: Config) -> Any:
+    calls: list[int] = []
+
+    def validate(generator: Any) -> Validated:
+        asked = GenerationRequest("a", ({"role": "user", "content": "Which?"},))
+        answers: list[Generation] = list(generator([asked], temperature=0.0))
+        calls.append(len(answers))
+        return Validated({"eval/accuracy": SCORES[2 * len(calls)]}, [{"text": answer.text} for answer in answers])
+
+    return validate
+
+
+def test_the_best_checkpoint_is_published_and_patience_ends_training(rows: Path, tmp_path: Path) -> None:
+    config = config_of(evaluate_every=2, patience=1, keep_checkpoints=2, save_every=50, packing=True)
+    config.model.max_response_tokens = 8
+    trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling")
+    assert trained.steps == 6 and trained.metrics["psi/published_step"] == 4
+    assert {folder.name for folder in (tmp_path / "steps").iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert weights_digest(tmp_path / "checkpoint") == weights_digest(tmp_path / "steps" / "checkpoint-4")
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line} == {2: 0.4, 4: 0.9, 6: 0.5}
+    assert len(list((tmp_path / "samples").glob("step-*.parquet"))) == 3
+    again = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling")
+    assert again.steps == 6  # training was over: nothing but the publishing is done again

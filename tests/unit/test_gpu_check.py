@@ -1,0 +1,93 @@
+"""gpu_check's own arithmetic: what is measured, compared with the plan, and the verdict.  The recipe itself runs in tests/integration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pgenrm_train.config import load
+from pgenrm_train.errors import BackendError, PreflightError
+from recipes import gpu_check
+from recipes.gpu_check import STEPS, Seen, attention, report_of, told, tried, watching
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    return load("recipe=gpu_check", f"run_dir={tmp_path_factory.mktemp('run')}")
+
+
+def complete(folder: Path, stage: str, **files: str) -> None:
+    (folder / stage).mkdir(exist_ok=True)
+    (folder / stage / "manifest.json").write_text('{"status": "complete"}')
+    for name, text in files.items():
+        (folder / stage / name.replace("_json", ".json")).write_text(text)
+
+
+def test_three_steps_of_everything_are_configured(shipped) -> None:  # type: ignore[no-untyped-def]
+    assert (shipped.psi.max_steps, shipped.cre.steps, shipped.psi.nano_start, shipped.judge.kind) == (3, 3, None, "oracle")
+    big = load("recipe=gpu_check", "model=nano_1b", "cluster=gpu8")
+    assert big.model.dtype == "bfloat16" and big.model.kind == "nano" and big.model.nano.hidden // big.model.nano.heads == 128
+
+
+def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
+    folder = Path(shipped.run_dir)
+    complete(folder, "psi")
+    complete(folder, "cre")
+    (folder / "cre" / "metrics.jsonl").write_text(
+        json.dumps({"step": 3, "cre/response_length": 50.0, "cre/time/step": 4.0, "cre/time/gen": 2.0}) + "\n"
+    )
+    complete(folder, "evaluate", results_json='{"n_pairs": 20}')
+    seen = {recipe: Seen(60.0, 2.5, [1.0, 3.0, 5.0]) for recipe in STEPS}
+    report = report_of(shipped, seen)
+    by_name = {row["recipe"]: row for row in report["recipes"]}
+    assert report["passed"] and report["minutes"] == 5.0
+    assert by_name["psi"]["seconds_per_step"] == 2.0 and by_name["psi"]["planned_gib"] > 0
+    assert by_name["cre"]["generated_per_second"] == 16 * 8 * 50 / 2
+    assert by_name["evaluate"]["chains_per_second"] == round(80 / 60, 3), "both models, both orders"
+    assert told(report).splitlines()[-1] == "verdict: PASSED in 5.0 minutes"
+    slow = report_of(shipped, {recipe: Seen(600.0) for recipe in STEPS})
+    assert not slow["passed"] and "SLOW" in told(slow)
+    failed = report_of(shipped, {"build_data": Seen(1.0), "build_sec": Seen(1.0), "psi": Seen(1.0, error="out of memory")})
+    assert not failed["passed"] and "FAILED: out of memory" in told(failed) and "FAILED at psi" in told(failed).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "kept"), [(BackendError("torchrun ended"), "torchrun ended"), (SystemExit(2), "stands above")]
+)
+def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def fails(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(gpu_check, "launch", fails)
+    assert kept in (tried(shipped, "psi").error or "")
+
+
+def test_memory_of_children_and_times_of_steps_are_seen(shipped) -> None:  # type: ignore[no-untyped-def]
+    seen, metrics = Seen(), Path(shipped.run_dir) / "prototypes" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    with watching(shipped, "prototypes", seen, every=0.02):
+        child = subprocess.Popen([sys.executable, "-c", "b = bytearray(200 << 20); print('ready', flush=True); input()"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        metrics.write_text("{}\n{}\n")
+        end = time.monotonic() + 20
+        while (len(seen.steps) < 2 or seen.peak_gib < 0.19) and time.monotonic() < end:
+            time.sleep(0.02)
+        child.communicate(b"\n")
+    assert len(seen.steps) == 2 and 0.19 < seen.peak_gib < 0.4
+
+
+def test_flash_attention_needs_a_gpu(shipped) -> None:  # type: ignore[no-untyped-def]
+    assert attention(shipped) == shipped.model.attention == "eager"
+
+
+def test_preflight_comes_first(tmp_path: Path) -> None:
+    lacking = load("recipe=gpu_check", f"run_dir={tmp_path / 'run'}", "cluster.min_free_disk_gib=1e6")
+    with pytest.raises(PreflightError, match="GiB of disk are free"):
+        gpu_check.run(lacking)

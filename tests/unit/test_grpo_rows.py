@@ -1,0 +1,94 @@
+"""The rows of GRPO stages: orders, the mirror for mining, signals, and hard negatives in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pgenrm_train.config import Config
+from pgenrm_train.errors import DataError
+from pgenrm_train.hard_negatives import GIVEN, NEAR_TIE
+from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.stages.grpo import MIRROR, ROWS, SIGNALS, training_pairs, write_rows
+
+
+def pairs(count: int = 12) -> list[PreferencePair]:
+    """Every user rated three answers to a question of their own: 80, 75 and 40."""
+    found = []
+    for n in range(count // 2):
+        for chosen, score in (("alpha", 80.0), ("beta", 75.0)):
+            context = (Message("user", f"question {n}"),)
+            found.append(
+                PreferencePair(
+                    f"p{n}{chosen}", f"u{n}", context, f"{chosen} {n}", f"gamma {n}", chosen_score=score, rejected_score=40.0
+                )
+            )
+    return found
+
+
+def config(**changed: Any) -> Config:
+    found = Config(recipe="curriculum")
+    found.curriculum.prompts_per_step, found.curriculum.rows = 4, 8
+    for key, value in changed.items():
+        setattr(found.curriculum, key, value)
+    return found
+
+
+def written(folder: Path, section: str = "curriculum", **changed: Any) -> list[dict[str, Any]]:
+    def writer(view: Any) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{view.query}: {' | '.join(view.responses)}"}]
+
+    write_rows(config(**changed), section, folder / ROWS, pairs(), writer, lambda items, *_: items)  # type: ignore[arg-type]
+    return list(pq.read_table(folder / ROWS).to_pylist())
+
+
+def test_the_mirror_is_the_same_rows_in_the_other_order(tmp_path: Path) -> None:
+    rows, mirror = written(tmp_path), pq.read_table(tmp_path / MIRROR).to_pylist()
+    assert len(rows) == len(mirror) == 8
+    for row, turned in zip(rows, mirror, strict=True):
+        assert row["extra_info"]["pair_id"] == turned["extra_info"]["pair_id"]
+        assert row["extra_info"]["order"] == 1 - turned["extra_info"]["order"]
+        assert row["reward_model"]["ground_truth"] != turned["reward_model"]["ground_truth"]
+        query, texts = row["prompt"][0]["content"].split(": ")
+        assert turned["prompt"][0]["content"] == f"{query}: {' | '.join(reversed(texts.split(' | ')))}"
+    assert [row["extra_info"]["order"] for row in rows] == [0, 1] * 4
+    signals = pq.read_table(tmp_path / SIGNALS).to_pylist()
+    assert [row["pair_id"] for row in signals] == [row["extra_info"]["pair_id"] for row in rows]
+    assert {row["rating_gap"] for row in signals} == {35.0, 40.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "files"),
+    [
+        ({"mine": False}, {ROWS, SIGNALS}),
+        ({"hard_by": "history"}, {ROWS, SIGNALS}),
+        ({"schedule": "uniform"}, {ROWS}),
+        ({"schedule": "anti"}, {ROWS, SIGNALS, MIRROR}),
+    ],
+)
+def test_only_what_the_schedule_asks_for_is_written(tmp_path: Path, changed: dict[str, Any], files: set[str]) -> None:
+    written(tmp_path, **changed)
+    assert {path.name for path in tmp_path.iterdir()} == files
+
+
+def test_constructed_pairs_take_up_to_half_of_the_rows() -> None:
+    found, origins = training_pairs(config(construct=True), "curriculum", pairs())
+    assert len(found) == 8 and origins.count(NEAR_TIE) == 4 and origins.count(GIVEN) == 4
+    for pair, origin in zip(found, origins, strict=True):
+        if origin == NEAR_TIE:
+            assert (pair.chosen.split()[0], pair.rejected.split()[0]) == ("alpha", "beta"), "as the user rated them"
+            assert (pair.chosen_score, pair.rejected_score) == (80, 75)
+    assert training_pairs(config(construct=True), "curriculum", pairs()) == (found, origins), "seeded"
+
+
+def test_without_construction_nothing_is_new() -> None:
+    found, origins = training_pairs(config(), "curriculum", pairs())
+    assert {pair.pair_id for pair in found} <= {pair.pair_id for pair in pairs()} and set(origins) == {GIVEN}
+
+
+def test_fewer_pairs_than_a_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"12 training pairs are fewer than curriculum\.prompts_per_step=16"):
+        written(tmp_path, prompts_per_step=16, mini_batch_prompts=16)

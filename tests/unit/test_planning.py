@@ -1,0 +1,289 @@
+"""The plan: parameter counts that are published, memory by the formulas, batches, and a change that fits when it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.planning import STAGES, memory, plan_of
+from pgenrm_train.planning.advice import apply, fits
+from pgenrm_train.planning.batches import grpo_batches, psi_batches
+from pgenrm_train.planning.geometry import KNOWN, geometry_of, read_geometry
+from pgenrm_train.planning.work import generation_rate, lengths, pairs_of
+
+MODELS = ("nano", "llama31_8b", "qwen3_8b", "llama31_70b_lora")
+CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
+PUBLISHED = {  # parameter counts on the models' hub pages
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+GIB = 2**30
+
+
+def composed(model: str, cluster: str, *more: str) -> Config:
+    return load("recipe=plan", f"model={model}", f"cluster={cluster}", "data=chatbot_arena", *more)
+
+
+@pytest.fixture(scope="module")
+def eight() -> Config:
+    return composed("llama31_8b", "gpu8")
+
+
+def changed(config: Config, **keys: object) -> Config:
+    return apply(config, (tuple((key.replace("__", "."), value) for key, value in keys.items()),))
+
+
+# ---- geometry ----
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_geometries_have_the_published_number_of_parameters(name: str) -> None:
+    assert KNOWN[name].parameters == PUBLISHED[name]
+
+
+def test_a_checkpoint_has_as_many_parameters_as_its_config_says() -> None:
+    from safetensors import safe_open
+
+    folder = ROOT / "tests/data/psi_nano"
+    with safe_open(folder / "model.safetensors", "np") as file:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in sorted(file.keys()) if name != "lm_head.weight"]  # tied
+    assert read_geometry(folder / "config.json").parameters == sum(sizes)
+
+
+def test_a_local_checkpoint_is_read_instead_of_the_table(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((ROOT / "tests/data/psi_nano/config.json").read_text())
+    assert geometry_of(composed("llama31_8b", "gpu8", f"model.path={tmp_path}")).hidden == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "has no field 'hidden_size'"), ("no json", "cannot be read"), ('{"hidden_size": "x"}', "cannot be read")],
+)
+def test_a_bad_config_json_is_told_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_geometry(tmp_path / "config.json")
+
+
+def test_an_unknown_model_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match=r"model\.name=someone/else is not one of .* give model\.path="):
+        geometry_of(composed("llama31_8b", "gpu8", "model.name=someone/else"))
+
+
+# ---- memory ----
+
+
+def test_zero_divides_what_the_paper_divides(eight: Config) -> None:
+    """ZeRO, table 1: 16Ψ, 4Ψ + 12Ψ/N, 2Ψ + 14Ψ/N, 16Ψ/N."""
+    geometry = geometry_of(eight)
+    psi, n = geometry.parameters / GIB, 8
+    for stage, expected in enumerate((16 * psi, 4 * psi + 12 * psi / n, 2 * psi + 14 * psi / n, 16 * psi / n)):
+        parts, host = memory.zero_states(changed(eight, cluster__zero_stage=stage), geometry)
+        states = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+        assert states == pytest.approx(expected) and host == {}
+
+
+def test_an_offloaded_optimizer_moves_to_the_host(eight: Config) -> None:
+    parts, host = memory.zero_states(changed(eight, cluster__offload_optimizer=True), geometry_of(eight))
+    assert "optimizer" not in parts and host["offloaded optimizer"] == pytest.approx(16 * geometry_of(eight).parameters / GIB)
+
+
+def test_lora_trains_little_and_keeps_the_base(eight: Config) -> None:
+    geometry, lora = geometry_of(eight), changed(eight, model__lora__rank=64, cluster__zero_stage=0)
+    parts, _ = memory.zero_states(lora, geometry)
+    assert parts["weights"] == pytest.approx(2 * geometry.parameters / GIB)
+    assert memory.trained_parameters(lora, geometry) == 167_772_160  # as peft prints for rank 64 on all seven matrices of 8B
+    assert parts["optimizer"] < 0.03 * 12 * geometry.parameters / GIB
+
+
+def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Config) -> None:
+    geometry = geometry_of(eight)
+
+    def peak(config: Config) -> float:
+        return memory.psi_phases(config, geometry)[0].total
+
+    assert peak(eight) < peak(changed(eight, psi__gradient_checkpointing=False))
+    per_token = [memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")]
+    assert per_token == sorted(per_token) and len(set(per_token)) == 3
+
+
+@pytest.mark.parametrize("key", ["psi.micro_batch_size", "model.max_response_tokens", "model.max_prompt_tokens"])
+def test_more_of_a_size_never_needs_less(eight: Config, key: str) -> None:
+    grown = changed(eight, **{key.replace(".", "__"): 2 * (1 if "micro" in key else 8192)})
+    geometry = geometry_of(eight)
+    assert memory.psi_phases(grown, geometry)[0].total > memory.psi_phases(eight, geometry)[0].total
+
+
+def test_vllm_fills_its_share_and_more_gpus_leave_more_cache(eight: Config) -> None:
+    geometry = geometry_of(eight)
+    one, two = (memory.vllm_phase(eight, geometry, "cre", "rollout", 0.6, tp, 12288) for tp in (1, 2))
+    assert one.total == pytest.approx(0.6 * one.available) == two.total
+    assert two.parts["vLLM KV cache"] > one.parts["vLLM KV cache"]
+
+
+def test_a_served_judge_of_its_own_size_is_planned(eight: Config) -> None:
+    judged = composed("llama31_8b", "gpu8", "judge=vllm", "judge.name=Qwen/Qwen3-8B")
+    (phase,) = [p for p in memory.phases_of(judged, geometry_of(judged), "cre") if p.name.startswith("judge")]
+    assert phase.fits and phase.parts["vLLM weights"] == pytest.approx(2 * PUBLISHED["Qwen/Qwen3-8B"] / GIB)
+    unknown = composed("llama31_8b", "gpu8", "judge=vllm", "judge.name=some/judge")
+    assert any("not planned" in note for p in memory.phases_of(unknown, geometry_of(unknown), "cre") for note in p.notes)
+
+
+# ---- the whole ----
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_shipped_model_is_planned_on_every_cluster(model: str, cluster: str) -> None:
+    batch = ["psi.batch_size=128", "psi.micro_batch_size=1"] if model == "nano" and cluster != "cpu" else []
+    config = composed(model, cluster, *batch)
+    plan = plan_of(config)
+    assert [stage.stage for stage in plan.stages] == list(STAGES)
+    assert json.loads(json.dumps(plan.as_json()))["model"]["parameters"] == plan.geometry.parameters
+    for stage in plan.stages:
+        assert stage.fits == (stage.problems == ()) and stage.work.total_hours >= 0
+        if stage.change:
+            keys = tuple((text.split("=")[0], _value(text.split("=")[1])) for text in stage.change)
+            assert fits(apply(config, (keys,)), plan.geometry, stage.stage), "the advice must hold"
+
+
+def _value(text: str) -> object:
+    return {"true": True, "false": False}[text] if text in ("true", "false") else json.loads(text)
+
+
+EXPECTED = {  # (model, cluster) → stages that do not fit on 80 GB cards
+    ("nano", "cpu"): set(),
+    ("llama31_8b", "gpu8"): set(),
+    ("qwen3_8b", "gpu8"): set(),
+    ("llama31_70b_lora", "multi_node"): set(),
+    ("llama31_8b", "gpu1"): {"cre", "curriculum"},
+    ("llama31_70b_lora", "gpu1"): {"psi", "cre", "curriculum", "prototypes", "evaluate"},
+}
+
+
+@pytest.mark.parametrize(("model", "cluster"), EXPECTED)
+def test_what_fits_on_the_shipped_clusters(model: str, cluster: str) -> None:
+    plan = plan_of(composed(model, cluster))
+    assert {stage.stage for stage in plan.stages if not stage.fits} == EXPECTED[model, cluster]
+
+
+def test_the_nearest_change_has_no_needless_part() -> None:
+    config = composed("llama31_70b_lora", "gpu1")
+    (psi,) = plan_of(changed(config, plan__stage="psi")).stages
+    assert psi.change is not None
+    parts = [(text.split("=")[0], _value(text.split("=")[1])) for text in psi.change]
+    assert fits(apply(config, (tuple(parts),)), geometry_of(config), "psi")
+    for left_out in parts:
+        rest = tuple(part for part in parts if part is not left_out)
+        assert not fits(apply(config, (rest,)), geometry_of(config), "psi")
+
+
+def test_a_fitting_change_is_found_for_batches_that_do_not_divide() -> None:
+    config = composed("llama31_8b", "gpu8", "cluster.processes_per_node=7")
+    psi, cre = (stage for stage in plan_of(config).stages if stage.stage in ("psi", "cre"))
+    assert psi.change == ("psi.batch_size=126",)
+    assert cre.change == ("cre.mini_batch_prompts=126", "cre.prompts_per_step=126")
+
+
+def test_batches_multiply_out(eight: Config) -> None:
+    psi, cre = psi_batches(eight).facts, grpo_batches(eight, "cre").facts
+    assert psi["micro-batch"] * psi["processes"] * psi["accumulation"] == eight.psi.batch_size
+    assert cre["rollouts a step"] == 1024 and cre["micro-batch"] * cre["accumulation"] * 8 == 1024
+
+
+# ---- work ----
+
+
+def test_hours_follow_the_stated_rates(eight: Config) -> None:
+    (psi,) = plan_of(changed(eight, plan__stage="psi", plan__pairs=12800)).stages
+    tokens = 12800 * 2 * 2 * 3000  # both orders, two epochs
+    assert psi.work.tokens["trained on"] == tokens
+    flops = 3 * tokens * geometry_of(eight).forward_flops(3000)
+    assert psi.work.total_hours == pytest.approx(flops / (0.35 * 989e12 * 8) / 3600)
+    assert flops == pytest.approx(6 * 8.03e9 * tokens, rel=0.1), "the usual 6N a token"
+
+
+def test_a_measured_rate_replaces_the_estimate(eight: Config) -> None:
+    assert generation_rate(changed(eight, plan__tokens_per_second=1000.0), geometry_of(eight), 0.6, 256, 1024) == 8000.0
+
+
+def test_generation_is_bounded_by_reading_the_weights(eight: Config) -> None:
+    geometry = geometry_of(eight)
+    one = generation_rate(eight, geometry, 0.6, 1, 1e9) / 8
+    assert one < 0.5 * 3.35e12 / (2 * geometry.parameters)
+    assert generation_rate(eight, geometry, 0.6, 64, 1e9) / 8 > 20 * one
+
+
+def test_pairs_come_from_the_data(tmp_path: Path, eight: Config) -> None:
+    assert pairs_of(eight) == (305, 798, ())
+    assert pairs_of(load("recipe=plan"))[0] == 3000 * 12
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text('{"a": 1}\n' * 7)
+    train, _, assumed = pairs_of(load("recipe=plan", "data=pairs", f"data.path={votes}"))
+    assert train == 7 and "7 rows" in assumed[0]
+    assert pairs_of(load("recipe=plan", "data=pairs", "data.path=none.jsonl"))[0] == 10_000
+
+
+def test_lengths_are_at_most_the_models() -> None:
+    assert lengths(load("recipe=plan")) == (640, 192)
+
+
+def test_apis_are_paid_by_the_token() -> None:
+    config = composed("llama31_8b", "gpu8", "teacher=endpoint", "teacher.base_url=http://x/v1", "teacher.name=o3",
+                      "teacher.dollars_per_million_in=2", "teacher.dollars_per_million_out=8", "plan.stage=build_sec")  # fmt: skip
+    (sec,) = plan_of(config).stages
+    calls = 305 * 2 * 4
+    assert sec.work.api_dollars == pytest.approx(calls * (2000 * 2 + 1000 * 8) / 1e6)
+
+
+# ---- the command ----
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pgenrm_train", "recipe=plan", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "COLUMNS": "160", "PATH": "/usr/bin"},
+    )  # fmt: skip
+
+
+def test_the_table_is_printed_and_nothing_is_made(tmp_path: Path) -> None:
+    done = command("model=llama31_8b", "cluster=gpu1", "data=chatbot_arena", "plan.stage=cre", cwd=tmp_path)
+    assert done.returncode == 1, "a plan that does not fit says so by its exit code"
+    assert "DOES NOT FIT" in done.stdout and "nearest change of cre that fits: model.lora.rank=64" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_printed_and_left_in_a_run_folder_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    done = command("plan.json=true", "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert json.loads(done.stdout)["fits"] is True
+
+
+MISTAKES = {
+    "plan.stage=all_of_it": "plan.stage=all_of_it is not one of build_sec, psi",
+    "plan.emit=pbs": "plan.emit=pbs is not one of null, slurm, rayjob",
+    "plan.card=h300": "plan.card=h300 is not one of a100, h100",
+    "model=baseline": "model=baseline trains nothing",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_are_told_in_one_sentence(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(load("recipe=plan", override))
+    assert MISTAKES[override] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = "import sys, recipes.plan, pgenrm_train.planning\nprint([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

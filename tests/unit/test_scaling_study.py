@@ -1,0 +1,161 @@
+"""One pool for the whole grid: what is asked for, where similar users come from, what failures do, and when sampling stops."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from eval.harness import PredictionStore, ask
+from eval.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_pool
+from pgenrm_train.backends.base import Generation
+from pgenrm_train.chains import write_chain
+from pgenrm_train.config import Config
+from pgenrm_train.prompts import chat_messages, split_prompt
+from pgenrm_train.records import HistoryItem, Message, PreferencePair
+
+PAIRS = [PreferencePair(f"p{i}", f"u{i % 5}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}") for i in range(20)]
+HISTORIES = {p.pair_id: (HistoryItem("earlier", "mine", "other"),) for p in PAIRS}
+
+
+class Model:
+    """Scores the good response higher in `share` of its chains; `broken` chains cannot be read."""
+
+    def __init__(self, share=1.0, broken=lambda request, sample: False):
+        self.share, self.broken, self.samples = share, broken, Counter()
+
+    def __call__(self, requests, *, temperature):
+        for request in requests:
+            sections = dict(split_prompt(request.messages[-1]["content"]))
+            self.samples[sections["<chosen>"]] += request.samples
+            good = [8.0 if sections[f"<response_{i}>"].startswith("good") else 3.0 for i in (1, 2)]
+            for sample in range(request.samples):
+                right = np.random.default_rng(request.seed + sample).random() < self.share
+                scores = [[s] for s in (good if right else reversed(good))]
+                broken = self.broken(request, sample)
+                text = "no chain" if broken else write_chain(f"likes {sections['<query>']}", [("taste", 100)], scores)
+                yield Generation(request.key, sample, text)
+
+    def close(self): ...
+
+
+def find(analyses, users, n):
+    """Up to 4 similar users, named by rank."""
+    return [
+        [Similar(f"other{rank}", (HistoryItem("theirs", f"theirs {rank}", "x"),)) for rank in range(min(n, 4))] for _ in users
+    ]
+
+
+def pool_of(folder, model, study, pairs=PAIRS, **more):
+    def answer(questions):
+        return ask(
+            questions, lambda: model, chat_messages, PredictionStore(folder, "m"), masking="masked", temperature=0.7,
+            progress=lambda items, _what, _total: items, what="test",
+        )  # fmt: skip
+
+    return sample_pool(study, pairs, HISTORIES, answer, find, **more)
+
+
+def config(**settings):
+    made = Config(recipe="evaluate")
+    made.eval.draws = 50
+    for name, value in settings.items():
+        setattr(made.eval, name, value)
+    return made
+
+
+def test_the_whole_grid_costs_no_more_than_its_largest_cell(tmp_path):
+    study, largest = Study("scaling", (0, 1, 4, 8, 16), (0, 4)), Study("scaling", (16,), (4,))
+    one, whole = Model(), Model()
+    pool_of(tmp_path / "largest", one, largest)
+    pool = pool_of(tmp_path / "grid", whole, study)
+    assert whole.samples == one.samples and sum(one.samples.values()) == 20 * 2 * (16 + 4)
+    rows = cells(pool, study, config())
+    assert [(r["ind"], r["pro"]) for r in rows] == [(m, n) for m in (0, 1, 4, 8, 16) for n in (0, 4) if m or n]
+    assert all(r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] and r["pairs"] == 20 for r in rows)
+    assert all("paired difference ci95" in r for r in rows[1:])
+
+
+def test_a_larger_grid_asks_for_what_is_new(tmp_path):
+    pool_of(tmp_path, first := Model(), Study("scaling", (4,), (2,)))
+    pool_of(tmp_path, second := Model(), Study("scaling", (1, 16), (0, 4)))
+    assert sum(first.samples.values()) == 40 * 6 and sum(second.samples.values()) == 40 * (12 + 2)
+
+
+def test_similar_users_are_asked_by_their_own_history_and_ranked(tmp_path):
+    model = Model()
+    pool = pool_of(tmp_path, model, Study("scaling", (1,), (3,)))
+    assert model.samples == {"mine": 40, "theirs 0": 40, "theirs 1": 40, "theirs 2": 40}
+    similar = pool[pool["source"] == "pro"]
+    assert set(zip(similar["sample"], similar["neighbour"])) == {(rank, f"{rank}/other{rank}") for rank in range(3)}
+
+
+def test_too_few_similar_users_reduce_n_visibly(tmp_path):
+    study = Study("scaling", (1,), (6,))
+    pool = pool_of(tmp_path, Model(), study)
+    assert (pool["failure"] == "no_neighbour").sum() == 40 * 2 and len(pool) == 40 * 7
+    assert cells(pool, study, config())[0]["samples used"] == 1 + 4
+
+
+def test_chains_that_cannot_be_read_reduce_m_and_n_visibly(tmp_path):
+    def broken(request, sample):
+        kind, _, _, _, _, neighbour, _ = json.loads(request.key)
+        return sample == 1 if kind.endswith("own") else neighbour.startswith("0/")
+
+    study = Study("scaling", (4,), (2,))
+    pool = pool_of(tmp_path, Model(broken=broken), study)
+    assert len(pool) == 40 * 6 and pool["failure"].notna().sum() == 40 * 2
+    assert cells(pool, study, config())[0]["samples used"] == 3 + 1
+
+
+def test_a_pair_without_a_readable_analysis_keeps_its_place(tmp_path):
+    def broken(request, sample):
+        return '"p3"' in request.key and sample == 0
+
+    study = Study("scaling", (2,), (2,))
+    pool = pool_of(tmp_path, Model(broken=broken), study)
+    lost = pool[(pool["pair_id"] == "p3") & (pool["source"] == "pro")]
+    assert set(lost["failure"]) == {"no_analysis"} and len(lost) == 2 * 2
+    assert cells(pool, study, config())[0]["pairs"] == 20
+
+
+def test_adaptive_sampling_draws_less_and_decides_the_same(tmp_path):
+    study = Study("scaling", (16,), (0,))
+    pool_of(tmp_path / "full", full := Model(0.9), study)
+    pool = pool_of(tmp_path / "adaptive", fewer := Model(0.9), study, adaptive=0.1)
+    assert sum(full.samples.values()) == 640 and sum(fewer.samples.values()) < 0.65 * 640
+    assert (pool["failure"] == SETTLED).sum() + sum(fewer.samples.values()) == 640
+    row = cells(pool, study, config(adaptive=0.1))[0]
+    assert row["saved share"] == pytest.approx(1 - sum(fewer.samples.values()) / 640) and row["accuracy"] == 1.0
+
+
+def test_adaptive_sampling_draws_what_a_replay_on_the_full_pool_says(tmp_path):
+    study = Study("scaling", (16,), (3,))
+    full = pool_of(tmp_path / "full", Model(0.7), study)
+    fewer = pool_of(tmp_path / "adaptive", Model(0.7), study, adaptive=0.1)
+    told = replayed(full, study, config())
+    assert told["saved share"] == pytest.approx((fewer["failure"] == SETTLED).sum() / 640)
+    assert told["accuracy"] == cells(fewer, study, config())[0]["accuracy"]
+    assert replayed(fewer, study, config()) is None
+
+
+def test_adaptive_sampling_goes_on_where_it_was_stopped(tmp_path):
+    study, model = Study("scaling", (16,), (0,)), Model(0.6)
+    pool = pool_of(tmp_path, model, study, adaptive=0.1)
+    again = Model(0.6)
+    pd.testing.assert_frame_equal(pool_of(tmp_path, again, study, adaptive=0.1), pool)
+    assert not again.samples
+
+
+def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
+    from eval.evaluation import Grid
+    from eval.summary import grid_heat_map
+
+    study = Study("scaling", (0, 1), (0, 2))
+    pool = pool_of(tmp_path, Model(), study, PAIRS[:4])
+    [(title, svg)] = grid_heat_map(Grid(study, pool, cells(pool, study, config())))
+    assert (
+        "m own samples" in title and all(name in svg for name in ("Ind-0", "Ind-1", "Pro-0", "Pro-2")) and svg.count("100.0") == 3
+    )
+    assert grid_heat_map(Grid(Study("scaling", (0, 1), (0,)), pool, [])) == []

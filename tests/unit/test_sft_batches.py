@@ -1,0 +1,233 @@
+"""Layouts of a step: the same sequences, the same loss and gradient, less padding."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from pgenrm_train.backends.sft_batches import LAYOUTS, Chats, Encoded, StepOrder, arrange, collate, layout_of, write_chats
+from pgenrm_train.backends.sft_loss import train_in_pieces, weighted_loss
+from pgenrm_train.config import ClusterConfig, Config, ModelConfig, PsiConfig
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+CHATS = [Encoded(tuple(range(3, 23)), 12, 18), Encoded(tuple(range(30, 41)), 9, 10), Encoded((7, 8, 9, 10, 11, 12, 13), 1, 7)]
+
+
+def random_chats(count, seed=0):
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        length, loss_from = rng.randint(6, 40), rng.randint(1, 4)
+        found.append(Encoded(tuple(rng.randrange(1, 50) for _ in range(length)), loss_from, rng.randint(loss_from, length)))
+    return found
+
+
+# ---- what a micro-batch holds ----
+
+
+def test_padding_stands_on_the_right_and_bears_no_loss():
+    batch = collate([Encoded((5, 6, 7, 8), 2, 3), Encoded((5, 9), 1, 2)], pad=0, packed=False, score_weight=3.0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert batch["predicts"].tolist() == [1, 2, 4] and batch["labels"].tolist() == [7, 8, 9]
+    assert batch["weights"].tolist() == [1.0, 3.0, 1.0]
+    assert set(batch) == {"input_ids", "predicts", "labels", "weights"}
+
+
+def test_a_packed_row_has_no_padding_and_positions_that_start_anew():
+    batch = collate([Encoded((5, 6, 7, 8), 2, 4), Encoded((5, 9), 1, 2)], pad=0, packed=True, flash=True)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch["predicts"].tolist() == [1, 2, 4] and batch["labels"].tolist() == [7, 8, 9]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 6] == batch["cu_seq_lens_k"].tolist()
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and batch["max_length_q"] == 4 == batch["max_length_k"]
+
+
+def test_a_pad_that_is_also_the_end_is_still_learnt_where_it_ends_an_answer():
+    batch = collate([Encoded((5, 6, 2), 1, 3), Encoded((5, 2), 1, 2)], pad=2, packed=False)
+    assert batch["labels"].tolist() == [6, 2, 2]
+
+
+def test_chats_survive_their_file(tmp_path):
+    write_chats(tmp_path / "chats.parquet", CHATS)
+    chats = Chats(tmp_path / "chats.parquet")
+    assert chats.lengths == [20, 11, 7] and len(chats) == 3
+    for chat, read in zip(CHATS, (chats[i] for i in range(3)), strict=True):
+        assert (tuple(read.ids), read.loss_from, read.score_from) == (chat.ids, chat.loss_from, chat.score_from)
+
+
+# ---- what a model makes of it ----
+
+
+def model_of(family, attention):
+    torch.manual_seed(0)
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
+    return model(config(**SHAPE, attn_implementation=attention))
+
+
+def alone(model, chats, score_weight):
+    """Loss and gradient of each chat by itself, by the definition: Σ w · −log p / Σ w."""
+    total, weights = torch.zeros(()), 0.0
+    for chat in chats:
+        log_probs = model(input_ids=torch.tensor([chat.ids])).logits[0].log_softmax(-1)
+        for place in range(chat.loss_from, len(chat.ids)):
+            weight = score_weight if place >= chat.score_from else 1.0
+            total, weights = total - weight * log_probs[place - 1, chat.ids[place]], weights + weight
+    loss = total / weights
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("score_weight", [1.0, 4.0])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("family", "attention"), [("qwen2", "sdpa"), ("qwen2", "eager"), ("llama", "sdpa")])
+def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, attention, packed, score_weight):
+    """Neither padding nor a neighbour in the row can be seen."""
+    model = model_of(family, attention)
+    expected, gradients = alone(model, CHATS, score_weight)
+    train_in_pieces(model)
+    loss = model(**collate(CHATS, pad=0, packed=packed, score_weight=score_weight)).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_has_the_same_gradient_under_every_layout(layout):
+    chats = random_chats(13)
+    model = model_of("qwen2", "sdpa")
+    expected, gradients = alone(model, chats, 2.0)
+    train_in_pieces(model)
+    order = arrange([len(c.ids) for c in chats], layout, 4)
+    batches = [
+        collate([chats[i] for i in order[first : first + 4]], pad=0, packed=layout == "packed", score_weight=2.0)
+        for first in range(0, 13, 4)
+    ]
+    total = sum(batch["weights"].sum() for batch in batches)
+    losses = [model(**batch, num_items_in_batch=total).loss for batch in batches]
+    torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(sum(losses), list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_without_labels_the_model_answers_as_before():
+    model = model_of("qwen2", "sdpa").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    before = model(input_ids=ids).logits
+    train_in_pieces(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
+
+
+# ---- cross entropy in pieces ----
+
+
+@pytest.mark.parametrize("piece", [1, 700, 10_000, 2**26])
+def test_cross_entropy_in_pieces_is_exact(piece):
+    torch.manual_seed(1)
+    head = torch.nn.Linear(16, 100, bias=False, dtype=torch.float64)
+    hidden = torch.randn(57, 16, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(0, 100, (57,)), torch.rand(57, dtype=torch.float64)
+    whole = (torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()
+    pieces = weighted_loss(head, hidden, labels, weights, 100, piece)
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(pieces, [hidden, head.weight]), torch.autograd.grad(whole, [hidden, head.weight]), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_no_more_logits_than_a_piece_are_alive_at_a_time():
+    """What is kept for the backward pass does not grow with the vocabulary."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    head, hidden = torch.nn.Linear(8, 1000, bias=False), torch.randn(64, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weighted_loss(head, hidden, torch.zeros(64, dtype=torch.long), torch.ones(64), 1000, 4000)
+    assert max(kept) <= 8 * 1000  # the head itself; 64 × 1000 logits are not there
+
+
+def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
+    """ZeRO-3 gathers the head's weights at each call, all processes together; their numbers of pieces differ."""
+    calls = []
+    model = model_of("qwen2", "sdpa")
+    train_in_pieces(model)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    batch = collate(CHATS, pad=0, packed=False)
+    whole = model(**batch).loss
+    monkeypatch.setattr("pgenrm_train.backends.sft_loss.PIECE", 100)  # two tokens
+    pieces = model(**batch).loss
+    torch.testing.assert_close(pieces, whole)
+    pieces.backward()
+    assert len(calls) == 2
+
+
+# ---- which sequences lie together ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("count", "size"), [(8, 8), (32, 4), (13, 4), (3, 4), (17, 16), (1, 1)])
+def test_every_sequence_of_a_step_is_in_it_once(layout, count, size):
+    rng = random.Random(count)
+    assert sorted(arrange([rng.randint(1, 99) for _ in range(count)], layout, size)) == list(range(count))
+
+
+def test_grouping_pads_less_and_packing_evens_out_the_tokens():
+    rng = random.Random(0)
+    lengths = [rng.choice([100, 200, 800, 3000]) + rng.randint(0, 99) for _ in range(128)]
+
+    def micro_batches(layout):
+        order = arrange(lengths, layout, 8)
+        return [[lengths[i] for i in order[first : first + 8]] for first in range(0, 128, 8)]
+
+    padded, grouped = (sum(8 * max(batch) for batch in micro_batches(layout)) for layout in ("padded", "grouped"))
+    assert grouped < 0.6 * padded
+    dealt = [sum(batch) for batch in micro_batches("packed")]
+    assert max(dealt) < 1.15 * min(dealt) and max(dealt) < 1.1 * sum(lengths) / 16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
+    lengths = [len(c.ids) for c in random_chats(50)]
+    order, plain = (list(StepOrder(lengths, name, batch_size=16, micro_batch_size=4, seed=3)) for name in (layout, "padded"))
+    for first in range(0, 50, 16):
+        assert sorted(order[first : first + 16]) == sorted(plain[first : first + 16])
+    assert sorted(order) == list(range(50))
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    lengths = [len(c.ids) for c in random_chats(50)]
+    settings = {"batch_size": 16, "micro_batch_size": 4}
+    first = StepOrder(lengths, "packed", seed=3, **settings)
+    epochs = []
+    for epoch in range(3):
+        first.set_epoch(epoch)
+        epochs.append(list(first))
+    assert all(a != b for a, b in itertools.combinations(epochs, 2))
+    resumed = StepOrder(lengths, "packed", seed=3, **settings)
+    resumed.set_epoch(resumed.epoch_of(8))  # 4 steps an epoch
+    assert list(resumed) == epochs[2]
+    assert [resumed.epoch_of(step) for step in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+    assert list(StepOrder(lengths, "packed", seed=4, **settings)) != epochs[0]
+
+
+def test_packing_is_chosen_where_attention_knows_the_boundaries():
+    flash = ModelConfig(attention="flash_attention_2")
+    cuda = ClusterConfig(device="cuda")
+    assert layout_of(Config()) == "grouped"
+    assert layout_of(Config(model=flash)) == "grouped"  # a CPU has no FlashAttention
+    assert layout_of(Config(model=flash, cluster=cuda)) == "packed"
+    assert layout_of(Config(model=flash, cluster=cuda, psi=PsiConfig(packing=False))) == "grouped"
+    assert layout_of(Config(psi=PsiConfig(packing=True))) == "packed"

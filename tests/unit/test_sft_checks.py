@@ -1,0 +1,180 @@
+"""Everything that is wrong with an SFT run is said before a weight is loaded; what is published equals what was trained."""
+
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from data_builders.personaworld import build
+from eval.validation import Validation
+from pgenrm_train.artifacts import write_table
+from pgenrm_train.backends.base import GenerationRequest
+from pgenrm_train.backends.deepspeed_sft import _merge
+from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
+from pgenrm_train.backends.sft_generate import TrainingGenerator
+from pgenrm_train.chains import Chain, parse_chain
+from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.history import HistorySampler
+from pgenrm_train.stages.inputs import PromptWriter
+
+NANO = ROOT / "tests" / "data" / "psi_nano"
+
+
+def chat(answer, question="Which?"):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+# ---- before any weight is loaded ----
+
+
+def test_the_shipped_model_can_be_started_from():
+    config = load("recipe=psi")
+    found = inspect_start(config, NANO)
+    assert found.limit == config.model.max_prompt_tokens + config.model.max_response_tokens
+    config.model.max_prompt_tokens = 100_000
+    assert inspect_start(config, NANO).limit == 1024  # the model's own positions
+
+
+def test_a_folder_that_is_no_model_is_said(tmp_path):
+    with pytest.raises(ArtifactError, match="is not a model that PSI can start from"):
+        inspect_start(Config(), tmp_path)
+
+
+def test_a_missing_chat_template_is_said(tmp_path):
+    shutil.copytree(NANO, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="has no chat template"):
+        inspect_start(Config(), tmp_path / "base")
+
+
+def test_an_unknown_lora_target_is_said_with_what_there_is():
+    config = load("recipe=psi")
+    config.model.lora = LoraConfig(rank=4, target_modules=["q_proj", "qkv"])
+    with pytest.raises(
+        ConfigError, match=r"target_modules=qkv names no linear layer of the model; it has down_proj, gate_proj, k_proj"
+    ):
+        inspect_start(config, NANO)
+
+
+def test_an_adapter_on_the_output_head_is_refused():
+    config = load("recipe=psi")
+    config.model.lora = LoraConfig(rank=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match="must not name the output head"):
+        inspect_start(config, NANO)
+
+
+def test_another_shape_or_adapter_is_another_model():
+    plain, adapted = Config(), Config()
+    adapted.model.lora = LoraConfig(rank=4)
+    assert inspect_start(plain, NANO).identity == inspect_start(Config(), NANO).identity
+    assert inspect_start(plain, NANO).identity != inspect_start(adapted, NANO).identity
+
+
+def test_chats_that_are_too_long_are_counted_and_the_first_is_named(tmp_path):
+    tokenizer = inspect_start(Config(), NANO).tokenizer
+    rows = tmp_path / "sec.parquet"
+    write_table(rows, [chat("short"), chat("long " * 90), chat("longer " * 200), chat("short")])
+    sizes = [len(c.ids) for c in encode_rows(tokenizer, rows, 10_000)]
+    with pytest.raises(
+        DataError, match=rf"2 of 4 chats are longer than the model's limit of 80 tokens, the first in row 1 with {sizes[1]}"
+    ):
+        encode_rows(tokenizer, rows, 80)
+
+
+def test_no_chats_are_said(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([chat("a")]).slice(0, 0)
+    pq.write_table(table, tmp_path / "sec.parquet")
+    with pytest.raises(DataError, match="holds no chains to train on"):
+        encode_rows(inspect_start(Config(), NANO).tokenizer, tmp_path / "sec.parquet", 80)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_a_missing_kernel_library_is_said():
+    with pytest.raises(ConfigError, match=r"psi.liger=true needs the package liger-kernel"):
+        check_libraries(Config(psi=PsiConfig(liger=True)))
+    check_libraries(Config())
+
+
+# ---- what is published ----
+
+
+def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(tmp_path):
+    from peft import LoraConfig as Adapter
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = load("recipe=psi")
+    base = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    model = get_peft_model(
+        base, Adapter(r=4, lora_alpha=8, target_modules=config.model.lora.target_modules, task_type="CAUSAL_LM")
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # zero before training
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.randint(0, 600, (2, 30))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        _merge(NANO, tmp_path / "adapter", tmp_path / "merged", config)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        plain = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+        assert not torch.allclose(plain(input_ids=ids).logits, expected, atol=1e-2)
+
+
+# ---- accuracy while training ----
+
+
+@pytest.fixture(scope="module")
+def training():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = load("recipe=psi", "pipeline.budget=smoke")
+    config.psi.micro_batch_size = 1
+    model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
+    return config, TrainingGenerator(config, model, AutoTokenizer.from_pretrained(NANO))
+
+
+@pytest.fixture(scope="module")
+def validation(training):
+    config, generator = training
+    pairs = list(build(DataConfig(users=4, heldout_users=2, pairs_per_user=6), seed=1))
+    sampler, chosen = HistorySampler(pairs, size=3, policy="random"), [p for p in pairs if p.trains][:3]
+    writer = PromptWriter(config, generator.tokenizer)
+    return Validation(config, chosen, {p.pair_id: sampler(p) for p in chosen}, writer)
+
+
+def test_a_trained_model_is_scored_by_generation(training, validation):
+    _, generator = training
+    state = torch.get_rng_state()
+    found = validation(generator)
+    assert torch.equal(torch.get_rng_state(), state)  # training draws on as if nothing had been asked
+    assert 0 <= found.metrics["eval/accuracy"] <= 1
+    assert found.metrics["eval/format_failures"] + sum(row["failure"] is None for row in found.samples) == 6
+    assert {"eval/order_flip_rate", "eval/ties"} <= set(found.metrics) and len(found.samples) == 6
+    assert any(isinstance(parse_chain(row["text"]), Chain) for row in found.samples)
+
+
+def test_answers_do_not_depend_on_the_batch(training, validation):
+    config, generator = training
+    one_by_one = TrainingGenerator(config, generator.model, generator.tokenizer)
+    one_by_one.batch_size = 1
+    requests = validation.requests[:3]
+    texts = [{a.key: a.text for a in g(requests, temperature=0.0)} for g in (generator, one_by_one)]
+    assert texts[0] == texts[1] and len(texts[0]) == 3
+
+
+def test_what_does_not_end_or_fit_is_a_failure_with_its_reason(training):
+    config, generator = training
+    config.model.max_response_tokens, before = 4, config.model.max_response_tokens
+    long = GenerationRequest("long", ({"role": "user", "content": "word " * 2000},))
+    short = GenerationRequest("short", ({"role": "user", "content": "word"},), samples=2)
+    found = {(a.key, a.sample): a.failure for a in generator([long, short], temperature=1.0)}
+    config.model.max_response_tokens = before
+    assert found == {("long", 0): "prompt_too_long", ("short", 0): "length", ("short", 1): "length"}

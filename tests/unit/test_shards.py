@@ -1,0 +1,90 @@
+"""Sharded tables: streamed, published whole or not at all, and what is missing or cut off is one sentence."""
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from pgenrm_train.artifacts import sha256_file
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import Message, PreferencePair, pair_schema, pair_to_row, read_pairs
+from pgenrm_train.shards import BATCH, ShardWriter, digest, parts, tables
+
+SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
+
+
+def write(path, count, rows=BATCH):
+    with ShardWriter(path, SCHEMA, rows) as writer:
+        for n in range(count):
+            writer.row({"n": n, "text": f"row {n}"})
+    return path
+
+
+def numbers(path):
+    return [n for batch in tables(path) for n in batch.column("n").to_pylist()]
+
+
+@pytest.mark.parametrize("count", [0, 1, BATCH, BATCH + 1, 3 * BATCH])
+def test_what_is_written_is_read_back_in_order(tmp_path, count):
+    path = write(tmp_path / "t.parquet", count)
+    assert numbers(path) == list(range(count))
+    shards = max(1, -(-count // BATCH))
+    assert [p.name for p in parts(path)] == [f"part-{n:05d}-of-{shards:05d}.parquet" for n in range(shards)]
+    assert pd.read_parquet(path)["n"].tolist() == list(range(count)), "as a file would be"
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+    path = write(tmp_path / "t.parquet", 10)
+    with pytest.raises(KeyboardInterrupt), ShardWriter(path, SCHEMA, BATCH) as writer:
+        for n in range(3 * BATCH):
+            writer.row({"n": n, "text": "new"})
+        raise KeyboardInterrupt
+    assert numbers(path) == list(range(10)) and [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_a_killed_write_is_invisible_and_does_not_hinder_the_next(tmp_path):
+    writer = ShardWriter(tmp_path / "t.parquet", SCHEMA, BATCH).__enter__()
+    for n in range(2 * BATCH):
+        writer.row({"n": n, "text": "half"})
+    del writer  # no __exit__: as after kill -9
+    assert not (tmp_path / "t.parquet").exists()
+    assert numbers(write(tmp_path / "t.parquet", 5)) == list(range(5))
+
+
+def test_a_lost_shard_is_noticed(tmp_path):
+    path = write(tmp_path / "t.parquet", 3 * BATCH)
+    parts(path)[1].unlink()
+    with pytest.raises(DataError, match=r"holds 2 of the 3 files part-\*-of-00003"):
+        numbers(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
+def test_a_cut_off_shard_is_one_sentence(tmp_path, share):
+    path = write(tmp_path / "t.parquet", 3 * BATCH)
+    last = parts(path)[2]
+    last.write_bytes(last.read_bytes()[: int(last.stat().st_size * share)])
+    with pytest.raises(DataError, match=r"part-00002-of-00003.parquet cannot be read as parquet: it was cut off") as error:
+        numbers(path)
+    assert "\n" not in str(error.value) and error.value.__suppress_context__
+
+
+def test_an_empty_folder_is_told(tmp_path):
+    with pytest.raises(DataError, match="holds no parquet or JSONL file"):
+        parts(tmp_path)
+
+
+def test_the_digest_of_one_file_is_its_own_and_sees_every_byte(tmp_path):
+    path = write(tmp_path / "t.parquet", 3 * BATCH)
+    before = digest(path)
+    assert digest(parts(path)[0]) == sha256_file(parts(path)[0])
+    last = parts(path)[2]
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    assert digest(path) != before
+
+
+def test_bad_rows_name_the_shard(tmp_path):
+    good = pair_to_row(PreferencePair("p", "u", (Message("user", "q"),), "a", "b"))
+    with ShardWriter(tmp_path / "pairs.parquet", pair_schema(), BATCH) as writer:
+        for n in range(BATCH + 2):
+            writer.row(good | ({"split": "dev"} if n == BATCH + 1 else {}))
+    with pytest.raises(DataError, match=r"part-00001-of-00002.parquet, row 2, field 'split'"):
+        list(read_pairs(tmp_path / "pairs.parquet"))
