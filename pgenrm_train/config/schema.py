@@ -51,7 +51,7 @@ class DataConfig:
     max_val_pairs: int | None = None
     max_test_pairs: int | None = None
     on_bad_row: str = "fail"  # fail · skip (counted and listed)
-    on_overlap: str = "drop"  # votes that a user casts again in a later split: drop (counted) · fail
+    on_overlap: str = "fail"  # votes that a user casts again in a later split of the source: fail · drop (counted)
     split_by: str = "source"  # source: what the records say · within_user · user_disjoint · pair (one split for all voters on it)
     near_duplicates: bool = True  # in the leak report; the slow part of it
     answers: str | None = None  # LaMP-QA: file of the models' answers

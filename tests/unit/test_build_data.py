@@ -68,7 +68,7 @@ def test_train_votes_that_return_in_test_are_dropped_and_counted(tmp_path):
         vote(5, "c", "y", "x"),
         vote(6, "c", "x", "y", split="val"),  # the same texts, voted the other way
     ]
-    made, card = build(tmp_path, votes)
+    made, card = build(tmp_path, votes, on_overlap="drop")
     assert [p.pair_id for p in made] == ["2", "3", "4", "6"]
     assert card["train_votes_dropped_as_repeated_in_val_or_test"] == 2
 
@@ -81,12 +81,22 @@ def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
     assert [kept for *_, kept in index.decisions()] == [1, 0, 1, 1]
 
 
-def test_overlap_within_a_user_may_fail_the_build(tmp_path):
+def test_overlap_within_a_user_fails_the_build(tmp_path):
     votes = [vote(1, "a"), vote(2, "a", split="test")]
     with pytest.raises(DataError, match=r"1 votes of the source are cast again .* data\.on_overlap=drop"):
-        build(tmp_path, votes, on_overlap="fail")
+        build(tmp_path, votes)
     assert not (tmp_path / "build_data" / "pairs.parquet").exists()
-    assert build(tmp_path, [vote(1, "a"), vote(2, "b", split="test")], on_overlap="fail")[1]["pairs"] == 2
+    assert build(tmp_path, [vote(1, "a"), vote(2, "b", split="test")])[1]["pairs"] == 2
+
+
+def test_splits_made_here_do_without_what_overlaps(tmp_path):
+    votes = [vote(n, "a", query=f"question {n // 2}") for n in range(40)]  # each vote twice, in two conversations
+    made, card = build(tmp_path, votes, split_by="within_user")
+    assert (
+        len(votes) - len(made)
+        == card["train_votes_dropped_as_repeated_in_val_or_test"] + card["val_votes_dropped_as_repeated_in_test"]
+        > 0
+    )
 
 
 def test_the_card_counts(tmp_path):
@@ -120,7 +130,7 @@ def test_nothing_to_learn_from_is_said(tmp_path, votes):
 
 def test_personaworld_goes_through_whole(tmp_path):
     votes = list(personaworld.build(DataConfig(users=20, heldout_users=8), 0))
-    made, card = build(tmp_path, votes)
+    made, card = build(tmp_path, votes, on_overlap="drop")
     assert made == [p for p in votes if p in made] and card["with_stated_criteria"] == len(made)
     assert len(votes) - len(made) == card["train_votes_dropped_as_repeated_in_val_or_test"] < 0.02 * len(votes)
 
