@@ -18,7 +18,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
     """Fractions in [0, 1] as percent, one cell a value, the best in bold; None is an empty cell."""
     grid = 100 * np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.0 + 0.75 * len(columns), 0.7 + 0.42 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
         axes.pcolormesh(np.ma.masked_invalid(grid), cmap="Blues", alpha=0.45, edgecolor="none")
         for (y, x), value in np.ndenumerate(grid):

@@ -56,13 +56,13 @@ def looks(budget: int, alpha: float) -> tuple[int, ...]:
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
     """Which pairs (G,) need no further chain after the first `drawn` of `margins` (G, M): chosen − rejected score of a chain, the
     similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
-    seen = margins[:, :drawn]
+    seen = np.nan_to_num(margins[:, :drawn])  # a chain that failed votes for nobody
     left = margins.shape[1] - drawn
     least = np.array([least_votes(votes, left, alpha) for votes in range(drawn + 1)])
-    mean = np.nansum(seen, axis=1)
     for_chosen, for_rejected = (seen > 0).sum(axis=1), (seen < 0).sum(axis=1)
     least = least[for_chosen + for_rejected]
-    proven = ((for_chosen >= least) & (mean > 0)) | ((for_rejected >= least) & (mean < 0))
+    total = seen.sum(axis=1)
+    proven = ((for_chosen >= least) & (total > 0)) | ((for_rejected >= least) & (total < 0))
     return np.asarray(proven | (drawn >= margins.shape[1]))
 
 

@@ -6,6 +6,7 @@ leak into the next, and a stage alone is the same code path as a stage of the pi
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import os
@@ -146,6 +147,7 @@ def _lock(run_dir: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+    atexit.register(file.close)
     _LOCKS[run_dir.resolve()] = file
 
 

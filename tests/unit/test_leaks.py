@@ -206,9 +206,8 @@ def built(tmp_path, votes, **data):
 
 def test_a_build_leaves_report_card_and_findings(tmp_path, capsys):
     again = vote(99, "u0", "test", query="query 0", chosen=words("c0"), rejected=words("r0"), kind="a|b <script>")
-    folder, facts = built(
-        tmp_path, [*clean(), again, vote(200, "u1", "val", query="query 1", chosen=words("c1"), rejected=words("r5"))]
-    )
+    votes = [*clean(), again, vote(200, "u1", "val", query="query 1", chosen=words("c1"), rejected=words("r5"))]
+    folder, facts = built(tmp_path, votes, on_overlap="drop")
     leaks = json.loads((folder / "leaks.json").read_text())
     assert leaks["same_pair"]["left_out"] == 1 and leaks["errors"] == [], "the train vote gave way"
     assert facts["findings"] == leaks["findings"] and "were left out" in capsys.readouterr().out
@@ -216,7 +215,7 @@ def test_a_build_leaves_report_card_and_findings(tmp_path, capsys):
     assert facts["sha256"] in text and "| pairs | 65 |" in text and "| chosen | 30 | 30 | 30 | 30 |" in text
     assert "<script>" not in text and "a b  script" in text and str(tmp_path) not in text
     before = text
-    built(tmp_path, [*clean(), again, vote(200, "u1", "val", query="query 1", chosen=words("c1"), rejected=words("r5"))])
+    built(tmp_path, votes, on_overlap="drop")
     assert (folder / "README.md").read_text() == before, "the same build writes the same card"
 
 
