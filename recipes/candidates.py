@@ -42,9 +42,9 @@ def candidates(config: Config, made: Sequence[str], folder: Path) -> list[Candid
 
 def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -> Candidate:
     def make() -> Generator:
-        from pgenrm_train.backends.vllm_engine import VllmGenerator
+        from pgenrm_train.backends.vllm_replicas import local_generator
 
-        return VllmGenerator(config, checkpoint)
+        return local_generator(config, checkpoint)
 
     start, close = _once(make)
     identity = fingerprint(_digest(checkpoint), config.model.prompt)

@@ -57,9 +57,9 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
 
 
 def generator(config: Config, checkpoint: Path) -> Any:
-    from pgenrm_train.backends.vllm_engine import VllmGenerator
+    from pgenrm_train.backends.vllm_replicas import local_generator
 
-    return VllmGenerator(config, checkpoint)
+    return local_generator(config, checkpoint)
 
 
 def make_embedder(config: Config) -> Any:

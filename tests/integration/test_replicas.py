@@ -1,0 +1,83 @@
+"""Several vLLM engines on Ray: the answers of one engine, shared out; a lost engine is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from data_builders.personaworld import build
+from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.backends.vllm_engine import VllmGenerator
+from pgenrm_train.backends.vllm_replicas import VllmReplicas, local_generator
+from pgenrm_train.config import ROOT, Config, DataConfig, load
+from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.history import HistorySampler
+from pgenrm_train.masking import MaskedView, present
+from pgenrm_train.prompts import chat_messages
+
+NANO = ROOT / "tests" / "data" / "psi_nano"
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load("recipe=evaluate", "model=nano", "data=personaworld", "cluster.processes_per_node=2", "eval.max_in_flight=32")
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[GenerationRequest]:
+    pairs = list(build(DataConfig(users=8, heldout_users=2, pairs_per_user=10), seed=0))
+    history = HistorySampler(pairs, size=3, policy="random")
+    views = [present(pair, history(pair), 0) for pair in pairs[:80]]
+    chats = [tuple(chat_messages(MaskedView(v.context, v.history, v.responses), instructions=False)) for v in views]
+    return [GenerationRequest(f"{n}", chat, samples=1 + n % 2, seed=n) for n, chat in enumerate(chats)]
+
+
+@pytest.fixture(scope="module")
+def replicas(config: Config) -> Iterator[VllmReplicas]:
+    made = local_generator(config, NANO)
+    assert isinstance(made, VllmReplicas)
+    yield made
+    made.close()
+
+
+def test_two_engines_answer_what_one_does(config: Config, requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+    shared = _by_sample(replicas(iter(requests), temperature=0.7))
+    alone = VllmGenerator(config, NANO)
+    expected = _by_sample(alone(iter(requests), temperature=0.7))
+    alone.close()
+    assert shared.keys() == expected.keys() and len(shared) == sum(r.samples for r in requests)
+    same = sum(shared[key].text == expected[key].text for key in shared)
+    assert same >= 0.9 * len(shared), "a batch of another size rounds otherwise, and rarely draws another token"
+
+
+def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+    def broken() -> Iterator[GenerationRequest]:
+        yield from requests[:20]
+        raise KeyError("no such user")
+
+    answered: list[Generation] = []
+    with pytest.raises(KeyError, match="no such user"):
+        answered.extend(replicas(broken(), temperature=0.7))
+
+
+def test_a_lost_engine_is_told_after_what_was_answered(requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+    import ray
+
+    many = [replace(request, key=f"{n}/{request.key}") for n in range(20) for request in requests]
+    answers = replicas(iter(many), temperature=0.7)
+    next(answers)
+    ray.kill(replicas._engines[0])
+    with pytest.raises(BackendError, match=r"a vLLM engine failed .*asks what is left"):
+        list(answers)
+
+
+def test_several_nodes_need_an_address() -> None:
+    config = load("recipe=evaluate", "model=llama31_8b", "cluster=multi_node", "data=personaworld")
+    with pytest.raises(ConfigError, match=r"cluster.nodes=4 needs ray.address="):
+        local_generator(config, NANO)
+
+
+def _by_sample(answers: Iterator[Generation]) -> dict[tuple[str, int], Generation]:
+    return {(answer.key, answer.sample): answer for answer in answers}
