@@ -1,67 +1,149 @@
 """score: one user, one query, N responses → the chain and the scores.
 
+`score.ind=m score.pro=n`: the mean of m sampled chains, and of one chain from each of the n most similar users of the run's prototypes.
+
 `score.input=FILE.json` holds {"user_id", "history": [{"query", "chosen", "rejected"}], "criteria": str|null, "query",
 "responses": [str, …]}.  `score.dry_run=true` prints the chat messages as one JSON array and starts nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import random
-import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from eval.harness import Write
+from eval.scaling_study import Similar
 from pgenrm_train.backends.base import GenerationRequest, Generator
-from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.chains import Chain, ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, ConfigError, DataError
-from pgenrm_train.masking import apply_masking
+from pgenrm_train.masking import FullView, MaskedView, apply_masking
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message
-from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.scaling import scale
+from pgenrm_train.stages.inputs import PromptWriter, load_pairs
 from recipes.llm import api_generator, model_endpoint, plain_writer
 from recipes.run import newest
+
+
+class Answer(NamedTuple):
+    """A chain as written, and as read."""
+
+    text: str | None
+    chain: Chain | ParseFailure
 
 
 def run(config: Config) -> int:
     if not config.score.input:
         raise ConfigError("recipe=score needs score.input=FILE.json")
     example = read_example(Path(config.score.input))
-    # Stated criteria are shown when given: whoever states them wants them used.
-    policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
-    view, _ = apply_masking(example, policy, random.Random(config.seed), show_probability=config.masking.show_probability)
     if config.score.dry_run:
-        print(json.dumps(plain_writer(config)(view), ensure_ascii=False, indent=2))
+        print(json.dumps(plain_writer(config)(_view(config, example)), ensure_ascii=False, indent=2))
         return 0
+    generator, write = _model(config)
+    try:
+        ask = functools.partial(_chains, config, generator, write, len(example.responses))
+        return _say_one(ask([example], 1)) if _single(config) else _say_mean(config, example, ask)
+    finally:
+        generator.close()
+
+
+def _view(config: Config, example: Example) -> MaskedView | FullView:
+    """Stated criteria are shown when given: whoever states them wants them used."""
+    policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
+    return apply_masking(example, policy, random.Random(config.seed), show_probability=config.masking.show_probability)[0]
+
+
+def _model(config: Config) -> tuple[Generator, Write]:
     if config.model.kind == "endpoint":
-        settings = replace(model_endpoint(config), temperature=0.0)
-        return score(
-            config, api_generator(settings, config.model.prompt, None), plain_writer(config)(view), len(example.responses)
-        )
+        settings = replace(model_endpoint(config), temperature=_temperature(config))
+        return api_generator(settings, config.model.prompt, None), plain_writer(config)
     checkpoint = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     from pgenrm_train.backends.vllm_engine import VllmGenerator
 
-    generator = VllmGenerator(config, checkpoint)
-    return score(config, generator, PromptWriter(config, generator.tokenizer)(view), len(example.responses))
+    made = VllmGenerator(config, checkpoint)
+    return made, PromptWriter(config, made.tokenizer)
 
 
-def score(config: Config, generator: Generator, messages: Sequence[Mapping[str, str]], n_responses: int) -> int:
-    """Generate one chain, print it and its scores; exit code 0 only when the chain could be read."""
-    answers = list(generator([GenerationRequest("score", tuple(messages), 1, config.seed)], temperature=0.0))
-    generator.close()
-    if answers[0].text is None:
-        raise BackendError(f"the model gave no chain ({answers[0].failure})")
-    chain = parse_chain(answers[0].text, n_responses)
-    print(answers[0].text)
-    if isinstance(chain, ParseFailure):
-        raise BackendError(f"the model's chain cannot be read ({chain.kind}: {chain.detail})")
+def _single(config: Config) -> bool:
+    return (config.score.ind, config.score.pro) == (1, 0)
+
+
+def _temperature(config: Config) -> float:
+    """One chain alone is the likeliest one; several must differ."""
+    return 0.0 if _single(config) else config.eval.temperature
+
+
+def _chains(
+    config: Config, generator: Generator, write: Write, responses: int, examples: Sequence[Example], samples: int
+) -> list[Answer]:
+    """`samples` chains on each example, in order, each as read or with the reason why not."""
+    views = [tuple(write(_view(config, example))) for example in examples]
+    requests = [GenerationRequest(f"{n}", messages, samples, config.seed) for n, messages in enumerate(views)]
+    found = sorted(generator(requests, temperature=_temperature(config)), key=lambda answer: (int(answer.key), answer.sample))
+    return [Answer(a.text, ParseFailure(a.failure, "") if a.failure else parse_chain(a.text or "", responses)) for a in found]
+
+
+def _say_one(answers: Sequence[Answer]) -> int:
+    """Print the chain and its scores.  Raises BackendError when it cannot be read."""
+    (answer,) = answers
+    chain = _readable(answer)
     scores = {f"response_{i}": s for i, s in enumerate(chain.scores, start=1)}
     verified = list(chain.verified_scores) if chain.verified_scores else None
+    print(answer.text)
     print(json.dumps({"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}, ensure_ascii=False))
-    sys.stdout.flush()
     return 0
+
+
+def _say_mean(config: Config, example: Example, ask: Callable[[Sequence[Example], int], list[Answer]]) -> int:
+    """Test-time user-based scaling (METHOD §7) of one question: print the mean scores and what they are made of."""
+    own = ask([example], config.score.ind)
+    first = next((answer for answer in own if isinstance(answer.chain, Chain)), own[0])
+    chain = _readable(first)
+    users = _similar(config, example, chain.analysis) if config.score.pro else []
+    similar = ask([replace(example, history=user.history) for user in users], 1)
+    scaled = scale(_scores(own, len(example.responses)), _scores(similar, len(example.responses)))
+    print(first.text)
+    print(json.dumps({
+        "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},
+        "own": _used(own) | {"asked": config.score.ind},
+        "similar": _used(similar) | {"asked": config.score.pro, "users": [user.user_id for user in users]},
+    }, ensure_ascii=False))  # fmt: skip
+    return 0
+
+
+def _similar(config: Config, example: Example, analysis: str) -> list[Similar]:
+    from recipes.evaluate import find_similar
+
+    return find_similar(config, load_pairs(Path(config.run_dir)))([analysis], [example.user_id], config.score.pro)[0]
+
+
+def _readable(answer: Answer) -> Chain:
+    if isinstance(answer.chain, Chain):
+        return answer.chain
+    print(answer.text or "")
+    raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
+
+
+def _scores(answers: Sequence[Answer], responses: int) -> np.ndarray:
+    """(chains, responses), NaN where a chain could not be read."""
+    rows = [a.chain.scores if isinstance(a.chain, Chain) else (math.nan,) * responses for a in answers]
+    return np.array(rows, dtype=float).reshape(len(rows), responses)
+
+
+def _used(answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "used": sum(isinstance(a.chain, Chain) for a in answers),
+        "failures": dict(Counter(a.chain.kind for a in answers if isinstance(a.chain, ParseFailure))),
+    }
 
 
 def read_example(path: Path) -> Example:

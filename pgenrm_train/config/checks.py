@@ -51,7 +51,7 @@ _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "psi.epochs",
     "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
-    "curriculum.learning_rate", "eval.seeds", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
+    "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
@@ -88,6 +88,8 @@ def check(config: Config) -> None:
         raise ConfigError("eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists")
     if config.eval.temperature < 0:
         raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
+    if config.score.pro < 0:
+        raise ConfigError(f"score.pro={config.score.pro} must be at least 0")
     if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
         raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
     if config.sec.orders_per_pair not in (1, 2):

@@ -293,6 +293,8 @@ class EvalConfig:
 @dataclass
 class ScoreConfig:
     input: str | None = None
+    ind: int = 1  # chains from the user's own history: one is the likeliest, several are sampled
+    pro: int = 0  # chains from similar users' histories, one a user
     dry_run: bool = False
 
 

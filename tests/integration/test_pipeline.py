@@ -64,6 +64,23 @@ def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
         assert {"step", "stage"} <= json.loads(line).keys()
 
 
+def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(finished: Path) -> None:
+    question = finished.parent / "question.json"
+    history = [{"query": "Plan my report?", "chosen": "No worries. Tests confirm.", "rejected": "Respectfully yours. Done."}]
+    question.write_text(
+        json.dumps(
+            {"user_id": "ann", "query": "Fix my knee?", "responses": ["No worries.", "Noted.", "Done."], "history": history}
+        )
+    )
+    command = [sys.executable, "-m", "pgenrm_train", "recipe=score", f"run_dir={finished}", f"score.input={question}"]
+    done = subprocess.run([*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for source, asked in (("own", 16), ("similar", 2)):
+        assert said[source]["asked"] == asked == said[source]["used"] + sum(said[source]["failures"].values())
+    assert len(set(said["similar"]["users"])) == 2 and said["scores"].keys() == {"response_1", "response_2", "response_3"}
+
+
 def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

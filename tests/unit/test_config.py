@@ -209,6 +209,8 @@ MISTAKES = {
     "curriculum.hard_low=0.9": ("curriculum.hard_low=0.9", "curriculum.hard_high=0.75"),
     "eval.ind=many": ("eval.ind=many", "a number"),
     "eval.pro=-1": ("eval.pro=-1", "from 0"),
+    "score.ind=0": ("score.ind=0", "above 0"),
+    "score.pro=-1": ("score.pro=-1", "at least 0"),
     "eval.ind=[]": ("eval.ind=[]", "a number"),
     "eval.probe_kinds=[padded,poked]": ("eval.probe_kinds=poked", "swapped_history, empty_history"),
     "eval.probe_pairs=0": ("eval.probe_pairs=0", "above 0"),
