@@ -4,8 +4,7 @@
 
 Every layout takes the same sequences in the same steps, so ratios compare equal work; layouts take turns step by step, so that a
 busy machine slows all alike.  Tokens are real ones, padding not counted; time is CPU time of this process.  The packed layout is
-timed with the attention that this machine has: a block-diagonal mask under sdpa, whose cost grows with the square of the row.
-FlashAttention does without it, so the speed of `packed` here says nothing of a GPU.  `--spread` cuts each chat to between a tenth
+timed with `packed_attention`, PyTorch's kernel one sequence at a time.  `--spread` cuts each chat to between a tenth
 and the whole of its length, for sets whose lengths vary more than PersonaWorld's.
 """
 
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pgenrm_train.backends.packed_attention import register
 from pgenrm_train.backends.sft_batches import LAYOUTS, Encoded, StepOrder, collate, encode_chat
 from pgenrm_train.backends.sft_loss import train_in_pieces
 
@@ -39,7 +39,7 @@ def load(folder: Path, count: int, spread: bool) -> tuple[Any, list[Encoded], in
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation=register())
     train_in_pieces(model)
     rows = pq.read_table(folder / "sec.parquet", columns=["messages"])["messages"][:count].to_pylist()
     chats = [encode_chat(tokenizer, messages) for messages in rows]

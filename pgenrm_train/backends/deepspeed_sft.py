@@ -182,6 +182,7 @@ def _trainer(job: Job) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pgenrm_train.backends import packed_attention
     from pgenrm_train.backends.sft_loss import train_in_pieces
     from pgenrm_train.backends.sft_trainer import Follower, SftTrainer
 
@@ -189,21 +190,23 @@ def _trainer(job: Job) -> Any:
     # Trainer must see DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
     arguments = _arguments(config, job.work_dir / STEPS)
     on_cpu = config.cluster.device == "cpu"
+    layout = layout_of(config)
     attention = "sdpa" if on_cpu else config.model.attention
+    if layout == "packed" and not attention.startswith("flash_attention"):
+        attention = packed_attention.register()
     model = AutoModelForCausalLM.from_pretrained(
         job.start, dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype), attn_implementation=attention
     )
     train_in_pieces(model)
     if config.model.lora.rank:
         model = _with_lora(config, model)
-    tokenizer, chats, layout = AutoTokenizer.from_pretrained(job.start), Chats(job.work_dir / CHATS), layout_of(config)
+    tokenizer, chats = AutoTokenizer.from_pretrained(job.start), Chats(job.work_dir / CHATS)
     order = StepOrder(chats.lengths, layout, batch_size=psi.batch_size, micro_batch_size=psi.micro_batch_size, seed=config.seed)
     lay_out = functools.partial(
         collate,
         pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=layout == "packed",
         score_weight=psi.score_weight,
-        flash=attention.startswith("flash_attention"),
     )
     return SftTrainer(
         config,

@@ -96,10 +96,8 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
 
 
 def layout_of(config: Config) -> str:
-    """Packing pays where attention knows where a sequence ends; elsewhere its mask grows with the square of the row."""
-    packing = config.psi.packing
-    if packing is None:
-        packing = config.cluster.device == "cuda" and config.model.attention.startswith("flash_attention")
+    """`psi.packing`, by default true on GPUs; on a CPU padding costs little where a step's lengths are alike, as nano's are."""
+    packing = config.cluster.device == "cuda" if config.psi.packing is None else config.psi.packing
     return "packed" if packing else "grouped"
 
 
@@ -158,15 +156,13 @@ def _deal(lengths: Sequence[int], longest_first: Sequence[int], size: int) -> li
     return [index for chosen in bins for index in chosen]
 
 
-def collate(
-    batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: float = 1.0, flash: bool = False
-) -> dict[str, Any]:
+def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: float = 1.0) -> dict[str, Any]:
     """One micro-batch; K is the number of trained tokens.
 
     `input_ids` (rows, width); `predicts` (K,) the flat places whose hidden states predict the trained tokens, `labels` (K,) those
     tokens, `weights` (K,) 1 in the analysis and `score_weight` in the score part.  Rows are padded on the right, which a causal
-    model needs no mask for.  A packed row has `position_ids` that start anew with each sequence: attention stays within it, by
-    the boundaries that FlashAttention takes (`flash`), elsewhere by a block-diagonal mask that transformers derives from them.
+    model needs no mask for.  A packed row has `position_ids` that start anew with each sequence, and the boundaries that FlashAttention and
+    `packed_attention` take; another attention makes a block-diagonal mask of the positions.
     """
     import torch
 
@@ -183,14 +179,18 @@ def collate(
         weights.append(weight)
     places = torch.cat(predicts)
     found = {"input_ids": ids.view(-1, width), "predicts": places, "labels": ids[places + 1], "weights": torch.cat(weights)}
-    return found | (_boundaries(lengths, flash) if packed else {})
+    return found | (_boundaries(lengths) if packed else {})
 
 
-def _boundaries(lengths: Sequence[int], flash: bool) -> dict[str, Any]:
+def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
-    if flash:
-        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        found |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
-    return found
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return {
+        "position_ids": positions,
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

@@ -31,6 +31,7 @@ CHANGED: dict[str, Any] = {
     "psi.batch_size": 4,
     "psi.micro_batch_size": 1,
     "psi.log_every": 1,
+    "psi.packing": True,  # as on a GPU
     "psi.max_steps": 2,  # the first step of the warm-up has a learning rate of 0
 }
 

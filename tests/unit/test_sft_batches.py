@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from pgenrm_train.backends.packed_attention import register
 from pgenrm_train.backends.sft_batches import LAYOUTS, Chats, Encoded, StepOrder, arrange, collate, layout_of, write_chats
 from pgenrm_train.backends.sft_loss import train_in_pieces, weighted_loss
-from pgenrm_train.config import ClusterConfig, Config, ModelConfig, PsiConfig
+from pgenrm_train.config import ClusterConfig, Config, PsiConfig
 
 SHAPE = {
     "vocab_size": 50,
@@ -44,7 +45,7 @@ def test_padding_stands_on_the_right_and_bears_no_loss():
 
 
 def test_a_packed_row_has_no_padding_and_positions_that_start_anew():
-    batch = collate([Encoded((5, 6, 7, 8), 2, 4), Encoded((5, 9), 1, 2)], pad=0, packed=True, flash=True)
+    batch = collate([Encoded((5, 6, 7, 8), 2, 4), Encoded((5, 9), 1, 2)], pad=0, packed=True)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch["predicts"].tolist() == [1, 2, 4] and batch["labels"].tolist() == [7, 8, 9]
@@ -88,7 +89,10 @@ def alone(model, chats, score_weight):
 
 @pytest.mark.parametrize("score_weight", [1.0, 4.0])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("family", "attention"), [("qwen2", "sdpa"), ("qwen2", "eager"), ("llama", "sdpa")])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("qwen2", "sdpa"), ("qwen2", "eager"), ("llama", "sdpa"), ("qwen2", register()), ("llama", register())],
+)
 def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, attention, packed, score_weight):
     """Neither padding nor a neighbour in the row can be seen."""
     model = model_of(family, attention)
@@ -116,6 +120,18 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
     torch.testing.assert_close(sum(losses), expected, rtol=1e-5, atol=1e-6)
     for one, other in zip(torch.autograd.grad(sum(losses), list(model.parameters())), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_attention_generates_like_sdpa_and_leaves_no_trace_in_a_checkpoint(tmp_path):
+    ids = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 3]])
+    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # as prompts of unequal length are generated from
+    said = []
+    for attention in ("sdpa", register()):
+        model = model_of("qwen2", attention).eval()
+        said.append(model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=0))
+    assert said[0].tolist() == said[1].tolist()
+    model.save_pretrained(tmp_path)
+    assert "sdpa_packed" not in (tmp_path / "config.json").read_text()
 
 
 def test_without_labels_the_model_answers_as_before():
@@ -223,11 +239,9 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert list(StepOrder(lengths, "packed", seed=4, **settings)) != epochs[0]
 
 
-def test_packing_is_chosen_where_attention_knows_the_boundaries():
-    flash = ModelConfig(attention="flash_attention_2")
+def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
     cuda = ClusterConfig(device="cuda")
     assert layout_of(Config()) == "grouped"
-    assert layout_of(Config(model=flash)) == "grouped"  # a CPU has no FlashAttention
-    assert layout_of(Config(model=flash, cluster=cuda)) == "packed"
-    assert layout_of(Config(model=flash, cluster=cuda, psi=PsiConfig(packing=False))) == "grouped"
+    assert layout_of(Config(cluster=cuda)) == "packed"
+    assert layout_of(Config(cluster=cuda, psi=PsiConfig(packing=False))) == "grouped"
     assert layout_of(Config(psi=PsiConfig(packing=True))) == "packed"
