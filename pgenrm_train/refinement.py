@@ -83,7 +83,8 @@ class RefinementBatch:
 
 
 class Batch(NamedTuple):
-    """Tensors of B samples; `difference` is y⁺ − y⁻, `items` is [q_τ ; y_τ⁺ − y_τ⁻] (B, h, 2d), `label` the prototype j."""
+    """Tensors of B samples; `difference` is y⁺ − y⁻, `items` are the [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R real
+    places of `mask` (B, h), in its order; `label` the prototype j."""
 
     label: torch.Tensor
     query: torch.Tensor
@@ -96,7 +97,8 @@ def attend(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], conf
     """z (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
     import torch
 
-    o = torch.sigmoid(batch.items @ maps["W"].T)
+    real = torch.sigmoid(batch.items @ maps["W"].T)  # padding is multiplied by nothing
+    o = real.new_zeros(*batch.mask.shape, a.shape[1]).masked_scatter(batch.mask.unsqueeze(-1), real)
     # o·q + ρ o·a is one product with q + ρ a
     logits = (o @ (batch.query + config.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
     # the lowest finite number instead of −∞, and the mask once more after the softmax: a row without history gives 0, not NaN
@@ -239,10 +241,11 @@ class Refinement:
 
     def batch(self, samples: RefinementBatch, rows: np.ndarray) -> Batch:
         """Gather `rows`: the only copy of a memory-mapped sample."""
-        past = samples.history_chosen[rows] - samples.history_rejected[rows]
-        items = np.concatenate([samples.history_query[rows], past], axis=-1)
+        mask = np.asarray(samples.mask[rows], dtype=bool)
+        past = samples.history_chosen[rows][mask] - samples.history_rejected[rows][mask]
+        items = np.concatenate([samples.history_query[rows][mask], past], axis=-1)
         difference = samples.chosen[rows] - samples.rejected[rows]
-        arrays = (self.labels[rows], samples.query[rows], difference, items, np.asarray(samples.mask[rows], dtype=bool))
+        arrays = (self.labels[rows], samples.query[rows], difference, items, mask)
         return Batch(*(self._tensor(x) for x in arrays))
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:

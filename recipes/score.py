@@ -129,7 +129,9 @@ def _similar(config: Config, example: Example, analysis: str) -> list[Similar]:
 def _readable(answer: Answer) -> Chain:
     if isinstance(answer.chain, Chain):
         return answer.chain
-    print(answer.text or "")
+    if answer.text is None:
+        raise BackendError(f"the model gave no chain ({answer.chain.kind})")
+    print(answer.text)
     raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
 
 
