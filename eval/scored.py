@@ -55,7 +55,12 @@ def score_pairs(
     known = dict.fromkeys((p.pair_id for p in pairs), ()) if histories is None else histories
     if missing := [p for p in pairs if p.pair_id not in known]:
         raise DataError(f"pair_id {missing[0].pair_id!r} of user {missing[0].user_id!r} has no history; expected an entry")
-    return pd.DataFrame(list(_rows(own_questions(pairs, known), one_by_one(score))))
+    return scored(own_questions(pairs, known), one_by_one(score))
+
+
+def scored(questions: Sequence[Question], model: ScoreMany) -> pd.DataFrame:
+    """The predictions table of some questions, one row each."""
+    return pd.DataFrame(list(_rows(questions, model)))
 
 
 def one_by_one(score: Score) -> ScoreMany:
