@@ -29,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import ENGINE_FAILURE, PredictionStore, Question, answer_row, own_questions
+from eval.harness import ENGINE_FAILURE, PredictionStore, Question, Running, answer_row, own_questions
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import present
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, PreferencePair
@@ -93,11 +93,13 @@ def ask_scores(
     done = store.done()
     todo = [q for q in questions if (q.key, 0) not in done]
     if todo:
-        model, bar = start(), iter(progress(range(len(todo)), what, len(todo)))
+        model, running = start(), Running()
+        bar = iter(progress(range(len(todo)), what, len(todo), running))
         try:
             for at in range(0, len(todo), CHUNK):
                 for row in _rows(todo[at : at + CHUNK], model):
                     store.add([row])
+                    running.add(row)
                     next(bar, None)
             next(bar, None)
         finally:  # Ctrl-C loses no answer

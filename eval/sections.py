@@ -32,6 +32,11 @@ PROTOCOLS = (
     "strict: a tie and a failure are misses, every pair counts. both orders: a failed order leaves the mean. release: one random "
     "order, ties and failures leave. Dropped: pair × seed cells that left the denominator."
 )
+VERDICTS = (
+    "A presentation is one pair in one order and evaluation seed; all stay in the strict denominator. Order flip rate: share of pairs whose "
+    "preferred response differs between the two orders, a tie in one only included. Without verdict: every sample of the presentation "
+    "failed. Failed samples are named by kind: parse, what the text lacks; length, no end within the limit; engine, the server or a function."
+)
 SLICES = (
     "Length ratio is in characters; script stands in for the language; prototype is the nearest user prototype. A slice of few users "
     "has an interval that is too narrow, one of a single user the whole range."
@@ -53,6 +58,7 @@ def details(config: Config, final: Tested, labels: pd.DataFrame) -> dict[str, An
 def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]) -> list[Section]:
     """Protocols side by side, accuracy by kind, cohort and slice, probes, calibration, published figures, a leaderboard row."""
     found = [Section("The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone])]
+    found.append(Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]))
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
         found.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
@@ -65,7 +71,9 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
             )
         )
     if results["slice_rows"]:
-        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}", results["slice_rows"]))
+        mean = results["macro_accuracy_prototypes"]
+        over = "" if mean is None else f" Mean over prototypes: {mean:.1%}."
+        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}{over}", results["slice_rows"]))
     if twins := [_twins(t) for t in everyone if t.probe]:
         found.append(Section("Is it personal? Swapped histories", TWINS, twins))
     if results["probes"]:
@@ -74,6 +82,18 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     found.append(Section("Published figures", published.TEXT, published.published_rows()))
     found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard_row(results)]))
     return found
+
+
+def _verdicts(tested: Tested) -> dict[str, Any]:
+    report = tested.report
+    return {
+        "model": tested.name,
+        "presentations": 2 * report["n_pairs"] * len(report["seeds"]),
+        "order flip rate": report["order_flip_rate"],
+        "ties": report["ties"],
+        "without verdict": report["failed_orders"],
+        "failed samples": report["failures"],
+    }
 
 
 def protocol_rows(final: Tested) -> list[dict[str, Any]]:
@@ -132,9 +152,9 @@ def calibration_text(found: Mapping[str, Any]) -> str:
 def calibration_curve(found: Mapping[str, Any], name: str) -> Curve:
     """Reliability curve: measured accuracy over confidence, beside the diagonal."""
     rows = found["curve"]
-    confidence = [row["confidence"] for row in rows]
-    lines = {"measured": [row["accuracy"] for row in rows], "perfectly calibrated": confidence}
-    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin)", "accuracy")
+    confidence = [100 * row["confidence"] for row in rows]
+    lines = {"measured": [100 * row["accuracy"] for row in rows], "perfectly calibrated": confidence}
+    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin), %", "accuracy, %")
 
 
 def reader_notes(final: Tested) -> list[str]:

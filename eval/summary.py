@@ -168,8 +168,10 @@ def grid_title(grid: Grid) -> str:
 def grid_curve(grid: Grid) -> Curve:
     """Accuracy over m, a line for each n."""
     by_n = {n: {row["ind"]: row["accuracy"] for row in grid.rows if row["pro"] == n} for n in grid.study.pro}
-    lines = {f"Pro-{n}": [cells.get(m) for m in grid.study.ind] for n, cells in by_n.items()}
-    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy")
+    lines = {
+        f"Pro-{n}": [100 * cells[m] if cells.get(m) is not None else None for m in grid.study.ind] for n, cells in by_n.items()
+    }
+    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy, %")
 
 
 def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
