@@ -142,7 +142,8 @@ class MajorityScorer:
     counted: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict, repr=False)
 
     def score(self, example: Example) -> tuple[float, ...]:
-        if known := self.counted.get((example.user_id, example.pair_id)):
+        known = self.counted.get((example.user_id, example.pair_id), {})
+        if known.keys() >= set(example.responses):
             return tuple(float(known[text]) for text in example.responses)
         cast = self.votes.get(content_key(example.context, example.responses), {})
         others: Counter[str] = Counter()

@@ -74,7 +74,7 @@ def one_by_one(score: Score) -> ScoreMany:
             except Exception as error:  # somebody else's code: whatever it raises is this question's failure
                 kind = type(error).__name__
                 if kind not in told:
-                    print(f"the scoring function failed: {kind}: {error}", flush=True)
+                    print(f"the scoring function failed: {kind}: {str(error)[:200]}", flush=True)
                     told.add(kind)
                 yield f"{ENGINE_FAILURE}{kind}"
 

@@ -12,13 +12,22 @@ from markupsafe import Markup
 
 from eval.console import text_table
 from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
-from eval.factory import cost_section, yield_section
 from eval.metrics import accuracy_report
 from eval.plots import heat_map
 from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
 from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
 from eval.scaling_study import SETTLED
-from eval.sections import calibration_curve, details, input_notes, probe_table, protocol_rows, reader_notes, sections
+from eval.sections import (
+    calibration_curve,
+    cost_section,
+    details,
+    input_notes,
+    probe_table,
+    protocol_rows,
+    reader_notes,
+    sections,
+    yield_section,
+)  # fmt: skip
 from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
 from pgenrm_train.artifacts import write_json, write_table, write_text
 from pgenrm_train.chains import Chain, parse_chain

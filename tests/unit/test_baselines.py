@@ -1,5 +1,7 @@
 """Baselines on small made-up votes, run through the same harness as a model."""
 
+from dataclasses import replace
+
 import pytest
 
 from eval.baselines import BASELINES, Random, fit_baseline
@@ -80,6 +82,16 @@ def test_majority_goes_by_the_sources_own_count_of_the_other_voters():
     rows = score_pairs(fit_baseline("majority", [], everything).score, everything)
     first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
     assert first.to_numpy().tolist() == [[1, 3], [2, 2], [2, 0]]
+
+
+def test_majority_knows_nothing_of_a_text_that_nobody_voted_on():
+    counted = replace(vote("1", "a", "yes", "no"), others=(3, 1))
+    scorer = fit_baseline("majority", [], [counted])
+    changed = replace(counted, rejected="no, really")
+    assert (
+        score_pairs(scorer.score, [counted, changed])[["score_chosen", "score_rejected"]].values.tolist()
+        == [[3, 1]] * 2 + [[0, 0]] * 2
+    )
 
 
 def test_majority_leaves_out_every_vote_of_the_same_user():
