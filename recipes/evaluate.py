@@ -91,7 +91,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
     nearest = nearest_prototypes(config, tested[-1]) if tested else None
-    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config), nearest, cost)
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config, made), nearest, cost)
     for name, facts in final["cost"].items():
         print(f"{name} was paid: {facts}", flush=True)
     return {key: final[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
@@ -171,10 +171,10 @@ def load_prototypes(config: Config, folder: StageFolder) -> tuple[Any, Any]:
     return prototypes.load(folder.path, expect), embedder
 
 
-def notes(config: Config) -> list[str]:
+def notes(config: Config, made: Sequence[str]) -> list[str]:
     """Sentences that a reader must know beside the numbers."""
     notes = []
-    if config.judge.kind == "none":
+    if config.judge.kind == "none" and "cre" in made:
         notes.append("judge=none: no process reward in CRE; outcome and format only.")
     if config.data.name != "personaworld" and config.model.kind == "nano":
         notes.append(
