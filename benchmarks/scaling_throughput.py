@@ -5,7 +5,9 @@
 The server is a stub in a process of its own: 64 slots, a prompt is encoded in one slot at a fixed speed less what a prefix cache of
 recent histories holds, and then every sample takes a slot for a log-normal time (mean `--chain-seconds`, deviation 35 %; an 8B model
 needs about 10 s, so times are scaled down, and the client's own overhead counts 40 times as much as it would).  Its *own bound* is
-the sum of all slot seconds that the requests cost at the least, divided by the slots.
+the sum of all slot seconds that the requests cost at the least, divided by the slots.  Plain scoring, a sample a pair:
+
+    python benchmarks/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5 --user-share 0.02
 
 Both clients ask the same: every pair once, in one order as the released script does, `--ind` samples from the user's own history, then
 one from each of `--pro` similar users' histories.
@@ -143,7 +145,7 @@ def ours(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: i
     def answer(questions: Any) -> Any:
         return ask(
             questions, lambda: generator, chat_messages, PredictionStore(folder, "stub"), masking="masked", temperature=0.7,
-            progress=lambda items, _what, _total: items, what="",
+            progress=lambda items, *_: items, what="",
         )  # fmt: skip
 
     by_user = {p.user_id: similar_of(p, votes, histories, pro) for p in votes} if pro else {}
@@ -213,7 +215,7 @@ def main() -> None:
         bound = httpx.post(f"{url}/reset").json()["busy"] / args.slots
         print(
             f"{what:14} {len({p.user_id for p in pairs}):4} users {len(pairs):4} pairs {samples:6} samples {seconds:7.1f} s, "
-            f"{seconds / bound:.2f} × the server's bound of {bound:.1f} s; client CPU {cpu:.1f} s",
+            f"{seconds / bound:.2f} × the server's bound of {bound:.1f} s ({bound / seconds:.1%} of the slots busy); client CPU {cpu:.1f} s",
             flush=True,
         )
         return seconds / samples

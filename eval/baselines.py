@@ -13,24 +13,20 @@ Two more are given to `fit_baseline` from outside, as they need other rooms: `fe
 competitor.  Where the source counts the other voters itself (`PreferencePair.others`), those counts are used, for they hold also
 votes that are not in the data; elsewhere it counts the votes that it is given.
 
-A baseline is fitted once and yields a `Scorer`; the user's history and everything else that a model may see is in the `Example`.
-`chosen_index` of an example is the label: a scorer must not read it.
+A baseline is fitted once and yields a `Scorer`, which is asked as any other function of an example (`scored.score_pairs`): the user's
+history and everything else that a model may see is in the `Example`, the label is not.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import pandas as pd
-
-from pgenrm_train.errors import ConfigError, DataError
-from pgenrm_train.records import ContentKey, Example, HistoryItem, PreferencePair, content_key
-
-Histories = Mapping[str, Sequence[HistoryItem]]
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.records import ContentKey, Example, PreferencePair, content_key
 
 
 class Scorer(Protocol):
@@ -146,7 +142,8 @@ class MajorityScorer:
     counted: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict, repr=False)
 
     def score(self, example: Example) -> tuple[float, ...]:
-        if known := self.counted.get((example.user_id, example.pair_id)):
+        known = self.counted.get((example.user_id, example.pair_id), {})
+        if known.keys() >= set(example.responses):
             return tuple(float(known[text]) for text in example.responses)
         cast = self.votes.get(content_key(example.context, example.responses), {})
         others: Counter[str] = Counter()
@@ -181,60 +178,6 @@ def fit_baseline(
     if name not in registry:
         raise ConfigError(f"model.name={name!r} is no baseline; expected one of {', '.join(sorted(registry))}")
     return registry[name](seed=seed).fit(train_pairs, all_pairs)
-
-
-def predict_baseline(
-    scorer: Scorer, pairs: Iterable[PreferencePair], histories: Histories | None, *, seed: int = 0
-) -> pd.DataFrame:
-    """Score every pair in both orders: the predictions table that `metrics.accuracy_report` reads, two rows a pair.
-
-    histories: pair_id → earlier votes of the user; None for scorers that read no history.  `seed` is the evaluation seed that
-    the rows carry.  Explicit signals are withheld, as they are from a model at test time (METHOD §4).
-    Raises DataError when a pair has no history entry, or a scorer returns another number of scores than responses.
-    """
-    rows: list[dict[str, Any]] = []
-    for pair in pairs:
-        history = _history(pair, histories)
-        for order in (0, 1):
-            chosen, rejected = _scores(scorer, _example(pair, history, order))
-            rows.append(_row(pair, order, seed, chosen, rejected))
-    if not rows:
-        raise DataError("no pairs to score; expected at least one pair in the evaluated split")
-    return pd.DataFrame(rows)
-
-
-def _history(pair: PreferencePair, histories: Histories | None) -> tuple[HistoryItem, ...]:
-    if histories is None:
-        return ()
-    if pair.pair_id not in histories:
-        raise DataError(f"pair_id {pair.pair_id!r} of user {pair.user_id!r} has no history; expected an entry, empty at least")
-    return tuple(histories[pair.pair_id])
-
-
-def _example(pair: PreferencePair, history: tuple[HistoryItem, ...], order: int) -> Example:
-    responses = (pair.chosen, pair.rejected) if order == 0 else (pair.rejected, pair.chosen)
-    return Example(pair.pair_id, pair.user_id, pair.context, responses, order, history, kind=pair.kind, scenario=pair.scenario)
-
-
-def _scores(scorer: Scorer, example: Example) -> tuple[float, float]:
-    scores = scorer.score(example)
-    if len(scores) != len(example.responses):
-        raise DataError(f"pair_id {example.pair_id!r}: expected a score a response (2), got {len(scores)}")
-    return scores[example.chosen_index], scores[1 - example.chosen_index]
-
-
-def _row(pair: PreferencePair, order: int, seed: int, chosen: float, rejected: float) -> dict[str, Any]:
-    return {
-        "pair_id": pair.pair_id,
-        "user_id": pair.user_id,
-        "order": order,
-        "seed": seed,
-        "sample": 0,
-        "score_chosen": chosen,
-        "score_rejected": rejected,
-        "failure": None,
-        "kind": pair.kind,
-    }
 
 
 def _sign(value: float) -> int:

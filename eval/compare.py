@@ -85,7 +85,8 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> dict[str, Any]:
 def publish_comparison(found: Mapping[str, Any], folder: Path) -> str:
     """Write comparison.json, report.html, report.md and table.txt; returns the console's text."""
     rows = difference_rows(found)
-    names = " − ".join(_short_names([run["run"] for run in found["runs"]]))
+    short = _short_names([run["run"] for run in found["runs"]])
+    names = " − ".join(short)
     title = f"{names}: difference in accuracy, {found['protocol']} protocol, in % [95 % interval over users]"
     text = (
         text_table(found["runs"], "Compared runs", 150)
@@ -96,7 +97,7 @@ def publish_comparison(found: Mapping[str, Any], folder: Path) -> str:
         title=f"Comparison: {names}",
         run={"protocol": found["protocol"], "evaluation seeds": found["seeds"], "pairs": found["overall"]["n_pairs"],
              "users": found["overall"]["n_users"]},
-        stages=found["runs"],
+        stages=[{**run, "run": name} for run, name in zip(found["runs"], short, strict=True)],
         sections=[Section("Difference on the same pairs", READING, rows)],
         notes=found["notes"],
     )  # fmt: skip

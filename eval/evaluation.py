@@ -14,13 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from eval.baselines import Scorer, predict_baseline
+from eval.baselines import Scorer
 from eval.harness import PredictionStore, Question, Write, ask, own_questions
 from eval.metrics import accuracy_report, paired_difference
 from eval.probes import Twins, disagreement_twins, swapped_histories
-from eval.robustness import ask_scorer, probe_questions, probe_rows, probe_slice
+from eval.robustness import probe_questions, probe_rows, probe_slice
 from eval.scaling_study import Ask, FindSimilar, Study, cells, replayed, sample_pool
-from eval.scored import ScoreMany, ask_scores
+from eval.scored import ScoreMany, ask_scores, one_by_one, scored
 from pgenrm_train.artifacts import fingerprint
 from pgenrm_train.backends.base import Generator
 from pgenrm_train.config import Config, masking_of
@@ -92,13 +92,7 @@ class Evaluation:
         Resumes from what `folder` holds.
         """
         seeds = self.config.eval.seeds if isinstance(candidate, Candidate) else 1
-        questions = own_questions(self.pairs, self.histories, seeds=seeds)
-        if self.twins:
-            swapped = swapped_histories(self.twins, self.histories)
-            twins = [p for twin in self.twins for p in twin]
-            questions += own_questions(twins, swapped, set_name="swapped")
-        if final:
-            questions += self._probe_questions()
+        questions = self._questions(seeds, final)
         predictions = self.asker(candidate, folder, progress, "predictions")(questions)
         return self.judge(candidate.name, predictions, candidate.seconds, final=final)
 
@@ -143,18 +137,18 @@ class Evaluation:
         return Tested(name, predictions, report, self._probe(predictions), seconds, rows)
 
     def baseline(self, name: str, scorer: Scorer, *, final: bool = False) -> Tested:
-        """The same pairs and probe for a scorer that writes no chains."""
-        own = predict_baseline(scorer, self.pairs, self.histories).assign(set="own")
-        tables = [own]
+        """The same questions for a scorer that writes no chains; what it raises is that question's failure."""
+        return self.judge(name, scored(self._questions(1, final), one_by_one(scorer.score)), final=final)
+
+    def _questions(self, seeds: int, final: bool) -> list[Question]:
+        """All pairs, the twins with swapped histories, and of the `final` model the robustness probes."""
+        questions = own_questions(self.pairs, self.histories, seeds=seeds)
         if self.twins:
             twins = [p for twin in self.twins for p in twin]
-            tables.append(predict_baseline(scorer, twins, swapped_histories(self.twins, self.histories)).assign(set="swapped"))
+            questions += own_questions(twins, swapped_histories(self.twins, self.histories), set_name="swapped")
         if final:
-            tables.append(ask_scorer(scorer, self._probe_questions()))
-        return self.judge(name, pd.concat(tables, ignore_index=True), final=final)
-
-    def _probe_questions(self) -> list[Question]:
-        return probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
+            questions += probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
+        return questions
 
     def _robustness(self, predictions: pd.DataFrame) -> list[dict[str, Any]]:
         settings = self.config.eval

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from pgenrm_train.stages.inputs import PromptWriter
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 ROWS_PER_SHARD = 512
+SECONDS_PER_SHARD = 60.0  # what a slow model has said is on disk within a minute, however the process ends
 STAMP = "identity.txt"
 ENGINE_FAILURE = "engine:"  # how a failure begins that is the engine's and not the model's
 
@@ -75,6 +77,7 @@ class PredictionStore:
             with atomic(stamp) as temporary:
                 temporary.write_text(identity)
         self._pending: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
 
     def done(self) -> set[tuple[str, int]]:
         """(key, sample) of what is answered; where the engine failed, another start asks again."""
@@ -86,7 +89,7 @@ class PredictionStore:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         self._pending.extend(rows)
-        if len(self._pending) >= ROWS_PER_SHARD:
+        if len(self._pending) >= ROWS_PER_SHARD or time.monotonic() - self._flushed >= SECONDS_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
@@ -97,7 +100,7 @@ class PredictionStore:
             number = 1 + max((int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")), default=-1)
             with atomic(self.folder / f"part-{number:06d}.parquet") as temporary:
                 pd.DataFrame(self._pending).to_parquet(temporary)
-        self._pending = []
+        self._pending, self._flushed = [], time.monotonic()
 
     def read(self) -> pd.DataFrame:
         shards = sorted(self.folder.glob("part-*.parquet"))
@@ -130,10 +133,15 @@ def ask(
         answers = generator()(_requests(runs.values(), write, masking), temperature=temperature)
         total = answered = sum(run.samples for run in runs.values())
         try:
-            for answer, _ in zip(answers, progress(range(total), what, total)):
+            running = Running()
+            bar = iter(progress(range(total), what, total, running))
+            for answer, _ in zip(answers, bar):
                 run = runs[answer.key]
-                store.add([prediction(run.question, replace(answer, sample=run.first + answer.sample))])
+                row = prediction(run.question, replace(answer, sample=run.first + answer.sample))
+                store.add([row])
+                running.add(row)
                 answered -= 1
+            next(bar, None)
         finally:  # an engine that fails and Ctrl-C lose no answer
             store.flush()
         if isinstance(write, PromptWriter) and (told := write.told(what)):
@@ -142,6 +150,21 @@ def ask(
             raise DataError(f"the engine ended with {answered} of {total} samples unanswered")
     frame = store.read()
     return frame[frame["sample"] < frame["key"].map(wanted)].reset_index(drop=True)
+
+
+class Running:
+    """What the progress bar says: strict accuracy, over samples, of this start's answers with the user's own history."""
+
+    def __init__(self) -> None:
+        self.hits = self.asked = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if row["set"].endswith("own"):
+            self.asked += 1
+            self.hits += row["failure"] is None and row["score_chosen"] > row["score_rejected"]
+
+    def __str__(self) -> str:
+        return f"accuracy {self.hits / self.asked:.3f}" if self.asked else ""
 
 
 @dataclass(frozen=True, slots=True)

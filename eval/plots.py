@@ -1,17 +1,82 @@
-"""Further plots of a report: a heat map and a map of points, as SVG that needs nothing else (see `report`)."""
+"""The plots of a report, as SVG that needs nothing else.
+
+matplotlib's SVG is made for files of its own.  To live inside HTML, next to others, it loses its prolog, metadata, namespaces
+(the HTML parser supplies them), global style rule and fixed size; its ids get a prefix, its text the page's colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-
-from eval.report import _COLOURS, _INK, _STYLE, _inline, _short
+from matplotlib.ticker import MaxNLocator
 
 POINTS = 3000  # of a map: more are drawn from by a fixed seed, and the SVG stays readable
+_INK = "#010203"  # stands for the page's text colour; no series uses it
+_COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
+_DASHES = ("-", "--", "-.", ":")
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#3b82c410", "#3b82c499"])  # see-through: on paper and in the dark
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]], *, prefix: str) -> Markup:
+    """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None), first on top, with a line at one half."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 0.75 + 0.34 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        rows = np.arange(len(bars))
+        axes.barh(rows, [100 * bar[1] for bar in bars], height=0.62, color=_COLOURS[0], alpha=0.55)
+        for row, (_, accuracy, interval) in enumerate(bars):
+            if interval is not None:
+                axes.plot([100 * bound for bound in interval], [row, row], color=_INK, linewidth=1.4)
+            axes.plot(100 * accuracy, row, "o", color=_INK, markersize=3.2)
+        axes.axvline(50, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="accuracy, % (dotted: chance)")
+        axes.set_yticks(rows, [_short(bar[0]) for bar in bars])
+        axes.tick_params(axis="y", length=0)
+        return Markup(_inline(figure, prefix))
+
+
+def line_plot(
+    x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str
+) -> Markup:
+    """SVG of lines over `x`; None and NaN are gaps, single points get a marker, lines differ by colour and dash."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, values) in enumerate(series.items()):
+            numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
+            marker = "o" if np.isfinite(numbers).sum() <= 30 else ""
+            colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
+            axes.plot(x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3)
+        axes.set(xlabel=_short(xlabel, 60), ylabel=_short(ylabel, 40))
+        if all(float(value).is_integer() for value in x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True, color="#8888", linewidth=0.4)
+        if len(series) > 1:
+            figure.legend(loc="outside upper left", ncols=min(3, len(series)), fontsize=9)
+        return Markup(_inline(figure, prefix))
 
 
 def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, prefix: str) -> Markup:
@@ -20,7 +85,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        axes.pcolormesh(np.ma.masked_invalid(grid), cmap="Blues", alpha=0.45, edgecolor="none")
+        axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, edgecolor="none")
         for (y, x), value in np.ndenumerate(grid):
             if np.isfinite(value):
                 weight = "bold" if value == np.nanmax(grid) else "normal"
@@ -34,7 +99,7 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
 
 
 def point_map(x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[str], *, prefix: str) -> Markup:
-    """Points (N,) coloured by label; each label's name stands at the middle of its points."""
+    """Points (N,) coloured by label; each label's name stands above the middle of its points."""
     kept = np.arange(len(x))
     if len(kept) > POINTS:
         kept = np.sort(np.random.default_rng(0).choice(kept, POINTS, replace=False))
@@ -47,6 +112,26 @@ def point_map(x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[s
                 axes.plot(
                     x[shown], y[shown], "o", color=_COLOURS[j % len(_COLOURS)], markersize=2.5, alpha=0.6, markeredgewidth=0
                 )
-                axes.text(np.median(x[mine]), np.median(y[mine]), _short(name), ha="center", va="center", fontsize=8, color=_INK)
+                middle = np.median(x[mine]), np.median(y[mine])
+                axes.annotate(_short(name), middle, (0, 3), textcoords="offset points", ha="center", fontsize=8)
         axes.set(xlabel="first principal axis", ylabel="second principal axis", xticks=[], yticks=[])
         return Markup(_inline(figure, prefix))
+
+
+def _inline(figure: Figure, prefix: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None, "matplotlib writes a viewBox"
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
+    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
+    return f'<svg {view.group()} aria-hidden="true">{body}'.replace(_INK, "currentColor")
+
+
+def _short(text: str, limit: int = 28) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

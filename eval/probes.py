@@ -13,12 +13,11 @@ Use: predict the pairs of `disagreement_twins(test_pairs)` once with their own h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from eval.baselines import Histories
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import ContentKey, HistoryItem, PreferencePair, content_key
 
@@ -39,7 +38,7 @@ def disagreement_twins(pairs: Iterable[PreferencePair]) -> Twins:
     return sorted(twins, key=lambda twin: [_identity(pair) for pair in twin])
 
 
-def swapped_histories(twins: Twins, histories: Histories) -> dict[str, tuple[HistoryItem, ...]]:
+def swapped_histories(twins: Twins, histories: Mapping[str, Sequence[HistoryItem]]) -> dict[str, tuple[HistoryItem, ...]]:
     """pair_id → the history of the pair's twin, for every pair of `twins`.
 
     Raises DataError when a history is missing, or when two votes share a `pair_id`: the swap would be ambiguous.

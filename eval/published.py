@@ -10,8 +10,8 @@ from typing import Any
 
 TEXT = (
     "Published figures for orientation only: PersonalRewardBench, mean of 5 runs, as printed in arXiv 2602.12116. Protocol: the "
-    "authors' released script shows one random order and drops ties and failures, which is `release` here; how each of the other "
-    "systems was counted is not said. Compare them with a run on the same data, under `release`, and with its interval in mind."
+    "authors' released script shows one random order and drops ties and failures, which is the protocol release here; how each of the other "
+    "systems was counted is not said. Compare them with a run on the same data, under release, and with its interval in mind."
 )
 
 _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent

@@ -6,19 +6,14 @@ XML writer.  Tables are generic: a row is a mapping, columns appear in the order
 
 A column whose name ends in accuracy, stderr, share, difference, drop, confidence or a rate (flip, pass, failure) is a fraction and
 shown in percent; `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a dash.
-
-matplotlib's SVG is made for files of its own.  To live inside HTML, next to others, it loses its prolog, metadata, namespaces
-(the HTML parser supplies them), global style rule and fixed size; its ids get a prefix, its text the page's colour.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
+from eval.plots import accuracy_bars, line_plot
+from pgenrm_train.artifacts import atomic
 from pgenrm_train.records import HistoryItem
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,25 +35,6 @@ Rows = Sequence[Mapping[str, Any]]
 
 _FRACTION = re.compile(r"(accuracy|stderr|share|difference|drop|confidence|flip rate|pass rate|failure rate)$")
 _INTERVAL = re.compile(r"(?:^|[ _])ci95$")
-
-_INK = "#010203"  # stands for the page's text colour; no series uses it
-_COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
-_DASHES = ("-", "--", "-.", ":")
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "legend.frameon": False,
-}
 
 
 class Section(NamedTuple):
@@ -163,7 +139,7 @@ def write_report(path: str | Path, report: Report) -> None:
         sections=[(Section(*s).title, Section(*s).text, _table(Section(*s).table)) for s in report.sections],
         plots=_plots(report),
     )
-    _replace(Path(path), html)
+    _write(Path(path), html)
 
 
 def write_markdown(path: str | Path, report: Report) -> None:
@@ -179,7 +155,7 @@ def write_markdown(path: str | Path, report: Report) -> None:
         parts += [f"## {_plain(section.title)}", _plain(section.text), _markdown_table(_table(section.table))]
     if report.curves or report.chains:
         parts.append(f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report.")
-    _replace(Path(path), _join(parts))
+    _write(Path(path), _join(parts))
 
 
 def _plots(report: Report) -> list[tuple[str, Markup]]:
@@ -187,9 +163,9 @@ def _plots(report: Report) -> list[tuple[str, Markup]]:
     plots = []
     bars = [bar for rows in (report.stages, report.comparisons) for bar in _bars(rows)]
     if bars:
-        plots.append(("Accuracy with 95 % intervals", Markup(_accuracy_bars(bars, prefix="bars"))))
+        plots.append(("Accuracy with 95 % intervals", accuracy_bars(bars, prefix="bars")))
     for i, curve in enumerate(Curve(*c) for c in report.curves):
-        plots.append((curve.title, Markup(_line_plot(*curve[1:], prefix=f"curve{i}"))))
+        plots.append((curve.title, line_plot(*curve[1:], prefix=f"curve{i}")))
     return [*plots, *report.drawings]
 
 
@@ -202,60 +178,6 @@ def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:
             bounds = (float(interval[0]), float(interval[1])) if interval is not None else None
             bars.append((str(next(iter(row.values()))), float(accuracy), bounds))
     return bars
-
-
-def _accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]], *, prefix: str) -> str:
-    """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None), first on top, with a line at one half."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 0.75 + 0.34 * len(bars)), layout="constrained")
-        axes = figure.subplots()
-        rows = np.arange(len(bars))
-        axes.barh(rows, [100 * bar[1] for bar in bars], height=0.62, color=_COLOURS[0], alpha=0.55)
-        for row, (_, accuracy, interval) in enumerate(bars):
-            if interval is not None:
-                axes.plot([100 * bound for bound in interval], [row, row], color=_INK, linewidth=1.4)
-            axes.plot(100 * accuracy, row, "o", color=_INK, markersize=3.2)
-        axes.axvline(50, color=_INK, linewidth=0.8, linestyle=":")
-        axes.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="accuracy, % (dotted: chance)")
-        axes.set_yticks(rows, [_short(bar[0]) for bar in bars])
-        axes.tick_params(axis="y", length=0)
-        return _inline(figure, prefix)
-
-
-def _line_plot(x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str) -> str:
-    """SVG of lines over `x`; None and NaN are gaps, single points get a marker, lines differ by colour and dash."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
-        axes = figure.subplots()
-        for i, (name, values) in enumerate(series.items()):
-            numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
-            marker = "o" if np.isfinite(numbers).sum() <= 30 else ""
-            colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
-            axes.plot(x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3)
-        axes.set(xlabel=_short(xlabel, 60), ylabel=_short(ylabel, 40))
-        axes.grid(True, color="#8888", linewidth=0.4)
-        if len(series) > 1:
-            figure.legend(loc="outside upper left", ncols=min(3, len(series)), fontsize=9)
-        return _inline(figure, prefix)
-
-
-def _inline(figure: Figure, prefix: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    head, body = svg.split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', head)
-    assert view is not None, "matplotlib writes a viewBox"
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
-    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
-    return f'<svg {view.group()} aria-hidden="true">{body}'.replace(_INK, "currentColor")
-
-
-def _short(text: str, limit: int = 28) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _table(rows: pd.DataFrame | Rows) -> Table:
@@ -350,9 +272,7 @@ def _csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write next to `path`, then rename: a reader sees the old file or the new one.  Lone surrogates become `?`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(text.encode("utf-8", errors="replace"))
-    part.replace(path)
+def _write(path: Path, text: str) -> None:
+    """The whole file or none of it; lone surrogates become `?`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", errors="replace"))

@@ -27,14 +27,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.baselines import Scorer
-from eval.harness import ENGINE_FAILURE, Question
+from eval.harness import Question
 from eval.intervals import few_users, interval
 from eval.metrics import paired_difference
 from eval.outcomes import Outcomes, outcomes
 from eval.perturb import inject, pad, paraphrase
-from pgenrm_train.masking import present
-from pgenrm_train.records import ExplicitSignals, HistoryItem, PreferencePair
+from pgenrm_train.records import HistoryItem, PreferencePair
 
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 Change = Callable[[PreferencePair, tuple[HistoryItem, ...], int], tuple[PreferencePair, tuple[HistoryItem, ...]] | None]
@@ -56,37 +54,6 @@ def probe_questions(kinds: Iterable[str], pairs: Sequence[PreferencePair], histo
         asked = ((order, change(pair, histories[pair.pair_id], order)) for pair in pairs for order in (0, 1))
         questions += [Question(changed[0], order, changed[1], SET + kind) for order, changed in asked if changed]
     return questions
-
-
-def ask_scorer(scorer: Scorer, questions: Sequence[Question]) -> pd.DataFrame:
-    """The predictions of a scorer that writes no chains; it sees no explicit signals, as in `predict_baseline`.
-
-    A rule may be unable to read a changed text: what it raises is the row's failure.
-    """
-    rows = []
-    for question in questions:
-        example = replace(present(question.pair, question.history, question.order), explicit=ExplicitSignals())
-        failure = chosen = rejected = None
-        try:
-            scores = scorer.score(example)
-            chosen, rejected = scores[example.chosen_index], scores[1 - example.chosen_index]
-        except Exception as error:
-            failure = f"{ENGINE_FAILURE}{type(error).__name__}"
-        rows.append(
-            {
-                "pair_id": example.pair_id,
-                "user_id": example.user_id,
-                "order": question.order,
-                "seed": question.seed,
-                "sample": 0,
-                "score_chosen": chosen,
-                "score_rejected": rejected,
-                "failure": failure,
-                "kind": example.kind,
-                "set": question.set,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def probe_rows(

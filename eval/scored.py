@@ -29,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import ENGINE_FAILURE, PredictionStore, Question, answer_row, own_questions
+from eval.harness import ENGINE_FAILURE, PredictionStore, Question, Running, answer_row, own_questions
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import present
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, PreferencePair
@@ -55,7 +55,12 @@ def score_pairs(
     known = dict.fromkeys((p.pair_id for p in pairs), ()) if histories is None else histories
     if missing := [p for p in pairs if p.pair_id not in known]:
         raise DataError(f"pair_id {missing[0].pair_id!r} of user {missing[0].user_id!r} has no history; expected an entry")
-    return pd.DataFrame(list(_rows(own_questions(pairs, known), one_by_one(score))))
+    return scored(own_questions(pairs, known), one_by_one(score))
+
+
+def scored(questions: Sequence[Question], model: ScoreMany) -> pd.DataFrame:
+    """The predictions table of some questions, one row each."""
+    return pd.DataFrame(list(_rows(questions, model)))
 
 
 def one_by_one(score: Score) -> ScoreMany:
@@ -69,7 +74,7 @@ def one_by_one(score: Score) -> ScoreMany:
             except Exception as error:  # somebody else's code: whatever it raises is this question's failure
                 kind = type(error).__name__
                 if kind not in told:
-                    print(f"the scoring function failed: {kind}: {error}", flush=True)
+                    print(f"the scoring function failed: {kind}: {str(error)[:200]}", flush=True)
                     told.add(kind)
                 yield f"{ENGINE_FAILURE}{kind}"
 
@@ -88,11 +93,13 @@ def ask_scores(
     done = store.done()
     todo = [q for q in questions if (q.key, 0) not in done]
     if todo:
-        model, bar = start(), iter(progress(range(len(todo)), what, len(todo)))
+        model, running = start(), Running()
+        bar = iter(progress(range(len(todo)), what, len(todo), running))
         try:
             for at in range(0, len(todo), CHUNK):
                 for row in _rows(todo[at : at + CHUNK], model):
                     store.add([row])
+                    running.add(row)
                     next(bar, None)
             next(bar, None)
         finally:  # Ctrl-C loses no answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from eval.calibration import calibration
 from eval.evaluation import Tested, cohort_rows
 from eval.report import Curve, Section
 from eval.slices import prototype_macro, slice_rows
+from pgenrm_train.artifacts import read_json
 from pgenrm_train.config import Config
 
 UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes that should change nothing
@@ -31,6 +33,11 @@ PROBES = (
 PROTOCOLS = (
     "strict: a tie and a failure are misses, every pair counts. both orders: a failed order leaves the mean. release: one random "
     "order, ties and failures leave. Dropped: pair × seed cells that left the denominator."
+)
+VERDICTS = (
+    "A presentation is one pair in one order and evaluation seed; all stay in the strict denominator. Order flip rate: share of pairs whose "
+    "preferred response differs between the two orders, a tie in one only included. Without verdict: every sample of the presentation "
+    "failed. Failed samples are named by kind: parse, what the text lacks; length, no end within the limit; engine, the server or a function."
 )
 SLICES = (
     "Length ratio is in characters; script stands in for the language; prototype is the nearest user prototype. A slice of few users "
@@ -53,6 +60,7 @@ def details(config: Config, final: Tested, labels: pd.DataFrame) -> dict[str, An
 def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]) -> list[Section]:
     """Protocols side by side, accuracy by kind, cohort and slice, probes, calibration, published figures, a leaderboard row."""
     found = [Section("The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone])]
+    found.append(Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]))
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
         found.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
@@ -65,7 +73,9 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
             )
         )
     if results["slice_rows"]:
-        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}", results["slice_rows"]))
+        mean = results["macro_accuracy_prototypes"]
+        over = "" if mean is None else f" Mean over prototypes: {mean:.1%}."
+        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}{over}", results["slice_rows"]))
     if twins := [_twins(t) for t in everyone if t.probe]:
         found.append(Section("Is it personal? Swapped histories", TWINS, twins))
     if results["probes"]:
@@ -74,6 +84,18 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     found.append(Section("Published figures", published.TEXT, published.published_rows()))
     found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard_row(results)]))
     return found
+
+
+def _verdicts(tested: Tested) -> dict[str, Any]:
+    report = tested.report
+    return {
+        "model": tested.name,
+        "presentations": 2 * report["n_pairs"] * len(report["seeds"]),
+        "order flip rate": report["order_flip_rate"],
+        "ties": report["ties"],
+        "without verdict": report["failed_orders"],
+        "failed samples": report["failures"],
+    }
 
 
 def protocol_rows(final: Tested) -> list[dict[str, Any]]:
@@ -132,9 +154,9 @@ def calibration_text(found: Mapping[str, Any]) -> str:
 def calibration_curve(found: Mapping[str, Any], name: str) -> Curve:
     """Reliability curve: measured accuracy over confidence, beside the diagonal."""
     rows = found["curve"]
-    confidence = [row["confidence"] for row in rows]
-    lines = {"measured": [row["accuracy"] for row in rows], "perfectly calibrated": confidence}
-    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin)", "accuracy")
+    confidence = [100 * row["confidence"] for row in rows]
+    lines = {"measured": [100 * row["accuracy"] for row in rows], "perfectly calibrated": confidence}
+    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin), %", "accuracy, %")
 
 
 def reader_notes(final: Tested) -> list[str]:
@@ -217,3 +239,27 @@ def _twins(tested: Tested) -> dict[str, Any]:
         "swapped accuracy ci95": tested.probe["swapped"]["ci95"],
         "pairs": tested.probe["n_pairs"],
     }
+
+
+def yield_section(run_dir: Path) -> Section | None:
+    """How many of the teacher's chains were kept, and why the others were not; None for a run without `build_sec`."""
+    path = run_dir / "build_sec" / "yield.json"
+    if not path.exists():
+        return None
+    facts = read_json(path)
+    counts = {"kept": facts["chains"], **facts["rejected"]}
+    rows = [{"reason": reason, "chains": count, "share": count / max(1, facts["asked"])} for reason, count in counts.items()]
+    paid = facts["teacher"]
+    cost = (
+        f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}: {paid['dollars']:.2f} dollars at "
+        "the stated rates."
+        if paid
+        else ""
+    )
+    return Section("Teacher chains and rejection sampling", f"Chains of {facts['users']} users.{cost}", rows)
+
+
+def cost_section(cost: Mapping[str, Mapping[str, Any]]) -> Section | None:
+    """What each model under test was paid; None where none is paid for."""
+    rows = [{"model": name, **{k: v for k, v in facts.items() if k != "failures"}} for name, facts in cost.items() if facts]
+    return Section("What the answers cost", "Tokens and dollars of all starts, at the stated rates.", rows) if rows else None

@@ -12,13 +12,22 @@ from markupsafe import Markup
 
 from eval.console import text_table
 from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
-from eval.factory import cost_section, yield_section
 from eval.metrics import accuracy_report
 from eval.plots import heat_map
 from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
 from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
 from eval.scaling_study import SETTLED
-from eval.sections import calibration_curve, details, input_notes, probe_table, protocol_rows, reader_notes, sections
+from eval.sections import (
+    calibration_curve,
+    cost_section,
+    details,
+    input_notes,
+    probe_table,
+    protocol_rows,
+    reader_notes,
+    sections,
+    yield_section,
+)  # fmt: skip
 from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
 from pgenrm_train.artifacts import write_json, write_table, write_text
 from pgenrm_train.chains import Chain, parse_chain
@@ -168,8 +177,10 @@ def grid_title(grid: Grid) -> str:
 def grid_curve(grid: Grid) -> Curve:
     """Accuracy over m, a line for each n."""
     by_n = {n: {row["ind"]: row["accuracy"] for row in grid.rows if row["pro"] == n} for n in grid.study.pro}
-    lines = {f"Pro-{n}": [cells.get(m) for m in grid.study.ind] for n, cells in by_n.items()}
-    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy")
+    lines = {
+        f"Pro-{n}": [100 * cells[m] if cells.get(m) is not None else None for m in grid.study.ind] for n, cells in by_n.items()
+    }
+    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy, %")
 
 
 def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:

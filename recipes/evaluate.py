@@ -71,6 +71,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         raise DataError(
             f"no pair has split={config.eval.split}; nothing to evaluate (rows say theirs in the column split: train, val or test)"
         )
+    check_split(config, split, pairs)
     sampler = histories(config, pairs)
     evaluation = Evaluation(config, split, shown_histories(config, sampler, split))
     tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
@@ -90,10 +91,19 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
     nearest = nearest_prototypes(config, tested[-1]) if tested else None
-    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config), nearest, cost)
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config, made), nearest, cost)
     for name, facts in final["cost"].items():
         print(f"{name} was paid: {facts}", flush=True)
     return {key: final[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
+
+
+def check_split(config: Config, asked: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
+    """Raises DataError when accuracy on users who train would go by the name `user_disjoint`."""
+    if config.eval.protocol == "user_disjoint" and (known := {p.user_id for p in asked} & {p.user_id for p in pairs if p.trains}):
+        raise DataError(
+            f"eval.protocol=user_disjoint: {len(known)} of the users who are asked about also train; "
+            "use data.split_by=user_disjoint, or eval.protocol=strict, which counts alike"
+        )
 
 
 def scale(
@@ -161,10 +171,10 @@ def load_prototypes(config: Config, folder: StageFolder) -> tuple[Any, Any]:
     return prototypes.load(folder.path, expect), embedder
 
 
-def notes(config: Config) -> list[str]:
+def notes(config: Config, made: Sequence[str]) -> list[str]:
     """Sentences that a reader must know beside the numbers."""
     notes = []
-    if config.judge.kind == "none":
+    if config.judge.kind == "none" and "cre" in made:
         notes.append("judge=none: no process reward in CRE; outcome and format only.")
     if config.data.name != "personaworld" and config.model.kind == "nano":
         notes.append(

@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 
 from eval.baselines import fit_baseline
+from eval.console import text_table
 from eval.evaluation import Candidate, ScoredCandidate
 from eval.harness import PredictionStore
 from eval.lampqa import MEASURES, Grades, Task, ask_tasks, report, score_tasks, tasks
 from eval.report import Report, Section, write_markdown, write_report
 from eval.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
 from eval.scored import one_by_one
-from eval.summary import text_table
 from pgenrm_train.artifacts import StageFolder, fingerprint, write_json, write_table, write_text
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import Config, sizes

@@ -151,13 +151,13 @@ def _lock(run_dir: Path) -> None:
     _LOCKS[run_dir.resolve()] = file
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar with ETA on stderr."""
+def progress(items: Iterable[T], what: str, total: int | None = None, told: object = "") -> Iterable[T]:
+    """A progress bar with ETA on stderr; the text of `told`, as it is by then, stands at its end."""
     from tqdm import tqdm
 
-    return tqdm(
-        items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True, disable=None if sys.stderr.isatty() else False
-    )
+    for item in (bar := tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True)):
+        yield item
+        bar.set_postfix_str(str(told), refresh=False)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:

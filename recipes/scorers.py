@@ -15,7 +15,7 @@ def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Scorer
     """Name → scorer, in the order of the table.  A `model=baseline` comes last: it is what the headline reports."""
     own = [config.model.name] if config.model.kind == "baseline" else []
     names = [name for name in dict.fromkeys(config.eval.baselines) if name not in own] + own
-    more: dict[str, Any] = {"features": _features, "oracle": _oracle, **_bradley_terry(config)}
+    more: dict[str, Any] = {"features": _Features, "oracle": _Oracle, **_bradley_terry(config)}
     train = [p for p in pairs if p.trains]
     return {name: fit_baseline(name, train, pairs, seed=config.seed, more=more) for name in names}
 
@@ -37,7 +37,7 @@ class _Fitted:
         self.score = score
 
 
-class _features:  # named as in the registry
+class _Features:
     """The features teacher's rule as a scorer."""
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class _features:  # named as in the registry
         return _Fitted(lambda e: self.rule.score(e.user_id, e.history, e.query, e.responses))
 
 
-class _oracle:
+class _Oracle:
     """PersonaWorld's teacher with the stated criteria in sight: the ceiling of the table."""
 
     def __init__(self, *, seed: int = 0) -> None:

@@ -1,11 +1,14 @@
 """Baselines on small made-up votes, run through the same harness as a model."""
 
+from dataclasses import replace
+
 import pytest
 
-from eval.baselines import BASELINES, Random, fit_baseline, predict_baseline
+from eval.baselines import BASELINES, Random, fit_baseline
 from eval.metrics import accuracy_report
-from pgenrm_train.errors import ConfigError, DataError
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+from eval.scored import score_pairs
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.records import Message, PreferencePair
 
 
 def vote(pair_id, user, chosen, rejected, query="q", **fields):
@@ -14,7 +17,7 @@ def vote(pair_id, user, chosen, rejected, query="q", **fields):
 
 def accuracy(name, test, train=(), everything=None):
     scorer = fit_baseline(name, train, everything or [*train, *test])
-    return accuracy_report(predict_baseline(scorer, test, None), draws=20)
+    return accuracy_report(score_pairs(scorer.score, test), draws=20)
 
 
 def test_lengths_by_hand():
@@ -61,7 +64,7 @@ def test_majority_counts_other_users_on_the_same_content_only():
         vote("4", "d", "yes", "no"),
         vote("5", "d", "no", "yes", query="another question"),
     ]
-    rows = predict_baseline(fit_baseline("majority", [], everything), everything, None)
+    rows = score_pairs(fit_baseline("majority", [], everything).score, everything)
     first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
     assert first.loc["1"].tolist() == [2, 1]  # b and d against c; the user's own vote does not count
     assert first.loc["3"].tolist() == [0, 3]
@@ -76,9 +79,19 @@ def test_majority_goes_by_the_sources_own_count_of_the_other_voters():
         vote("2", "b", "yes", "no", others=(2, 2)),
         vote("3", "c", "yes", "no"),
     ]
-    rows = predict_baseline(fit_baseline("majority", [], everything), everything, None)
+    rows = score_pairs(fit_baseline("majority", [], everything).score, everything)
     first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
     assert first.to_numpy().tolist() == [[1, 3], [2, 2], [2, 0]]
+
+
+def test_majority_knows_nothing_of_a_text_that_nobody_voted_on():
+    counted = replace(vote("1", "a", "yes", "no"), others=(3, 1))
+    scorer = fit_baseline("majority", [], [counted])
+    changed = replace(counted, rejected="no, really")
+    assert (
+        score_pairs(scorer.score, [counted, changed])[["score_chosen", "score_rejected"]].values.tolist()
+        == [[3, 1]] * 2 + [[0, 0]] * 2
+    )
 
 
 def test_majority_leaves_out_every_vote_of_the_same_user():
@@ -88,51 +101,20 @@ def test_majority_leaves_out_every_vote_of_the_same_user():
 
 def test_random_depends_on_the_pair_and_seed_only():
     test = [vote(str(i), "u", f"x{i}", f"y{i}") for i in range(400)]
-    forward = predict_baseline(Random(), test, None)
-    backward = predict_baseline(Random(), test[::-1], None)
+    forward = score_pairs(Random().score, test)
+    backward = score_pairs(Random().score, test[::-1])
     key = ["pair_id", "order"]
     assert forward.sort_values(key).reset_index(drop=True).equals(backward.sort_values(key).reset_index(drop=True))
     report = accuracy_report(forward, draws=20)
     assert report["order_flip_rate"] == 0.0
     assert 0.42 < report["accuracy"] < 0.58
-    other = predict_baseline(fit_baseline("random", [], [], seed=1), test, None, seed=1)
-    assert (other["seed"] == 1).all()
+    other = score_pairs(fit_baseline("random", [], [], seed=1).score, test)
     assert not forward["score_chosen"].equals(other["score_chosen"])
 
 
-def test_examples_hold_both_orders_the_history_and_no_explicit_signal():
-    seen = []
-
-    class Recorder:
-        def score(self, example: Example) -> tuple[float, ...]:
-            seen.append(example)
-            return tuple(float(text == "chosen") for text in example.responses)
-
-    pair = vote("1", "u", "chosen", "rejected", kind="hard", explicit=ExplicitSignals(criteria="secret"))
-    history = (HistoryItem("earlier", "good", "bad"),)
-    rows = predict_baseline(Recorder(), [pair], {"1": history}, seed=3)
-    assert [e.responses for e in seen] == [("chosen", "rejected"), ("rejected", "chosen")]
-    assert [e.chosen_index for e in seen] == [0, 1]
-    assert all(e.history == history and e.explicit == ExplicitSignals() for e in seen)
-    assert rows[["score_chosen", "score_rejected"]].to_numpy().tolist() == [[1, 0], [1, 0]]
-    assert (rows["kind"].tolist(), rows["seed"].tolist()) == (["hard", "hard"], [3, 3])
-
-
-def test_mistakes_are_named():
-    pair = vote("1", "u", "a", "b")
+def test_an_unknown_name_is_refused():
     with pytest.raises(ConfigError, match=r"model\.name='taller'.*longer"):
         fit_baseline("taller", [], [])
-    with pytest.raises(DataError, match="pair_id '1' of user 'u' has no history"):
-        predict_baseline(Random(), [pair], {})
-    with pytest.raises(DataError, match="no pairs"):
-        predict_baseline(Random(), [], None)
-
-    class Short:
-        def score(self, example):
-            return (1.0,)
-
-    with pytest.raises(DataError, match="expected a score a response"):
-        predict_baseline(Short(), [pair], None)
 
 
 def test_a_recipe_may_add_scorers():
@@ -141,6 +123,6 @@ def test_a_recipe_may_add_scorers():
             return tuple(float(-i) for i in range(len(example.responses)))
 
     scorer = fit_baseline("first", [], [], more={"first": First})
-    report = accuracy_report(predict_baseline(scorer, [vote("1", "u", "a", "b")], None), draws=20)
+    report = accuracy_report(score_pairs(scorer.score, [vote("1", "u", "a", "b")]), draws=20)
     assert (report["accuracy"], report["order_flip_rate"]) == (0.5, 1.0)
     assert "first" not in BASELINES

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import log_expit
 
-from eval.baselines import predict_baseline
 from eval.bradley_terry import BradleyTerry, map_weights
 from eval.metrics import accuracy_report
+from eval.scored import score_pairs
 from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
 
 WORDS = ("warm", "brief", "formal", "exact")
@@ -33,7 +33,7 @@ def votes(user, likes, n, seed=0, **fields):
 
 def accuracy(train, test, adapted, histories=None):
     scorer = BradleyTerry(embed, adapted).fit(train, [*train, *test])
-    return accuracy_report(predict_baseline(scorer, test, histories), draws=20)["accuracy"]
+    return accuracy_report(score_pairs(scorer.score, test, histories), draws=20)["accuracy"]
 
 
 def test_map_weights_is_the_maximum():
@@ -88,7 +88,7 @@ def test_each_text_is_embedded_once_and_votes_of_the_test_split_are_not_learnt()
 
     train, test = votes("a", "warm", 12), votes("a", "warm", 6, seed=1, split="test")
     scorer = BradleyTerry(counted).fit(train, [*train, *test])
-    predict_baseline(scorer, test, None)
+    score_pairs(scorer.score, test)
     assert len(asked) == len(set(asked))
     turned = [PreferencePair(p.pair_id, p.user_id, p.context, p.rejected, p.chosen, split="test") for p in test]
     again = BradleyTerry(embed).fit(train, [*train, *turned])
@@ -101,7 +101,7 @@ def test_little_or_nothing_to_learn_from(adapted):
     same = [PreferencePair("s", "a", (Message("user", "q"),), "warm", "warm")]
     for train in ([], same):
         scorer = BradleyTerry(embed, adapted).fit(train, [*train, *test])
-        assert accuracy_report(predict_baseline(scorer, test, None), draws=20)["ties"] == 6
+        assert accuracy_report(score_pairs(scorer.score, test), draws=20)["ties"] == 6
     one = votes("a", "warm", 1)
     scorer = BradleyTerry(embed, adapted).fit(one, one)
     assert scorer.score(Example("x", "a", one[0].context, (one[0].chosen, one[0].rejected), -1))[0] > 0
@@ -112,6 +112,6 @@ def test_little_or_nothing_to_learn_from(adapted):
 def test_the_same_votes_give_the_same_scores_in_any_order():
     train = [v for u in "abc" for v in votes(u, "warm", 20)]
     test = votes("a", "warm", 10, seed=1, split="test")
-    forward = predict_baseline(BradleyTerry(embed, True).fit(train, [*train, *test]), test, None)
-    backward = predict_baseline(BradleyTerry(embed, True).fit(train[::-1], [*test, *train]), test, None)
+    forward = score_pairs(BradleyTerry(embed, True).fit(train, [*train, *test]).score, test)
+    backward = score_pairs(BradleyTerry(embed, True).fit(train[::-1], [*test, *train]).score, test)
     assert np.allclose(forward["score_chosen"], backward["score_chosen"], atol=1e-3)

@@ -51,6 +51,7 @@ def test_everything_is_written(tmp_path):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["overall"]["better"] == 1
     html = (tmp_path / "out" / "report.html").read_text()
     assert "Difference on the same pairs" in html and "p users" in html and "16.7 %" in html
+    assert f'<th scope="row">{tmp_path}' not in html, "runs go by their short names"
     assert "| all |" in (tmp_path / "out" / "report.md").read_text()
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.factory import cost_section, yield_section
+from eval.sections import cost_section, yield_section
 from pgenrm_train.backends.answers import Answers, Reply
 from pgenrm_train.backends.costs import announce, characters, estimate
 from pgenrm_train.config import Config, EndpointConfig

@@ -8,7 +8,7 @@ import pytest
 
 from eval import harness
 from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
-from eval.harness import PredictionStore, Question, ask, own_questions, prediction, readable_text
+from eval.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
 from eval.metrics import accuracy_report
 from eval.outcomes import COLUMNS
 from eval.summary import narrow
@@ -18,6 +18,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts import chat_messages, split_prompt
 from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair
+from recipes.run import progress as bar
 
 CRITERIA = [("likeness", 100)]
 
@@ -60,7 +61,7 @@ class LikesHistory:
     def close(self) -> None: ...
 
 
-def progress(items, _what, _total):
+def progress(items, _what, _total, _told):
     return items
 
 
@@ -252,6 +253,17 @@ def test_two_equal_questions_are_refused(tmp_path):
         answer(tmp_path, LikesHistory(), [*QUESTIONS, QUESTIONS[0]])
 
 
+def test_the_progress_bar_says_the_accuracy_so_far(capsys):
+    running, samples = Running(), []
+    for _ in bar(range(4), "evaluate me", 4, running):
+        row = {"set": "own", "failure": None, "score_chosen": 2.0, "score_rejected": 1.0}
+        change = ({}, {"failure": "length", "score_chosen": None}, {"score_rejected": 2.0}, {"set": "swapped"})[len(samples)]
+        running.add(row | change)
+        samples.append(str(running))
+    assert samples == ["accuracy 1.000", "accuracy 0.500", "accuracy 0.333", "accuracy 0.333"]
+    assert "4/4" in (told := capsys.readouterr().err) and "accuracy 0.333" in told.splitlines()[-1]
+
+
 # ---- shards ----
 
 
@@ -273,6 +285,15 @@ def test_shards_are_written_as_they_fill_and_add_up(tmp_path, monkeypatch):
         "part-000002.parquet",
     ]
     assert PredictionStore(tmp_path, "x").read()["value"].tolist() == list(range(10))
+
+
+def test_a_slow_models_answers_are_on_disk_before_a_shard_is_full(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+    store = PredictionStore(tmp_path, "x")
+    for number, now[0] in enumerate((10.0, 59.0, 60.0, 61.0, 119.0, 120.0)):
+        store.add([a_row(number)])
+    assert [len(pd.read_parquet(p)) for p in sorted(tmp_path.glob("part-*"))] == [3, 3]
 
 
 def test_half_written_shards_are_not_read(tmp_path):

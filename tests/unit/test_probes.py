@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.baselines import fit_baseline, predict_baseline
+from eval.baselines import fit_baseline
 from eval.metrics import accuracy_report
 from eval.probes import disagreement_twins, swapped_histories
+from eval.scored import score_pairs
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import HistoryItem, Message, PreferencePair
 
@@ -64,7 +65,7 @@ def test_balance_and_determinism(drawn, random):
     random.shuffle(shuffled)
     assert disagreement_twins(shuffled) == twins
     if twins:  # a rule that ignores the user is right for one of two, always
-        scores = predict_baseline(fit_baseline("longer", [], []), flat(twins), None)
+        scores = score_pairs(fit_baseline("longer", [], []).score, flat(twins))
         assert accuracy_report(scores, draws=5)["accuracy"] == 0.5
 
 
@@ -83,7 +84,7 @@ def test_own_histories_score_above_and_swapped_ones_below_one_half():
     assert set(swapped) == {p.pair_id for p in flat(twins)}
     for a, b in twins:
         assert swapped[a.pair_id] == own[b.pair_id]
-    reports = [accuracy_report(predict_baseline(FollowsHistory(), flat(twins), h), draws=5) for h in (own, swapped)]
+    reports = [accuracy_report(score_pairs(FollowsHistory().score, flat(twins), h), draws=5) for h in (own, swapped)]
     assert [r["accuracy"] for r in reports] == [1.0, 0.0]
 
 

@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
-from eval.baselines import fit_baseline, predict_baseline
+from eval.baselines import fit_baseline
 from eval.perturb import inject, pad, paraphrase
-from eval.robustness import KINDS, ask_scorer, probe_questions, probe_rows, probe_slice
+from eval.robustness import KINDS, probe_questions, probe_rows, probe_slice
+from eval.scored import one_by_one, score_pairs, scored
 from pgenrm_train.config.schema import PROBES
 from pgenrm_train.masking import MaskedView
 from pgenrm_train.prompts import chat_messages, neutralise, split_prompt
@@ -35,8 +36,8 @@ class ReadsHistory:
 
 
 def probed(scorer, kinds, pairs=PAIRS, histories=HISTORIES, draws=50):
-    own = predict_baseline(scorer, pairs, histories).assign(set="own")
-    tables = [own, ask_scorer(scorer, probe_questions(kinds, pairs, histories))]
+    own = score_pairs(scorer.score, pairs, histories).assign(set="own")
+    tables = [own, scored(probe_questions(kinds, pairs, histories), one_by_one(scorer.score))]
     rows = probe_rows(pd.concat(tables, ignore_index=True), kinds, pairs, draws=draws, seed=0)
     return {row["probe"]: row for row in rows}
 
@@ -98,7 +99,7 @@ def test_what_cannot_be_changed_is_left_out_and_counted():
 
 
 def test_asked_again_shows_how_often_sampling_alone_flips():
-    own = predict_baseline(fit_baseline("longer", [], []), PAIRS, HISTORIES).assign(set="own")
+    own = score_pairs(fit_baseline("longer", [], []).score, PAIRS, HISTORIES).assign(set="own")
     turned = own.assign(seed=1)
     mine = turned["pair_id"].isin(["p0", "p1", "p2"])
     turned.loc[mine, ["score_chosen", "score_rejected"]] = turned.loc[mine, ["score_rejected", "score_chosen"]].to_numpy()
@@ -120,7 +121,7 @@ def test_a_rule_that_cannot_read_a_changed_text_fails_and_is_counted():
 
 
 def test_a_probe_that_fails_is_counted_and_is_no_flip():
-    own = predict_baseline(fit_baseline("longer", [], []), PAIRS, HISTORIES).assign(set="own")
+    own = score_pairs(fit_baseline("longer", [], []).score, PAIRS, HISTORIES).assign(set="own")
     lost = own.assign(set="probe/padded", failure="length", score_chosen=None, score_rejected=None)
     (row,) = probe_rows(pd.concat([own, lost]), ["padded"], PAIRS, draws=50, seed=0)
     assert (row["failures"], row["flip rate"], row["probed accuracy"]) == (24, None, 0.0)

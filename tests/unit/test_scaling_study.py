@@ -51,7 +51,7 @@ def pool_of(folder, model, study, pairs=PAIRS, **more):
     def answer(questions):
         return ask(
             questions, lambda: model, chat_messages, PredictionStore(folder, "m"), masking="masked", temperature=0.7,
-            progress=lambda items, _what, _total: items, what="test",
+            progress=lambda items, *_: items, what="test",
         )  # fmt: skip
 
     return sample_pool(study, pairs, HISTORIES, answer, find, **more)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.history import HistorySampler
 from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair, pair_to_row, read_pairs
 from recipes.candidates import candidates
+from recipes.evaluate import check_split
 
 PAIRS = [
     PreferencePair(f"p{n}", f"u{n % 3}", (Message("user", f"q{n}"),), "tea" * (1 + n % 2), "coffee", split="test",
@@ -92,7 +94,7 @@ def test_pairs_that_cannot_be_asked_are_named():
         score_pairs(shorter, PAIRS, {})
 
 
-def progress(items, _what, _total):
+def progress(items, _what, _total, _told):
     return items
 
 
@@ -128,6 +130,16 @@ def test_an_evaluation_asks_a_scored_model_once_whatever_the_seeds(tmp_path):
 
 
 # ---- by configuration ----
+
+
+def test_users_who_train_are_not_called_held_out():
+    config = Config()
+    check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train")])
+    config.eval.protocol = "user_disjoint"
+    check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train", user_split="test")])
+    with pytest.raises(DataError, match=r"1 of the users who are asked about also train; use data\.split_by=user_disjoint"):
+        check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train")])
+
 
 MODULE = "def score(example):\n    return [-len(text) for text in example.responses]\nnumber = 3\n"
 

@@ -42,7 +42,7 @@ class Judge:
     def close(self) -> None: ...
 
 
-def progress(items, _what, _total):
+def progress(items, _what, _total, _told):
     return items
 
 
@@ -93,7 +93,7 @@ def test_every_part_of_the_report_is_there(tmp_path):
     pairs, histories = odd_pairs()
     results, files = evaluate(tmp_path, Judge(), pairs, histories)
     titles = ("The same predictions under other protocols", "Accuracy by slice", "Robustness probes", "Calibration of margins",
-              "Published figures", "Leaderboard row", "Accuracy by kind of pair")  # fmt: skip
+              "Published figures", "Leaderboard row", "Accuracy by kind of pair", "Order, ties and failures")  # fmt: skip
     for name in ("report.html", "report.md"):
         assert all(title in files[name] for title in titles)
         assert "P-GenRM, Ind-16, Pro-8" in files[name] and "for orientation only" in files[name]
