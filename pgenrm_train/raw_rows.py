@@ -10,6 +10,8 @@ from typing import Any
 from pgenrm_train import shards
 from pgenrm_train.errors import DataError
 
+UTF8 = "utf-8-sig"  # Windows writes a mark before the text
+
 
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Rows of a parquet file, of one JSON object a line, or of one JSON array of objects (which is read whole).
@@ -30,7 +32,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding=UTF8) as lines:
             for line in lines:
                 if line.strip():
                     number += 1
@@ -42,13 +44,13 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _is_array(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(64).lstrip().startswith(b"[")
+    with path.open(encoding=UTF8, errors="replace") as stream:
+        return stream.read(64).lstrip().startswith("[")
 
 
 def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding=UTF8))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON array of objects, got something that is not JSON ({error})") from None
     for number, row in enumerate(rows, start=1):

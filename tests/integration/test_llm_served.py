@@ -25,7 +25,7 @@ def test_a_served_judge_gives_verdicts_of_the_asked_shape(tmp_path: Path) -> Non
     """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
     settings = EndpointConfig("vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4)
-    with served(Config(recipe="cre"), settings, tmp_path / "server.log") as endpoint:
+    with served(Config(recipe="cre"), settings, tmp_path / "server.log", beside_training=True) as endpoint:
         family = psutil.Process(os.getpid()).children(recursive=True)
         judge = LlmJudge(Endpoint(endpoint))
         scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]

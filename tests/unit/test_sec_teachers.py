@@ -12,8 +12,9 @@ from sec_world import EXAMPLE, chain, run, vote
 
 from data_builders.oracle import OracleTeacher
 from pgenrm_train.backends import endpoint as endpoint_module
+from pgenrm_train.backends.vllm_server import _split_gpus
 from pgenrm_train.chains import parse_chain
-from pgenrm_train.config import Config, EndpointConfig, SecConfig
+from pgenrm_train.config import ClusterConfig, Config, EndpointConfig, SecConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from recipes.build_sec import teacher
 
@@ -27,6 +28,16 @@ def test_teachers_by_name(tmp_path):
     assert first == again and parse_chain(first).issues == () and parse_chain(other).issues == ()
     with pytest.raises(ConfigError, match="base_url"), teacher(Config(teacher=EndpointConfig("endpoint")), votes, tmp_path):
         pass
+
+
+def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_one_to_training(monkeypatch):
+    gpu, settings = Config(cluster=ClusterConfig(device="cuda")), EndpointConfig("vllm", name="m", gpus=1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert _split_gpus(gpu, settings, True) == ("7", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert _split_gpus(gpu, settings, False) == ("4", "")
+    with pytest.raises(BackendError, match="needs 1 GPUs and training at least one more, and 1 are visible"):
+        _split_gpus(gpu, settings, True)
 
 
 # ---- a language model as the teacher ----
