@@ -12,163 +12,36 @@ writes an evaluation chain (METHOD §2) whose every claim can be re-measured:
 (nearly) the population rule.  The MAP fits of all users run at once, by the EM of Polson, Scott & Windle 2013 (the bound of
 Jaakkola & Jordan 2000): monotone, no step size.
 
-The label of the asked pair is never used.  If the responses are a training pair of this user, its rows leave both fits first; a
-history item with these same texts is ignored too.  (τ and the feature scales are not recomputed: ten candidate values for τ, and
-no label in the scales.)  A known user's weights rest on all their training rows, not only on the history pairs shown.
+The label of the asked pair is never used.  If the responses are a training pair of this user, its rows leave the user's fit, and
+the population's is the one made without their fold (cross-fitting: a few fits, however many questions); a history item with these
+same texts is ignored too.  (τ and the feature scales are not recomputed: ten candidate values for τ, and no label in the scales.)
+A known user's weights rest on all their training rows, not only on the history pairs shown.
 
-textstat supplies LIX (Björnsson 1968), the readability index that needs no syllable dictionary: no download, no one language.
-The lexicons are English; elsewhere those features are constant, so they say nothing.  Features and scales were chosen on train
-and val rows only; whole conversations in τ's folds came after a first look at test (measured by benchmarks/features_baseline.py).
+Features (`text_features`) and scales were chosen on train and val rows only; whole conversations in the folds came after a first
+look at test (measured by benchmarks/features_baseline.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import textstat
 from scipy import sparse
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
 
+from data_builders.text_features import FEATURES, TABLE, measure_many
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import HistoryItem, PreferencePair
 
-PREFIX = 20_000  # characters that the word statistics read; length is always of the whole text
-READABILITY_PREFIX = 5_000
 CLIP = 4.0
 FOLDS = 5
 PRECISIONS = (1e4, 300.0, 100.0, 50.0, 30.0, 20.0, 10.0, 5.0, 3.0, 1.0)  # τ, descending: each fit starts from the one before
 DEFAULT_PRECISION = 30.0  # when there are too few rows to choose
 CLEAR = 0.5  # standard units by which a chosen answer must differ before a history pair "shows" something
-
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")  # a CJK character is a word
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
-_BLOCK = re.compile(r"\s*(?:[-*•+]\s|\d{1,2}[.)]\s|#{1,6}\s|\||```|<li>)")
-_SLIP = re.compile(r"\s[,.!?;]|[,;!?][^\W\d_]|\b(?:i|u|ur|im|dont|cant|wont|thats|doesnt|isnt)\b|[!?]{2,}")
-_REFUSAL = re.compile(r"\bas an ai\b|\blanguage model\b|\bi(?:'m| am) (?:sorry|unable)\b|\bi (?:cannot|can't|don't have)\b")
-
-
-def _lexicon(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-_HEDGES = _lexicon(
-    "may might could perhaps maybe possibly probably likely seem seems appear appears suggest suggests generally usually often "
-    "sometimes somewhat relatively typically however although unless depends depending arguably potentially presumably"
-)
-_CASUAL = _lexicon(
-    "i i'm i've i'll you you're your gonna wanna kinda yeah yes ok okay hey hi lol guys stuff thing things lot really very just "
-    "so well cool dont don't can't won't isn't it's that's doesn't let's u ur cause cuz pretty"
-)
-_WARM = _lexicon(
-    "thank thanks please sorry glad happy hope welcome feel feeling love dear friend friends enjoy wonderful great care help "
-    "understand together appreciate excited joy we our us"
-)
-_REASONS = _lexicon(
-    "because therefore thus hence since so if then consequently reason reasons due result results means why shows show proves "
-    "evidence example instance according"
-)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """What the features share, computed once: the text, its prefix, words in lower case, sentences and non-blank lines."""
-
-    text: str
-    prefix: str
-    words: tuple[str, ...]
-    sentences: tuple[str, ...]
-    lines: tuple[str, ...]
-
-    def per_100_words(self, count: float) -> float:
-        # Ten words are added so that one hit in a three-word answer is not an extreme.
-        return 100 * count / (len(self.words) + 10)
-
-    def share(self, lexicon: frozenset[str]) -> float:
-        return self.per_100_words(sum(word in lexicon for word in self.words))
-
-
-def _parse(text: str) -> _Text:
-    prefix = text[:PREFIX]
-    words = tuple(word.lower().replace("’", "'") for word in _WORD.findall(prefix))
-    sentences = tuple(s.strip() for s in _SENTENCE_END.split(prefix) if s.strip())
-    return _Text(text, prefix, words, sentences, tuple(line for line in prefix.splitlines() if line.strip()))
-
-
-def _structure(t: _Text) -> float:
-    """Log count of lines; a list item, heading, table row or code fence counts twice."""
-    return float(np.log1p(len(t.lines) + sum(bool(_BLOCK.match(line)) for line in t.lines)))
-
-
-def _formality(t: _Text) -> float:
-    """Long words over the colloquial: a lexical stand-in for Heylighen & Dewaele's F-score, which would need a tagger."""
-    long_words = 100 * sum(len(word) > 6 for word in t.words) / max(len(t.words), 1)
-    return long_words - t.share(_CASUAL) - t.per_100_words(t.prefix.count("!"))
-
-
-def _readability(t: _Text) -> float:
-    """Minus LIX, so that more is easier; one word of 5,000 letters is no more than 'very hard'."""
-    return -float(np.clip(textstat.lix(t.prefix[:READABILITY_PREFIX]), 10, 80)) if t.words else -40.0
-
-
-def _polish(t: _Text) -> float:
-    """A finished last sentence, capitals at sentence starts, few slips of spelling and punctuation."""
-    finished = t.text.rstrip().endswith(tuple(".!?\"')`:。！？」"))
-    capitals = sum(not s[0].islower() for s in t.sentences) / max(len(t.sentences), 1)
-    return float(finished) + 2 * capitals - 0.5 * float(np.sqrt(t.per_100_words(len(_SLIP.findall(t.prefix)))))
-
-
-class Feature(NamedTuple):
-    """One measurement: what a user who wants more of it, or less of it, is said to prefer (one English word each)."""
-
-    more: str
-    less: str
-    measure: Callable[[_Text], float]
-
-
-_TABLE: dict[str, Feature] = {
-    "length": Feature("longer", "shorter", lambda t: float(np.log(len(t.text) + 10))),
-    "structure": Feature("structured", "plain", _structure),
-    "hedging": Feature("cautious", "assertive", lambda t: t.share(_HEDGES)),
-    "formality": Feature("formal", "casual", _formality),
-    "readability": Feature("simple", "complex", _readability),
-    # Guiraud's index: types over the root of tokens, less bound to length than the plain type–token ratio.
-    "vocabulary": Feature("varied", "repetitive", lambda t: len(set(t.words)) / max(len(t.words), 1) ** 0.5),
-    "reasoning": Feature("reasoned", "unargued", lambda t: t.share(_REASONS)),
-    "warmth": Feature("warm", "neutral", lambda t: t.share(_WARM)),
-    "polish": Feature("polished", "careless", _polish),
-    "numbers": Feature("numeric", "verbal", lambda t: t.per_100_words(sum(w[0].isdigit() for w in t.words)) ** 0.5),
-    "quotation": Feature("quoting", "unquoted", lambda t: t.per_100_words(sum(map(t.prefix.count, '"“«「'))) ** 0.5),
-    "refusal": Feature("declining", "forthcoming", lambda t: float(bool(_REFUSAL.search(t.prefix.lower())))),
-}
-FEATURES: tuple[str, ...] = tuple(_TABLE)
-
-_measured: dict[bytes, np.ndarray] = {}
-_MEASURED_AT_MOST = 200_000
-
-
-def measure(text: str) -> np.ndarray:
-    """Raw features of one text: shape (F,), float64, finite, read-only, in the order of `FEATURES`; cached by the text's hash."""
-    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    if key not in _measured:
-        if len(_measured) >= _MEASURED_AT_MOST:
-            _measured.clear()
-        parsed = _parse(text)
-        values = np.array([feature.measure(parsed) for feature in _TABLE.values()])
-        values.flags.writeable = False
-        _measured[key] = values
-    return _measured[key]
-
-
-def measure_many(texts: Sequence[str]) -> np.ndarray:
-    """Raw features, shape (N, F)."""
-    return np.array([measure(text) for text in texts]).reshape(-1, len(FEATURES))
 
 
 class Question(Protocol):
@@ -230,9 +103,12 @@ class FeatureTeacher:
         self._user_rows = dict(self._user_rows)  # a look-up of an unknown user must not create it
         index = {user: i for i, user in enumerate(self._user_rows)}
         owners = np.array([index[p.user_id] for p in train_pairs])
-        self.population = _population_weights(self.differences)
-        self._population_without: dict[tuple[int, ...], np.ndarray] = {(): self.population}
-        self.tau = self.precision or _choose_precision(self.differences, owners, _conversations(train_pairs), self.seed)
+        conversations = _conversations(train_pairs)
+        self._folds = _folds(owners, conversations, self.seed)
+        self._populations: dict[frozenset[int], np.ndarray] = {}
+        self.population = self._population_without(frozenset())
+        enough = conversations.max() + 1 >= 4 * FOLDS
+        self.tau = self.precision or (self._choose_precision(owners) if enough else DEFAULT_PRECISION)
         fitted = _user_weights(self.differences, owners, self.population, self.tau, len(index))
         self._user_weights = dict(zip(index, fitted))
         return self
@@ -247,7 +123,7 @@ class FeatureTeacher:
         if not extra and not left_out:
             return self._user_weights.get(user_id, self.population)
         differences = self._differences_of(rows, extra)
-        population = self._population_leaving_out(left_out)
+        population = self._population_without(frozenset(self._folds[list(left_out)].tolist()))
         return _user_weights(differences, np.zeros(len(differences), int), population, self.tau, 1)[0]
 
     def score(self, user_id: str, history: Sequence[HistoryItem], query: str, responses: Sequence[str]) -> tuple[float, ...]:
@@ -323,11 +199,21 @@ class FeatureTeacher:
         order = np.argsort(-np.where(true_to_sign, effect, 0.0), kind="stable")
         return order[: min(self.top, max(1, int(true_to_sign.sum())))]
 
-    def _population_leaving_out(self, rows: tuple[int, ...]) -> np.ndarray:
-        if rows not in self._population_without:
-            rest = np.delete(self.differences, rows, axis=0)
-            self._population_without[rows] = _population_weights(rest)
-        return self._population_without[rows]
+    def _population_without(self, folds: frozenset[int]) -> np.ndarray:
+        if folds not in self._populations:
+            self._populations[folds] = _population_weights(self.differences[~np.isin(self._folds, list(folds))])
+        return self._populations[folds]
+
+    def _choose_precision(self, owners: np.ndarray) -> float:
+        """τ of the best held-out log-likelihood on conversations that the user has no other row of."""
+        users, likelihood = int(owners.max()) + 1, np.zeros(len(PRECISIONS))
+        for fold in range(FOLDS):
+            seen, held = self._folds != fold, self._folds == fold
+            population, weights = self._population_without(frozenset({fold})), None
+            for i, tau in enumerate(PRECISIONS):
+                weights = _user_weights(self.differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2)
+                likelihood[i] += log_expit((self.differences[held] * weights[owners[held]]).sum(axis=1)).sum()
+        return PRECISIONS[int(np.argmax(likelihood))]
 
     def _grades(
         self, responses: Sequence[str], top: np.ndarray, weights: np.ndarray, rng: np.random.Generator | None
@@ -354,7 +240,7 @@ class FeatureTeacher:
 
 
 def _pole(feature: int, sign: float) -> str:
-    named = _TABLE[FEATURES[feature]]
+    named = TABLE[FEATURES[feature]]
     return named.more if sign >= 0 else named.less
 
 
@@ -420,24 +306,13 @@ def _conversations(pairs: Sequence[PreferencePair]) -> np.ndarray:
     return np.array([index[key] for key in keys])
 
 
-def _choose_precision(differences: np.ndarray, owners: np.ndarray, conversations: np.ndarray, seed: int) -> float:
-    """τ of the best held-out log-likelihood on conversations that the user has no other row of.
+def _folds(owners: np.ndarray, conversations: np.ndarray, seed: int) -> np.ndarray:
+    """(N,) the fold of each row.
 
     Folds hold whole conversations: rows of one share their texts, so that splitting them would flatter the personal weights.
     """
     _, first = np.unique(conversations, return_index=True)
-    users = int(owners.max()) + 1
-    if len(first) < 4 * FOLDS:
-        return DEFAULT_PRECISION
     shuffled = np.random.default_rng(seed).permutation(len(first))
     fold_of = np.empty(len(first), int)
     fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = np.arange(len(first)) % FOLDS  # even within users
-    folds = fold_of[conversations]
-    likelihood = np.zeros(len(PRECISIONS))
-    for fold in range(FOLDS):
-        seen, held = folds != fold, folds == fold
-        population, weights = _population_weights(differences[seen]), None
-        for i, tau in enumerate(PRECISIONS):
-            weights = _user_weights(differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2)
-            likelihood[i] += log_expit((differences[held] * weights[owners[held]]).sum(axis=1)).sum()
-    return PRECISIONS[int(np.argmax(likelihood))]
+    return fold_of[conversations]

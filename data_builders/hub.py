@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import read_rows
+from pgenrm_train.raw_rows import read_rows
 from pgenrm_train.shards import SUFFIXES, check_complete, data_files
 
 Rows = Iterator[Mapping[str, Any]]

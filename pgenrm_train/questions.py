@@ -19,7 +19,7 @@ from typing import Any
 
 from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.records import read_rows
+from pgenrm_train.raw_rows import read_rows
 
 QUESTIONS, SECRETS, ANSWERS = "questions.parquet", "secrets.parquet", "answers.parquet"
 

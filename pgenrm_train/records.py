@@ -19,6 +19,7 @@ from typing import Any
 
 from pgenrm_train import shards
 from pgenrm_train.errors import DataError
+from pgenrm_train.raw_rows import read_rows
 
 SPLITS = ("train", "val", "test")
 _POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
@@ -176,62 +177,6 @@ def pair_schema() -> Any:
     kinds |= dict.fromkeys(("chosen_score", "rejected_score", "time"), pa.float64()) | {"synthetic_criteria": pa.bool_()}
     example = PreferencePair("", "", (Message("user", ""),), "", "")
     return pa.schema([(name, kinds.get(name, pa.string())) for name in pair_to_row(example)])
-
-
-def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Raw rows of one parquet or JSONL file.  Raises DataError when it is missing or cannot be read."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
-    if path.suffix == ".json" and path.is_file() and _is_array(path):
-        yield from _array_rows(path)
-    elif path.suffix in (".jsonl", ".json"):
-        yield from _jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        for batch in shards.tables(path):
-            yield from batch.to_pylist()
-    else:
-        raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
-
-
-def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    number += 1
-                    yield _jsonl_row(line, path, number)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after row {number}: expected UTF-8 text, got other bytes ({error.reason})") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); expected a JSONL file") from None
-
-
-def _is_array(path: Path) -> bool:
-    """Whether the file is one JSON array of rows rather than a row a line."""
-    with path.open("rb") as stream:
-        return stream.read(64).lstrip().startswith(b"[")
-
-
-def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON array of objects, got something that is not JSON ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
-        yield row
-
-
-def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, row {number}: expected one JSON object a line, got a line that is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
-    return row
 
 
 def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePair:

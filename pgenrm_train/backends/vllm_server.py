@@ -22,16 +22,17 @@ START_SECONDS = 1800.0  # a 70B model is read from a slow disk
 
 
 @contextmanager
-def served(config: Config, settings: EndpointConfig, log: Path) -> Iterator[EndpointConfig]:
+def served(config: Config, settings: EndpointConfig, log: Path, *, beside_training: bool) -> Iterator[EndpointConfig]:
     """Serve `settings.name` on a free port; yields the settings of the endpoint that it is.
 
-    On GPUs the server takes the last `settings.gpus` visible ones and leaves the others to this process and its children.
+    On GPUs the server takes the last `settings.gpus` visible ones and leaves the others to this process and its children; a judge
+    must leave some, since a training runs beside it.
     """
     port = _free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.name or "", "--host", "127.0.0.1",
                "--port", str(port), "--max-num-seqs", str(settings.max_in_flight), *_device_arguments(config, settings)]  # fmt: skip
     ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine, left = _split_gpus(config, settings)
+    mine, left = _split_gpus(config, settings, beside_training)
     env = os.environ | _environment(config) | ({"CUDA_VISIBLE_DEVICES": mine} if mine else {})
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
@@ -60,7 +61,7 @@ def _environment(config: Config) -> dict[str, str]:
     return environment(config)
 
 
-def _split_gpus(config: Config, settings: EndpointConfig) -> tuple[str | None, str | None]:
+def _split_gpus(config: Config, settings: EndpointConfig, beside_training: bool) -> tuple[str | None, str | None]:
     """CUDA_VISIBLE_DEVICES of the server and of everyone else; None on a CPU."""
     if config.cluster.device == "cpu":
         return None, None
@@ -68,10 +69,10 @@ def _split_gpus(config: Config, settings: EndpointConfig) -> tuple[str | None, s
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
-    if len(gpus) <= settings.gpus:
+    if len(gpus) < settings.gpus + beside_training:
+        needs = f"{settings.gpus} GPUs and training at least one more" if beside_training else f"{settings.gpus} GPUs"
         raise BackendError(
-            f"a vLLM server of {settings.gpus} GPUs leaves none of the {len(gpus)} visible ones to training; use kind=endpoint and "
-            "serve the model elsewhere, or lower gpus"
+            f"the vLLM server needs {needs}, and {len(gpus)} are visible; use kind=endpoint and serve the model elsewhere, or lower gpus"
         )
     return ",".join(gpus[-settings.gpus :]), ",".join(gpus[: -settings.gpus])
 

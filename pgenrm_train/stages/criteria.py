@@ -18,7 +18,8 @@ from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import ANSWER_KEYS, Config
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.judging import signals
-from pgenrm_train.records import ExplicitSignals, HistoryItem, PreferencePair, read_rows
+from pgenrm_train.raw_rows import read_rows
+from pgenrm_train.records import ExplicitSignals, HistoryItem, PreferencePair
 from pgenrm_train.synthesis import read_criteria
 
 READS = ("data", "seed", *(f"teacher.{key}" for key in ANSWER_KEYS), "sec.samples_per_pair")

@@ -25,14 +25,12 @@ def test_a_served_judge_gives_verdicts_of_the_asked_shape(tmp_path: Path) -> Non
     """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
     settings = EndpointConfig("vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4)
-    with served(Config(recipe="cre"), settings, tmp_path / "server.log") as endpoint:
+    with served(Config(recipe="cre"), settings, tmp_path / "server.log", beside_training=True) as endpoint:
         family = psutil.Process(os.getpid()).children(recursive=True)
         judge = LlmJudge(Endpoint(endpoint))
         scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]
         assert judge.endpoint.usage.calls == 4, (tmp_path / "server.log").read_text()[-2000:]
-        assert sum(score is not None for score in scores) >= 2, judge.metrics()[
-            "no verdict"
-        ]  # a random text may run into max_tokens
+        assert sum(score is not None for score in scores) >= 2, judge.metrics()  # a random text may run into max_tokens
         assert all(score is None or 0 <= score <= 1 for score in scores)
     assert family and not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 

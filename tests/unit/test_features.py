@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_expit
 
-from data_builders import features
-from data_builders.features import FEATURES, FeatureTeacher, measure, measure_many
+from data_builders import features, text_features
+from data_builders.features import FeatureTeacher
+from data_builders.text_features import FEATURES, measure, measure_many
 from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
@@ -73,7 +74,7 @@ def test_odd_texts_measure_finite(odd):
 
 
 def test_feature_and_pole_names_are_distinct_lower_case_words():
-    names = [*FEATURES, *(pole for f in features._TABLE.values() for pole in (f.more, f.less))]
+    names = [*FEATURES, *(pole for f in text_features.TABLE.values() for pole in (f.more, f.less))]
     assert all(name.isalpha() and name.islower() and name.isascii() for name in names)
     assert len(set(names)) == len(names)
 
@@ -210,7 +211,7 @@ def test_one_pair_is_enough_to_fit():
 def test_the_label_of_the_asked_pair_is_never_used(training):
     """Fit with the asked row as it was and with its label swapped: the same texts get the same scores and the same chain."""
     asked = training[-1]
-    swapped = [*training[:-1], pair(asked.user_id, asked.rejected, asked.chosen)]
+    swapped = [*training[:-1], dataclasses.replace(asked, chosen=asked.rejected, rejected=asked.chosen)]
     texts = (asked.chosen, asked.rejected)
     outcomes = []
     for rows in (training, swapped):
@@ -226,6 +227,15 @@ def test_the_label_of_the_asked_pair_is_never_used(training):
         for h in (asked.as_history(), swapped[-1].as_history())
     ]
     np.testing.assert_array_equal(*stranger)
+
+
+def test_questions_about_training_pairs_share_the_population_s_fits(training, monkeypatch):
+    fits, fit = [], features._population_weights
+    monkeypatch.setattr(features, "_population_weights", lambda rows: fits.append(len(rows)) or fit(rows))
+    fitted = FeatureTeacher(precision=3.0).fit(training)
+    for asked in training:
+        fitted.chain_parts(example(asked.user_id, (asked.chosen, asked.rejected)))
+    assert len(fits) == 1 + features.FOLDS and sum(fits[1:]) == (features.FOLDS - 1) * len(training)
 
 
 def test_scores_are_order_equivariant_and_within_the_scale(teacher):

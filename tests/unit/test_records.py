@@ -130,6 +130,20 @@ def test_a_json_array_is_read_and_told_when_it_is_none(tmp_path):
     assert len(list(read_pairs(path))) == 2, "a row a line under this name"
 
 
+def test_pretty_printed_json_is_read_as_an_array_and_told_as_an_object(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_text(json.dumps([a_row()], indent=2))
+    assert [p.user_id for p in read_pairs(path)] == ["u1"], "an array under this name, too"
+    path.write_text(json.dumps([a_row()]), encoding="utf-8-sig")
+    assert len(list(read_pairs(path))) == 1
+    path.write_text(json.dumps(a_row()), encoding="utf-8-sig")
+    assert len(list(read_pairs(path))) == 1
+    path.write_text(json.dumps(a_row(), indent=2))
+    assert "row 1: expected one JSON object a line, or one array of them, got an object that goes over several lines" in problem(
+        path
+    )
+
+
 def test_more_rows_than_one_batch_of_parquet(tmp_path):
     write_table(tmp_path / "pairs.parquet", [pair_to_row(a_pair(i)) for i in range(1500)])
     assert [p.pair_id for p in read_pairs(tmp_path / "pairs.parquet")] == [f"p{i}" for i in range(1500)]

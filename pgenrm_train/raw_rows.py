@@ -1,0 +1,72 @@
+"""The raw rows of one file, parquet or JSON, as they are: every other reader turns them into records and names what does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train import shards
+from pgenrm_train.errors import DataError
+
+UTF8 = "utf-8-sig"  # Windows writes a mark before the text
+
+
+def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a parquet file, of one JSON object a line, or of one JSON array of objects (which is read whole).
+
+    Raises DataError when the file is missing or cannot be read.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
+    if path.suffix == ".parquet":
+        for batch in shards.tables(path):
+            yield from batch.to_pylist()
+    elif path.suffix not in shards.SUFFIXES:
+        raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
+    else:
+        yield from _array_rows(path) if path.is_file() and _is_array(path) else _jsonl_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding=UTF8) as lines:
+            for line in lines:
+                if line.strip():
+                    number += 1
+                    yield _jsonl_row(line, path, number)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {number}: expected UTF-8 text, got other bytes ({error.reason})") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); expected a JSONL file") from None
+
+
+def _is_array(path: Path) -> bool:
+    with path.open(encoding=UTF8, errors="replace") as stream:
+        return stream.read(64).lstrip().startswith("[")
+
+
+def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding=UTF8))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected a JSON array of objects, got something that is not JSON ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        yield _object(row, path, number)
+
+
+def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = "an object that goes over several lines" if line.strip() == "{" else f"a line that is not JSON ({error})"
+        raise DataError(f"{path}, row {number}: expected one JSON object a line, or one array of them, got {got}") from None
+    return _object(row, path, number)
+
+
+def _object(row: object, path: Path, number: int) -> Mapping[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
+    return row
