@@ -1,7 +1,8 @@
 """Attention over packed rows where there is no FlashAttention: PyTorch's kernel, one sequence at a time.
 
 A block-diagonal mask makes a packed row cost the square of its length; here each sequence costs the square of its own.  Borders are
-given as FlashAttention takes them (`cu_seq_lens_q`); without them, as in generation, this is transformers' `sdpa`.
+given as FlashAttention takes them (`cu_seq_lens_q`).  Without them, as in generation, and in layers that see a window only, this is
+transformers' `sdpa` with its mask.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, key heads, tokens, d) → (1, tokens, heads, d)."""
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or attention_mask is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         out: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0]
@@ -50,8 +51,12 @@ def attend(
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
 
 
-def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """None where nothing is padded: the borders, or causality alone, say what is seen."""
+def mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """None where the borders, or causality alone, say what is seen: nothing is padded, and no window is set."""
     from transformers.masking_utils import sdpa_mask
 
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    if attention_mask is None and local_size is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)

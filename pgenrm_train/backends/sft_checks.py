@@ -64,26 +64,24 @@ def _identity(config: Config, shape: Any) -> str:
         skeleton = AutoModelForCausalLM.from_config(shape)
     lora = config.model.lora
     if lora.rank:
-        _check_targets(lora.target_modules, {name.rsplit(".", 1)[-1] for name in _linear(skeleton)}, _linear(skeleton))
-        if set(lora.target_modules) & {"lm_head", "embed_out"}:
-            raise ConfigError("model.lora.target_modules must not name the output head: the loss of PSI is made inside it")
+        _check_targets(lora.target_modules, skeleton)
     weights = {name: list(weight.shape) for name, weight in skeleton.named_parameters()}
     return fingerprint(weights, [lora.rank, lora.alpha, sorted(lora.target_modules)] if lora.rank else None)
 
 
-def _linear(model: Any) -> list[str]:
+def _check_targets(targets: Sequence[str], model: Any) -> None:
+    """As peft matches them: a module's whole name, or its end after a dot."""
     from torch.nn import Linear
 
-    return [name for name, module in model.named_modules() if isinstance(module, Linear)]
-
-
-def _check_targets(targets: Sequence[str], short: set[str], names: Sequence[str]) -> None:
-    """As peft matches them: a module's whole name, or its end after a dot."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:
+        there = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ConfigError(
-            f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(sorted(short))}"
+            f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(there)}"
         )
+    if set(targets) & {"lm_head", "embed_out"}:
+        raise ConfigError("model.lora.target_modules must not name the output head: the loss of PSI is made inside it")
 
 
 def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:

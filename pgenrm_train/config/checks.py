@@ -49,7 +49,7 @@ PREFLIGHT = (
 )  # fmt: skip
 _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "psi.epochs",
-    "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
+    "psi.max_steps", "psi.log_every", "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "plan.mfu", "plan.bandwidth_use",

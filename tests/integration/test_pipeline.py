@@ -81,6 +81,11 @@ def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(fini
     assert len(set(said["similar"]["users"])) == 2 and said["scores"].keys() == {"response_1", "response_2", "response_3"}
 
 
+def test_the_checkpoint_of_psi_served_by_vllm_answers_with_chains_that_parse(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())["stages"]["psi"]
+    assert found["failed_orders"] <= 0.05 * 2 * found["n_pairs"], found["failures"]
+
+
 def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from data_builders.oracle import OracleTeacher
 from data_builders.personaworld import build
 from pgenrm_train.artifacts import write_table
 from pgenrm_train.backends import deepspeed_sft
-from pgenrm_train.config import ROOT, DataConfig, load
+from pgenrm_train.backends.base import GenerationRequest, Validated
+from pgenrm_train.config import ROOT, Config, DataConfig, load
 from pgenrm_train.history import HistorySampler
 from pgenrm_train.masking import MaskedView, present
 from pgenrm_train.prompts import chat_messages
-from pgenrm_train.tracking import METRICS
+from pgenrm_train.tracking import METRICS, samples_file
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 # What may differ between a GPU run and this test; everything else is used as shipped.
@@ -26,7 +29,7 @@ CHANGED: dict[str, Any] = {
     "cluster.processes_per_node": 2,
     "model.dtype": "float32",
     "model.max_prompt_tokens": 256,
-    "model.max_response_tokens": 192,
+    "model.max_response_tokens": 24,
     "model.instructions": False,
     "psi.batch_size": 4,
     "psi.micro_batch_size": 1,
@@ -54,18 +57,53 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+QUESTIONS = ("Which is better?", "Plan my report? " * 9, "Fix my knee?")  # more than processes, of unlike lengths
+ASKED = [GenerationRequest(question[:4], ({"role": "user", "content": question},)) for question in QUESTIONS]
+
+
+def answers(config: Config) -> Any:
+    """A validator that keeps what the model in training says, and likes each answer better than the last."""
+    calls: list[int] = []
+
+    def validate(generator: Any) -> Validated:
+        calls.append(1)
+        said = {answer.key: answer.text for answer in generator(ASKED, temperature=0.0)}
+        return Validated({"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in ASKED])
+
+    return validate
+
+
 @pytest.mark.parametrize(("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")])
-def test_gpu_settings_take_a_real_step(model: str, cluster: str, rows: Path, tmp_path: Path) -> None:
+def test_gpu_settings_take_a_real_step(
+    model: str, cluster: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     config = load("recipe=psi", f"model={model}", f"cluster={cluster}")
     for key, value in CHANGED.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
+    config.psi.evaluate_every = 1
     (tmp_path / METRICS).write_text('{"step": 1, "stage": "psi"}\n{"ste')  # of a start that was killed before it saved
-    trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
-    assert trained.steps == 2
+    trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:answers")
+    assert trained.steps == 2 == trained.metrics["psi/published_step"]
     logged = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 2] and all(line["psi/loss"] > 0 for line in logged)
+    losses = {line["step"]: line["psi/loss"] for line in logged if "psi/loss" in line}
+    assert list(losses) == [1, 2] and all(loss > 0 for loss in losses.values())
+    first = pq.read_table(samples_file(tmp_path / METRICS, 1))["text"].to_pylist()
+    assert first == _said_alone(config), "the sharded model, before its weights moved, answers as a whole one on one process"
     _assert_trained(tmp_path / "checkpoint")
+
+
+def _said_alone(config: Config) -> list[str | None]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pgenrm_train.backends.sft_generate import TrainingGenerator
+
+    whole = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32, attn_implementation="sdpa").eval()
+    said = TrainingGenerator(config, whole, AutoTokenizer.from_pretrained(NANO))(ASKED, temperature=0.0)
+    found = {answer.key: answer.text for answer in said}
+    return [found[request.key] for request in ASKED]
 
 
 def _assert_trained(checkpoint: Path) -> None:

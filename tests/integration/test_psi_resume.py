@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from pgenrm_train.artifacts import weights_digest, write_table
 from pgenrm_train.backends import deepspeed_sft
 from pgenrm_train.backends.base import Generation, GenerationRequest, Validated
-from pgenrm_train.backends.sft_checkpoints import COMPLETE
+from pgenrm_train.backends.sft_checkpoints import COMPLETE, step_of
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.tracking import METRICS
@@ -75,6 +78,38 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert losses(tmp_path) == losses(whole)
     assert weights_digest(tmp_path / "checkpoint") == weights_digest(whole / "checkpoint")
     assert (tmp_path / "checkpoint" / "chat_template.jinja").exists()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from test_psi_resume import NANO, config_of, deepspeed_sft
+deepspeed_sft.train(config_of(), Path(sys.argv[1]), start=NANO, work_dir=Path(sys.argv[2]))
+"""
+
+
+def test_kill_9_while_a_checkpoint_is_being_written(
+    whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = killed_while_saving(rows, tmp_path)
+    while (half / COMPLETE).exists():  # the kill came too late, and the next start writes the next checkpoint
+        half = killed_while_saving(rows, tmp_path)
+    assert (half.parent / f"checkpoint-{step_of(half) - 2}" / COMPLETE).exists()
+    assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
+    assert f"ignoring half-written checkpoint {half}" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(whole)
+    assert weights_digest(tmp_path / "checkpoint") == weights_digest(whole / "checkpoint")
+
+
+def killed_while_saving(rows: Path, folder: Path) -> Path:
+    """Train in a process of its own and kill it once the first file of a checkpoint after the first is there; that checkpoint."""
+    known = set((folder / "steps").glob("checkpoint-*")) | {folder / "steps" / "checkpoint-2"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(rows), str(folder)], env=env) as child:
+        while not (begun := [f for f in (folder / "steps").glob("checkpoint-*/*") if f.parent not in known]):
+            assert child.poll() is None, "training ended before a save was seen"
+        child.kill()
+    return begun[0].parent
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole: Path, rows: Path, tmp_path: Path) -> None:

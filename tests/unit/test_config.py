@@ -216,6 +216,8 @@ MISTAKES = {
     "eval.probe_pairs=0": ("eval.probe_pairs=0", "above 0"),
     "eval.compare=[a]": ("eval.compare=['a']", "two run folders"),
     "psi.batch_size=0": ("psi.batch_size=0", "above 0"),
+    "psi.max_steps=0": ("psi.max_steps=0", "above 0"),
+    "psi.log_every=0": ("psi.log_every=0", "above 0"),
     "psi.score_weight=0": ("psi.score_weight=0", "above 0"),
     "psi.keep_checkpoints=1": ("psi.keep_checkpoints=1", "at least 2"),
     "psi.patience=2": ("psi.patience=2", "psi.evaluate_every"),

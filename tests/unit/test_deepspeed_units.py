@@ -1,5 +1,8 @@
 """What SFT learns from: only the assistant's tokens, under the chat templates of the families we train, and whole checkpoints."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pgenrm_train.artifacts import write_json
@@ -8,7 +11,7 @@ from pgenrm_train.backends.nano import CHAT_TEMPLATE, train_tokenizer
 from pgenrm_train.backends.sft_batches import encode_chat
 from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete
 from pgenrm_train.chains import JSON_START, write_chain
-from pgenrm_train.config import ClusterConfig, Config, NanoConfig, PsiConfig, load
+from pgenrm_train.config import ROOT, ClusterConfig, Config, NanoConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
 
 # Shaped like the published templates in what matters here: headers, a default system message, stripped contents, empty thoughts.
@@ -29,6 +32,9 @@ QWEN = (
 TEMPLATES = {"llama": LLAMA, "qwen": QWEN, "nano": CHAT_TEMPLATE}
 EXPECTED = {"llama": "{}<|eot_id|>", "qwen": "<think>\n\n</think>\n\n{}<|im_end|>\n", "nano": "{}<|end|>"}
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+
+# Local folders of real tokenizers, with `:` between them: PGENRM_TOKENIZERS=/models/Llama-3.1-8B-Instruct:/models/Qwen3-8B
+REAL = os.environ.get("PGENRM_TOKENIZERS", str(ROOT / "tests" / "data" / "psi_nano")).split(os.pathsep)
 
 ANSWER = write_chain("This user likes it short.", [("brevity", 70), ("wit", 30)], [[8, 5], [3, 6]])
 CHATS = {
@@ -80,6 +86,20 @@ def test_the_end_of_turn_is_one_learnt_token(tokenizer):
     encoded = encode_chat(tokenizer, messages("plain"))
     end = {"llama": "<|eot_id|>", "qwen": "<|im_end|>", "nano": "<|end|>"}[tokenizer.family]
     assert tokenizer.convert_tokens_to_ids(end) in encoded.ids[encoded.loss_from :][-2:]
+
+
+@pytest.mark.parametrize("folder", REAL)
+@pytest.mark.parametrize("name", ["plain", "several turns", "one that quotes its answer", "unicode"])
+def test_real_tokenizers_learn_the_last_answer_and_its_end_and_nothing_else(folder, name):
+    from transformers import AutoTokenizer
+
+    real, chat = AutoTokenizer.from_pretrained(Path(folder)), messages(name)
+    encoded = encode_chat(real, chat)
+    prompt = real.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert list(encoded.ids[: encoded.loss_from]) == real(prompt, add_special_tokens=False)["input_ids"]
+    before, answer, end = real.decode(encoded.ids[encoded.loss_from :], skip_special_tokens=False).rpartition(chat[-1]["content"])
+    assert answer == chat[-1]["content"] and before in ("", "<think>\n\n</think>\n\n")
+    assert end.strip() == real.eos_token, "the end of the turn is learnt, and generation stops at it"
 
 
 @pytest.mark.parametrize("name", ["plain", "system", "several turns", "one that quotes its answer"])

@@ -71,8 +71,10 @@ def test_chats_survive_their_file(tmp_path):
 
 def model_of(family, attention):
     torch.manual_seed(0)
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
-    return model(config(**SHAPE, attn_implementation=attention))
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=attention))
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1} if family == "windowed" else {}
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **window, attn_implementation=attention))
 
 
 def alone(model, chats, score_weight):
@@ -91,12 +93,19 @@ def alone(model, chats, score_weight):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("qwen2", "sdpa"), ("qwen2", "eager"), ("llama", "sdpa"), ("qwen2", register()), ("llama", register())],
+    [
+        ("qwen2", "sdpa"),
+        ("qwen2", "eager"),
+        ("llama", "sdpa"),
+        ("qwen2", register()),
+        ("llama", register()),
+        ("windowed", register()),
+    ],
 )
 def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, attention, packed, score_weight):
     """Neither padding nor a neighbour in the row can be seen."""
+    expected, gradients = alone(model_of(family, "eager"), CHATS, score_weight)
     model = model_of(family, attention)
-    expected, gradients = alone(model, CHATS, score_weight)
     train_in_pieces(model)
     loss = model(**collate(CHATS, pad=0, packed=packed, score_weight=score_weight)).loss
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
