@@ -76,7 +76,7 @@ def run(
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
     centroids = core.cluster(matrix, min(wanted, len(np.unique(matrix, axis=0))), config.seed, users)
     samples = _samples([row.pair for row in rows], histories, embed)
-    refined, metrics = refine(centroids, samples, config.prototypes, config.seed)
+    refined, metrics = refine(centroids, samples, config.prototypes, config.seed, device=config.cluster.device)
     core.save(refined, folder.path, hashes)
     start = [_cold_start(config, refined, chains_t, shown, embed) for chains_t, shown in newcomers]
     facts = {
