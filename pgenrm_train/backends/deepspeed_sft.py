@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from pgenrm_train.artifacts import publish_folder, read_json, write_json
 from pgenrm_train.backends import ray_train
 from pgenrm_train.backends.base import Trained
-from pgenrm_train.backends.sft_batches import Chats, StepOrder, collate, layout_of, write_chats
+from pgenrm_train.backends.sft_batches import Chats, Encoded, StepOrder, collate, layout_of, write_chats
 from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete, state_of, step_of
 from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.config import Config, parse, to_dict
@@ -180,11 +181,12 @@ def _join_processes(config: Config) -> None:
 
 def _trainer(job: Job) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from pgenrm_train.backends import packed_attention
     from pgenrm_train.backends.sft_loss import train_in_pieces
     from pgenrm_train.backends.sft_trainer import Follower, SftTrainer
+    from pgenrm_train.backends.shared_sequence import share_attention
 
     config, psi = job.config, job.config.psi
     # Trainer must see DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
@@ -194,6 +196,8 @@ def _trainer(job: Job) -> Any:
     attention = "sdpa" if on_cpu else config.model.attention
     if layout == "packed" and not attention.startswith("flash_attention"):
         attention = packed_attention.register()
+    if psi.sequence_parallel > 1:
+        share_attention(AutoConfig.from_pretrained(job.start), attention, psi.sequence_parallel)
     model = AutoModelForCausalLM.from_pretrained(
         job.start, dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype), attn_implementation=attention
     )
@@ -201,12 +205,13 @@ def _trainer(job: Job) -> Any:
     if config.model.lora.rank:
         model = _with_lora(config, model)
     tokenizer, chats = AutoTokenizer.from_pretrained(job.start), Chats(job.work_dir / CHATS)
-    order = StepOrder(chats.lengths, layout, batch_size=psi.batch_size, micro_batch_size=psi.micro_batch_size, seed=config.seed)
-    lay_out = functools.partial(
-        collate,
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=layout == "packed",
-        score_weight=psi.score_weight,
+    order = StepOrder(
+        chats.lengths,
+        layout,
+        batch_size=psi.batch_size,
+        micro_batch_size=psi.micro_batch_size,
+        seed=config.seed,
+        copies=psi.sequence_parallel,
     )
     return SftTrainer(
         config,
@@ -217,9 +222,21 @@ def _trainer(job: Job) -> Any:
         model=model,
         args=arguments,
         train_dataset=chats,
-        data_collator=lay_out,
+        data_collator=functools.partial(_lay_out, config, tokenizer),
         callbacks=[Follower(config, order, job.work_dir / METRICS, job.mark)],
     )
+
+
+def _lay_out(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> dict[str, Any]:
+    """This process's micro-batch, or its part of the one that it shares with its neighbours."""
+    from pgenrm_train.backends.shared_sequence import share_of
+
+    psi = config.psi
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batch = collate(chats, pad=pad, packed=layout_of(config) == "packed", score_weight=psi.score_weight)
+    if psi.sequence_parallel == 1:
+        return batch
+    return share_of(batch, int(os.environ["RANK"]) % psi.sequence_parallel, psi.sequence_parallel, pad)
 
 
 def _called(name: str) -> Any:
@@ -269,7 +286,7 @@ def _arguments(config: Config, steps: Path) -> Any:
     return TrainingArguments(
         output_dir=str(steps),
         per_device_train_batch_size=psi.micro_batch_size,
-        gradient_accumulation_steps=psi.batch_size // (psi.micro_batch_size * _ranks(config)),
+        gradient_accumulation_steps=psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * _ranks(config)),
         num_train_epochs=psi.epochs,
         max_steps=psi.max_steps or -1,
         learning_rate=psi.learning_rate,

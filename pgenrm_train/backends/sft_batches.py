@@ -96,20 +96,27 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
 
 
 def layout_of(config: Config) -> str:
-    """`psi.packing`, by default true on GPUs; on a CPU padding costs little where a step's lengths are alike, as nano's are."""
-    packing = config.cluster.device == "cuda" if config.psi.packing is None else config.psi.packing
+    """`psi.packing`, by default true on GPUs; on a CPU padding costs little where a step's lengths are alike, as nano's are.
+
+    A sequence that processes share has a row of its own.
+    """
+    by_default = config.cluster.device == "cuda" and config.psi.sequence_parallel == 1
+    packing = by_default if config.psi.packing is None else config.psi.packing
     return "packed" if packing else "grouped"
 
 
 class StepOrder:
     """A sampler: the order in which an epoch's sequences are cut into micro-batches of `micro_batch_size`.
 
-    The permutation depends on seed and epoch only, so that a resumed run goes on in the same order.
+    The permutation depends on seed and epoch only, so that a resumed run goes on in the same order.  Micro-batches go to the
+    processes in turn; a sequence that `copies` neighbours share comes once for each.
     """
 
-    def __init__(self, lengths: Sequence[int], layout: str, *, batch_size: int, micro_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], layout: str, *, batch_size: int, micro_batch_size: int, seed: int, copies: int = 1
+    ) -> None:
         self.lengths, self.layout, self.seed, self.epoch = lengths, layout, seed, 0
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_size, self.micro_batch_size, self.copies = batch_size, micro_batch_size, copies
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -119,7 +126,7 @@ class StepOrder:
         return step // -(-len(self.lengths) // self.batch_size)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) * self.copies
 
     def __iter__(self) -> Iterator[int]:
         import torch
@@ -129,7 +136,7 @@ class StepOrder:
         for first in range(0, len(permutation), self.batch_size):
             step = permutation[first : first + self.batch_size]
             for index in arrange([self.lengths[i] for i in step], self.layout, self.micro_batch_size):
-                yield step[index]
+                yield from [step[index]] * self.copies
 
 
 def arrange(lengths: Sequence[int], layout: str, size: int) -> list[int]:

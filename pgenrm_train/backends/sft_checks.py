@@ -50,9 +50,25 @@ def inspect_start(config: Config, start: Path | str) -> Start:
         raise ConfigError(
             f"{start} changes its logits after the head ({odd[0]}), which the loss of PSI does not do; use another model"
         )
+    _check_heads(config, shape)
     asked = config.model.max_prompt_tokens + config.model.max_response_tokens
     limit = min(asked, getattr(shape, "max_position_embeddings", None) or asked)
     return Start(tokenizer, limit, _identity(config, shape))
+
+
+def _check_heads(config: Config, shape: Any) -> None:
+    """Processes that share a sequence share out its heads.  Raises ConfigError."""
+    parts = config.psi.sequence_parallel
+    if parts == 1:
+        return
+    heads = shape.num_attention_heads
+    keys = getattr(shape, "num_key_value_heads", None) or heads
+    if heads % parts or (keys % parts and parts % keys):
+        raise ConfigError(f"psi.sequence_parallel={parts} does not divide the model's {heads} heads and {keys} key heads")
+    if "sliding_attention" in (getattr(shape, "layer_types", None) or ()):
+        raise ConfigError(
+            f"psi.sequence_parallel={parts} is for models whose layers all see the whole text; this one has windows"
+        )
 
 
 def _identity(config: Config, shape: Any) -> str:

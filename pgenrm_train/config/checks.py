@@ -49,6 +49,7 @@ PREFLIGHT = (
 )  # fmt: skip
 _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "psi.epochs",
+    "psi.sequence_parallel",
     "psi.max_steps", "psi.log_every", "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
@@ -131,12 +132,26 @@ def check(config: Config) -> None:
         )
     _check_curriculum(config.curriculum)
     _check_psi(config)
-    ranks = config.cluster.nodes * config.cluster.processes_per_node
-    if config.recipe in ("psi", "pipeline") and config.psi.batch_size % (config.psi.micro_batch_size * ranks):
-        raise ConfigError(
-            f"psi.batch_size={config.psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
-            f"{config.psi.micro_batch_size} × {ranks}"
-        )
+    if config.recipe in ("psi", "pipeline") and (problems := psi_problems(config)):
+        raise ConfigError(problems[0])
+
+
+def psi_problems(config: Config) -> list[str]:
+    """Divisibility of an optimiser step of PSI; each problem is one sentence that names its keys."""
+    psi, ranks = config.psi, config.cluster.nodes * config.cluster.processes_per_node
+    shared = psi.sequence_parallel
+    problems = []
+    if shared > 1 and psi.micro_batch_size > 1:
+        problems.append(f"psi.sequence_parallel={shared} needs psi.micro_batch_size=1; it is {psi.micro_batch_size}")
+    if shared > 1 and psi.packing:
+        problems.append(f"psi.sequence_parallel={shared} shares out one sequence at a time; psi.packing must be false or null")
+    if ranks % shared:
+        problems.append(f"psi.sequence_parallel={shared} must divide the {ranks} processes of cluster.processes_per_node")
+    elif psi.batch_size * shared % (psi.micro_batch_size * ranks):
+        unit = f"{psi.micro_batch_size} × {ranks}" + (f" ÷ {shared}" if shared > 1 else "")
+        divisor = "psi.micro_batch_size × processes" + (" ÷ psi.sequence_parallel" if shared > 1 else "")
+        problems.append(f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}")
+    return problems
 
 
 def _check_model(config: Config) -> None:

@@ -191,6 +191,7 @@ class PsiConfig:
     log_every: int = 10
     keep_checkpoints: int = 2  # and the one that validation liked best
     packing: bool | None = None  # sequences in one row without padding; null: on GPUs
+    sequence_parallel: int = 1  # processes that share one sequence (Ulysses), for chats that one GPU cannot hold
     score_weight: float = 1.0  # loss weight of a token from <JSON_START> on; those of the analysis have 1
     liger: bool = False  # Liger's kernels for norms, rotations and activations, where the package is installed
     evaluate_every: int = 0  # steps between validations by generation; 0: none, and the last checkpoint is published

@@ -78,7 +78,7 @@ def changes(config: Config, stage: str) -> Iterator[Change]:
 
 
 def _psi_batches(config: Config) -> Iterator[Change]:
-    unit = config.psi.micro_batch_size * ranks_of(config)
+    unit = max(1, config.psi.micro_batch_size * ranks_of(config) // config.psi.sequence_parallel)
     if config.psi.batch_size % unit:
         yield (("psi.batch_size", max(unit, config.psi.batch_size // unit * unit)),)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pgenrm_train.config import Config, GrpoConfig
+from pgenrm_train.config.checks import psi_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +24,15 @@ def batches_of(config: Config, stage: str) -> Batches | None:
 
 
 def psi_batches(config: Config) -> Batches:
-    """batch = micro-batch × processes × accumulation."""
+    """batch = micro-batch × processes × accumulation, of processes that have a sequence of their own."""
     ranks, psi = config.cluster.nodes * config.cluster.processes_per_node, config.psi
     facts = {
         "sequences a step": psi.batch_size,
         "processes": ranks,
         "micro-batch": psi.micro_batch_size,
-        "accumulation": psi.batch_size // (psi.micro_batch_size * ranks),
+        "accumulation": psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * ranks),
     }
-    problems = []
-    if psi.batch_size % (psi.micro_batch_size * ranks):
-        problems.append(
-            f"psi.batch_size={psi.batch_size} must be a multiple of psi.micro_batch_size × processes = "
-            f"{psi.micro_batch_size} × {ranks}"
-        )
-    return Batches("psi", facts, tuple(problems))
+    return Batches("psi", facts, tuple(psi_problems(config)))
 
 
 def grpo_batches(config: Config, section: str) -> Batches:

@@ -24,6 +24,7 @@ vLLM (Kwon et al. 2023): weights over tensor-parallel GPUs, a profiled step, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig
@@ -122,10 +123,9 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     states, host = zero_states(config, geometry)
     n, psi, model = ranks_of(config), config.psi, config.model
     length = model.max_prompt_tokens + model.max_response_tokens
-    acts = activations(
-        config, geometry, psi.micro_batch_size * length, psi.micro_batch_size * (model.max_response_tokens + 1), 12, length,
-        psi.gradient_checkpointing,
-    )  # fmt: skip
+    tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
+    trained_tokens = min(tokens, psi.micro_batch_size * (model.max_response_tokens + 1))
+    acts = activations(config, geometry, tokens, trained_tokens, 12, length, psi.gradient_checkpointing)
     share, trained = available_gib(config), trained_parameters(config, geometry)
     step = dict(states)
     if config.cluster.zero_stage and not config.cluster.offload_optimizer:

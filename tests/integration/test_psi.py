@@ -94,6 +94,47 @@ def test_gpu_settings_take_a_real_step(
     _assert_trained(tmp_path / "checkpoint")
 
 
+def test_two_processes_that_share_each_sequence_learn_what_one_does(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ulysses under ZeRO-3: the same losses, answers and weights, up to rounding, as one process that holds whole sequences."""
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    start, logged, said, weights = _few_key_heads(tmp_path / "start"), [], [], []
+    for processes in (2, 1):
+        shared = (f"cluster.processes_per_node={processes}", f"psi.sequence_parallel={processes}", "psi.micro_batch_size=1")
+        config = load("recipe=psi", *shared)
+        config.cluster.zero_stage, config.psi.gradient_checkpointing = 3, True
+        config.psi.batch_size, config.psi.learning_rate = 4, 1e-3
+        config.psi.max_steps = config.psi.evaluate_every = 3
+        config.psi.log_every, config.model.max_prompt_tokens, config.model.max_response_tokens = 1, 256, 24
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        trained = deepspeed_sft.train(config, rows, start=start, work_dir=folder, validator=f"{__name__}:answers")
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        logged.append([line["psi/loss"] for line in lines if "psi/loss" in line])
+        said.append(pq.read_table(samples_file(folder / METRICS, 3))["text"].to_pylist())
+        weights.append(load_file(trained.checkpoint / "model.safetensors"))
+    assert len(logged[0]) == 3 and logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert said[0] == said[1]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(value, weights[1][name], atol=1e-4) for name, value in weights[0].items())
+
+
+def _few_key_heads(folder: Path) -> Path:
+    """A start of four heads that share one key head."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    shape = AutoConfig.from_pretrained(NANO, num_attention_heads=4, num_key_value_heads=1)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(NANO).save_pretrained(folder)
+    return folder
+
+
 def _said_alone(config: Config) -> list[str | None]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

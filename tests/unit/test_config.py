@@ -231,12 +231,26 @@ MISTAKES = {
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
+    "psi.sequence_parallel=2": ("psi.sequence_parallel=2", "psi.micro_batch_size=1"),
+    "psi.sequence_parallel=0": ("psi.sequence_parallel=0", "above 0"),
     "data.name=pairs": ("data.path=", "data=pairs"),
     "teacher.kind=vllm": ("teacher=vllm", "teacher.name"),
     "judge.kind=endpoint": ("judge=endpoint", "judge.base_url"),
     "judge.structured=xml": ("judge.structured=xml", "json_schema, json_object, none"),
     "teacher.max_in_flight=0": ("teacher.max_in_flight=0", "above 0"),
 }
+
+
+def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
+    asked = ("recipe=psi", "psi.micro_batch_size=1", "cluster.processes_per_node=4")
+    assert load(*asked, "psi.sequence_parallel=2", "psi.batch_size=6").psi.batch_size == 6
+    for more, words in {
+        ("psi.sequence_parallel=3",): "must divide the 4 processes",
+        ("psi.sequence_parallel=2", "psi.packing=true"): "psi.packing must be false or null",
+        ("psi.sequence_parallel=2", "psi.batch_size=7"): r"processes ÷ psi.sequence_parallel = 1 × 4 ÷ 2",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            load(*asked, *more)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from pgenrm_train.backends.packed_attention import register
 from pgenrm_train.backends.sft_batches import LAYOUTS, Chats, Encoded, StepOrder, arrange, collate, layout_of, write_chats
 from pgenrm_train.backends.sft_loss import train_in_pieces, weighted_loss
+from pgenrm_train.backends.shared_sequence import share_of
 from pgenrm_train.config import ClusterConfig, Config, PsiConfig
 
 SHAPE = {
@@ -254,3 +255,31 @@ def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
     assert layout_of(Config(cluster=cuda)) == "packed"
     assert layout_of(Config(cluster=cuda, psi=PsiConfig(packing=False))) == "grouped"
     assert layout_of(Config(psi=PsiConfig(packing=True))) == "packed"
+    assert layout_of(Config(cluster=cuda, psi=PsiConfig(sequence_parallel=2))) == "grouped"
+
+
+# ---- sequences that processes share ----
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_the_parts_of_a_sequence_make_it_up_again_and_each_trained_token_is_in_one(parts):
+    chat = CHATS[0]
+    whole = collate([chat], pad=0, packed=False, score_weight=3.0)
+    shares = [share_of(whole, part, parts, pad=0) for part in range(parts)]
+    ids = torch.cat([share["input_ids"] for share in shares], 1)[0].tolist()
+    assert tuple(ids[: len(chat.ids)]) == chat.ids and not any(ids[len(chat.ids) :])
+    assert torch.cat([share["position_ids"] for share in shares], 1)[0].tolist() == list(range(len(ids)))
+    assert len({share["input_ids"].shape for share in shares}) == 1
+    width = len(ids) // parts
+    predicts = [share["predicts"] + part * width for part, share in enumerate(shares)]
+    assert torch.equal(torch.cat(predicts), whole["predicts"])
+    for name in ("labels", "weights"):
+        assert torch.equal(torch.cat([share[name] for share in shares]), whole[name])
+
+
+def test_neighbours_take_the_same_sequence_and_a_step_stays_the_same():
+    settings = {"batch_size": 4, "micro_batch_size": 1, "seed": 3}
+    alone, shared = (StepOrder([9] * 10, "grouped", copies=copies, **settings) for copies in (1, 2))
+    assert len(shared) == 2 * len(alone) == len(list(shared))
+    assert list(shared)[::2] == list(alone) == list(shared)[1::2]
+    assert shared.epoch_of(3) == alone.epoch_of(3) == 1

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from data_builders.personaworld import build
 from eval.validation import Validation
@@ -55,6 +56,16 @@ def test_an_unknown_lora_target_is_said_with_what_there_is():
     with pytest.raises(
         ConfigError, match=r"target_modules=qkv names no linear layer of the model; it has down_proj, gate_proj, k_proj"
     ):
+        inspect_start(config, NANO)
+
+
+def test_heads_that_processes_cannot_share_are_said():
+    config = load("recipe=psi")
+    heads = AutoConfig.from_pretrained(NANO).num_attention_heads
+    config.psi.sequence_parallel = heads
+    inspect_start(config, NANO)
+    config.psi.sequence_parallel = heads + 1
+    with pytest.raises(ConfigError, match=rf"psi.sequence_parallel={heads + 1} does not divide the model's {heads} heads"):
         inspect_start(config, NANO)
 
 
