@@ -29,6 +29,7 @@ from pgenrm_train.questions import (
     write_questions,
     write_secrets,
 )
+from pgenrm_train.raw_rows import LeftOut, check_texts
 
 HUB = "alireza7/LaMP-QA"
 SUBSETS = ("Art_and_Entertainment", "Lifestyle_and_Personal_Development", "Society_and_Culture")
@@ -36,7 +37,7 @@ SUBSETS = ("Art_and_Entertainment", "Lifestyle_and_Personal_Development", "Socie
 
 def build(config: Config, folder: Path) -> dict[str, Any]:
     """Write questions, secrets, answers when given, and a card; returns the facts.  Raises DataError with file, row and field."""
-    data, left_out = config.data, Counter[str]()
+    data, left_out = config.data, LeftOut()
     read = list(rows(data, left_out))
     questions = {question.id: question for question, _ in read}
     answers = list(answers_of_file(Path(data.answers), questions)) if data.answers else []
@@ -58,11 +59,12 @@ def build(config: Config, folder: Path) -> dict[str, Any]:
         "left_out": dict(+left_out),
     }
     write_json(folder / "card.json", facts)
+    left_out.write(folder)
     write_card(config, folder, facts)
     return facts
 
 
-def rows(data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[Question, QuestionSecret]]:
+def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Question, QuestionSecret]]:
     """The test questions of all subsets, and what they are graded by."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
     seen: set[str] = set()
@@ -82,8 +84,9 @@ def rows(data: DataConfig, left_out: Counter[str]) -> Iterator[tuple[Question, Q
         raise DataError(f"{source} holds no usable rows; expected at least one question")
 
 
-def read(row: Mapping[str, Any], subset: str, where: str, left_out: Counter[str]) -> tuple[Question, QuestionSecret]:
+def read(row: Mapping[str, Any], subset: str, where: str, left_out: LeftOut) -> tuple[Question, QuestionSecret]:
     """One raw row.  Raises DataError naming the field and what was expected."""
+    check_texts(row, where)
     name, question = _text(row, "id", where), _text(row, "question", where)
     profile = [
         ProfileItem(

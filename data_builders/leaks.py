@@ -172,6 +172,8 @@ def _findings(report: dict[str, Any]) -> Iterable[str]:
         yield f"{count} votes repeat an earlier one of the same user"
     if count := report["duplicates"]["contradictory_pairs"]:
         yield f"on {count} pairs the same user chose either way"
+    if count := report["duplicates"]["identical_responses"]:
+        yield f"{count} votes are between two equal texts"
 
 
 def _predictable(words: tuple[str, str], part: str, measured: dict[str, Any]) -> Iterable[str]:

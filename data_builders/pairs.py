@@ -6,7 +6,6 @@ over rows that do not fit, counted and listed.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,26 @@ from typing import Any
 from data_builders import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
+from pgenrm_train.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records import PreferencePair, row_to_pair
 
-LISTED = 20  # skipped rows that are named one by one
+LISTED = 20  # skipped rows that are printed one by one
 
 
-def build(data: DataConfig, seed: int, left_out: Counter[str]) -> Iterator[PreferencePair]:
+def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Stream the pairs of a file, or of a folder of files.  Raises DataError with file, row, field and expectation."""
     assert data.path is not None
     yield from read(data.path, data, left_out)
 
 
-def read(source: str, data: DataConfig, left_out: Counter[str]) -> Iterator[PreferencePair]:
+def read(source: str, data: DataConfig, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Raw rows → pairs.  Raises DataError at a bad row, or when none is left."""
     bad, kept = BadRows(data.on_bad_row, left_out), 0
     for table, rows in hub.tables(source):
         for number, row in enumerate(rows, start=1):
-            if not _wanted(row, data.only, table):
-                continue
             try:
+                if not _wanted(row, data.only, f"{table}, row {number}"):
+                    continue
                 pair = row_to_pair(row, Path(table), number)
             except DataError as error:
                 bad.take(error)
@@ -45,30 +45,26 @@ def read(source: str, data: DataConfig, left_out: Counter[str]) -> Iterator[Pref
 
 
 class BadRows:
-    """What becomes of rows that do not fit: the first ends the build, or all are skipped, counted, and the first ones listed."""
+    """What becomes of rows that do not fit: the first ends the build, or all are skipped, counted and listed."""
 
-    def __init__(self, policy: str, left_out: Counter[str]) -> None:
+    def __init__(self, policy: str, left_out: LeftOut) -> None:
         self.policy, self.left_out = policy, left_out
-        self.listed: list[str] = []
-        self.count = 0
 
     def take(self, error: DataError) -> None:
         """Raises the error, or notes it when the policy is `skip`."""
         if self.policy == "fail":
             raise error
-        self.count += 1
         self.left_out["rows that do not fit"] += 1
-        if len(self.listed) < LISTED:
-            self.listed.append(str(error))
+        self.left_out.rows.append(str(error))
 
     def tell(self, source: str) -> None:
-        for sentence in self.listed:
+        for sentence in self.left_out.rows[:LISTED]:
             print(f"skipped: {sentence}", flush=True)
-        if self.count:
-            print(f"skipped {self.count} rows of {source} in all", flush=True)
+        if count := len(self.left_out.rows):
+            print(f"skipped {count} rows of {source} in all; {SKIPPED} beside the card names each", flush=True)
 
 
-def _wanted(row: Mapping[str, Any], only: Mapping[str, Any], table: str) -> bool:
+def _wanted(row: Mapping[str, Any], only: Mapping[str, Any], where: str) -> bool:
     if missing := [column for column in only if column not in row]:
-        raise DataError(f"{table}: data.only names the column '{missing[0]}', which the file does not have")
+        raise DataError(f"{where}: data.only names the column '{missing[0]}', which the row does not have")
     return all(str(row[column]) == str(value) for column, value in only.items())

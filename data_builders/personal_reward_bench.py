@@ -6,11 +6,11 @@ other judges' verdicts are ignored.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from data_builders import pairs
 from pgenrm_train.config import DataConfig
+from pgenrm_train.raw_rows import LeftOut
 from pgenrm_train.records import PreferencePair
 
 HUB = {
@@ -19,6 +19,6 @@ HUB = {
 }
 
 
-def build(data: DataConfig, seed: int, left_out: Counter[str]) -> Iterator[PreferencePair]:
+def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Stream the pairs.  Raises DataError with source, row, field and expectation."""
     yield from pairs.read(data.path or HUB[data.name], data, left_out)

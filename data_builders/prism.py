@@ -3,7 +3,7 @@
 Each turn shows a user several responses, which they rate 1–100.  Every two responses of a turn whose ratings lie at least
 `data.min_rating_gap` apart are a pair; the conversation so far is its context, with the response that the user went on from.  What the
 user stated rides in typed fields: the system string as style, the self-description, and as attributes the weights that they gave for
-the choices of this conversation, else those of the survey.  The open feedback on a conversation speaks of single responses, so
+the choices of this conversation, with those of the survey for what they did not weigh again.  The open feedback on a conversation speaks of single responses, so
 it would tell the label and is left out.
 
 The source has no split: `data.split_by` makes one, of whole conversations (`within_user`) or of users.
@@ -11,8 +11,6 @@ The source has no split: `data.split_by` makes one, of whole conversations (`wit
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,7 +20,8 @@ from data_builders import hub
 from data_builders.pairs import BadRows
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.raw_rows import LeftOut, check_texts
+from pgenrm_train.records import WHOLE, ExplicitSignals, Message, PreferencePair
 
 HUB = "HannahRoseKirk/prism-alignment"
 EMPTY = "EMPTY STRING"  # PRISM's word for a response or a field without text
@@ -35,7 +34,7 @@ class _Response:
     went_on: bool
 
 
-def build(data: DataConfig, seed: int, left_out: Counter[str]) -> Iterator[PreferencePair]:
+def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Stream the pairs.  Raises DataError naming file, row, field and expectation; what is left out is counted."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
     survey = {str(row["user_id"]): row for _, row in _required(source, "survey", ("user_id",), bad)}
@@ -58,8 +57,12 @@ def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> I
     """(file and row, row) of a table; a row without a value in each of `fields` is bad."""
     where = None
     for where, row in hub.numbered(source, table):
-        if missing := [name for name in fields if row.get(name) is None]:
-            bad.take(DataError(f"{where}, field '{missing[0]}': expected a value, got nothing (missing or null)"))
+        try:
+            check_texts(row, where)
+            if missing := [name for name in fields if row.get(name) is None]:
+                raise DataError(f"{where}, field '{missing[0]}': expected a value, got nothing (missing or null)")
+        except DataError as error:
+            bad.take(error)
         else:
             yield where, row
     if where is None:
@@ -67,7 +70,7 @@ def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> I
 
 
 def _pairs(
-    row: Mapping[str, Any], where: str, explicit: ExplicitSignals, gap: float, dropped: Counter[str]
+    row: Mapping[str, Any], where: str, explicit: ExplicitSignals, gap: float, dropped: LeftOut
 ) -> Iterator[PreferencePair]:
     """The pairs of one conversation, turn by turn."""
     context: list[Message] = []
@@ -122,20 +125,20 @@ def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Respo
 
 
 def _explicit(user: Mapping[str, Any], row: Mapping[str, Any]) -> ExplicitSignals:
-    weights = _weights(row.get("choice_attributes")) or _weights(user.get("stated_prefs"))
+    weights = _weights(user.get("stated_prefs")) | _weights(row.get("choice_attributes"))
     return ExplicitSignals(
-        self_description=_text(user.get("self_description")), style=_text(user.get("system_string")), attributes=weights
+        self_description=_text(user.get("self_description")),
+        style=_text(user.get("system_string")),
+        attributes=tuple(weights.items()),
     )
 
 
-def _weights(value: Any) -> tuple[tuple[str, float], ...]:
-    if not isinstance(value, Mapping):
-        return ()
-    return tuple((str(k), float(v)) for k, v in value.items() if _number(v))
+def _weights(value: Any) -> dict[str, float]:
+    return {str(k): float(v) for k, v in value.items() if _number(v)} if isinstance(value, Mapping) else {}
 
 
 def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < WHOLE
 
 
 def _text(value: Any) -> str | None:

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train import shards
+from pgenrm_train.artifacts import write_text
 from pgenrm_train.errors import DataError
 
+SKIPPED = "skipped_rows.txt"
 UTF8 = "utf-8-sig"  # Windows writes a mark before the text
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+class LeftOut(Counter[str]):
+    """What a builder left out of its source, and why: reason → count.  `rows` has a sentence for each row that did not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[str] = []
+
+    def write(self, folder: Path) -> None:
+        """`skipped_rows.txt`, a sentence a line; none where every row fitted."""
+        (folder / SKIPPED).unlink(missing_ok=True)
+        if self.rows:
+            write_text(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in self.rows))
 
 
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -21,12 +40,42 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.exists():
         raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
     if path.suffix == ".parquet":
-        for batch in shards.tables(path):
-            yield from batch.to_pylist()
+        yield from _parquet_rows(path)
     elif path.suffix not in shards.SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
     else:
         yield from _array_rows(path) if path.is_file() and _is_array(path) else _jsonl_rows(path)
+
+
+def check_texts(row: Mapping[str, Any], where: str, columns: Iterable[str] | None = None) -> None:
+    """Raises DataError when a text, of `columns` or of the whole row, is one that no file can hold: JSON can spell half of a surrogate
+    pair, as a text cut within an emoji has it, and UTF-8 cannot."""
+    for column in row if columns is None else columns:
+        if not _writable(row.get(column)):
+            raise DataError(
+                f"{where}, field '{column}': expected text that UTF-8 can hold, got half of a surrogate pair, as in a cut emoji"
+            )
+
+
+def _writable(value: object) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not _HALF.search(value)
+    if isinstance(value, Mapping):
+        return all(_writable(part) for part in value.values())
+    return not isinstance(value, list) or all(_writable(part) for part in value)
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    number = 0
+    for batch in shards.tables(path):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}, rows {number + 1} to {number + batch.num_rows}: expected UTF-8 text, got other bytes ({error.reason})"
+            ) from None
+        yield from rows
+        number += len(rows)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:

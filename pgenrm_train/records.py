@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pgenrm_train import shards
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import read_rows
+from pgenrm_train.raw_rows import check_texts, read_rows
 
 SPLITS = ("train", "val", "test")
+_TEXTS = (  # columns of which texts are kept
+    "pair_id", "conversation_id", "user_id", "context", "chosen", "rejected", "type", "scenario", "user_split", "cohort",
+    "criteria", "self_description", "style", "attributes",
+)  # fmt: skip
 _POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
+WHOLE = 2**53  # whole numbers below it are exact in every file format
 ContentKey = tuple[tuple[tuple[str, str], ...], frozenset[str]]
 
 
@@ -192,33 +198,42 @@ def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePa
             raise bad(name, "a non-empty text or {role, content}", value)
         return value
 
-    def number_or_none(name: str) -> float | None:
+    def number_or_none(name: str, kind: str = "a number") -> float | None:
         value = row.get(name)
         if _absent(value):
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise bad(name, "a number or null", value)
+        if not _finite(value):
+            raise bad(name, f"{kind} or null", value)
         return float(value)
 
     def turn() -> int:
-        value = number_or_none("turn") or number_or_none("turns") or 0.0
-        if not value.is_integer():
+        value = number_or_none("turn", "a whole number") or number_or_none("turns", "a whole number") or 0.0
+        if not value.is_integer() or abs(value) >= WHOLE:
             raise bad("turn", "a whole number or null", value)
         return int(value)
+
+    def name_of(column: str) -> str:
+        value = row.get(column)
+        if _absent(value):
+            return ""
+        if isinstance(value, bytes | bool) or not isinstance(value, str | int | float):
+            raise bad(column, "a text or a number", value)
+        return str(value)
 
     for name in ("user_id", "context", "chosen", "rejected"):
         if _absent(row.get(name)):
             raise bad(name, "a value", "nothing (missing or null)")
-    if not str(row["user_id"]).strip():
+    check_texts(row, f"{path}, row {number}", _TEXTS)
+    if not name_of("user_id").strip():
         raise bad("user_id", "a value", row["user_id"])
     split = _choice(row, "split", bad)
     return PreferencePair(
-        pair_id=str(row.get("pair_id") or row.get("conversation_id") or f"{path.stem}-{number}"),
-        user_id=str(row["user_id"]),
+        pair_id=name_of("pair_id") or name_of("conversation_id") or f"{path.stem}-{number}",
+        user_id=name_of("user_id"),
         context=_context(row["context"], bad),
         chosen=text("chosen", row["chosen"]),
         rejected=text("rejected", row["rejected"]),
-        conversation_id=str(row.get("conversation_id") or ""),
+        conversation_id=name_of("conversation_id"),
         chosen_score=number_or_none("chosen_score"),
         rejected_score=number_or_none("rejected_score"),
         turn=turn(),
@@ -235,7 +250,7 @@ def row_to_pair(row: Mapping[str, Any], path: Path, number: int) -> PreferencePa
             self_description=_optional_text(row, "self_description", bad),
             style=_optional_text(row, "style", bad),
             attributes=_attributes(row, bad),
-            synthetic=bool(row.get("synthetic_criteria")),
+            synthetic=_flag(row, "synthetic_criteria", bad),
         ),
     )
 
@@ -260,7 +275,7 @@ def _context(value: object, bad: Any) -> tuple[Message, ...]:
 
 def _choice(row: Mapping[str, Any], name: str, bad: Any) -> str:
     value = row.get(name)
-    value = "train" if value is None or value == "" else "val" if value == "validation" else value
+    value = "train" if _absent(value) or value == "" else "val" if value == "validation" else value
     if value not in SPLITS:
         raise bad(name, "train, val or test", value)
     return str(value)
@@ -275,7 +290,7 @@ def _others(row: Mapping[str, Any], bad: Any) -> tuple[int, int] | None:
     counts = []
     for name in columns:
         value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 0 and float(value).is_integer()):
+        if not _finite(value) or not 0 <= value < WHOLE or not float(value).is_integer():
             raise bad(name, "a whole number from 0 or null", value)
         counts.append(int(value))
     agree, disagree = counts[0], counts[1] if len(counts) == 2 else counts[1] - counts[2] - counts[0]
@@ -304,10 +319,10 @@ def _attributes(row: Mapping[str, Any], bad: Any) -> tuple[tuple[str, float], ..
             raise bad("attributes", "a JSON object of name → weight", value) from None
     if not isinstance(value, Mapping):
         raise bad("attributes", "an object of name → weight", value)
-    try:
-        return tuple((str(k), float(v)) for k, v in value.items() if v is not None)
-    except (TypeError, ValueError):
-        raise bad("attributes", "numbers as weights", value) from None
+    weights = {str(name): weight for name, weight in value.items() if not _absent(weight)}
+    if not all(_finite(weight) for weight in weights.values()):
+        raise bad("attributes", "numbers as weights", value)
+    return tuple((name, float(weight)) for name, weight in weights.items())
 
 
 def _time(row: Mapping[str, Any], bad: Any) -> float | None:
@@ -323,7 +338,7 @@ def _time(row: Mapping[str, Any], bad: Any) -> float | None:
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     if _absent(value) or value == "":
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _finite(value):
         raise bad(name, "seconds since 1970 or a date in ISO 8601", value)
     return float(value)
 
@@ -334,8 +349,20 @@ def _position(row: Mapping[str, Any]) -> int | None:
     if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers beside nulls
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return value if value >= 0 else None
+        return value if 0 <= value < WHOLE else None
     return _POSITIONS.get(value.lower()) if isinstance(value, str) else None
+
+
+def _flag(row: Mapping[str, Any], name: str, bad: Any) -> bool:
+    value = row.get(name)
+    if not (_absent(value) or isinstance(value, bool)):
+        raise bad(name, "true, false or null", value)
+    return value is True
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    """A number that a file can hold; JSON knows Infinity, and whole numbers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _absent(value: object) -> bool:

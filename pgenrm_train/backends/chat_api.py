@@ -6,7 +6,9 @@ of the client side (benchmarks/factory_slots.py).
 
 from __future__ import annotations
 
+import json
 import os
+import time
 
 import httpx
 
@@ -33,6 +35,7 @@ class ChatApi:
 
     def __init__(self, settings: EndpointConfig) -> None:
         self._url, headers = url_and_headers(settings)
+        self._seconds = settings.timeout_seconds
         self._client = httpx.Client(
             headers=headers,
             timeout=settings.timeout_seconds,
@@ -43,15 +46,27 @@ class ChatApi:
     def post(self, payload: bytes) -> Reply:
         """The server's completion; a cut-off or empty one is a Reply without text.
 
-        Raises httpx.HTTPError when there is no answer, and ValueError, TypeError, LookupError or AttributeError when the answer is no
-        chat completion.
+        Raises httpx.HTTPError when there is no answer in time, and ValueError, TypeError, LookupError, AttributeError or RecursionError
+        when the answer is no chat completion.
         """
-        response = self._client.post(self._url, content=payload)
+        end = time.monotonic() + self._seconds
+        with self._client.stream("POST", self._url, content=payload) as response:
+            content = _read(response, end)
         response.raise_for_status()
-        return read_completion(response.json())
+        return read_completion(json.loads(content))
 
     def close(self) -> None:
         self._client.close()
+
+
+def _read(response: httpx.Response, end: float) -> bytes:
+    """The body, whole by the time `end`: httpx's own limit is on each pause, and some servers send blanks while they think."""
+    parts = []
+    for part in response.iter_bytes():
+        parts.append(part)
+        if time.monotonic() > end:
+            raise httpx.ReadTimeout("the answer was not whole in time", request=response.request)
+    return b"".join(parts)
 
 
 def read_completion(answer: dict[str, object]) -> Reply:

@@ -194,7 +194,7 @@ class Endpoint:
         )
         try:
             return retrying(self._once, payload)
-        except (httpx.HTTPError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except (httpx.HTTPError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             return Reply(None, failure_of(error))
 
     def _once(self, payload: bytes) -> Reply:

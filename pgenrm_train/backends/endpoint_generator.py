@@ -144,7 +144,7 @@ class _Queue:
                 raise ValueError
         except _Trouble as trouble:
             return self._failed(request, first, samples, trouble.kind)
-        except (ValueError, TypeError, LookupError, AttributeError):  # an answer that is no chat completion
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # an answer that is no chat completion
             return self._failed(request, first, samples, "malformed")
         self.endpoint.learn(sum(spent))
         self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))

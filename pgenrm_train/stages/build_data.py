@@ -18,6 +18,7 @@ from typing import Any
 from pgenrm_train.artifacts import StageFolder, write_json
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
+from pgenrm_train.raw_rows import LeftOut
 from pgenrm_train.records import PreferencePair, pair_schema, pair_to_row
 from pgenrm_train.shards import ShardWriter, digest, tables
 from pgenrm_train.stages.inputs import PAIRS
@@ -25,12 +26,12 @@ from pgenrm_train.stages.vote_index import TRAINS, VoteIndex
 
 READS = ("data", "seed")
 Builder = Callable[..., Iterable[PreferencePair]]
-"""(data configuration, seed, Counter that takes what was left out and why) → pairs"""
+"""(data configuration, seed, `LeftOut` that takes what was left out and why) → pairs"""
 
 
 def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
     """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from."""
-    left_out: Counter[str] = Counter()
+    left_out = LeftOut()
     raw, index = folder.path / ".raw.parquet", VoteIndex()
     try:
         with ShardWriter(raw, pair_schema()) as writer:
@@ -53,6 +54,7 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
         "sha256": digest(folder.path / PAIRS),
     }
     write_json(folder.path / "card.json", card)
+    left_out.write(folder.path)
     return card
 
 

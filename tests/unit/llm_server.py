@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -49,12 +50,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.busy -= 1
 
     def answer(self, what: Any) -> None:
-        """A text → a completion; {"status", "headers"} → an error; {"raw"} → these bytes; {"reset"} → the connection drops."""
+        """A text → a completion; {"status", "headers"} → an error; {"raw"} → these bytes; {"reset"} → the connection drops;
+        {"blanks"} → so many, a tenth of a second apart, before anything else comes."""
         if isinstance(what, str):
             return self.send(200, json.dumps(completion(what)).encode(), {})
         if what.get("reset"):
             self.close_connection = True
             return self.connection.close()
+        if "blanks" in what:
+            return self.trickle(what["blanks"])
         if "raw" in what:
             return self.send(200, what["raw"], {})
         if "completion" in what:
@@ -67,6 +71,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)
+
+    def trickle(self, blanks: int) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(blanks + 2))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(blanks):
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+            self.wfile.write(b"{}")
 
     def log_message(self, *_: Any) -> None: ...
 

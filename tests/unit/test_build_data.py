@@ -15,6 +15,7 @@ from data_builders import personaworld
 from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records import Message, PreferencePair, pair_to_row
 from pgenrm_train.shards import digest, parts
 from pgenrm_train.stages import build_data
@@ -179,19 +180,19 @@ def rows(count=4):
 def test_only_keeps_the_rows_that_have_the_value(tmp_path):
     data = write_votes(tmp_path, rows())
     data.only = {"shared_context": "True"}
-    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["0", "2"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())] == ["0", "2"]
     data.only = {"language": "de"}
-    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["1", "3"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())] == ["1", "3"]
     data.only = {"shared_context": "True", "language": "de"}
     with pytest.raises(DataError, match="no usable rows"):
-        list(pairs_builder.build(data, 0, Counter()))
+        list(pairs_builder.build(data, 0, LeftOut()))
 
 
 def test_only_names_a_column_that_the_file_lacks(tmp_path):
     data = write_votes(tmp_path, rows())
     data.only = {"tongue": "en"}
-    with pytest.raises(DataError, match=r"data\.only names the column 'tongue'"):
-        list(pairs_builder.build(data, 0, Counter()))
+    with pytest.raises(DataError, match=r"votes\.jsonl, row 1: data\.only names the column 'tongue'"):
+        list(pairs_builder.build(data, 0, LeftOut()))
 
 
 def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
@@ -199,23 +200,38 @@ def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
     bad[1]["split"], bad[3]["chosen"] = "dev", None
     data = write_votes(tmp_path, bad)
     with pytest.raises(DataError, match="row 2, field 'split'"):
-        list(pairs_builder.build(data, 0, Counter()))
+        list(pairs_builder.build(data, 0, LeftOut()))
     data.on_bad_row = "skip"
-    assert [p.pair_id for p in pairs_builder.build(data, 0, Counter())] == ["0", "2"]
+    assert [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())] == ["0", "2"]
     told = capsys.readouterr().out
     assert "row 2, field 'split'" in told and "row 4, field 'chosen'" in told and "skipped 2 rows" in told
+
+
+def test_every_skipped_row_is_named_in_a_file_that_goes_when_all_fit(tmp_path):
+    halves = [row | {"chosen": "cut \ud83d"} for row in rows(60)]
+    data = write_votes(tmp_path, [*rows(), *halves, {key: value for key, value in rows()[0].items() if key != "language"}])
+    data.on_bad_row, data.only = "skip", {"language": "en"}
+    folder = StageFolder(tmp_path / "build_data", "build_data")
+    card = build_data.run(Config(data=data), folder, pairs_builder.build)
+    named = (folder.path / SKIPPED).read_text().splitlines()
+    assert card["left_out"] == {"rows that do not fit": len(named)} == {"rows that do not fit": 31}
+    assert "row 63, field 'chosen': expected text that UTF-8 can hold" in named[-2]
+    assert "row 65: data.only names the column 'language', which the row does not have" in named[-1]
+    data = write_votes(tmp_path, rows())
+    build_data.run(Config(data=data), folder, pairs_builder.build)
+    assert not (folder.path / SKIPPED).exists()
 
 
 def test_skipping_everything_is_an_error(tmp_path):
     data = write_votes(tmp_path, [row | {"split": "dev"} for row in rows()])
     data.on_bad_row = "skip"
     with pytest.raises(DataError, match="no usable rows"):
-        list(pairs_builder.build(data, 0, Counter()))
+        list(pairs_builder.build(data, 0, LeftOut()))
 
 
 def test_parquet_of_pandas_is_read(tmp_path):
     pd.DataFrame(rows()).to_parquet(tmp_path / "votes.parquet")
-    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0, Counter()))
+    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0, LeftOut()))
     assert [p.pair_id for p in made] == ["0", "1", "2", "3"]
 
 
@@ -237,7 +253,7 @@ def write_shards(folder, count=6, shard=2):
 
 
 def ids(data):
-    return [p.pair_id for p in pairs_builder.build(data, 0, Counter())]
+    return [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())]
 
 
 def test_a_folder_of_shards_is_read_in_order(tmp_path):
@@ -307,6 +323,7 @@ def test_what_a_builder_left_out_is_in_the_card_and_told(tmp_path, capsys):
     data.on_bad_row = "skip"
     card = build_data.run(Config(data=data), StageFolder(tmp_path / "build_data", "build_data"), pairs_builder.build)
     assert card["left_out"] == {"rows that do not fit": 1} and card["pairs"] == 4
+    assert (tmp_path / "build_data" / SKIPPED).read_text().startswith(f"{data.path}, row 5, field 'context': expected a value")
     assert "left out 1 rows that do not fit" in capsys.readouterr().out
 
 

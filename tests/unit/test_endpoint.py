@@ -60,6 +60,7 @@ def test_passing_trouble_is_retried(trouble):
         ({"reset": True}, "connection", 3),
         ({"raw": b"<html>gateway</html>"}, "malformed", 1),
         ({"raw": b'{"choices": []}'}, "malformed", 1),
+        ({"raw": b"[" * 100_000}, "malformed", 1),
         ({"completion": completion("half a", "length")}, "length", 1),
         ({"completion": completion(None)}, "empty", 1),
         ({"completion": completion(" \n")}, "empty", 1),
@@ -76,6 +77,13 @@ def test_what_cannot_be_had_is_a_reply_with_its_reason(trouble, failure, tries):
 def test_a_server_that_hangs_is_a_timeout():
     with serve(lambda body, n: slowly(1.5, "late")) as server:
         assert Endpoint(to(server, timeout_seconds=0.2, attempts=2)).ask(ASK).failure == "timeout"
+
+
+def test_a_server_that_sends_blanks_and_no_answer_is_a_timeout():
+    with serve(lambda body, n: {"blanks": 50}) as server:
+        began = time.monotonic()
+        assert Endpoint(to(server, timeout_seconds=0.4, attempts=1)).ask(ASK).failure == "timeout"
+        assert time.monotonic() - began < 3
 
 
 def test_nobody_there_is_a_connection_failure():

@@ -14,6 +14,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.masking import FullView, MaskedView, apply_masking
 from pgenrm_train.prompts import chat_messages
 from pgenrm_train.questions import Answer, ProfileItem, Question, QuestionSecret, read_answers, read_questions, read_secrets
+from pgenrm_train.raw_rows import LeftOut
 from pgenrm_train.records import HistoryItem, Message
 from recipes import build_data
 
@@ -127,6 +128,7 @@ def test_a_secret_in_place_of_a_view_is_no_prompt(tmp_path):
         ({"profile": [{"id": "x"}]}, r"row 1, profile\[0\], field 'text'"),
         ({"rubric_aspects": ["short"]}, "row 1, field 'rubric_aspects': expected a list of objects"),
         ({"rubric_aspects": [{"reason": "x"}]}, r"rubric_aspects\[0\], field 'aspect'"),
+        ({"question": "cut \ud83d"}, "row 1, field 'question': expected text that UTF-8 can hold"),
         ({"id": "q1"}, "row 2, field 'id': expected an id of its own, got 'q1' again"),
     ],
 )
@@ -157,7 +159,7 @@ def test_missing_parts_are_told(tmp_path):
     for file in (tmp_path / "raw" / lampqa.SUBSETS[2]).iterdir():
         file.unlink()
     with pytest.raises(DataError, match=r"holds no Society_and_Culture\*\.parquet"):
-        list(lampqa.rows(DataConfig(name="lampqa", path=str(tmp_path / "raw")), Counter()))
+        list(lampqa.rows(DataConfig(name="lampqa", path=str(tmp_path / "raw")), LeftOut()))
 
 
 @pytest.mark.parametrize("recipe", ["psi", "pipeline", "cre", "prototypes", "build_sec"])

@@ -12,6 +12,7 @@ from data_builders.prism import build
 from pgenrm_train.artifacts import StageFolder, write_table
 from pgenrm_train.config import Config, DataConfig, load
 from pgenrm_train.errors import DataError
+from pgenrm_train.raw_rows import LeftOut
 from pgenrm_train.stages import build_data
 from pgenrm_train.stages.inputs import load_pairs
 
@@ -50,7 +51,7 @@ def write(folder, survey=(SURVEY,), conversations=(CONVERSATION,)):
 
 
 def pairs(folder, **more):
-    return list(build(DataConfig(name="prism", path=str(folder), **more), 0, Counter()))
+    return list(build(DataConfig(name="prism", path=str(folder), **more), 0, LeftOut()))
 
 
 def split_pairs(folder, by):
@@ -61,7 +62,7 @@ def split_pairs(folder, by):
 
 
 def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path):
-    left_out = Counter()
+    left_out = LeftOut()
     found = list(build(DataConfig(name="prism", path=str(write(tmp_path))), 0, left_out))
     assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.turn) for p in found] == [
         ("A", "B", 90.0, 40.0, 0), ("C", "B", 85.0, 40.0, 0), ("E", "D", 70.0, 20.0, 1),
@@ -89,7 +90,9 @@ def test_what_the_user_stated_is_typed_and_the_feedback_is_nowhere(tmp_path):
     assert (
         first.explicit.style == "Be brief." and first.explicit.self_description == "A cook." and first.explicit.criteria is None
     )
-    assert first.explicit.attributes == (("values", 60.0), ("factuality", 80.0)), "of this conversation, nulls left out"
+    assert first.explicit.attributes == (("values", 60.0), ("fluency", 90.0), ("factuality", 80.0)), (
+        "of this conversation, the survey's for the rest, nulls left out"
+    )
     assert "SECRET" not in repr(first)
     without = CONVERSATION | {"choice_attributes": None}
     quiet = SURVEY | {"self_description": "EMPTY STRING", "system_string": None}
@@ -141,6 +144,8 @@ def test_held_out_users_are_asked_about_conversations_that_are_not_their_history
             {"conversation_history": [{"turn": 0, "role": "bot"}]},
             r"row 1, field 'conversation_history\[0\]': expected \{turn, role",
         ),
+        ({"conversation_history": [user(10**400, "Hi")]}, r"conversation_history\[0\]'.turn: expected a number"),
+        ({"conversation_history": [user(0, "Hi \ud83d")]}, "row 1, field 'conversation_history': expected text that UTF-8"),
         (
             {"conversation_history": [user(0, "Hi"), model(0, "A", "high")]},
             r"conversation_history\[1\]'.score: expected a number",
@@ -176,14 +181,14 @@ def test_missing_sources_are_told(tmp_path):
 
 
 def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path):
-    left_out = Counter()
+    left_out = LeftOut()
     write(tmp_path, survey=[SURVEY | {"user_id": "other"}])
     assert list(build(DataConfig(name="prism", path=str(tmp_path)), 0, left_out)) == []
     assert left_out == {"conversations whose user is not in the survey": 1}
 
 
 def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
-    left_out = Counter()
+    left_out = LeftOut()
     bad = [CONVERSATION | {"conversation_history": [{"role": "bot"}]}, CONVERSATION | {"user_id": None}, CONVERSATION]
     data = DataConfig(name="prism", path=str(write(tmp_path, conversations=bad)), on_bad_row="skip")
     assert len(list(build(data, 0, left_out))) == 3 and left_out["rows that do not fit"] == 2
@@ -208,12 +213,12 @@ def test_all_files_of_a_copy_are_read_by_their_split_column_and_judges_are_ignor
         rows = [vote(n, split) for n in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = load("recipe=build_data", "data=chatbot_arena", f"data.path={tmp_path}")
-    found = list(build_personalised(config.data, 0, Counter()))
+    found = list(build_personalised(config.data, 0, LeftOut()))
     assert Counter(p.split for p in found) == {"train": 4, "val": 4, "test": 4}
     assert "LEAK" not in repr(found) and found[0].chosen_score == 90.0
     (tmp_path / "test-0.jsonl").write_text(json.dumps(vote(0, "dev")) + "\n")
     with pytest.raises(DataError, match="field 'split': expected train, val or test"):
-        list(build_personalised(config.data, 0, Counter()))
+        list(build_personalised(config.data, 0, LeftOut()))
 
 
 def test_the_hub_s_own_loader_reads_a_data_set(tmp_path):

@@ -281,6 +281,17 @@ BAD_FIELDS = {
     "split that is a number": ({"split": 1}, "split", "train, val or test"),
     "score that is a text": ({"chosen_score": "high"}, "chosen_score", "a number or null"),
     "score that is a boolean": ({"rejected_score": True}, "rejected_score", "a number or null"),
+    "user that is a list": ({"user_id": ["u"]}, "user_id", "a text or a number"),
+    "half an emoji": ({"chosen": "so good \ud83d"}, "chosen", "text that UTF-8 can hold"),
+    "half an emoji in a context": ({"context": [{"role": "user", "content": "\udc4d"}]}, "context", "text that UTF-8 can hold"),
+    "endless score": ({"chosen_score": float("inf")}, "chosen_score", "a number or null"),
+    "score without end": ({"chosen_score": 10**400}, "chosen_score", "a number or null"),
+    "time without end": ({"time": 10**400}, "time", "seconds since 1970"),
+    "turn that no file can hold": ({"turn": 2**70}, "turn", "a whole number"),
+    "counts that no file can hold": ({"n_other_agree": 2**70, "n_other_disagree": 0}, "n_other_agree", "a whole number"),
+    "endless attributes": ({"attributes": {"fluency": float("inf")}}, "attributes", "numbers as weights"),
+    "attributes that are booleans": ({"attributes": {"fluency": True}}, "attributes", "numbers as weights"),
+    "synthetic in words": ({"synthetic_criteria": "false"}, "synthetic_criteria", "true, false or null"),
     "endless turn": ({"turn": float("inf")}, "turn", "a whole number"),
     "attributes that are no JSON": ({"attributes": "fluency: 80"}, "attributes", "JSON object"),
     "attributes that are a list": ({"attributes": '["fluency"]'}, "attributes", "name → weight"),
@@ -295,6 +306,14 @@ def test_a_bad_field_names_file_row_field_and_expectation(tmp_path, name):
     sentence = problem(write_jsonl(tmp_path, a_row(), a_row(), a_row(**changes)))
     assert "row 3" in sentence and f"'{field}'" in sentence and expectation in sentence
     assert len(sentence) < len(str(tmp_path)) + 250
+
+
+def test_a_text_column_of_other_bytes_is_one_sentence(tmp_path):
+    """Arrow checks no text when a file is written; pandas or Spark would fail on this one, too."""
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff"]).buffers())
+    table = pa.table({"user_id": ["u", "u"], "context": ["q", "r"], "chosen": texts, "rejected": ["a", "b"]})
+    pq.write_table(table, tmp_path / "votes.parquet")
+    assert "rows 1 to 2: expected UTF-8 text, got other bytes" in problem(tmp_path / "votes.parquet")
 
 
 @pytest.mark.parametrize("column", ["user_id", "context", "chosen", "rejected"])
