@@ -30,7 +30,7 @@ from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from pgenrm_train.backends.base import Judge
-from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.chains import Chain, ParseFailure, parse_chain
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards import RewardWeights, chain_reward
 
@@ -106,13 +106,26 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
         "outcome": _or_null(reward.parts["outcome"]),
         "process": _or_null(reward.parts["process"]) if judged else None,
         "format": _or_null(reward.parts["format"]),
-        "margin": None if isinstance(chain, ParseFailure) else _margin(chain.scores, chosen),
-        "verified_margin": None
-        if isinstance(chain, ParseFailure) or chain.verified_scores is None
-        else _margin(chain.verified_scores, chosen),
+        **_shape(chain, chosen),
         "failure": failure if sample.finished else "length",
         "null_verdict": judged and math.isnan(reward.parts["process"]),
         "error": None,
+    }
+
+
+SHAPE = ("margin", "verified_margin", "spread", "criteria")
+
+
+def _shape(chain: Chain | ParseFailure, chosen: int) -> dict[str, Any]:
+    """What hardness and the signs of reward hacking are read from; null where there is no chain."""
+    if isinstance(chain, ParseFailure):
+        return dict.fromkeys(SHAPE)
+    verified = chain.verified_scores
+    return {
+        "margin": _margin(chain.scores, chosen),
+        "verified_margin": None if verified is None else _margin(verified, chosen),
+        "spread": max(chain.scores) - min(chain.scores),
+        "criteria": [name for name, _ in chain.criteria],
     }
 
 
@@ -125,7 +138,7 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
     try:
         return score(sample, row, weights, judge)
     except Exception as error:
-        nothing = dict.fromkeys(("total", "outcome", "process", "format", "margin", "verified_margin", "failure"))
+        nothing = dict.fromkeys(("total", "outcome", "process", "format", *SHAPE, "failure"))
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -252,7 +265,7 @@ class ChainSampler:
             ids, tokens, list(output.log_probs[:limit]), self.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens[-1] in self.ends, int(output.extra_fields.get("global_steps") or 0),
         )  # fmt: skip
-        sample.info = await self._info(sample, prompt.row)
+        sample.info = await self._info(sample, prompt.row) | {"length": len(tokens)}
         return sample
 
     async def _info(self, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:

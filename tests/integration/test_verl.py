@@ -159,6 +159,7 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
         for name in ("total", "outcome", "process", "format"):
             assert math.isfinite(line[f"cre/reward/{name}"])
             assert line[f"cre/reward/{name}_std"] >= 0
+        assert line["cre/signs/score_spread"] >= 0
         for name in ("pass_rate", "groups/zero_advantage_share", "order_first_share", "format_error_share", "length_cut_share"):
             assert 0 <= line[f"cre/{name}"] <= 1
         assert line["cre/reward/error_share"] == 0
@@ -167,11 +168,16 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 
-def test_validation_is_sampled_at_its_steps_and_at_the_end(trained: Path) -> None:
-    found = [line for line in lines(trained / "cre/metrics.jsonl") if "cre/validation/accuracy" in line]
-    assert [line["step"] for line in found] == [3, STEPS]
-    for name in ("accuracy", "order_flip_rate", "format_error_share"):
-        assert all(0 <= line[f"cre/validation/{name}"] <= 1 for line in found)
+def test_validation_is_asked_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
+    """The fixed slice: 10 pairs in both orders with their own history, and as many rows of a probe with another prompt."""
+    found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
+    assert [line["step"] for line in found] == [0, 3, STEPS]
+    shares = ("accuracy_chosen_first", "format_error_share", "probe/swapped_history_accuracy", "signs/unverifiable_share")
+    for line in found:
+        assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
+        assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
+        assert line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
+    assert found[0]["cre/validation/length_drift"] == 1
 
 
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:

@@ -67,14 +67,28 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def misled(row: dict[str, Any]) -> dict[str, Any]:
+    """The same question with another user's taste in the prompt: what a probe of the validation slice asks."""
+    prompt, extra = row["prompt"][0]["content"], row["extra_info"]
+    other = next(trait for trait in TRAITS if trait not in prompt)
+    told = prompt.replace(f"user likes {json.loads(extra['criteria'])['trait']} ", f"user likes {other} ", 1)
+    return row | {
+        "prompt": [{"role": "user", "content": told}],
+        "extra_info": extra | {"probe": "swapped_history", "explicit": "{}"},
+    }
+
+
 def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False) -> Path:
-    """`turned`: every pair in the other order than without it."""
+    """`turned`: every pair in the other order than without it.  `both_orders`: in both, and each once more as a probe."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [swapped(row) if turned else row for row in (example(i, seed) for i in range(count))]
-    pq.write_table(pa.Table.from_pylist(rows + [swapped(row) for row in rows] if both_orders else rows), path)
+    if both_orders:
+        rows += [swapped(row) for row in rows]
+        rows += [misled(row) for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 
