@@ -18,7 +18,7 @@ from pgenrm_train.stages import grpo
 from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
-from pgenrm_train.tracking import METRICS, Tracker
+from pgenrm_train.tracking import METRICS, Tracker, read
 from recipes import build_data, criteria
 from recipes.build_sec import load_tokenizer
 from recipes.costs import judge_cost, tell_judge
@@ -76,6 +76,8 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
     counted = folder.path / "hardness.json"
     facts: dict[str, Any] = {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
+    if lost := read(folder.path / verl_grpo.RESTARTS):
+        facts["restarts"] = [line["reason"] for line in lost]
     if counted.exists():
         facts["hardness"] = read_json(counted)
     if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in judged_by_model]):

@@ -15,6 +15,7 @@ from pgenrm_train.reward_hacking import OWN, signs
 
 MARKER = "complete.json"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
+MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 LENGTH = "validation/response_length"
 
 
@@ -62,6 +63,15 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
         "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
         **{f"signs/{name}": value for name, value in signs(infos).items()},
     }
+
+
+def hopeless(found: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]], max_null_share: float) -> str | None:
+    """Why a step's rewards are no ground to go on, in words; None when they are.  found: its `chain_metrics`."""
+    if found["reward/error_share"] > MAX_ERROR_SHARE:
+        reason = next(info["error"] for group in groups for info in group if info["error"])
+        return f"reward code failed for {found['reward/error_share']:.0%} of its chains, first with {reason}"
+    nulls = found["reward/process_null_share"] or 0.0
+    return f"the judge gave no verdict for {nulls:.0%} of the chains that it saw" if nulls > max_null_share else None
 
 
 def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from pgenrm_train.backends.verl_progress import (
     MARKER,
     chain_metrics,
     complete_checkpoints,
+    hopeless,
     mix_metrics,
     newest_checkpoint,
     progress_line,
@@ -47,11 +48,10 @@ from pgenrm_train.backends.verl_progress import (
 from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
-from pgenrm_train.errors import BackendError
+from pgenrm_train.errors import BackendError, EngineLostError
 from pgenrm_train.tracking import METRICS, append, read, trim
 
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
-MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
 
@@ -252,7 +252,7 @@ class ChainTrainer(PPOTrainerSync):
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
             if failures := self.rollout.take_failures():
-                raise BackendError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
+                raise EngineLostError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
             raise
         placed = self._groups(batch)
         groups = list(placed.values())
@@ -281,19 +281,14 @@ class ChainTrainer(PPOTrainerSync):
         return dict(sorted(groups.items()))
 
     def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
-        run = self.run
-        where = f"{run.stage} stopped at step {self.global_steps}"
-        problem = None
-        if ours["reward/error_share"] > MAX_ERROR_SHARE:
-            reason = next(info["error"] for group in groups for info in group if info["error"])
-            problem = f"{where}: reward code failed for {ours['reward/error_share']:.0%} of its chains, first with {reason}"
-        elif (ours["reward/process_null_share"] or 0.0) > run.max_null_share:
-            problem = f"{where}: the judge gave no verdict for {ours['reward/process_null_share']:.0%} of the chains that it saw"
-        elif len(failures) > MAX_FAILED_PROMPTS * run.sampler.prompts_per_step:
-            problem = f"{where}: the engine failed {len(failures)} of {run.sampler.prompts_per_step} prompts, first {failures[0]}"
+        """End the run behind a checkpoint when the rewards of the step are worth nothing, or the engine fails."""
+        run, asked = self.run, self.run.sampler.prompts_per_step
+        problem, kind = hopeless(ours, groups, run.max_null_share), BackendError
+        if problem is None and len(failures) > MAX_FAILED_PROMPTS * asked:
+            problem, kind = f"the engine failed {len(failures)} of {asked} prompts, first {failures[0]}", EngineLostError
         if problem is not None:
             self._save_checkpoint()
-            raise BackendError(f"{problem}; the run can be resumed once that is mended")
+            raise kind(f"{run.stage} stopped at step {self.global_steps}: {problem}; the run can be resumed once that is mended")
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps

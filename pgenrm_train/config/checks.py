@@ -221,10 +221,9 @@ def _check_curriculum(curriculum: CurriculumConfig) -> None:
 
 
 def _check_grpo(section: str, grpo: GrpoConfig) -> None:
-    if grpo.resample < 0:
-        raise ConfigError(f"{section}.resample={grpo.resample} must be at least 0")
-    if grpo.validate_every < 0:
-        raise ConfigError(f"{section}.validate_every={grpo.validate_every} must be at least 0")
+    for key in ("resample", "validate_every", "restarts"):
+        if getattr(grpo, key) < 0:
+            raise ConfigError(f"{section}.{key}={getattr(grpo, key)} must be at least 0")
     if grpo.group_size < 2:
         raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
     if grpo.prompts_per_step % grpo.mini_batch_prompts:

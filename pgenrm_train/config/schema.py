@@ -229,6 +229,7 @@ class GrpoConfig:
     validate_pairs: int = 64  # of the validation split, asked in both orders with their own, another user's and no history
     keep_checkpoints: int = 2
     stall_seconds: float = 1800.0  # the watchdog ends a run that made no progress for this long
+    restarts: int = 2  # times that a run which was so ended, or whose engine died, is started again from its newest checkpoint
 
 
 @dataclass
