@@ -103,7 +103,8 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
         write_json(work_dir / "trimmed.json", dict(write.trimmed))
         if told := write.told(f"{stage} prompts"):
             print(told, flush=True)
-    weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error}
+    weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error,
+               "verified": settings.verified_weight}  # fmt: skip
     return verl_grpo.Phase(
         stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None, **hardness_of(config, stage, work_dir),
         **(judged_by(config, judge, rows) if settings.process_weight else {}),

@@ -44,8 +44,10 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
     infos = [info for group in groups for info in group]
     judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
     found: dict[str, Any] = {}
-    for part in ("total", "outcome", "process", "format", "margin"):
-        values = [info[part] for info in infos if info[part] is not None]
+    for part in ("total", "outcome", "process", "format", "margin", "verified"):
+        values = [info[part] for info in infos if info.get(part) is not None]
+        if part == "verified" and not values:  # a part only where it has a weight
+            continue
         found[f"reward/{part}"] = float(np.mean(values)) if values else None
         found[f"reward/{part}_std"] = float(np.std(values)) if values else None
     kinds = [info["failure"] for info in infos]

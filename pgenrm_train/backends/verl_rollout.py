@@ -87,7 +87,7 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
 
 
 def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
-    """The reward of one chain as a flat dict: total, outcome, process, format, margin, failure, null_verdict.
+    """The reward of one chain as a flat dict: its parts, what `_shape` says, failure, null_verdict.
 
     Raises what the reward code raises; `scored` turns that into data.
     """
@@ -106,6 +106,7 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
         "outcome": _or_null(reward.parts["outcome"]),
         "process": _or_null(reward.parts["process"]) if judged else None,
         "format": _or_null(reward.parts["format"]),
+        "verified": reward.parts.get("verified"),
         **_shape(chain, chosen),
         "failure": failure if sample.finished else "length",
         "null_verdict": judged and math.isnan(reward.parts["process"]),
@@ -138,7 +139,7 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
     try:
         return score(sample, row, weights, judge)
     except Exception as error:
-        nothing = dict.fromkeys(("total", "outcome", "process", "format", *SHAPE, "failure"))
+        nothing = dict.fromkeys(("total", "outcome", "process", "format", "verified", *SHAPE, "failure"))
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 

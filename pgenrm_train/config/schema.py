@@ -221,6 +221,7 @@ class GrpoConfig:
     outcome_weight: float = 1.0
     process_weight: float = 0.5
     format_error: float = -0.1
+    verified_weight: float = 0.0  # of the agreement of declared scores with the rubric's own sums; not in the paper
     null_policy: str = "drop_process_for_group"  # a judge without a verdict: see rewards; or group_mean, stop
     resample: int = 0  # times that a group without advantage (all rewards equal) is sampled anew
     max_null_share: float = 0.5  # of a step's judged chains without a verdict: more end the run, resumably
