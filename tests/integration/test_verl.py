@@ -239,6 +239,15 @@ def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: 
     assert ids[0] == ids[1] == ids[2]
 
 
+def test_the_export_is_what_verls_merger_makes_before_rounding(trained: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    ours = load_file(trained / "cre/checkpoint/model.safetensors")
+    theirs = verl_world.merged_by_verl(trained / f"cre/verl/global_step_{STEPS}", tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor.bfloat16().float(), theirs[name]) for name, tensor in ours.items())
+
+
 def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
     before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
     began = time.monotonic()
@@ -329,6 +338,44 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
     wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
     assert launch(config(tmp_path), [phase])[0].steps == CURRICULUM_STEPS
     assert lines(tmp_path / "curriculum/batches.jsonl") == lines(trained / "curriculum/batches.jsonl")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world: Path, tmp_path: Path) -> None:
+    """kill -9 after the first of three steps: the data, vLLM's adapters and the optimiser go on, and the merged export is the actor."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = config(tmp_path, kl_coefficient=0.0)
+    found.cluster.processes_per_node, found.model.lora.rank, found.model.lora.alpha = 2, 4, 8
+    phase = dataclasses.replace(cre(world, tmp_path, steps=3), validation=None)
+    thread, killed = in_background(lambda: launch(found, [phase]))
+    wait_for(lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint")
+    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "code -9" in str(killed[0])
+    wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
+
+    assert launch(found, [phase])[0].steps == 3
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=3, seed=0)
+    assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == [sampler.next_batch(step) for step in (1, 2, 3)]
+    steps = training(tmp_path)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert all(abs(line["cre/actor/ppo_kl"]) < 1e-4 for line in steps), (
+        "vLLM samples with the actor's adapters, after the kill too"
+    )
+    last = tmp_path / "cre/verl/global_step_3"
+    optimiser = torch.load(last / "actor/optim_world_size_2_rank_0.pt", weights_only=False)
+    assert {int(state["step"]) for state in optimiser["state"].values()} == {3}
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "cre/checkpoint")
+    start = AutoModelForCausalLM.from_pretrained(world / "start")
+    actor = verl_world.merged_by_verl(last, tmp_path / "merged")
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        exported, trained, before = (model(input_ids=ids).logits.log_softmax(-1) for model in (ours, actor, start))
+    learnt = float((trained - before).abs().mean())
+    assert learnt > 0 and float((exported - trained).abs().mean()) < 0.2 * learnt, "up to the merger's rounding to bfloat16"
 
 
 def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None:

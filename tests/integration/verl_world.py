@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,6 +160,31 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         model(input_ids=ids, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+
+
+def merged_by_verl(checkpoint: Path, out: Path) -> Any:
+    """The model that veRL's own merger makes of one of its FSDP checkpoints; with LoRA, its base under peft, not merged."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    command = [
+        "verl.model_merger",
+        "merge",
+        "--backend",
+        "fsdp",
+        "--local_dir",
+        str(checkpoint / "actor"),
+        "--target_dir",
+        str(out),
+    ]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    if not (out / "lora_adapter").exists():
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, out / "lora_adapter", torch_dtype=torch.float32)
 
 
 if __name__ == "__main__":
