@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -292,7 +292,7 @@ class Rollout:
 
     def use_rewards(self, spec: RewardSpec) -> None:
         if self.actors:
-            ray.get([actor.use_rewards.remote(spec) for actor in self.actors])
+            ray.get([actor.use_rewards.remote(share_of(spec, len(self.actors))) for actor in self.actors])
         else:
             self.sampler.use_rewards(spec)
 
@@ -315,7 +315,10 @@ class Rollout:
             found = ray.get([a.judge_metrics.remote() for a in self.actors])
         else:
             found = [asyncio.run_coroutine_threadsafe(self.sampler.judge_metrics(), self.loop).result()]
-        return {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
+        sums = {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
+        if twice := sums.get("judge/judged_twice"):
+            sums["judge/repeat_difference"] = sums["judge/judged_twice_difference"] / twice
+        return sums
 
     def _start(self, call: str, prompts: Sequence[Prompt]) -> list[Any]:
         if not self.actors:
@@ -326,6 +329,19 @@ class Rollout:
 
     def _wait(self, started: list[Any]) -> list[Any]:
         return ray.get(started) if self.actors else [future.result() for future in started]
+
+
+def share_of(spec: RewardSpec, samplers: int) -> RewardSpec:
+    """One sampler's part of the limits of a judge: they are the run's.  A budget is not shared out where all read it from one disk."""
+    settings = spec.judge_kwargs.get("settings")
+    if settings is None or samplers == 1:
+        return spec
+    names = ["requests_per_minute", "tokens_per_minute"]
+    names += [] if spec.judge_kwargs.get("cache") else ["max_dollars", "max_total_tokens"]
+    each = {name: settings[name] / samplers for name in names if settings.get(name) is not None}
+    each["max_in_flight"] = max(1, spec.judge_in_flight // samplers)
+    kwargs = {**spec.judge_kwargs, "settings": {**settings, **each}}
+    return replace(spec, judge_kwargs=kwargs, judge_in_flight=each["max_in_flight"])
 
 
 class _RemoteSampler(ChainSampler):
