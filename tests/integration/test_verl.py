@@ -493,6 +493,46 @@ def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -
     assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), "bounded: the last is kept"
 
 
+def test_a_chain_is_judged_while_others_are_still_sampled(world: Path) -> None:
+    """Four chains that end one after the other."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+
+    from pgenrm_train.backends.verl_rollout import ChainSampler, Prompt
+
+    row, events = verl_world.example(0), []
+    start = str(world / "start")
+
+    class Server:
+        """Stands where a vLLM server's handle stands."""
+
+        def __init__(self) -> None:
+            self.generate, self.asked = SimpleNamespace(remote=self.answer), 0
+
+        async def answer(self, **_: Any) -> Any:
+            self.asked += 1
+            await asyncio.sleep(0.3 * self.asked)
+            events.append("ended")
+            return SimpleNamespace(token_ids=tokens, log_probs=[0.0] * len(tokens), extra_fields={}, stop_reason=None)
+
+    def judge(text: str, example: Any) -> float:
+        events.append("asked")
+        time.sleep(0.3)
+        return 0.5
+
+    found = OmegaConf.create(
+        {"data": {"max_prompt_length": 64, "max_response_length": 128}, "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}}}
+    )  # fmt: skip
+    sampler = ChainSampler(found, [Server()])
+    sampler.judge = judge
+    tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [sampler.tokenizer.eos_token_id]
+    group = asyncio.run(sampler.group(Prompt("s1p0", row, 1, "0", 4, 1.0)))
+    assert [one.info["process"] for one in group] == [0.5] * 4
+    assert events == ["ended", "asked"] * 4, "each verdict is asked for when its chain ends"
+
+
 def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pgenrm_train.backends.verl_progress import newest_checkpoint
     from pgenrm_train.tracking import trim
