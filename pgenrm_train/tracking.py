@@ -25,6 +25,11 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
         lines.write(json.dumps(record) + "\n")
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none when there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def samples_file(metrics: Path, step: int) -> Path:
     """Where the sample chains of a validation lie, beside the metrics file that holds its numbers."""
     return metrics.parent / "samples" / f"step-{step:06d}.parquet"

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from eval.evaluation import Evaluation
-from pgenrm_train.config import Config, EndpointConfig, masking_of, sizes
+from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, sizes
 from pgenrm_train.judging import judge_messages
 from pgenrm_train.masking import apply_masking, present
 from pgenrm_train.stages.build_sec import MEASURED, SEC
+from pgenrm_train.stages.grpo_validation import VALIDATION
 from recipes.llm import plain_writer
 
 VERDICT_TOKENS = 80
@@ -52,11 +53,20 @@ def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]
         stated = [extra["explicit"] for extra in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()]
         with_signals = [text for text in stated if text != "{}"]
         calls += settings.steps * settings.prompts_per_step * settings.group_size * len(with_signals) / max(1, len(stated))
+        calls += _validation_calls(settings, rows.with_name(VALIDATION))
         said = max([said, *with_signals], key=len)
     task = characters([judge_messages("", {"signals": said})])
     chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(ANSWER_TOKENS, config.model.max_response_tokens)
     span = (task + chain, task + max(chain, 3.0 * config.model.max_response_tokens))
     return announce("judge", judge, estimate(judge, span, calls, answer_tokens=VERDICT_TOKENS))
+
+
+def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
+    """Rows of the validation slice that a judge is asked about, as often as it is validated."""
+    if not rows.exists():
+        return 0
+    judged = [x for x in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist() if x["explicit"] != "{}"]
+    return len(judged) * (1 + -(-settings.steps // settings.validate_every))
 
 
 def _chain_characters(run_dir: Path) -> float | None:

@@ -16,8 +16,9 @@ from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.criteria import load as load_criteria
+from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from pgenrm_train.stages.inputs import PromptWriter, load_pairs
-from pgenrm_train.tracking import METRICS, Tracker
+from pgenrm_train.tracking import METRICS, Tracker, read
 from recipes import build_data, criteria
 from recipes.build_sec import load_tokenizer
 from recipes.costs import judge_cost, tell_judge
@@ -75,6 +76,8 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
     shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
     counted = folder.path / "hardness.json"
     facts: dict[str, Any] = {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
+    if lost := read(folder.path / verl_grpo.RESTARTS):
+        facts["restarts"] = [line["reason"] for line in lost]
     if counted.exists():
         facts["hardness"] = read_json(counted)
     if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in judged_by_model]):
@@ -89,17 +92,21 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
 
     settings = getattr(config, stage)
     work_dir = Path(config.run_dir) / stage
-    rows = work_dir / grpo.ROWS
+    rows, validation = work_dir / grpo.ROWS, work_dir / VALIDATION
     if not rows.exists():
         write = PromptWriter(config, load_tokenizer(start or Path(config.run_dir) / "psi" / "checkpoint"))
         synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
-        grpo.write_rows(config, stage, rows, load_pairs(Path(config.run_dir)), write, progress, synthetic)
+        pairs = load_pairs(Path(config.run_dir))
+        if not write_validation(config, stage, validation, pairs, write) and settings.validate_every:
+            print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
+        grpo.write_rows(config, stage, rows, pairs, write, progress, synthetic)
         write_json(work_dir / "trimmed.json", dict(write.trimmed))
         if told := write.told(f"{stage} prompts"):
             print(told, flush=True)
-    weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error}
+    weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error,
+               "verified": settings.verified_weight}  # fmt: skip
     return verl_grpo.Phase(
-        stage, start, rows, work_dir, settings.steps, weights=weights, **hardness_of(config, stage, work_dir),
+        stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None, **hardness_of(config, stage, work_dir),
         **(judged_by(config, judge, rows) if settings.process_weight else {}),
     )  # fmt: skip
 

@@ -139,13 +139,19 @@ class Endpoint:
     def _refused(self) -> str | None:
         if self._closed.is_set():
             return "closed"
-        settings = self.settings
-        paid = self.usage.paid
-        if settings.max_dollars is not None and dollars(settings, *paid) >= settings.max_dollars:
-            return "budget"
-        if settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens:
+        if self._spent():
             return "budget"
         return "circuit_open" if time.monotonic() < self._open_until else None
+
+    def _spent(self) -> bool:
+        """Whether a limit is reached, by what all starts and, where answers are kept on disk, all processes have paid."""
+        settings = self.settings
+        if settings.max_dollars is None and settings.max_total_tokens is None:
+            return False
+        paid = max(self._known.paid(), self.usage.paid, key=sum)
+        return (settings.max_dollars is not None and dollars(settings, *paid) >= settings.max_dollars) or (
+            settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
+        )
 
     def pay(self, reply: Reply) -> None:
         """Write down what an answer cost that is kept elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,22 +86,20 @@ class LlmCriteria:
 class LlmJudge:
     """Rates chains against the withheld signals; see `base.Judge`.  Every failure is None and counted by kind.
 
-    One chain in `AUDIT_EVERY` is judged twice, and the absolute difference of the two scores is kept.
+    One chain in `AUDIT_EVERY`, the same ones whenever they come, is judged twice, and the absolute difference of the scores is kept.
     """
 
     AUDIT_EVERY = 50
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.lock, self.asked = threading.Lock(), 0
+        self.lock = threading.Lock()
         self.failures: Counter[str] = Counter()
         self.differences: list[float] = []
 
     def __call__(self, chain_text: str, example: Mapping[str, Any]) -> float | None:
         said = json.loads(example["explicit"])
-        with self.lock:
-            self.asked += 1
-            audited = self.asked % self.AUDIT_EVERY == 0
+        audited = zlib.crc32(chain_text.encode(errors="replace")) % self.AUDIT_EVERY == 0
         score = self._score(chain_text, said, 0)
         if audited and score is not None and (again := self._score(chain_text, said, 1)) is not None:
             with self.lock:

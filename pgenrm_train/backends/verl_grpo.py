@@ -16,12 +16,13 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -31,9 +32,10 @@ from pgenrm_train.artifacts import read_json, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_config import environment, to_verl
 from pgenrm_train.config import Config, seed_of
-from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NothingTrainedError
+from pgenrm_train.tracking import append
 
-TRAINED, ENGINE_LOG = "trained.json", "engine.log"
+TRAINED, ENGINE_LOG, RESTARTS = "trained.json", "engine.log", "restarts.jsonl"
 __all__ = ["Phase", "environment", "launch", "to_verl", "train"]
 
 
@@ -68,7 +70,26 @@ class Phase:
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """`train` in a child process.  Raises what `train` raises; BackendError when the child died without a word."""
+    """`train` in a child process, which is started again when its engine was lost, `restarts` times at most.
+
+    Raises what `train` raises; EngineLostError when the child was killed.
+    """
+    allowed = max(getattr(config, phase.section).restarts for phase in phases)
+    return with_restarts(lambda: _launch(config, phases), allowed, phases[0].work_dir / RESTARTS)
+
+
+def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) -> list[Trained]:
+    """`work`, done again after an EngineLostError up to `allowed` times; each is told and kept in `log`."""
+    for made in range(allowed):
+        try:
+            return work()
+        except EngineLostError as error:
+            print(f"{error}\nstarting again ({made + 1} of {allowed})", flush=True)
+            append(log, {"time": time.time(), "reason": str(error)})
+    return work()
+
+
+def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     folder = phases[0].work_dir
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "verl_job.json", folder / "verl_report.json"
@@ -109,7 +130,9 @@ def _relay(lines: IO[str] | None, log: Path, told: tuple[str, ...]) -> None:
 
 def _read(report: Path, code: int, folder: Path) -> list[Trained]:
     if not report.exists():
-        raise BackendError(f"veRL's process ended with code {code} and no report; its last words are in {folder / ENGINE_LOG}")
+        killed = code < 0 and -code not in (signal.SIGINT, signal.SIGTERM)  # those are somebody's wish
+        kind = EngineLostError if killed else BackendError
+        raise kind(f"veRL's process ended with code {code} and no report; its last words are in {folder / ENGINE_LOG}")
     found = read_json(report)
     if "error" in found:
         kind = getattr(errors, found["error"], BackendError)
@@ -285,10 +308,18 @@ def main(job: Path) -> int:
         return 2
     except Exception as error:
         traceback.print_exc()
-        write_json(report, {"error": BackendError.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"})
+        kind = EngineLostError if _died(error) else BackendError
+        write_json(report, {"error": kind.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"})
         return 1
     write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
     return 0
+
+
+def _died(error: Exception) -> bool:
+    """Whether a process or machine of the session is gone, rather than code in it wrong."""
+    from ray import exceptions
+
+    return isinstance(error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.WorkerCrashedError)
 
 
 def _phase(said: dict[str, Any]) -> Phase:

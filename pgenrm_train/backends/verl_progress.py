@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 
 from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.reward_hacking import OWN, signs
 
 MARKER = "complete.json"
+ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
+MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
+LENGTH = "validation/response_length"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -40,8 +44,10 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
     infos = [info for group in groups for info in group]
     judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
     found: dict[str, Any] = {}
-    for part in ("total", "outcome", "process", "format", "margin"):
-        values = [info[part] for info in infos if info[part] is not None]
+    for part in ("total", "outcome", "process", "format", "margin", "verified"):
+        values = [info[part] for info in infos if info.get(part) is not None]
+        if part == "verified" and not values:  # a part only where it has a weight
+            continue
         found[f"reward/{part}"] = float(np.mean(values)) if values else None
         found[f"reward/{part}_std"] = float(np.std(values)) if values else None
     kinds = [info["failure"] for info in infos]
@@ -57,7 +63,17 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
         "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
         "groups/discarded_chains": sum(group[0]["discarded_chains"] for group in groups),
         "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
+        **{f"signs/{name}": value for name, value in signs(infos).items()},
     }
+
+
+def hopeless(found: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]], max_null_share: float) -> str | None:
+    """Why a step's rewards are no ground to go on, in words; None when they are.  found: its `chain_metrics`."""
+    if found["reward/error_share"] > MAX_ERROR_SHARE:
+        reason = next(info["error"] for group in groups for info in group if info["error"])
+        return f"reward code failed for {found['reward/error_share']:.0%} of its chains, first with {reason}"
+    nulls = found["reward/process_null_share"] or 0.0
+    return f"the judge gave no verdict for {nulls:.0%} of the chains that it saw" if nulls > max_null_share else None
 
 
 def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -87,16 +103,46 @@ def mix_metrics(drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: Curri
     return found
 
 
-def validation_metrics(groups: Sequence[Sequence[Mapping[str, Any]]], extras: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy as the mean over pairs of the mean over their orders, and the share of two-order pairs won in one order only."""
-    hits: dict[str, list[float]] = {}
+def validation_metrics(
+    groups: Sequence[Sequence[Mapping[str, Any]]], extras: Sequence[Mapping[str, Any]], first_length: float | None = None
+) -> dict[str, Any]:
+    """What the fixed slice says: accuracy in both orders, reward parts and signs of reward hacking.
+
+    groups: the chains of each row, extras: its `extra_info`; `probe` tells rows with another history from those with the user's own.
+    first_length: mean length at the first validation, which the drift is measured against.
+    """
+    asked: dict[str, list[tuple[Any, Any]]] = {}
     for group, extra in zip(groups, extras, strict=True):
-        hits.setdefault(extra["pair_id"], []).append(float(np.mean([(info["outcome"] or 0.0) > 0 for info in group])))
+        asked.setdefault(extra.get("probe") or OWN, []).append((group, extra))
+    own = asked.pop(OWN)
+    infos = [info for group, _ in own for info in group]
+    length = float(np.mean([info["length"] for info in infos]))
+    found: dict[str, Any] = {
+        **_accuracies(own),
+        "validation/format_error_share": float(np.mean([info["failure"] is not None for info in infos])),
+        "validation/null_verdict_share": float(np.mean([info["null_verdict"] for info in infos])),
+        LENGTH: length,
+        "validation/length_drift": length / (first_length or length),
+    }
+    for part in ("total", "outcome", "process"):
+        values = [info[part] for info in infos if info[part] is not None]
+        found[f"validation/reward/{part}"] = float(np.mean(values)) if values else None
+    found |= {f"validation/signs/{name}": value for name, value in signs(infos).items()}
+    return found | {f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"] for name, rows in asked.items()}
+
+
+def _accuracies(rows: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> dict[str, float | None]:
+    """Accuracy as the mean over pairs of the mean over their orders, in each order, and the share of pairs won in one order only."""
+    hits: dict[str, dict[int, float]] = {}
+    for group, extra in rows:
+        won = float(np.mean([(info["outcome"] or 0.0) > 0 for info in group]))
+        hits.setdefault(extra["pair_id"], {})[extra["order"]] = won
     both = [won for won in hits.values() if len(won) == 2]
+    orders = {name: [won[order] for won in hits.values() if order in won] for order, name in enumerate(("first", "second"))}
     return {
-        "validation/accuracy": float(np.mean([np.mean(won) for won in hits.values()])),
-        "validation/order_flip_rate": float(np.mean([won[0] != won[1] for won in both])) if both else float("nan"),
-        "validation/format_error_share": float(np.mean([info["failure"] is not None for group in groups for info in group])),
+        "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
+        "validation/order_flip_rate": float(np.mean([won[0] != won[1] for won in both])) if both else None,
+        **{f"validation/accuracy_chosen_{name}": float(np.mean(won)) if won else None for name, won in orders.items()},
     }
 
 

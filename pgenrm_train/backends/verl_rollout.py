@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -30,7 +30,7 @@ from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from pgenrm_train.backends.base import Judge
-from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.chains import Chain, ParseFailure, parse_chain
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards import RewardWeights, chain_reward
 
@@ -87,7 +87,7 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
 
 
 def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
-    """The reward of one chain as a flat dict: total, outcome, process, format, margin, failure, null_verdict.
+    """The reward of one chain as a flat dict: its parts, what `_shape` says, failure, null_verdict.
 
     Raises what the reward code raises; `scored` turns that into data.
     """
@@ -106,13 +106,27 @@ def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge:
         "outcome": _or_null(reward.parts["outcome"]),
         "process": _or_null(reward.parts["process"]) if judged else None,
         "format": _or_null(reward.parts["format"]),
-        "margin": None if isinstance(chain, ParseFailure) else _margin(chain.scores, chosen),
-        "verified_margin": None
-        if isinstance(chain, ParseFailure) or chain.verified_scores is None
-        else _margin(chain.verified_scores, chosen),
+        "verified": reward.parts.get("verified"),
+        **_shape(chain, chosen),
         "failure": failure if sample.finished else "length",
         "null_verdict": judged and math.isnan(reward.parts["process"]),
         "error": None,
+    }
+
+
+SHAPE = ("margin", "verified_margin", "spread", "criteria")
+
+
+def _shape(chain: Chain | ParseFailure, chosen: int) -> dict[str, Any]:
+    """What hardness and the signs of reward hacking are read from; null where there is no chain."""
+    if isinstance(chain, ParseFailure):
+        return dict.fromkeys(SHAPE)
+    verified = chain.verified_scores
+    return {
+        "margin": _margin(chain.scores, chosen),
+        "verified_margin": None if verified is None else _margin(verified, chosen),
+        "spread": max(chain.scores) - min(chain.scores),
+        "criteria": [name for name, _ in chain.criteria],
     }
 
 
@@ -125,7 +139,7 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
     try:
         return score(sample, row, weights, judge)
     except Exception as error:
-        nothing = dict.fromkeys(("total", "outcome", "process", "format", "margin", "verified_margin", "failure"))
+        nothing = dict.fromkeys(("total", "outcome", "process", "format", "verified", *SHAPE, "failure"))
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -252,7 +266,7 @@ class ChainSampler:
             ids, tokens, list(output.log_probs[:limit]), self.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens[-1] in self.ends, int(output.extra_fields.get("global_steps") or 0),
         )  # fmt: skip
-        sample.info = await self._info(sample, prompt.row)
+        sample.info = await self._info(sample, prompt.row) | {"length": len(tokens)}
         return sample
 
     async def _info(self, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +292,7 @@ class Rollout:
 
     def use_rewards(self, spec: RewardSpec) -> None:
         if self.actors:
-            ray.get([actor.use_rewards.remote(spec) for actor in self.actors])
+            ray.get([actor.use_rewards.remote(share_of(spec, len(self.actors))) for actor in self.actors])
         else:
             self.sampler.use_rewards(spec)
 
@@ -301,7 +315,10 @@ class Rollout:
             found = ray.get([a.judge_metrics.remote() for a in self.actors])
         else:
             found = [asyncio.run_coroutine_threadsafe(self.sampler.judge_metrics(), self.loop).result()]
-        return {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
+        sums = {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
+        if twice := sums.get("judge/judged_twice"):
+            sums["judge/repeat_difference"] = sums["judge/judged_twice_difference"] / twice
+        return sums
 
     def _start(self, call: str, prompts: Sequence[Prompt]) -> list[Any]:
         if not self.actors:
@@ -312,6 +329,19 @@ class Rollout:
 
     def _wait(self, started: list[Any]) -> list[Any]:
         return ray.get(started) if self.actors else [future.result() for future in started]
+
+
+def share_of(spec: RewardSpec, samplers: int) -> RewardSpec:
+    """One sampler's part of the limits of a judge: they are the run's.  A budget is not shared out where all read it from one disk."""
+    settings = spec.judge_kwargs.get("settings")
+    if settings is None or samplers == 1:
+        return spec
+    names = ["requests_per_minute", "tokens_per_minute"]
+    names += [] if spec.judge_kwargs.get("cache") else ["max_dollars", "max_total_tokens"]
+    each = {name: settings[name] / samplers for name in names if settings.get(name) is not None}
+    each["max_in_flight"] = max(1, spec.judge_in_flight // samplers)
+    kwargs = {**spec.judge_kwargs, "settings": {**settings, **each}}
+    return replace(spec, judge_kwargs=kwargs, judge_in_flight=each["max_in_flight"])
 
 
 class _RemoteSampler(ChainSampler):

@@ -25,7 +25,7 @@ from pgenrm_train.artifacts import write_json
 from pgenrm_train.backends import guardian
 from pgenrm_train.backends.ray_cluster import join
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError
+from pgenrm_train.errors import EngineLostError
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
 STALLED = 3  # exit code of a run that the watchdog ended
@@ -154,7 +154,7 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
 def end_stalled(folder: Path, report: Path, message: str) -> None:
     """The watchdog's last act: say it, keep the stacks, stop everything, leave with a code."""
     print(message, file=sys.stderr, flush=True)
-    write_json(report, {"error": BackendError.__name__, "message": message})
+    write_json(report, {"error": EngineLostError.__name__, "message": message})
     with (report.parent / "stall_stacks.txt").open("w") as stacks:
         faulthandler.dump_traceback(file=stacks, all_threads=True)
     shut_down(folder, keep_logs=report.parent)

@@ -32,9 +32,12 @@ from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.verl_config import TRAINER
 from pgenrm_train.backends.verl_progress import (
+    ACCURACY,
+    LENGTH,
     MARKER,
     chain_metrics,
     complete_checkpoints,
+    hopeless,
     mix_metrics,
     newest_checkpoint,
     progress_line,
@@ -45,11 +48,10 @@ from pgenrm_train.backends.verl_progress import (
 from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
-from pgenrm_train.errors import BackendError
-from pgenrm_train.tracking import METRICS, append, trim
+from pgenrm_train.errors import BackendError, EngineLostError
+from pgenrm_train.tracking import METRICS, append, read, trim
 
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
-MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
 
@@ -144,6 +146,7 @@ class ChainTrainer(PPOTrainerSync):
         run.sampler = sampler
         self.global_steps = self._resume(run)
         self._init_dump_executor()
+        self.validate()  # the start, and a step whose validation a kill has cut off
         run.first_step, run.started = self.global_steps, time.monotonic()
         return self.global_steps
 
@@ -175,31 +178,43 @@ class ChainTrainer(PPOTrainerSync):
     def export(self, folder: Path, dtype: str) -> None:
         self.actor_rollout_wg.export(str(folder), dtype)
 
-    def measure(self, table: Any, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
-        """`samples` chains of every row of `table` from the current actor, scored and not trained on; one list of infos a row."""
+    def measure(
+        self, table: Any, samples: int, purpose: str, temperature: float | None = None, prompts_at_once: int = 64
+    ) -> list[list[dict[str, Any]]]:
+        """`samples` chains of every row of `table` from the current actor, scored and not trained on; one list of infos a row.
+
+        temperature: null is that of training.
+        """
         run, groups = self.run, []
         for first in range(0, table.num_rows, prompts_at_once):
             rows = table.slice(first, prompts_at_once).to_pylist()
-            prompts = [self._prompt(row, f"{purpose}{first + i}", samples, self.global_steps) for i, row in enumerate(rows)]
+            prompts = [self._prompt(row, f"{purpose}{first + i}", samples, 0, temperature) for i, row in enumerate(rows)]
             groups += self.rollout.measure(prompts)
             run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{table.num_rows} pairs")
         return groups
 
     def validate(self) -> None:
-        """One chain a validation row, in the orders that the rows hold, when this step is due."""
-        run, step = self.run, self.global_steps
+        """One greedy chain a validation row, in the orders that the rows hold, when this step is due and has not been validated."""
+        run, step, file = self.run, self.global_steps, self.run.work_dir / METRICS
         if run.validation is None or not run.validate_every or (step % run.validate_every and step < run.steps):
             return
-        table = pq.read_table(run.validation)
-        found = validation_metrics(self.measure(table, 1, "validation"), table["extra_info"].to_pylist())
-        append(run.work_dir / METRICS, {"step": step, "stage": run.stage} | under_stage(run.stage, found))
-        print(f"{run.stage} {step}/{run.steps} · validation accuracy {found['validation/accuracy']:.3f}", flush=True)
+        before = [line for line in read(file) if ACCURACY in line]
+        if any(line["step"] == step for line in before):
+            return
+        table, began = pq.read_table(run.validation), time.monotonic()
+        groups = self.measure(table, 1, "validation", temperature=0.0)
+        first = before[0][f"{run.stage}/{LENGTH}"] if before else None
+        found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
+        found["validation/seconds"] = time.monotonic() - began
+        headline = {name: found.pop(f"validation/{name.partition('/')[2]}") for name in (ACCURACY, "eval/order_flip_rate")}
+        append(file, {"step": step, "stage": run.stage} | headline | under_stage(run.stage, found))
+        print(f"{run.stage} {step}/{run.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True)
 
     # one step
 
-    def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int) -> Prompt:
-        seed = f"{self.run.seed}/{self.run.stage}"
-        return Prompt(uid, row, step, seed, samples, self.config.actor_rollout_ref.rollout.temperature, self.run.resample)
+    def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int, temperature: float | None = None) -> Prompt:
+        seed, usual = f"{self.run.seed}/{self.run.stage}", self.config.actor_rollout_ref.rollout.temperature
+        return Prompt(uid, row, step, seed, samples, usual if temperature is None else temperature, self.run.resample)
 
     def prepare_step(self) -> dict[str, Any]:
         """Draw the batch and hand it to the rollout."""
@@ -237,7 +252,7 @@ class ChainTrainer(PPOTrainerSync):
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
             if failures := self.rollout.take_failures():
-                raise BackendError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
+                raise EngineLostError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
             raise
         placed = self._groups(batch)
         groups = list(placed.values())
@@ -257,30 +272,23 @@ class ChainTrainer(PPOTrainerSync):
     def _groups(self, batch: Any) -> dict[int, list[dict[str, Any]]]:
         """Place in the batch → the infos of its samples, in the order of the places; padding rows left out."""
         keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-        lengths = {key: tag["response_len"] for key, tag in zip(batch.keys, batch.tags, strict=True)}
         fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         groups: dict[int, list[dict[str, Any]]] = {}
         for key, extra in zip(keys, list(fields["extra_fields"]), strict=True):
             extra = getattr(extra, "data", extra)
-            info = extra["reward_extra_info"] | {"length": lengths[key]}
-            info |= {name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")}
+            info = extra["reward_extra_info"] | {name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")}
             groups.setdefault(int(key.split("_")[0].rpartition("p")[2]), []).append(info)
         return dict(sorted(groups.items()))
 
     def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
-        run = self.run
-        where = f"{run.stage} stopped at step {self.global_steps}"
-        problem = None
-        if ours["reward/error_share"] > MAX_ERROR_SHARE:
-            reason = next(info["error"] for group in groups for info in group if info["error"])
-            problem = f"{where}: reward code failed for {ours['reward/error_share']:.0%} of its chains, first with {reason}"
-        elif (ours["reward/process_null_share"] or 0.0) > run.max_null_share:
-            problem = f"{where}: the judge gave no verdict for {ours['reward/process_null_share']:.0%} of the chains that it saw"
-        elif len(failures) > MAX_FAILED_PROMPTS * run.sampler.prompts_per_step:
-            problem = f"{where}: the engine failed {len(failures)} of {run.sampler.prompts_per_step} prompts, first {failures[0]}"
+        """End the run behind a checkpoint when the rewards of the step are worth nothing, or the engine fails."""
+        run, asked = self.run, self.run.sampler.prompts_per_step
+        problem, kind = hopeless(ours, groups, run.max_null_share), BackendError
+        if problem is None and len(failures) > MAX_FAILED_PROMPTS * asked:
+            problem, kind = f"the engine failed {len(failures)} of {asked} prompts, first {failures[0]}", EngineLostError
         if problem is not None:
             self._save_checkpoint()
-            raise BackendError(f"{problem}; the run can be resumed once that is mended")
+            raise kind(f"{run.stage} stopped at step {self.global_steps}: {problem}; the run can be resumed once that is mended")
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps

@@ -52,7 +52,7 @@ _POSITIVE = (
     "psi.sequence_parallel",
     "psi.max_steps", "psi.log_every", "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
-    "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
+    "curriculum.learning_rate", "cre.validate_pairs", "curriculum.validate_pairs", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
@@ -236,8 +236,9 @@ def _check_curriculum(curriculum: CurriculumConfig) -> None:
 
 
 def _check_grpo(section: str, grpo: GrpoConfig) -> None:
-    if grpo.resample < 0:
-        raise ConfigError(f"{section}.resample={grpo.resample} must be at least 0")
+    for key in ("resample", "validate_every", "restarts"):
+        if getattr(grpo, key) < 0:
+            raise ConfigError(f"{section}.{key}={getattr(grpo, key)} must be at least 0")
     if grpo.group_size < 2:
         raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
     if grpo.prompts_per_step % grpo.mini_batch_prompts:

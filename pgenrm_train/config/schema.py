@@ -222,13 +222,16 @@ class GrpoConfig:
     outcome_weight: float = 1.0
     process_weight: float = 0.5
     format_error: float = -0.1
+    verified_weight: float = 0.0  # of the agreement of declared scores with the rubric's own sums; not in the paper
     null_policy: str = "drop_process_for_group"  # a judge without a verdict: see rewards; or group_mean, stop
     resample: int = 0  # times that a group without advantage (all rewards equal) is sampled anew
     max_null_share: float = 0.5  # of a step's judged chains without a verdict: more end the run, resumably
     save_every: int = 50
-    validate_every: int = 0
+    validate_every: int = 25  # steps between validations, the start and the end included; 0: none
+    validate_pairs: int = 64  # of the validation split, asked in both orders with their own, another user's and no history
     keep_checkpoints: int = 2
     stall_seconds: float = 1800.0  # the watchdog ends a run that made no progress for this long
+    restarts: int = 2  # times that a run which was so ended, or whose engine died, is started again from its newest checkpoint
 
 
 @dataclass

@@ -3,13 +3,12 @@
 Needs `build_data/pairs.parquet` and a checkpoint.  Makes `rows.parquet`; for a curriculum with a schedule also `mirror.parquet` (the
 rows in the other presentation order, to mine hardness from) and `signals.parquet` (the model-free signals and origin of each row);
 the engine makes `checkpoint/` and `metrics.jsonl`.
-What the policy of masking keeps out of the prompt rides in `extra_info` only, where rewards and judges find it.  So do synthetic
-criteria (`criteria` stage) of users who stated nothing: they come in after the prompt is written.
+What the policy of masking keeps out of the prompt rides in `extra_info` only (`grpo_rows`).  So do synthetic criteria (`criteria`
+stage) of users who stated nothing: they come in after the prompt is written.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from pgenrm_train.hardness import signals as signals_of
 from pgenrm_train.judging import signals
 from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.records import Example, ExplicitSignals, PreferencePair
+from pgenrm_train.stages.grpo_rows import row_of
 from pgenrm_train.stages.inputs import Messages, asked, histories
 
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
@@ -119,21 +119,5 @@ def _row(
 ) -> dict[str, Any]:
     rng = random.Random(f"{seed_of(config, section)}/{section}/mask/{pair.pair_id}")
     view, withheld = apply_masking(example, masking_of(config, section), rng, show_probability=config.masking.show_probability)
-    prompt = writer(view)
     explicit = withheld.explicit if signals(withheld.explicit) else synthetic.get(pair.user_id, withheld.explicit)
-    return {
-        "data_source": config.data.name,
-        "prompt": prompt,
-        "reward_model": {"style": "rule", "ground_truth": str(withheld.chosen_index)},
-        "extra_info": {
-            "index": index,
-            "pair_id": pair.pair_id,
-            "user_id": pair.user_id,
-            "order": example.chosen_index,
-            "kind": pair.kind,
-            "n_responses": len(example.responses),
-            "criteria": explicit.criteria,
-            "explicit": json.dumps(signals(explicit), ensure_ascii=False),  # all that there is to judge by, for an LLM judge
-            "synthetic": explicit.synthetic,
-        },
-    }
+    return row_of(config, index, pair, withheld.chosen_index, writer(view), explicit)

@@ -40,7 +40,7 @@ def config(run_dir: Path, **changed: Any) -> Config:
         section.prompts_per_step, section.mini_batch_prompts, section.group_size = 8, 8, 4
         section.micro_batch_size, section.learning_rate, section.kl_coefficient = 16, 1e-3, 0.01
         section.save_every, section.keep_checkpoints, section.stall_seconds = 1, 2, 60.0
-        section.validate_every = 3
+        section.validate_every, section.restarts = 3, 0
         for key, value in changed.items():
             setattr(section, key, value)
     found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
@@ -159,6 +159,7 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
         for name in ("total", "outcome", "process", "format"):
             assert math.isfinite(line[f"cre/reward/{name}"])
             assert line[f"cre/reward/{name}_std"] >= 0
+        assert line["cre/signs/score_spread"] >= 0
         for name in ("pass_rate", "groups/zero_advantage_share", "order_first_share", "format_error_share", "length_cut_share"):
             assert 0 <= line[f"cre/{name}"] <= 1
         assert line["cre/reward/error_share"] == 0
@@ -167,11 +168,16 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 
-def test_validation_is_sampled_at_its_steps_and_at_the_end(trained: Path) -> None:
-    found = [line for line in lines(trained / "cre/metrics.jsonl") if "cre/validation/accuracy" in line]
-    assert [line["step"] for line in found] == [3, STEPS]
-    for name in ("accuracy", "order_flip_rate", "format_error_share"):
-        assert all(0 <= line[f"cre/validation/{name}"] <= 1 for line in found)
+def test_validation_is_asked_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
+    """The fixed slice: 10 pairs in both orders with their own history, and as many rows of a probe with another prompt."""
+    found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
+    assert [line["step"] for line in found] == [0, 3, STEPS]
+    shares = ("accuracy_chosen_first", "format_error_share", "probe/swapped_history_accuracy", "signs/unverifiable_share")
+    for line in found:
+        assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
+        assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
+        assert line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
+    assert found[0]["cre/validation/length_drift"] == 1
 
 
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
@@ -233,6 +239,15 @@ def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: 
     assert ids[0] == ids[1] == ids[2]
 
 
+def test_the_export_is_what_verls_merger_makes_before_rounding(trained: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    ours = load_file(trained / "cre/checkpoint/model.safetensors")
+    theirs = verl_world.merged_by_verl(trained / f"cre/verl/global_step_{STEPS}", tmp_path / "merged").state_dict()
+    assert all(torch.equal(tensor.bfloat16().float(), theirs[name]) for name, tensor in ours.items())
+
+
 def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
     before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
     began = time.monotonic()
@@ -273,7 +288,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained: Path, tmp_path: Path) -> None:
-    """kill -9 of the driver after step 1, a frozen engine after step 3, then to the end: same batches, rewards and weights."""
+    """kill -9 of the driver after step 1, a frozen engine after step 3, and to the end: same batches, rewards and weights."""
     import torch
     from safetensors.torch import load_file
 
@@ -290,16 +305,16 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
     wait_for(lambda: not psutil.wait_procs(followers, timeout=0)[1], 30, "Ray and vLLM to follow their driver")
     (saved / "global_step_9").mkdir()  # as if the kill had come while a checkpoint was being written
 
-    thread, stalled = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0), [phase]))
+    thread, done = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0, restarts=1), [phase]))
     wait_for(lambda: (saved / "global_step_3/complete.json").exists(), 240, "the third checkpoint")
     engine = processes("EngineCore")[0]
     engine.suspend()
-    thread.join(timeout=120)
-    assert "cre made no progress for" in str(stalled[0])
+    thread.join(timeout=300)
+    assert done[0][0].steps == STEPS, "the watchdog ended it, and it was started again by itself"
     assert not children_of_ray()
+    (lost,) = lines(tmp_path / "cre/restarts.jsonl")
+    assert "cre made no progress for" in lost["reason"]
     assert (tmp_path / "cre/stall_stacks.txt").stat().st_size > 0
-
-    assert launch(config(tmp_path), [phase])[0].steps == STEPS
     assert not (saved / "global_step_9").exists()
     assert lines(tmp_path / "cre/batches.jsonl") == lines(trained / "cre/batches.jsonl")
     names = ("step", "cre/reward/total", "cre/reward/process", "cre/response_length")
@@ -323,6 +338,44 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
     wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
     assert launch(config(tmp_path), [phase])[0].steps == CURRICULUM_STEPS
     assert lines(tmp_path / "curriculum/batches.jsonl") == lines(trained / "curriculum/batches.jsonl")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world: Path, tmp_path: Path) -> None:
+    """kill -9 after the first of three steps: the data, vLLM's adapters and the optimiser go on, and the merged export is the actor."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = config(tmp_path, kl_coefficient=0.0)
+    found.cluster.processes_per_node, found.model.lora.rank, found.model.lora.alpha = 2, 4, 8
+    phase = dataclasses.replace(cre(world, tmp_path, steps=3), validation=None)
+    thread, killed = in_background(lambda: launch(found, [phase]))
+    wait_for(lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint")
+    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "code -9" in str(killed[0])
+    wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
+
+    assert launch(found, [phase])[0].steps == 3
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=3, seed=0)
+    assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == [sampler.next_batch(step) for step in (1, 2, 3)]
+    steps = training(tmp_path)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert all(abs(line["cre/actor/ppo_kl"]) < 1e-4 for line in steps), (
+        "vLLM samples with the actor's adapters, after the kill too"
+    )
+    last = tmp_path / "cre/verl/global_step_3"
+    optimiser = torch.load(last / "actor/optim_world_size_2_rank_0.pt", weights_only=False)
+    assert {int(state["step"]) for state in optimiser["state"].values()} == {3}
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "cre/checkpoint")
+    start = AutoModelForCausalLM.from_pretrained(world / "start")
+    actor = verl_world.merged_by_verl(last, tmp_path / "merged")
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        exported, trained, before = (model(input_ids=ids).logits.log_softmax(-1) for model in (ours, actor, start))
+    learnt = float((trained - before).abs().mean())
+    assert learnt > 0 and float((exported - trained).abs().mean()) < 0.2 * learnt, "up to the merger's rounding to bfloat16"
 
 
 def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None:
@@ -438,6 +491,46 @@ def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -
     assert ask(2, other, same) == ([1, 0], {"discarded_passes": 0, "discarded_chains": 0}, 1)
     assert ask(2, same, other) == ([1, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2)
     assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), "bounded: the last is kept"
+
+
+def test_a_chain_is_judged_while_others_are_still_sampled(world: Path) -> None:
+    """Four chains that end one after the other."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+
+    from pgenrm_train.backends.verl_rollout import ChainSampler, Prompt
+
+    row, events = verl_world.example(0), []
+    start = str(world / "start")
+
+    class Server:
+        """Stands where a vLLM server's handle stands."""
+
+        def __init__(self) -> None:
+            self.generate, self.asked = SimpleNamespace(remote=self.answer), 0
+
+        async def answer(self, **_: Any) -> Any:
+            self.asked += 1
+            await asyncio.sleep(0.3 * self.asked)
+            events.append("ended")
+            return SimpleNamespace(token_ids=tokens, log_probs=[0.0] * len(tokens), extra_fields={}, stop_reason=None)
+
+    def judge(text: str, example: Any) -> float:
+        events.append("asked")
+        time.sleep(0.3)
+        return 0.5
+
+    found = OmegaConf.create(
+        {"data": {"max_prompt_length": 64, "max_response_length": 128}, "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}}}
+    )  # fmt: skip
+    sampler = ChainSampler(found, [Server()])
+    sampler.judge = judge
+    tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [sampler.tokenizer.eos_token_id]
+    group = asyncio.run(sampler.group(Prompt("s1p0", row, 1, "0", 4, 1.0)))
+    assert [one.info["process"] for one in group] == [0.5] * 4
+    assert events == ["ended", "asked"] * 4, "each verdict is asked for when its chain ends"
 
 
 def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,14 +68,28 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def misled(row: dict[str, Any]) -> dict[str, Any]:
+    """The same question with another user's taste in the prompt: what a probe of the validation slice asks."""
+    prompt, extra = row["prompt"][0]["content"], row["extra_info"]
+    other = next(trait for trait in TRAITS if trait not in prompt)
+    told = prompt.replace(f"user likes {json.loads(extra['criteria'])['trait']} ", f"user likes {other} ", 1)
+    return row | {
+        "prompt": [{"role": "user", "content": told}],
+        "extra_info": extra | {"probe": "swapped_history", "explicit": "{}"},
+    }
+
+
 def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False) -> Path:
-    """`turned`: every pair in the other order than without it."""
+    """`turned`: every pair in the other order than without it.  `both_orders`: in both, and each once more as a probe."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [swapped(row) if turned else row for row in (example(i, seed) for i in range(count))]
-    pq.write_table(pa.Table.from_pylist(rows + [swapped(row) for row in rows] if both_orders else rows), path)
+    if both_orders:
+        rows += [swapped(row) for row in rows]
+        rows += [misled(row) for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 
@@ -145,6 +160,31 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         model(input_ids=ids, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+
+
+def merged_by_verl(checkpoint: Path, out: Path) -> Any:
+    """The model that veRL's own merger makes of one of its FSDP checkpoints; with LoRA, its base under peft, not merged."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    command = [
+        "verl.model_merger",
+        "merge",
+        "--backend",
+        "fsdp",
+        "--local_dir",
+        str(checkpoint / "actor"),
+        "--target_dir",
+        str(out),
+    ]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    if not (out / "lora_adapter").exists():
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, out / "lora_adapter", torch_dtype=torch.float32)
 
 
 if __name__ == "__main__":

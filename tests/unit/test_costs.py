@@ -70,6 +70,11 @@ def test_a_judge_reads_every_chain_of_users_who_said_something(tmp_path, capsys)
     config.cre.steps, config.cre.prompts_per_step, config.cre.group_size = 10, 8, 4
     facts = tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
     assert facts["calls"] == [160, 160] and "judge stub: 160 calls" in capsys.readouterr().out
+    probes = [{"extra_info": {"explicit": said}} for said in ("{}", "{}", '{"criteria": "short"}')]
+    pq.write_table(pa.Table.from_pylist(probes), tmp_path / "validation.parquet")
+    config.cre.validate_every = 4  # at the start and after every fourth step
+    asked = 160 + 1 + -(-config.cre.steps // 4)
+    assert tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})["calls"] == [asked, asked]
 
 
 def test_what_a_judge_was_paid_is_summed_over_starts_and_stages(tmp_path):

@@ -97,11 +97,11 @@ def row(**said):
 def test_a_chain_is_scored_with_the_signals_of_its_user(tmp_path):
     with serve(lambda body, n: GOOD) as server:
         rate = judge(server, tmp_path)
-        assert rate("a chain", row()) == pytest.approx(0.6)
-        assert rate("a chain", row()) == pytest.approx(0.6) and len(server.bodies) == 1, "an answer is kept"
+        assert rate("one chain", row()) == pytest.approx(0.6)
+        assert rate("one chain", row()) == pytest.approx(0.6) and len(server.bodies) == 1, "an answer is kept"
         body = server.bodies[0]
         assert body["response_format"]["json_schema"]["schema"]["required"] == ["reason", "covered", "unsupported"]
-        assert json.loads(body["messages"][1]["content"]) == {"signals": SAID, "chain": "a chain"}
+        assert json.loads(body["messages"][1]["content"]) == {"signals": SAID, "chain": "one chain"}
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,43 @@ def test_a_failed_judgement_is_none_and_counted(answer, kind, monkeypatch):
         assert rate.metrics()[f"no_verdict/{kind}"] == 1
 
 
-def test_some_chains_are_judged_twice_and_the_difference_is_known():
+def test_a_fixed_sample_of_chains_is_judged_twice_and_the_difference_is_known():
     def moody(body, n):
         return json.dumps({"reason": "", "covered": 0.5 if body["seed"] == 0 else 0.7, "unsupported": 0})
 
+    chains = [f"chain {number}" for number in range(100)]
     with serve(moody) as server:
-        rate = judge(server)
-        for number in range(100):
-            rate(f"chain {number}", row())
-        found = rate.metrics()
-        assert found["judged_twice"] == 2 and found["judged_twice_difference"] == pytest.approx(0.4) and found["calls"] == 102
+        sampled = []
+        for order in (chains, chains[::-1]):
+            rate, first = judge(server), len(server.bodies)
+            for chain in order:
+                rate(chain, row())
+            found = rate.metrics()
+            assert 1 <= found["judged_twice"] <= 6 and found["calls"] == 100 + found["judged_twice"]
+            assert found["judged_twice_difference"] == pytest.approx(0.2 * found["judged_twice"])
+            sampled.append({b["messages"][1]["content"] for b in server.bodies[first:] if b["seed"] == 1})
+    assert sampled[0] == sampled[1]
+
+
+def test_a_budget_holds_over_processes_that_share_a_cache(tmp_path):
+    """Two judges, as in two samplers: what one pays, the other counts."""
+    with serve(lambda body, n: GOOD) as server:
+        one, other = (judge(server, tmp_path, max_total_tokens=100) for _ in range(2))
+        for number in range(200):
+            one(f"chain {number}", row())
+        paid = one.metrics()
+        assert paid["no_verdict/budget"] > 0 and sum(one.endpoint.usage.paid) >= 100
+        assert other("another chain", row()) is None and other.metrics()["no_verdict/budget"] == 1
+
+
+def test_samplers_share_the_limits_of_a_run():
+    from pgenrm_train.backends.verl_rollout import RewardSpec, share_of
+
+    settings = {"requests_per_minute": 600.0, "tokens_per_minute": None, "max_dollars": 10.0, "max_in_flight": 64}
+    kept, alone = (RewardSpec(judge_kwargs={"settings": settings, "cache": cache}, judge_in_flight=64) for cache in ("c", None))
+    each = share_of(kept, 4)
+    assert each.judge_in_flight == each.judge_kwargs["settings"]["max_in_flight"] == 16
+    assert each.judge_kwargs["settings"]["requests_per_minute"] == 150
+    assert each.judge_kwargs["settings"]["max_dollars"] == 10, "they read what was paid from one disk"
+    assert share_of(alone, 4).judge_kwargs["settings"]["max_dollars"] == 2.5
+    assert share_of(kept, 1) is kept and share_of(RewardSpec(), 4) == RewardSpec()

@@ -37,6 +37,18 @@ def test_weights_scale_the_parts():
     assert reward.parts == {"outcome": 1.0, "process": 0.5, "format": 0.0}
 
 
+def test_agreement_with_ones_own_sums_is_a_part_where_it_is_asked_for():
+    asked = RewardWeights(verified=0.25)
+    wrong = FIRST_WINS.replace('"response_1": 8.6', '"response_1": 9.9')
+    bare = '<JSON_START>{"rationale": "", "better_response": {"response_1": 9, "response_2": 1}}<JSON_END>'
+    assert wrong != FIRST_WINS
+    for text, agrees in ((FIRST_WINS, 1.0), (wrong, 0.0), (bare, 0.0), ("no chain", 0.0)):
+        reward = chain_reward(text, 0, weights=asked)
+        assert reward.parts["verified"] == agrees
+        assert reward.total == pytest.approx(chain_reward(text, 0).total + 0.25 * agrees)
+        assert "verified" not in chain_reward(text, 0).parts
+
+
 @pytest.mark.parametrize("text", ["", "no chain", "<JSON_START>{<JSON_END>", FIRST_WINS.replace("<JSON_END>", "")])
 def test_a_format_error_costs_and_asks_no_judge(text):
     for process in (never_asked, None, 0.9):

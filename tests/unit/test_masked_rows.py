@@ -1,0 +1,129 @@
+"""No builder's withheld signals reach a token of a GRPO prompt, whatever the policy of masking: neither as text nor by any trace.
+
+Two proofs a row: the withheld texts are not in the decoded prompt, and the prompt is to the letter that of a user who said nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from test_prism import CONVERSATION, SURVEY, model, user
+
+from pgenrm_train.config import ROOT, load
+from pgenrm_train.records import ExplicitSignals, Message, PreferencePair, pair_to_row
+from pgenrm_train.stages.grpo import ROWS, write_rows
+from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
+from pgenrm_train.stages.inputs import PromptWriter
+from recipes.build_data import builder
+
+# Words of no other text: a leak cannot hide behind a coincidence.
+SAID = ExplicitSignals("zebracriteria", "zebraself", "zebrastyle", (("zebraattribute", 80.0),))
+MASKED = [("masked", 0.5), ("history_dropout", 0.5), ("mixed", 0.0)]
+
+
+def votes(folder: Path) -> str:
+    """A file in PersonalRewardBench's schema with optional columns."""
+    pairs = [
+        PreferencePair(f"p{u}{n}", f"u{u}", (Message("user", f"question {n}"),), f"good {u} {n}", f"bad {u} {n}", explicit=SAID,
+                       split="val" if n == 5 else "train", conversation_id=f"c{u}{n}")
+        for u in range(4) for n in range(6)
+    ]  # fmt: skip
+    (folder / "votes.jsonl").write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in pairs))
+    return str(folder / "votes.jsonl")
+
+
+def prism(folder: Path) -> str:
+    conversations, survey = [], []
+    for u in range(4):
+        survey.append(SURVEY | {"user_id": f"user{u}", "self_description": "zebraself", "system_string": "zebrastyle"})
+        for c in range(4):
+            row = copy.deepcopy(CONVERSATION) | {"conversation_id": f"c{u}{c}", "user_id": f"user{u}"}
+            row["choice_attributes"] = {"zebraattribute": 60}
+            row["conversation_history"] = [user(0, f"Hi {c}"), model(0, f"A{u}{c}", 90, True), model(0, f"B{u}{c}", 40)]
+            conversations.append(row)
+    for name, rows in (("survey", survey), ("conversations", conversations)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+SOURCES: dict[str, Any] = {
+    "personaworld": None, "pairs": votes, "chatbot_arena": votes, "prism_personalized": votes, "prism": prism,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "tests/data/psi_nano")
+
+
+@pytest.fixture(scope="module", params=list(SOURCES))
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[PreferencePair]]:
+    """(overrides, pairs) of one builder."""
+    make = SOURCES[request.param]
+    more = ["data.users=12", "data.heldout_users=2"] if make is None else []
+    if make is not None:
+        more = [f"data.path={make(tmp_path_factory.mktemp(request.param))}", "judge=none", "teacher=features"]
+    overrides = [f"data={request.param}", *more]
+    config = load("recipe=cre", *overrides)
+    pairs = list(builder(config)(config.data, 0, Counter()))
+    if request.param == "prism":  # its splits are drawn by the stage
+        pairs = [replace(pair, split="val" if n % 4 == 3 else "train") for n, pair in enumerate(pairs)]
+    return overrides, pairs
+
+
+def rows(tokenizer: Any, overrides: list[str], pairs: list[PreferencePair], folder: Path, **more: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    config = load(
+        "recipe=cre", *overrides, "cre.prompts_per_step=4", "cre.mini_batch_prompts=4", "cre.rows=24", "cre.validate_pairs=3"
+    )
+    write = PromptWriter(config, tokenizer)
+    assert write_validation(config, "cre", folder / VALIDATION, pairs, write) > 0
+    write_rows(config, "cre", folder / ROWS, pairs, write, lambda items, *_: items, **more)  # type: ignore[arg-type]
+    found = [row for name in (ROWS, VALIDATION) for row in pq.read_table(folder / name).to_pylist()]
+    for row in found:
+        row["text"] = tokenizer.decode(write.ids(row["prompt"]))
+    return found
+
+
+def said_by(pair: PreferencePair) -> Iterator[str]:
+    yield from pair.explicit.texts()
+    yield from (name for name, _ in pair.explicit.attributes)
+
+
+@pytest.mark.parametrize(("policy", "share"), MASKED)
+def test_nothing_withheld_is_in_a_prompt(tokenizer: Any, source: Any, policy: str, share: float, tmp_path: Path) -> None:
+    overrides, pairs = source
+    overrides = [*overrides, f"masking={policy}", f"masking.show_probability={share}"]
+    found = rows(tokenizer, overrides, pairs, tmp_path / "said")
+    silent = [replace(pair, explicit=ExplicitSignals()) for pair in pairs]
+    inferred = {pair.user_id: ExplicitSignals(criteria="zebrainferred", synthetic=True) for pair in pairs}
+    other = rows(tokenizer, overrides, silent, tmp_path / "silent", synthetic=inferred)
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in other], "what was said left no trace"
+    of = {pair.pair_id: pair for pair in pairs}
+    for row in found:
+        withheld = [text.casefold() for text in said_by(of[row["extra_info"]["pair_id"]])]
+        assert withheld and not any(text in row["text"].casefold() for text in withheld)
+        assert "zebra" not in row["text"]
+    assert any(row["extra_info"]["explicit"] != "{}" for row in found), "it rides in extra_info"
+    assert any("zebrainferred" in row["extra_info"]["explicit"] for row in other), "and so do inferred criteria"
+
+
+def test_mixed_shows_whole_signals_or_none(tokenizer: Any, source: Any, tmp_path: Path) -> None:
+    overrides, pairs = source
+    mixed, hidden, shown = (
+        rows(tokenizer, [*overrides, "masking=mixed", f"masking.show_probability={share}"], pairs, tmp_path / str(share))
+        for share in (0.5, 0.0, 1.0)
+    )
+    told = [row for row in zip(mixed, hidden, shown) if "probe" not in row[0]["extra_info"]]
+    kinds = {(row["prompt"] == one["prompt"], row["prompt"] == other["prompt"]) for row, one, other in told}
+    assert kinds == {(True, False), (False, True)}, "each prompt is the hidden or the shown one, and both occur"

@@ -1,0 +1,81 @@
+"""Signs of reward hacking: each is moved by the behaviour that it is named after, and by no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pgenrm_train.backends.verl_progress import validation_metrics
+from pgenrm_train.reward_hacking import signs
+
+
+def chain(criteria: tuple[str, ...] = ("formal", "brief"), **more: Any) -> dict[str, Any]:
+    """An honest one: declared and verified margins agree."""
+    return {"margin": 3.0, "verified_margin": 3.0, "spread": 3.0, "criteria": list(criteria)} | more
+
+
+UNREADABLE = dict.fromkeys(("margin", "verified_margin", "spread", "criteria"))
+
+
+def test_honest_chains_show_no_sign() -> None:
+    found = signs([chain(("formal",)), chain(("brief",)), chain(("warm",)), chain(("vivid",))])
+    assert found["verified_disagreement"] == found["unverifiable_share"] == 0
+    assert found["criterion_kinds"] == pytest.approx(4) and found["commonest_criteria"] == 0.25
+    assert found["score_spread"] == 3
+
+
+def test_a_template_is_seen_whatever_the_case_and_order_of_its_criteria() -> None:
+    found = signs([chain(("Formal", "brief")), chain(("brief", "formal")), chain(("brief", "FORMAL"))])
+    assert found["commonest_criteria"] == 1 and found["criterion_kinds"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("declared", "verified", "expected"), [(3.0, -2.0, 1), (0.0, 2.0, 1), (3.0, 0.5, 0), (0.0, 0.05, 0), (-0.1, 0.1, 1)]
+)
+def test_another_winner_by_ones_own_sums_is_a_disagreement_unless_it_is_rounding(
+    declared: float, verified: float, expected: float
+) -> None:
+    assert signs([chain(margin=declared, verified_margin=verified)])["verified_disagreement"] == expected
+
+
+def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
+    found = signs([UNREADABLE, chain(verified_margin=None, criteria=[]), chain(margin=1.0, verified_margin=-1.0)])
+    assert found["verified_disagreement"] == 1 and found["unverifiable_share"] == 0.5
+    assert all(value is None for value in signs([UNREADABLE]).values())
+
+
+# ---- validation ----
+
+
+def asked(pair: str, order: int, won: bool, probe: str | None = None, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    info = chain() | {
+        "outcome": float(won), "total": float(won), "process": None, "failure": None, "null_verdict": False, "length": 10,
+    }  # fmt: skip
+    return [info | more], {"pair_id": pair, "order": order} | ({"probe": probe} if probe else {})
+
+
+def metrics(*rows: Any, first_length: float | None = None) -> dict[str, Any]:
+    return validation_metrics([group for group, _ in rows], [extra for _, extra in rows], first_length)
+
+
+def test_validation_tells_orders_apart_and_counts_flips() -> None:
+    """One pair won in both orders, one only where the chosen response comes first."""
+    found = metrics(asked("a", 0, True), asked("a", 1, True), asked("b", 0, True), asked("b", 1, False))
+    assert (found["validation/accuracy"], found["validation/order_flip_rate"]) == (0.75, 0.5)
+    assert (found["validation/accuracy_chosen_first"], found["validation/accuracy_chosen_second"]) == (1.0, 0.5)
+
+
+def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:
+    own = [asked("a", order, True, "own", length=30) for order in (0, 1)]
+    swapped = [asked("a", order, False, "swapped_history", failure="no_markers", **UNREADABLE) for order in (0, 1)]
+    found = metrics(*own, *swapped, first_length=20.0)
+    assert found["validation/accuracy"] == 1 and found["validation/probe/swapped_history_accuracy"] == 0
+    assert found["validation/format_error_share"] == 0 and found["validation/length_drift"] == 1.5
+    assert metrics(*own)["validation/length_drift"] == 1, "the first validation is its own measure"
+
+
+def test_a_null_verdict_is_no_zero_in_the_mean_of_the_process_reward() -> None:
+    found = metrics(asked("a", 0, True, process=0.8), asked("a", 1, True, process=None, null_verdict=True))
+    assert found["validation/reward/process"] == 0.8 and found["validation/null_verdict_share"] == 0.5
+    assert metrics(asked("a", 0, True))["validation/reward/process"] is None
