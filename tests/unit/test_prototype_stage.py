@@ -224,3 +224,10 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     embed.fingerprint = "another"
     with pytest.raises(ArtifactError, match="another embedder"):
         find_similar(config, pairs)
+    embed.fingerprint = "e"
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "model.safetensors").write_bytes(b"weights")
+    config.model.path = str(tmp_path / "trained")
+    with pytest.raises(ArtifactError, match="another model: m there, "):
+        find_similar(config, pairs)
+    config.model.path = None
