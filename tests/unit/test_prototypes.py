@@ -225,11 +225,14 @@ def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
 def test_rows_without_history_attend_to_nothing(world):
     prototypes, _, samples = world
     state = refinement.Refinement(prototypes, config(), seed=0)
-    batch = state.batch(samples, np.arange(5))._replace(mask=torch.zeros(5, H, dtype=torch.bool))
+    unknown = dataclasses.replace(samples, mask=np.zeros_like(samples.mask))
+    batch = state.batch(unknown, np.arange(5))
     with torch.no_grad():
         state.maps["W_s"] += 1
-        z = refinement.attend(batch, state.A[batch.label], state.maps, state.config)
-    torch.testing.assert_close(z, state.A[batch.label].detach())
+        a = state.A[batch.label]
+        assert not refinement.attend(batch, a, state.maps, state.config).any()
+        margins = refinement.margins(batch, a, state.maps, state.config)
+    torch.testing.assert_close(margins, (a * batch.difference).sum(-1))
 
 
 def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):
