@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from eval.baselines import Scorer
-from eval.harness import PredictionStore, Question, Write, ask, own_questions
+from eval.harness import PredictionStore, Question, Write, ask, own_questions, verified
 from eval.metrics import accuracy_report, paired_difference
 from eval.probes import Twins, disagreement_twins, swapped_histories
 from eval.robustness import probe_questions, probe_rows, probe_slice
@@ -107,7 +107,7 @@ class Evaluation:
             kept, what = PredictionStore(root / f"{store}-{identity}", identity), f"evaluate {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
-            return ask(
+            answered = ask(
                 questions,
                 candidate.start,
                 candidate.write(),
@@ -117,6 +117,7 @@ class Evaluation:
                 progress=progress,
                 what=what,
             )
+            return verified(answered) if self.config.eval.scores == "verified" else answered
 
         return answer
 

@@ -31,6 +31,7 @@ Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # what a slow model has said is on disk within a minute, however the process ends
 STAMP = "identity.txt"
+UNVERIFIED = "unverified"  # under `eval.scores=verified`: a chain whose own weights give no scores
 ENGINE_FAILURE = "engine:"  # how a failure begins that is the engine's and not the model's
 
 
@@ -245,7 +246,17 @@ def answer_row(
 
 def readable_text(row: Mapping[str, Any]) -> str | None:
     """The chain of a prediction, or None where generation or parsing failed.  A missing value may be None or NaN: parquet decides."""
-    return row["text"] if pd.isna(row["failure"]) and isinstance(row["text"], str) else None
+    readable = pd.isna(row["failure"]) or row["failure"] == UNVERIFIED
+    return row["text"] if readable and isinstance(row["text"], str) else None
+
+
+def verified(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The same predictions, scored by what each chain's own weights and scores add up to; where they do not, it fails."""
+    scores = predictions[["verified_chosen", "verified_rejected"]].astype(float)
+    failure = predictions["failure"].astype(object).where(predictions["failure"].notna(), None)
+    failure[scores.isna().any(axis=1) & failure.isna()] = UNVERIFIED
+    named = dict(zip(("score_chosen", "score_rejected"), (scores[name] for name in scores)))
+    return predictions.assign(**named, failure=failure)
 
 
 def own_questions(

@@ -42,11 +42,12 @@ FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What to sample: `name` keys the questions, `ind` and `pro` list the cells."""
+    """What to sample: `name` keys the questions, `ind` and `pro` list the cells; `weights` are those of `scaling.scale`."""
 
     name: str
     ind: tuple[int, ...]
     pro: tuple[int, ...]
+    weights: tuple[float, float] = (1.0, 1.0)
 
     @property
     def m(self) -> int:
@@ -85,13 +86,13 @@ def sample_pool(
         similar = pd.concat([similar.assign(source="pro"), missing], ignore_index=True)
     undrawn = pd.DataFrame()
     if adaptive:
-        own, undrawn = _draw_until_settled(own_asked, own, similar, ask, adaptive)
+        own, undrawn = _draw_until_settled(own_asked, own, similar, ask, adaptive, study.weights)
     return pd.concat([own.assign(source="ind"), undrawn, similar], ignore_index=True)
 
 
 def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, Any]]:
     """Accuracy of every cell with its interval, and the paired difference to the first cell."""
-    table = grid(pool, study.ind, study.pro)
+    table = grid(pool, study.ind, study.pro, study.weights)
     rows, first = [], None
     for (m, n), part in table.groupby(["ind", "pro"], sort=True):
         report = accuracy_report(
@@ -119,14 +120,14 @@ def replayed(pool: pd.DataFrame, study: Study, config: Config, alpha: float = RE
     if study.m < 4 or (pool["failure"] == SETTLED).any():
         return None
     similar = pool[pool["source"] == "pro"]
-    own = pool[pool["source"] == "ind"].merge(_offsets(similar), how="left", on=GROUP)
-    own["margin"] = (own["score_chosen"] - own["score_rejected"]).astype(float) + own["offset"].fillna(0.0)
+    own = pool[pool["source"] == "ind"].merge(_offsets(similar, study.weights), how="left", on=GROUP)
+    own["margin"] = study.weights[0] * _margins(own) + own["offset"].fillna(0.0)
     wide = own.set_index([*GROUP, "sample"])["margin"].unstack()
     used = pd.Series(replay(wide.to_numpy(), alpha), index=wide.index, name="used")
     own = own.merge(used, left_on=GROUP, right_index=True)
     own["failure"] = own["failure"].astype(object).where(own["sample"] < own["used"], SETTLED)
-    early = grid(pd.concat([own, similar], ignore_index=True), [study.m], [study.n])
-    full = grid(pool, [study.m], [study.n])
+    early = grid(pd.concat([own, similar], ignore_index=True), [study.m], [study.n], study.weights)
+    full = grid(pool, [study.m], [study.n], study.weights)
     draws, seed = config.eval.draws, config.seed
     cell = {"ind": study.m, "pro": study.n}
     report = accuracy_report(early, protocol=config.eval.protocol, draws=draws, seed=seed, extra=cell)
@@ -139,30 +140,39 @@ def replayed(pool: pd.DataFrame, study: Study, config: Config, alpha: float = RE
 
 
 def _draw_until_settled(
-    asked: Sequence[Question], own: pd.DataFrame, similar: pd.DataFrame, ask: Ask, alpha: float
+    asked: Sequence[Question],
+    own: pd.DataFrame,
+    similar: pd.DataFrame,
+    ask: Ask,
+    alpha: float,
+    weights: tuple[float, float],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rounds over the one queue of all pairs that are still open; the samples drawn, and rows for those that were not."""
     budget = asked[0].samples
     place = {q.key: i for i, q in enumerate(asked)}
     groups = pd.DataFrame([(q.pair.pair_id, q.order, q.seed) for q in asked], columns=GROUP)
-    offset = groups.merge(_offsets(similar), how="left", on=GROUP)["offset"].fillna(0.0).to_numpy()
+    offset = groups.merge(_offsets(similar, weights), how="left", on=GROUP)["offset"].fillna(0.0).to_numpy()
     steps = looks(budget, alpha)
     drawn = np.full(len(asked), steps[0])
     for before, after in itertools.pairwise(steps):
         margins = np.full((len(asked), budget), np.nan)
         rows = own["key"].map(place)
-        margins[rows, own["sample"]] = (own["score_chosen"] - own["score_rejected"]).astype(float) + offset[rows]
+        margins[rows, own["sample"]] = weights[0] * _margins(own) + offset[rows]
         drawn[(drawn == before) & ~settled(margins, before, alpha)] = after
         own = ask([replace(q, samples=int(n)) for q, n in zip(asked, drawn)])
     left = [_missing(q, sample, SETTLED, "ind") for q, n in zip(asked, drawn) for sample in range(n, budget)]
     return own, pd.DataFrame(left)
 
 
-def _offsets(similar: pd.DataFrame) -> pd.DataFrame:
-    """The similar users' mean margin of each pair × order × seed; absent where none could be read."""
+def _margins(rows: pd.DataFrame) -> pd.Series:
+    return (rows["score_chosen"] - rows["score_rejected"]).astype(float)
+
+
+def _offsets(similar: pd.DataFrame, weights: tuple[float, float]) -> pd.DataFrame:
+    """The similar users' weighted mean margin of each pair × order × seed; absent where none could be read."""
     if similar.empty:
         return pd.DataFrame(columns=[*GROUP, "offset"])
-    margin = (similar["score_chosen"] - similar["score_rejected"]).astype(float).rename("offset")
+    margin = (weights[1] * _margins(similar)).rename("offset")
     return margin.groupby([similar[name] for name in GROUP]).mean().reset_index()
 
 

@@ -84,6 +84,8 @@ def publish(
         "data_sha256": data_digest(evaluation.pairs),
         "odd_inputs": odd_inputs(evaluation.pairs, evaluation.histories),
         "judge": config.judge.kind,
+        "scores": config.eval.scores,
+        "weights": list(config.eval.weights),
         "grids": {g.study.name: g.rows for g in grids},
         "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
         "stages": {t.name: t.report for t in tested},
@@ -150,7 +152,7 @@ def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> dict[str, 
     scaling = next((g for g in grids if g.study.name == "scaling"), None)
     if scaling is None or isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list):
         return plain
-    table = grid(scaling.pool, [config.eval.ind], [config.eval.pro])
+    table = grid(scaling.pool, [config.eval.ind], [config.eval.pro], scaling.study.weights)
     cell = accuracy_report(
         table,
         protocol=config.eval.protocol,
@@ -165,13 +167,14 @@ def headline_title(evaluation: Evaluation, config: Config) -> str:
     users = len({p.user_id for p in evaluation.pairs})
     return (
         f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users asked in both orders, {config.eval.protocol} protocol, "
-        f"judge={config.judge.kind}; accuracy in % [95 % interval over users]"
+        f"judge={config.judge.kind}{', verified scores' if config.eval.scores == 'verified' else ''}; accuracy in % [95 % interval over users]"
     )
 
 
 def grid_title(grid: Grid) -> str:
     whose = "one history pair known" if grid.study.name == "one_pair" else "full history"
-    return f"Test-time user-based scaling, {whose}: m own samples, n similar users"
+    weights = "" if grid.study.weights == (1.0, 1.0) else " with weights {:g} and {:g}".format(*grid.study.weights)
+    return f"Test-time user-based scaling, {whose}: m own samples, n similar users{weights}"
 
 
 def grid_curve(grid: Grid) -> Curve:

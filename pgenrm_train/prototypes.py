@@ -3,7 +3,7 @@
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices: k is the least number whose largest singular values hold a
 given share of the sum of all singular values of **P**, uncentred; a user's similar users are ranked by cosine inside the nearest
 prototype, one row a user, and the search widens to the next nearest prototype when too few are found.  `refinement` moves the
-centroids by users' votes.  Left out: faiss.
+centroids by users' votes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 
-MINI_BATCH_ROWS = 20_000  # above this many rows, K-means goes by mini-batches
+LARGE = 20_000  # above this many rows, K-means goes by faiss where it is installed, else by mini-batches
+FAISS_ROWS = 256  # rows a centroid in the sample that faiss clusters: its own default
+TRIES = 3  # starts of K-means on large sets, of which the best counts
 CHUNK = 65_536  # rows held in memory at once by passes over a memory-mapped matrix
 FORMAT = 2
 HASHES = ("model", "embedder", "data")
@@ -73,7 +76,7 @@ def suggest_k(P: np.ndarray, mass: float = 0.9) -> tuple[int, np.ndarray]:
 
 
 def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None) -> Prototypes:
-    """K-means (scikit-learn, k-means++) on P (N, d) float32; mini-batches above MINI_BATCH_ROWS rows.
+    """K-means from k-means++ starts on P (N, d) float32: scikit-learn's, above LARGE rows faiss' on a sample or mini-batches.
 
     `users` (N,) says whose analysis each row is; without it each row is a user.  Raises ConfigError when k exceeds the number of
     distinct rows, DataError for values that are not finite.
@@ -88,11 +91,27 @@ def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None
     distinct = _count_distinct(P, enough=k)
     if not 1 <= k <= distinct:
         raise ConfigError(f"prototypes.k={k} must be between 1 and {distinct}, the number of distinct preference analyses")
-    if len(P) > MINI_BATCH_ROWS:
-        model = MiniBatchKMeans(k, init="k-means++", n_init=3, batch_size=8192, random_state=seed).fit(P)
+    if len(P) > LARGE and find_spec("faiss"):
+        A = _faiss_centroids(P, k, seed)
+        return Prototypes(A, assign(A, P), P, owners)
+    if len(P) > LARGE:
+        model = MiniBatchKMeans(k, init="k-means++", n_init=TRIES, batch_size=8192, random_state=seed).fit(P)
     else:
         model = KMeans(k, init="k-means++", n_init=4, random_state=seed).fit(P)
     return Prototypes(model.cluster_centers_.astype(np.float32), model.labels_.astype(np.int64), P, owners)
+
+
+def _faiss_centroids(P: np.ndarray, k: int, seed: int) -> np.ndarray:
+    import faiss
+    from sklearn.cluster import kmeans_plusplus
+
+    rows = np.random.default_rng(seed).choice(len(P), min(len(P), FAISS_ROWS * k), replace=False)
+    sample, found = np.ascontiguousarray(P[np.sort(rows)]), []
+    for attempt in range(TRIES):
+        start = kmeans_plusplus(sample, k, random_state=seed + attempt)[0].astype(np.float32)
+        model = faiss.Kmeans(P.shape[1], k, max_points_per_centroid=FAISS_ROWS)
+        found.append((model.train(sample, init_centroids=start), attempt, model.centroids))
+    return np.asarray(min(found)[2], dtype=np.float32)
 
 
 def assign(A: np.ndarray, X: np.ndarray) -> np.ndarray:

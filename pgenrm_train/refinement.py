@@ -12,8 +12,8 @@ Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
 - μ_j is the mean of the cluster that K-means found; p_j is a_j at the start of the epoch.
 - Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a batch keeps its bits.
 - A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the optimiser.
-
-Left out: gradient sync over several processes (one process refines).
+- Several processes (`Part`) share every mini-batch out and add up their gradients before each step, so that they make the updates that
+  one process would make.  Plain all-reduces: there is no wrapper that a call could bypass, and NCCL adds up no sparse gradients.
 """
 
 from __future__ import annotations
@@ -82,6 +82,27 @@ class RefinementBatch:
         return int(self.query.shape[0])
 
 
+class Part(NamedTuple):
+    """This process among `of` that refine together; with more than one, torch's default process group connects them."""
+
+    rank: int = 0
+    of: int = 1
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        return rows[self.rank :: self.of]
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, in place."""
+        if self.of > 1:
+            import torch
+
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+ALONE = Part()
+
+
 class Batch(NamedTuple):
     """Tensors of B samples; `difference` is y⁺ − y⁻, `items` are the [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R real
     places of `mask` (B, h), in its order; `label` the prototype j."""
@@ -94,17 +115,25 @@ class Batch(NamedTuple):
 
 
 def attend(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig) -> torch.Tensor:
-    """z (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
+    """v (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
     import torch
 
     real = torch.sigmoid(batch.items @ maps["W"].T)  # padding is multiplied by nothing
-    o = real.new_zeros(*batch.mask.shape, a.shape[1]).masked_scatter(batch.mask.unsqueeze(-1), real)
+    places = batch.mask.flatten().nonzero().squeeze(-1)
+    o = real.new_zeros(batch.mask.numel(), a.shape[1]).index_copy(0, places, real).view(*batch.mask.shape, a.shape[1])
     # o·q + ρ o·a is one product with q + ρ a
     logits = (o @ (batch.query + config.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
     # the lowest finite number instead of −∞, and the mask once more after the softmax: a row without history gives 0, not NaN
     weights = logits.masked_fill(~batch.mask, torch.finfo(logits.dtype).min).softmax(-1) * batch.mask
-    v = (weights.unsqueeze(1) @ o).squeeze(1)
-    return a + config.lambda_query * batch.query @ maps["W_q"].T + config.lambda_summary * v @ maps["W_s"].T
+    return (weights.unsqueeze(1) @ o).squeeze(1)
+
+
+def margins(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig) -> torch.Tensor:
+    """Δ (B,).  (W_s v)ᵀy is taken as vᵀ(W_sᵀy): no z is built, and the gradient for v costs no product with W_s."""
+    y = batch.difference
+    by_query = (y @ maps["W_q"] * batch.query).sum(-1)
+    by_summary = (y @ maps["W_s"] * attend(batch, a, maps, config)).sum(-1)
+    return (a * y).sum(-1) + config.lambda_query * by_query + config.lambda_summary * by_summary
 
 
 def refine(
@@ -116,10 +145,11 @@ def refine(
     batch_size: int = 512,
     holdout: float = 0.1,
     device: str = "cpu",
+    part: Part = ALONE,
 ) -> tuple[Prototypes, dict[str, Any]]:
     """History-aware attentive refinement of all prototypes in one pass, then re-assignment of every row to the nearest one.
 
-    Sample i belongs to row i of `prototypes`.  Metrics: `loss` (one a epoch, training samples), accuracy of Δ > 0 for z and for
+    Sample i belongs to row i of `prototypes`.  Every process of `part` is given all samples and returns the same.  Metrics: `loss` (one a epoch, training samples), accuracy of Δ > 0 for z and for
     the unrefined centroids on held-out users (`holdout` of them; NaN when there are none) and on training users, measured with
     the labels before re-assignment; `moved_share` of rows that changed prototype; `empty_prototypes`.
     Raises DataError when samples and rows disagree, ConfigError when the learning rate makes the loss overflow.
@@ -127,7 +157,7 @@ def refine(
     if len(samples) != len(prototypes.labels) or not np.array_equal(np.asarray(samples.users, dtype=str), prototypes.users):
         raise DataError("refinement samples must be the clustered rows: same number, same users, same order")
     train, held = _split_users(prototypes.users, holdout, seed)
-    state = Refinement(prototypes, config, seed, device)
+    state = Refinement(prototypes, config, seed, device, part)
     losses = []
     for epoch in range(config.refine_epochs):
         order = np.random.default_rng([seed, epoch]).permutation(train)
@@ -183,10 +213,12 @@ def _interval(hit: np.ndarray, users: np.ndarray, seed: int, draws: int) -> list
 class Refinement:
     """The learned state: A, the shared maps, their optimisers, and the two anchors of the regularisers."""
 
-    def __init__(self, prototypes: Prototypes, config: PrototypesConfig, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, prototypes: Prototypes, config: PrototypesConfig, seed: int, device: str = "cpu", part: Part = ALONE
+    ) -> None:
         import torch
 
-        self.config, self.labels, self.device = config, prototypes.labels, device
+        self.config, self.labels, self.device, self.part = config, prototypes.labels, device, part
         d = prototypes.A.shape[1]
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(6 / (3 * d))  # Xavier's, for d outputs of 2d inputs
@@ -203,29 +235,45 @@ class Refinement:
     def epoch(self, samples: RefinementBatch, batches: Sequence[np.ndarray]) -> float:
         """One pass; the mean loss per sample as met on the way.  p_j becomes the state at its start."""
         self.previous = self.A.detach().clone()
-        total = sum(self.step(self.batch(samples, rows)) * len(rows) for rows in batches)
+        total = sum(self.step(self.batch(samples, self.part.share(rows)), len(rows)) * len(rows) for rows in batches)
         return total / max(1, sum(map(len, batches)))
 
-    def step(self, batch: Batch) -> float:
-        loss, _ = self.loss(batch)
+    def step(self, batch: Batch, size: int | None = None) -> float:
+        """One update by a mini-batch of `size` samples, of which `batch` holds this process's; the mean loss over all of them."""
+        loss, _ = self.loss(batch, size)
         self.map_optimiser.zero_grad()
         self.row_optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        self._add_up_gradients()
         self.map_optimiser.step()
         self.row_optimiser.step()  # type: ignore[no-untyped-call]
-        return float(loss.item())
+        return float(self.part.add_up(loss.detach()).item())
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss over the batch, and Δ (B,)."""
+    def _add_up_gradients(self) -> None:
+        """Over processes.  A row of A stays out of the update unless some process met its prototype."""
+        import torch
+
+        if self.part.of == 1:
+            return
+        for value in self.maps.values():
+            self.part.add_up(value.grad)
+        mine = self.A.grad.coalesce()
+        met = torch.zeros(len(self.A), device=self.device).index_fill(0, mine.indices()[0], 1.0)
+        total = self.part.add_up(mine.to_dense())
+        rows = self.part.add_up(met).nonzero().squeeze(-1)
+        self.A.grad = torch.sparse_coo_tensor(rows[None], total[rows], self.A.shape, is_coalesced=True, check_invariants=False)
+
+    def loss(self, batch: Batch, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of the batch over `size` samples, its own number unless told, and Δ (B,)."""
         from torch.nn import functional
 
         # sparse=True: the gradient holds the gathered rows only, so SparseAdam leaves every other prototype as it is
         a = functional.embedding(batch.label, self.A, sparse=True)
-        margin = (attend(batch, a, self.maps, self.config) * batch.difference).sum(-1)
+        margin = margins(batch, a, self.maps, self.config)
         centre = (a - self.mean[batch.label]).square().sum(-1)
         trajectory = (a - self.previous[batch.label]).square().sum(-1)
         penalty = self.config.lambda_centre * centre + self.config.lambda_trajectory * trajectory
-        return (penalty - functional.logsigmoid(margin)).mean(), margin
+        return (penalty - functional.logsigmoid(margin)).sum() / (size or max(1, len(margin))), margin
 
     def margins(self, samples: RefinementBatch, rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Δ of `rows` with the refined z, and with the unrefined centroid in z's place."""

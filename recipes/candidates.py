@@ -46,14 +46,14 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -
 
         return local_generator(config, checkpoint)
 
-    start, close = _once(make)
+    start, close = once(make)
     identity = fingerprint(_digest(checkpoint), config.model.prompt)
     return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
 
 
 def _endpoint(config: Config, folder: Path) -> Candidate:
     settings, prompt = model_endpoint(config), config.model.prompt
-    start, close = _once(lambda: api_generator(settings, prompt, folder))
+    start, close = once(lambda: api_generator(settings, prompt, folder))
     identity = f"{settings.base_url}|{settings.name}|{prompt}"
     return Candidate(config.model.label, identity, start, lambda: plain_writer(config), close, cost=lambda: start().facts())
 
@@ -74,11 +74,11 @@ def _reward_head(config: Config) -> ScoredCandidate:
 
         return RewardHead(config, checkpoint)
 
-    start, close = _once(make)
+    start, close = once(make)
     return ScoredCandidate(config.model.label, digest, start, close)
 
 
-def _once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]]:
+def once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]]:
     """(start, close): the engine is made when it is first needed, once, and closed if it was."""
     start = functools.cache(make)
 

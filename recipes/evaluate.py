@@ -46,7 +46,7 @@ def run(config: Config) -> None:
 
         body, say = lampqa.evaluate, "Spearman {spearman} of {model}"
         reads += [f"judge.{key}" for key in ANSWER_KEYS]  # the reference ranking may be a judge's
-    inputs = ["build_data", *made]
+    inputs = ["build_data", *made, *(["prototypes"] if StageFolder.read(Path(config.run_dir), "prototypes").complete else [])]
     folder = run_stage(config, "evaluate", reads, inputs, lambda f, t: body(config, f, t, made), say, renew=True)
     print((folder.path / "table.txt").read_text(), end="")
 
@@ -76,6 +76,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     evaluation = Evaluation(config, split, shown_histories(config, sampler, split))
     tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
     fitted = scorers(config, pairs)
+    find = find_similar(config, pairs) if borrows(config) else None  # refuses other prototypes before anything is asked
     baselines = [
         evaluation.baseline(name, scorer, final=not everyone and name == list(fitted)[-1]) for name, scorer in fitted.items()
     ]
@@ -85,7 +86,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         last = candidate is everyone[-1]
         tested.append(evaluation.test(candidate, folder.path / candidate.name, progress, final=last))
         if last and isinstance(candidate, Candidate):  # pure scores do not vary by sample
-            grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs)
+            grids = scale(config, evaluation, candidate, folder.path / candidate.name, pairs, find)
             cost[candidate.name] = dict(candidate.cost())
         candidate.close()
     for step, result in enumerate(tested):
@@ -106,19 +107,30 @@ def check_split(config: Config, asked: Sequence[PreferencePair], pairs: Sequence
         )
 
 
+def borrows(config: Config) -> bool:
+    """Whether any cell takes chains from similar users' histories, and the model under test writes chains."""
+    asked = max(sizes(config.eval.pro)) or (config.eval.one_pair_ind and max(config.eval.one_pair_pro or [0]))
+    return bool(asked) and config.model.kind in ("nano", "hf", "endpoint")
+
+
 def scale(
-    config: Config, evaluation: Evaluation, candidate: Candidate, folder: Path, pairs: Sequence[PreferencePair]
+    config: Config,
+    evaluation: Evaluation,
+    candidate: Candidate,
+    folder: Path,
+    pairs: Sequence[PreferencePair],
+    find: FindSimilar | None,
 ) -> list[Grid]:
     """Test-time user-based scaling of one model, where more than one sample is asked for."""
     sampler, studies, grids = histories(config, pairs), [], []
+    weights = (config.eval.weights[0], config.eval.weights[1])
     if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
-        studies.append((Study("scaling", ind, sizes(config.eval.pro)), config.data.history_size))
+        studies.append((Study("scaling", ind, sizes(config.eval.pro), weights), config.data.history_size))
     if config.eval.one_pair_ind:
-        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0])), 1))
+        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0]), weights), 1))
     for study, size in studies:
         shown = shown_histories(config, sampler, evaluation.pairs, size)
-        find = find_similar(config, pairs) if study.n else None
-        grids.append(evaluation.study(study, candidate, shown, folder, progress, find))
+        grids.append(evaluation.study(study, candidate, shown, folder, progress, find if study.n else None))
     return grids
 
 
@@ -148,7 +160,7 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
 def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
     """pair_id → the prototype nearest to the model's own analysis of its user; None where the run has no prototypes.
 
-    A pair whose first chain cannot be read has none.
+    A pair whose first chain cannot be read has none, and neither has any pair where the prototypes belong to another model.
     """
     from pgenrm_train import prototypes
 
@@ -156,19 +168,38 @@ def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
     analyses = first_analyses(final.predictions) if folder.complete else {}
     if not analyses:
         return None
-    loaded, embedder = load_prototypes(config, folder)
+    try:
+        loaded, embedder = load_prototypes(config, folder)
+    except ArtifactError as error:  # they were asked for by nobody; the rest of the evaluation stands
+        print(f"no slices by prototype: {error}", flush=True)
+        return None
     labels = prototypes.assign(loaded.A, embedder([prototypes.preference_text(text) for text in analyses.values()]))
     return {pair: int(label) for pair, label in zip(analyses, labels, strict=True)}
 
 
 def load_prototypes(config: Config, folder: StageFolder) -> tuple[Any, Any]:
-    """The run's prototypes and the embedder that made them.  Raises ArtifactError when they belong to other data or settings."""
+    """The run's prototypes and the embedder that made them.
+
+    Raises ArtifactError when they belong to another model, embedder or data.  Which weights a server has nobody can check.
+    """
     from pgenrm_train import prototypes
     from recipes.prototypes import hashes, make_embedder
 
-    embedder = make_embedder(config)
-    expect = {k: v for k, v in hashes(config, Path("-"), embedder).items() if k != "model"}
+    embedder, checkpoint = make_embedder(config), checkpoint_under_test(config)
+    expect = dict(hashes(config, checkpoint or Path("-"), embedder))
+    if checkpoint is None:
+        del expect["model"]
     return prototypes.load(folder.path, expect), embedder
+
+
+def checkpoint_under_test(config: Config) -> Path | None:
+    """The local checkpoint that test-time scaling asks: the given one or the run's newest; None for a model behind an API."""
+    if config.model.kind not in ("nano", "hf"):
+        return None
+    if config.model.path:
+        return Path(config.model.path)
+    made = (StageFolder.read(Path(config.run_dir), stage) for stage in reversed(TRAINED))
+    return next((folder.path / "checkpoint" for folder in made if folder.complete), None)
 
 
 def notes(config: Config, made: Sequence[str]) -> list[str]:

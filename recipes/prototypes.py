@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from eval.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.errors import ArtifactError
+from pgenrm_train.refinement import refine
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
+from recipes.candidates import once
 from recipes.run import newest, prepare, progress, run_stage
 
 NEWCOMERS = 200  # pairs of validation users for the cold-start curve
+LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
 
 
 def run(config: Config) -> None:
@@ -40,9 +44,10 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     for size in range(config.data.history_size + 1):  # newcomers of whom so many votes are known
         sets[f"known/{size}"] = newcomers, {p.pair_id: sampler(p, size) for p in newcomers}
     questions = {name: own_questions(*these, set_name=name, orders=(0,)) for name, these in sets.items()}
+    start, close = once(lambda: generator(config, checkpoint))
     table = ask(
         [q for these in questions.values() for q in these],
-        lambda: generator(config, checkpoint),
+        start,
         PromptWriter(config, load_tokenizer(checkpoint)),
         PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", fingerprint(weights_digest(checkpoint), config.seed)),
         masking=masking_of(config, "eval"),
@@ -50,11 +55,13 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
         progress=progress,
         what="analyses of users",
     ).set_index("key")
+    close()  # embedder and refinement need the devices
     chains = {name: [(q.pair, readable_text(table.loc[q.key])) for q in these] for name, these in questions.items()}
-    embedder = make_embedder(config)
+    embedder = make_embedder(config, workers=processes(config))
     own = chains.pop("own")
     newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
-    return prototypes.run(config, folder, own, shown, embedder, hashes(config, checkpoint, embedder), newcomers_chains)
+    made_from = hashes(config, checkpoint, embedder)
+    return prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
 
 
 def generator(config: Config, checkpoint: Path) -> Any:
@@ -63,12 +70,30 @@ def generator(config: Config, checkpoint: Path) -> Any:
     return local_generator(config, checkpoint)
 
 
-def make_embedder(config: Config, name: str | None = None) -> Any:
-    """The embedder `name`, by default that of the prototypes."""
+def processes(config: Config) -> int:
+    return config.cluster.nodes * config.cluster.processes_per_node
+
+
+def make_embedder(config: Config, name: str | None = None, workers: int = 1) -> Any:
+    """The embedder `name`, by default that of the prototypes.
+
+    `workers` above 1: Ray actors share large sets out; nothing else may hold the devices then.
+    """
     from pgenrm_train.backends.embedder import SentenceEmbedder
+    from pgenrm_train.backends.embedder_workers import EmbedderWorkers
 
     cache = Path(config.run_dir) / "embeddings"
-    return SentenceEmbedder(name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache)
+    shared = EmbedderWorkers(config, workers, LARGE) if workers > 1 else None
+    return SentenceEmbedder(name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache, shared=shared)
+
+
+def refiner(config: Config, analyses: int) -> prototypes.Refine:
+    """Large sets are shared out over this node's processes."""
+    if analyses < LARGE or config.cluster.processes_per_node == 1:
+        return refine
+    from pgenrm_train.backends.refine_processes import refine_in_processes
+
+    return functools.partial(refine_in_processes, processes=config.cluster.processes_per_node)
 
 
 def of_users(folder: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.harness import Write
+from eval.harness import UNVERIFIED, Write
 from eval.scaling_study import Similar
 from pgenrm_train.backends.base import GenerationRequest, Generator
 from pgenrm_train.chains import Chain, ParseFailure, parse_chain
@@ -89,7 +89,17 @@ def _chains(
     views = [tuple(write(_view(config, example))) for example in examples]
     requests = [GenerationRequest(f"{n}", messages, samples, config.seed) for n, messages in enumerate(views)]
     found = sorted(generator(requests, temperature=_temperature(config)), key=lambda answer: (int(answer.key), answer.sample))
-    return [Answer(a.text, ParseFailure(a.failure, "") if a.failure else parse_chain(a.text or "", responses)) for a in found]
+    return [Answer(a.text, ParseFailure(a.failure, "") if a.failure else _read(config, a.text or "", responses)) for a in found]
+
+
+def _read(config: Config, text: str, responses: int) -> Chain | ParseFailure:
+    """The chain with the scores that `eval.scores` names."""
+    chain = parse_chain(text, responses)
+    if config.eval.scores == "declared" or isinstance(chain, ParseFailure):
+        return chain
+    if chain.verified_scores is None:
+        return ParseFailure(UNVERIFIED, "its rubric gives no scores, and eval.scores=verified counts these alone")
+    return replace(chain, scores=chain.verified_scores)
 
 
 def _say_one(answers: Sequence[Answer]) -> int:
@@ -110,7 +120,8 @@ def _say_mean(config: Config, example: Example, ask: Callable[[Sequence[Example]
     chain = _readable(first)
     users = _similar(config, example, chain.analysis) if config.score.pro else []
     similar = ask([replace(example, history=user.history) for user in users], 1)
-    scaled = scale(_scores(own, len(example.responses)), _scores(similar, len(example.responses)))
+    weights = (config.eval.weights[0], config.eval.weights[1])
+    scaled = scale(_scores(own, len(example.responses)), _scores(similar, len(example.responses)), weights)
     print(first.text)
     print(json.dumps({
         "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},

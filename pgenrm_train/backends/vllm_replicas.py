@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pgenrm_train.backends import guardian
 from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
-from pgenrm_train.backends.ray_cluster import join
+from pgenrm_train.backends.ray_cluster import connect, last_line
 from pgenrm_train.backends.vllm_engine import VllmGenerator, environment
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.errors import BackendError
 
 BLOCK = 16  # requests that travel together: neighbours share a history, and so a prefix in one engine's cache
 AHEAD = 4  # blocks an engine that wait in the queue
@@ -38,9 +33,7 @@ class VllmReplicas:
     """
 
     def __init__(self, config: Config, checkpoint: Path | str, engines: int) -> None:
-        if config.cluster.nodes > 1 and config.ray.address is None:
-            raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster")
-        self._close = _connect(config, engines)
+        self._close = connect(config, engines, environment(config))
         try:
             import ray
 
@@ -67,7 +60,7 @@ class VllmReplicas:
                 except StopIteration:
                     run.remove(ready[0])
         except ray.exceptions.RayError as error:
-            raise BackendError(f"a vLLM engine failed ({_last_line(error)}); the same command asks what is left") from error
+            raise BackendError(f"a vLLM engine failed ({last_line(error)}); the same command asks what is left") from error
         finally:
             queue.shutdown(force=True)
         feed.check()
@@ -116,37 +109,3 @@ class _Feed(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-
-
-def _connect(config: Config, engines: int) -> Callable[[], None]:
-    """Join the cluster at `ray.address`, or start a Ray of our own; returns what ends it."""
-    import ray
-
-    if config.ray.address is not None:
-        join(config.ray.address, environment(config))
-        return ray.shutdown
-    folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
-    watch = guardian.watch_over(folder)
-
-    def close() -> None:
-        ray.shutdown()
-        guardian.kill(set(guardian.holders(folder)) - {psutil.Process()})
-        shutil.rmtree(folder, ignore_errors=True)
-        guardian.dismiss(watch)
-
-    try:
-        ray.init(
-            num_cpus=engines,
-            include_dashboard=False,
-            _temp_dir=str(folder),
-            log_to_driver=False,
-            runtime_env={"env_vars": environment(config)},
-        )
-    except BaseException:
-        close()
-        raise
-    return close
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()

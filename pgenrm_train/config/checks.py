@@ -36,6 +36,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "tracking.kind": ("offline", "wandb", "none"),
     "eval.protocol": ("strict", "release", "both_orders", "user_disjoint"),
     "eval.split": ("train", "val", "test"),
+    "eval.scores": ("declared", "verified"),
     "plan.stage": (*STAGES[1:], "all"),
     "plan.emit": (None, "slurm", "rayjob"),
     **{f"{stage}.null_policy": NULL_POLICIES for stage in ("cre", "curriculum")},
@@ -74,6 +75,11 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
     if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
         raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
+    weights = config.eval.weights
+    if len(weights) != 2 or min(weights) < 0 or not sum(weights):
+        raise ConfigError(f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, one above 0")
+    if config.eval.scores == "verified" and config.data.name == "lampqa":
+        raise ConfigError("eval.scores=verified is for pairs; data=lampqa ranks by the declared scores")
     for kind in config.eval.probe_kinds:
         if kind not in PROBES:
             raise ConfigError(not_one_of("eval.probe_kinds", kind, PROBES))

@@ -282,6 +282,8 @@ class EvalConfig:
     seeds: int = 5
     ind: Any = 1  # m own samples a pair and order: a number, or a list for a grid beside the Ind-1 headline
     pro: Any = 0  # n chains from the histories of similar users: a number or a list
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of the mean of own samples and of similar users' mean
+    scores: str = "declared"  # of a chain, or verified: recomputed from its own criteria; one that cannot be then fails
     adaptive: float | None = None  # error level at which sampling of a pair stops before eval.ind; null: all are drawn
     one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)

@@ -28,6 +28,7 @@ READS = ("prototypes", "data", "seed", "masking", "model.kind", "model.name", "m
 Embed = Callable[[Sequence[str]], np.ndarray]
 Chains = Sequence[tuple[PreferencePair, str | None]]  # one generated text a pair, None where generation failed
 Histories = Mapping[str, tuple[HistoryItem, ...]]
+Refine = Callable[..., tuple[core.Prototypes, dict[str, Any]]]  # as refinement.refine
 
 
 class Analysed(NamedTuple):
@@ -60,8 +61,9 @@ def run(
     embed: Embed,
     hashes: Mapping[str, str],
     newcomers: Sequence[tuple[Chains, Histories]] = (),
+    refine: Refine = refine,
 ) -> dict[str, Any]:
-    """Cluster and refine; returns the facts.
+    """Cluster and refine, by several processes where the recipe hands in such a `refine`; returns the facts.
 
     `newcomers`: entry t holds chains of users that training has not seen, written from t history pairs, and those histories.
     """

@@ -8,8 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from pgenrm_train.backends import embedder
 from pgenrm_train.backends.embedder import SentenceEmbedder
-from pgenrm_train.errors import ArtifactError, PreflightError
+from pgenrm_train.backends.embedder_workers import EmbedderWorkers
+from pgenrm_train.config import load
+from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
 from pgenrm_train.hardness import cosines, similarity
 from pgenrm_train.records import Message, PreferencePair
 
@@ -31,8 +34,8 @@ def test_rows_are_unit_float32_and_mean_something(minilm):
 
 def test_equal_texts_are_embedded_once_and_order_is_kept(minilm, monkeypatch):
     seen = []
-    encode = minilm._encode
-    monkeypatch.setattr(minilm, "_encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    encode = minilm.encode
+    monkeypatch.setattr(minilm, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
     vectors = minilm([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]])
     assert seen == TEXTS[:2]
     assert np.array_equal(vectors[0], vectors[2])
@@ -67,7 +70,47 @@ def test_cache_serves_a_second_run_without_the_model(minilm, tmp_path, monkeypat
     assert "_model" not in vars(again)
     again(TEXTS)
     assert np.array_equal(SentenceEmbedder("minilm", cache_dir=tmp_path)(TEXTS), again(TEXTS))
-    assert [p.name for p in tmp_path.iterdir()] == [f"embeddings-{minilm.fingerprint[:16]}.npz"]
+    assert [p.name for p in tmp_path.iterdir()] == [f"embeddings-{minilm.fingerprint[:16]}"]
+
+
+def test_an_interrupted_start_embeds_only_what_is_left(minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedder, "BLOCK", 2)
+    many = [f"text {n}" for n in range(7)]
+    encode, seen = minilm.encode, []
+
+    def interrupted(texts):
+        seen.extend(texts)
+        if len(seen) > 4:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    broken, again = (SentenceEmbedder("minilm", cache_dir=tmp_path) for _ in range(2))
+    monkeypatch.setattr(broken, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        broken(many)
+    left: list[str] = []
+    monkeypatch.setattr(again, "encode", lambda texts: (left.extend(texts), encode(texts))[1])
+    assert again(many) == pytest.approx(minilm(many), abs=1e-5)
+    assert left == many[4:]
+
+
+def test_two_ray_actors_embed_what_one_process_does(minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedder, "BLOCK", 3)
+    config = load("recipe=prototypes", "model=nano", "data=personaworld", "cluster.processes_per_node=2")
+    many = [f"{text} {n}" for n in range(4) for text in TEXTS]
+    shared = SentenceEmbedder("minilm", cache_dir=tmp_path, shared=EmbedderWorkers(config, workers=2, least=len(many)))
+    assert shared(many) == pytest.approx(minilm(many), abs=1e-5)
+    assert "_model" not in vars(shared), "the actors hold the model"
+    assert len(list(tmp_path.glob("*/part-*.npz"))) == 4
+    few = SentenceEmbedder("minilm", shared=EmbedderWorkers(config, workers=2, least=len(many)))
+    assert few(many[:-1]).shape == (11, 384) and "_model" in vars(few), "a small set is not worth the start of Ray"
+
+
+def test_an_actor_that_cannot_load_the_model_ends_in_one_sentence(tmp_path):
+    config = load("recipe=prototypes", "model=nano", "data=personaworld", "cluster.processes_per_node=2")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(BackendError, match="an embedding worker failed"):
+        SentenceEmbedder(str(tmp_path / "model"), shared=EmbedderWorkers(config, workers=2, least=1))(TEXTS)
 
 
 def test_another_model_has_another_fingerprint_and_a_local_folder_works(minilm, tmp_path):
@@ -89,7 +132,9 @@ def test_embeddings_say_how_alike_two_responses_are(minilm):
 
 
 def test_a_broken_cache_and_an_unknown_model_end_in_one_sentence(minilm, tmp_path, monkeypatch):
-    (tmp_path / f"embeddings-{minilm.fingerprint[:16]}.npz").write_bytes(b"PK\x03\x04 cut short")
+    cache = tmp_path / f"embeddings-{minilm.fingerprint[:16]}"
+    cache.mkdir()
+    (cache / "part-000000.npz").write_bytes(b"PK\x03\x04 cut short")
     with pytest.raises(ArtifactError, match="delete it"):
         SentenceEmbedder("minilm", cache_dir=tmp_path)(TEXTS)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,6 +1,7 @@
 """The evaluation's queue: order is irrelevant, failures are data, resume asks only what is missing, and the probe is wired right."""
 
 import random
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -325,6 +326,29 @@ def test_an_empty_store(tmp_path):
 
 
 # ---- the evaluation ----
+
+
+class AddsUpWrongly(LikesHistory):
+    """Declares the totals of its rubric for the wrong responses; without a rubric on the first question."""
+
+    def answer(self, request, sample):
+        text = super().answer(request, sample).text
+        text = re.sub(r'"response_(\d)"', lambda found: f'"response_{3 - int(found[1])}"', text)
+        if '"p0"' in request.key:
+            text = re.sub('"rationale": ".*?"', '"rationale": "because"', text)
+        return Generation(request.key, sample, text, None, 12)
+
+
+def test_scores_are_declared_or_verified_and_a_chain_without_a_rubric_is_then_a_failure(tmp_path):
+    def tested(scores):
+        candidate = Candidate("psi", "sha", AddsUpWrongly, lambda: chat_messages, lambda: None)
+        made = evaluation(PAIRS, HISTORIES, scores=scores, seeds=1, probes=False)
+        return made.test(candidate, tmp_path, progress)
+
+    declared, verified = tested("declared").report, tested("verified").report
+    assert (declared["accuracy"], sum(declared["failures"].values())) == (0.0, 0)
+    assert verified["accuracy"] == 7 / 8 and verified["failures"] == {"unverified": 2}
+    assert verified["n_pairs"] == 8, "a failure stays in the denominator"
 
 
 def evaluation(pairs, histories, **settings) -> Evaluation:

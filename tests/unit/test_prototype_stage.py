@@ -237,3 +237,65 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     embed.fingerprint = "another"
     with pytest.raises(ArtifactError, match="another embedder"):
         find_similar(config, pairs)
+    embed.fingerprint = "e"
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "model.safetensors").write_bytes(b"weights")
+    config.model.path = str(tmp_path / "trained")
+    with pytest.raises(ArtifactError, match="another model: m there, "):
+        find_similar(config, pairs)
+    config.model.path = None
+
+
+def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_the_matrix(tmp_path, monkeypatch):
+    """On one GPU the engine's cache leaves no room for the embedder; and what was asked is what is clustered, row by row."""
+    import recipes.prototypes
+    from pgenrm_train.artifacts import write_table
+    from pgenrm_train.backends.base import Generation
+    from pgenrm_train.config import ROOT, load
+    from pgenrm_train.records import pair_to_row
+    from pgenrm_train.stages.inputs import PAIRS
+
+    overrides = ("data.users=6", "data.heldout_users=4", "prototypes.k=3", "prototypes.refine_epochs=1")
+    config = load("recipe=prototypes", "model=nano", "data=personaworld", f"run_dir={tmp_path}", *overrides)
+    pairs = list(build(config.data, 0))
+    data = StageFolder.read(tmp_path, "build_data")
+    data.begin(config={}, settings={}, inputs={}, seed=0)
+    write_table(data.path / PAIRS, [pair_to_row(p) for p in pairs])
+    data.finish(sha256="d")
+    told: list[str] = []
+
+    class Engine:
+        def __call__(self, requests, *, temperature):
+            for n, request in enumerate(requests):
+                yield Generation(request.key, 0, write_chain(f"This one wants {n}.", [("taste", 100)], [[9], [2]]))
+
+        def close(self):
+            told.append("closed")
+
+    class Embedder(Words):
+        fingerprint = "e"
+
+        def __call__(self, texts):
+            told.append("embeds")
+            return super().__call__(texts)
+
+    monkeypatch.setattr(recipes.prototypes, "generator", lambda *_: Engine())
+    monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda *_, **__: Embedder())
+    stage = StageFolder.read(tmp_path, "prototypes")
+    stage.begin(config={}, settings={}, inputs={}, seed=0)
+    facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
+    assert told.index("closed") < told.index("embeds") and told.count("closed") == 1
+    asked_for = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
+    assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
+    assert len(core.load(stage.path).labels) == len(pd.read_parquet(stage.path / "analyses.parquet")) == len(asked_for)
+
+
+def test_large_sets_are_refined_by_all_processes_of_the_node():
+    from pgenrm_train.refinement import refine
+    from recipes.prototypes import LARGE, refiner
+
+    config = Config(recipe="prototypes")
+    config.cluster.processes_per_node = 4
+    assert refiner(config, LARGE - 1) is refine and refiner(config, LARGE).keywords == {"processes": 4}
+    config.cluster.processes_per_node = 1
+    assert refiner(config, LARGE) is refine

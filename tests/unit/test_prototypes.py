@@ -66,9 +66,23 @@ def test_planted_clusters_are_found(world):
 
 
 def test_mini_batches_find_them_too(monkeypatch):
-    monkeypatch.setattr(proto, "MINI_BATCH_ROWS", 100)
+    monkeypatch.setattr(proto, "LARGE", 100)
+    monkeypatch.setattr(proto, "find_spec", lambda name: None)
     P, group, _ = planted()
     assert adjusted_rand_score(group, proto.cluster(P, 4, seed=0).labels) >= 0.9
+
+
+def test_faiss_finds_them_in_a_sample_where_it_is_installed(monkeypatch, tmp_path):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(proto, "LARGE", 100)
+    monkeypatch.setattr(proto, "FAISS_ROWS", 40)
+    monkeypatch.setattr("sklearn.cluster.MiniBatchKMeans.fit", lambda *_: pytest.fail("faiss is there"))
+    P, group, samples = planted()
+    np.save(tmp_path / "P.npy", P)
+    found = proto.cluster(np.load(tmp_path / "P.npy", mmap_mode="r"), 4, seed=0, users=samples.users)
+    assert adjusted_rand_score(group, found.labels) >= 0.9
+    assert np.array_equal(found.labels, proto.assign(found.A, P))
+    assert np.array_equal(proto.cluster(P, 4, seed=0).A, found.A)
 
 
 def test_more_prototypes_than_distinct_analyses_are_refused():
@@ -225,11 +239,14 @@ def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
 def test_rows_without_history_attend_to_nothing(world):
     prototypes, _, samples = world
     state = refinement.Refinement(prototypes, config(), seed=0)
-    batch = state.batch(samples, np.arange(5))._replace(mask=torch.zeros(5, H, dtype=torch.bool))
+    unknown = dataclasses.replace(samples, mask=np.zeros_like(samples.mask))
+    batch = state.batch(unknown, np.arange(5))
     with torch.no_grad():
         state.maps["W_s"] += 1
-        z = refinement.attend(batch, state.A[batch.label], state.maps, state.config)
-    torch.testing.assert_close(z, state.A[batch.label].detach())
+        a = state.A[batch.label]
+        assert not refinement.attend(batch, a, state.maps, state.config).any()
+        margins = refinement.margins(batch, a, state.maps, state.config)
+    torch.testing.assert_close(margins, (a * batch.difference).sum(-1))
 
 
 def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):

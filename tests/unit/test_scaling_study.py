@@ -148,6 +148,25 @@ def test_adaptive_sampling_goes_on_where_it_was_stopped(tmp_path):
     assert not again.samples
 
 
+def test_weights_count_in_every_cell_and_in_what_stops_sampling(tmp_path):
+    """A neighbour who always prefers the bad response: alone it is wrong, and its weight decides against one's own samples."""
+
+    class Contrary(Model):
+        def __call__(self, requests, *, temperature):
+            for request in requests:
+                theirs = dict(split_prompt(request.messages[-1]["content"]))["<chosen>"].startswith("theirs")
+                yield from Model(0.0 if theirs else 1.0)([request], temperature=temperature)
+
+    def accuracy(*weights, adaptive=None):
+        study = Study("scaling", (8,), (2,), weights)
+        pool = pool_of(tmp_path / str((weights, adaptive)), Contrary(), study, adaptive=adaptive)
+        return cells(pool, study, config())[0]["accuracy"]
+
+    for adaptive in (None, 0.1):
+        found = [accuracy(*weights, adaptive=adaptive) for weights in ((1.0, 0.5), (0.5, 1.0), (1.0, 0.0))]
+        assert found == [1.0, 0.0, 1.0]
+
+
 def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
     from eval.evaluation import Grid
     from eval.summary import grid_heat_map

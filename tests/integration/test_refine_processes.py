@@ -1,0 +1,62 @@
+"""Refinement by two processes over gloo makes the updates of one, and neither moves a prototype that no batch met."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pgenrm_train import refinement
+from pgenrm_train.backends.refine_processes import refine_in_processes
+from pgenrm_train.config import PrototypesConfig
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.prototypes import Prototypes
+
+N, D, H, K = 603, 12, 3, 5  # 603: batches that two processes cannot halve, the last one of odd size
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Prototypes, refinement.RefinementBatch]:
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((200, D)).astype(np.float32)
+
+    def votes(*shape: int) -> refinement.Rows:
+        return refinement.Rows(table, rng.integers(0, len(table), (N, *shape)))
+
+    users = np.array([f"u{i // 3}" for i in range(N)])
+    samples = refinement.RefinementBatch(votes(), votes(), votes(), votes(H), votes(H), votes(H), rng.random((N, H)) < 0.7, users)
+    A = rng.standard_normal((K, D)).astype(np.float32)
+    return Prototypes(A, rng.integers(0, K - 1, N), rng.standard_normal((N, D)).astype(np.float32), users), samples
+
+
+def test_two_processes_refine_as_one_does(world) -> None:
+    prototypes, samples = world
+    config = PrototypesConfig(k=K, refine_epochs=3, learning_rate=0.01)
+    alone, expected = refinement.refine(prototypes, samples, config, seed=0)
+    shared, found = refine_in_processes(prototypes, samples, config, seed=0, device="cpu", processes=2)
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-5)
+    assert found == pytest.approx(expected, abs=1e-6)
+    for name, value in {"A": alone.A, **alone.maps}.items():
+        ours = shared.A if name == "A" else shared.maps[name]
+        start = prototypes.A if name == "A" else None
+        assert np.abs(ours - value).max() < 2e-4, name
+        assert start is None or np.abs(value - start).max() > 0.02, "what was compared did move"
+    assert np.array_equal(shared.labels, alone.labels)
+    assert np.array_equal(shared.A[K - 1], prototypes.A[K - 1]), "a prototype without members keeps its bits"
+    assert shared.users is prototypes.users and shared.embeddings is prototypes.embeddings
+
+
+def test_processes_that_do_not_add_up_their_gradients_refine_otherwise(world, monkeypatch) -> None:
+    """The comparison above can tell: half of every mini-batch teaches something else."""
+    prototypes, samples = world
+    config = PrototypesConfig(k=K, refine_epochs=3, learning_rate=0.01)
+    alone, _ = refinement.refine(prototypes, samples, config, seed=0)
+    monkeypatch.setattr(refinement.Part, "add_up", lambda self, tensor: tensor)
+    half, _ = refinement.refine(prototypes, samples, config, seed=0, part=refinement.Part(0, 2))
+    assert np.abs(half.A - alone.A).max() > 2e-3
+
+
+def test_a_learning_rate_that_diverges_is_told_as_by_one_process(world) -> None:
+    prototypes, samples = world
+    config = PrototypesConfig(k=K, refine_epochs=2, learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"learning_rate=1e\+30 makes the refinement diverge"):
+        refine_in_processes(prototypes, samples, config, seed=0, device="cpu", processes=2)
