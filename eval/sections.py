@@ -171,7 +171,7 @@ def input_notes(odd: Mapping[str, int]) -> list[str]:
     notes = [f"In the denominator are pairs that deserve a thought: {found}."] if found else []
     if odd["identical responses"]:
         notes.append(
-            "Of two identical responses none is better: a tie or a preference by position, and never more than one hit in two."
+            "Of two identical responses none is better: both score the mean of what they are given, a tie, which is a miss."
         )
     return notes
 

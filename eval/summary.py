@@ -15,7 +15,8 @@ from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
 from eval.metrics import accuracy_report
 from eval.plots import heat_map
 from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
-from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
+from eval.reader import chain_views
+from eval.report import Curve, Report, Section, write_markdown, write_report
 from eval.scaling_study import SETTLED
 from eval.sections import (
     calibration_curve,
@@ -30,9 +31,7 @@ from eval.sections import (
 )  # fmt: skip
 from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
 from pgenrm_train.artifacts import write_json, write_table, write_text
-from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import Config
-from pgenrm_train.masking import present
 from pgenrm_train.scaling import grid
 
 ADAPTIVE = (
@@ -223,45 +222,3 @@ def training_curves(run_dir: Path) -> list[Curve]:
         if series:
             curves.append(Curve(f"{stage}: {title}", part["step"].tolist(), series, "optimiser step", label))
     return curves
-
-
-def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
-    """A few readable chains of the final model: kinds in turn, hits and misses."""
-    own = final.predictions[
-        (final.predictions["set"] == "own") & (final.predictions["sample"] == 0) & (final.predictions["seed"] == 0)
-    ]
-    pairs = {p.pair_id: p for p in evaluation.pairs}
-    step = max(1, len(own) // max(1, config.eval.chains_in_report))
-    views = []
-    for row in own.iloc[::step].head(config.eval.chains_in_report).itertuples():
-        pair = pairs[row.pair_id]
-        example = present(pair, evaluation.histories[pair.pair_id], row.order)
-        text = row.text if isinstance(row.text, str) else ""  # NaN where the engine gave none
-        chain = parse_chain(text)
-        known: dict[str, Any] = {}
-        if isinstance(chain, Chain):
-            known = {
-                "analysis": chain.analysis,
-                "criteria": chain.criteria,
-                "declared": chain.scores,
-                "verified": chain.verified_scores,
-                "issues": chain.issues,
-                "criterion_scores": tuple(zip(*chain.criterion_scores)) if chain.criterion_scores else (),
-            }
-        failure = row.failure if isinstance(row.failure, str) else None
-        views.append(
-            ChainView(
-                pair_id=pair.pair_id,
-                user_id=pair.user_id,
-                query=pair.query,
-                responses=example.responses,
-                label=example.chosen_index,
-                text=text,
-                kind=pair.kind,
-                stage=final.name,
-                history=example.history,
-                failure=failure,
-                **known,
-            )
-        )
-    return views

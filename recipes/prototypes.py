@@ -65,7 +65,9 @@ def generator(config: Config, checkpoint: Path) -> Any:
 def make_embedder(config: Config) -> Any:
     from pgenrm_train.backends.embedder import SentenceEmbedder
 
-    return SentenceEmbedder(config.prototypes.embedder, device=config.cluster.device, cache_dir=Path(config.run_dir) / "embeddings")
+    return SentenceEmbedder(
+        config.prototypes.embedder, device=config.cluster.device, cache_dir=Path(config.run_dir) / "embeddings"
+    )
 
 
 def hashes(config: Config, checkpoint: Path, embedder: Any) -> Mapping[str, str]:

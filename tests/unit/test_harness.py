@@ -11,6 +11,7 @@ from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage
 from eval.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
 from eval.metrics import accuracy_report
 from eval.outcomes import COLUMNS
+from eval.scored import score_pairs
 from eval.summary import narrow
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
@@ -142,6 +143,23 @@ def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
     assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row["issues"] == "declared_differs"
     turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text))
     assert (turned["score_chosen"], turned["verified_chosen"]) == (9.0, 3.0)
+
+
+def test_a_preference_between_identical_responses_is_a_tie_and_no_hit(tmp_path):
+    class First(LikesHistory):
+        """Prefers what stands first."""
+
+        def answer(self, request, sample):
+            return Generation(request.key, sample, write_chain("x", CRITERIA, [[8.0], [3.0]]))
+
+    pairs = [vote(0, "u", "tea", "tea"), vote(1, "u", "tea", "coffee")]
+    frame = answer(tmp_path, First(), own_questions(pairs, dict.fromkeys(("p0", "p1"), ())))
+    same = frame[frame["pair_id"] == "p0"]
+    assert set(same["score_chosen"]) == set(same["score_rejected"]) == set(same["verified_chosen"]) == {5.5}
+    report = accuracy_report(frame, draws=20)
+    assert (report["accuracy"], report["ties"], report["order_flip_rate"]) == (0.25, 2, 0.5)
+    by_place = score_pairs(lambda example: (2, 1), pairs)
+    assert accuracy_report(by_place, draws=20)["accuracy"] == 0.25
 
 
 # ---- resume ----
