@@ -13,7 +13,7 @@ from eval.slices import first_analyses
 from eval.summary import publish
 from eval.validation import headline
 from pgenrm_train.artifacts import StageFolder, link
-from pgenrm_train.config import ANSWER_KEYS, Config, sizes
+from pgenrm_train.config import ANSWER_KEYS, Config, grid_seeds, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages.inputs import asked, histories, load_pairs
@@ -112,7 +112,7 @@ def scale(
     """Test-time user-based scaling of one model, where more than one sample is asked for."""
     sampler, studies, grids = histories(config, pairs), [], []
     if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
-        studies.append((Study("scaling", ind, sizes(config.eval.pro)), config.data.history_size))
+        studies.append((Study("scaling", ind, sizes(config.eval.pro), grid_seeds(config.eval)), config.data.history_size))
     if config.eval.one_pair_ind:
         studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0])), 1))
     for study, size in studies:
