@@ -77,6 +77,13 @@ class Grid:
     adaptive: dict[str, Any] | None = None  # the largest cell with adaptive stopping, replayed on the same pool
 
 
+def kept_answers(config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str) -> PredictionStore:
+    """A candidate's answers, by what makes them: the model and the settings of prompt and sampling; in `eval.cache` where it is set."""
+    prompt = [getattr(config.model, setting) for setting in PROMPT]
+    identity = fingerprint(candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt)
+    return PredictionStore(Path(config.eval.cache or folder) / f"{name}-{identity}", identity)
+
+
 class Evaluation:
     """The pairs, histories and twins that every candidate is asked about."""
 
@@ -99,12 +106,9 @@ class Evaluation:
     def asker(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str) -> Ask:
         """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
         masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
-        prompt = [getattr(self.config.model, name) for name in PROMPT]
-        root = Path(self.config.eval.cache) if self.config.eval.cache else folder
-        identity = fingerprint(candidate.identity, temperature, masking, self.config.seed, prompt)
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
-            kept, what = PredictionStore(root / f"{store}-{identity}", identity), f"evaluate {candidate.name}"
+            kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
             return ask(

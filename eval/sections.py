@@ -81,8 +81,9 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     if results["probes"]:
         found.append(Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"])))
     found.append(Section("Calibration of margins", calibration_text(results["calibration"]), results["calibration"]["curve"]))
-    found.append(Section("Published figures", published.TEXT, published.published_rows()))
-    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard_row(results)]))
+    figures = Section("Published figures", published.TEXT, published.published_rows())
+    found.insert(0 if config.data.name in published.BENCHMARK else len(found), figures)
+    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [results["leaderboard_row"]]))
     return found
 
 

@@ -23,6 +23,7 @@ from eval.sections import (
     cost_section,
     details,
     input_notes,
+    leaderboard_row,
     probe_table,
     protocol_rows,
     reader_notes,
@@ -93,6 +94,7 @@ def publish(
         "notes": list(notes),
         "cost": {name: dict(facts) for name, facts in cost.items() if facts},
     }
+    results["leaderboard_row"] = leaderboard_row(results)
     write_json(folder / "results.json", results)
     pools = [g.pool[g.pool["failure"] != SETTLED].assign(model=final.name, study=g.study.name) for g in grids]
     predictions = pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True)
