@@ -7,7 +7,7 @@ the disagreement probe (see `probes`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,11 @@ def kept_answers(config: Config, candidate: Candidate | ScoredCandidate, folder:
 class Evaluation:
     """The pairs, histories and twins that every candidate is asked about."""
 
-    def __init__(self, config: Config, pairs: Sequence[PreferencePair], histories: Histories) -> None:
-        self.config, self.pairs, self.histories = config, pairs, histories
+    def __init__(
+        self, config: Config, pairs: Sequence[PreferencePair], histories: Histories, known_users: Set[str] | None = None
+    ) -> None:
+        """`known_users`: those with votes that a model may train on, None where that is not known; for the report."""
+        self.config, self.pairs, self.histories, self.known_users = config, pairs, histories, known_users
         self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
         self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
         self.probe_pairs = probe_slice(pairs, config.eval.probe_pairs) if config.eval.probes else []

@@ -12,6 +12,7 @@ from eval import published
 from eval.calibration import calibration
 from eval.evaluation import Tested, cohort_rows
 from eval.report import Curve, Section
+from eval.robustness import AGAIN
 from eval.slices import prototype_macro, slice_rows
 from pgenrm_train.artifacts import read_json
 from pgenrm_train.config import Config
@@ -40,7 +41,7 @@ VERDICTS = (
     "failed. Failed samples are named by kind: parse, what the text lacks; length, no end within the limit; engine, the server or a function."
 )
 SLICES = (
-    "Length ratio is in characters; script stands in for the language; prototype is the nearest user prototype. A slice of few users "
+    "Length ratio is in characters; language as far as script and little words tell it; user says whether train holds votes of theirs; prototype is the nearest user prototype. A slice of few users "
     "has an interval that is too narrow, one of a single user the whole range."
 )
 
@@ -207,9 +208,25 @@ def _robust(final: Tested) -> list[str]:
         return []
     moved = [_moved(row) for row in rows if row["drop ci95"][0] > 0]
     few = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-    if moved:
-        return [f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."]
-    return [f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."]
+    lost = (
+        f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."
+        if moved
+        else f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."
+    )
+    return [lost, *_turned(final, [row for row in rows if row["drop ci95"][0] <= 0])]
+
+
+def _turned(final: Tested, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the probes that turn more verdicts than asking again does, though accuracy stays: a rule that is gamed the other way."""
+    again = _probed(final, AGAIN)
+    if (
+        again is None and final.predictions["text"].notna().any()
+    ):  # it samples, and one seed says nothing of how often it turns by chance
+        return []
+    chance = again["flip rate ci95"][1] if again and again["flip rate ci95"] else 0.0
+    found = [row for row in rows if row["flip rate ci95"] and row["flip rate ci95"][0] > chance]
+    named = ", ".join(f"{row['probe'].replace('_', ' ')} ({row['flip rate']:.1%} of presentations)" for row in found)
+    return [f"{final.name} turns verdicts there all the same: {named}."] if found else []
 
 
 def _moved(row: Mapping[str, Any]) -> str:

@@ -78,7 +78,7 @@ def publish(
     final = (tested or baselines)[-1]
     everyone = [*tested, *baselines]
     gains = gain_rows(tested, config)
-    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes)
+    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes, evaluation.known_users)
     results = headline(config, final, grids) | {
         "data": config.data.name,
         "data_sha256": data_digest(evaluation.pairs),
@@ -195,11 +195,12 @@ def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
 
 
 def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    users, known = {p.user_id for p in evaluation.pairs}, evaluation.known_users
     return {
         "model": config.model.name,
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
-        "users": len({p.user_id for p in evaluation.pairs}),
+        "users": len(users) if known is None else f"{len(users)}, {len(users - known)} without votes in train",
         "protocol": f"{config.eval.protocol} ({RULES[config.eval.protocol]})",
         "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
         "training seed": config.seed,

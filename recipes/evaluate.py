@@ -73,7 +73,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         )
     check_split(config, split, pairs)
     sampler = histories(config, pairs)
-    evaluation = Evaluation(config, split, shown_histories(config, sampler, split))
+    evaluation = Evaluation(config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains})
     tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
     fitted = scorers(config, pairs)
     baselines = [
