@@ -181,5 +181,6 @@ def notes(config: Config, made: Sequence[str]) -> list[str]:
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."
         )
-    findings = StageFolder.read(Path(config.run_dir), "build_data").manifest.get("findings", [])
-    return [*notes, *(f"Data: {finding}." for finding in findings)]
+    built = StageFolder.read(Path(config.run_dir), "build_data").manifest
+    lost = [f"{n} {what} were left out" for what, n in built.get("left_out", {}).items() if n]
+    return [*notes, *(f"Data: {finding}." for finding in (*lost, *built.get("findings", [])))]
