@@ -170,14 +170,13 @@ class Evaluation:
         if not self.twins:
             return None
         own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(self.twin_ids)]
-        first_seed = own[own["seed"] == own["seed"].min()]
         swapped = predictions[predictions["set"] == "swapped"]
         draws, seed = self.config.eval.draws, self.config.seed
         return {
             "n_pairs": len(self.twin_ids),
             "own": _brief(self._accuracy(own)),
             "swapped": _brief(self._accuracy(swapped)),
-            "difference": paired_difference(first_seed, swapped, draws=draws, seed=seed),
+            "difference": paired_difference(own, swapped, draws=draws, seed=seed),
         }
 
 

@@ -118,8 +118,10 @@ def protocol_cells(tested: Tested) -> dict[str, Any]:
 
 
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without their sentences."""
-    return [{name: value for name, value in row.items() if name != "note"} for row in rows]
+    """The rows without their sentences, kinds in plain words."""
+    return [
+        {name: value for name, value in row.items() if name != "note"} | {"probe": row["probe"].replace("_", " ")} for row in rows
+    ]
 
 
 def leaderboard_row(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,22 +185,25 @@ def _personal(final: Tested) -> list[str]:
     if final.probe:
         what = f"{final.probe['n_pairs']} votes on which two users disagree"
         own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
-        low, high = final.probe["difference"]["ci95"]
+        (low, high), few = final.probe["difference"]["ci95"], final.probe["difference"]["ci95_note"]
     elif row := _probed(final, "swapped_history"):
         what = f"{row['pairs']} pairs with another user's history"
-        own, swapped, (low, high) = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"]
+        own, swapped, (low, high), few = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"], row["note"]
     else:
         untested = f"{final.name}: no history could be exchanged for another user's, so whether it is personal was not tested."
         return [untested] if final.robustness else []
-    verdict = (
-        "it uses whose history it reads"
-        if low > 0
-        else "no dependence on whose history it reads is proven: this model is not shown to be personal"
-    )
     return [
         f"{final.name}, {what}: own history {own:.1%}, swapped history "
-        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {verdict}."
+        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {_depends(low, few)}."
     ]
+
+
+def _depends(low: float, few: str | None) -> str:
+    """What the lower bound of the difference proves; of few users it proves nothing, in whichever direction."""
+    if low > 0 and not few:
+        return "it uses whose history it reads"
+    so = f" ({few})" if few else ""
+    return f"no dependence on whose history it reads is proven{so}: this model is not shown to be personal"
 
 
 def _robust(final: Tested) -> list[str]:

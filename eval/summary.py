@@ -112,7 +112,7 @@ def publish(
     write_text(folder / "table.txt", text)
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     report = Report(
-        title=f"P-GenRM on {config.data.name}",
+        title=f"{final.name} on {config.data.name}",
         run=run_facts(config, evaluation),
         stages=rows,
         comparisons=compared,
@@ -197,7 +197,7 @@ def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
 def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     users, known = {p.user_id for p in evaluation.pairs}, evaluation.known_users
     return {
-        "model": config.model.name,
+        "model": config.model.path or config.model.name,
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
         "users": len(users) if known is None else f"{len(users)}, {len(users - known)} without votes in train",

@@ -146,7 +146,7 @@ def _publish(
     title = "LaMP-QA: Spearman × 100 [95 % interval over questions]; of models, and within questions"
     write_text(folder / "table.txt", text_table([*rows, *parts], title, 150) + "".join(f"- {note}\n" for note in notes))
     page = Report(
-        title="P-GenRM on LaMP-QA", run=facts, stages=rows, notes=notes,
+        title=f"{name} on LaMP-QA", run=facts, stages=rows, notes=notes,
         sections=[
             Section("By subset", "A question that the model did not rank counts as 0.", parts),
             Section("Published figures", LAMPQA_TEXT, published_rankings()),
