@@ -7,7 +7,7 @@ the disagreement probe (see `probes`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,21 @@ class Grid:
     adaptive: dict[str, Any] | None = None  # the largest cell with adaptive stopping, replayed on the same pool
 
 
+def kept_answers(config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str) -> PredictionStore:
+    """A candidate's answers, by what makes them: the model and the settings of prompt and sampling; in `eval.cache` where it is set."""
+    prompt = [getattr(config.model, setting) for setting in PROMPT]
+    identity = fingerprint(candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt)
+    return PredictionStore(Path(config.eval.cache or folder) / f"{name}-{identity}", identity)
+
+
 class Evaluation:
     """The pairs, histories and twins that every candidate is asked about."""
 
-    def __init__(self, config: Config, pairs: Sequence[PreferencePair], histories: Histories) -> None:
-        self.config, self.pairs, self.histories = config, pairs, histories
+    def __init__(
+        self, config: Config, pairs: Sequence[PreferencePair], histories: Histories, known_users: Set[str] | None = None
+    ) -> None:
+        """`known_users`: those with votes that a model may train on, None where that is not known; for the report."""
+        self.config, self.pairs, self.histories, self.known_users = config, pairs, histories, known_users
         self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
         self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
         self.probe_pairs = probe_slice(pairs, config.eval.probe_pairs) if config.eval.probes else []
@@ -99,12 +109,9 @@ class Evaluation:
     def asker(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str) -> Ask:
         """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
         masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
-        prompt = [getattr(self.config.model, name) for name in PROMPT]
-        root = Path(self.config.eval.cache) if self.config.eval.cache else folder
-        identity = fingerprint(candidate.identity, temperature, masking, self.config.seed, prompt)
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
-            kept, what = PredictionStore(root / f"{store}-{identity}", identity), f"evaluate {candidate.name}"
+            kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
             answered = ask(
@@ -164,14 +171,13 @@ class Evaluation:
         if not self.twins:
             return None
         own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(self.twin_ids)]
-        first_seed = own[own["seed"] == own["seed"].min()]
         swapped = predictions[predictions["set"] == "swapped"]
         draws, seed = self.config.eval.draws, self.config.seed
         return {
             "n_pairs": len(self.twin_ids),
             "own": _brief(self._accuracy(own)),
             "swapped": _brief(self._accuracy(swapped)),
-            "difference": paired_difference(first_seed, swapped, draws=draws, seed=seed),
+            "difference": paired_difference(own, swapped, draws=draws, seed=seed),
         }
 
 

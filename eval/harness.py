@@ -202,19 +202,26 @@ def _texts(history: Iterable[HistoryItem]) -> tuple[str, ...]:
 
 def prediction(question: Question, generation: Generation) -> dict[str, Any]:
     """One row: INTERFACES' columns plus the text, verified scores, issues and tokens."""
-    chosen = question.order
     chain = parse_chain(generation.text or "", 2) if generation.failure is None else None
     failure = generation.failure if chain is None else f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else None
     row = answer_row(question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text)
     if failure is None and chain is not None and not isinstance(chain, ParseFailure):
-        row |= {
-            "score_chosen": chain.scores[chosen],
-            "score_rejected": chain.scores[1 - chosen],
-            "issues": ",".join(chain.issues),
-        }
+        row |= scores_of(question, chain.scores) | {"issues": ",".join(chain.issues)}
         if chain.verified_scores:
-            row |= {"verified_chosen": chain.verified_scores[chosen], "verified_rejected": chain.verified_scores[1 - chosen]}
+            row |= scores_of(question, chain.verified_scores, "verified")
     return row
+
+
+def scores_of(question: Question, scores: Sequence[float], name: str = "score") -> dict[str, float]:
+    """`scores` in presentation order → those of the chosen and of the rejected response.
+
+    Two identical responses are one response, shown twice: it scores the mean of both, a tie.  What a model prefers between them is
+    their place, and would count as a hit in one order.
+    """
+    chosen, rejected = scores[question.order], scores[1 - question.order]
+    if question.pair.chosen == question.pair.rejected:
+        chosen = rejected = chosen / 2 + rejected / 2
+    return {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
 
 
 def answer_row(

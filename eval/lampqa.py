@@ -19,6 +19,7 @@ it stays with ρ = 0.  Only a question whose *reference* ranks nothing leaves th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter, defaultdict
@@ -54,7 +55,10 @@ class Task:
 
     @property
     def key(self) -> str:
-        return json.dumps([self.question.id, self.sample])
+        """Names the task by what is read, texts included: scores of other answers under the same ids are none of these."""
+        texts = (self.view.context, self.view.history, self.view.responses)
+        content = hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        return json.dumps([self.question.id, self.sample, content])
 
 
 def tasks(questions: Iterable[Question], answers: Iterable[Answer], *, history_size: int, samples: int, seed: int) -> list[Task]:

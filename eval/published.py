@@ -1,7 +1,7 @@
-"""Accuracies that papers report, for orientation.  They are not comparable with a run's: see `TEXT`.
+"""Figures that papers report, for orientation.  They are not comparable with a run's: see `TEXT` and `LAMPQA_TEXT`.
 
 Source: P-GenRM (arXiv 2602.12116), tables on PersonalRewardBench: Chatbot Arena-personalised (131 users) and PRISM-personalised
-(720 users); 8B and 70B stand for Llama-3.1 models of that size.
+(720 users); 8B and 70B stand for Llama-3.1 models of that size.  Rank correlations on LaMP-QA from the same paper.
 """
 
 from __future__ import annotations
@@ -27,12 +27,31 @@ _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent
     ("P-GenRM", 72.68, 73.42, 65.32, 66.21),
     ("P-GenRM, Ind-16, Pro-8", 75.92, None, 68.06, None),
 )
+_OURS = "P-GenRM"  # the one system whose script was released, and shows how it counts
 _COLUMNS = ("Chatbot Arena 8B accuracy", "Chatbot Arena 70B accuracy", "PRISM 8B accuracy", "PRISM 70B accuracy")
 
 
 def published_rows() -> list[dict[str, Any]]:
     """One row a system; accuracies as printed, to two decimals, and None where none is printed."""
     return [
-        {"published": name, **{c: None if a is None else f"{a:.2f} %" for c, a in zip(_COLUMNS, accuracies, strict=True)}}
+        {"published": name, "protocol": "release" if name.startswith(_OURS) else "not stated",
+         **{c: None if a is None else f"{a:.2f} %" for c, a in zip(_COLUMNS, accuracies, strict=True)}}
         for name, *accuracies in _ACCURACIES
+    ]  # fmt: skip
+
+
+BENCHMARK = ("chatbot_arena", "prism_personalized")  # data whose figures these are
+LAMPQA_TEXT = (
+    "Published figures for orientation only, as printed in arXiv 2602.12116: Spearman's correlation between two rankings of six answering "
+    "models, so multiples of 1/35. Protocol: the reference comes from rubric aspects rated by three judges; the reward model reads 3 "
+    "history items and averages 8 samples. Compare them with a run's spearman models on the same answers."
+)
+
+
+def published_rankings() -> list[dict[str, Any]]:
+    """LaMP-QA, by subset; None where only the average is printed."""
+    subsets = ("Art and Entertainment", "Lifestyle and Personal Development", "Society and Culture", "average")
+    return [
+        {"published": name, **dict(zip(subsets, figures, strict=True))}
+        for name, *figures in (("P-GenRM", 0.543, 0.714, 0.657, 0.638), ("Qwen3-235B", None, None, None, 0.619))
     ]

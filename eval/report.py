@@ -64,7 +64,7 @@ class ChainView:
     query: str
     responses: tuple[str, ...]
     label: int  # index of the response that the user preferred
-    text: str  # the chain as generated
+    text: str  # the chain as generated, empty for a model that gives scores alone
     kind: str | None = None
     stage: str | None = None
     history: tuple[HistoryItem, ...] = ()
@@ -89,7 +89,7 @@ class ChainView:
         """hit, miss, tie or failure."""
         if self.failure or not self.declared:
             return "failure"
-        if self.verdict is None:
+        if self.verdict is None or len(set(self.responses)) == 1:
             return "tie"
         return "hit" if self.verdict == self.label else "miss"
 

@@ -42,12 +42,14 @@ FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What to sample: `name` keys the questions, `ind` and `pro` list the cells; `weights` are those of `scaling.scale`."""
+    """What to sample, each cell anew in every evaluation seed: `name` keys the questions, `ind` and `pro` list the cells;
+    `weights` are those of `scaling.scale`."""
 
     name: str
     ind: tuple[int, ...]
     pro: tuple[int, ...]
     weights: tuple[float, float] = (1.0, 1.0)
+    seeds: int = 1
 
     @property
     def m(self) -> int:
@@ -74,7 +76,7 @@ def sample_pool(
     drawn have a row with the failure `settled`.
     """
     m = max(1, study.m)
-    own_asked = own_questions(pairs, histories, samples=m, set_name=f"{study.name}/own", orders=orders)
+    own_asked = own_questions(pairs, histories, seeds=study.seeds, samples=m, set_name=f"{study.name}/own", orders=orders)
     first_asked = [replace(q, samples=looks(m, adaptive)[0]) for q in own_asked] if adaptive else own_asked
     own = ask(first_asked)
     similar = pd.DataFrame()
@@ -99,6 +101,7 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
             part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed, extra={"ind": int(m), "pro": int(n)}
         )
         row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
+        row |= {"stderr": report["stderr"]} if study.seeds > 1 else {}  # a grid's replicates share chains of one seed
         row |= {
             "ties": report["ties"],
             "pairs": report["n_pairs"],

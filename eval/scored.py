@@ -29,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import ENGINE_FAILURE, PredictionStore, Question, Running, answer_row, own_questions
+from eval.harness import ENGINE_FAILURE, PredictionStore, Question, Running, answer_row, own_questions, scores_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.masking import present
 from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, PreferencePair
@@ -137,5 +137,5 @@ def _rows(questions: Sequence[Question], model: ScoreMany) -> Iterator[dict[str,
         scores = checked(raw, len(example.responses))
         row = answer_row(question, sample=0, failure=scores if isinstance(scores, str) else None)
         if not isinstance(scores, str):
-            row |= {"score_chosen": scores[question.order], "score_rejected": scores[1 - question.order]}
+            row |= scores_of(question, scores)
         yield row

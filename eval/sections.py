@@ -12,6 +12,7 @@ from eval import published
 from eval.calibration import calibration
 from eval.evaluation import Tested, cohort_rows
 from eval.report import Curve, Section
+from eval.robustness import AGAIN
 from eval.slices import prototype_macro, slice_rows
 from pgenrm_train.artifacts import read_json
 from pgenrm_train.config import Config
@@ -40,7 +41,7 @@ VERDICTS = (
     "failed. Failed samples are named by kind: parse, what the text lacks; length, no end within the limit; engine, the server or a function."
 )
 SLICES = (
-    "Length ratio is in characters; script stands in for the language; prototype is the nearest user prototype. A slice of few users "
+    "Length ratio is in characters; language as far as script and little words tell it; user says whether train holds votes of theirs; prototype is the nearest user prototype. A slice of few users "
     "has an interval that is too narrow, one of a single user the whole range."
 )
 
@@ -81,8 +82,9 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     if results["probes"]:
         found.append(Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"])))
     found.append(Section("Calibration of margins", calibration_text(results["calibration"]), results["calibration"]["curve"]))
-    found.append(Section("Published figures", published.TEXT, published.published_rows()))
-    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard_row(results)]))
+    figures = Section("Published figures", published.TEXT, published.published_rows())
+    found.insert(0 if config.data.name in published.BENCHMARK else len(found), figures)
+    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [results["leaderboard_row"]]))
     return found
 
 
@@ -116,8 +118,10 @@ def protocol_cells(tested: Tested) -> dict[str, Any]:
 
 
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without their sentences."""
-    return [{name: value for name, value in row.items() if name != "note"} for row in rows]
+    """The rows without their sentences, kinds in plain words."""
+    return [
+        {name: value for name, value in row.items() if name != "note"} | {"probe": row["probe"].replace("_", " ")} for row in rows
+    ]
 
 
 def leaderboard_row(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def input_notes(odd: Mapping[str, int]) -> list[str]:
     notes = [f"In the denominator are pairs that deserve a thought: {found}."] if found else []
     if odd["identical responses"]:
         notes.append(
-            "Of two identical responses none is better: a tie or a preference by position, and never more than one hit in two."
+            "Of two identical responses none is better: both score the mean of what they are given, a tie, which is a miss."
         )
     return notes
 
@@ -181,22 +185,25 @@ def _personal(final: Tested) -> list[str]:
     if final.probe:
         what = f"{final.probe['n_pairs']} votes on which two users disagree"
         own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
-        low, high = final.probe["difference"]["ci95"]
+        (low, high), few = final.probe["difference"]["ci95"], final.probe["difference"]["ci95_note"]
     elif row := _probed(final, "swapped_history"):
         what = f"{row['pairs']} pairs with another user's history"
-        own, swapped, (low, high) = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"]
+        own, swapped, (low, high), few = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"], row["note"]
     else:
         untested = f"{final.name}: no history could be exchanged for another user's, so whether it is personal was not tested."
         return [untested] if final.robustness else []
-    verdict = (
-        "it uses whose history it reads"
-        if low > 0
-        else "no dependence on whose history it reads is proven: this model is not shown to be personal"
-    )
     return [
         f"{final.name}, {what}: own history {own:.1%}, swapped history "
-        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {verdict}."
+        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {_depends(low, few)}."
     ]
+
+
+def _depends(low: float, few: str | None) -> str:
+    """What the lower bound of the difference proves; of few users it proves nothing, in whichever direction."""
+    if low > 0 and not few:
+        return "it uses whose history it reads"
+    so = f" ({few})" if few else ""
+    return f"no dependence on whose history it reads is proven{so}: this model is not shown to be personal"
 
 
 def _robust(final: Tested) -> list[str]:
@@ -206,9 +213,25 @@ def _robust(final: Tested) -> list[str]:
         return []
     moved = [_moved(row) for row in rows if row["drop ci95"][0] > 0]
     few = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-    if moved:
-        return [f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."]
-    return [f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."]
+    lost = (
+        f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."
+        if moved
+        else f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."
+    )
+    return [lost, *_turned(final, [row for row in rows if row["drop ci95"][0] <= 0])]
+
+
+def _turned(final: Tested, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the probes that turn more verdicts than asking again does, though accuracy stays: a rule that is gamed the other way."""
+    again = _probed(final, AGAIN)
+    if (
+        again is None and final.predictions["text"].notna().any()
+    ):  # it samples, and one seed says nothing of how often it turns by chance
+        return []
+    chance = again["flip rate ci95"][1] if again and again["flip rate ci95"] else 0.0
+    found = [row for row in rows if row["flip rate ci95"] and row["flip rate ci95"][0] > chance]
+    named = ", ".join(f"{row['probe'].replace('_', ' ')} ({row['flip rate']:.1%} of presentations)" for row in found)
+    return [f"{final.name} turns verdicts there all the same: {named}."] if found else []
 
 
 def _moved(row: Mapping[str, Any]) -> str:

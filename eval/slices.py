@@ -3,9 +3,9 @@
     scenario       the data's own word for the situation
     history        votes of the user in sight
     length ratio   characters of the chosen response to those of the rejected one: a model that counts words fails on one side
-    script         the writing system of most letters.  A cheap stand-in for the language: it tells Japanese from Russian and
-                   neither French from English nor Russian from Ukrainian
+    language       as far as script and little words tell it (`language`)
     conversation   whether earlier turns stand before the query
+    user           whether the user has votes that a model may train on
     prototype      the nearest user prototype, where the run has prototypes (METHOD §6)
 
 The data's conversation type (`kind`) is a slice of its own in `metrics`.  Our choice; not in the paper.
@@ -14,10 +14,7 @@ The data's conversation type (`kind`) is a slice of its own in `metrics`.  Our c
 from __future__ import annotations
 
 import hashlib
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,14 +22,15 @@ import pandas as pd
 
 from eval.harness import readable_text
 from eval.intervals import macro
+from eval.language import languages
 from eval.metrics import protocol_values, slice_statistics
 from eval.outcomes import outcomes
 from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.records import HistoryItem, PreferencePair
 
-DIMENSIONS = ("scenario", "history", "length ratio", "script", "conversation", "prototype")
+DIMENSIONS = ("scenario", "history", "length ratio", "language", "conversation", "user", "prototype")
 KEYS = ["pair_id", "user_id"]
-READ = 2000  # characters of a text that decide its script
+READ = 2000  # characters of a text that decide its language
 LONG = 20_000
 
 _RATIOS = (
@@ -42,16 +40,20 @@ _RATIOS = (
     (2.0, "chosen 5/4–2 × rejected"),
     (float("inf"), "chosen above 2 × rejected"),
 )
-# Names of scripts whose characters are called otherwise, and those that are written together.
-_SCRIPTS = {"CJK": "Chinese characters", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
 
 
 def slice_labels(
     pairs: Iterable[PreferencePair],
     histories: Mapping[str, Sequence[HistoryItem]],
     prototypes: Mapping[str, int] | None = None,
+    known_users: Set[str] | None = None,
 ) -> pd.DataFrame:
-    """One row a pair: pair_id, user_id and `DIMENSIONS`, each a text or None.  `prototypes`: pair_id → index."""
+    """One row a pair: pair_id, user_id and `DIMENSIONS`, each a text or None.
+
+    prototypes: pair_id → index.  known_users: those with votes that a model may train on; None where that is not known.
+    """
+    pairs = list(pairs)
+    spoken = languages([f"{pair.query[:READ]} {pair.chosen[:READ]} {pair.rejected[:READ]}" for pair in pairs])
     rows = [
         {
             "pair_id": pair.pair_id,
@@ -59,11 +61,12 @@ def slice_labels(
             "scenario": pair.scenario,
             "history": history_label(len(histories[pair.pair_id])),
             "length ratio": length_label(pair.chosen, pair.rejected),
-            "script": script(f"{pair.query[:READ]} {pair.chosen[:READ]} {pair.rejected[:READ]}"),
+            "language": tongue,
             "conversation": "several turns" if len(pair.context) > 1 else "one turn",
+            "user": None if known_users is None else "votes in train" if pair.user_id in known_users else "none in train",
             "prototype": None if prototypes is None or pair.pair_id not in prototypes else f"{prototypes[pair.pair_id]:03d}",
         }
-        for pair in pairs
+        for pair, tongue in zip(pairs, spoken, strict=True)
     ]
     return pd.DataFrame(rows, columns=[*KEYS, *DIMENSIONS], dtype=object)
 
@@ -77,28 +80,6 @@ def history_label(n: int) -> str:
 def length_label(chosen: str, rejected: str) -> str:
     ratio = (len(chosen) or 1) / (len(rejected) or 1)
     return next(label for limit, label in _RATIOS if ratio <= limit)
-
-
-def script(text: str) -> str:
-    """The writing system of most letters; Japanese wherever kana stand among Chinese characters."""
-    counts: Counter[str] = Counter()
-    for character, n in Counter(text).items():
-        if name := _script_of(character):
-            counts[name] += n
-    if not counts:
-        return "no letters"
-    if counts["Japanese"] and counts["Japanese"] + counts["Chinese characters"] > sum(counts.values()) / 2:
-        return "Japanese"
-    return min(counts, key=lambda name: (-counts[name], name))
-
-
-@cache
-def _script_of(character: str) -> str | None:
-    """The first word of a letter's Unicode name says its script."""
-    if not character.isalpha():
-        return None
-    word = unicodedata.name(character, "UNNAMED").split()[0].split("-")[0]
-    return _SCRIPTS.get(word, word.capitalize())
 
 
 def odd_inputs(pairs: Sequence[PreferencePair], histories: Mapping[str, Sequence[HistoryItem]]) -> dict[str, int]:

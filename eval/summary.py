@@ -15,13 +15,15 @@ from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
 from eval.metrics import accuracy_report
 from eval.plots import heat_map
 from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
-from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
+from eval.reader import chain_views
+from eval.report import Curve, Report, Section, write_markdown, write_report
 from eval.scaling_study import SETTLED
 from eval.sections import (
     calibration_curve,
     cost_section,
     details,
     input_notes,
+    leaderboard_row,
     probe_table,
     protocol_rows,
     reader_notes,
@@ -30,9 +32,7 @@ from eval.sections import (
 )  # fmt: skip
 from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
 from pgenrm_train.artifacts import write_json, write_table, write_text
-from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import Config
-from pgenrm_train.masking import present
 from pgenrm_train.scaling import grid
 
 ADAPTIVE = (
@@ -78,7 +78,7 @@ def publish(
     final = (tested or baselines)[-1]
     everyone = [*tested, *baselines]
     gains = gain_rows(tested, config)
-    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes)
+    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes, evaluation.known_users)
     results = headline(config, final, grids) | {
         "data": config.data.name,
         "data_sha256": data_digest(evaluation.pairs),
@@ -96,6 +96,7 @@ def publish(
         "notes": list(notes),
         "cost": {name: dict(facts) for name, facts in cost.items() if facts},
     }
+    results["leaderboard_row"] = leaderboard_row(results)
     write_json(folder / "results.json", results)
     pools = [g.pool[g.pool["failure"] != SETTLED].assign(model=final.name, study=g.study.name) for g in grids]
     predictions = pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True)
@@ -113,7 +114,7 @@ def publish(
     write_text(folder / "table.txt", text)
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     report = Report(
-        title=f"P-GenRM on {config.data.name}",
+        title=f"{final.name} on {config.data.name}",
         run=run_facts(config, evaluation),
         stages=rows,
         comparisons=compared,
@@ -197,11 +198,12 @@ def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
 
 
 def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    users, known = {p.user_id for p in evaluation.pairs}, evaluation.known_users
     return {
-        "model": config.model.name,
+        "model": config.model.path or config.model.name,
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
-        "users": len({p.user_id for p in evaluation.pairs}),
+        "users": len(users) if known is None else f"{len(users)}, {len(users - known)} without votes in train",
         "protocol": f"{config.eval.protocol} ({RULES[config.eval.protocol]})",
         "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
         "training seed": config.seed,
@@ -226,45 +228,3 @@ def training_curves(run_dir: Path) -> list[Curve]:
         if series:
             curves.append(Curve(f"{stage}: {title}", part["step"].tolist(), series, "optimiser step", label))
     return curves
-
-
-def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
-    """A few readable chains of the final model: kinds in turn, hits and misses."""
-    own = final.predictions[
-        (final.predictions["set"] == "own") & (final.predictions["sample"] == 0) & (final.predictions["seed"] == 0)
-    ]
-    pairs = {p.pair_id: p for p in evaluation.pairs}
-    step = max(1, len(own) // max(1, config.eval.chains_in_report))
-    views = []
-    for row in own.iloc[::step].head(config.eval.chains_in_report).itertuples():
-        pair = pairs[row.pair_id]
-        example = present(pair, evaluation.histories[pair.pair_id], row.order)
-        text = row.text if isinstance(row.text, str) else ""  # NaN where the engine gave none
-        chain = parse_chain(text)
-        known: dict[str, Any] = {}
-        if isinstance(chain, Chain):
-            known = {
-                "analysis": chain.analysis,
-                "criteria": chain.criteria,
-                "declared": chain.scores,
-                "verified": chain.verified_scores,
-                "issues": chain.issues,
-                "criterion_scores": tuple(zip(*chain.criterion_scores)) if chain.criterion_scores else (),
-            }
-        failure = row.failure if isinstance(row.failure, str) else None
-        views.append(
-            ChainView(
-                pair_id=pair.pair_id,
-                user_id=pair.user_id,
-                query=pair.query,
-                responses=example.responses,
-                label=example.chosen_index,
-                text=text,
-                kind=pair.kind,
-                stage=final.name,
-                history=example.history,
-                failure=failure,
-                **known,
-            )
-        )
-    return views

@@ -13,7 +13,7 @@ from eval.slices import first_analyses
 from eval.summary import publish
 from eval.validation import headline
 from pgenrm_train.artifacts import StageFolder, link
-from pgenrm_train.config import ANSWER_KEYS, Config, sizes
+from pgenrm_train.config import ANSWER_KEYS, Config, grid_seeds, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages.inputs import asked, histories, load_pairs
@@ -73,7 +73,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
         )
     check_split(config, split, pairs)
     sampler = histories(config, pairs)
-    evaluation = Evaluation(config, split, shown_histories(config, sampler, split))
+    evaluation = Evaluation(config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains})
     tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
     fitted = scorers(config, pairs)
     find = find_similar(config, pairs) if borrows(config) else None  # refuses other prototypes before anything is asked
@@ -125,7 +125,8 @@ def scale(
     sampler, studies, grids = histories(config, pairs), [], []
     weights = (config.eval.weights[0], config.eval.weights[1])
     if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
-        studies.append((Study("scaling", ind, sizes(config.eval.pro), weights), config.data.history_size))
+        cells = Study("scaling", ind, sizes(config.eval.pro), weights, grid_seeds(config.eval))
+        studies.append((cells, config.data.history_size))
     if config.eval.one_pair_ind:
         studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0]), weights), 1))
     for study, size in studies:
@@ -212,5 +213,6 @@ def notes(config: Config, made: Sequence[str]) -> list[str]:
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."
         )
-    findings = StageFolder.read(Path(config.run_dir), "build_data").manifest.get("findings", [])
-    return [*notes, *(f"Data: {finding}." for finding in findings)]
+    built = StageFolder.read(Path(config.run_dir), "build_data").manifest
+    lost = [f"{n} {what} were left out" for what, n in built.get("left_out", {}).items() if n]
+    return [*notes, *(f"Data: {finding}." for finding in (*lost, *built.get("findings", [])))]

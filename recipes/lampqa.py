@@ -12,13 +12,13 @@ import pandas as pd
 
 from eval.baselines import fit_baseline
 from eval.console import text_table
-from eval.evaluation import Candidate, ScoredCandidate
-from eval.harness import PredictionStore
+from eval.evaluation import Candidate, ScoredCandidate, kept_answers
 from eval.lampqa import MEASURES, Grades, Task, ask_tasks, report, score_tasks, tasks
+from eval.published import LAMPQA_TEXT, published_rankings
 from eval.report import Report, Section, write_markdown, write_report
 from eval.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
 from eval.scored import one_by_one
-from pgenrm_train.artifacts import StageFolder, fingerprint, write_json, write_table, write_text
+from pgenrm_train.artifacts import StageFolder, write_json, write_table, write_text
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import Config, sizes
 from pgenrm_train.errors import BackendError, ConfigError, DataError
@@ -116,9 +116,8 @@ def _ask(config: Config, candidate: Candidate | ScoredCandidate, asked: Sequence
     try:
         if isinstance(candidate, ScoredCandidate):
             return score_tasks([t for t in asked if t.sample == 0], candidate.start())
-        identity = fingerprint(candidate.identity, config.eval.temperature, config.data.history_size, config.seed)
         return ask_tasks(
-            asked, candidate.start, candidate.write(), PredictionStore(folder / candidate.name / f"ranks-{identity}", identity),
+            asked, candidate.start, candidate.write(), kept_answers(config, candidate, folder / candidate.name, "ranks"),
             temperature=config.eval.temperature, progress=progress, what=f"evaluate {candidate.name}",
         )  # fmt: skip
     finally:
@@ -133,7 +132,8 @@ def _publish(
         "model": name, "data": "lampqa", "reference": reference.source, "ungraded_answers": dict(reference.failures),
         "ind": max(sizes(config.eval.ind)), "history_size": config.data.history_size, "seeds": [0],
     }  # fmt: skip
-    write_json(folder / "results.json", {**results[name], **facts, "models": dict(results)})
+    row = _leaderboard_row(results[name], facts)
+    write_json(folder / "results.json", {**results[name], **facts, "models": dict(results), "leaderboard_row": row})
     write_table(folder / "predictions.parquet", pd.concat([t.assign(model=n) for n, t in tables.items()], ignore_index=True))
     rows = [_line(model, "all subsets", {**_totals(found), **found["average"]}) for model, found in results.items()]
     parts = [_line(model, subset, counts) for model, found in results.items() for subset, counts in found["subsets"].items()]
@@ -146,8 +146,12 @@ def _publish(
     title = "LaMP-QA: Spearman × 100 [95 % interval over questions]; of models, and within questions"
     write_text(folder / "table.txt", text_table([*rows, *parts], title, 150) + "".join(f"- {note}\n" for note in notes))
     page = Report(
-        title="P-GenRM on LaMP-QA", run=facts, stages=rows, notes=notes,
-        sections=[Section("By subset", "A question that the model did not rank counts as 0.", parts)],
+        title=f"{name} on LaMP-QA", run=facts, stages=rows, notes=notes,
+        sections=[
+            Section("By subset", "A question that the model did not rank counts as 0.", parts),
+            Section("Published figures", LAMPQA_TEXT, published_rankings()),
+            Section("Leaderboard row", "Mean of the subsets, with interval and denominator.", [row]),
+        ],
     )  # fmt: skip
     write_report(folder / "report.html", page)
     write_markdown(folder / "report.md", page)
@@ -160,6 +164,17 @@ def _line(model: str, subset: str, found: Mapping[str, Any]) -> dict[str, Any]:
         line |= {label: found.get(measure), f"{label} ci95": found.get(f"{measure}_ci95")}
     counts = {"questions": "n_questions", "unranked": "unranked", "tied": "tied", "no reference": "no_reference"}
     return line | {label: found[key] for label, key in counts.items()} | {"failed samples": found.get("failed")}
+
+
+def _leaderboard_row(found: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    line = _line(f"{facts['model']} (Ind-{facts['ind']})", "all subsets", {**_totals(found), **found["average"]})
+    known = {
+        "model": line.pop("stage"),
+        "data": "lampqa",
+        "reference": facts["reference"],
+        "history texts": facts["history_size"],
+    }
+    return known | line | {"answer models": len(found["answer_models"])}
 
 
 def _totals(found: Mapping[str, Any]) -> dict[str, int]:

@@ -393,6 +393,11 @@ def sizes(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
+def grid_seeds(settings: EvalConfig) -> int:
+    """Evaluation seeds of the Ind-m/Pro-n samples: all where one cell is the headline, one where a grid of cells is filled."""
+    return 1 if isinstance(settings.ind, list | tuple) or isinstance(settings.pro, list | tuple) else settings.seeds
+
+
 def masking_of(config: Config, stage: str) -> str:
     """The masking policy of a stage: `masking=` when given, else the stage's own."""
     return config.masking.policy or str(getattr(config, stage).masking)

@@ -19,7 +19,9 @@ USERS = ["a", "a", "b", "b", "c", "c"]
 
 def a_run(folder, hits, inside="evaluate", users=USERS, text="a chain", **facts):
     """A run folder as an evaluation leaves it, with other models and other questions in its predictions as well."""
-    own = consistent(hits, users).assign(set="own", model="m", script="Latin", text=text, scenario=["work", "home"] * len(hits))
+    own = consistent(hits, users).assign(
+        set="own", model="m", language="English", text=text, scenario=["work", "home"] * len(hits)
+    )
     own["scenario"] = own["pair_id"].map(lambda name: "work" if int(name[1:]) % 2 else "home")
     others = [own.assign(model="baseline", score_chosen=0), own.assign(set="swapped", score_chosen=0)]
     (folder / inside).mkdir(parents=True)
@@ -35,7 +37,7 @@ def test_by_hand_overall_and_by_slice(tmp_path):
     assert overall["difference"] == pytest.approx(4 / 6) and (overall["accuracy_a"], overall["accuracy_b"]) == (5 / 6, 1 / 6)
     assert overall["p_value"] == pytest.approx(2 / 2**4) and overall["p_value_users"] == pytest.approx(2 / 2**3)
     slices = {(s["slice"], s["value"]): s for s in found["slices"]}
-    assert set(slices) == {("scenario", "home"), ("scenario", "work")}  # one script only: no slice
+    assert set(slices) == {("scenario", "home"), ("scenario", "work")}  # one language only: no slice
     assert slices["scenario", "home"]["difference"] == pytest.approx(2 / 3)
     assert slices["scenario", "work"]["n_pairs"] == 3
     assert all(s["p_value_users_adjusted"] >= s["p_value_users"] for s in found["slices"])

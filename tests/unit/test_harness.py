@@ -12,6 +12,8 @@ from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage
 from eval.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
 from eval.metrics import accuracy_report
 from eval.outcomes import COLUMNS
+from eval.scored import one_by_one, score_pairs, scored
+from eval.sections import reader_notes
 from eval.summary import narrow
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
@@ -143,6 +145,23 @@ def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
     assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row["issues"] == "declared_differs"
     turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text))
     assert (turned["score_chosen"], turned["verified_chosen"]) == (9.0, 3.0)
+
+
+def test_a_preference_between_identical_responses_is_a_tie_and_no_hit(tmp_path):
+    class First(LikesHistory):
+        """Prefers what stands first."""
+
+        def answer(self, request, sample):
+            return Generation(request.key, sample, write_chain("x", CRITERIA, [[8.0], [3.0]]))
+
+    pairs = [vote(0, "u", "tea", "tea"), vote(1, "u", "tea", "coffee")]
+    frame = answer(tmp_path, First(), own_questions(pairs, dict.fromkeys(("p0", "p1"), ())))
+    same = frame[frame["pair_id"] == "p0"]
+    assert set(same["score_chosen"]) == set(same["score_rejected"]) == set(same["verified_chosen"]) == {5.5}
+    report = accuracy_report(frame, draws=20)
+    assert (report["accuracy"], report["ties"], report["order_flip_rate"]) == (0.25, 2, 0.5)
+    by_place = score_pairs(lambda example: (2, 1), pairs)
+    assert accuracy_report(by_place, draws=20)["accuracy"] == 0.25
 
 
 # ---- resume ----
@@ -391,6 +410,26 @@ def test_a_personal_model_falls_with_swapped_histories(tmp_path):
     assert tested.report["accuracy"] == 1.0 and tested.report["model"] == "psi" and tested.report["n_pairs"] == 40
     assert (tested.probe["own"]["accuracy"], tested.probe["swapped"]["accuracy"]) == (1.0, 0.0)
     assert tested.probe["n_pairs"] == 40 and tested.probe["difference"]["ci95"][0] > 0
+
+
+@pytest.mark.parametrize("users,claimed", [(4, False), (20, True)])
+def test_a_report_calls_a_model_personal_only_where_there_are_users_enough(users, claimed):
+    def follows(example):
+        return [8.0 if text == example.history[0].chosen else 3.0 for text in example.responses]
+
+    votes = [
+        PreferencePair(f"p{n}", f"u{n}", (Message("user", f"q{n // 2}"),), *(("tea", "coffee") if n % 2 else ("coffee", "tea")))
+        for n in range(users)
+    ]
+    tests = evaluation(votes, {p.pair_id: liked(p.chosen) for p in votes})
+    [note] = [
+        note
+        for note in reader_notes(tests.judge("mine", scored(tests._questions(1, False), one_by_one(follows))))
+        if "disagree" in note
+    ]
+    assert "own history 100.0%, swapped history 0.0%" in note
+    assert ("it uses whose history it reads" in note) == claimed
+    assert ("4 users: too few" in note and "not shown to be personal" in note) != claimed
 
 
 def test_a_rule_that_ignores_the_user_scores_one_half_on_both(tmp_path):

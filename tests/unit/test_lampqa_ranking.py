@@ -269,10 +269,33 @@ def test_judge_and_model_over_an_api_from_answers_to_report(tmp_path):
     assert "1 answers have no grade (1 × http_400)" in (folder.path / "table.txt").read_text()
 
 
+def test_kept_scores_are_of_the_same_answers_and_the_same_prompt(tmp_path):
+    graded = [replace(a, rubric_score=RISING[a.question_id, a.model]) for a in answers(QUESTIONS)]
+    folder, other = (
+        run_folder(tmp_path, given=graded),
+        [replace(a, text=f"{a.text} indeed") for a in graded if a.question_id == "q1"],
+    )
+    with serve(behaviour) as server:
+        keys = (*endpoints(server.url), "eval.ind=2", f"eval.cache={tmp_path / 'cache'}")
+        go(tmp_path, folder, *keys)
+        first = len(server.bodies)
+        go(tmp_path / "again", run_folder(tmp_path / "again", given=graded), *keys)
+        assert len(server.bodies) == first == 6 * 2, "runs that share a cache ask once"
+        write_answers(tmp_path / "build_data", [*(a for a in graded if a.question_id != "q1"), *other])
+        go(tmp_path, folder, *keys)
+        assert len(server.bodies) == first + 2, "other answers under the same ids are scored anew"
+        go(tmp_path, folder, *keys, "model.max_response_tokens=99")
+        assert len(server.bodies) == first + 2 + first, "other settings of prompt and answer make another question"
+
+
 def test_given_grades_need_no_judge(tmp_path):
     folder = run_folder(tmp_path, given=[replace(a, rubric_score=RISING[a.question_id, a.model]) for a in answers(QUESTIONS)])
     facts, results, _ = go(tmp_path, folder, "model=baseline", "model.name=longer")
     assert (facts["model"], facts["spearman"], results["reference"]) == ("longer", 1.0, "grades that came with the answers")
+    row = results["leaderboard_row"]
+    assert (row["model"], row["spearman models"], row["questions"], row["answer models"]) == ("longer (Ind-8)", 1.0, 6, 4)
+    report = (folder.path / "report.md").read_text()
+    assert "Published figures" in report and "0.714" in report and "Leaderboard row" in report
 
 
 def test_without_grades_and_judge_one_sentence_says_so(tmp_path):

@@ -7,6 +7,7 @@ from eval.baselines import fit_baseline
 from eval.perturb import inject, pad, paraphrase
 from eval.robustness import KINDS, probe_questions, probe_rows, probe_slice
 from eval.scored import one_by_one, score_pairs, scored
+from pgenrm_train.config import Config
 from pgenrm_train.config.schema import PROBES
 from pgenrm_train.masking import MaskedView
 from pgenrm_train.prompts import chat_messages, neutralise, split_prompt
@@ -74,6 +75,23 @@ def test_a_length_rule_falls_by_padding_and_by_nothing_else():
     assert (fallen["padded"]["drop"], fallen["padded"]["drop ci95"], fallen["padded"]["flip rate"]) == (1.0, [1.0, 1.0], 1.0)
     for kind in ("swapped_history", "empty_history", "shuffled_history", "paraphrased"):
         assert (fallen[kind]["drop"], fallen[kind]["flip rate"]) == (0.0, 0.0), kind
+
+
+def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
+    """It gains accuracy by what should change nothing, which no drop shows."""
+    from eval.evaluation import Evaluation
+    from eval.sections import reader_notes
+
+    config, notes = Config(recipe="evaluate"), {}
+    config.eval.draws = 50
+    other_way = [vote(n, chosen="I really do not know that.", rejected="I do not know.") for n in range(12)]
+    for name in ("shorter", "longer", "random"):
+        tested = Evaluation(config, other_way, HISTORIES).baseline(name, fit_baseline(name, [], []), final=True)
+        notes[name] = " ".join(reader_notes(tested))
+    assert "no loss of accuracy is proven" in notes["shorter"]
+    assert "turns verdicts there all the same: padded (100.0% of presentations)" in notes["shorter"]
+    assert "loses accuracy" in notes["longer"] and "turns verdicts" not in notes["longer"]
+    assert "paraphrased" in notes["random"].split("turns verdicts")[1]
 
 
 def test_a_scorer_that_reads_the_history_flips_where_it_is_taken_away():

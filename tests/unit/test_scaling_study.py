@@ -7,13 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from eval import evaluation
 from eval.harness import PredictionStore, ask
 from eval.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_pool
+from eval.summary import headline
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, grid_seeds, load
 from pgenrm_train.prompts import chat_messages, split_prompt
 from pgenrm_train.records import HistoryItem, Message, PreferencePair
+from recipes.costs import evaluation_calls
 
 PAIRS = [PreferencePair(f"p{i}", f"u{i % 5}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}") for i in range(20)]
 HISTORIES = {p.pair_id: (HistoryItem("earlier", "mine", "other"),) for p in PAIRS}
@@ -178,3 +181,24 @@ def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
         "m own samples" in title and all(name in svg for name in ("Ind-0", "Ind-1", "Pro-0", "Pro-2")) and svg.count("100.0") == 3
     )
     assert grid_heat_map(Grid(Study("scaling", (0, 1), (0,)), pool, [])) == []
+
+
+def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
+    one, grid = load("recipe=evaluate", "eval.ind=4", "eval.pro=2"), load("recipe=evaluate", "eval.ind=[4]", "eval.pro=2")
+    assert (grid_seeds(one.eval), grid_seeds(grid.eval)) == (one.eval.seeds, 1) != (1, 1)
+    study, model = Study("scaling", (4,), (2,), seeds=3), Model(share=0.7)
+    pool = pool_of(tmp_path, model, study)
+    assert sum(model.samples.values()) == 3 * 20 * 2 * (4 + 2) and sorted(pool["seed"].unique()) == [0, 1, 2]
+    [row] = cells(pool, study, config())
+    final = evaluation.Tested("psi", pool, {"model": "psi"}, None, None)
+    made = config(ind=4, pro=2)
+    found = headline(made, final, [evaluation.Grid(study, pool, [row])])
+    assert (found["ind"], found["pro"], found["seeds"]) == (4, 2, [0, 1, 2])
+    assert found["stderr"] == row["stderr"] > 0 and found["accuracy"] == row["accuracy"]
+    assert "stderr" not in cells(pool, Study("scaling", (4,), (2,)), config())[0]
+
+
+def test_what_a_run_will_ask_counts_the_seeds_of_its_headline_cell():
+    tests = evaluation.Evaluation(config(probes=False), PAIRS, HISTORIES)
+    calls = {ind: evaluation_calls(config(ind=ind, pro=2), tests) for ind in (4, (4,))}
+    assert calls == {4: 2 * 20 * 5 * (1 + 4 + 2), (4,): 2 * 20 * (5 + 4 + 2)}

@@ -4,33 +4,13 @@ import numpy as np
 import pytest
 from prediction_tables import consistent
 
-from eval.slices import history_label, length_label, prototype_macro, script, slice_labels, slice_rows
+from eval.slices import history_label, length_label, prototype_macro, slice_labels, slice_rows
 from pgenrm_train.records import Message, PreferencePair
 
 
 def vote(number: int, chosen: str = "tea", rejected: str = "coffee", turns: int = 1, **more) -> PreferencePair:
     context = tuple(Message(("user", "assistant")[i % 2], f"turn {i}") for i in range(2 * turns - 1))
     return PreferencePair(f"p{number}", f"u{number}", context, chosen, rejected, **more)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Plan my trip?", "Latin"),
-        ("Où est l'été à Zürich?", "Latin"),
-        ("Как дела, мир? ok", "Cyrillic"),
-        ("旅行の計画を立ててください", "Japanese"),
-        ("请帮我计划一次旅行", "Chinese characters"),
-        ("여행 계획을 세워 주세요", "Korean"),
-        ("كيف حالك", "Arabic"),
-        ("मेरी यात्रा", "Devanagari"),
-        ("12 + 30 = 42 🙂", "no letters"),
-        ("", "no letters"),
-        ("\ud800 \x00", "no letters"),
-    ],
-)
-def test_the_script_of_most_letters(text, expected):
-    assert script(text) == expected
 
 
 def test_length_and_history_labels():

@@ -62,7 +62,7 @@ def evaluate(folder, judge, pairs, histories, **settings):
     config.data.name, config.eval.draws, config.eval.seeds, config.eval.probe_pairs = "pairs", 50, 2, 12
     for name, value in settings.items():
         setattr(config.eval, name, value)
-    evaluation = Evaluation(config, pairs, histories)
+    evaluation = Evaluation(config, pairs, histories, {p.user_id for p in pairs} - {"u3", "u5", "u7"})
     candidate = Candidate("judge", "sha", lambda: judge, lambda: chat_messages, lambda: None)
     tested = evaluation.test(candidate, folder / "judge", progress, final=True)
     results = publish(config, folder, evaluation, [tested], [], [], ["a note"], {p.pair_id: i % 3 for i, p in enumerate(pairs)})
@@ -85,8 +85,11 @@ def test_odd_inputs_are_asked_counted_and_shown(tmp_path):
         assert "20 with identical responses" in " ".join(text.split()).replace("\u202f", " ")
     assert "<script>alert(1)" not in files["report.html"] and "<script>" not in files["report.md"]
     assert json.loads((tmp_path / "results.json").read_text())["odd_inputs"]["empty history"] == 6
-    scripts = {r["value"] for r in results["slice_rows"] if r["slice"] == "script"}
-    assert scripts == {"Japanese", "Latin"}
+    languages = {r["value"] for r in results["slice_rows"] if r["slice"] == "language"}
+    assert languages == {"Japanese", "Latin script"}
+    known = {r["value"]: (r["users"], r["pairs"]) for r in results["slice_rows"] if r["slice"] == "user"}
+    assert known == {"votes in train": (17, 102), "none in train": (3, 18)}
+    assert "20, 3 without votes in train" in files["report.html"]
 
 
 def test_every_part_of_the_report_is_there(tmp_path):
@@ -97,6 +100,8 @@ def test_every_part_of_the_report_is_there(tmp_path):
     for name in ("report.html", "report.md"):
         assert all(title in files[name] for title in titles)
         assert "P-GenRM, Ind-16, Pro-8" in files[name] and "for orientation only" in files[name]
+    assert "| P-GenRM | release |" in files["report.md"] and "| GPO | not stated |" in files["report.md"]
+    assert results["leaderboard_row"]["protocol"] == "strict" and results["leaderboard_row"]["pairs"] == 120
     assert "accuracy over confidence of the margin" in files["report.html"] and "Chain reader" in files["report.html"]
     assert "the same predictions under each protocol" in files["table.txt"] and "what moves its verdicts" in files["table.txt"]
     assert "is not shown to be personal" in " ".join(files["table.txt"].split())  # the judge reads no history
@@ -105,7 +110,7 @@ def test_every_part_of_the_report_is_there(tmp_path):
     strict, release = results["protocols"]["strict"], results["protocols"]["release"]
     assert strict["accuracy"] == pytest.approx(5 / 6) and release["accuracy"] == 1.0 and release["n_dropped"] == 40
     stored = pd.read_parquet(tmp_path / "predictions.parquet")
-    assert {"script", "length ratio", "prototype"} <= set(stored.columns)
+    assert {"language", "length ratio", "prototype"} <= set(stored.columns)
     assert compare((str(tmp_path), str(tmp_path)), draws=20, seed=0)["overall"]["difference"] == 0.0
 
 

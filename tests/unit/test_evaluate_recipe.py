@@ -1,0 +1,57 @@
+"""recipe=evaluate on a file of odd votes, as a user runs it: what cannot be used is named or counted, and the rest is evaluated."""
+
+import json
+
+import pytest
+
+from pgenrm_train.config import load
+from pgenrm_train.errors import DataError
+from recipes import evaluate
+
+
+def vote(number, user, split, chosen, rejected):
+    row = {
+        "conversation_id": f"c{number}",
+        "user_id": user,
+        "context": [{"role": "user", "content": f"question {number}"}],
+        "split": split,
+    }
+    texts = {"chosen": chosen, "rejected": rejected}
+    return row | {name: {"role": "model", "content": text} for name, text in texts.items() if text is not None}
+
+
+VOTES = [
+    *(vote(n, "known", "train", f"a long answer {n}", "short") for n in range(6)),
+    vote(10, "known", "test", "a long answer", "short"),
+    vote(11, "known", "test", "the same", "the same"),
+    vote(12, "stranger", "test", "x" * 100_000, "y"),
+    vote(13, "stranger", "test", "良い答えです", "悪い"),
+]
+UNLABELLED = [vote(14, "known", "test", None, "b"), vote(15, "known", "test", "a", None)]
+
+
+def results(tmp_path, votes, *keys):
+    path = tmp_path / "votes.jsonl"
+    path.write_text("".join(json.dumps(v) + "\n" for v in votes))
+    evaluate.run(load(
+        "recipe=evaluate", "data=pairs", f"data.path={path}", "model=baseline", "model.name=user_length", "eval.baselines=[random]",
+        "eval.draws=20", "tracking=none", f"run_dir={tmp_path / 'run'}", *keys,
+    ))  # fmt: skip
+    folder = tmp_path / "run" / "evaluate"
+    return json.loads((folder / "results.json").read_text()), (folder / "report.md").read_text()
+
+
+def test_a_vote_without_a_label_is_named_or_counted(tmp_path):
+    with pytest.raises(DataError, match="row 11, field 'chosen'"):
+        results(tmp_path, [*VOTES, *UNLABELLED])
+    found, report = results(tmp_path, [*VOTES, *UNLABELLED], "data.on_bad_row=skip")
+    assert found["n_pairs"] == 4 and "2 rows that do not fit were left out" in report
+    assert found["odd_inputs"] == {"identical responses": 1, "empty history": 2, "a text above 20,000 characters": 1}
+    assert "2, 1 without votes in train" in report
+    assert (found["accuracy"], found["ties"]) == (0.75, 2), "the stranger is taken for the population, identical responses tie"
+
+
+def test_a_file_of_one_user(tmp_path):
+    found, report = results(tmp_path, VOTES[:8])
+    assert (found["n_users"], found["ci95"], found["accuracy"]) == (1, [0.0, 1.0], 0.5)
+    assert "no interval over users can be had" in report and "was not tested" in report
