@@ -91,22 +91,36 @@ def check_ray(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_wandb(config: Config, stage: str) -> Iterator[str]:
-    """tracking=wandb has a key: in the environment or in ~/.netrc, where `wandb login` puts it."""
-    if (
-        config.tracking.kind != "wandb"
-        or os.environ.get("WANDB_API_KEY")
-        or os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    ):
+    """tracking=wandb has a key, in the environment or in ~/.netrc, where `wandb login` puts it, and W&B takes it.
+
+    A W&B that is not reached is no failure: the run starts offline then.
+    """
+    if config.tracking.kind != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return
+    import httpx
+
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    host = urlsplit(base).hostname or ""
+    if not (key := os.environ.get("WANDB_API_KEY") or _in_netrc(host)):
+        yield f"tracking=wandb has no key for {host}; run wandb login, set WANDB_API_KEY, or use tracking=offline"
+        return
+    try:
+        asked = httpx.post(f"{base}/graphql", json={"query": "{viewer {id}}"}, auth=("api", key), timeout=SECONDS)
+        refused = asked.status_code in (401, 403) or (asked.is_success and not (asked.json().get("data") or {}).get("viewer"))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return
+    if refused:
+        yield f"W&B at {host} refuses the key; run wandb login --relogin, correct WANDB_API_KEY, or use tracking=offline"
+
+
+def _in_netrc(host: str) -> str | None:
     import netrc
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        known = netrc.netrc().authenticators(host) is not None
+        found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
-        known = False
-    if not known:
-        yield f"tracking=wandb has no key for {host}; run wandb login, set WANDB_API_KEY, or use tracking=offline"
+        return None
+    return found[2] if found else None
 
 
 def check_teacher(config: Config, stage: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -27,18 +28,19 @@ def config(tmp_path: Path) -> Config:
 
 
 @contextmanager
-def server(status: int) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers every GET with `status`; yields its base URL and the Authorization headers that it saw."""
+def server(status: int, body: bytes = b"") -> Iterator[tuple[str, list[str]]]:
+    """A server that answers everything with `status` and `body`; yields its base URL and the Authorization headers that it saw."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             seen.append(f"{self.path} {self.headers.get('authorization')}")
             self.send_response(status)
-            self.send_header("content-length", "0")
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_: object) -> None: ...
 
@@ -230,13 +232,30 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "tracking=wandb has no key for api.wandb.ai" in " ".join(reach.check_wandb(asking, "psi"))
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody answers there: the run would start offline
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert list(reach.check_wandb(asking, "psi")) == []
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert "wandb.example.org" in " ".join(reach.check_wandb(asking, "psi"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
+    assert "wandb.invalid" in " ".join(reach.check_wandb(asking, "psi"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert list(reach.check_wandb(asking, "psi")) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"), [({"viewer": {"id": "v"}}, False), ({"viewer": None}, True), (401, True), (503, False)]
+)
+def test_a_key_that_wandb_refuses_is_told(answer: object, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    asking.tracking.kind = "wandb"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    status = answer if isinstance(answer, int) else 200
+    with server(status, json.dumps({"data": answer}).encode()) as (url, seen):
+        monkeypatch.setenv("WANDB_BASE_URL", url.removesuffix("/v1"))
+        told = " ".join(reach.check_wandb(asking, "psi"))
+    assert seen == ["/graphql Basic YXBpOms="]
+    assert ("W&B at 127.0.0.1 refuses the key" in told) == refused == bool(told)
 
 
 def test_a_ray_cluster_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
