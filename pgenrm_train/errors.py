@@ -6,6 +6,7 @@
     ├── ArtifactError           a run folder, checkpoint or cache that is missing, foreign or half-written
     ├── PreflightError          the machine lacks what the run needs: memory, disk, port, package, device
     ├── BackendError            an engine or server failed in a way that stopped the stage
+    │   └── NodeLostError       a node of the cluster went away under it: it goes on once the node is back
     └── NothingTrainedError     a training stage ended without the optimiser steps that it planned
 
 A failure of one generation, judgement or row is *data*, not an exception: see `chains.ParseFailure`.
@@ -36,6 +37,10 @@ class PreflightError(PGenRMError):
 
 class BackendError(PGenRMError):
     """An engine or server failed and the stage cannot go on."""
+
+
+class NodeLostError(BackendError):
+    """A node of the cluster was lost; the stage goes on from its newest checkpoint once the node is back."""
 
 
 class NothingTrainedError(PGenRMError):

@@ -31,7 +31,7 @@ from pgenrm_train.artifacts import read_json, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_config import environment, to_verl
 from pgenrm_train.config import Config, seed_of
-from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NodeLostError, NothingTrainedError
 
 TRAINED, ENGINE_LOG = "trained.json", "engine.log"
 __all__ = ["Phase", "environment", "launch", "to_verl", "train"]
@@ -68,7 +68,19 @@ class Phase:
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """`train` in a child process.  Raises what `train` raises; BackendError when the child died without a word."""
+    """`train` in a child process, and in another one each time that a node of the cluster is lost, which waits for it to come back.
+
+    Raises what `train` raises; BackendError when the child died without a word.
+    """
+    for left in range(config.cluster.max_failures, 0, -1):
+        try:
+            return _launch(config, phases)
+        except NodeLostError as error:
+            print(f"{error}; it goes on from its newest checkpoint once the node is back ({left} starts left)", flush=True)
+    return _launch(config, phases)
+
+
+def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     folder = phases[0].work_dir
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "verl_job.json", folder / "verl_report.json"
@@ -81,7 +93,7 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     child = subprocess.Popen(
         command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    told = tuple(f"{phase.section} " for phase in phases) + tuple(f"{phase.section}:" for phase in phases)
+    told = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     # A thread, because Ray's daemons may hold the pipe open longer than the child lives.
     threading.Thread(target=_relay, args=(child.stdout, folder / ENGINE_LOG, told), daemon=True).start()
     try:
@@ -142,7 +154,7 @@ def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path]
     first = _verl(config, phases[0], starts[0])
     first.actor_rollout_ref.actor.use_kl_loss = any(getattr(config, p.section).kl_coefficient > 0 for p in phases)
     seconds = min(getattr(config, phase.section).stall_seconds for phase in phases)
-    watchdog = Watchdog(seconds, lambda message: end_stalled(session_folder[0], report, message))
+    watchdog = Watchdog(seconds, lambda why: end_stalled(session_folder[0], report, why))
     watchdog.follow(phases[0].work_dir / "heartbeat.json")
     session_folder: list[Path] = [Path("/nonexistent")]
     with Session(config, first, watchdog) as session:

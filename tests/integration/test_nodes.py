@@ -1,4 +1,4 @@
-"""PSI on two logical nodes of a Ray cluster on this machine; one of them is lost in the middle and comes back."""
+"""PSI and CRE on two logical nodes of a Ray cluster on this machine; one of them is lost in the middle and comes back."""
 
 from __future__ import annotations
 
@@ -7,36 +7,58 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_psi import CHANGED, NANO, rows
 
-from pgenrm_train.backends import deepspeed_sft
+sys.path.insert(0, str(Path(__file__).parent))
+import verl_world
+
+from pgenrm_train.backends import deepspeed_sft, ray_cluster
+from pgenrm_train.backends.verl_config import environment
+from pgenrm_train.backends.verl_grpo import Phase, launch
 from pgenrm_train.config import Config, load
-from pgenrm_train.errors import ConfigError
+from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.preflight.reach import check_ray
 from pgenrm_train.tracking import METRICS
 
 __all__ = ["rows"]  # the fixture
 STEPS = 30
+GRPO_STEPS = 3
+LOGICAL = {"num_cpus": 16, "num_gpus": 1}  # of a node, for veRL's placement
+
+
+@contextmanager
+def started(**head: int) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield made
+    finally:
+        made.shutdown()
 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield made
-    made.shutdown()
+    with started(num_cpus=1) as made:
+        yield made
 
 
 def test_a_lost_node_costs_what_was_not_saved(cluster: Any, rows: Path, tmp_path: Path) -> None:
     lost = cluster.add_node(num_cpus=1)
     config = _config(f"ray.address={cluster.address}", nodes=2)
     back: list[subprocess.Popen[bytes]] = []
-    accident = threading.Thread(target=_lose_a_node, args=(cluster, lost, tmp_path / "nodes" / "steps", back))
+    saved = tmp_path / "nodes" / "steps"
+    accident = threading.Thread(
+        target=_lose_a_node, args=(cluster, lost, saved, f"checkpoint-*/{deepspeed_sft.COMPLETE}", back, ["--num-cpus=1"])
+    )
     accident.start()
     trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path / "nodes")
     accident.join()
@@ -55,15 +77,91 @@ def test_several_nodes_need_an_address(rows: Path, tmp_path: Path) -> None:
         deepspeed_sft.train(_config(nodes=2), rows, start=NANO, work_dir=tmp_path)
 
 
-def _lose_a_node(cluster: Any, node: Any, steps: Path, back: list[Any]) -> None:
+def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, table = verl_world.write_checkpoint(tmp_path / "start", sft_steps=150), tmp_path / "rows.parquet"
+    verl_world.write_rows(table, 16)
+    for name, value in environment(Config(recipe="cre")).items():
+        if name.startswith("RAY_"):  # no idle processes: of the nodes' daemons too
+            monkeypatch.setenv(name, value)
+    phase = Phase("cre", start, table, tmp_path / "cre", GRPO_STEPS)
+    back: list[subprocess.Popen[bytes]] = []
+    places: dict[str, set[str]] = {}
+    with started(**LOGICAL) as cluster:
+        lost = cluster.add_node(**LOGICAL)
+        where = (cluster, lost, phase.work_dir / "verl", "global_step_1/complete.json")
+        options = ["--num-cpus=16", "--num-gpus=1"]
+        accident = threading.Thread(target=_lose_a_node, args=(*where, back, options, places))
+        accident.start()
+        (trained,) = launch(_grpo(cluster.address, tmp_path), [phase])
+        accident.join()
+        back[0].terminate()
+    assert trained.steps == GRPO_STEPS
+    assert len(places["ChainWorker"]) == 2, "a rank of FSDP on each node"
+    assert len(places["vLLMHttpServer"]) == 2, "and a replica of vLLM"
+    said = capsys.readouterr().out
+    assert "cre: node 127.0.0.1 of the Ray cluster was lost at step" in said or "of the Ray cluster was lost at step" in said
+    assert "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
+    sampler = CurriculumSampler(16, prompts_per_step=4, steps=GRPO_STEPS, seed=0)
+    drawn = [json.loads(line) for line in (phase.work_dir / "batches.jsonl").read_text().splitlines()]
+    assert [line["rows"] for line in drawn] == [sampler.next_batch(step) for step in range(1, GRPO_STEPS + 1)]
+    steps = [json.loads(line) for line in (phase.work_dir / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in steps] == list(range(1, GRPO_STEPS + 1))
+    assert all(abs(line["cre/actor/ppo_kl"]) < 1e-5 for line in steps), "both replicas have the actor's weights"
+
+
+def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    asking = _config(f"ray.address={cluster.address}", nodes=2)
+    assert "the Ray cluster has room for 0 nodes of 1 GPUs" in " ".join(check_ray(asking, "cre"))
+    ray.init(address=cluster.address)
+    try:
+        with pytest.raises(BackendError, match="0 of 2 nodes of the Ray cluster had 1 free GPUs each after 1 s"):
+            ray_cluster.await_gpus(_config(nodes=2), lambda: None, seconds=1.0)
+    finally:
+        ray.shutdown()
+    assert capsys.readouterr().out.count("waiting for the others") == 1
+
+
+def _lose_a_node(
+    cluster: Any, node: Any, saved: Path, complete: str, back: list[Any], options: list[str],
+    places: dict[str, set[str]] | None = None,
+) -> None:  # fmt: skip
     """Take the node away once a checkpoint is whole, and bring another up a little later."""
-    while not list(steps.glob(f"checkpoint-*/{deepspeed_sft.COMPLETE}")):
+    while not list(saved.glob(complete)):
         time.sleep(0.05)
+    if places is not None:
+        places |= _places(cluster.address)
     cluster.remove_node(node, allow_graceful=False)
-    time.sleep(3)
+    time.sleep(3 if places is None else 20)  # veRL starts anew only once it has seen that the node is away
     # as a user would, and `add_node` sets signal handlers, which a thread may not
     ray = Path(sys.executable).parent / "ray"
-    back.append(subprocess.Popen([ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]))
+    back.append(subprocess.Popen([ray, "start", f"--address={cluster.address}", *options, "--block"]))
+
+
+def _places(address: str) -> dict[str, set[str]]:
+    """Class of living actors → the nodes that hold them."""
+    import ray
+
+    found: dict[str, set[str]] = defaultdict(set)
+    ray.init(address=address, log_to_driver=False)
+    for actor in ray._private.state.actors().values():
+        if actor["State"] == "ALIVE":
+            found[actor["ActorClassName"]].add(actor["Address"]["NodeID"])
+    ray.shutdown()
+    return found
+
+
+def _grpo(address: str, folder: Path) -> Config:
+    found = Config(recipe="cre", run_dir=str(folder))
+    found.ray.address, found.cluster.nodes = address, 2
+    found.model.max_prompt_tokens, found.model.max_response_tokens = 64, 64
+    cre = found.cre
+    cre.prompts_per_step, cre.mini_batch_prompts, cre.group_size, cre.micro_batch_size = 4, 4, 4, 8
+    cre.learning_rate, cre.save_every, cre.kl_coefficient = 1e-3, 1, 0.0
+    return found
 
 
 def _config(*overrides: str, nodes: int, processes: int = 1) -> Config:

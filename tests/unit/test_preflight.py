@@ -262,14 +262,27 @@ def test_a_ray_cluster_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     asking = config(tmp_path)
     asking.ray.address = dead_url().removeprefix("http://").removesuffix("/v1")
     assert "no Ray cluster answers at 127.0.0.1" in " ".join(reach.check_ray(asking, "cre"))
-    with server(200) as (url, _):
-        asking.ray.address = url.removeprefix("http://").removesuffix("/v1")
-        assert list(reach.check_ray(asking, "cre")) == []
     asking.ray.address = "nonsense"
     assert "is not host:port or auto" in " ".join(reach.check_ray(asking, "cre"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asking.ray.address = "auto"
     assert list(reach.check_ray(asking, "cre")) == []
+
+
+def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Path) -> None:
+    asking = config(tmp_path)
+    asking.cluster.nodes, asking.cluster.processes_per_node, asking.cluster.name = 2, 8, "multi_node"
+    assert "cluster.nodes=2 needs ray.address=" in " ".join(reach.check_ray(asking, "cre"))
+    assert list(reach.check_ray(asking, "build_sec")) == []
+    full, half = {"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 4.0, "accelerator_type:H100": 1.0}
+    assert list(reach.cluster_problems(asking, "cre", [full, full])) == []
+    assert "room for 1 nodes of 8 GPUs and cluster=multi_node needs 2" in " ".join(
+        reach.cluster_problems(asking, "cre", [full, half, {"CPU": 4.0}])
+    )
+    assert "differ (A100, H100)" in " ".join(
+        reach.cluster_problems(asking, "cre", [full, {"GPU": 8.0, "accelerator_type:A100": 1.0}])
+    )
+    assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], "on CPUs PSI takes no GPUs, logical ones neither"
 
 
 # ---- the whole ----
