@@ -14,6 +14,10 @@ from typing import Any
 from pgenrm_train.config import ROOT, Config
 from pgenrm_train.errors import BackendError, NodeLostError
 
+CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
+# In gitignore's grammar.  "!." comes first: a pattern that matches the root leaves an empty package, and nobody says so.  Run folders
+# may lie in the checkout, and Ray refuses packages above 500 MiB.
+ALL_BUT_CODE = ["/*", "!.", *(f"!/{folder}" for folder in CODE), "__pycache__"]
 BACK_SECONDS = 3600.0  # how long a run waits for nodes that are gone or busy
 NOTICE_SECONDS = 45.0  # Ray takes a node for lost after half a minute without a sign of life
 
@@ -26,7 +30,7 @@ def join(address: str, variables: Mapping[str, str], *, workers_speak: bool = Fa
     """
     import ray
 
-    travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": [".*", "runs", "outputs"]}
+    travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": ALL_BUT_CODE}
     return ray.init(address=address, runtime_env=travels, log_to_driver=workers_speak)
 
 

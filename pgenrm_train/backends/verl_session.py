@@ -29,7 +29,7 @@ from pgenrm_train.errors import BackendError, PGenRMError
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
 STALLED = 3  # exit code of a run that the watchdog ended
-GRACE_SECONDS = 30.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
+GRACE_SECONDS = 15.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
 
 
 class Watchdog:

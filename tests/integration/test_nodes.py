@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import verl_world
 from pgenrm_train.backends import deepspeed_sft, ray_cluster
 from pgenrm_train.backends.verl_config import environment
 from pgenrm_train.backends.verl_grpo import Phase, launch
-from pgenrm_train.config import Config, load
+from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.preflight.reach import check_ray
@@ -30,7 +31,7 @@ from pgenrm_train.tracking import METRICS
 
 __all__ = ["rows"]  # the fixture
 STEPS = 30
-GRPO_STEPS = 3
+GRPO_STEPS = 2
 LOGICAL = {"num_cpus": 16, "num_gpus": 1}  # of a node, for veRL's placement
 
 
@@ -51,19 +52,24 @@ def cluster() -> Iterator[Any]:
         yield made
 
 
-def test_a_lost_node_costs_what_was_not_saved(cluster: Any, rows: Path, tmp_path: Path) -> None:
+def test_a_lost_node_costs_what_was_not_saved(
+    cluster: Any, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     lost = cluster.add_node(num_cpus=1)
     config = _config(f"ray.address={cluster.address}", nodes=2)
     back: list[subprocess.Popen[bytes]] = []
     saved = tmp_path / "nodes" / "steps"
-    accident = threading.Thread(
-        target=_lose_a_node, args=(cluster, lost, saved, f"checkpoint-*/{deepspeed_sft.COMPLETE}", back, ["--num-cpus=1"])
-    )
+    where = (cluster, lost, saved, f"checkpoint-*/{deepspeed_sft.COMPLETE}")
+    accident = threading.Thread(target=_lose_a_node, args=(*where, back, ["--num-cpus=1"]), daemon=True)
     accident.start()
     trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path / "nodes")
     accident.join()
     back[0].terminate()
     assert trained.steps == STEPS
+    told = capfd.readouterr().out
+    assert re.search(r"psi: rank [01, ]+ of the cluster was lost \(\w+\); all start again from \S+/checkpoint-\d+ once", told), (
+        told[-2000:]
+    )
     assert list((tmp_path / "nodes" / "ray_train").rglob("*")), "Ray Train kept its state in the run folder"
 
     deepspeed_sft.train(_config(nodes=1, processes=2), rows, start=NANO, work_dir=tmp_path / "whole")
@@ -80,7 +86,7 @@ def test_several_nodes_need_an_address(rows: Path, tmp_path: Path) -> None:
 def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start, table = verl_world.write_checkpoint(tmp_path / "start", sft_steps=150), tmp_path / "rows.parquet"
+    start, table = verl_world.write_checkpoint(tmp_path / "start", sft_steps=60), tmp_path / "rows.parquet"
     verl_world.write_rows(table, 16)
     for name, value in environment(Config(recipe="cre")).items():
         if name.startswith("RAY_"):  # no idle processes: of the nodes' daemons too
@@ -92,16 +98,18 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
         lost = cluster.add_node(**LOGICAL)
         where = (cluster, lost, phase.work_dir / "verl", "global_step_1/complete.json")
         options = ["--num-cpus=16", "--num-gpus=1"]
-        accident = threading.Thread(target=_lose_a_node, args=(*where, back, options, places))
+        accident = threading.Thread(target=_lose_a_node, args=(*where, back, options, places), daemon=True)
         accident.start()
         (trained,) = launch(_grpo(cluster.address, tmp_path), [phase])
         accident.join()
         back[0].terminate()
     assert trained.steps == GRPO_STEPS
-    assert len(places["ChainWorker"]) == 2, "a rank of FSDP on each node"
+    assert len(places["WorkerDict"]) == 2, "a rank of FSDP on each node"
     assert len(places["vLLMHttpServer"]) == 2, "and a replica of vLLM"
     said = capsys.readouterr().out
-    assert "cre: node 127.0.0.1 of the Ray cluster was lost at step" in said or "of the Ray cluster was lost at step" in said
+    assert re.search(r"cre: node \S+ of the Ray cluster was lost at step \d; it goes on from its newest checkpoint once", said), (
+        said
+    )
     assert "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
     sampler = CurriculumSampler(16, prompts_per_step=4, steps=GRPO_STEPS, seed=0)
     drawn = [json.loads(line) for line in (phase.work_dir / "batches.jsonl").read_text().splitlines()]
@@ -109,6 +117,25 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     steps = [json.loads(line) for line in (phase.work_dir / METRICS).read_text().splitlines()]
     assert [line["step"] for line in steps] == list(range(1, GRPO_STEPS + 1))
     assert all(abs(line["cre/actor/ppo_kl"]) < 1e-5 for line in steps), "both replicas have the actor's weights"
+
+
+def test_the_checkout_travels_to_the_workers(cluster: Any) -> None:
+    import ray
+
+    def where() -> tuple[str, str, bool]:
+        import os
+
+        import recipes.psi
+        from pgenrm_train.config import CONFIG_DIR
+
+        return recipes.psi.__file__, os.environ["ONE_OF_OURS"], (CONFIG_DIR / "config.yaml").exists()
+
+    ray_cluster.join(cluster.address, {"ONE_OF_OURS": "told"})
+    try:
+        file, told, composes = ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120)
+    finally:
+        ray.shutdown()
+    assert not Path(file).is_relative_to(ROOT) and told == "told" and composes
 
 
 def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +162,11 @@ def _lose_a_node(
     if places is not None:
         places |= _places(cluster.address)
     cluster.remove_node(node, allow_graceful=False)
-    time.sleep(3 if places is None else 20)  # veRL starts anew only once it has seen that the node is away
+    if places is None:
+        time.sleep(3)
+    else:  # the engine's next start waits for it
+        while "waiting for the others" not in (saved.parent / "engine.log").read_text():
+            time.sleep(0.2)
     # as a user would, and `add_node` sets signal handlers, which a thread may not
     ray = Path(sys.executable).parent / "ray"
     back.append(subprocess.Popen([ray, "start", f"--address={cluster.address}", *options, "--block"]))
@@ -149,7 +180,7 @@ def _places(address: str) -> dict[str, set[str]]:
     ray.init(address=address, log_to_driver=False)
     for actor in ray._private.state.actors().values():
         if actor["State"] == "ALIVE":
-            found[actor["ActorClassName"]].add(actor["Address"]["NodeID"])
+            found[actor["ActorClassName"].rpartition(".")[2]].add(actor["Address"]["NodeID"])
     ray.shutdown()
     return found
 

@@ -18,7 +18,8 @@ from pgenrm_train.planning.batches import grpo_batches, psi_batches
 from pgenrm_train.planning.geometry import KNOWN, geometry_of, read_geometry
 from pgenrm_train.planning.work import generation_rate, lengths, pairs_of
 
-MODELS = ("nano", "llama31_8b", "qwen3_8b", "llama31_70b_lora")
+WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
+MODELS = sorted({path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")} - set(WITHOUT_WEIGHTS))
 CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
 PUBLISHED = {  # parameter counts on the models' hub pages
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
@@ -153,6 +154,26 @@ def test_every_shipped_model_is_planned_on_every_cluster(model: str, cluster: st
         if stage.change:
             keys = tuple((text.split("=")[0], _value(text.split("=")[1])) for text in stage.change)
             assert fits(apply(config, (keys,)), plan.geometry, stage.stage), "the advice must hold"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml")))
+def test_every_shipped_recipe_is_planned(recipe: str) -> None:
+    for stage in plan_of(load(f"recipe={recipe}")).stages:
+        assert stage.fits and stage.work.total_hours >= 0, stage.problems
+
+
+@pytest.mark.parametrize("data", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
+def test_every_shipped_data_set_is_planned(data: str) -> None:
+    path = ["data.path=votes.parquet"] if data == "pairs" else []
+    plan = plan_of(load("recipe=plan", f"data={data}", "model=llama31_8b", "cluster=gpu8", *path))
+    assert plan.fits and plan.hours > 0 and plan.dollars > 0
+
+
+@pytest.mark.parametrize("model", WITHOUT_WEIGHTS)
+def test_a_model_without_weights_of_ours_is_refused_in_one_sentence(model: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(load("recipe=plan", f"model={model}", "model.base_url=http://h/v1", checked=False))
+    assert "\n" not in str(error.value)
 
 
 def _value(text: str) -> object:
