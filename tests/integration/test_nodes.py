@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +29,7 @@ from pgenrm_train.backends.verl_grpo import Phase, launch
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.preflight.machine import check_ring
 from pgenrm_train.preflight.reach import check_ray
 from pgenrm_train.tracking import METRICS
 
@@ -36,7 +40,7 @@ LOGICAL = {"num_cpus": 16, "num_gpus": 1}  # of a node, for veRL's placement
 
 
 @contextmanager
-def started(**head: int) -> Iterator[Any]:
+def started(**head: Any) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args=head)
@@ -56,7 +60,8 @@ def test_a_lost_node_costs_what_was_not_saved(
     cluster: Any, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lost = cluster.add_node(num_cpus=1)
-    config = _config(f"ray.address={cluster.address}", nodes=2)
+    config = _config(f"ray.address={cluster.address}", "preflight.ring=true", nodes=2)
+    assert list(check_ring(config, "psi")) == [], "an all-reduce over both nodes"
     back: list[subprocess.Popen[bytes]] = []
     saved = tmp_path / "nodes" / "steps"
     where = (cluster, lost, saved, f"checkpoint-*/{deepspeed_sft.COMPLETE}")
@@ -119,29 +124,43 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     assert all(abs(line["cre/actor/ppo_kl"]) < 1e-5 for line in steps), "both replicas have the actor's weights"
 
 
-def test_the_checkout_travels_to_the_workers(cluster: Any) -> None:
-    import ray
+TRAVELS = """
+import ray
+from pgenrm_train.backends import ray_cluster
 
-    def where() -> tuple[str, str, bool]:
-        import os
+def where():
+    import os, recipes.psi
+    from pgenrm_train.config import CONFIG_DIR
+    return recipes.psi.__file__, os.environ["ONE_OF_OURS"], (CONFIG_DIR / "config.yaml").exists()
 
-        import recipes.psi
-        from pgenrm_train.config import CONFIG_DIR
+ray_cluster.join("ADDRESS", {"ONE_OF_OURS": "told"})
+print("FOUND", *ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120))
+"""
 
-        return recipes.psi.__file__, os.environ["ONE_OF_OURS"], (CONFIG_DIR / "config.yaml").exists()
 
-    ray_cluster.join(cluster.address, {"ONE_OF_OURS": "told"})
-    try:
-        file, told, composes = ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120)
-    finally:
-        ray.shutdown()
-    assert not Path(file).is_relative_to(ROOT) and told == "told" and composes
+def test_the_checkout_travels_to_the_workers_of_a_driver_and_of_a_submitted_job() -> None:
+    """The second by the command of docs/cluster.md, with another entrypoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dashboard = free.getsockname()[1]
+    page = (ROOT / "docs/cluster.md").read_text()
+    (command,) = re.findall(r"^(RAY_OVERRIDE\S+ ray job submit .*?-- )python", page, re.DOTALL | re.MULTILINE)
+    command = command.replace("HEAD:8265", f"127.0.0.1:{dashboard}").replace("\\\n", " ")
+    with started(num_cpus=2, include_dashboard=True, dashboard_port=dashboard) as cluster:
+        driver = [sys.executable, "-c", TRAVELS.replace("ADDRESS", cluster.address)]
+        submitted = ["bash", "-c", command + shlex.join([sys.executable, "-c", TRAVELS.replace("ADDRESS", "auto")])]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        for one in (driver, submitted):
+            done = subprocess.run(one, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240)
+            (found,) = re.findall(r"FOUND (\S+) told True", done.stdout) or [done.stdout + done.stderr]
+            assert found.endswith("recipes/psi.py") and not Path(found).is_relative_to(ROOT), found
 
 
 def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
     asking = _config(f"ray.address={cluster.address}", nodes=2)
+    assert list(check_ray(asking, "psi")) == []
     assert "the Ray cluster has room for 0 nodes of 1 GPUs" in " ".join(check_ray(asking, "cre"))
     ray.init(address=cluster.address)
     try:

@@ -144,7 +144,7 @@ def test_a_ring_of_two_processes_closes_over_gloo(tmp_path: Path, monkeypatch: p
     assert list(machine.check_ring(asked, "psi")) == []
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
     (problem,) = machine.check_ring(asked, "psi")
-    assert "an all-reduce over 1 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem
+    assert "an all-reduce over 2 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem
 
 
 # ---- versions ----
