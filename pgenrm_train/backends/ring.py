@@ -76,4 +76,5 @@ def over_cluster(backend: str, address: str, ranks: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if (over_cluster(*sys.argv[1:3], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])) else 1)
+    closed = over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])
+    sys.exit(0 if closed else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
 from pgenrm_train.errors import ConfigError
@@ -16,6 +18,7 @@ from pgenrm_train.planning import STAGES, memory, plan_of
 from pgenrm_train.planning.advice import apply, fits
 from pgenrm_train.planning.batches import grpo_batches, psi_batches
 from pgenrm_train.planning.geometry import KNOWN, geometry_of, read_geometry
+from pgenrm_train.planning.table import show
 from pgenrm_train.planning.work import generation_rate, lengths, pairs_of
 
 WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
@@ -111,7 +114,10 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
     def peak(config: Config) -> float:
         return memory.psi_phases(config, geometry)[0].total
 
-    assert peak(eight) < peak(changed(eight, psi__gradient_checkpointing=False))
+    whole = changed(eight, psi__gradient_checkpointing=False)
+    assert peak(eight) < peak(whole)
+    (told,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
+    assert "with psi.gradient_checkpointing=false" in told and "with psi.gradient_checkpointing=true" in other
     per_token = [memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")]
     assert per_token == sorted(per_token) and len(set(per_token)) == 3
 
@@ -241,6 +247,18 @@ def test_generation_is_bounded_by_reading_the_weights(eight: Config) -> None:
     one = generation_rate(eight, geometry, 0.6, 1, 1e9) / 8
     assert one < 0.5 * 3.35e12 / (2 * geometry.parameters)
     assert generation_rate(eight, geometry, 0.6, 64, 1e9) / 8 > 20 * one
+
+
+def test_evaluation_uses_every_replica(eight: Config) -> None:
+    one, two = (changed(eight, plan__stage="evaluate", cluster__nodes=n) for n in (1, 2))
+    hours = [plan_of(config).stages[0].work.hours["generation"] for config in (one, two)]
+    assert hours[1] == pytest.approx(hours[0] / 2)
+
+
+def test_nothing_of_the_table_is_cut_off_in_a_narrow_terminal(eight: Config) -> None:
+    told = io.StringIO()
+    show(plan_of(changed(eight, plan__stage="cre")), Console(file=told, width=80))
+    assert "…" not in told.getvalue() and told.getvalue().count("fits") == 2
 
 
 def test_pairs_come_from_the_data(tmp_path: Path, eight: Config) -> None:
