@@ -90,19 +90,19 @@ def check_ray(config: Config, stage: str) -> Iterator[str]:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        if config.ray.address != "auto":
-            yield f"ray.address={config.ray.address} is not host:port or auto"
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or "no answer"
-        yield f"no Ray cluster answers at {address} ({reason}); start one with ray start --head, or leave ray.address unset for a local one"
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS).close()
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            yield f"no Ray cluster answers at {address} ({reason}); start one with ray start --head, or leave ray.address unset for a local one"
+            return
+    elif config.ray.address != "auto":  # which Ray may find by itself
+        yield f"ray.address={config.ray.address} is not host:port or auto"
         return
     found = nodes_at(config.ray.address or "")
     if isinstance(found, str):
-        yield f"the Ray cluster at {address} takes no driver from here ({found}); start it with the versions of the pins, on every node"
+        yield f"the Ray cluster at {config.ray.address} takes no driver from here ({found}); start it with the versions of the pins, on every node"
     else:
         yield from cluster_problems(config, stage, found)
 
