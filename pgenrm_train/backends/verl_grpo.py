@@ -70,12 +70,12 @@ class Phase:
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """`train` in a child process, which is started again when its engine was lost, `restarts` times at most.
+    """`train` in a child process, which is started again when its engine or a node of the cluster was lost.
 
-    Raises what `train` raises; EngineLostError when the child was killed.
+    At most `cluster.max_failures` times; a new start waits for a lost node to come back.  Raises what `train` raises;
+    EngineLostError when the child was killed.
     """
-    allowed = max(getattr(config, phase.section).restarts for phase in phases)
-    return with_restarts(lambda: _launch(config, phases), allowed, phases[0].work_dir / RESTARTS)
+    return with_restarts(lambda: _launch(config, phases), config.cluster.max_failures, phases[0].work_dir / RESTARTS)
 
 
 def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) -> list[Trained]:
@@ -84,7 +84,7 @@ def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) ->
         try:
             return work()
         except EngineLostError as error:
-            print(f"{error}\nstarting again ({made + 1} of {allowed})", flush=True)
+            print(f"{error}\nstarting again from the newest checkpoint ({made + 1} of {allowed})", flush=True)
             append(log, {"time": time.time(), "reason": str(error)})
     return work()
 
@@ -102,7 +102,7 @@ def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     child = subprocess.Popen(
         command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    told = tuple(f"{phase.section} " for phase in phases) + tuple(f"{phase.section}:" for phase in phases)
+    told = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     # A thread, because Ray's daemons may hold the pipe open longer than the child lives.
     threading.Thread(target=_relay, args=(child.stdout, folder / ENGINE_LOG, told), daemon=True).start()
     try:
@@ -165,7 +165,7 @@ def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path]
     first = _verl(config, phases[0], starts[0])
     first.actor_rollout_ref.actor.use_kl_loss = any(getattr(config, p.section).kl_coefficient > 0 for p in phases)
     seconds = min(getattr(config, phase.section).stall_seconds for phase in phases)
-    watchdog = Watchdog(seconds, lambda message: end_stalled(session_folder[0], report, message))
+    watchdog = Watchdog(seconds, lambda why: end_stalled(session_folder[0], report, why))
     watchdog.follow(phases[0].work_dir / "heartbeat.json")
     session_folder: list[Path] = [Path("/nonexistent")]
     with Session(config, first, watchdog) as session:

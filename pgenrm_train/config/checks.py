@@ -97,6 +97,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
     if config.score.pro < 0:
         raise ConfigError(f"score.pro={config.score.pro} must be at least 0")
+    if config.cluster.max_failures < 0:
+        raise ConfigError(f"cluster.max_failures={config.cluster.max_failures} must be at least 0")
     if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
         raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
     if config.sec.orders_per_pair not in (1, 2):
@@ -244,7 +246,7 @@ def _check_curriculum(curriculum: CurriculumConfig) -> None:
 
 
 def _check_grpo(section: str, grpo: GrpoConfig) -> None:
-    for key in ("resample", "validate_every", "restarts"):
+    for key in ("resample", "validate_every"):
         if getattr(grpo, key) < 0:
             raise ConfigError(f"{section}.{key}={getattr(grpo, key)} must be at least 0")
     if grpo.group_size < 2:

@@ -113,7 +113,7 @@ class ClusterConfig:
     processes_per_node: int = 1  # ranks of FSDP and DeepSpeed; on cuda: GPUs
     zero_stage: int = 0  # DeepSpeed
     offload_optimizer: bool = False
-    max_failures: int = 3  # starts of PSI's ranks on several nodes after one was lost
+    max_failures: int = 3  # new starts of a training stage from its newest checkpoint after it has lost its engine or a node
     tensor_parallel: int = 1  # of a vLLM replica
     gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
     min_free_memory_gib: float = 6.0
@@ -231,7 +231,6 @@ class GrpoConfig:
     validate_pairs: int = 64  # of the validation split, asked in both orders with their own, another user's and no history
     keep_checkpoints: int = 2
     stall_seconds: float = 1800.0  # the watchdog ends a run that made no progress for this long
-    restarts: int = 2  # times that a run which was so ended, or whose engine died, is started again from its newest checkpoint
 
 
 @dataclass

@@ -32,15 +32,16 @@ from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
 
 
-def config(run_dir: Path, **changed: Any) -> Config:
+def config(run_dir: Path, max_failures: int = 0, **changed: Any) -> Config:
     found = Config(recipe="pipeline", run_dir=str(run_dir))
+    found.cluster.max_failures = max_failures
     found.model.max_prompt_tokens, found.model.max_response_tokens = 64, 64
     found.tracking.kind = "none"
     for section in (found.cre, found.curriculum):
         section.prompts_per_step, section.mini_batch_prompts, section.group_size = 8, 8, 4
         section.micro_batch_size, section.learning_rate, section.kl_coefficient = 16, 1e-3, 0.01
         section.save_every, section.keep_checkpoints, section.stall_seconds = 1, 2, 60.0
-        section.validate_every, section.restarts = 3, 0
+        section.validate_every = 3
         for key, value in changed.items():
             setattr(section, key, value)
     found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
@@ -305,7 +306,7 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
     wait_for(lambda: not psutil.wait_procs(followers, timeout=0)[1], 30, "Ray and vLLM to follow their driver")
     (saved / "global_step_9").mkdir()  # as if the kill had come while a checkpoint was being written
 
-    thread, done = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0, restarts=1), [phase]))
+    thread, done = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0, max_failures=1), [phase]))
     wait_for(lambda: (saved / "global_step_3/complete.json").exists(), 240, "the third checkpoint")
     engine = processes("EngineCore")[0]
     engine.suspend()

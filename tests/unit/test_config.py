@@ -210,6 +210,7 @@ MISTAKES = {
     "eval.ind=many": ("eval.ind=many", "a number"),
     "eval.pro=-1": ("eval.pro=-1", "from 0"),
     "score.ind=0": ("score.ind=0", "above 0"),
+    "cluster.max_failures=-1": ("cluster.max_failures=-1", "at least 0"),
     "score.pro=-1": ("score.pro=-1", "at least 0"),
     "eval.ind=[]": ("eval.ind=[]", "a number"),
     "eval.weights=[0,0]": ("eval.weights=[0.0, 0.0]", "one above 0"),

@@ -33,7 +33,7 @@ def test_a_lost_engine_is_started_again_and_said(tmp_path: Path, capsys: pytest.
     log = tmp_path / "restarts.jsonl"
     assert with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, log) == DONE
     assert [json.loads(line)["reason"] for line in log.read_text().splitlines()] == ["it hung", "it died"]
-    assert "it hung\nstarting again (1 of 2)" in capsys.readouterr().out
+    assert "it hung\nstarting again from the newest checkpoint (1 of 2)" in capsys.readouterr().out
 
 
 def test_restarts_are_bounded(tmp_path: Path) -> None:
