@@ -175,6 +175,14 @@ class VoteIndex:
             ).rowcount
         return dropped
 
+    def overlap(self) -> tuple[str, str, str]:
+        """(earlier vote, later vote, user) of one vote that `drop_overlap` left out."""
+        found = self.db.execute(
+            """SELECT votes.name, other.name, votes.user FROM votes JOIN votes other USING (user, content)
+            WHERE NOT votes.kept AND other.kept AND votes.split != other.split ORDER BY votes.row LIMIT 1"""
+        ).fetchone()
+        return found[0], found[1], found[2]
+
     def decisions(self) -> Iterator[tuple[str, str, str, int]]:
         """(pair_id, split, user_split, kept) of every vote, in the order in which they were added."""
         yield from self.db.execute("SELECT name, split, user_split, kept FROM votes ORDER BY row")

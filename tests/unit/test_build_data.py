@@ -84,7 +84,9 @@ def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
 
 def test_overlap_within_a_user_fails_the_build(tmp_path):
     votes = [vote(1, "a"), vote(2, "a", split="test")]
-    with pytest.raises(DataError, match=r"1 votes of the source are cast again .* data\.on_overlap=drop"):
+    with pytest.raises(
+        DataError, match=r"1 votes of the source are cast again .* e\.g\. 1 as 2 by user a.* data\.on_overlap=drop"
+    ):
         build(tmp_path, votes)
     assert not (tmp_path / "build_data" / "pairs.parquet").exists()
     assert build(tmp_path, [vote(1, "a"), vote(2, "b", split="test")])[1]["pairs"] == 2
