@@ -353,7 +353,18 @@ def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(by):
 
     first = split(votes, 0)
     assert split(votes[::-1], 0) == first != split(votes, 1)
-    assert {user for _, user in first.values()} <= {"train", "test"}
+    assert {user for _, user in first.values()} <= {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(("users", "held_out"), [(1, {}), (2, {"test": 1}), (9, {"test": 1}), (40, {"test": 4, "val": 2})])
+def test_a_share_of_the_users_is_held_out_and_one_wherever_another_can_train(users, held_out):
+    index = indexed([vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}") for u in range(users) for n in range(4)])
+    index.split("user_disjoint", 0)
+    rows = Counter((split, of) for _, split, of, _ in index.decisions())
+    expected = Counter({("train", "train"): 4 * (users - sum(held_out.values()))})
+    for split, count in held_out.items():  # half of their votes are history
+        expected |= Counter({("train", split): 2 * count, (split, split): 2 * count})
+    assert rows == expected
 
 
 def test_users_of_few_conversations_have_their_share_of_val():
