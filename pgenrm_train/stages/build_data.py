@@ -65,9 +65,11 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     dropped = index.drop_overlap()
     fails = config.data.on_overlap == "fail" and config.data.split_by == "source"  # splits made here just do without them
     if fails and (count := dropped.total()):
+        earlier, later, user = index.overlap()
         raise DataError(
-            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split: a test would ask "
-            "what was learnt; mend the source, leave them out with data.on_overlap=drop, or split anew with data.split_by=within_user"
+            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, e.g. {earlier} as "
+            f"{later} by user {user}: a test would ask what was learnt; mend the source, leave them out with data.on_overlap=drop, or "
+            "split anew with data.split_by=within_user"
         )
     return dropped
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from pgenrm_train.records import PreferencePair
 
-HELDOUT_SHARE, SHARES = 0.1, (("train", 0.7), ("val", 0.1), ("test", 0.2))
+HELDOUT_SHARES = (("test", 0.1), ("val", 0.05))  # of the users, under `user_disjoint`
+SHARES = (("train", 0.7), ("val", 0.1), ("test", 0.2))
 TRAINS = "split = 'train' AND user_split NOT IN ('val', 'test')"  # as PreferencePair.trains
 _BATCH = 2000
 _TABLES = """
@@ -110,8 +111,8 @@ class VoteIndex:
         """Assign splits: `source` keeps what the records say.
 
         `within_user` gives each user's conversations to train, val and test (70/10/20 % in expectation, the first is always
-        train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of the users, half of whose conversations are history
-        and half are asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to one
+        train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of the users for test and a twentieth for val,
+        half of whose conversations are history and half are asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to one
         split.
         """
         self.db.create_function("draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True)
@@ -126,11 +127,7 @@ class VoteIndex:
             )
 
     def _places(self, user_disjoint: bool, seed: int) -> Iterator[tuple[str, str, str, str]]:
-        held_out: set[str] = set()
-        if user_disjoint:
-            count = round(HELDOUT_SHARE * self.number("SELECT COUNT(DISTINCT user) FROM votes"))
-            drawn = self.db.execute("SELECT user FROM votes GROUP BY user ORDER BY draw('users', user) LIMIT ?", (count,))
-            held_out = {user for (user,) in drawn}
+        held_out = self._held_out() if user_disjoint else {}
         units = self.db.execute(
             "SELECT user, conversation FROM votes GROUP BY user, conversation ORDER BY user, draw(user, conversation)"
         )
@@ -138,12 +135,19 @@ class VoteIndex:
             names = [name for _, name in rows]
             start = _fraction(seed, "user", user)  # so that users of few conversations have their share of val, too
             for i, name in enumerate(names):
-                if user in held_out:
-                    yield user, name, "train" if i < (len(names) + 1) // 2 else "test", "test"
+                if split := held_out.get(user):
+                    yield user, name, "train" if i < (len(names) + 1) // 2 else split, split
                 elif user_disjoint or i == 0:
                     yield user, name, "train", "train"
                 else:
                     yield user, name, _within((i + start) / len(names)), "train"
+
+    def _held_out(self) -> dict[str, str]:
+        """User → test or val; one user is asked about wherever another can train."""
+        drawn = [user for (user,) in self.db.execute("SELECT user FROM votes GROUP BY user ORDER BY draw('users', user)")]
+        counts = {split: round(share * len(drawn)) for split, share in HELDOUT_SHARES}
+        counts["test"] = max(counts["test"], int(len(drawn) > 1))
+        return dict(zip(drawn, (split for split, count in counts.items() for _ in range(count)), strict=False))
 
     # ---- what is left out ----
 
@@ -174,6 +178,14 @@ class VoteIndex:
                 WHERE other.user = votes.user AND other.content = votes.content AND other.kept AND other.split IN ({later}))"""
             ).rowcount
         return dropped
+
+    def overlap(self) -> tuple[str, str, str]:
+        """(earlier vote, later vote, user) of one vote that `drop_overlap` left out."""
+        found = self.db.execute(
+            """SELECT votes.name, other.name, votes.user FROM votes JOIN votes other USING (user, content)
+            WHERE NOT votes.kept AND other.kept AND votes.split != other.split ORDER BY votes.row LIMIT 1"""
+        ).fetchone()
+        return found[0], found[1], found[2]
 
     def decisions(self) -> Iterator[tuple[str, str, str, int]]:
         """(pair_id, split, user_split, kept) of every vote, in the order in which they were added."""

@@ -84,7 +84,9 @@ def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
 
 def test_overlap_within_a_user_fails_the_build(tmp_path):
     votes = [vote(1, "a"), vote(2, "a", split="test")]
-    with pytest.raises(DataError, match=r"1 votes of the source are cast again .* data\.on_overlap=drop"):
+    with pytest.raises(
+        DataError, match=r"1 votes of the source are cast again .* e\.g\. 1 as 2 by user a.* data\.on_overlap=drop"
+    ):
         build(tmp_path, votes)
     assert not (tmp_path / "build_data" / "pairs.parquet").exists()
     assert build(tmp_path, [vote(1, "a"), vote(2, "b", split="test")])[1]["pairs"] == 2
@@ -351,7 +353,18 @@ def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(by):
 
     first = split(votes, 0)
     assert split(votes[::-1], 0) == first != split(votes, 1)
-    assert {user for _, user in first.values()} <= {"train", "test"}
+    assert {user for _, user in first.values()} <= {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(("users", "held_out"), [(1, {}), (2, {"test": 1}), (9, {"test": 1}), (40, {"test": 4, "val": 2})])
+def test_a_share_of_the_users_is_held_out_and_one_wherever_another_can_train(users, held_out):
+    index = indexed([vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}") for u in range(users) for n in range(4)])
+    index.split("user_disjoint", 0)
+    rows = Counter((split, of) for _, split, of, _ in index.decisions())
+    expected = Counter({("train", "train"): 4 * (users - sum(held_out.values()))})
+    for split, count in held_out.items():  # half of their votes are history
+        expected |= Counter({("train", split): 2 * count, (split, split): 2 * count})
+    assert rows == expected
 
 
 def test_users_of_few_conversations_have_their_share_of_val():

@@ -249,7 +249,8 @@ def test_each_way_of_splitting_passes_its_own_report(tmp_path, by):
     if by == "within_user":
         assert facts["pairs_by_split"] == {"train": 560, "val": 80, "test": 160}
     if by == "user_disjoint":
-        assert facts["users_by_user_split"] == {"train": 18, "test": 2} and facts["pairs_by_split"]["test"] == 40
+        assert facts["users_by_user_split"] == {"train": 17, "val": 1, "test": 2}
+        assert facts["pairs_by_split"]["test"] == 40 and facts["pairs_by_split"]["val"] == 20
 
 
 def test_an_evaluation_carries_the_findings(tmp_path):

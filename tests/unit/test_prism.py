@@ -126,10 +126,9 @@ def test_whole_conversations_are_split_within_each_user(tmp_path):
 def test_held_out_users_are_asked_about_conversations_that_are_not_their_history(tmp_path):
     write(tmp_path, *world())
     found = split_pairs(tmp_path, "user_disjoint")
-    held_out = {p.user_id for p in found if p.user_split == "test"}
-    assert len(held_out) == 4
-    for p in found:
-        assert p.split == "train" if p.user_id not in held_out else p.split in ("train", "test")
+    held_out = {p.user_id: p.user_split for p in found if p.user_split != "train"}
+    assert Counter(held_out.values()) == {"test": 4, "val": 2}
+    assert all(p.split in ("train", held_out.get(p.user_id, "train")) for p in found)
     asked = {p.conversation_id for p in found if p.split == "test"}
     assert len(asked) == 4 * 5 and not asked & {p.conversation_id for p in found if p.split == "train"}
 
