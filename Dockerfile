@@ -4,17 +4,20 @@
 # Keys are given to the container when it starts (-e NAME), never to the build.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
+# The archive keeps one version of a package: a pin would end the build with the next update.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         git libnuma1 openssh-client python3.12 python3.12-dev python3.12-venv wget \
     && rm -rf /var/lib/apt/lists/*
 
+# $PATH is for the login shell in which KubeRay starts its commands, and which sets PATH anew.
+# hadolint ignore=SC2016
 RUN useradd --create-home --uid 10001 trainer \
     && mkdir -p /opt/venv /opt/pgenrm-train /runs \
     && chown trainer:trainer /opt/venv /opt/pgenrm-train /runs \
     && echo 'export PATH=/opt/venv/bin:$PATH' > /etc/profile.d/venv.sh
-# (KubeRay starts its commands in a login shell, which sets PATH anew.)
-USER trainer
+USER 10001
 
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \

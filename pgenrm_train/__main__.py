@@ -42,6 +42,9 @@ def run_recipe(config: Config) -> int:
         # Read when OpenMP loads, so before torch.  Its own default spins for so long that a step takes many times as long once
         # something else wants a core; with none at all SFT's small operations wait for the kernel, at two thirds of the speed.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if config.ray.address is not None:  # a worker of a cluster that was there before has another working directory
+        config.run_dir = str(Path(config.run_dir).absolute())
+        config.model.path = str(Path(config.model.path).absolute()) if config.model.path else None
     try:
         module = importlib.import_module(f"recipes.{config.recipe}")
     except ModuleNotFoundError as error:

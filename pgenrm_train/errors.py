@@ -7,6 +7,7 @@
     ├── PreflightError          the machine lacks what the run needs: memory, disk, port, package, device
     ├── BackendError            an engine or server failed in a way that stopped the stage
     │   └── EngineLostError     it died or stands still: a new start from the newest checkpoint may go on
+    │       └── NodeLostError   with a machine of the cluster: it goes on once the node is back
     └── NothingTrainedError     a training stage ended without the optimiser steps that it planned
 
 A failure of one generation, judgement or row is *data*, not an exception: see `chains.ParseFailure`.
@@ -41,6 +42,10 @@ class BackendError(PGenRMError):
 
 class EngineLostError(BackendError):
     """An engine died or stopped moving; nothing says that it would again."""
+
+
+class NodeLostError(EngineLostError):
+    """A node of the cluster was lost; the stage goes on from its newest checkpoint once the node is back."""
 
 
 class NothingTrainedError(PGenRMError):

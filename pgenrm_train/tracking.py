@@ -1,23 +1,29 @@
 """Where numbers go: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
 
-`eval/accuracy` is the key of accuracy in every stage.  Nothing that is logged may hold a secret: only numbers, and the settings
-of the stage without the names of credential variables.
+A stage is one W&B run; those of a pipeline share a group.  `eval/accuracy` is the key of accuracy in every stage, and in the summary.
+What a stage has made is linked as artifacts: checkpoints by reference, for their weights stay where they are.  Without the network a run
+starts offline, and what W&B had not taken at the end is sent later by `wandb sync`.
+
+Nothing that is sent may hold a secret: settings go without addresses and names of credential variables.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pgenrm_train.config import Config, to_dict
 
 METRICS = "metrics.jsonl"
+START_SECONDS, FINISH_SECONDS = 30.0, 60.0  # that a stage waits for W&B
+FILES = {"predictions": "predictions.parquet", "results": "results.json", "report": "report.html"}  # artifact's type → file
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -50,10 +56,13 @@ class Tracker:
     """Logs numbers of one stage.  A tracking service that fails is reported once and never stops training."""
 
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
-        self.stage, self.path = stage, folder / METRICS
+        self.stage, self.path, self.folder = stage, folder / METRICS, folder
         self.after_log: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = self._start_wandb(config, folder) if config.tracking.kind != "none" else None
+        self._place = folder / "wandb"  # of W&B's own files of this run
+        self._best: float | None = None
+        self._public = _public(to_dict(config))
+        self._wandb = self._start_wandb(config) if config.tracking.kind != "none" else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line `{"step", "stage", name: number}`; non-finite numbers become null."""
@@ -96,41 +105,106 @@ class Tracker:
 
     def _send(self, step: int, metrics: Mapping[str, float], samples: Path | None = None) -> None:
         if self._wandb is not None:
+            if (accuracy := metrics.get("eval/accuracy")) is not None:
+                self._best = max(accuracy, self._best or 0.0)
             try:
                 table = _table(samples) if samples and samples.exists() else {}
                 self._wandb.log({**metrics, **table}, step=step)
             except Exception as error:
                 self._give_up(error)
 
+    def link(self, facts: Mapping[str, Any]) -> None:
+        """Accuracy of what the finished stage has made into the summary: an evaluation's own, a training's best, for that checkpoint
+        is published.  Link settings, predictions and report, and where the checkpoint lies."""
+        if self._wandb is None:
+            return
+        try:
+            if (accuracy := facts.get("accuracy", self._best)) is not None:
+                self._wandb.log({}, commit=True)  # the last step is still open, and would have the last word
+                self._wandb.summary["eval/accuracy"] = accuracy
+            for artifact in self._artifacts(str(self._wandb.name), facts):
+                self._wandb.log_artifact(artifact)
+        except Exception as error:
+            _warn(f"W&B did not take the artifacts ({_brief(error)}); they are in {self.folder}")
+
+    def _artifacts(self, run: str, facts: Mapping[str, Any]) -> Iterator[Any]:
+        import wandb
+
+        name = re.sub(r"[^\w.-]", "-", run, flags=re.ASCII)
+        own = self.folder / "wandb"  # files are read when they are sent, which may be much later
+        (own / "settings.json").write_text(json.dumps(self._public, indent=2), encoding="utf-8")
+        files = {"config": own / "settings.json"} | {kind: self.folder / file for kind, file in FILES.items()}
+        for kind, path in files.items():
+            if path.exists():
+                artifact = wandb.Artifact(f"{name}-{kind}", kind)
+                artifact.add_file(str(path), policy="immutable", skip_cache=True)
+                yield artifact
+        checkpoint = (self.folder / "checkpoint").absolute()
+        if checkpoint.exists():
+            sizes = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(checkpoint.iterdir())}
+            (own / "checkpoint.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+            artifact = wandb.Artifact(f"{name}-checkpoint", "model", metadata={k: facts[k] for k in ("steps",) if k in facts})
+            artifact.add_reference(checkpoint.as_uri(), checksum=False)
+            artifact.add_file(str(own / "checkpoint.json"), policy="immutable", skip_cache=True)  # other weights: another version
+            yield artifact
+
     def close(self) -> None:
         if self._wandb is not None:
             try:
                 self._wandb.finish()
             except Exception as error:
-                self._give_up(error)
+                _warn(
+                    f"W&B has not taken everything ({_brief(error)}); metrics.jsonl is whole, and "
+                    f"wandb sync --no-skip-online {self._place} sends the rest"
+                )
 
-    def _start_wandb(self, config: Config, folder: Path) -> Any:
+    def _start_wandb(self, config: Config) -> Any:
         try:
-            import wandb
-
-            return wandb.init(
-                project=config.tracking.project,
-                entity=config.tracking.entity,
-                group=config.tracking.group or Path(config.run_dir).name,
-                job_type=self.stage,
-                name=f"{Path(config.run_dir).name}/{self.stage}",
-                dir=str(folder),
-                mode="offline" if config.tracking.kind == "offline" else "online",
-                config=_public(to_dict(config)),
-                settings=wandb.Settings(silent=True, console="off", save_code=False, x_disable_stats=True),
-            )
+            try:
+                return self._init(config, "offline" if config.tracking.kind == "offline" else "online")
+            except Exception as error:
+                if config.tracking.kind == "offline":
+                    raise
+                run = self._init(config, "offline")
+                _warn(
+                    f"W&B is not reached ({_brief(error)}); tracking goes on offline, and wandb sync {self._place} sends it later"
+                )
+                return run
         except Exception as error:  # a tracking service must never stop a run
             self._give_up(error)
             return None
 
+    def _init(self, config: Config, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        run = wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=config.tracking.group or Path(config.run_dir).name,
+            job_type=self.stage,
+            name=f"{Path(config.run_dir).name}/{self.stage}",
+            dir=str(self.folder),
+            mode=mode,
+            config=self._public,
+            settings=wandb.Settings(
+                silent=True, console="off", save_code=False, x_disable_stats=True,
+                init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+            ),
+        )  # fmt: skip
+        self._place = Path(run.dir).parent
+        return run
+
     def _give_up(self, error: Exception) -> None:
-        print(f"warning: W&B logging stopped ({type(error).__name__}: {error}); metrics.jsonl goes on", file=sys.stderr)
+        _warn(f"W&B logging stopped ({_brief(error)}); metrics.jsonl goes on")
         self._wandb = None
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _table(samples: Path) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def run_stage(
         facts = body(folder, tracker)
         if stage in METHODS:
             write_card(config, folder, facts["steps"])
+        tracker.link(facts)
     except KeyboardInterrupt:
         folder.interrupted("interrupted by the user")
         raise

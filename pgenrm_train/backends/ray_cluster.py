@@ -1,11 +1,25 @@
-"""Join a Ray cluster that runs already: `ray.address=`."""
+"""A Ray cluster that runs already (`ray.address=`): join it, wait for its nodes, and notice when one is lost.
+
+`python -m pgenrm_train.backends.ray_cluster ADDRESS` prints what each living node has, as preflight asks for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from pgenrm_train.config import ROOT
+from pgenrm_train.config import ROOT, Config
+from pgenrm_train.errors import BackendError, NodeLostError
+
+CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
+# In gitignore's grammar.  "!." comes first: a pattern that matches the root leaves an empty package, and nobody says so.  Run folders
+# may lie in the checkout, and Ray refuses packages above 500 MiB.
+ALL_BUT_CODE = ["/*", "!.", *(f"!/{folder}" for folder in CODE), "__pycache__"]
+BACK_SECONDS = 3600.0  # how long a run waits for nodes that are gone or busy
+NOTICE_SECONDS = 45.0  # Ray takes a node for lost after half a minute without a sign of life
 
 
 def join(address: str, variables: Mapping[str, str], *, workers_speak: bool = False) -> Any:
@@ -16,5 +30,66 @@ def join(address: str, variables: Mapping[str, str], *, workers_speak: bool = Fa
     """
     import ray
 
-    travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": [".*", "runs", "outputs"]}
+    travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": ALL_BUT_CODE}
     return ray.init(address=address, runtime_env=travels, log_to_driver=workers_speak)
+
+
+def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_SECONDS) -> None:
+    """Return once `cluster.nodes` nodes have `cluster.processes_per_node` free GPUs each: a node may be away, or still busy with
+    what a former start left.  Raises BackendError after `seconds`."""
+    import ray
+
+    wanted, gpus, told = config.cluster.nodes, config.cluster.processes_per_node, -1
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        free = ray._private.state.available_resources_per_node()
+        ready = sum(int(node.get("GPU", 0) // gpus) for node in free.values())
+        if ready >= wanted:
+            return
+        if ready != told:
+            print(f"cluster: {ready} of {wanted} nodes have {gpus} free GPUs each; waiting for the others", flush=True)
+        told = ready
+        beat()
+        time.sleep(1.0)
+    raise BackendError(
+        f"{ready} of {wanted} nodes of the Ray cluster had {gpus} free GPUs each after {seconds:.0f} s; the same command goes on "
+        "once they are there (ray status shows them)"
+    )
+
+
+def nodes_of(groups: Collection[Any]) -> dict[str, str]:
+    """Node id → address of the nodes that hold these placement groups."""
+    import ray
+
+    tables = [ray.util.placement_group_table(group) for group in groups]
+    used = {node for table in tables for node in table["bundles_to_node_id"].values()}
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in used}
+
+
+def lost(nodes: Mapping[str, str], seconds: float = 0.0) -> str | None:
+    """The address of a node that Ray takes for dead, waiting up to `seconds` for Ray to notice; None when all are alive."""
+    import ray
+
+    end = time.monotonic() + seconds
+    while True:
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if gone := next((address for node, address in nodes.items() if node not in alive), None):
+            return gone
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.5)
+
+
+def loss(address: str, stage: str, step: int) -> NodeLostError:
+    return NodeLostError(f"{stage}: node {address} of the Ray cluster was lost at step {step}")
+
+
+def main(address: str) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -6,7 +6,9 @@ which every node sees, and not from what Ray Train was told of: a worker that di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.backends.ray_cluster import join
 from pgenrm_train.config import Config
@@ -33,10 +35,17 @@ def run(config: Config, job: Path, variables: dict[str, str]) -> None:
 
 
 def _fit(config: Config, job: Path) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    class Teller(UserCallback):  # type: ignore[misc]
+        """Runs beside Ray Train's controller; what it prints appears here."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            print(lost_sentence(worker_exceptions, steps), flush=True)
+
+    steps = job.parent / "steps"
     cluster, cuda = config.cluster, config.cluster.device == "cuda"
     trainer = TorchTrainer(
         _rank,
@@ -51,6 +60,7 @@ def _fit(config: Config, job: Path) -> None:
             name="psi",
             storage_path=str(job.parent / "ray_train"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[Teller()],
         ),
     )
     try:
@@ -60,6 +70,17 @@ def _fit(config: Config, job: Path) -> None:
             f"PSI failed more than cluster.max_failures={cluster.max_failures} times on the cluster; its last words: "
             f"{str(error).strip().splitlines()[-1]}"
         ) from error
+
+
+def lost_sentence(errors: Mapping[int, Exception], steps: Path) -> str:
+    """What a user reads when ranks of PSI are gone, with their node or by themselves."""
+    from pgenrm_train.backends.sft_checkpoints import newest_complete
+
+    newest = newest_complete(steps, clean=False)
+    return (
+        f"psi: rank {', '.join(map(str, sorted(errors)))} of the cluster was lost ({type(errors[min(errors)]).__name__}); all start again "
+        f"{f'from {newest}' if newest else 'from the beginning'} once enough nodes are there"
+    )
 
 
 def _rank(settings: dict[str, str]) -> None:

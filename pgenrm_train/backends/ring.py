@@ -1,28 +1,80 @@
-"""`torchrun … -m pgenrm_train.backends.ring nccl|gloo`: one all-reduce over all processes, as preflight asks for it."""
+"""One all-reduce over all processes, as preflight asks for it: of this node, or of every node of a Ray cluster.
+
+torchrun … -m pgenrm_train.backends.ring nccl|gloo
+python -m pgenrm_train.backends.ring nccl|gloo ADDRESS RANKS
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from datetime import timedelta
 
+TIMEOUT = timedelta(seconds=120)
 
-def main(backend: str) -> None:
-    """Sum the ranks over all processes; exit code 1 when the sum is wrong, a traceback when it cannot be made."""
+
+def right_sum(backend: str, local: int) -> bool:
+    """Sum the ranks over the process group; True when every element is 0 + 1 + … + (N − 1)."""
     import torch
     from torch import distributed
 
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group(backend, timeout=timedelta(seconds=120))
     world = distributed.get_world_size()
     total = torch.full((1024,), float(distributed.get_rank()), device=device)
     distributed.all_reduce(total)
     right = bool((total == world * (world - 1) / 2).all())
     distributed.destroy_process_group()
-    sys.exit(0 if right else 1)
+    return right
+
+
+def here(backend: str) -> bool:
+    """As one of torchrun's processes."""
+    from torch import distributed
+
+    distributed.init_process_group(backend, timeout=TIMEOUT)
+    return right_sum(backend, int(os.environ["LOCAL_RANK"]))
+
+
+class Rank:
+    """The actor that is one rank on a cluster; Ray shows it its GPU as the only one."""
+
+    def address(self) -> str:
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def ring(self, backend: str, address: str, rank: int, ranks: int) -> bool:
+        from torch import distributed
+
+        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT)
+        return right_sum(backend, 0)
+
+
+def over_cluster(backend: str, address: str, ranks: int) -> bool:
+    """As many ranks as training will have, placed as Ray places them: a GPU each with NCCL, spread over the nodes with gloo."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from pgenrm_train.backends.ray_cluster import join
+
+    names = ("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME")
+    join(address, {name: os.environ[name] for name in names if name in os.environ})
+    gpu = 1 if backend == "nccl" else 0
+    group = placement_group([{"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})] * ranks, strategy="PACK" if gpu else "SPREAD")
+    ray.get(group.ready(), timeout=TIMEOUT.total_seconds())
+    actor = ray.remote(num_cpus=1, num_gpus=gpu)(Rank)
+    places = [PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=n) for n in range(ranks)]
+    found = [actor.options(scheduling_strategy=place).remote() for place in places]
+    meeting = ray.get(found[0].address.remote())
+    return all(ray.get([one.ring.remote(backend, meeting, rank, ranks) for rank, one in enumerate(found)]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    closed = over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])
+    sys.exit(0 if closed else 1)

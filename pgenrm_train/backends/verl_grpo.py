@@ -32,7 +32,7 @@ from pgenrm_train.artifacts import read_json, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_config import environment, to_verl
 from pgenrm_train.config import Config, seed_of
-from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NothingTrainedError
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NodeLostError, NothingTrainedError
 from pgenrm_train.tracking import append
 
 TRAINED, ENGINE_LOG, RESTARTS = "trained.json", "engine.log", "restarts.jsonl"
@@ -70,23 +70,30 @@ class Phase:
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """`train` in a child process, which is started again when its engine was lost, `restarts` times at most.
+    """`train` in a child process, and in another one when its engine was lost: `restarts` times, and as often as the cluster may lose
+    a node, which is then waited for.
 
     Raises what `train` raises; EngineLostError when the child was killed.
     """
     allowed = max(getattr(config, phase.section).restarts for phase in phases)
-    return with_restarts(lambda: _launch(config, phases), allowed, phases[0].work_dir / RESTARTS)
+    log = phases[0].work_dir / RESTARTS
+    return with_restarts(lambda: _launch(config, phases), allowed, config.cluster.max_failures, log)
 
 
-def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) -> list[Trained]:
-    """`work`, done again after an EngineLostError up to `allowed` times; each is told and kept in `log`."""
-    for made in range(allowed):
+def with_restarts(work: Callable[[], list[Trained]], allowed: int, nodes: int, log: Path) -> list[Trained]:
+    """`work`, done again after an EngineLostError, up to `allowed` times, and `nodes` times where it was a node; each is told and
+    kept in `log`."""
+    while True:
         try:
             return work()
         except EngineLostError as error:
-            print(f"{error}\nstarting again ({made + 1} of {allowed})", flush=True)
+            node = isinstance(error, NodeLostError)
+            allowed, nodes = allowed - (not node), nodes - node
+            if min(allowed, nodes) < 0:
+                raise
+            what = "it goes on from its newest checkpoint once the node is back" if node else "starting again"
+            print(f"{error}; {what} ({nodes if node else allowed} starts left)", flush=True)
             append(log, {"time": time.time(), "reason": str(error)})
-    return work()
 
 
 def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
@@ -102,7 +109,7 @@ def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     child = subprocess.Popen(
         command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    told = tuple(f"{phase.section} " for phase in phases) + tuple(f"{phase.section}:" for phase in phases)
+    told = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     # A thread, because Ray's daemons may hold the pipe open longer than the child lives.
     threading.Thread(target=_relay, args=(child.stdout, folder / ENGINE_LOG, told), daemon=True).start()
     try:
@@ -165,7 +172,7 @@ def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path]
     first = _verl(config, phases[0], starts[0])
     first.actor_rollout_ref.actor.use_kl_loss = any(getattr(config, p.section).kl_coefficient > 0 for p in phases)
     seconds = min(getattr(config, phase.section).stall_seconds for phase in phases)
-    watchdog = Watchdog(seconds, lambda message: end_stalled(session_folder[0], report, message))
+    watchdog = Watchdog(seconds, lambda why: end_stalled(session_folder[0], report, why))
     watchdog.follow(phases[0].work_dir / "heartbeat.json")
     session_folder: list[Path] = [Path("/nonexistent")]
     with Session(config, first, watchdog) as session:

@@ -2,7 +2,7 @@
 
 Start-up is most of a small run (Ray, four Python processes that import torch, verl and vLLM), so CRE and the curriculum share it.
 The trainer runs in the driver; a watchdog thread ends the process when nothing has moved for `stall_seconds`, because a Ray call
-on a dead vLLM worker never returns.
+on a dead vLLM worker never returns.  On a cluster another one looks whether the nodes that hold the workers are still there.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ import psutil
 
 from pgenrm_train.artifacts import write_json
 from pgenrm_train.backends import guardian
-from pgenrm_train.backends.ray_cluster import join
+from pgenrm_train.backends.ray_cluster import NOTICE_SECONDS, await_gpus, join, loss, lost, nodes_of
 from pgenrm_train.config import Config
-from pgenrm_train.errors import EngineLostError
+from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
 STALLED = 3  # exit code of a run that the watchdog ended
+GRACE_SECONDS = 15.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
 
 
 class Watchdog:
     """Ends the process, and Ray with it, when `beat` was not called for `seconds`."""
 
-    def __init__(self, seconds: float, on_stall: Callable[[str], None]) -> None:
+    def __init__(self, seconds: float, on_stall: Callable[[PGenRMError], None]) -> None:
         self.seconds, self.on_stall = seconds, on_stall
         self.stage, self.step, self.doing = "start-up", 0, "starting Ray, the actor and vLLM"
         self.last, self.stepped = time.monotonic(), False
@@ -62,8 +63,10 @@ class Watchdog:
             silent = time.monotonic() - self.last
             if silent > limit:
                 self.on_stall(
-                    f"{self.stage} made no progress for {silent:.0f} s at step {self.step} while {self.doing}; the run was stopped "
-                    f"and goes on from its newest checkpoint when started again"
+                    EngineLostError(
+                        f"{self.stage} made no progress for {silent:.0f} s at step {self.step} while {self.doing}; the run was "
+                        f"stopped and goes on from its newest checkpoint when started again"
+                    )
                 )
                 return
 
@@ -76,9 +79,11 @@ class Session:
         self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
         self.guardian = guardian.watch_over(self.folder)
         self.failed = True
+        self.nodes: dict[str, str] = {}  # of a cluster, with workers of ours
         try:
             self._start_ray(verl)
             self._start_trainer(verl)
+            self._look_after_nodes()
         except BaseException:
             self.close()
             raise
@@ -95,6 +100,7 @@ class Session:
             variables |= environment(self.config)
             variables.pop("PYTHONPATH")
             join(address, variables)
+            await_gpus(self.config, lambda: self.watchdog.beat("start-up", 0, "waiting for nodes"))
             return
         os.environ.update(variables)
         cpu = self.config.cluster.device == "cpu"
@@ -120,12 +126,33 @@ class Session:
         self.trainer.init()
         self.trainer.start_rollout()
 
+    def _look_after_nodes(self) -> None:
+        if self.config.ray.address is not None:
+            pools = self.trainer.resource_pool_manager.resource_pool_dict.values()
+            self.nodes = nodes_of([group for pool in pools for group in pool.pgs])
+            threading.Thread(target=self._watch_nodes, name="nodes", daemon=True).start()
+
+    def _watch_nodes(self) -> None:
+        while not self.watchdog.stopped.wait(1.0):
+            if gone := lost(self.nodes):
+                if not self.watchdog.stopped.wait(GRACE_SECONDS):
+                    self.watchdog.on_stall(self._loss(gone))
+                return
+
+    def _loss(self, address: str) -> PGenRMError:
+        return loss(address, self.watchdog.stage, self.watchdog.step)
+
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, *_: object) -> None:
+        """Raises NodeLostError instead of what the loss of a node has led to."""
         self.failed = kind is not None
+        engine_s = isinstance(error, Exception) and (isinstance(error, BackendError) or not isinstance(error, PGenRMError))
+        gone = lost(self.nodes, NOTICE_SECONDS) if engine_s and self.nodes else None
         self.close()
+        if gone:
+            raise self._loss(gone) from error
 
     def close(self) -> None:
         """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
@@ -151,10 +178,10 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_stalled(folder: Path, report: Path, message: str) -> None:
+def end_stalled(folder: Path, report: Path, why: PGenRMError) -> None:
     """The watchdog's last act: say it, keep the stacks, stop everything, leave with a code."""
-    print(message, file=sys.stderr, flush=True)
-    write_json(report, {"error": EngineLostError.__name__, "message": message})
+    print(why, file=sys.stderr, flush=True)
+    write_json(report, {"error": type(why).__name__, "message": str(why)})
     with (report.parent / "stall_stacks.txt").open("w") as stacks:
         faulthandler.dump_traceback(file=stacks, all_threads=True)
     shut_down(folder, keep_logs=report.parent)

@@ -113,7 +113,7 @@ class ClusterConfig:
     processes_per_node: int = 1  # ranks of FSDP and DeepSpeed; on cuda: GPUs
     zero_stage: int = 0  # DeepSpeed
     offload_optimizer: bool = False
-    max_failures: int = 3  # starts of PSI's ranks on several nodes after one was lost
+    max_failures: int = 3  # new starts of a stage on a Ray cluster after it has lost a node
     tensor_parallel: int = 1  # of a vLLM replica
     gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
     min_free_memory_gib: float = 6.0

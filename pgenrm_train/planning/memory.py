@@ -122,10 +122,15 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     states, host = zero_states(config, geometry)
     n, psi, model = ranks_of(config), config.psi, config.model
     length = model.max_prompt_tokens + model.max_response_tokens
-    acts = activations(
-        config, geometry, psi.micro_batch_size * length, psi.micro_batch_size * (model.max_response_tokens + 1), 12, length,
-        psi.gradient_checkpointing,
+    acts, others = (
+        activations(config, geometry, psi.micro_batch_size * length, psi.micro_batch_size * (model.max_response_tokens + 1), 12,
+                    length, checkpointing)
+        for checkpointing in (psi.gradient_checkpointing, not psi.gradient_checkpointing)
     )  # fmt: skip
+    note = (
+        f"activations and logits take {sum(acts.values()):.2f} GiB, and {sum(others.values()):.2f} with "
+        f"psi.gradient_checkpointing={str(not psi.gradient_checkpointing).lower()}"
+    )
     share, trained = available_gib(config), trained_parameters(config, geometry)
     step = dict(states)
     if config.cluster.zero_stage and not config.cluster.offload_optimizer:
@@ -133,7 +138,7 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
         step["fp32 gradients"] = 4 * (min(piece, LIVE) if config.cluster.zero_stage == 3 else piece) / GIB
     base = overhead(config, "psi")
     return [
-        Phase("psi", "forward and backward", {**states, **acts, **base}, share, host),
+        Phase("psi", "forward and backward", {**states, **acts, **base}, share, host, (note,)),
         Phase("psi", "optimizer step", {**step, **base}, share, host),
     ]
 

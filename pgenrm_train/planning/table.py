@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pgenrm_train.planning import Plan, StagePlan
 from pgenrm_train.planning.memory import ranks_of
@@ -28,7 +28,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
 
 
 def memory_table(plan: Plan) -> Table:
-    table = Table("stage", "phase", "GiB by part (the fullest process)", "sum", "of", "", title="Memory", title_justify="left")
+    table = _table("Memory", "stage", "phase", "GiB by part (the fullest process)", "sum", "of", "")
     for stage in plan.stages:
         for phase in stage.phases:
             parts = ", ".join(f"{name} {gib:.2f}" for name, gib in phase.parts.items() if gib >= 0.005)
@@ -40,9 +40,7 @@ def memory_table(plan: Plan) -> Table:
 
 
 def work_table(plan: Plan) -> Table:
-    table = Table(
-        "stage", "counts", "M tokens", "hours", "disk, GiB", title="Work (assumed rates, see docs/plan.md)", title_justify="left"
-    )
+    table = _table("Work (assumed rates, see docs/plan.md)", "stage", "counts", "M tokens", "hours", "disk, GiB")
     for stage in plan.stages:
         work = stage.work
         batches = stage.batches.facts if stage.batches else {}
@@ -54,6 +52,11 @@ def work_table(plan: Plan) -> Table:
             f"{sum(work.disk.values()):.1f}",
         )
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Long words are broken in a narrow terminal, not cut."""
+    return Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left")
 
 
 def sentences(stage: StagePlan) -> list[str]:

@@ -221,12 +221,10 @@ def _generated(stage: str, config: Config, geometry: Geometry, chains: int, assu
     from pgenrm_train.planning.memory import VLLM_SHARE
 
     prompt, response = lengths(config)
-    # The engine of these stages is one replica on tensor_parallel GPUs; the others wait.
-    rate = generation_rate(config, geometry, VLLM_SHARE, config.eval.max_in_flight, chains)
-    alone = config.cluster.tensor_parallel / max(ranks_of(config), config.cluster.tensor_parallel)
+    rate = generation_rate(config, geometry, VLLM_SHARE, config.eval.max_in_flight, chains)  # of all replicas
     seconds = {
-        "prefill": training_seconds(config, geometry, float(chains * prompt), prompt, 1) / alone,
-        "generation": chains * response / (rate * alone),
+        "prefill": training_seconds(config, geometry, float(chains * prompt), prompt, 1),
+        "generation": chains * response / rate,
     }
     tokens = {"read": float(chains * prompt), "generated": float(chains * response)}
     return Work(stage, {"chains": chains}, tokens, {k: v / 3600 for k, v in seconds.items()}, assumptions=assumed)

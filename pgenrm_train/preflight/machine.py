@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import ROOT, Config
+from pgenrm_train.preflight.reach import check_ray
 
 HEAVY = ("psi", "cre", "curriculum", "evaluate")
 TRAINS = ("psi", "cre", "curriculum")
@@ -136,17 +137,27 @@ def _gpu(nvml, handle) -> Gpu:  # type: ignore[no-untyped-def]
 
 
 def check_ring(config: Config, stage: str) -> Iterator[str]:
-    """An all-reduce over this node's processes: NCCL on GPUs, gloo on a CPU (only when asked: it imports torch twice)."""
-    processes, cuda = config.cluster.processes_per_node, config.cluster.device == "cuda"
-    wanted = cuda and processes > 1 and config.ray.address is None if config.preflight.ring is None else config.preflight.ring
-    if not wanted or stage not in TRAINS or (cuda and any(check_gpus(config, stage))):  # without GPUs there is no ring
+    """An all-reduce over the processes of this node, or of all nodes at `ray.address`: NCCL on GPUs, gloo on a CPU (only when asked: it
+    imports torch in each)."""
+    cluster, address = config.cluster, config.ray.address
+    cuda, processes = cluster.device == "cuda", cluster.processes_per_node * (cluster.nodes if address else 1)
+    wanted = cuda and processes > 1 if config.preflight.ring is None else config.preflight.ring
+    # without GPUs or nodes there is no ring, and the checks of those have said so
+    if not wanted or stage not in TRAINS or (cuda and any(check_gpus(config, stage))) or any(check_ray(config, stage)):
         return
     backend = "nccl" if cuda else "gloo"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={max(2, processes) if not cuda else processes}",
-               "-m", "pgenrm_train.backends.ring", backend]  # fmt: skip
+    processes = processes if cuda else max(2, processes)
+    if address:
+        command = [sys.executable, "-m", "pgenrm_train.backends.ring", backend, address, str(processes)]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                   "-m", "pgenrm_train.backends.ring", backend]  # fmt: skip
     own = {} if cuda else {"GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=RING_SECONDS, env={**own, **os.environ})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=RING_SECONDS, env={**own, **os.environ, "PYTHONPATH": path}
+        )
     except subprocess.TimeoutExpired:
         yield f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; {_remedy(backend)}"
         return

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +17,8 @@ from pgenrm_train.config import ROOT, Config
 
 SECONDS = 5.0  # of one request: a server that is up answers in less
 STARTS_FROM = {"cre": ("psi",), "curriculum": ("cre", "psi"), "evaluate": ("curriculum", "cre", "psi")}
+RAY_SECONDS = 60.0
+ON_RAY = ("psi", "cre", "curriculum", "prototypes", "evaluate")
 OFFLINE = ("1", "true", "yes", "on")
 
 
@@ -72,41 +78,97 @@ def _hub(name: str) -> Iterator[str]:
 
 
 def check_ray(config: Config, stage: str) -> Iterator[str]:
-    """A running cluster that `ray.address` names answers on its port."""
-    address = config.ray.address
-    if stage not in ("psi", "cre", "curriculum") or address is None or address == "local":
+    """A running cluster that `ray.address` names answers, and its nodes have what the stage would wait for."""
+    address, nodes = config.ray.address, config.cluster.nodes
+    if stage not in ON_RAY or address is None or address == "local":
+        if stage in ON_RAY and nodes > 1:
+            yield (
+                f"cluster.nodes={nodes} needs ray.address= of a Ray cluster that runs; start one with ray start --head on the first node and "
+                "ray start --address=HOST:PORT on the others"
+            )
         return
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        if config.ray.address != "auto":
-            yield f"ray.address={config.ray.address} is not host:port or auto"
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=SECONDS).close()
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            yield f"no Ray cluster answers at {address} ({reason}); start one with ray start --head, or leave ray.address unset for a local one"
+            return
+    elif config.ray.address != "auto":  # which Ray may find by itself
+        yield f"ray.address={config.ray.address} is not host:port or auto"
         return
+    found = nodes_at(config.ray.address or "")
+    if isinstance(found, str):
+        yield f"the Ray cluster at {config.ray.address} takes no driver from here ({found}); start it with the versions of the pins, on every node"
+    else:
+        yield from cluster_problems(config, stage, found)
+
+
+@functools.cache
+def nodes_at(address: str) -> list[dict[str, float]] | str:
+    """Resources of each living node, or why they cannot be told; asked in a process of its own, which leaves no driver behind."""
+    command = [sys.executable, "-m", "pgenrm_train.backends.ray_cluster", address]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     try:
-        socket.create_connection((host, int(port)), timeout=SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or "no answer"
-        yield f"no Ray cluster answers at {address} ({reason}); start one with ray start --head, or leave ray.address unset for a local one"
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=RAY_SECONDS, env={**os.environ, "PYTHONPATH": path}
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {RAY_SECONDS:.0f} s"
+    if done.returncode:
+        return next((line.strip()[:200] for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given")
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def cluster_problems(config: Config, stage: str, nodes: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """What the placement of workers would wait for without end: too few nodes with enough GPUs, busy ones counted."""
+    cluster, gpus = config.cluster, config.cluster.processes_per_node
+    if cluster.device == "cpu" and stage not in ("cre", "curriculum"):  # veRL's ranks take logical GPUs there
+        return
+    able = sum(int(node.get("GPU", 0) // gpus) for node in nodes)
+    if able < cluster.nodes:
+        yield (
+            f"the Ray cluster has room for {able} nodes of {gpus} GPUs and cluster={cluster.name} needs {cluster.nodes}; add nodes with ray start, "
+            "or set cluster.nodes= and cluster.processes_per_node="
+        )
+    if len(kinds := {name.partition(":")[2] for node in nodes for name in node if name.startswith("accelerator_type:")}) > 1:
+        yield f"the GPUs of the Ray cluster differ ({', '.join(sorted(kinds))}) and the slowest would set the pace; start ray on nodes that are alike"
 
 
 def check_wandb(config: Config, stage: str) -> Iterator[str]:
-    """tracking=wandb has a key: in the environment or in ~/.netrc, where `wandb login` puts it."""
-    if (
-        config.tracking.kind != "wandb"
-        or os.environ.get("WANDB_API_KEY")
-        or os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    ):
+    """tracking=wandb has a key, in the environment or in ~/.netrc, where `wandb login` puts it, and W&B takes it.
+
+    A W&B that is not reached is no failure: the run starts offline then.
+    """
+    if config.tracking.kind != "wandb" or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return
+    import httpx
+
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    host = urlsplit(base).hostname or ""
+    if not (key := os.environ.get("WANDB_API_KEY") or _in_netrc(host)):
+        yield f"tracking=wandb has no key for {host}; run wandb login, set WANDB_API_KEY, or use tracking=offline"
+        return
+    try:
+        asked = httpx.post(f"{base}/graphql", json={"query": "{viewer {id}}"}, auth=("api", key), timeout=SECONDS)
+        refused = asked.status_code in (401, 403) or (asked.is_success and not (asked.json().get("data") or {}).get("viewer"))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+        return
+    if refused:
+        yield f"W&B at {host} refuses the key; run wandb login --relogin, correct WANDB_API_KEY, or use tracking=offline"
+
+
+def _in_netrc(host: str) -> str | None:
     import netrc
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        known = netrc.netrc().authenticators(host) is not None
+        found = netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
-        known = False
-    if not known:
-        yield f"tracking=wandb has no key for {host}; run wandb login, set WANDB_API_KEY, or use tracking=offline"
+        return None
+    return found[2] if found else None
 
 
 def check_teacher(config: Config, stage: str) -> Iterator[str]:

@@ -108,6 +108,7 @@ def test_scripts_pass_shellcheck(overrides: list[str]) -> None:
     assert shellcheck(script) == ""
     assert "#SBATCH --time=5:00:00" in script
     assert ("--gpus-per-node=8" in script) == ("cluster.nodes=2" not in overrides)
+    assert "#SBATCH --mem=0\n" in script and "--cpu-bind=none" in script
 
 
 def hostile(config: Config) -> Config:

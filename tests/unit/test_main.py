@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pgenrm_train.config import ROOT
+from pgenrm_train.__main__ import run_recipe
+from pgenrm_train.config import ROOT, Config
 
 HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "deepspeed", "wandb", "pandas", "sklearn")
 
@@ -133,3 +135,14 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path):
     (runs,) = tmp_path.iterdir()
     made = sorted(p.parent.parent.relative_to(runs).as_posix() for p in runs.rglob("pairs.parquet"))
     assert made == ["personaworld-nano-demo/job-0", "personaworld-nano-demo/job-1"]
+
+
+def test_on_a_cluster_paths_mean_the_same_to_every_worker(monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "recipes.probe", types.SimpleNamespace(run=seen.append))
+    config = Config(recipe="probe", run_dir="runs/mine")
+    run_recipe(config)
+    assert seen[-1].run_dir == "runs/mine"
+    config.ray.address, config.model.path = "head:6379", "start"
+    run_recipe(config)
+    assert (seen[-1].run_dir, seen[-1].model.path) == (str(Path("runs/mine").absolute()), str(Path("start").absolute()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
 from pgenrm_train.errors import ConfigError
@@ -16,9 +18,11 @@ from pgenrm_train.planning import STAGES, memory, plan_of
 from pgenrm_train.planning.advice import apply, fits
 from pgenrm_train.planning.batches import grpo_batches, psi_batches
 from pgenrm_train.planning.geometry import KNOWN, geometry_of, read_geometry
+from pgenrm_train.planning.table import show
 from pgenrm_train.planning.work import generation_rate, lengths, pairs_of
 
-MODELS = ("nano", "llama31_8b", "qwen3_8b", "llama31_70b_lora")
+WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
+MODELS = sorted({path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")} - set(WITHOUT_WEIGHTS))
 CLUSTERS = sorted(path.stem for path in (CONFIG_DIR / "cluster").glob("*.yaml"))
 PUBLISHED = {  # parameter counts on the models' hub pages
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
@@ -110,7 +114,10 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
     def peak(config: Config) -> float:
         return memory.psi_phases(config, geometry)[0].total
 
-    assert peak(eight) < peak(changed(eight, psi__gradient_checkpointing=False))
+    whole = changed(eight, psi__gradient_checkpointing=False)
+    assert peak(eight) < peak(whole)
+    (told,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
+    assert "with psi.gradient_checkpointing=false" in told and "with psi.gradient_checkpointing=true" in other
     per_token = [memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")]
     assert per_token == sorted(per_token) and len(set(per_token)) == 3
 
@@ -153,6 +160,26 @@ def test_every_shipped_model_is_planned_on_every_cluster(model: str, cluster: st
         if stage.change:
             keys = tuple((text.split("=")[0], _value(text.split("=")[1])) for text in stage.change)
             assert fits(apply(config, (keys,)), plan.geometry, stage.stage), "the advice must hold"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml")))
+def test_every_shipped_recipe_is_planned(recipe: str) -> None:
+    for stage in plan_of(load(f"recipe={recipe}")).stages:
+        assert stage.fits and stage.work.total_hours >= 0, stage.problems
+
+
+@pytest.mark.parametrize("data", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
+def test_every_shipped_data_set_is_planned(data: str) -> None:
+    path = ["data.path=votes.parquet"] if data == "pairs" else []
+    plan = plan_of(load("recipe=plan", f"data={data}", "model=llama31_8b", "cluster=gpu8", *path))
+    assert plan.fits and plan.hours > 0 and plan.dollars > 0
+
+
+@pytest.mark.parametrize("model", WITHOUT_WEIGHTS)
+def test_a_model_without_weights_of_ours_is_refused_in_one_sentence(model: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(load("recipe=plan", f"model={model}", "model.base_url=http://h/v1", checked=False))
+    assert "\n" not in str(error.value)
 
 
 def _value(text: str) -> object:
@@ -220,6 +247,18 @@ def test_generation_is_bounded_by_reading_the_weights(eight: Config) -> None:
     one = generation_rate(eight, geometry, 0.6, 1, 1e9) / 8
     assert one < 0.5 * 3.35e12 / (2 * geometry.parameters)
     assert generation_rate(eight, geometry, 0.6, 64, 1e9) / 8 > 20 * one
+
+
+def test_evaluation_uses_every_replica(eight: Config) -> None:
+    one, two = (changed(eight, plan__stage="evaluate", cluster__nodes=n) for n in (1, 2))
+    hours = [plan_of(config).stages[0].work.hours["generation"] for config in (one, two)]
+    assert hours[1] == pytest.approx(hours[0] / 2)
+
+
+def test_nothing_of_the_table_is_cut_off_in_a_narrow_terminal(eight: Config) -> None:
+    told = io.StringIO()
+    show(plan_of(changed(eight, plan__stage="cre")), Console(file=told, width=80))
+    assert "…" not in told.getvalue() and told.getvalue().count("fits") == 2
 
 
 def test_pairs_come_from_the_data(tmp_path: Path, eight: Config) -> None:

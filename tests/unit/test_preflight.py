@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -27,18 +28,19 @@ def config(tmp_path: Path) -> Config:
 
 
 @contextmanager
-def server(status: int) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers every GET with `status`; yields its base URL and the Authorization headers that it saw."""
+def server(status: int, body: bytes = b"") -> Iterator[tuple[str, list[str]]]:
+    """A server that answers everything with `status` and `body`; yields its base URL and the Authorization headers that it saw."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             seen.append(f"{self.path} {self.headers.get('authorization')}")
             self.send_response(status)
-            self.send_header("content-length", "0")
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_: object) -> None: ...
 
@@ -142,7 +144,7 @@ def test_a_ring_of_two_processes_closes_over_gloo(tmp_path: Path, monkeypatch: p
     assert list(machine.check_ring(asked, "psi")) == []
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
     (problem,) = machine.check_ring(asked, "psi")
-    assert "an all-reduce over 1 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem
+    assert "an all-reduce over 2 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem
 
 
 # ---- versions ----
@@ -230,27 +232,57 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "tracking=wandb has no key for api.wandb.ai" in " ".join(reach.check_wandb(asking, "psi"))
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody answers there: the run would start offline
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert list(reach.check_wandb(asking, "psi")) == []
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert "wandb.example.org" in " ".join(reach.check_wandb(asking, "psi"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
+    assert "wandb.invalid" in " ".join(reach.check_wandb(asking, "psi"))
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert list(reach.check_wandb(asking, "psi")) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"), [({"viewer": {"id": "v"}}, False), ({"viewer": None}, True), (401, True), (503, False)]
+)
+def test_a_key_that_wandb_refuses_is_told(answer: object, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    asking.tracking.kind = "wandb"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    status = answer if isinstance(answer, int) else 200
+    with server(status, json.dumps({"data": answer}).encode()) as (url, seen):
+        monkeypatch.setenv("WANDB_BASE_URL", url.removesuffix("/v1"))
+        told = " ".join(reach.check_wandb(asking, "psi"))
+    assert seen == ["/graphql Basic YXBpOms="]
+    assert ("W&B at 127.0.0.1 refuses the key" in told) == refused == bool(told)
 
 
 def test_a_ray_cluster_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asking = config(tmp_path)
     asking.ray.address = dead_url().removeprefix("http://").removesuffix("/v1")
     assert "no Ray cluster answers at 127.0.0.1" in " ".join(reach.check_ray(asking, "cre"))
-    with server(200) as (url, _):
-        asking.ray.address = url.removeprefix("http://").removesuffix("/v1")
-        assert list(reach.check_ray(asking, "cre")) == []
     asking.ray.address = "nonsense"
     assert "is not host:port or auto" in " ".join(reach.check_ray(asking, "cre"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asking.ray.address = "auto"
-    assert list(reach.check_ray(asking, "cre")) == []
+    monkeypatch.setenv("RAY_ADDRESS", dead_url().removeprefix("http://").removesuffix("/v1"))
+    assert "no Ray cluster answers at 127.0.0.1" in " ".join(reach.check_ray(asking, "cre"))
+
+
+def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Path) -> None:
+    asking = config(tmp_path)
+    asking.cluster.nodes, asking.cluster.processes_per_node, asking.cluster.name = 2, 8, "multi_node"
+    assert "cluster.nodes=2 needs ray.address=" in " ".join(reach.check_ray(asking, "cre"))
+    assert list(reach.check_ray(asking, "build_sec")) == []
+    full, half = {"GPU": 8.0, "accelerator_type:H100": 1.0}, {"GPU": 4.0, "accelerator_type:H100": 1.0}
+    assert list(reach.cluster_problems(asking, "cre", [full, full])) == []
+    assert "room for 1 nodes of 8 GPUs and cluster=multi_node needs 2" in " ".join(
+        reach.cluster_problems(asking, "cre", [full, half, {"CPU": 4.0}])
+    )
+    assert "differ (A100, H100)" in " ".join(
+        reach.cluster_problems(asking, "cre", [full, {"GPU": 8.0, "accelerator_type:A100": 1.0}])
+    )
+    assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], "on CPUs PSI takes no GPUs, logical ones neither"
 
 
 # ---- the whole ----

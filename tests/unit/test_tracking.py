@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+from wandb_server import serve
 
 from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
@@ -166,3 +168,92 @@ def test_a_wandb_that_cannot_start_does_not_stop_the_run(tmp_path):
     done = python(TRACK.format(kind="offline", folder=str(tmp_path / "psi")), PYTHONPATH=path)
     assert done.returncode == 0 and done.stderr.count("warning: W&B logging stopped") == 1
     assert len(lines(tmp_path / "psi" / "metrics.jsonl")) == 1
+
+
+# ---- a real client and a stub of W&B's server ----
+
+ONLINE = """
+import sys
+from pathlib import Path
+from pgenrm_train import tracking
+from pgenrm_train.config import Config, TrackingConfig
+tracking.START_SECONDS = tracking.FINISH_SECONDS = 4.0
+config = Config(recipe="psi", run_dir="runs/mine", tracking=TrackingConfig(kind={kind!r}, project="ours"))
+config.teacher.base_url = "http://user:password@host/v1"
+tracker = tracking.Tracker(config, "psi", Path({folder!r}))
+tracker.log(1, {{"psi/loss": 2.0, "eval/accuracy": 0.75}})
+print("logged", flush=True)
+sys.stdin.readline()
+tracker.log(2, {{"psi/loss": 1.0, "eval/accuracy": 0.5}})
+if {link}:
+    tracker.link({{"steps": 2}})
+tracker.close()
+"""
+
+
+def tracked(folder, server, kind="wandb", link=True) -> subprocess.Popen:
+    """A stage that waits for a line after its first step."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder.parent), **server.environment}
+    code = ONLINE.format(kind=kind, folder=str(folder), link=link)
+    pipe = subprocess.PIPE
+    found = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert found.stdout.readline() == "logged\n", found.stderr.read()
+    return found
+
+
+def sync(command: str, home, server) -> None:
+    """The command that the warning names."""
+    environment = {**os.environ, "HOME": str(home), **server.environment}
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], cwd=home, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def made(folder) -> None:
+    """As a stage leaves its folder."""
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint" / "model.safetensors").write_text("weights")
+    (folder / "predictions.parquet").write_text("rows")
+    (folder / "report.html").write_text("<html>")
+
+
+ARTIFACTS = {("mine-psi-" + kind, kind) for kind in ("config", "predictions", "report")}
+
+
+def test_a_run_arrives_with_its_group_its_accuracy_and_what_was_made(tmp_path):
+    made(tmp_path / "psi")
+    with serve() as server:
+        _, err = tracked(tmp_path / "psi", server).communicate("\n", timeout=60)
+        assert "warning" not in err
+        (run, *_) = server.runs
+        assert (run["project"], run["groupName"], run["jobType"], run["displayName"]) == ("ours", "mine", "psi", "mine/psi")
+        assert "password" not in json.dumps(server.runs) and "learning_rate" in run["config"]
+        assert [row["eval/accuracy"] for row in server.history] == [0.75, 0.5]
+        assert server.summary["eval/accuracy"] == 0.75, "of the published checkpoint"
+        assert set(server.artifacts) == ARTIFACTS | {("mine-psi-checkpoint", "model")}
+
+
+def test_without_the_network_a_run_starts_offline_and_is_sent_later(tmp_path):
+    made(tmp_path / "psi")
+    with serve() as server:
+        pass
+    _, err = tracked(tmp_path / "psi", server).communicate("\n", timeout=60)
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
+    command = re.search(r"W&B is not reached .*; tracking goes on offline, and (wandb sync \S+) sends it later", warning)
+    assert command and len(lines(tmp_path / "psi" / "metrics.jsonl")) == 2
+    with serve(server.port) as server:
+        sync(command[1], tmp_path, server)
+        assert len(server.history) == 2 and set(server.artifacts) >= ARTIFACTS
+
+
+def test_a_network_that_is_lost_on_the_way_costs_nothing(tmp_path):
+    with serve() as server:
+        stage = tracked(tmp_path / "psi", server, link=False)
+    _, err = stage.communicate("\n", timeout=60)
+    assert stage.returncode == 0 and len(lines(tmp_path / "psi" / "metrics.jsonl")) == 2
+    command = re.search(r"metrics.jsonl is whole, and (wandb sync .*) sends the rest", err)
+    assert command, err
+    with serve(server.port) as server:
+        sync(command[1], tmp_path, server)
+        assert [row["eval/accuracy"] for row in server.history] == [0.75, 0.5]

@@ -12,7 +12,7 @@ import pytest
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_grpo import _died, _read, with_restarts
 from pgenrm_train.backends.verl_progress import chain_metrics, hopeless
-from pgenrm_train.errors import BackendError, ConfigError, EngineLostError
+from pgenrm_train.errors import BackendError, ConfigError, EngineLostError, NodeLostError
 
 DONE = [Trained(3, Path("checkpoint"))]
 
@@ -31,20 +31,28 @@ def scripted(*outcomes: Any) -> Any:
 
 def test_a_lost_engine_is_started_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "restarts.jsonl"
-    assert with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, log) == DONE
+    assert with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, 0, log) == DONE
     assert [json.loads(line)["reason"] for line in log.read_text().splitlines()] == ["it hung", "it died"]
-    assert "it hung\nstarting again (1 of 2)" in capsys.readouterr().out
+    assert "it hung; starting again (1 starts left)" in capsys.readouterr().out
 
 
 def test_restarts_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(EngineLostError, match="third"):
-        with_restarts(scripted(*(EngineLostError(n) for n in ("first", "second", "third")), DONE), 2, tmp_path / "log")
+        with_restarts(scripted(*(EngineLostError(n) for n in ("first", "second", "third")), DONE), 2, 9, tmp_path / "log")
+
+
+def test_lost_nodes_are_counted_for_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert with_restarts(scripted(NodeLostError("a node"), NodeLostError("a node"), DONE), 0, 2, tmp_path / "log") == DONE
+    assert "once the node is back (1 starts left)" in capsys.readouterr().out
+    for work, left in ((scripted(NodeLostError("a node"), DONE), 0), (scripted(EngineLostError("an engine"), DONE), 9)):
+        with pytest.raises(EngineLostError):
+            with_restarts(work, 9 - left, left, tmp_path / "log")
 
 
 @pytest.mark.parametrize("error", [BackendError("the judge gave no verdict"), ConfigError("a key"), OSError("disk full")])
 def test_what_would_fail_again_is_not_tried_again(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)):
-        with_restarts(scripted(error, DONE), 5, tmp_path / "log")
+        with_restarts(scripted(error, DONE), 5, 5, tmp_path / "log")
 
 
 @pytest.mark.parametrize(
