@@ -2,6 +2,7 @@
 
     cross_user_flip  a given pair whose user went against the others: the strict majority of the other users who voted on the same
                      two responses to the same context prefers the rejected one
+    prototype_flip   as cross_user_flip, with the voters of one other prototype of users instead of all others
     near_tie         two answers to the same context that this user rated, unequally but too close for the data builder to make a
                      pair of them (N-way data such as PRISM); the higher rated one is chosen
 
@@ -12,15 +13,16 @@ order of ratings: linear in the rated answers, and no rating between the two cou
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
+from types import MappingProxyType
 
 from pgenrm_train.hardness import Votes, key_of
 from pgenrm_train.records import ContentKey, Message, PreferencePair
 
-FLIP, NEAR_TIE, GIVEN = "cross_user_flip", "near_tie", "given"
+FLIP, PROTOTYPE_FLIP, NEAR_TIE, GIVEN = "cross_user_flip", "prototype_flip", "near_tie", "given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,33 @@ class HardNegative:
     origin: str
 
 
-def hard_negatives(pairs: Sequence[PreferencePair], *, near: float) -> list[HardNegative]:
+def hard_negatives(
+    pairs: Sequence[PreferencePair], *, near: float, prototype_of: Mapping[str, int] = MappingProxyType({})
+) -> list[HardNegative]:
     """All of the training pairs among `pairs`, near ties first.  `near`: points of rating below which a gap is a near tie.
 
     pairs: every pair of the data; those that do not train are only checked against, so that no held-out question is built anew.
+    prototype_of: user → prototype, of the users that have one.
     """
     train = [pair for pair in pairs if pair.trains]
-    votes = Votes(train)
-    ties = near_ties(pairs, near)
-    flips = [pair for pair in train if _against(pair, votes)]
-    return [HardNegative(pair, NEAR_TIE) for pair in ties] + [HardNegative(pair, FLIP) for pair in flips]
+    votes, camps = Votes(train), _camps(train, prototype_of)
+    made = [HardNegative(pair, NEAR_TIE) for pair in near_ties(pairs, near)]
+    for pair in train:
+        own = prototype_of.get(pair.user_id)
+        if _against(pair, votes):
+            made.append(HardNegative(pair, FLIP))
+        elif own is not None and any(_against(pair, camp) for prototype, camp in camps.items() if prototype != own):
+            made.append(HardNegative(pair, PROTOTYPE_FLIP))
+    return made
+
+
+def _camps(train: Sequence[PreferencePair], prototype_of: Mapping[str, int]) -> dict[int, Votes]:
+    """Prototype → the votes of its users."""
+    members: dict[int, list[PreferencePair]] = defaultdict(list)
+    for pair in train:
+        if pair.user_id in prototype_of:
+            members[prototype_of[pair.user_id]].append(pair)
+    return {prototype: Votes(pairs) for prototype, pairs in members.items()}
 
 
 def _against(pair: PreferencePair, votes: Votes) -> bool:

@@ -14,7 +14,8 @@ batch in which its evidence points the wrong way, and to learn from that mix is 
 Before any model, from the texts and votes (a cold start): each signal that the data hold is turned into the pair's rank among those
 that have it, in [0, 1], and the hardness is the mean of these ranks.  The harder half is hard, nothing is suspect.
 
-    similarity    Dice coefficient of the responses' sets of character trigrams           alike is hard
+    similarity    Dice coefficient of the responses' sets of character trigrams, or the   alike is hard
+                  cosine of their embeddings where an embedder is given
     length_ratio  characters of the shorter by those of the longer                        alike is hard
     rating_gap    chosen_score − rejected_score                                           small is hard
     disagreement  share of the other users who voted on the same two responses to the     near ½ is hard: by the distance to ½,
@@ -27,7 +28,7 @@ little is known), `scenario` those of rarer-than-median scenarios.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ import numpy as np
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.records import ContentKey, PreferencePair, content_key
 
+Embed = Callable[[Sequence[str]], np.ndarray]
 SIGNALS = ("similarity", "length_ratio", "rating_gap", "disagreement")
 MEASURED = ("pass_rate", "margin", "verified_margin", "order_gap", "samples", "failures")
 CONFIDENT = 1.0  # points of the 1–10 scale
@@ -71,11 +73,21 @@ def key_of(pair: PreferencePair) -> ContentKey:
     return content_key(pair.context, (pair.chosen, pair.rejected))
 
 
-def signals(pairs: Sequence[PreferencePair], votes: Votes) -> dict[str, np.ndarray]:
-    """The model-free signals, one array of shape (N,) each, NaN where the data hold nothing."""
-    rows = [(similarity(p.chosen, p.rejected), _length_ratio(p), _rating_gap(p), votes.disagreement(p)) for p in pairs]
+def signals(pairs: Sequence[PreferencePair], votes: Votes, embed: Embed | None = None) -> dict[str, np.ndarray]:
+    """The model-free signals, one array of shape (N,) each, NaN where the data hold nothing.
+
+    embed: texts → (N, d), rows of length 1; None compares trigrams.
+    """
+    alike = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
+    rows = [(like, _length_ratio(p), _rating_gap(p), votes.disagreement(p)) for like, p in zip(alike, pairs, strict=True)]
     columns = np.array(rows, dtype=float).reshape(len(rows), len(SIGNALS))
     return dict(zip(SIGNALS, columns.T, strict=True))
+
+
+def cosines(pairs: Sequence[PreferencePair], embed: Embed) -> np.ndarray:
+    """Cosine of the embeddings of the two responses, shape (N,)."""
+    vectors = embed([text for pair in pairs for text in (pair.chosen, pair.rejected)])
+    return np.asarray((vectors[0::2] * vectors[1::2]).sum(axis=1), dtype=float)
 
 
 def similarity(one: str, other: str) -> float:

@@ -99,7 +99,8 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
         pairs = load_pairs(Path(config.run_dir))
         if not write_validation(config, stage, validation, pairs, write) and settings.validate_every:
             print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
-        grpo.write_rows(config, stage, rows, pairs, write, progress, synthetic)
+        known = known_of_pairs(config) if stage == "curriculum" else {}
+        grpo.write_rows(config, stage, rows, pairs, write, progress, synthetic, **known)
         write_json(work_dir / "trimmed.json", dict(write.trimmed))
         if told := write.told(f"{stage} prompts"):
             print(told, flush=True)
@@ -109,6 +110,18 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
         stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None, **hardness_of(config, stage, work_dir),
         **(judged_by(config, judge, rows) if settings.process_weight else {}),
     )  # fmt: skip
+
+
+def known_of_pairs(config: Config) -> dict[str, Any]:
+    """What tells hard pairs beside the data: an embedder of responses, and the prototypes of users."""
+    from recipes import prototypes
+
+    settings, found = config.curriculum, {}
+    if settings.similarity != "trigrams" and settings.schedule != "uniform":
+        found["embed"] = prototypes.make_embedder(config, settings.similarity)
+    if settings.prototypes:
+        found["prototype_of"] = prototypes.of_users(Path(settings.prototypes))
+    return found
 
 
 def hardness_of(config: Config, stage: str, work_dir: Path) -> dict[str, Any]:

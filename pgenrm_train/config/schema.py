@@ -243,12 +243,16 @@ class CurriculumConfig(GrpoConfig):
     hard_share_end: float = 0.8
     hard_by: str = "hardness"  # hardness · history (short ones are hard) · scenario (rare ones are)
     mine: bool = True  # false: hardness from texts, ratings and other users' votes, without a model
+    similarity: str = "trigrams"  # of the two responses: their character trigrams, or an embedder as prototypes.embedder names it
     mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`, half of them in each order
     hard_low: float = 0.25  # a pair is hard when the share of its chains that rank chosen first lies between these;
     hard_high: float = 0.75  # below, the model contradicts the vote, and where it does so confidently the pair is suspect
     suspect_weight: float = 0.5  # how often a suspect pair is drawn against another one that is not hard
     user_balanced: bool = False  # users take turns instead of pairs
     construct: bool = False  # up to half of `rows`: votes against the majority of other users, and near-equal ratings
+    prototypes: str | None = (
+        None  # a finished `prototypes` folder: construct also takes votes against another prototype's majority
+    )
 
 
 @dataclass

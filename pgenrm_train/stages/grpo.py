@@ -20,7 +20,7 @@ from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import ANSWER_KEYS, Config, masking_of, seed_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.hard_negatives import GIVEN, HardNegative, hard_negatives
-from pgenrm_train.hardness import Votes
+from pgenrm_train.hardness import Embed, Votes
 from pgenrm_train.hardness import signals as signals_of
 from pgenrm_train.judging import signals
 from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
@@ -47,14 +47,16 @@ def write_rows(
     writer: Callable[[MaskedView | FullView], Messages],
     progress: Callable[..., Iterable[Any]],
     synthetic: Mapping[str, ExplicitSignals] = MappingProxyType({}),
+    embed: Embed | None = None,
+    prototype_of: Mapping[str, int] = MappingProxyType({}),
 ) -> int:
     """Write the rows that the stage's steps can use; returns their number.
 
     Presentation orders alternate, so that both are equally frequent.  `synthetic`: user → criteria to judge by where the user stated
-    nothing.
+    nothing.  `embed`: for the similarity of responses, None compares trigrams.  `prototype_of`: user → prototype, for hard negatives.
     """
     settings = getattr(config, section)
-    train, origins = training_pairs(config, section, pairs)
+    train, origins = training_pairs(config, section, pairs, prototype_of)
     if len(train) < settings.prompts_per_step:
         raise DataError(f"{len(train)} training pairs are fewer than {section}.prompts_per_step={settings.prompts_per_step}")
     sampler = histories(config, pairs)
@@ -67,7 +69,7 @@ def write_rows(
         if scheduled and mines(config):
             mirror.append(_row(config, section, index, pair, present(pair, history, 1 - order), writer, synthetic))
     if scheduled:
-        found = signals_of(train, Votes(pair for pair in pairs if pair.trains))
+        found = signals_of(train, Votes(pair for pair in pairs if pair.trains), embed)
         common = Counter(pair.scenario for pair in train)
         columns = {"pair_id": [pair.pair_id for pair in train], "origin": origins, "history": known,
                    "scenario": [common[pair.scenario] / len(train) for pair in train]} | found  # fmt: skip
@@ -86,7 +88,9 @@ def mines(config: Config) -> bool:
     return settings.mine and settings.hard_by == "hardness" and settings.schedule != "uniform"
 
 
-def training_pairs(config: Config, section: str, pairs: Sequence[PreferencePair]) -> tuple[list[PreferencePair], list[str]]:
+def training_pairs(
+    config: Config, section: str, pairs: Sequence[PreferencePair], prototype_of: Mapping[str, int] = MappingProxyType({})
+) -> tuple[list[PreferencePair], list[str]]:
     """The pairs to train on in a seeded order, at most as many as are drawn, and the origin of each.
 
     With `curriculum.construct` up to half of them are hard negatives (see `hard_negatives`), the rest a plain draw.
@@ -97,7 +101,7 @@ def training_pairs(config: Config, section: str, pairs: Sequence[PreferencePair]
     limit = max(settings.rows, settings.prompts_per_step)
     if not getattr(settings, "construct", False):
         return train[:limit], [GIVEN] * len(train[:limit])
-    made = hard_negatives(pairs, near=config.data.min_rating_gap)
+    made = hard_negatives(pairs, near=config.data.min_rating_gap, prototype_of=prototype_of)
     rng.shuffle(made)
     first = made[: limit // 2]
     taken = {negative.pair.pair_id for negative in first}

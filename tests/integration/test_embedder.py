@@ -10,6 +10,8 @@ import pytest
 
 from pgenrm_train.backends.embedder import SentenceEmbedder
 from pgenrm_train.errors import ArtifactError, PreflightError
+from pgenrm_train.hardness import cosines, similarity
+from pgenrm_train.records import Message, PreferencePair
 
 TEXTS = ["I prefer short answers with sources.", "Give me brief replies and cite them.", "Tell me long funny stories."]
 
@@ -76,6 +78,14 @@ def test_another_model_has_another_fingerprint_and_a_local_folder_works(minilm, 
     assert local(TEXTS) == pytest.approx(minilm(TEXTS), abs=1e-6)
     (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
     assert SentenceEmbedder(str(copy)).fingerprint != minilm.fingerprint
+
+
+def test_embeddings_say_how_alike_two_responses_are(minilm):
+    """The curriculum's model-free signal: a paraphrase shares the meaning and few trigrams."""
+    pairs = [PreferencePair("p", "u", (Message("user", "q"),), TEXTS[0], text) for text in TEXTS[1:]]
+    paraphrase, other = cosines(pairs, minilm)
+    assert paraphrase > other + 0.1
+    assert similarity(TEXTS[0], TEXTS[1]) < 0.5 < paraphrase
 
 
 def test_a_broken_cache_and_an_unknown_model_end_in_one_sentence(minilm, tmp_path, monkeypatch):

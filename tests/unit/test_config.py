@@ -272,6 +272,11 @@ def test_a_plus_does_not_carry_a_key_past_the_schema(override):
         load("recipe=pipeline", override)
 
 
+def test_prototypes_are_read_for_hard_negatives_alone():
+    with pytest.raises(ConfigError, match=r"curriculum\.prototypes is read by curriculum\.construct=true alone"):
+        load("recipe=curriculum", "curriculum.prototypes=runs/a/prototypes")
+
+
 def test_a_self_paced_curriculum_needs_pass_rates():
     with pytest.raises(ConfigError, match=r"schedule=self_paced .* needs curriculum\.hard_by=hardness, not history"):
         load("recipe=curriculum", "curriculum.schedule=self_paced", "curriculum.hard_by=history")

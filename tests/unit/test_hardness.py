@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.hard_negatives import FLIP, NEAR_TIE, hard_negatives, near_ties
+from pgenrm_train.hard_negatives import FLIP, NEAR_TIE, PROTOTYPE_FLIP, hard_negatives, near_ties
 from pgenrm_train.hardness import (
     SIGNALS,
     Votes,
@@ -149,6 +149,19 @@ def test_similarity_is_symmetric_and_bounded(one: str, other: str) -> None:
     assert similarity(one, one) == 1.0
 
 
+def test_an_embedder_may_say_how_alike_the_responses_are() -> None:
+    """By the angle of their embeddings; the other signals stay."""
+    direction = {"north": (1.0, 0.0), "east": (0.0, 1.0), "north-east": (0.6, 0.8)}
+    pairs = [pair("1", "u", "north", "east"), pair("2", "u", "north", "north-east"), pair("3", "u", "east", "east")]
+    found, plain = (
+        signals(pairs, Votes(pairs), lambda texts: np.array([direction[t] for t in texts])),
+        signals(pairs, Votes(pairs)),
+    )
+    assert found["similarity"] == pytest.approx([0.0, 0.6, 1.0])
+    assert all(np.array_equal(found[name], plain[name], equal_nan=True) for name in SIGNALS[1:])
+    assert signals([], Votes([]), lambda texts: np.zeros((0, 2)))["similarity"].shape == (0,)
+
+
 def test_half_of_an_odd_number_is_rounded_up_and_ties_keep_their_order() -> None:
     assert harder_half(np.array([0.5, 0.5, 0.5])).tolist() == [True, True, False]
 
@@ -180,6 +193,19 @@ def test_hard_negatives_rest_on_votes_and_ratings_that_exist() -> None:
     assert (tie.chosen, tie.rejected, tie.chosen_score, tie.rejected_score) == ("x", "z", 80, 75)
     assert tie.pair_id not in {p.pair_id for p in given_pairs}
     assert made[1].pair is given_pairs[0], "a flip is the given vote, nothing new"
+
+
+def test_another_prototype_may_prefer_what_the_user_rejected() -> None:
+    """Three of five voters side with ann, so the majority does not object; bob's and cyd's prototype does."""
+    given_pairs = [*votes()[2:4], *(pair(f"{user}1", user, "x", "y") for user in ("ann", "fay", "gil"))]
+    camp = {"ann": 0, "fay": 0, "bob": 1, "cyd": 1}
+    made = hard_negatives(given_pairs, near=10, prototype_of=camp)
+    assert [(m.origin, m.pair.user_id) for m in made] == [
+        (FLIP, "bob"), (FLIP, "cyd"), (PROTOTYPE_FLIP, "ann"), (PROTOTYPE_FLIP, "fay")
+    ], "gil has no prototype"  # fmt: skip
+    assert all(m.pair in given_pairs for m in made)
+    alike = hard_negatives(given_pairs, near=10, prototype_of=dict.fromkeys(camp, 0))
+    assert [m.origin for m in alike] == [FLIP, FLIP], "one's own prototype is no other"
 
 
 def test_held_out_votes_neither_count_nor_come_back() -> None:

@@ -17,10 +17,11 @@ from pgenrm_train import prototypes as core
 from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.chains import write_chain
 from pgenrm_train.config import Config
-from pgenrm_train.errors import ConfigError, DataError
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.masking import present
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import asked, histories
+from recipes.prototypes import of_users
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
 
@@ -81,6 +82,18 @@ def test_refinement_is_reported_against_the_unrefined_centroids(run):
     assert metrics["holdout_users"] == 9 and metrics["loss"] == sorted(metrics["loss"], reverse=True)
     assert metrics["train_accuracy"] > metrics["train_accuracy_centroids"]
     assert metrics["holdout_pairs"] == 27 and all(0 <= metrics[f"holdout_accuracy{x}"] <= 1 for x in ("", "_centroids"))
+
+
+def test_users_of_a_finished_run_have_the_prototype_of_most_of_their_analyses(tmp_path):
+    folder = StageFolder(tmp_path / "prototypes", "prototypes")
+    folder.path.mkdir()
+    rows = [("ann", 2), ("ann", 0), ("ann", 2), ("bob", 1)]
+    pd.DataFrame(rows, columns=["user_id", "prototype"]).to_parquet(folder.path / "analyses.parquet")
+    with pytest.raises(ArtifactError, match=r"curriculum\.prototypes=.* holds no finished prototypes"):
+        of_users(folder.path)
+    folder.manifest = {"status": "complete"}
+    folder.save()
+    assert of_users(folder.path) == {"ann": 2, "bob": 1}
 
 
 def test_scores_and_recitals_of_the_history_are_never_embedded(world, tmp_path):
