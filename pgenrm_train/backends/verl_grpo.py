@@ -189,7 +189,7 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
 
 def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     """Mine where asked, train to the planned step, export, and say so in `trained.json`."""
-    from pgenrm_train.backends.verl_rollout import RewardSpec
+    from pgenrm_train.backends.verl_rewards import RewardSpec
     from pgenrm_train.backends.verl_trainer import PhaseRun
 
     started = time.monotonic()

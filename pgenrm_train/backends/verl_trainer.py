@@ -45,7 +45,8 @@ from pgenrm_train.backends.verl_progress import (
     under_stage,
     validation_metrics,
 )
-from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
+from pgenrm_train.backends.verl_rewards import RewardSpec
+from pgenrm_train.backends.verl_rollout import Prompt, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError

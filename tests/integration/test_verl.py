@@ -415,13 +415,13 @@ def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str
 
 
 def sample(text: str, finished: bool = True) -> Any:
-    from pgenrm_train.backends.verl_rollout import Sample
+    from pgenrm_train.backends.verl_rewards import Sample
 
     return Sample([1], [2], [0.0], text, finished, 0)
 
 
 def test_scores_of_a_group() -> None:
-    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.backends.verl_rewards import scored, settle
     from pgenrm_train.rewards import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()
@@ -444,7 +444,7 @@ def test_scores_of_a_group() -> None:
 
 
 def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
-    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.backends.verl_rewards import scored, settle
     from pgenrm_train.rewards import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()
