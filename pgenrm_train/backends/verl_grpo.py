@@ -198,6 +198,7 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     run = PhaseRun(
         stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
         keep_checkpoints=grpo.keep_checkpoints, resample=grpo.resample, validation=phase.validation, validate_every=grpo.validate_every,
+        validate_temperature=config.eval.temperature,
         beat=session.watchdog.beat, max_null_share=0.0 if grpo.null_policy == "stop" else grpo.max_null_share,
     )  # fmt: skip
     session.watchdog.beat(phase.section, 0, "preparing the phase")
