@@ -144,8 +144,11 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
 
 
 def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path], report: Path) -> None:
+    from pgenrm_train.backends.verl_mining import check_cache
     from pgenrm_train.backends.verl_session import Session, Watchdog, end_stalled
 
+    for phase, start in zip(phases, starts, strict=True):
+        check_cache(phase, start)
     configs = [phase.config(config) for phase in phases]
     sections = [getattr(c, p.section) for c, p in zip(configs, phases, strict=True)]
     first = _verl(configs[0], phases[0], starts[0])
