@@ -216,6 +216,7 @@ def curves(folder: Path) -> dict[str, list[float | None]]:
     """A few metrics a step."""
     lines = pd.read_json(folder / "metrics.jsonl", lines=True)
     steps = lines[lines[f"{folder.name}/pass_rate"].notna()]
+    steps = steps.dropna(axis="columns", how="all")
     known = {name: f"{folder.name}/{key}" for name, key in CURVES.items() if f"{folder.name}/{key}" in steps}
     return {name: [None if np.isnan(v) else round(v, 4) for v in steps[key].astype(float)] for name, key in known.items()}
 

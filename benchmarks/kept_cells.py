@@ -33,10 +33,14 @@ def keep(folder: Path, predictions: pd.DataFrame, facts: Facts) -> Path:
     if predictions.duplicated(["user_id", "pair_id", "order"]).any():
         raise DataError("a kept cell holds one sample a pair and order; evaluate with eval.seeds=1 eval.ind=1")
     rows = predictions[list(COLUMNS)].sort_values(["user_id", "pair_id", "order"])
-    table = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata({b"cell": json.dumps(facts).encode()})
+    table = pa.Table.from_pandas(rows, preserve_index=False)
     file = folder / f"{facts['method']}-{facts['seed']}.parquet"
-    with atomic(file) as draft:
-        pq.write_table(table, draft, compression="zstd", compression_level=19)
+    with (
+        atomic(file) as draft,
+        pq.ParquetWriter(draft, table.schema, compression="zstd", compression_level=19, store_schema=False) as writer,
+    ):
+        writer.write_table(table)
+        writer.add_key_value_metadata({"cell": json.dumps(facts)})
     return file
 
 
@@ -44,11 +48,10 @@ def read(folder: Path) -> Kept:
     """Every kept cell of `folder`.  Raises ArtifactError for cells that cannot stand in one table."""
     found: Kept = {}
     for file in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(file)
-        facts = json.loads((table.schema.metadata or {}).get(b"cell", b"null"))
+        facts = json.loads((pq.read_metadata(file).metadata or {}).get(b"cell", b"null"))
         if facts is None:
             raise ArtifactError(f"{file} is not a kept cell: its metadata say nothing of one")
-        found[facts["method"], facts["seed"]] = (table.to_pandas().assign(seed=0, sample=0), facts)
+        found[facts["method"], facts["seed"]] = (pq.read_table(file).to_pandas().assign(seed=0, sample=0), facts)
     check([facts for _, facts in found.values()], folder)
     return found
 

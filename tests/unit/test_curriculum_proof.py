@@ -16,7 +16,7 @@ from pgenrm_train.errors import ArtifactError, DataError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import kept_cells
-from curriculum_proof import ARMS, METHODS, Proof, curves
+from curriculum_proof import METHODS, Proof, curves
 from proof_report import differences, publish
 from training_seeds import ROOT
 
@@ -128,10 +128,10 @@ def proof(tmp_path: Path) -> Proof:
     return Proof(argparse.Namespace(out=tmp_path / "out", keep=tmp_path / "keep", start=start, overrides=[]))
 
 
-def test_every_arm_has_the_same_budget_of_chains(proof: Proof) -> None:
-    assert {proof.chains(arm) for arm in ARMS} == {36 * 16 * 8 + 640 * 4}
-    assert proof.steps("uniform") - proof.steps("linear") == 640 * 4 / (16 * 8)
-    assert proof.config("linear").data.max_test_pairs >= 2000
+def test_arms_that_measure_hardness_and_those_that_do_not_have_one_budget_of_chains(proof: Proof) -> None:
+    assert {proof.chains(arm) for arm in ("linear", "uniform_process", "unmeasured")} == {36 * 16 * 8 + 640 * 4}
+    assert proof.steps("unmeasured") - proof.steps("linear") == 640 * 4 / (16 * 8)
+    assert proof.composed["linear"].data.max_test_pairs >= 2000
 
 
 def test_a_measurement_is_made_once_a_seed(proof: Proof) -> None:
@@ -154,6 +154,7 @@ def test_a_cell_keeps_what_its_training_saw(tmp_path: Path) -> None:
     folder = tmp_path / "curriculum"
     folder.mkdir()
     lines = [{"step": s, "curriculum/pass_rate": s / 4, "curriculum/curriculum/hard_pass_rate": None} for s in (1, 2)]
+    lines[1]["curriculum/curriculum/rest_pass_rate"] = 1.0
     lines.insert(1, {"step": 1, "curriculum/validation/accuracy": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curves(folder) == {"pass_rate": [0.25, 0.5], "hard_pass_rate": [None, None]}
+    assert curves(folder) == {"pass_rate": [0.25, 0.5], "rest_pass_rate": [None, 1.0]}, "a step without such pairs has none"
