@@ -105,7 +105,7 @@ class ChainTrainer(PPOTrainerSync):
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.run: PhaseRun  # set by `prepare`
-        self.loaded = config.actor_rollout_ref.model.path
+        self.loaded: str | None = config.actor_rollout_ref.model.path  # the checkpoint whose weights the actor has
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
 
     # set-up: rows and checkpoints belong to phases
@@ -175,6 +175,7 @@ class ChainTrainer(PPOTrainerSync):
         return step
 
     def fit(self) -> None:
+        self.loaded = None  # the next phase may start where this one did
         super().fit(self.rollout)
 
     def export(self, folder: Path, dtype: str) -> None:

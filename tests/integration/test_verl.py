@@ -82,9 +82,10 @@ def curriculum(world: Path, run: Path) -> Phase:
 
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CRE, the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
+    """CRE, two arms of the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
+    arm = Phase("curriculum", run / "cre/checkpoint", world / "rows.parquet", run / "arm", 1, settings={"schedule": "uniform"})
     with serve(unreliable_judge()) as server:
         settings = {
             "kind": "endpoint",
@@ -98,8 +99,8 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.llm:judge_for_rewards",
             {"settings": settings, "cache": str(run / "judge_cache")},
         )  # fmt: skip
-        done = launch(config(run), [cre(world, run), second, third])
-    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 2]
+        done = launch(config(run), [cre(world, run), second, arm, third])
+    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2]
     assert not children_of_ray()
     return run
 
@@ -224,6 +225,14 @@ def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> 
 
 def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
     assert training(trained, "curriculum")[0]["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_second_arm_starts_where_the_first_did_and_has_its_own_settings(trained: Path) -> None:
+    step = training(trained, "arm", "curriculum")[0]
+    assert step["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6), "not what the first arm's training has left"
+    assert step["curriculum/curriculum/target_hard_share"] is None
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=1, seed=0)
+    assert [line["rows"] for line in lines(trained / "arm/batches.jsonl")] == [sampler.next_batch(1)]
 
 
 def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: Path) -> None:
