@@ -1,37 +1,49 @@
 """What is the hard-negative curriculum worth?  Schedules against controls from the same CRE checkpoints, at an equal budget of chains.
 
-For each seed CRE is trained from one run's PSI checkpoint, and from it one curriculum an arm:
+For each seed CRE is trained from one PSI checkpoint, and from it one curriculum an arm:
 
     without process reward   uniform · linear · anti · self_paced
     with process reward      uniform_process · linear_process
+    without measuring        unmeasured: self-paced from the model-free signals, so that hardness costs no chains
 
-Equal budget: a schedule spends K chains a pair to measure hardness before it trains, so the uniform arms, which measure nothing,
-train as many steps longer as those chains are worth.  All arms of a seed draw from the same rows, and the measurement is made once
-and handed on.  Every checkpoint answers the same test pairs (strict, both orders).  A cell that is complete is kept, so the benchmark
-may be killed and started again, or run piece by piece; `--list` says what there is to do and starts nothing:
+Equal budget: a schedule spends K chains a pair to measure hardness before it trains, so the arms that measure nothing train as many
+steps longer as those chains are worth.  All arms of a seed draw from the same rows, and the measurement is made once
+and handed on.  Every checkpoint answers the same test pairs (strict, both orders).
 
-    python benchmarks/curriculum_proof.py --run runs/personaworld-nano-demo --out runs/proof --list
-    python benchmarks/curriculum_proof.py --run runs/personaworld-nano-demo --out runs/proof --seeds 0 --methods cre uniform linear
+CRE and the arms of a seed train in one veRL session.  A cell (method and seed) that has been evaluated is kept as one small file in
+`--keep`, and everything else may go: kept cells are not made again, and those of several days stand in one table.  The benchmark may
+be killed and started again, or run piece by piece; `--list` says what there is to do and starts nothing:
 
-After each cell the table is printed and `proof.html` and `proof.md` are written to `--out`: accuracy by arm, and differences on the
-same pairs with the standard error over training seeds and the 95 % interval over users.
+    python benchmarks/curriculum_proof.py --list
+    python benchmarks/curriculum_proof.py --seeds 0
+    python benchmarks/curriculum_proof.py --publish docs
+
+After each cell `curriculum_proof.md` and `.svg` are written to `--out`: accuracy by arm, what training saw, and differences on the
+same pairs with the standard error over training seeds and the 95 % interval over users.  `--publish` makes them from the kept cells
+alone.  Give a seed's arms in one go: those of a CRE that was trained anew stand beside kept ones only if it came out the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
-from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kept_cells
+import numpy as np
 import pandas as pd
-from training_seeds import Cells, accuracy, arguments, checked_run, difference, part, report
+import pyarrow.parquet as pq
+from proof_report import publish
+from training_seeds import ROOT, Cells, arguments
 
-from eval.metrics import accuracy_report
-from eval.report import Report, Section, write_markdown, write_report
-from pgenrm_train.config import Config, load
+from pgenrm_train.artifacts import StageFolder, environment_facts, link, read_json, weights_digest
+from pgenrm_train.config import Config, load, to_dict
+from pgenrm_train.errors import PGenRMError
+from pgenrm_train.stages.grpo import mines
 
 ARMS = {
     "uniform": ("curriculum.schedule=uniform",),
@@ -40,147 +52,197 @@ ARMS = {
     "self_paced": ("curriculum.schedule=self_paced",),
     "uniform_process": ("curriculum.schedule=uniform", "curriculum.process_weight=0.5"),
     "linear_process": ("curriculum.schedule=linear", "curriculum.process_weight=0.5"),
+    "unmeasured": ("curriculum.schedule=self_paced", "curriculum.mine=false"),
 }
 METHODS = ("cre", *ARMS)
-COMPARISONS = (
-    ("linear", "uniform"), ("self_paced", "uniform"), ("anti", "uniform"), ("linear", "anti"), ("uniform", "cre"), ("linear", "cre"),
-    ("linear_process", "uniform_process"), ("linear", "linear_process"),
-)  # fmt: skip
-SLICES = (None, "unseen", "unseen easy", "unseen hard", "unseen rival")
 TEST = (
     "data.heldout_users=600",
     "data.max_test_pairs=2400",
 )  # held-out users are drawn after the training users, who stay the same
+CURVES = {
+    "pass_rate": "pass_rate", "zero_advantage_share": "groups/zero_advantage_share", "hard_share": "curriculum/realised_hard_share",
+    "hard_pass_rate": "curriculum/hard_pass_rate", "rest_pass_rate": "curriculum/rest_pass_rate",
+    "suspect_pass_rate": "curriculum/suspect_pass_rate",
+}  # fmt: skip
 
 
 class Proof(Cells):
-    """`Cells` with an arm of the curriculum a method."""
+    """`Cells` with an arm of the curriculum a method, trained together and kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
+        self.out, self.keep = args.out.resolve(), args.keep
+        self.composed: dict[str, Any] = {}
         self.overrides = [*TEST, *args.overrides]
 
-    def make(self, method: str, seed: int) -> None:
-        if method not in ARMS:
-            super().make(method, seed)
-            return
-        folder, start = self.folder(method, seed), self.folder("cre", seed) / "cre" / "checkpoint"
-        self.hand_on_mining(folder, seed)
-        self.recipe(
-            folder, "curriculum", start, f"curriculum.seed={seed}", f"curriculum.steps={self.steps(method)}", *ARMS[method]
-        )
-        self.evaluate(folder, folder / "curriculum" / "checkpoint")
+    # what a cell is
 
-    def config(self, method: str) -> Config:
-        return load("recipe=curriculum", *self.overrides, *ARMS[method])
+    def section(self, method: str) -> str:
+        return "curriculum" if method in ARMS else "cre"
+
+    def trained(self, method: str, seed: int) -> Path:
+        return self.folder(method, seed) / self.section(method)
+
+    def start(self, method: str, seed: int) -> Path:
+        return self.psi if method == "cre" else (self.trained("cre", seed) / "checkpoint").resolve()
+
+    def own(self, method: str, seed: int) -> list[str]:
+        """The overrides of a cell."""
+        steps = [f"curriculum.steps={self.steps(method)}"] if method in ARMS else []
+        return [f"{self.section(method)}.seed={seed}", *steps, *ARMS.get(method, ())]
+
+    def config(self, method: str, *more: str) -> Config:
+        return load("recipe=curriculum", *self.overrides, *ARMS.get(method, ()), *more)
+
+    def settings(self, method: str) -> Any:
+        """Those of the method's section, before the cell's own steps and seed."""
+        if method not in self.composed:
+            self.composed[method] = self.config(method)
+        return getattr(self.composed[method], self.section(method))
 
     def steps(self, method: str) -> int:
-        """The arm's optimiser steps: those of the configuration, and for an arm that does not mine what mining costs the others."""
-        curriculum = self.config(method).curriculum
-        saved = self.mining() if curriculum.schedule == "uniform" else 0
-        return int(curriculum.steps + round(saved / (curriculum.prompts_per_step * curriculum.group_size)))
+        """The cell's optimiser steps: those of the configuration, and for an arm that measures nothing what that costs the others."""
+        settings = self.settings(method)
+        saved = self.mined("linear") - self.mined(method) if method in ARMS else 0
+        return int(settings.steps + round(saved / (settings.prompts_per_step * settings.group_size)))
 
-    def mining(self) -> int:
-        """Chains that a schedule spends on measuring."""
-        curriculum = self.config("linear").curriculum
-        return int(curriculum.rows * curriculum.mining_samples) if curriculum.mine else 0
+    def mined(self, method: str) -> int:
+        """Chains that the cell spends on measuring."""
+        settings = self.settings(method)
+        return settings.rows * settings.mining_samples if method in ARMS and mines(self.composed[method]) else 0
 
     def chains(self, method: str) -> int:
-        """Chains of the arm in all."""
-        curriculum = self.config(method).curriculum
-        mined = 0 if curriculum.schedule == "uniform" else self.mining()
-        return int(self.steps(method) * curriculum.prompts_per_step * curriculum.group_size + mined)
+        """Chains of the cell in all."""
+        settings = self.settings(method)
+        return int(self.steps(method) * settings.prompts_per_step * settings.group_size + self.mined(method))
 
-    def hand_on_mining(self, folder: Path, seed: int) -> None:
-        """The same checkpoint and rows give the same measurement; the cache refuses another checkpoint's."""
-        mine = folder / "curriculum" / "mining.parquet"
-        made = [self.folder(arm, seed) / "curriculum" / "mining.parquet" for arm in ARMS]
-        if not mine.exists() and (other := next((path for path in made if path.exists()), None)):
-            mine.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(other, mine.with_suffix(".tmp"))
-            mine.with_suffix(".tmp").rename(mine)
+    # how it is made
+
+    def make_all(self, methods: Sequence[str], seed: int) -> None:
+        """Make the cells of a seed that are not kept; after each, the table of all that are."""
+        missing = [method for method in methods if (method, seed) not in kept_cells.read(self.keep)]
+        if missing:
+            self.train(missing, seed)
+        for method in missing:
+            self.finish(method, seed)
+            print(publish(kept_cells.read(self.keep), METHODS, self.out).read_text(), flush=True)
+
+    def train(self, methods: Sequence[str], seed: int) -> None:
+        """Train the cells of a seed that are not, and the CRE that they start from, in one session."""
+        from pgenrm_train.backends import verl_grpo
+
+        phases = [self.phase(method, seed) for method in METHODS if method in methods or method == "cre"]
+        self.share_mining(seed)
+        if any(not (phase.work_dir / verl_grpo.TRAINED).exists() for phase in phases):
+            print(f"one session for seed {seed}:", " ".join(str(phase.work_dir) for phase in phases), flush=True)
+            verl_grpo.launch(self.config("cre"), phases)
+
+    def phase(self, method: str, seed: int) -> Any:
+        """The cell for the engine, with its rows on disk; PSI's tokenizer is that of every checkpoint."""
+        from recipes import grpo
+
+        folder, data = self.folder(method, seed), self.out / "data" / "build_data"
+        if not StageFolder.read(data.parent, data.name).complete:
+            self.recipe(data.parent, "build_data", self.psi)
+        folder.mkdir(parents=True, exist_ok=True)
+        link(data, folder / data.name)
+        config = self.config(method, f"run_dir={folder}", *self.own(method, seed))
+        made = grpo.phase(config, self.section(method), self.psi, config.judge)
+        return dataclasses.replace(made, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method))))
+
+    def share_mining(self, seed: int) -> None:
+        """The same checkpoint and rows give the same measurement, so the first arm that mines does it for all of the seed."""
+        files = [
+            self.trained(arm, seed) / "mining.parquet" for arm in ARMS if (self.trained(arm, seed) / "mirror.parquet").exists()
+        ]
+        files.sort(key=lambda file: not file.exists())
+        for other in files[1:]:
+            if not other.exists():
+                link(files[0], other)
+
+    def finish(self, method: str, seed: int) -> None:
+        """The recipe finds the cell trained and completes its folder; then its checkpoint is evaluated and kept."""
+        folder = self.folder(method, seed)
+        self.recipe(folder, self.section(method), self.start(method, seed), *self.own(method, seed))
+        self.evaluate(folder, self.trained(method, seed) / "checkpoint")
+        predictions = super().predictions(method, seed)
+        assert predictions is not None
+        facts = self.facts(method, seed)
+        kept_cells.check([*(f for _, f in kept_cells.read(self.keep).values()), facts], self.keep)
+        print(f"kept as {kept_cells.keep(self.keep, predictions, facts)}", flush=True)
+
+    def facts(self, method: str, seed: int) -> dict[str, Any]:
+        folder, said = self.trained(method, seed), read_json(self.trained(method, seed) / "trained.json")
+        return {
+            "method": method, "seed": seed, "start": weights_digest(self.start(method, seed)),
+            "checkpoint": weights_digest(folder / "checkpoint"), "settings": self.shared(), "git": environment_facts()["git"],
+            "steps": said["steps"], "chains": self.chains(method), "seconds": said["seconds"], "hardness": hardness(folder),
+            "curves": curves(folder),
+        }  # fmt: skip
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that no cell has for itself, and whose change would make other cells of it."""
+        config = to_dict(self.config("cre"))
+        own = [
+            f"{section}.{key}"
+            for section in ("cre", "curriculum")
+            for key in ("seed", "steps", "schedule", "process_weight", "mine")
+        ]
+        flat = {
+            f"{s}.{key}": value for s in ("data", "model", "masking", "cre", "curriculum") for key, value in config[s].items()
+        }
+        return {"seed": config["seed"], "judge": config["judge"]["kind"]} | {k: v for k, v in flat.items() if k not in own}
 
     def list(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
-        for seed in seeds:
-            for method in methods:
-                done = self.predictions(method, seed) is not None
-                cost = f"{self.steps(method)} steps, {self.chains(method)} chains, " if method in ARMS else ""
-                print(
-                    f"{'complete' if done else 'to do':<9} {method + '-' + str(seed):<20} {cost}{' '.join(ARMS.get(method, ()))}"
-                )
+        kept = kept_cells.read(self.keep)
+        for seed, method in itertools.product(seeds, methods):
+            trained = (self.trained(method, seed) / "trained.json").exists()
+            state = "kept" if (method, seed) in kept else "trained" if trained else "to do"
+            cost = f"{self.steps(method)} steps, {self.chains(method)} chains"
+            print(f"{state:<8} {method + '-' + str(seed):<20} {cost} {' '.join(ARMS.get(method, ()))}")
 
 
-def publish(cells: Proof, methods: Sequence[str], seeds: Sequence[int]) -> None:
-    """The table and the plot, of the cells that there are."""
-    found = {(m, s): p for m in methods for s in seeds if (p := cells.predictions(m, s)) is not None}
-    arms = [row for method in methods if (row := _arm(found, method, seeds, cells))]
-    pairs = {pair for table in found.values() for pair in table["pair_id"]}
-    write_both(
-        cells.out,
-        Report(
-            title="What the curriculum is worth",
-            run={"pairs": len(pairs), "seeds": list(seeds), "protocol": "strict (both orders)", "interval": "95 %, over users"},
-            stages=arms,
-            sections=[
-                Section(
-                    "Differences on the same pairs",
-                    "Intervals resample users; the standard error is over training seeds, of all pairs.",
-                    _differences(found, seeds),
-                )
-            ],
-        ),
-    )
-
-
-def write_both(folder: Path, said: Report) -> None:
-    write_report(folder / "proof.html", said)
-    write_markdown(folder / "proof.md", said)
-
-
-def _arm(found: Mapping[tuple[str, int], pd.DataFrame], method: str, seeds: Sequence[int], cells: Proof) -> dict[str, Any] | None:
-    tables = {s: found[method, s] for s in seeds if (method, s) in found}
-    if not tables:
+def hardness(folder: Path) -> dict[str, Any] | None:
+    """Counts of the record of hardness, and the share of hard pairs by kind; None for a cell that has none."""
+    if not (folder / "hardness.parquet").exists():
         return None
-    whole = accuracy_report(pd.concat([table.assign(seed=s) for s, table in tables.items()]))
-    row = {"arm": method, "seeds": len(tables), "chains": cells.chains(method) if method in ARMS else None}
-    row |= {"accuracy": whole["accuracy"], "ci95": whole["ci95"]}
-    for kind in SLICES[1:]:
-        values = [accuracy(t, kind) / 100 for t in tables.values() if len(part(t, kind))]
-        row[f"{kind} accuracy"] = statistics.fmean(values) if values else None
-    return row
+    record = pq.read_table(folder / "hardness.parquet", columns=["hard"]).to_pandas()
+    kinds = [extra["kind"] for extra in pq.read_table(folder / "rows.parquet", columns=["extra_info"])["extra_info"].to_pylist()]
+    by_kind = record["hard"].groupby(pd.Series(kinds, name="kind")).mean().round(4).to_dict()
+    return read_json(folder / "hardness.json") | {"hard_share_by_kind": by_kind}
 
 
-def _differences(found: Mapping[tuple[str, int], pd.DataFrame], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    rows = []
-    for one, other in COMPARISONS:
-        both = [s for s in seeds if (one, s) in found and (other, s) in found]
-        row: dict[str, Any] = {"comparison": f"{one} − {other}", "seeds": len(both)}
-        for kind in SLICES if both else ():
-            single, bounds = difference(found, one, other, both, kind)
-            name = f"{kind or 'all'} difference"
-            row |= {name: statistics.fmean(single) / 100, f"{name} ci95": [bound / 100 for bound in bounds]}
-            if kind is None:
-                row["seed stderr"] = statistics.stdev(single) / len(single) ** 0.5 / 100 if len(single) > 1 else None
-        if both:
-            rows.append(row)
-    return rows
+def curves(folder: Path) -> dict[str, list[float | None]]:
+    """A few metrics a step."""
+    lines = pd.read_json(folder / "metrics.jsonl", lines=True)
+    steps = lines[lines[f"{folder.name}/pass_rate"].notna()]
+    steps = steps.dropna(axis="columns", how="all")
+    known = {name: f"{folder.name}/{key}" for name, key in CURVES.items() if f"{folder.name}/{key}" in steps}
+    return {name: [None if np.isnan(v) else round(v, 4) for v in steps[key].astype(float)] for name, key in known.items()}
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], METHODS, range(5))
-    parser.add_argument("--list", action="store_true", help="say which cells are complete and what each costs, start nothing")
+    parser = arguments(__doc__.splitlines()[0], METHODS, range(5), Path("runs/curriculum_proof"))
+    start, kept = Path("tests/data/psi_nano"), Path("benchmarks/curriculum_proof")
+    parser.add_argument("--start", type=Path, default=ROOT / start, help=f"PSI checkpoint, {start} unless given")
+    parser.add_argument("--keep", type=Path, default=ROOT / kept, help=f"folder of the kept cells, {kept} unless given")
+    parser.add_argument("--list", action="store_true", help="say which cells are kept and what each costs, start nothing")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="write table and plot of the kept cells there, start nothing"
+    )
     args = parser.parse_args()
     cells = Proof(args)
     if args.list:
         cells.list(args.methods, args.seeds)
-        return
-    checked_run(args.run)
-    for seed in args.seeds:
-        for method in args.methods:
-            cells.make(method, seed)
-            report(cells, args.methods, args.seeds, COMPARISONS, SLICES)
-            publish(cells, METHODS, args.seeds)
+    elif args.publish:
+        publish(kept_cells.read(args.keep), METHODS, args.publish)
+    else:
+        for seed in args.seeds:
+            cells.make_all(args.methods, seed)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PGenRMError as error:
+        sys.exit(f"error: {error}")

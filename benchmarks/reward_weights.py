@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from training_seeds import SLICES, Cells, arguments, checked_run, report
+from training_seeds import SLICES, Cells, arguments, report
 
 CELLS = {"paper": (0.5, 1.0), "half_outcome": (0.5, 0.5), "process_only": (1.0, 0.0), "outcome_only": (0.0, 1.0)}
 PUBLISHED = {
@@ -56,9 +57,11 @@ def tell_rewards(cells: Weights, methods: Sequence[str], seeds: Sequence[int]) -
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0], tuple(CELLS), (0,))
+    parser = arguments(__doc__.splitlines()[0], tuple(CELLS), (0,), Path("runs/weights"))
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a finished PSI")
     parser.add_argument("--list", action="store_true", help="say which cells are complete, start nothing")
     args = parser.parse_args()
+    args.start = args.run / "psi" / "checkpoint"
     cells = Weights(args)
     if args.list:
         for seed in args.seeds:
@@ -66,7 +69,6 @@ def main() -> None:
                 done = cells.predictions(method, seed) is not None
                 print(f"{'complete' if done else 'to do':<9} {cells.folder(method, seed)}  α, β = {CELLS[method]}")
         return
-    checked_run(args.run)
     cells.evaluate(cells.folder("psi", None), cells.psi)
     for seed in args.seeds:
         for method in args.methods:

@@ -34,13 +34,10 @@ COMPARISONS = (("cre", "psi"), ("curriculum", "cre"), ("curriculum", "uniform"),
 SLICES = (None, "easy", "hard", "rival")
 
 
-def arguments(description: str, methods: Sequence[str], seeds: Sequence[int]) -> argparse.ArgumentParser:
+def arguments(description: str, methods: Sequence[str], seeds: Sequence[int], out: Path) -> argparse.ArgumentParser:
     """What every benchmark over cells of (method, seed) asks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--run", type=Path, required=True, help="run folder with a finished PSI; its data and model settings apply"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for one run folder a cell")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder for one run folder a cell, {out} unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument(
@@ -54,7 +51,7 @@ class Cells:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.out, self.overrides = args.out, args.overrides
-        self.psi = (args.run / "psi" / "checkpoint").resolve()
+        self.psi = checked(args.start)
 
     def folder(self, method: str, seed: int | None) -> Path:
         return self.out / (method if seed is None else f"{method}-{seed}")
@@ -167,14 +164,17 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f} ± {error:.1f}"
 
 
-def checked_run(run: Path) -> None:
-    if not (run / "psi" / "checkpoint" / "config.json").exists():
-        sys.exit(f"error: {run} holds no finished PSI; make one with `make demo` or recipe=psi")
+def checked(start: Path) -> Path:
+    if not (start / "config.json").exists():
+        sys.exit(f"error: {start} is not a checkpoint; make one with `make demo` or recipe=psi")
+    return start.resolve()
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], METHODS, (0, 1, 2)).parse_args()
-    checked_run(args.run)
+    parser = arguments(__doc__.splitlines()[0], METHODS, (0, 1, 2), Path("runs/seeds"))
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a finished PSI")
+    args = parser.parse_args()
+    args.start = args.run / "psi" / "checkpoint"
     cells = Cells(args)
     cells.evaluate(cells.folder("psi", None), cells.psi)
     for seed in args.seeds:

@@ -90,26 +90,30 @@ def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig)
     """The engine's description of one stage, with its rows on disk; judge: as it answers now, a served one included."""
     from pgenrm_train.backends import verl_grpo
 
-    settings = getattr(config, stage)
-    work_dir = Path(config.run_dir) / stage
+    settings, work_dir = getattr(config, stage), Path(config.run_dir) / stage
     rows, validation = work_dir / grpo.ROWS, work_dir / VALIDATION
     if not rows.exists():
-        write = PromptWriter(config, load_tokenizer(start or Path(config.run_dir) / "psi" / "checkpoint"))
-        synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
-        pairs = load_pairs(Path(config.run_dir))
-        if not write_validation(config, stage, validation, pairs, write) and settings.validate_every:
-            print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
-        known = known_of_pairs(config) if stage == "curriculum" else {}
-        grpo.write_rows(config, stage, rows, pairs, write, progress, synthetic, **known)
-        write_json(work_dir / "trimmed.json", dict(write.trimmed))
-        if told := write.told(f"{stage} prompts"):
-            print(told, flush=True)
+        make_rows(config, stage, start or Path(config.run_dir) / "psi" / "checkpoint")
     weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error,
                "verified": settings.verified_weight}  # fmt: skip
     return verl_grpo.Phase(
-        stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None, **hardness_of(config, stage, work_dir),
-        **(judged_by(config, judge, rows) if settings.process_weight else {}),
+        stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None,
+        **hardness_of(config, stage, work_dir), **(judged_by(config, judge, rows) if settings.process_weight else {}),
     )  # fmt: skip
+
+
+def make_rows(config: Config, stage: str, tokenizer: Path) -> None:
+    """The prompts of a stage, and those that it is validated on."""
+    work_dir, pairs = Path(config.run_dir) / stage, load_pairs(Path(config.run_dir))
+    write = PromptWriter(config, load_tokenizer(tokenizer))
+    synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
+    if not write_validation(config, stage, work_dir / VALIDATION, pairs, write) and getattr(config, stage).validate_every:
+        print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
+    known = known_of_pairs(config) if stage == "curriculum" else {}
+    grpo.write_rows(config, stage, work_dir / grpo.ROWS, pairs, write, progress, synthetic, **known)
+    write_json(work_dir / "trimmed.json", dict(write.trimmed))
+    if told := write.told(f"{stage} prompts"):
+        print(told, flush=True)
 
 
 def known_of_pairs(config: Config) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Phase:
     weights: fields of `rewards.RewardWeights`.  judge: "module:factory" of a `base.Judge`, None for no process reward.
     mining_samples: K > 0 chains a row measure hardness before training, half of them on `mirror`, the rows in the other
     presentation order, when given.  signals: parquet of model-free signals a row, enough for a start without mining.
+    settings: those of the section that this phase has other than the configuration, so that one session serves several arms.
     """
 
     section: str
@@ -63,10 +64,16 @@ class Phase:
     mirror: Path | None = None
     signals: Path | None = None
     validation: Path | None = None  # rows as `rows`, each pair in both orders; sampled every `<section>.validate_every` steps
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
         return self.work_dir / "checkpoint"
+
+    def config(self, config: Config) -> Config:
+        """The configuration as this phase has it."""
+        section = dataclasses.replace(getattr(config, self.section), **self.settings)
+        return dataclasses.replace(config, **{self.section: section})
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
@@ -160,19 +167,24 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
 
 
 def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path], report: Path) -> None:
+    from pgenrm_train.backends.verl_mining import check_cache
     from pgenrm_train.backends.verl_session import Session, Watchdog, end_stalled
 
-    first = _verl(config, phases[0], starts[0])
-    first.actor_rollout_ref.actor.use_kl_loss = any(getattr(config, p.section).kl_coefficient > 0 for p in phases)
-    seconds = min(getattr(config, phase.section).stall_seconds for phase in phases)
+    for phase, start in zip(phases, starts, strict=True):
+        check_cache(phase, start)
+    configs = [phase.config(config) for phase in phases]
+    sections = [getattr(c, p.section) for c, p in zip(configs, phases, strict=True)]
+    first = _verl(configs[0], phases[0], starts[0])
+    first.actor_rollout_ref.actor.use_kl_loss = any(section.kl_coefficient > 0 for section in sections)
+    seconds = min(section.stall_seconds for section in sections)
     watchdog = Watchdog(seconds, lambda why: end_stalled(session_folder[0], report, why))
     watchdog.follow(phases[0].work_dir / "heartbeat.json")
     session_folder: list[Path] = [Path("/nonexistent")]
     with Session(config, first, watchdog) as session:
         session_folder[0] = session.folder
-        for phase, start in zip(phases, starts, strict=True):
+        for own, phase, start in zip(configs, phases, starts, strict=True):
             watchdog.follow(phase.work_dir / "heartbeat.json")
-            _run_phase(config, phase, start, session)
+            _run_phase(own, phase, start, session)
 
 
 def _verl(config: Config, phase: Phase, start: Path) -> Any:
@@ -182,7 +194,7 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
 
 def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     """Mine where asked, train to the planned step, export, and say so in `trained.json`."""
-    from pgenrm_train.backends.verl_rollout import RewardSpec
+    from pgenrm_train.backends.verl_rewards import RewardSpec
     from pgenrm_train.backends.verl_trainer import PhaseRun
 
     started = time.monotonic()
@@ -191,6 +203,7 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     run = PhaseRun(
         stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
         keep_checkpoints=grpo.keep_checkpoints, resample=grpo.resample, validation=phase.validation, validate_every=grpo.validate_every,
+        validate_temperature=config.eval.temperature,
         beat=session.watchdog.beat, max_null_share=0.0 if grpo.null_policy == "stop" else grpo.max_null_share,
     )  # fmt: skip
     session.watchdog.beat(phase.section, 0, "preparing the phase")

@@ -69,18 +69,28 @@ def publish(folder: Path, record: Mapping[str, Any], stage: str) -> None:
 
 
 def mined_rows(trainer: Any, start: Path, samples: int, mirror: Path | None) -> list[dict[str, Any]]:
-    """From `mining.parquet`, else measured now.  Raises ArtifactError when the file is of another checkpoint or other pairs."""
+    """From `mining.parquet`, else measured now.  Raises ArtifactError as `cached` does."""
     run = trainer.run
-    file, mark = run.work_dir / MINING, {b"checkpoint": weights_digest(start).encode(), b"samples": str(samples).encode()}
-    if file.exists():
-        return cached(file, mark, run.pair_ids, start)
-    rows = mine(trainer, samples, mirror)
-    with atomic(file) as draft:
-        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(mark), draft)
+    rows = cached(run.work_dir, start, samples, run.pair_ids)
+    if rows is None:
+        rows = mine(trainer, samples, mirror)
+        with atomic(run.work_dir / MINING) as draft:
+            pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(_mark(start, samples)), draft)
     return rows
 
 
-def cached(file: Path, mark: Mapping[bytes, bytes], pair_ids: Sequence[str], start: Path) -> list[dict[str, Any]]:
+def check_cache(phase: Any, start: Path) -> None:
+    """Refuse a foreign measurement before minutes go into starting an engine; phase: a `verl_grpo.Phase`."""
+    if phase.mining_samples and (start / "config.json").exists():  # else a phase before makes it
+        extras = pq.read_table(phase.rows, columns=["extra_info"])["extra_info"].to_pylist()
+        cached(phase.work_dir, start, phase.mining_samples, [extra["pair_id"] for extra in extras])
+
+
+def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The measurement that `folder` holds, None without one.  Raises ArtifactError when it is of another checkpoint or other pairs."""
+    file, mark = folder / MINING, _mark(start, samples)
+    if not file.exists():
+        return None
     found = pq.read_table(file)
     said = found.schema.metadata or {}
     for key, what in ((b"checkpoint", f"another checkpoint than {start}"), (b"samples", "another curriculum.mining_samples")):
@@ -93,6 +103,10 @@ def cached(file: Path, mark: Mapping[bytes, bytes], pair_ids: Sequence[str], sta
     if [row["pair_id"] for row in rows] != list(pair_ids):
         raise ArtifactError(f"{file} holds other pairs than the phase's rows: delete it to measure again, or use another run_dir")
     return rows
+
+
+def _mark(start: Path, samples: int) -> dict[bytes, bytes]:
+    return {b"checkpoint": weights_digest(start).encode(), b"samples": str(samples).encode()}
 
 
 def _text(value: bytes | None) -> str:

@@ -45,7 +45,8 @@ from pgenrm_train.backends.verl_progress import (
     under_stage,
     validation_metrics,
 )
-from pgenrm_train.backends.verl_rollout import Prompt, RewardSpec, Rollout
+from pgenrm_train.backends.verl_rewards import RewardSpec
+from pgenrm_train.backends.verl_rollout import Prompt, Rollout
 from pgenrm_train.backends.verl_worker import ChainWorker
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
@@ -69,6 +70,7 @@ class PhaseRun:
     resample: int = 0
     validation: Path | None = None
     validate_every: int = 0
+    validate_temperature: float | None = None  # null: that of training
     max_null_share: float = 0.5
     beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
     last: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class ChainTrainer(PPOTrainerSync):
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.run: PhaseRun  # set by `prepare`
-        self.loaded = config.actor_rollout_ref.model.path
+        self.loaded: str | None = config.actor_rollout_ref.model.path  # the checkpoint whose weights the actor has
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
 
     # set-up: rows and checkpoints belong to phases
@@ -173,6 +175,7 @@ class ChainTrainer(PPOTrainerSync):
         return step
 
     def fit(self) -> None:
+        self.loaded = None  # the next phase may start where this one did
         super().fit(self.rollout)
 
     def export(self, folder: Path, dtype: str) -> None:
@@ -194,7 +197,7 @@ class ChainTrainer(PPOTrainerSync):
         return groups
 
     def validate(self) -> None:
-        """One greedy chain a validation row, in the orders that the rows hold, when this step is due and has not been validated."""
+        """One chain a validation row, from seeds that stay the same, when this step is due and has not been validated."""
         run, step, file = self.run, self.global_steps, self.run.work_dir / METRICS
         if run.validation is None or not run.validate_every or (step % run.validate_every and step < run.steps):
             return
@@ -202,7 +205,7 @@ class ChainTrainer(PPOTrainerSync):
         if any(line["step"] == step for line in before):
             return
         table, began = pq.read_table(run.validation), time.monotonic()
-        groups = self.measure(table, 1, "validation", temperature=0.0)
+        groups = self.measure(table, 1, "validation", run.validate_temperature)
         first = before[0][f"{run.stage}/{LENGTH}"] if before else None
         found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
         found["validation/seconds"] = time.monotonic() - began

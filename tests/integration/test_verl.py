@@ -83,9 +83,10 @@ def curriculum(world: Path, run: Path) -> Phase:
 
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CRE, the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
+    """CRE, two arms of the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
+    arm = Phase("curriculum", run / "cre/checkpoint", world / "rows.parquet", run / "arm", 1, settings={"schedule": "uniform"})
     with serve(unreliable_judge()) as server:
         settings = {
             "kind": "endpoint",
@@ -99,8 +100,8 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.llm:judge_for_rewards",
             {"settings": settings, "cache": str(run / "judge_cache")},
         )  # fmt: skip
-        done = launch(config(run), [cre(world, run), second, third])
-    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 2]
+        done = launch(config(run), [cre(world, run), second, arm, third])
+    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2]
     assert not children_of_ray()
     return run
 
@@ -178,7 +179,7 @@ def test_validation_is_asked_at_the_start_at_its_steps_and_at_the_end(trained: P
         assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
         assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
         assert line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
-    assert found[0]["cre/validation/length_drift"] == 1
+    assert found[0]["cre/validation/length_drift"] == 1 and max(line["eval/accuracy"] for line in found) > 0
 
 
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
@@ -225,6 +226,14 @@ def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> 
 
 def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
     assert training(trained, "curriculum")[0]["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_second_arm_starts_where_the_first_did_and_has_its_own_settings(trained: Path) -> None:
+    step = training(trained, "arm", "curriculum")[0]
+    assert step["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6), "not what the first arm's training has left"
+    assert step["curriculum/curriculum/target_hard_share"] is None
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=1, seed=0)
+    assert [line["rows"] for line in lines(trained / "arm/batches.jsonl")] == [sampler.next_batch(1)]
 
 
 def test_checkpoints_load_with_their_tokenizer_and_differ(trained: Path, world: Path) -> None:
@@ -416,13 +425,13 @@ def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str
 
 
 def sample(text: str, finished: bool = True) -> Any:
-    from pgenrm_train.backends.verl_rollout import Sample
+    from pgenrm_train.backends.verl_rewards import Sample
 
     return Sample([1], [2], [0.0], text, finished, 0)
 
 
 def test_scores_of_a_group() -> None:
-    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.backends.verl_rewards import scored, settle
     from pgenrm_train.rewards import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()
@@ -445,7 +454,7 @@ def test_scores_of_a_group() -> None:
 
 
 def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
-    from pgenrm_train.backends.verl_rollout import scored, settle
+    from pgenrm_train.backends.verl_rewards import scored, settle
     from pgenrm_train.rewards import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()

@@ -145,7 +145,7 @@ def test_a_budget_holds_over_processes_that_share_a_cache(tmp_path):
 
 
 def test_samplers_share_the_limits_of_a_run():
-    from pgenrm_train.backends.verl_rollout import RewardSpec, share_of
+    from pgenrm_train.backends.verl_rewards import RewardSpec, share_of
 
     settings = {"requests_per_minute": 600.0, "tokens_per_minute": None, "max_dollars": 10.0, "max_in_flight": 64}
     kept, alone = (RewardSpec(judge_kwargs={"settings": settings, "cache": cache}, judge_in_flight=64) for cache in ("c", None))

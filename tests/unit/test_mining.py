@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pgenrm_train.backends.verl_grpo import Phase, environment, train
 from pgenrm_train.backends.verl_mining import hardness, summary
 from pgenrm_train.backends.verl_progress import chain_metrics, mix_metrics, tried
+from pgenrm_train.config import Config
 from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import ArtifactError
 
@@ -88,6 +90,22 @@ def test_a_foreign_cache_is_refused_before_training(tmp_path: Path, checkpoint: 
         trainer.pair_ids = ["p0", "p1", "p3"]
     with pytest.raises(ArtifactError, match=said):
         hardness(trainer, checkpoint, 6 if change == "samples" else 4, None, None, BAND)
+
+
+def test_a_foreign_cache_is_refused_before_an_engine_is_started(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trainer = Config(recipe="curriculum"), Measured(tmp_path)
+    for name, value in environment(config).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pgenrm_train.backends.verl_session.Session", lambda *_: pytest.fail("an engine was started"))
+    hardness(trainer, checkpoint, 4, None, None, BAND)
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"other weights")
+    pq.write_table(pa.table({"extra_info": [{"pair_id": name} for name in trainer.pair_ids]}), tmp_path / "rows.parquet")
+    phase = Phase("curriculum", checkpoint, tmp_path / "rows.parquet", tmp_path, 3, mining_samples=4)
+    with pytest.raises(ArtifactError, match="was measured with another checkpoint than"):
+        train(config, [phase])
 
 
 def test_a_failed_chain_ranks_nothing_and_has_no_margin() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_grpo import _died, _read, with_restarts
 from pgenrm_train.backends.verl_progress import chain_metrics, hopeless
-from pgenrm_train.errors import BackendError, ConfigError, EngineLostError
+from pgenrm_train.errors import BackendError, ConfigError, EngineLostError, NodeLostError
 
 DONE = [Trained(3, Path("checkpoint"))]
 
@@ -39,6 +39,10 @@ def test_a_lost_engine_is_started_again_and_said(tmp_path: Path, capsys: pytest.
 def test_restarts_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(EngineLostError, match="third"):
         with_restarts(scripted(*(EngineLostError(n) for n in ("first", "second", "third")), DONE), 2, tmp_path / "log")
+
+
+def test_a_lost_node_is_a_lost_engine(tmp_path: Path) -> None:
+    assert with_restarts(scripted(NodeLostError("a node"), EngineLostError("it hung"), DONE), 2, tmp_path / "log") == DONE
 
 
 @pytest.mark.parametrize("error", [BackendError("the judge gave no verdict"), ConfigError("a key"), OSError("disk full")])

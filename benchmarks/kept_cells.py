@@ -1,0 +1,82 @@
+"""What a finished cell of a benchmark leaves behind: one small parquet file, fit to be committed.
+
+A cell is a trained checkpoint (a method and a seed) with its answers to the test pairs.  Training takes hours and run folders go;
+from the kept files alone the tables can be made again, and cells of other days and machines stand in one table.  That is only fair
+where they are comparable, so each file says where its training started, what came of it, and under which settings:
+
+    columns    pair_id, user_id, kind, cohort, order, score_chosen, score_rejected, failure: the evaluation's own questions
+    metadata   method, seed, start and checkpoint (hashes of weights), settings (those that all cells must share), steps, chains,
+               seconds, the commit, and what training saw: counts of hard pairs, and a few metrics a step
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pgenrm_train.artifacts import atomic
+from pgenrm_train.errors import ArtifactError, DataError
+
+COLUMNS = ("pair_id", "user_id", "kind", "cohort", "order", "score_chosen", "score_rejected", "failure")
+Facts = Mapping[str, Any]
+Kept = dict[tuple[str, int], tuple[pd.DataFrame, Facts]]  # (method, seed) → its answers and facts
+
+
+def keep(folder: Path, predictions: pd.DataFrame, facts: Facts) -> Path:
+    """Write `<folder>/<method>-<seed>.parquet`; predictions: one sample a pair and order.  Returns the file."""
+    if predictions.duplicated(["user_id", "pair_id", "order"]).any():
+        raise DataError("a kept cell holds one sample a pair and order; evaluate with eval.seeds=1 eval.ind=1")
+    rows = predictions[list(COLUMNS)].sort_values(["user_id", "pair_id", "order"])
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    file = folder / f"{facts['method']}-{facts['seed']}.parquet"
+    with (
+        atomic(file) as draft,
+        pq.ParquetWriter(draft, table.schema, compression="zstd", compression_level=19, store_schema=False) as writer,
+    ):
+        writer.write_table(table)
+        writer.add_key_value_metadata({"cell": json.dumps(facts)})
+    return file
+
+
+def read(folder: Path) -> Kept:
+    """Every kept cell of `folder`.  Raises ArtifactError for cells that cannot stand in one table."""
+    found: Kept = {}
+    for file in sorted(folder.glob("*.parquet")):
+        facts = json.loads((pq.read_metadata(file).metadata or {}).get(b"cell", b"null"))
+        if facts is None:
+            raise ArtifactError(f"{file} is not a kept cell: its metadata say nothing of one")
+        found[facts["method"], facts["seed"]] = (pq.read_table(file).to_pandas().assign(seed=0, sample=0), facts)
+    check([facts for _, facts in found.values()], folder)
+    return found
+
+
+def check(cells: Sequence[Facts], folder: Path) -> None:
+    """One set of settings and one start for all; each arm of a seed from the checkpoint of that seed's `cre`."""
+    for facts in cells[1:]:
+        one, other = cells[0]["settings"], facts["settings"]
+        if changed := [key for key in one.keys() & other.keys() if one[key] != other[key]]:  # a key of one alone is newer code's
+            said = ", ".join(f"{key}: {one[key]} → {other[key]}" for key in sorted(changed))
+            raise ArtifactError(f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({said})")
+    first: dict[Any, Facts] = {}  # what must start alike → one that does
+    made = {facts["seed"]: facts for facts in cells if facts["method"] == "cre"}
+    for facts in cells:
+        where = "cre" if facts["method"] == "cre" else facts["seed"]
+        other = first.setdefault(where, facts)
+        if facts["start"] != other["start"]:
+            raise ArtifactError(f"{_name(facts)} and {_name(other)} in {folder} start from different checkpoints")
+        cre = made.get(facts["seed"])
+        if cre and where != "cre" and facts["start"] != cre["checkpoint"]:
+            raise ArtifactError(
+                f"{_name(facts)} in {folder} does not start from the checkpoint of {_name(cre)}: delete what is kept of seed "
+                f"{facts['seed']} and make it anew, or use another seed"
+            )
+
+
+def _name(facts: Facts) -> str:
+    return f"{facts['method']}-{facts['seed']}"
