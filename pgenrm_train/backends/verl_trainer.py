@@ -48,6 +48,7 @@ from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError
 from pgenrm_train.tracking import METRICS, append, trim
 
+PROMPTS_AT_ONCE = 64  # of a measurement
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
@@ -176,14 +177,17 @@ class ChainTrainer(PPOTrainerSync):
     def export(self, folder: Path, dtype: str) -> None:
         self.actor_rollout_wg.export(str(folder), dtype)
 
-    def measure(self, table: Any, samples: int, purpose: str, prompts_at_once: int = 64) -> list[list[dict[str, Any]]]:
-        """`samples` chains of every row of `table` from the current actor, scored and not trained on; one list of infos a row."""
+    def measure(self, table: Any, samples: int, purpose: str, places: range | None = None) -> list[list[dict[str, Any]]]:
+        """`samples` chains of the rows of `table`, all or those at `places`, from the current actor, scored and not trained on; one
+        list of infos a row.
+        """
         run, groups = self.run, []
-        for first in range(0, table.num_rows, prompts_at_once):
-            rows = table.slice(first, prompts_at_once).to_pylist()
+        places = range(table.num_rows) if places is None else places
+        for first in places[::PROMPTS_AT_ONCE]:
+            rows = table.slice(first, min(PROMPTS_AT_ONCE, places.stop - first)).to_pylist()
             prompts = [self._prompt(row, f"{purpose}{first + i}", samples, self.global_steps) for i, row in enumerate(rows)]
             groups += self.rollout.measure(prompts)
-            run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{table.num_rows} pairs")
+            run.beat(run.stage, self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
         return groups
 
     def validate(self) -> None:
