@@ -42,12 +42,14 @@ FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What to sample: `name` keys the questions, `ind` and `pro` list the cells; `weights` are those of `scaling.scale`."""
+    """What to sample: `name` keys the questions, `ind` and `pro` list the cells; `weights` are those of `scaling.scale`; every
+    one of `seeds` has samples of its own."""
 
     name: str
     ind: tuple[int, ...]
     pro: tuple[int, ...]
     weights: tuple[float, float] = (1.0, 1.0)
+    seeds: int = 1
 
     @property
     def m(self) -> int:
@@ -74,7 +76,7 @@ def sample_pool(
     drawn have a row with the failure `settled`.
     """
     m = max(1, study.m)
-    own_asked = own_questions(pairs, histories, samples=m, set_name=f"{study.name}/own", orders=orders)
+    own_asked = own_questions(pairs, histories, seeds=study.seeds, samples=m, set_name=f"{study.name}/own", orders=orders)
     first_asked = [replace(q, samples=looks(m, adaptive)[0]) for q in own_asked] if adaptive else own_asked
     own = ask(first_asked)
     similar = pd.DataFrame()
@@ -91,14 +93,17 @@ def sample_pool(
 
 
 def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, Any]]:
-    """Accuracy of every cell with its interval, and the paired difference to the first cell."""
+    """Accuracy of every cell with its interval, and the paired difference to the first cell.
+
+    `stderr` is over seeds and the disjoint subsets of a pool (M // m of them); None where there is a single one.
+    """
     table = grid(pool, study.ind, study.pro, study.weights)
     rows, first = [], None
     for (m, n), part in table.groupby(["ind", "pro"], sort=True):
         report = accuracy_report(
             part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed, extra={"ind": int(m), "pro": int(n)}
         )
-        row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
+        row = {"ind": int(m), "pro": int(n), **{key: report[key] for key in ("accuracy", "stderr", "ci95")}}
         row |= {
             "ties": report["ties"],
             "pairs": report["n_pairs"],

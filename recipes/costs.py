@@ -34,7 +34,7 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
     """Own and swapped histories in both orders, and the samples of the grids."""
     settings, pairs = config.eval, len(evaluation.pairs)
     calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
-    grid = min(pairs, settings.grid_pairs or pairs)
+    grid = settings.grid_seeds * min(pairs, settings.grid_pairs or pairs)
     if max(ind := sizes(settings.ind)) > 1 or max(sizes(settings.pro)) > 0:
         calls += 2 * grid * (max(ind) + max(sizes(settings.pro)))
     if settings.one_pair_ind:

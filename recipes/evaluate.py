@@ -123,11 +123,11 @@ def scale(
 ) -> list[Grid]:
     """Test-time user-based scaling of one model, where more than one sample is asked for."""
     sampler, studies, grids = histories(config, pairs), [], []
-    weights = (config.eval.weights[0], config.eval.weights[1])
+    how = (config.eval.weights[0], config.eval.weights[1]), config.eval.grid_seeds
     if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
-        studies.append((Study("scaling", ind, sizes(config.eval.pro), weights), config.data.history_size))
+        studies.append((Study("scaling", ind, sizes(config.eval.pro), *how), config.data.history_size))
     if config.eval.one_pair_ind:
-        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0]), weights), 1))
+        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0]), *how), 1))
     for study, size in studies:
         shown = shown_histories(config, sampler, evaluation.pairs, size)
         grids.append(evaluation.study(study, candidate, shown, folder, progress, find if study.n else None))

@@ -52,7 +52,7 @@ _POSITIVE = (
     "data.history_size", "psi.batch_size", "psi.micro_batch_size", "psi.learning_rate", "psi.save_every", "psi.epochs",
     "psi.max_steps", "psi.log_every", "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
-    "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "cluster.nodes",
+    "curriculum.learning_rate", "eval.seeds", "score.ind", "eval.probe_pairs", "eval.max_in_flight", "eval.draws", "eval.grid_seeds", "cluster.nodes",
     "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",

@@ -280,6 +280,7 @@ class EvalConfig:
     one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)
     grid_pairs: int | None = None  # pairs of the grids; null: all
+    grid_seeds: int = 1  # pools of the grids: each draws every sample anew, and the standard error is over them
     temperature: float = 0.7  # as in training, chains are sampled; 0 is greedy, for one sample a question only
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap

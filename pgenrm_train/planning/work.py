@@ -209,7 +209,7 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
     _, test, assumed = pairs_of(config)
     models = 3 if config.plan.stage == "all" else 1
     ev = config.eval
-    grid = min(test, ev.grid_pairs or test)
+    grid = ev.grid_seeds * min(test, ev.grid_pairs or test)
     ind, pro = max(sizes(ev.ind)), max(sizes(ev.pro))
     more = ind + pro if ind > 1 or pro else 0
     one_pair = max(ev.one_pair_ind, default=0) + max(ev.one_pair_pro, default=0) if ev.one_pair_ind else 0

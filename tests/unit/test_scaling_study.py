@@ -77,6 +77,16 @@ def test_the_whole_grid_costs_no_more_than_its_largest_cell(tmp_path):
     assert all("paired difference ci95" in r for r in rows[1:])
 
 
+def test_every_seed_of_a_grid_has_samples_of_its_own_and_the_standard_error_is_over_them(tmp_path):
+    study = Study("scaling", (2,), (1,), seeds=3)
+    pool = pool_of(tmp_path, model := Model(0.6), study)
+    assert sum(model.samples.values()) == 3 * 20 * 2 * (2 + 1) == len(pool) and set(pool["seed"]) == {0, 1, 2}
+    one, three = (cells(part, study, config())[0] for part in (pool[pool["seed"] == 0], pool))
+    means = [cells(pool[pool["seed"] == seed], study, config())[0]["accuracy"] for seed in range(3)]
+    assert len(set(means)) > 1 and one["stderr"] is None
+    assert three["accuracy"] == pytest.approx(np.mean(means)) and three["stderr"] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
+
+
 def test_a_larger_grid_asks_for_what_is_new(tmp_path):
     pool_of(tmp_path, first := Model(), Study("scaling", (4,), (2,)))
     pool_of(tmp_path, second := Model(), Study("scaling", (1, 16), (0, 4)))
