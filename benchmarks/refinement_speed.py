@@ -1,11 +1,12 @@
 """How much faster is batched refinement than a loop over samples?  Both in one run, on the same samples, machine and threads.
 
-    python benchmarks/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3] [--loop-samples 200] [--threads 1]
+    python benchmarks/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3] [--loop-samples 200]
 
 Two loops go one sample after another through METHOD §6's equations as written: `gathered` adds up gradients over a mini-batch and
 makes the same updates as the batched pass; `stepwise` makes an optimiser step a sample.  Both are timed on `--loop-samples`
-samples, the batched pass on all of them; compared are samples a second.  Prints the rates, the ratios, and how far the losses of
-one step on the same samples differ.  Run it on an idle machine: threads that wait for each other slow the loops more.
+samples, the batched pass on all of them; compared are samples a CPU second on one thread, so that a busy machine matters little (with
+more threads the loops fall further behind: their products are too small to share out).  Prints the rates, the ratios, and how far the
+losses of one step on the same samples differ.
 """
 
 from __future__ import annotations
@@ -69,10 +70,9 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--loop-samples", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     prototypes, samples = random_world(args.samples, args.dimensions, args.history, args.prototypes)
     config = PrototypesConfig(k=args.prototypes)
     shared = np.arange(min(args.loop_samples, args.samples))
@@ -80,26 +80,24 @@ def main() -> None:
     loop_step(loop, samples, shared[:4])
     batched.step(batched.batch(samples, shared[:4]))  # both warm, both one step further
 
-    start = time.perf_counter()
+    start = time.process_time()
     losses = [loop_step(loop, samples, shared)]
-    loop_rate = len(shared) / (time.perf_counter() - start)
+    loop_rate = len(shared) / (time.process_time() - start)
     losses.append(batched.step(batched.batch(samples, shared)))
-    start = time.perf_counter()
+    start = time.process_time()
     for row in shared:
         loop_step(loop, samples, np.array([row]))
-    stepwise_rate = len(shared) / (time.perf_counter() - start)
+    stepwise_rate = len(shared) / (time.process_time() - start)
 
     order = np.random.default_rng(0).permutation(args.samples)
-    start = time.perf_counter()
+    start = time.process_time()
     batched.epoch(samples, [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)])
-    batched_rate = args.samples / (time.perf_counter() - start)
+    batched_rate = args.samples / (time.process_time() - start)
 
-    print(
-        f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}, {torch.get_num_threads()} threads"
-    )
+    print(f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}; samples a CPU second")
     for name, rate in (("gathered", loop_rate), ("stepwise", stepwise_rate)):
-        print(f"{name} loop {rate:8.0f} samples/s ({len(shared)} samples): batched is {batched_rate / rate:.1f} times as fast")
-    print(f"batched       {batched_rate:8.0f} samples/s ({args.samples} samples, one epoch in batches of {args.batch_size})")
+        print(f"{name} loop {rate:8.0f} ({len(shared)} samples): batched is {batched_rate / rate:.1f} times as fast")
+    print(f"batched       {batched_rate:8.0f} ({args.samples} samples, one epoch in batches of {args.batch_size})")
     print(f"losses of the shared step differ by {abs(losses[0] - losses[1]):.1e}")
 
 

@@ -13,7 +13,8 @@ Both clients ask the same: every pair once, in one order as the released script 
 one from each of `--pro` similar users' histories.
 - `user by user`: one user after another, a pool of 36 threads over the user's pairs; a thread asks for the pair's own samples at
   once (n), then for its similar users one after another, each on kept-alive connections.  Without the released script's pauses and
-  its workbook that is read and written for every row.  Timed on a share of the users, of few and of many pairs alike; compared are seconds a sample.
+  its workbook that is read and written for every row.  Timed on a share of the users, of few and of many pairs alike, and scaled to all of them: one
+  after another, users take about as long with few pairs as with many.  `--user-share 1` times all (7 minutes).
 - `ours`: `eval.harness.ask` and `eval.scaling_study.sample_pool` as the evaluation runs them, prompts, parsing and parquet included.
 """
 
@@ -207,7 +208,7 @@ def main() -> None:
     import httpx
 
     def timed(what: str, run: Any, pairs: list[PreferencePair]) -> float:
-        """Seconds a sample."""
+        """Seconds."""
         httpx.post(f"{url}/reset")
         start, cpu = time.perf_counter(), time.process_time()
         samples = run()
@@ -218,12 +219,13 @@ def main() -> None:
             f"{seconds / bound:.2f} × the server's bound of {bound:.1f} s ({bound / seconds:.1%} of the slots busy); client CPU {cpu:.1f} s",
             flush=True,
         )
-        return seconds / samples
+        return seconds
 
     with tempfile.TemporaryDirectory() as folder:
         fast = timed("ours", lambda: ours(url, votes, histories, args.ind, args.pro, Path(folder)), votes)
     slow = timed("user by user", lambda: user_by_user(url, part, histories, args.ind, args.pro, votes), part)
-    print(f"ours is {slow / fast:.1f} times as fast a sample")
+    slow *= len(counts) / len(some)
+    print(f"ours is {slow / fast:.1f} times as fast; user by user, all {len(counts)} users take {slow:.0f} s")
     server.terminate()
 
 

@@ -42,8 +42,8 @@ FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What to sample, each cell anew in every evaluation seed: `name` keys the questions, `ind` and `pro` list the cells;
-    `weights` are those of `scaling.scale`."""
+    """What to sample: `name` keys the questions, `ind` and `pro` list the cells; `weights` are those of `scaling.scale`; every
+    one of `seeds` has samples of its own."""
 
     name: str
     ind: tuple[int, ...]
@@ -93,7 +93,10 @@ def sample_pool(
 
 
 def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, Any]]:
-    """Accuracy of every cell with its interval, and the paired difference to the first cell."""
+    """Accuracy of every cell with its interval, and the paired difference to the first cell.
+
+    With several seeds `stderr` is over them and the disjoint subsets of a pool (M // m of them).
+    """
     table = grid(pool, study.ind, study.pro, study.weights)
     rows, first = [], None
     for (m, n), part in table.groupby(["ind", "pro"], sort=True):
@@ -101,7 +104,7 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
             part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed, extra={"ind": int(m), "pro": int(n)}
         )
         row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
-        row |= {"stderr": report["stderr"]} if study.seeds > 1 else {}  # a grid's replicates share chains of one seed
+        row |= {"stderr": report["stderr"]} if study.seeds > 1 else {}  # the cells of one pool share chains
         row |= {
             "ties": report["ties"],
             "pairs": report["n_pairs"],

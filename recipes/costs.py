@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from eval.evaluation import Evaluation
-from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, grid_seeds, masking_of, sizes
+from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
 from pgenrm_train.judging import judge_messages
 from pgenrm_train.masking import apply_masking, present
 from pgenrm_train.stages.build_sec import MEASURED, SEC
@@ -37,9 +37,9 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
     calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
     grid = min(pairs, settings.grid_pairs or pairs)
     if max(ind := sizes(settings.ind)) > 1 or max(sizes(settings.pro)) > 0:
-        calls += 2 * grid * grid_seeds(settings) * (max(ind) + max(sizes(settings.pro)))
+        calls += 2 * grid * seeds_of_grid(settings) * (max(ind) + max(sizes(settings.pro)))
     if settings.one_pair_ind:
-        calls += 2 * grid * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
+        calls += 2 * grid * settings.grid_seeds * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
     return calls
 
 

@@ -13,7 +13,7 @@ from eval.slices import first_analyses
 from eval.summary import publish
 from eval.validation import headline
 from pgenrm_train.artifacts import StageFolder, link
-from pgenrm_train.config import ANSWER_KEYS, Config, grid_seeds, sizes
+from pgenrm_train.config import ANSWER_KEYS, Config, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages.inputs import asked, histories, load_pairs
@@ -125,10 +125,11 @@ def scale(
     sampler, studies, grids = histories(config, pairs), [], []
     weights = (config.eval.weights[0], config.eval.weights[1])
     if max(ind := sizes(config.eval.ind)) > 1 or max(sizes(config.eval.pro)) > 0:
-        cells = Study("scaling", ind, sizes(config.eval.pro), weights, grid_seeds(config.eval))
+        cells = Study("scaling", ind, sizes(config.eval.pro), weights, seeds_of_grid(config.eval))
         studies.append((cells, config.data.history_size))
     if config.eval.one_pair_ind:
-        studies.append((Study("one_pair", tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0]), weights), 1))
+        one_pair = tuple(config.eval.one_pair_ind), tuple(config.eval.one_pair_pro or [0])
+        studies.append((Study("one_pair", *one_pair, weights, config.eval.grid_seeds), 1))
     for study, size in studies:
         shown = shown_histories(config, sampler, evaluation.pairs, size)
         grids.append(evaluation.study(study, candidate, shown, folder, progress, find if study.n else None))

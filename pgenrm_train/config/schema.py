@@ -287,6 +287,7 @@ class EvalConfig:
     one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)
     grid_pairs: int | None = None  # pairs of the grids; null: all
+    grid_seeds: int = 1  # pools of the grids: each draws every sample anew, and the standard error is over them
     temperature: float = 0.7  # as in training, chains are sampled; 0 is greedy, for one sample a question only
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap
@@ -392,9 +393,10 @@ def sizes(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
-def grid_seeds(settings: EvalConfig) -> int:
-    """Evaluation seeds of the Ind-m/Pro-n samples: all where one cell is the headline, one where a grid of cells is filled."""
-    return 1 if isinstance(settings.ind, list | tuple) or isinstance(settings.pro, list | tuple) else settings.seeds
+def seeds_of_grid(settings: EvalConfig) -> int:
+    """Evaluation seeds of the Ind-m/Pro-n samples: all where one cell is the headline, `grid_seeds` where a grid is filled."""
+    one_cell = not isinstance(settings.ind, list | tuple) and not isinstance(settings.pro, list | tuple)
+    return settings.seeds if one_cell else settings.grid_seeds
 
 
 def masking_of(config: Config, stage: str) -> str:

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig, grid_seeds, sizes
+from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig, seeds_of_grid, sizes
 from pgenrm_train.planning.geometry import Geometry
 from pgenrm_train.planning.memory import GIB, element_bytes, kv_gib, ranks_of, trained_parameters, vllm_phase
 
@@ -211,8 +211,8 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
     ev = config.eval
     grid = min(test, ev.grid_pairs or test)
     ind, pro = max(sizes(ev.ind)), max(sizes(ev.pro))
-    more = grid_seeds(ev) * (ind + pro) if ind > 1 or pro else 0
-    one_pair = max(ev.one_pair_ind, default=0) + max(ev.one_pair_pro, default=0) if ev.one_pair_ind else 0
+    more = seeds_of_grid(ev) * (ind + pro) if ind > 1 or pro else 0
+    one_pair = ev.grid_seeds * (max(ev.one_pair_ind) + max(ev.one_pair_pro, default=0)) if ev.one_pair_ind else 0
     chains = 2 * (models * test * ev.seeds + grid * (more + one_pair))
     if config.data.name == "lampqa":  # a question and all its answers at once, in another order each sample
         chains = models * test * ind

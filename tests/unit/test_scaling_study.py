@@ -13,7 +13,7 @@ from eval.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_
 from eval.summary import headline
 from pgenrm_train.backends.base import Generation
 from pgenrm_train.chains import write_chain
-from pgenrm_train.config import Config, grid_seeds, load
+from pgenrm_train.config import Config, load, seeds_of_grid
 from pgenrm_train.prompts import chat_messages, split_prompt
 from pgenrm_train.records import HistoryItem, Message, PreferencePair
 from recipes.costs import evaluation_calls
@@ -78,6 +78,17 @@ def test_the_whole_grid_costs_no_more_than_its_largest_cell(tmp_path):
     assert [(r["ind"], r["pro"]) for r in rows] == [(m, n) for m in (0, 1, 4, 8, 16) for n in (0, 4) if m or n]
     assert all(r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] and r["pairs"] == 20 for r in rows)
     assert all("paired difference ci95" in r for r in rows[1:])
+
+
+def test_every_seed_of_a_grid_has_samples_of_its_own_and_the_standard_error_is_over_them(tmp_path):
+    study = Study("scaling", (2,), (1,), seeds=3)
+    pool = pool_of(tmp_path, model := Model(0.6), study)
+    assert sum(model.samples.values()) == 3 * 20 * 2 * (2 + 1) == len(pool) and set(pool["seed"]) == {0, 1, 2}
+    alone = Study("scaling", (2,), (1,))
+    one, three = cells(pool[pool["seed"] == 0], alone, config())[0], cells(pool, study, config())[0]
+    means = [cells(pool[pool["seed"] == seed], study, config())[0]["accuracy"] for seed in range(3)]
+    assert len(set(means)) > 1 and "stderr" not in one
+    assert three["accuracy"] == pytest.approx(np.mean(means)) and three["stderr"] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
 
 
 def test_a_larger_grid_asks_for_what_is_new(tmp_path):
@@ -185,7 +196,7 @@ def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
 
 def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
     one, grid = load("recipe=evaluate", "eval.ind=4", "eval.pro=2"), load("recipe=evaluate", "eval.ind=[4]", "eval.pro=2")
-    assert (grid_seeds(one.eval), grid_seeds(grid.eval)) == (one.eval.seeds, 1) != (1, 1)
+    assert (seeds_of_grid(one.eval), seeds_of_grid(grid.eval)) == (one.eval.seeds, 1) != (1, 1)
     study, model = Study("scaling", (4,), (2,), seeds=3), Model(share=0.7)
     pool = pool_of(tmp_path, model, study)
     assert sum(model.samples.values()) == 3 * 20 * 2 * (4 + 2) and sorted(pool["seed"].unique()) == [0, 1, 2]
