@@ -80,9 +80,9 @@ class Stub:
     async def found(self, _request: Any) -> Any:
         from aiohttp import web
 
-        whole = self.area / (self.changed - self.first)
+        whole = self.area / max(self.changed - self.first, 1e-9)
         return web.json_response(
-            {"busy": self.area_at_arrival / (self.last_arrival - self.first), "whole": whole, "requests": self.requests}
+            {"busy": self.area_at_arrival / max(self.last_arrival - self.first, 1e-9), "whole": whole, "requests": self.requests}
         )
 
 
