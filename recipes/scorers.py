@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.baselines import Scorer, fit_baseline
 from pgenrm_train.config import Config
+from pgenrm_train.errors import DataError
 from pgenrm_train.records import Example, PreferencePair
 
 
@@ -46,6 +47,8 @@ class _Features:
         self.rule = FeatureTeacher()
 
     def fit(self, train: Sequence[PreferencePair], _all: Sequence[PreferencePair]) -> _Fitted:
+        if not train:
+            raise DataError("the baseline features learns from votes with split=train, and the data holds none; leave it out")
         self.rule.fit(train)
         return _Fitted(lambda e: self.rule.score(e.user_id, e.history, e.query, e.responses))
 

@@ -30,7 +30,7 @@ Builder = Callable[..., Iterable[PreferencePair]]
 
 
 def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
-    """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from."""
+    """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from, unless it is for evaluation alone."""
     left_out = LeftOut()
     raw, index = folder.path / ".raw.parquet", VoteIndex()
     try:
@@ -40,6 +40,8 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
                 writer.row(pair_to_row(pair))
         index.added()
         dropped = _decide(index, config)
+        if config.recipe != "evaluate" and not index.number(f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"):
+            raise DataError("the data holds no pair with split=train of a training user; nothing could be learnt")
         facts = _facts(index)
         _write(raw, index, folder.path / PAIRS)
     finally:
@@ -89,8 +91,6 @@ def _write(raw: Path, index: VoteIndex, path: Path) -> None:
 
 
 def _facts(index: VoteIndex) -> dict[str, Any]:
-    if not index.number(f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"):
-        raise DataError("the data holds no pair with split=train of a training user; nothing could be learnt")
     pairs = index.number("SELECT COUNT(*) FROM votes WHERE kept")
     return {
         "pairs": pairs,

@@ -51,6 +51,15 @@ def test_a_vote_without_a_label_is_named_or_counted(tmp_path):
     assert (found["accuracy"], found["ties"]) == (0.75, 2), "the stranger is taken for the population, identical responses tie"
 
 
+def test_a_file_of_test_votes_alone_can_be_evaluated_and_nothing_is_learnt(tmp_path):
+    baselines = "eval.baselines=[random,longer,majority]"
+    found, report = results(tmp_path, VOTES[6:], baselines)
+    assert found["n_pairs"] == 4 and found["odd_inputs"]["empty history"] == 4 and found["ties"] == 8, "no direction is known"
+    assert found["baselines"]["longer"]["accuracy"] == 0.75 and "2, 2 without votes in train" in report
+    with pytest.raises(DataError, match="features learns from votes with split=train, and the data holds none"):
+        results(tmp_path, VOTES[6:], "eval.baselines=[features]")
+
+
 def test_a_file_of_one_user(tmp_path):
     found, report = results(tmp_path, VOTES[:8])
     assert (found["n_users"], found["ci95"], found["accuracy"]) == (1, [0.0, 1.0], 0.5)

@@ -1,0 +1,161 @@
+"""How busy does `recipe=evaluate` keep a server?  64 slots, half a second an answer; exit code 1 below 95 %.
+
+    python benchmarks/scoring_slots.py [--slots 64] [--seconds 0.5] [--rounds 60]
+
+The server is a stub in a process of its own: a request waits for a slot, holds it for `--seconds`, and is answered with a chain.  The
+client is the whole recipe as a user runs it: data built, prompts written, answers parsed, stored and reported; every slot is asked
+for `--rounds` answers.  Busy share: mean number of held slots from the first arrival until the last request has come, over all slots;
+after that nobody is left to take a slot.  `of the asking` is the same over the whole time from the first arrival to the last answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+
+from pgenrm_train.chains import write_chain
+from pgenrm_train.config import load
+from pgenrm_train.records import Message, PreferencePair, pair_to_row
+
+ENOUGH = 0.95
+WORDS = [
+    "the",
+    "answer",
+    "names",
+    "what",
+    "this",
+    "user",
+    "asked",
+    "for",
+    "and",
+    "says",
+    "in",
+    "plain",
+    "words",
+    "why",
+    "it",
+    "holds",
+]
+
+
+class Stub:
+    """Holds a slot for `seconds` a request, and adds up how many slots are held over time."""
+
+    def __init__(self, slots: int, seconds: float) -> None:
+        self.free, self.seconds = asyncio.Semaphore(slots), seconds
+        self.held, self.area, self.changed = 0, 0.0, 0.0
+        self.first, self.last_arrival, self.area_at_arrival, self.requests = 0.0, 0.0, 0.0, 0
+        self.text = write_chain("Someone who reads.", [("clear", 60), ("short", 40)], [[8, 6], [4, 3]])
+
+    def now(self, by: int) -> float:
+        now = time.monotonic()
+        self.area += self.held * (now - self.changed) if self.changed else 0.0
+        self.held, self.changed = self.held + by, now
+        return now
+
+    async def complete(self, request: Any) -> Any:
+        from aiohttp import web
+
+        await request.read()
+        self.last_arrival = self.now(0)
+        self.first, self.area_at_arrival = self.first or self.last_arrival, self.area
+        self.requests += 1
+        async with self.free:
+            self.now(+1)
+            await asyncio.sleep(self.seconds)
+            self.now(-1)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"content": self.text}}
+        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}})
+
+    async def found(self, _request: Any) -> Any:
+        from aiohttp import web
+
+        whole = self.area / max(self.changed - self.first, 1e-9)
+        return web.json_response(
+            {"busy": self.area_at_arrival / max(self.last_arrival - self.first, 1e-9), "whole": whole, "requests": self.requests}
+        )
+
+
+def serve(port: Connection, slots: int, seconds: float) -> None:
+    from aiohttp import web
+
+    async def main() -> None:
+        stub, app = Stub(slots, seconds), web.Application()
+        app.add_routes([web.post("/v1/chat/completions", stub.complete), web.get("/found", stub.found)])
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        port.send(runner.addresses[0][1])
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+def votes(asked: int) -> list[PreferencePair]:
+    """So many test votes of a hundred users, with three earlier ones of each user as history."""
+
+    def text(number: int, words: int) -> str:
+        return " ".join(WORDS[(i * number) % len(WORDS)] for i in range(words))
+
+    return [
+        PreferencePair(
+            f"p{n}", f"u{n % 100}", (Message("user", f"{n}: {text(n, 20)}"),), f"{n} {text(n + 1, 150)}", text(n + 2, 150),
+            split="train" if n < 300 else "test",
+        )
+        for n in range(300 + asked)
+    ]  # fmt: skip
+
+
+def evaluate(url: str, count: int, folder: Path) -> float:
+    """CPU seconds of the whole recipe on so many pairs, each asked in both orders."""
+    import pandas as pd
+
+    from recipes import evaluate as recipe
+
+    pd.DataFrame([pair_to_row(vote) for vote in votes(count)]).to_parquet(folder / "votes.parquet")
+    began = time.process_time()
+    recipe.run(load(
+        "recipe=evaluate", "model=endpoint", "model.name=stub", f"model.base_url={url}/v1", "data=pairs", f"data.path={folder / 'votes.parquet'}",
+        "eval.seeds=1", "eval.ind=1", "eval.probes=false", "eval.baselines=[]", "tracking=none", f"run_dir={folder / 'run'}",
+    ))  # fmt: skip
+    return time.process_time() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("slots", 64), ("seconds", 0.5), ("rounds", 60)):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    given = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    server = context.Process(target=serve, args=(sender, given.slots, given.seconds), daemon=True)
+    server.start()
+    url = f"http://127.0.0.1:{receiver.recv()}"
+    try:
+        import httpx
+
+        with tempfile.TemporaryDirectory() as folder:
+            cpu = evaluate(url, given.slots * given.rounds // 2, Path(folder))
+        found = json.loads(httpx.get(f"{url}/found").text)
+    finally:
+        server.terminate()
+    busy, whole = found["busy"] / given.slots, found["whole"] / given.slots
+    print(
+        f"{busy:.1%} of {given.slots} slots busy, {whole:.1%} of the asking; {found['requests']} answers of {given.seconds} s; "
+        f"{1000 * cpu / found['requests']:.1f} ms CPU an answer, building and reporting included"
+    )
+    return int(busy < ENOUGH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
