@@ -81,6 +81,7 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
 
 
 def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
+    """One child, from its start to its report."""
     folder = phases[0].work_dir
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "verl_job.json", folder / "verl_report.json"
