@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pgenrm_train.config import Config, to_dict
 
 METRICS = "metrics.jsonl"
-START_SECONDS, FINISH_SECONDS = 30.0, 60.0  # that a stage waits for W&B
+START_SECONDS, FINISH_SECONDS = 30.0, 300.0  # that a stage waits for W&B
 FILES = {"predictions": "predictions.parquet", "results": "results.json", "report": "report.html"}  # artifact's type → file
 
 

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pgenrm_train.preflight.machine import visible_gpus
 from recipes.run import launch, prepare
 
 MINUTES = 20.0  # the promise
+END_MINUTES = 2 * MINUTES  # what still runs then hangs, and is ended: a verdict always comes
 STEPS = ("build_data", "build_sec", "psi", "cre", "evaluate")
 MEASURED = ("psi", "cre", "evaluate")
 
@@ -48,8 +49,9 @@ def run(config: Config) -> int:
         raise PreflightError("; ".join(problems))
     print(f"preflight: ok · attention: {config.model.attention}", flush=True)
     seen: dict[str, Seen] = {}
+    end = time.monotonic() + 60 * END_MINUTES
     for recipe in STEPS:
-        seen[recipe] = tried(config, recipe)
+        seen[recipe] = tried(config, recipe, end - time.monotonic())
         if seen[recipe].error:
             break
     report = report_of(config, seen)
@@ -64,16 +66,36 @@ def attention(config: Config) -> str:
     return "flash_attention_2" if flash else config.model.attention
 
 
-def tried(config: Config, recipe: str) -> Seen:
-    """Run one recipe in a process of its own; a failure is kept, for the verdict."""
+def tried(config: Config, recipe: str, seconds: float) -> Seen:
+    """Run one recipe in a process of its own, for so many seconds at most; a failure is kept, for the verdict."""
     seen, began = Seen(), time.monotonic()
-    with watching(config, recipe, seen):
+    with watching(config, recipe, seen), ending(seen, seconds):
         try:
             launch(config, recipe)
         except (PGenRMError, SystemExit) as error:
-            seen.error = str(error) if isinstance(error, PGenRMError) else "its sentence stands above"
+            seen.error = seen.error or (str(error) if isinstance(error, PGenRMError) else "its sentence stands above")
     seen.seconds = time.monotonic() - began
     return seen
+
+
+@contextmanager
+def ending(seen: Seen, seconds: float) -> Iterator[None]:
+    """Kill what the block has started when it takes longer."""
+    import psutil
+
+    def end() -> None:
+        seen.error = f"not done after {END_MINUTES:g} minutes in all, and ended"
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    timer = threading.Timer(max(0.0, seconds), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) ->
 
 
 def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
+    """One child, from its start to its report."""
     folder = phases[0].work_dir
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "verl_job.json", folder / "verl_report.json"

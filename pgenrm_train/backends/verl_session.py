@@ -129,7 +129,7 @@ class Session:
     def _look_after_nodes(self) -> None:
         if self.config.ray.address is not None:
             pools = self.trainer.resource_pool_manager.resource_pool_dict.values()
-            self.nodes = nodes_of([group for pool in pools for group in pool.pgs])
+            self.nodes = nodes_of([group for pool in pools for group in pool.pgs or ()])
             threading.Thread(target=self._watch_nodes, name="nodes", daemon=True).start()
 
     def _watch_nodes(self) -> None:

@@ -64,7 +64,25 @@ def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypa
         raise raised
 
     monkeypatch.setattr(gpu_check, "launch", fails)
-    assert kept in (tried(shipped, "psi").error or "")
+    assert kept in (tried(shipped, "psi", 60.0).error or "")
+
+
+def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import psutil
+
+    started: list[psutil.Process] = []
+
+    def hangs(*_: object) -> None:
+        shell = subprocess.Popen(["bash", "-c", "sleep 60 & wait"])
+        while not (children := psutil.Process(shell.pid).children()):
+            time.sleep(0.01)
+        started.extend(children)
+        raise BackendError(f"ended with code {shell.wait()}")
+
+    monkeypatch.setattr(gpu_check, "launch", hangs)
+    seen = tried(shipped, "cre", 0.5)
+    assert seen.error == "not done after 40 minutes in all, and ended" and seen.seconds < 30
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_memory_of_children_and_times_of_steps_are_seen(shipped) -> None:  # type: ignore[no-untyped-def]
