@@ -43,7 +43,7 @@ class Publisher:
         self._thread = threading.Thread(target=self._keep_up, name="store", daemon=True)
 
     def open(self) -> None:
-        """Show that the store can be written, fetch what it is ahead with, and start to publish."""
+        """Show that the store can be written, and fetch what it is ahead with."""
         self.store.put("config.yaml", self.run_dir / "config.yaml")
         for stage in ORDER:
             self._pass_over(stage)
@@ -52,18 +52,19 @@ class Publisher:
                 if aside := set_aside(self.run_dir / stage):
                     print(f"{self.store.url} is ahead of this machine; its {stage} was moved to {aside}", flush=True)
                 self._fetch(found)
+
+    def start(self) -> None:
         self._thread.start()
 
     def _pass_over(self, stage: str) -> None:
         """Say what was cut off, and remove it where it was this machine's: another one may be at work."""
+        known = self._known()
         for attempt, files in self.store.left_over(stage).items():
-            mine = self._known().get(attempt) == "made"
-            print(
-                f"{'removing' if mine else 'ignoring'} {self.store.url}/{stage}/{attempt}, which is half-published ({files} files)",
-                flush=True,
-            )
+            mine = known.get(attempt) == "made"
+            what = f"{self.store.url}/{stage}/{attempt}, which is half-published ({len(files)} files)"
+            print(f"{'removing' if mine else 'ignoring'} {what}", flush=True)
             if mine:
-                self.store.discard(stage, attempt)
+                self.store.forget(stage, files)
 
     def fetch_missing(self) -> None:
         """The stages of which this machine has nothing, to be read only."""
@@ -128,7 +129,8 @@ class Publisher:
         state = freeze(self.run_dir / stage, still)
         files = {p.relative_to(still).as_posix(): (p, self._digest(p)) for p in still.rglob("*") if p.is_file()}
         attempt = self._attempt(stage, state)
-        self.published[stage] = self.store.publish(stage, attempt, state, files, self.published.get(stage))
+        if (held := self.published[stage]) is None or held.attempt != attempt:
+            self.published[stage] = self.store.publish(stage, attempt, state, files, held)
         del self._given_up[stage]
         shutil.rmtree(still, ignore_errors=True)
         print(f"published {stage} ({state.partition(' ')[0]}): {self.store.url}/{stage}/{attempt}", flush=True)
@@ -136,9 +138,12 @@ class Publisher:
     def _attempt(self, stage: str, state: str) -> str:
         """The attempt that failed, where there is still the same to publish; else a new one."""
         before, attempt = self._given_up.get(stage, ("", ""))
+        found = self.store.read(stage) if attempt else None
+        if counts := found is not None and found.attempt == attempt:  # only the answer was lost
+            self.published[stage] = found
+        if counts or (attempt and before != state):
+            self._pass_over(stage)
         if before != state:
-            if attempt:
-                self.store.discard(stage, attempt)
             attempt = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
             self._remember(attempt, "made")  # before it counts: a kill right after that must not make our own work a stranger's
             self._given_up[stage] = (state, attempt)
@@ -149,8 +154,8 @@ class Publisher:
         coming = self.run_dir / OWN / "coming"
         shutil.rmtree(coming, ignore_errors=True)
         self.store.fetch(found, coming)
-        coming.rename(self.run_dir / found.stage)
         self._remember(found.attempt, "fetched")
+        coming.rename(self.run_dir / found.stage)
 
     def _digest(self, path: Path) -> str:
         """sha256, computed once for a file that did not change."""
@@ -179,6 +184,7 @@ def begin(config: Config) -> None:
         return
     publisher = Publisher(Store(config.store), run_dir)
     _asked(config, publisher.open)
+    publisher.start()
     _OPEN[run_dir.resolve()] = publisher
 
 
@@ -205,6 +211,8 @@ def kept() -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if _OPEN:
+            print("the store gets what is whole before this ends; Ctrl-C skips that", file=sys.stderr, flush=True)
         for problem in _close():
             print(f"warning: {problem}", file=sys.stderr, flush=True)
         raise

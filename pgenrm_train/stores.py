@@ -11,7 +11,7 @@ over.  Credentials are fsspec's business: the environment, or the machine's role
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -88,13 +88,16 @@ class Store:
         except Exception as error:  # each store's client raises its own
             raise StoreLost(_words(error)) from error
 
-    def left_over(self, stage: str) -> Mapping[str, int]:
-        """Attempts that were cut off, each with the number of files that it left."""
+    def left_over(self, stage: str) -> Mapping[str, list[str]]:
+        """Attempt → its files that no publication names: it was cut off, or what it brought counts no more."""
         published = self.read(stage)
         known = {file.at for file in published.files} if published else set()
-        start = f"{self._path(stage)}/"
-        found = [str(path).partition(start)[2] for path in self._ask(lambda: self.fs.find(self._path(stage)))]
-        return Counter(at.partition("/")[0] for at in found if "/" in at and at not in known)
+        start, found = f"{self._path(stage)}/", defaultdict(list)
+        for path in self._ask(lambda: self.fs.find(self._path(stage))):
+            attempt, inside, _ = (at := str(path).partition(start)[2]).partition("/")
+            if inside and at not in known:
+                found[attempt].append(at)
+        return found
 
     def publish(
         self, stage: str, attempt: str, state: str, files: Mapping[str, tuple[Path, str]], before: Publication | None
@@ -113,13 +116,8 @@ class Store:
         _all(lambda file: self._send(files[file.name][0], stage, file), new)
         self._expect(stage, before)
         self.put(f"{stage}/{MARKER}", made.text())
-        self._forget(stage, {file.at for file in before.files} - {file.at for file in made.files} if before else set())
+        self.forget(stage, {file.at for file in before.files} - {file.at for file in made.files} if before else set())
         return made
-
-    def discard(self, stage: str, attempt: str) -> None:
-        """Remove the files of an attempt that this machine has given up."""
-        start = f"{self._path(stage)}/"
-        self._forget(stage, [str(p).partition(start)[2] for p in self._ask(lambda: self.fs.find(self._path(stage, attempt)))])
 
     def fetch(self, published: Publication, to: Path) -> None:
         """Download a publication into the folder `to`, every file checked."""
@@ -175,8 +173,8 @@ class Store:
         if problem:
             raise ArtifactError(f"{where} {problem}; remove {self.url}/{stage}/{MARKER}, and the stage is made again")
 
-    def _forget(self, stage: str, places: Iterable[str]) -> None:
-        """Free the place of what counts no more.  What cannot be removed costs space and nothing else."""
+    def forget(self, stage: str, places: Iterable[str]) -> None:
+        """Remove files that no publication names.  What cannot be removed costs space and nothing else."""
         try:
             if paths := [self._path(stage, at) for at in sorted(places)]:
                 self.fs.rm(paths)
