@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train import usage
-from pgenrm_train.config import CONFIG_DIR, Config, parse, register_resolvers
+from pgenrm_train import publishing, usage
+from pgenrm_train.config import CONFIG_DIR, Config, beneath, parse, register_resolvers
 from pgenrm_train.errors import ConfigError, PGenRMError
 
 
@@ -43,7 +43,7 @@ def run_recipe(config: Config) -> int:
         # something else wants a core; with none at all SFT's small operations wait for the kernel, at two thirds of the speed.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if config.ray.address is not None:  # a worker of a cluster that was there before has another working directory
-        config.run_dir = str(Path(config.run_dir).absolute())
+        config.run_dir, config.mirror = str(Path(config.run_dir).absolute()), str(Path(config.mirror).absolute())
         config.model.path = str(Path(config.model.path).absolute()) if config.model.path else None
     try:
         module = importlib.import_module(f"recipes.{config.recipe}")
@@ -53,7 +53,8 @@ def run_recipe(config: Config) -> int:
         raise ConfigError(f"recipe={config.recipe} is not one of {', '.join(choices('recipe'))}") from None
     if config.preflight.only and config.recipe != "plan":
         module = importlib.import_module("recipes.preflight")
-    return int(module.run(config) or 0)
+    with publishing.kept():
+        return int(module.run(config) or 0)
 
 
 def choices(group: str) -> list[str]:
@@ -76,7 +77,7 @@ def _hydra_main() -> int:
                 raise ConfigError(f"say which recipe: recipe={'|'.join(choices('recipe'))}")
             config = parse(composed)
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # a folder a job, also when run_dir= is given
-                config.run_dir = str(Path(config.run_dir) / f"job-{HydraConfig.get().job.num}")
+                beneath(config, f"job-{HydraConfig.get().job.num}")
             codes.append(run_recipe(config))
         except Exception as error:  # told here in one sentence; Hydra would add its own lines
             if (sentence := _explain(error)) is None:

@@ -13,7 +13,8 @@ usage: python -m pgenrm_train recipe=NAME [group=choice …] [key=value …]
 == Recipes and groups (group=choice) ==
 {groups}
 == Common keys ==
-run_dir=FOLDER            where the run lives; a second start with the same folder continues
+run_dir=FOLDER|URL        where the run lives; a second start with the same one continues.  A URL (s3://bucket/path, gs://…) is worked
+                          on in mirror= (runs/mirror), from where all that is complete goes to the URL
 seed=0                    of data, training and evaluation
 resume=true|false         false sets an existing run folder aside and starts anew
 pipeline.budget=          smoke | demo | full

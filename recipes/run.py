@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from pgenrm_train import publishing
 from pgenrm_train.artifacts import StageFolder, set_aside, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
@@ -113,11 +114,13 @@ def launch(config: Config, recipe: str) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Make the run folder, or set an old one aside when resume=false, and write the resolved configuration."""
+    """Make the run folder, or set an old one aside when resume=false, write the resolved configuration, and open the run's store."""
     if CHILD in os.environ:  # the pipeline has done it
         return
     run_dir = Path(config.run_dir)
     try:
+        if not config.resume:
+            publishing.refuse_to_replace(config)
         if not config.resume and run_dir.exists():
             _lock(run_dir)
             print(f"resume=false: the old run was moved to {set_aside(run_dir)}", flush=True)
@@ -125,6 +128,7 @@ def prepare(config: Config) -> None:
         config.resume = True
         _lock(run_dir)
         write_config(run_dir / "config.yaml", to_dict(config))
+        publishing.begin(config)
     except OSError as error:
         raise ArtifactError(f"run_dir={run_dir} cannot be written ({error.strerror})") from None
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from eval.harness import UNVERIFIED, Write
 from eval.scaling_study import Similar
+from pgenrm_train import publishing
 from pgenrm_train.backends.base import GenerationRequest, Generator
 from pgenrm_train.chains import Chain, ParseFailure, parse_chain
 from pgenrm_train.config import Config
@@ -48,6 +49,7 @@ def run(config: Config) -> int:
     if config.score.dry_run:
         print(json.dumps(plain_writer(config)(_view(config, example)), ensure_ascii=False, indent=2))
         return 0
+    publishing.fetch(config)
     generator, write = _model(config)
     try:
         ask = functools.partial(_chains, config, generator, write, len(example.responses))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.config.checks import check, not_one_of
+from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
 from pgenrm_train.config.schema import (
     ANSWER_KEYS,
     BASELINES,
@@ -76,10 +77,12 @@ __all__ = [
     "ScoreConfig",
     "SecConfig",
     "TrackingConfig",
+    "beneath",
     "check",
     "get",
     "load",
     "masking_of",
+    "mirror_of",
     "parse",
     "register_resolvers",
     "seed_of",
@@ -98,6 +101,7 @@ def register_resolvers() -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
+    OmegaConf.register_new_resolver("on_disk", _on_disk, replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -127,6 +131,11 @@ def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
     return OmegaConf.create(value) if isinstance(value, list) else value
 
 
+def _on_disk(run_dir: str, mirror: str) -> str:
+    """Hydra's own folder of a multirun must be one of this machine."""
+    return mirror_of(plain_url(run_dir), mirror) if URL.fullmatch(run_dir) else run_dir
+
+
 def parse(composed: Any, checked: bool = True) -> Config:
     """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError, and OmegaConf's for unknown keys."""
     from omegaconf import OmegaConf
@@ -136,6 +145,7 @@ def parse(composed: Any, checked: bool = True) -> Config:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True) if OmegaConf.is_config(composed) else composed
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
+    place(config)
     if checked:
         check(config)
     return config

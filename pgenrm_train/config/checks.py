@@ -45,7 +45,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
 }
 PREFLIGHT = (
-    "disk", "memory", "versions", "gpus", "shared_memory", "ports", "ray", "data", "model", "wandb", "teacher", "judge",
+    "disk", "store", "memory", "versions", "gpus", "shared_memory", "ports", "ray", "data", "model", "wandb", "teacher", "judge",
     "model_endpoint", "ring",
 )  # fmt: skip
 _POSITIVE = (

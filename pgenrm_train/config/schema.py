@@ -365,7 +365,9 @@ class RayConfig:
 @dataclass
 class Config:
     recipe: str = "???"
-    run_dir: str = "runs/${data.name}-${model.label}-${pipeline.budget}"
+    run_dir: str = "runs/${data.name}-${model.label}-${pipeline.budget}"  # a folder, or any fsspec URL (s3://…, gs://…)
+    mirror: str = "runs/mirror"  # where this machine keeps its copies of runs at URLs
+    store: str | None = None  # the URL; set from run_dir, which then is the mirror's folder
     seed: int = 0
     resume: bool = True
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

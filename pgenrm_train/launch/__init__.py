@@ -57,9 +57,10 @@ def rayjob(config: Config, hours: float | None = None) -> str:
             raise ConfigError(
                 f"{key}={path} is a path of this machine; for plan.emit=rayjob give one below {RUNS}, where the volume is"
             )
-    run_dir = config.run_dir if Path(config.run_dir).is_absolute() else f"{RUNS}/{Path(config.run_dir).name}"
-    entry = [part for part in command(config, ray=True) if not part.startswith("run_dir=")]
-    start = f"cd {CHECKOUT} && exec {shlex.join([*entry, f'run_dir={hydra_value(run_dir)}'])}"
+    key, path = ("mirror", config.mirror) if config.store else ("run_dir", config.run_dir)
+    place = path if Path(path).is_absolute() else f"{RUNS}/{Path(path).name}"
+    entry = [part for part in command(config, ray=True) if not part.startswith(f"{key}=")]
+    start = f"cd {CHECKOUT} && exec {shlex.join([*entry, f'{key}={hydra_value(place)}'])}"
     head, workers = _group(config, head=True), config.cluster.nodes - 1
     cluster: dict[str, Any] = {"rayVersion": pinned("ray", config), "headGroupSpec": head}
     if workers:
@@ -149,7 +150,8 @@ def overrides_of(config: Config) -> list[str]:
     chosen = [f"{group}={name}" for group, name in groups.items()]
     # What the groups demand (data.path, judge.name, …) may be among the differences, so the base is composed without the checks.
     base = to_dict(load(*chosen, checked=False))
-    return chosen + list(_differences(to_dict(config), base, LEFT_OUT))
+    wanted = to_dict(config) | {"run_dir": config.store or config.run_dir, "store": None}
+    return chosen + list(_differences(wanted, base, LEFT_OUT))
 
 
 def _choice(group: str, name: str, otherwise: str) -> str:

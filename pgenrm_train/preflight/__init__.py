@@ -20,6 +20,7 @@ from pgenrm_train.preflight.reach import (
     check_model,
     check_model_endpoint,
     check_ray,
+    check_store,
     check_teacher,
     check_wandb,
 )
@@ -28,6 +29,7 @@ from pgenrm_train.preflight.versions import check_versions
 Check = Callable[[Config, str], Iterable[str]]
 CHECKS: dict[str, Check] = {
     "disk": check_disk,
+    "store": check_store,
     "memory": check_memory,
     "versions": check_versions,
     "gpus": check_gpus,

@@ -22,6 +22,20 @@ ON_RAY = ("psi", "cre", "curriculum", "prototypes", "evaluate")
 OFFLINE = ("1", "true", "yes", "on")
 
 
+def check_store(config: Config, stage: str) -> Iterator[str]:
+    """A run_dir that is a URL can be read and written.  A start finds it out by itself, and then goes on when the store is lost."""
+    if config.store is None or not config.preflight.only:
+        return
+    from pgenrm_train.errors import PGenRMError
+    from pgenrm_train.stores import Store, StoreLost
+
+    try:
+        Store(config.store).try_out()
+    except (PGenRMError, StoreLost) as error:
+        reason = str(error).removeprefix(f"run_dir={config.store} ")
+        yield f"run_dir={config.store} cannot be read and written ({reason}); check the bucket, the credentials, the endpoint and fsspec's package for the protocol"
+
+
 def check_data(config: Config, stage: str) -> Iterator[str]:
     """The raw data, as long as the run has not read them."""
     if StageFolder.read(Path(config.run_dir), "build_data").complete:

@@ -51,6 +51,15 @@ def same(config: Config, arguments: list[str]) -> bool:
 # ---- the command line ----
 
 
+def test_a_run_at_a_url_is_one_on_the_cluster_too() -> None:
+    config = big("plan.stage=cre", "run_dir=s3://bucket/runs/arena", "mirror=/shared/m")
+    arguments = launch.overrides_of(config)
+    assert "run_dir='s3://bucket/runs/arena'" in arguments or "run_dir=s3://bucket/runs/arena" in arguments
+    assert same(config, arguments) and not [a for a in arguments if a.startswith("store=")]
+    pod = yaml.safe_load(launch.rayjob(big("plan.stage=cre", "run_dir=s3://bucket/runs/arena")))["spec"]["entrypoint"]
+    assert "run_dir=s3://bucket/runs/arena" in pod and pod.endswith(" mirror=/runs/mirror")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

