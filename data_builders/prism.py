@@ -37,7 +37,7 @@ class _Response:
 def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Stream the pairs.  Raises DataError naming file, row, field and expectation; what is left out is counted."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
-    survey = {str(row["user_id"]): row for _, row in _required(source, "survey", ("user_id",), bad)}
+    survey = _survey(source, bad)
     needed = ("conversation_id", "user_id", "conversation_history")
     for where, row in _required(source, "conversations", needed, bad):
         user = survey.get(str(row["user_id"]))
@@ -51,6 +51,17 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
             continue
         yield from pairs
     bad.tell(source)
+
+
+def _survey(source: str, bad: BadRows) -> dict[str, Mapping[str, Any]]:
+    """User → what they answered; a second answer of a user is a row that does not fit."""
+    survey: dict[str, Mapping[str, Any]] = {}
+    for where, row in _required(source, "survey", ("user_id",), bad):
+        if (user := str(row["user_id"])) in survey:
+            bad.take(DataError(f"{where}, field 'user_id': expected one row a user, got {user[:60]!r} again"))
+        else:
+            survey[user] = row
+    return survey
 
 
 def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -72,10 +72,15 @@ def _read(response: httpx.Response, end: float) -> bytes:
 def read_completion(answer: dict[str, object]) -> Reply:
     choice, used = answer["choices"][0], answer.get("usage") or {}  # type: ignore[index]
     spent = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))  # type: ignore[attr-defined]
-    text = choice["message"]["content"]
+    text = whole(choice["message"]["content"])
     if choice.get("finish_reason") == "length":
         return Reply(None, "length", *spent)
     return Reply(text, None, *spent) if text and text.strip() else Reply(None, "empty", *spent)
+
+
+def whole(text: str | None) -> str | None:
+    """The text with U+FFFD for half of a surrogate pair, as an emoji cut between two tokens leaves it: no file could hold that."""
+    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def failure_of(error: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pgenrm_train.backends import endpoint as limits
 from pgenrm_train.backends.base import Generation, GenerationRequest
-from pgenrm_train.backends.chat_api import url_and_headers
+from pgenrm_train.backends.chat_api import url_and_headers, whole
 from pgenrm_train.backends.endpoint import Endpoint, Reply
 from pgenrm_train.errors import BackendError
 
@@ -199,7 +199,7 @@ class _Queue:
 
 def _read(choice: Any) -> tuple[str | None, str | None]:
     """(text, failure) of one choice."""
-    text = choice["message"]["content"]
+    text = whole(choice["message"]["content"])
     if choice.get("finish_reason") == "length":
         return text, "length"
     return (text, None) if isinstance(text, str) and text.strip() else (None, f"{ENGINE}empty")

@@ -119,6 +119,8 @@ def check(config: Config) -> None:
         raise ConfigError(not_one_of("plan.card", config.plan.card, config.plan.cards))
     if config.data.name == "pairs" and not config.data.path:
         raise ConfigError("data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema")
+    if config.data.only and config.data.name not in ("pairs", "chatbot_arena", "prism_personalized"):
+        raise ConfigError(f"data.only picks rows of votes, and data={config.data.name} is made of something else; leave it out")
     for section in ("cre", "curriculum"):
         _check_grpo(section, getattr(config, section))
     for section in ("teacher", "judge"):

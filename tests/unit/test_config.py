@@ -273,6 +273,13 @@ def test_a_mistake_is_told_in_one_sentence_that_names_its_key(override, plain):
     assert all(part in str(error.value) for part in MISTAKES[override]) and "\n" not in str(error.value)
 
 
+def test_rows_are_picked_of_votes_only():
+    votes = load("recipe=build_data", "data=chatbot_arena", "+data.only.type=single")
+    assert votes.data.only == {"type": "single"}
+    with pytest.raises(ConfigError, match=r"data\.only picks rows of votes, and data=prism is made of something else"):
+        load("recipe=build_data", "data=prism", "+data.only.type=single")
+
+
 def test_the_oracle_knows_its_own_world_only():
     for section in ("teacher", "judge"):
         with pytest.raises(ConfigError, match=f"{section}=oracle knows data=personaworld only"):

@@ -40,6 +40,11 @@ def test_an_answer_is_text_and_its_cost():
         assert dollars(one.settings, *one.usage.paid) == pytest.approx(20e-6)
 
 
+def test_half_an_emoji_in_an_answer_is_a_mark_that_files_can_hold():
+    with serve(lambda body, n: "well \ud83d done \U0001f44d") as server:
+        assert Endpoint(to(server)).ask(ASK).text == "well \ufffd done \U0001f44d"
+
+
 @pytest.mark.parametrize(
     "trouble",
     [{"status": 429, "headers": {"retry-after": "0"}}, {"status": 500}, {"status": 503}, {"status": 408}, {"reset": True}],
@@ -152,13 +157,16 @@ def test_what_was_paid_for_and_is_no_answer_is_not_bought_again(tmp_path, answer
 
 
 def test_closing_waits_for_what_is_in_flight_and_keeps_it(tmp_path):
-    with serve(lambda body, n: slowly(0.4, "paid")) as server:
-        one = Endpoint(to(server, max_in_flight=4), tmp_path)
+    release = threading.Event()
+    with serve(lambda body, n: "paid" if release.wait(20) else "late") as server:
+        one = Endpoint(to(server, max_in_flight=4, timeout_seconds=20), tmp_path)
         replies = []
         threads = [threading.Thread(target=lambda i=i: replies.append(one.ask(ASK, sample=i))) for i in range(8)]
         for thread in threads:
             thread.start()
-        time.sleep(0.2)
+        while len(server.bodies) < 4:
+            time.sleep(0.01)
+        threading.Timer(0.3, release.set).start()
         one.close()
         for thread in threads:
             thread.join()

@@ -65,6 +65,12 @@ def test_all_samples_of_a_prompt_are_one_call():
         assert {a.tokens for a in answers} == {4}
 
 
+def test_half_an_emoji_in_an_answer_is_a_mark_that_files_can_hold():
+    with serve(lambda body, n: "well \ud83d") as server:
+        (answer,) = generator(server)(requests(1), temperature=0.7)
+        assert answer.text == "well \ufffd"
+
+
 @pytest.mark.parametrize("refusal", [{"status": 400}, {"status": 422}, "one choice"])
 def test_a_server_without_n_is_asked_sample_by_sample(refusal):
     def behaviour(body, number):

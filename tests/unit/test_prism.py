@@ -186,6 +186,13 @@ def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path):
     assert left_out == {"conversations whose user is not in the survey": 1}
 
 
+def test_a_user_who_answered_the_survey_twice_is_told_and_the_first_answer_stays_where_rows_are_skipped(tmp_path):
+    write(tmp_path, survey=[SURVEY, SURVEY | {"system_string": "Be long."}])
+    with pytest.raises(DataError, match=r"survey\.jsonl, row 2, field 'user_id': expected one row a user, got 'user0' again"):
+        pairs(tmp_path)
+    assert {p.explicit.style for p in pairs(tmp_path, on_bad_row="skip")} == {"Be brief."}
+
+
 def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
     left_out = LeftOut()
     bad = [CONVERSATION | {"conversation_history": [{"role": "bot"}]}, CONVERSATION | {"user_id": None}, CONVERSATION]
