@@ -194,11 +194,16 @@ def test_validation_and_its_probes_are_a_curve_beside_the_rewards(tmp_path):
 
     (tmp_path / "cre").mkdir()
     lines = [
-        {"step": 0, "eval/accuracy": 0.5, "cre/validation/accuracy": 0.5, "cre/validation/probe/swapped_history_accuracy": 0.4},
+        {"step": 0, "eval/accuracy": 0.5, "cre/validation/accuracy": 0.5, "cre/validation/probe/swapped_history_accuracy": 0.25},
         *({"step": n, "cre/reward/outcome": 0.5} for n in (1, 2)),
-        {"step": 2, "eval/accuracy": 0.6, "cre/validation/accuracy": 0.6, "cre/validation/probe/swapped_history_accuracy": 0.3},
+        {
+            "step": 2,
+            "eval/accuracy": 0.75,
+            "cre/validation/accuracy": 0.75,
+            "cre/validation/probe/swapped_history_accuracy": 0.125,
+        },
     ]
     (tmp_path / "cre/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     reward, validation = training_curves(tmp_path)
     assert reward.x == [1, 2] and validation.x == [0, 2]
-    assert validation.series == {"their own history": [0.5, 0.6], "another user's": [0.4, 0.3]}
+    assert validation.series == {"their own history": [0.5, 0.75], "another user's": [0.25, 0.125]}
