@@ -46,12 +46,19 @@ RULES = {
     "user_disjoint": "held-out users; both orders; a tie or a failure is not a hit",
 }
 REWARD_PARTS = {"outcome": "reward/outcome", "process": "reward/process", "format": "reward/format"}
+VALIDATION = {
+    "their own history": "validation/accuracy",
+    "another user's": "validation/probe/swapped_history_accuracy",
+    "none": "validation/probe/empty_history_accuracy",
+}
 PASS_RATES = {name: f"curriculum/{name}_pass_rate" for name in ("hard", "rest", "suspect")}
 MIX = {"target": "curriculum/target_hard_share", "realised": "curriculum/realised_hard_share"}
 TRAINING_CURVES = (  # stage, title, axis, lines by what the stage logs
     ("psi", "loss", "loss", {"loss": "loss"}),
     ("cre", "reward parts", "mean reward", REWARD_PARTS),
     ("curriculum", "reward parts", "mean reward", REWARD_PARTS),
+    ("cre", "validation and probes", "accuracy", VALIDATION),
+    ("curriculum", "validation and probes", "accuracy", VALIDATION),
     ("curriculum", "curriculum mix", "share of hard pairs", MIX),
     ("curriculum", "pass rate by hardness", "pass rate", PASS_RATES),
 )

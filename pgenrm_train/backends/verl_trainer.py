@@ -212,7 +212,7 @@ class ChainTrainer(PPOTrainerSync):
         first = before[0][f"{run.stage}/{LENGTH}"] if before else None
         found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
         found["validation/seconds"] = time.monotonic() - began
-        headline = {name: found.pop(f"validation/{name.partition('/')[2]}") for name in (ACCURACY, "eval/order_flip_rate")}
+        headline = {name: found[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")}
         append(file, {"step": step, "stage": run.stage} | headline | under_stage(run.stage, found))
         print(f"{run.stage} {step}/{run.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True)
 

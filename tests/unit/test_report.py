@@ -187,3 +187,23 @@ def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
     assert set(rates.series) == {"hard", "rest"} and rates.series["rest"] == [0.9, 0.9]
     write_report(tmp_path / "report.html", Report(title="mix", curves=[reward, mix, rates]))
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
+
+
+def test_validation_and_its_probes_are_a_curve_beside_the_rewards(tmp_path):
+    from eval.summary import training_curves
+
+    (tmp_path / "cre").mkdir()
+    lines = [
+        {"step": 0, "eval/accuracy": 0.5, "cre/validation/accuracy": 0.5, "cre/validation/probe/swapped_history_accuracy": 0.25},
+        *({"step": n, "cre/reward/outcome": 0.5} for n in (1, 2)),
+        {
+            "step": 2,
+            "eval/accuracy": 0.75,
+            "cre/validation/accuracy": 0.75,
+            "cre/validation/probe/swapped_history_accuracy": 0.125,
+        },
+    ]
+    (tmp_path / "cre/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reward, validation = training_curves(tmp_path)
+    assert reward.x == [1, 2] and validation.x == [0, 2]
+    assert validation.series == {"their own history": [0.5, 0.75], "another user's": [0.25, 0.125]}
