@@ -88,7 +88,7 @@ def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None
     owners = np.arange(len(P)).astype(str) if users is None else np.asarray(users, dtype=str)
     if len(owners) != len(P):
         raise DataError(f"{len(owners)} users for {len(P)} analyses; expected one a row")
-    distinct = _count_distinct(P, enough=k)
+    distinct = count_distinct(P, enough=k)
     if not 1 <= k <= distinct:
         raise ConfigError(f"prototypes.k={k} must be between 1 and {distinct}, the number of distinct preference analyses")
     if len(P) > LARGE and find_spec("faiss"):
@@ -258,7 +258,7 @@ def _check_matrix(P: np.ndarray) -> None:
         raise DataError("the matrix of analyses holds values that are not finite; embed the analyses anew")
 
 
-def _count_distinct(P: np.ndarray, enough: int) -> int:
+def count_distinct(P: np.ndarray, enough: int) -> int:
     """Number of distinct rows, counted no further than `enough`."""
     seen: set[bytes] = set()
     for row in P:

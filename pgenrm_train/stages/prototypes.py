@@ -76,7 +76,7 @@ def run(
     users = [row.pair.user_id for row in rows]
     suggested, curve = core.suggest_k(matrix, config.prototypes.retained_mass)
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
-    centroids = core.cluster(matrix, min(wanted, len(np.unique(matrix, axis=0))), config.seed, users)
+    centroids = core.cluster(matrix, core.count_distinct(matrix, enough=wanted), config.seed, users)
     samples = _samples([row.pair for row in rows], histories, embed)
     refined, metrics = refine(centroids, samples, config.prototypes, config.seed, device=config.cluster.device)
     core.save(refined, folder.path, hashes)

@@ -1,5 +1,6 @@
 """The evaluation's queue: order is irrelevant, failures are data, resume asks only what is missing, and the probe is wired right."""
 
+import itertools
 import random
 import re
 from dataclasses import replace
@@ -93,6 +94,14 @@ def test_every_pair_is_asked_in_both_orders_and_scores_follow_the_chosen_respons
     assert set(frame["score_rejected"]) == {3.0} and frame["failure"].isna().all()
     for prompt in generator.prompts:
         assert prompt.index("<response_1>") < prompt.index("<response_2>") and "SECRET" not in prompt
+
+
+def test_prompts_with_the_same_history_stand_next_to_each_other_and_begin_alike():
+    """A server encodes a prefix once: the users' votes alternate here, their histories must not."""
+    prompts = [request.messages[-1]["content"] for request in harness.requests(QUESTIONS, chat_messages, "masked")]
+    beginnings = [prompt[: prompt.index("<current>")] for prompt in prompts]
+    assert len(set(beginnings)) == 2 and len([1 for a, b in itertools.pairwise(beginnings) if a != b]) == 1
+    assert all("earlier" in beginning and "q1" not in beginning for beginning in beginnings)
 
 
 def test_prompts_hold_criteria_only_when_masking_shows_them(tmp_path):
