@@ -35,17 +35,10 @@ def run(config: Config, job: Path, variables: dict[str, str]) -> None:
 
 
 def _fit(config: Config, job: Path) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    class Teller(UserCallback):  # type: ignore[misc]
-        """Runs beside Ray Train's controller; what it prints appears here."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            print(lost_sentence(worker_exceptions, steps), flush=True)
-
-    steps = job.parent / "steps"
     cluster, cuda = config.cluster, config.cluster.device == "cuda"
     trainer = TorchTrainer(
         _rank,
@@ -60,7 +53,7 @@ def _fit(config: Config, job: Path) -> None:
             name="psi",
             storage_path=str(job.parent / "ray_train"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[Teller()],
+            callbacks=[teller(job.parent / "steps")],
         ),
     )
     try:
@@ -70,6 +63,17 @@ def _fit(config: Config, job: Path) -> None:
             f"PSI failed more than cluster.max_failures={cluster.max_failures} times on the cluster; its last words: "
             f"{str(error).strip().splitlines()[-1]}"
         ) from error
+
+
+def teller(steps: Path) -> Any:
+    """Ray Train's callback, which it takes to its controller; what is printed there appears here."""
+    from ray.train import UserCallback
+
+    class Teller(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            print(lost_sentence(worker_exceptions, steps), flush=True)
+
+    return Teller()
 
 
 def lost_sentence(errors: Mapping[int, Exception], steps: Path) -> str:
