@@ -11,6 +11,7 @@ over.  Credentials are fsspec's business: the environment, or the machine's role
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -214,4 +215,5 @@ def _all(do: Callable[[StoredFile], None], files: Iterable[StoredFile]) -> None:
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """One line; an endpoint's user name and password are not repeated."""
+    return re.sub(r"://[^/@\s]+@", "://…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]

@@ -17,6 +17,7 @@ from pgenrm_train.artifacts import StageFolder, write_text
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.stores import MARKER, Store, StoreLost
+from recipes.run import CHILD, prepare
 
 __all__ = ["quick", "url"]  # fixtures
 
@@ -318,6 +319,21 @@ def test_later_stages_wait_for_the_earlier_ones(tmp_path: Path, url: str, monkey
         first.store, "_send", lambda p, s, f: (_ for _ in ()).throw(StoreLost("lost")) if s == "build_sec" else send(p, s, f)
     )
     assert not first.round() and first.close() == ["build_sec", "psi"] and held(url) == {"config.yaml"}
+
+
+def test_a_child_of_a_pipeline_leaves_the_store_to_its_parent(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_at(url, tmp_path)
+    with publishing.kept():
+        prepare(config)
+        (publisher,) = publishing._OPEN.values()
+        prepare(config)  # every stage of a recipe does
+        assert [*publishing._OPEN.values()] == [publisher]
+    before = held(url)
+    monkeypatch.setenv(CHILD, "1")
+    with publishing.kept():
+        prepare(config)
+        assert publishing._OPEN == {}
+    assert held(url) == before == {"config.yaml"}
 
 
 def test_a_failing_recipe_publishes_too_and_its_own_error_is_the_one(tmp_path: Path, url: str) -> None:
