@@ -296,6 +296,20 @@ def test_removing_what_was_left_spares_what_still_counts(tmp_path: Path, url: st
     machine(tmp_path, "b", url)
 
 
+def test_a_name_like_a_pattern_is_a_name(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path, "a", url)
+    folder = stage(tmp_path / "a", complete=False)
+    for name in ("ind=[1]*.json", "ind=1.json"):
+        write_text(folder.path / name, "{}")
+    folder.finish()
+    assert first.round() and {path.rpartition("/")[2] for path in held(url)} >= {"ind=1.json", "ind=[1]*.json"}
+    (folder.path / "ind=[1]*.json").unlink()
+    folder.finish(again=True)
+    assert first.round()
+    assert "ind=1.json" in {path.rpartition("/")[2] for path in held(url)} and not any("[1]" in path for path in held(url))
+    machine(tmp_path, "b", url)
+
+
 def test_a_phase_of_grpo_goes_on_elsewhere(tmp_path: Path, url: str) -> None:
     """The curriculum's folder, before it has a manifest: CRE's session is at work in it."""
     first = machine(tmp_path, "a", url)
