@@ -11,6 +11,7 @@ over.  Credentials are fsspec's business: the environment, or the machine's role
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,7 @@ class Store:
     def try_out(self) -> None:
         """Write an object and remove it."""
         self.put(".tried", b"")
-        self._ask(lambda: self.fs.rm(self._path(".tried")))
+        self._ask(lambda: self.fs.rm_file(self._path(".tried")))
 
     def _expect(self, stage: str, before: Publication | None) -> None:
         found = self.read(stage)
@@ -176,8 +177,7 @@ class Store:
     def forget(self, stage: str, places: Iterable[str]) -> None:
         """Remove files that no publication names.  What cannot be removed costs space and nothing else."""
         try:
-            if paths := [self._path(stage, at) for at in sorted(places)]:
-                self.fs.rm(paths)
+            _all(lambda at: self.fs.rm_file(self._path(stage, at)), sorted(places))  # `rm` would take a name for a pattern
         except Exception as error:
             print(f"warning: files of {self.url}/{stage} that count no more were not removed ({_words(error)})", flush=True)
 
@@ -207,11 +207,12 @@ def _file_system(url: str) -> tuple[Any, str]:
     return fs, str(root).rstrip("/")
 
 
-def _all(do: Callable[[StoredFile], None], files: Iterable[StoredFile]) -> None:
+def _all(do: Callable[[T], None], files: Iterable[T]) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(do, files):
             pass
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    """One line; an endpoint's user name and password are not repeated."""
+    return re.sub(r"://[^/@\s]+@", "://…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]

@@ -17,6 +17,7 @@ from pgenrm_train.artifacts import StageFolder, write_text
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.stores import MARKER, Store, StoreLost
+from recipes.run import CHILD, prepare
 
 __all__ = ["quick", "url"]  # fixtures
 
@@ -295,6 +296,20 @@ def test_removing_what_was_left_spares_what_still_counts(tmp_path: Path, url: st
     machine(tmp_path, "b", url)
 
 
+def test_a_name_like_a_pattern_is_a_name(tmp_path: Path, url: str) -> None:
+    first = machine(tmp_path, "a", url)
+    folder = stage(tmp_path / "a", complete=False)
+    for name in ("ind=[1]*.json", "ind=1.json"):
+        write_text(folder.path / name, "{}")
+    folder.finish()
+    assert first.round() and {path.rpartition("/")[2] for path in held(url)} >= {"ind=1.json", "ind=[1]*.json"}
+    (folder.path / "ind=[1]*.json").unlink()
+    folder.finish(again=True)
+    assert first.round()
+    assert "ind=1.json" in {path.rpartition("/")[2] for path in held(url)} and not any("[1]" in path for path in held(url))
+    machine(tmp_path, "b", url)
+
+
 def test_a_phase_of_grpo_goes_on_elsewhere(tmp_path: Path, url: str) -> None:
     """The curriculum's folder, before it has a manifest: CRE's session is at work in it."""
     first = machine(tmp_path, "a", url)
@@ -318,6 +333,21 @@ def test_later_stages_wait_for_the_earlier_ones(tmp_path: Path, url: str, monkey
         first.store, "_send", lambda p, s, f: (_ for _ in ()).throw(StoreLost("lost")) if s == "build_sec" else send(p, s, f)
     )
     assert not first.round() and first.close() == ["build_sec", "psi"] and held(url) == {"config.yaml"}
+
+
+def test_a_child_of_a_pipeline_leaves_the_store_to_its_parent(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_at(url, tmp_path)
+    with publishing.kept():
+        prepare(config)
+        (publisher,) = publishing._OPEN.values()
+        prepare(config)  # every stage of a recipe does
+        assert [*publishing._OPEN.values()] == [publisher]
+    before = held(url)
+    monkeypatch.setenv(CHILD, "1")
+    with publishing.kept():
+        prepare(config)
+        assert publishing._OPEN == {}
+    assert held(url) == before == {"config.yaml"}
 
 
 def test_a_failing_recipe_publishes_too_and_its_own_error_is_the_one(tmp_path: Path, url: str) -> None:

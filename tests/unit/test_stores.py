@@ -17,7 +17,7 @@ from pgenrm_train.artifacts import StageFolder, write_text
 from pgenrm_train.config import ROOT, Config, load, parse, to_dict
 from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
 from pgenrm_train.preflight.reach import check_store
-from pgenrm_train.stores import MARKER, Store
+from pgenrm_train.stores import MARKER, Store, StoreLost
 
 __all__ = ["quick", "url"]  # fixtures
 
@@ -113,6 +113,17 @@ def test_a_recipe_that_only_reads_fetches_what_is_missing_and_publishes_nothing(
     assert StageFolder.read(Path(config.run_dir), "psi").complete and held(url) == before and publishing._OPEN == {}
     fsspec.url_to_fs(url)[0].rm(fsspec.url_to_fs(url)[1], recursive=True)
     publishing.fetch(config)  # what is here is not asked for
+
+
+def test_a_secret_of_the_endpoint_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"file://{tmp_path}/run")
+
+    def unreachable(_: str) -> bytes:
+        raise ConnectionError("no answer from http://me:hidden@host:1/bucket,\nnor from http://host")
+
+    monkeypatch.setattr(store.fs, "cat_file", unreachable)
+    with pytest.raises(StoreLost, match=r"^ConnectionError: no answer from http://…@host:1/bucket, nor from http://host$"):
+        store.read("psi")
 
 
 # ---- the configuration ----
