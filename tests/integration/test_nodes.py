@@ -112,7 +112,7 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     assert len(places["WorkerDict"]) == 2, "a rank of FSDP on each node"
     assert len(places["vLLMHttpServer"]) == 2, "and a replica of vLLM"
     said = capsys.readouterr().out
-    assert re.search(r"cre: node \S+ of the Ray cluster was lost at step \d; it goes on from its newest checkpoint once", said), (
+    assert re.search(r"cre: node \S+ of the Ray cluster was lost at step \d\nstarting again from the newest checkpoint", said), (
         said
     )
     assert "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
