@@ -2,16 +2,17 @@
 
 From one checkpoint, on the same rows and with the same settings:
 
-    plain        our trainer without a judge, before and after the others
-    judge 0.1 …  the same with a stub judge that answers each chain after this share of a step's generation time, without any CPU
-    stock        veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward function; its replay
-                 buffer polls as often as ours
+    ours     our trainer with a stub judge that takes no CPU; its verdicts come at once, or after 10, 50 or 100 % of a step's
+             generation time, from one step to the next in turn, so that a machine that does something else beside bears on all alike
+    stock    veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward function; its replay
+             buffer polls as often as ours
 
     python benchmarks/grpo_overlap.py --out runs/overlap
-    python benchmarks/grpo_overlap.py --out runs/overlap --overrides cre.group_size=16
+    python benchmarks/grpo_overlap.py --out runs/overlap --rounds 3 --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
 
-A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync.  The table gives the median over the steps after the
-first.  A judge's verdicts are asked for as each chain ends, so what is left of its latency is that of the chain that ends last.
+A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync.  Printed are medians, and for the judge the median
+over rounds of the ratio to the round's own step with verdicts at once.  Verdicts are asked for as each chain ends, so what is left of a
+judge's latency is that of the chain that ends last.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends import verl_grpo
+from pgenrm_train.backends.verl_session import Session, Watchdog, die_with_parent, exit_on_terminate
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.rewards import chain_reward
 
-SHARES = (0.1, 0.5, 1.0)  # of the generation time of a plain step
-PLAIN = ("plain-before", "plain-after")
+SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
 ROLLOUT = "actor_rollout_ref.rollout"
 STOCK: dict[str, Any] = {
     "trainer.v1.trainer_mode": "sync",
@@ -50,20 +51,30 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
     return chain_reward(solution_str, int(ground_truth), n_responses=int(extra_info["n_responses"])).total
 
 
-def stub_judge(times: str, share: float) -> Any:
-    """A judge of `share` times the generation time that the plain phase has measured."""
-    seconds = share * median(Path(times), "timing_s/gen")
+def stub_judge(times: str) -> Any:
+    """The judge of `ours`: its latency is that of the step under way, of which `times` has the ones before."""
 
     def judge(chain_text: str, example: Mapping[str, Any]) -> float:
-        time.sleep(seconds)
+        done = read_times(Path(times))
+        if share := share_of(len(done) + 1):
+            time.sleep(share * statistics.median(of_share(done, 0.0, "timing_s/gen")))
         return 0.5
 
     return judge
 
 
-def median(times: Path, name: str) -> float:
-    lines = [json.loads(line)["data"] for line in times.read_text().splitlines()]
-    return statistics.median(line[name] for line in lines[1:])  # the first step imports and compiles
+def share_of(step: int) -> float:
+    """The latency of a step's verdicts; the first step imports and compiles, and is not measured."""
+    return SHARES[(step - 2) % len(SHARES)] if step > 1 else 0.0
+
+
+def read_times(file: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["data"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def of_share(times: Sequence[Mapping[str, float]], share: float, name: str) -> list[float]:
+    """The values of the measured steps with this latency; the last step also saves a checkpoint and is left out by `report`."""
+    return [line[name] for step, line in enumerate(times, start=1) if step > 1 and share_of(step) == share]
 
 
 def times_of(out: Path, phase: str) -> Path:
@@ -74,14 +85,19 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="run folder; a finished measurement in it is kept")
     parser.add_argument("--start", type=Path, default=ROOT / "tests/data/psi_nano", help="checkpoint in Hugging Face format")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5, help="steps with each latency")
     parser.add_argument("--overrides", nargs="*", default=[], help="more Hydra overrides")
     parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def steps_of(rounds: int) -> int:
+    """The measured ones, the first and the last."""
+    return 1 + rounds * len(SHARES) + 1
+
+
 def configuration(args: argparse.Namespace) -> Config:
-    return load("recipe=cre", "pipeline.budget=smoke", "tracking=none", f"run_dir={args.out.resolve()}", f"cre.steps={args.steps}",
+    return load("recipe=cre", "pipeline.budget=smoke", "tracking=none", f"run_dir={args.out.resolve()}", f"cre.steps={steps_of(args.rounds)}",
                 f"model.path={args.start}", "cre.save_every=0", "cre.validate_every=0", "cre.rows=96", *args.overrides)  # fmt: skip
 
 
@@ -105,17 +121,9 @@ to_verl = verl_grpo.to_verl
 
 def ours(config: Config, out: Path) -> None:
     verl_grpo.to_verl = timed  # type: ignore[assignment]
-    base = dataclasses.replace(base_phase(config), judge=None, judge_kwargs={}, validation=None)
-    chains = config.cre.prompts_per_step * config.cre.group_size
-
-    def phase(name: str, **more: Any) -> Any:
-        return dataclasses.replace(base, work_dir=out / name, judge_in_flight=chains, **more)
-
-    kwargs = {"times": str(times_of(out, PLAIN[0]))}
-    judged = [
-        phase(f"judge-{share}", judge="grpo_overlap:stub_judge", judge_kwargs=kwargs | {"share": share}) for share in SHARES
-    ]
-    verl_grpo.train(config, [phase(PLAIN[0]), *judged, phase(PLAIN[1])])
+    judge = {"judge": "grpo_overlap:stub_judge", "judge_kwargs": {"times": str(times_of(out, "ours"))}}
+    in_flight = config.cre.prompts_per_step * config.cre.group_size
+    verl_grpo.train(config, [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge_in_flight=in_flight, **judge)])
 
 
 def stock(config: Config, out: Path) -> None:
@@ -123,8 +131,6 @@ def stock(config: Config, out: Path) -> None:
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1 import AgentLoopManagerTQ
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-
-    from pgenrm_train.backends.verl_session import Session, Watchdog
 
     class StockSession(Session):
         def _start_trainer(self, verl: Any) -> None:
@@ -159,27 +165,30 @@ def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
 
 
 def report(out: Path) -> None:
-    seconds = {name: median(times_of(out, name), "timing_s/step") for name in (*PLAIN, *(f"judge-{s}" for s in SHARES), "stock")}
-    plain = statistics.fmean(seconds[name] for name in PLAIN)
-    generation = statistics.fmean(median(times_of(out, name), "timing_s/gen") for name in PLAIN)
+    ours, stock = (read_times(times_of(out, name))[:-1] for name in ("ours", "stock"))
+    at_once = of_share(ours, 0.0, "timing_s/step")
+    generation = statistics.median(of_share(ours, 0.0, "timing_s/gen"))
     print(
-        f"plain step {plain:.2f} s ({' and '.join(f'{seconds[name]:.2f}' for name in PLAIN)}), generation {generation:.2f} s of it"
+        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of it {generation:.2f} s generation ({len(at_once)} rounds)"
     )
-    for share in SHARES:
-        step = seconds[f"judge-{share}"]
-        print(f"judge of {share:.0%} of the generation time: step {step:.2f} s = {step / plain:.2f} × plain")
-    print(f"stock veRL step {seconds['stock']:.2f} s; ours = {plain / seconds['stock']:.2f} × stock")
+    for share in SHARES[1:]:
+        steps = of_share(ours, share, "timing_s/step")
+        ratio = statistics.median(step / plain for step, plain in zip(steps, at_once, strict=True))
+        print(f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = {ratio:.2f} × at once")
+    theirs = statistics.median(line["timing_s/step"] for line in stock[1:])
+    print(f"stock veRL: step {theirs:.2f} s; ours = {statistics.median(at_once) / theirs:.2f} × stock")
 
 
 def main() -> None:
     args = arguments()
     config = configuration(args)
     if args.child:
+        die_with_parent()
+        exit_on_terminate()
         {"ours": ours, "stock": stock}[args.child](config, args.out.resolve())
         return
-    for which, last in (("ours", PLAIN[1]), ("stock", "stock")):
-        file = times_of(args.out, last)
-        if not file.exists() or len(file.read_text().splitlines()) < args.steps:
+    for which in ("ours", "stock"):
+        if len(read_times(times_of(args.out, which))) < config.cre.steps:
             run_child(args, config, which)
     report(args.out)
 
