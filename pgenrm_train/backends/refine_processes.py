@@ -40,7 +40,9 @@ def refine_in_processes(
         except ProcessExitedException as error:
             raise BackendError(f"a process of the refinement was lost ({error}); the same command starts it anew") from None
         found = _picked_up(folder / "refined")
-        return dataclasses.replace(prototypes, **found), read_json(folder / "metrics.json")
+        A, labels = (np.array(found[name]) for name in ("A", "labels"))  # the files go with the folder
+        maps = {name: np.array(value) for name, value in found["maps"].items()}
+        return dataclasses.replace(prototypes, A=A, labels=labels, maps=maps), read_json(folder / "metrics.json")
 
 
 def _refine(rank: int, folder: Path, config: PrototypesConfig, seed: int, device: str, processes: int) -> None:
@@ -65,15 +67,20 @@ def _refine(rank: int, folder: Path, config: PrototypesConfig, seed: int, device
         torch.distributed.destroy_process_group()
 
 
-def _lay_down(folder: Path, arrays: Any) -> None:
-    """A .npy file an array; `Rows` and mappings are folders."""
+def _lay_down(folder: Path, arrays: Any, laid: dict[int, Path] | None = None) -> None:
+    """A .npy file an array, which several names may share; `Rows` and mappings are folders."""
     folder.mkdir()
+    laid = {} if laid is None else laid
     named = arrays if isinstance(arrays, dict) else {f.name: getattr(arrays, f.name) for f in dataclasses.fields(arrays)}
     for name, value in named.items():
-        if isinstance(value, np.ndarray):
-            np.save(folder / f"{name}.npy", value)
+        path = folder / f"{name}.npy"
+        if not isinstance(value, np.ndarray):
+            _lay_down(folder / f"{name}.{'rows' if isinstance(value, Rows) else 'map'}", value, laid)
+        elif id(value) in laid:  # the one table of texts behind queries, responses and histories
+            path.hardlink_to(laid[id(value)])
         else:
-            _lay_down(folder / f"{name}.{'rows' if isinstance(value, Rows) else 'map'}", value)
+            np.save(path, value)
+            laid[id(value)] = path
 
 
 def _picked_up(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pgenrm_train import refinement
+from pgenrm_train.backends import refine_processes
 from pgenrm_train.backends.refine_processes import refine_in_processes
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ConfigError
@@ -60,3 +61,12 @@ def test_a_learning_rate_that_diverges_is_told_as_by_one_process(world) -> None:
     config = PrototypesConfig(k=K, refine_epochs=2, learning_rate=1e30)
     with pytest.raises(ConfigError, match=r"learning_rate=1e\+30 makes the refinement diverge"):
         refine_in_processes(prototypes, samples, config, seed=0, device="cpu", processes=2)
+
+
+def test_a_table_that_many_columns_share_is_written_once(world, tmp_path) -> None:
+    refine_processes._lay_down(tmp_path / "samples", world[1])
+    tables = list(tmp_path.glob("samples/*.rows/table.npy"))
+    assert len(tables) == 6 and len({path.stat().st_ino for path in tables}) == 1
+    again = refinement.RefinementBatch(**refine_processes._picked_up(tmp_path / "samples"))
+    rows = np.arange(0, N, 50)
+    assert np.array_equal(again.history_chosen[rows], world[1].history_chosen[rows]) and np.array_equal(again.mask, world[1].mask)
