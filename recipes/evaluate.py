@@ -105,7 +105,7 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
 
     Raises ArtifactError, before anything is asked, where similar users are part of the headline.
     """
-    pro, one_pair = sizes(config.eval.pro), tuple(config.eval.one_pair_pro)
+    pro, one_pair = sizes(config.eval.pro), config.eval.one_pair_pro if config.eval.one_pair_ind else []
     if not max(*pro, *one_pair, 0, 0) or StageFolder.read(Path(config.run_dir), "prototypes").complete:
         return config, []
     if max(pro) and not isinstance(config.eval.pro, list):

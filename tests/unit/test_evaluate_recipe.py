@@ -86,6 +86,10 @@ def test_similar_users_need_prototypes_which_is_said_before_anything_is_asked(tm
     assert [(row["ind"], row["pro"]) for row in found["grids"]["scaling"]] == [(1, 0), (2, 0)]
     assert [(row["ind"], row["pro"]) for row in found["grids"]["one_pair"]] == [(1, 0)]
     assert "this run has no prototypes" in report
+    plain = load(
+        "recipe=evaluate", "eval.pro=0", "eval.one_pair_ind=[]", "eval.one_pair_pro=[0,2]", f"run_dir={tmp_path / 'run'}"
+    )
+    assert evaluate.without_prototypes(plain) == (plain, []), "no grid, no word of it"
 
 
 def test_a_file_of_one_user(tmp_path):
