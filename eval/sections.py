@@ -127,6 +127,7 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def leaderboard_row(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": f"{results['model']} (Ind-{results['ind']}, Pro-{results['pro']})",
+        "name": results["model_name"],
         "data": results["data"],
         "protocol": results["protocol"],
         "accuracy": results["accuracy"],

@@ -87,6 +87,7 @@ def publish(
     gains = gain_rows(tested, config)
     labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes, evaluation.known_users)
     results = headline(config, final, grids) | {
+        "model_name": config.model.path or config.model.name,  # which endpoint, function or folder the label stands for
         "data": config.data.name,
         "data_sha256": data_digest(evaluation.pairs),
         "odd_inputs": odd_inputs(evaluation.pairs, evaluation.histories),

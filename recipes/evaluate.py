@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def compare_runs(config: Config) -> None:
 
 def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[str]) -> dict[str, Any]:
     """Test every candidate and baseline on the same pairs; write results.json, predictions.parquet, report.html, table.txt."""
+    everyone = candidates(config, made, folder.path)
+    config, left_out = without_prototypes(config) if any(isinstance(c, Candidate) for c in everyone) else (config, [])
     pairs = load_pairs(Path(config.run_dir))
     split = asked(pairs, config.eval.split, config.data.max_test_pairs)
     if not split:
@@ -74,7 +77,7 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     check_split(config, split, pairs)
     sampler = histories(config, pairs)
     evaluation = Evaluation(config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains})
-    tested, grids, cost, everyone = [], [], {}, candidates(config, made, folder.path)
+    tested, grids, cost = [], [], {}
     fitted = scorers(config, pairs)
     find = find_similar(config, pairs) if borrows(config) else None  # refuses other prototypes before anything is asked
     baselines = [
@@ -92,10 +95,27 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
     nearest = nearest_prototypes(config, tested[-1]) if tested else None
-    final = publish(config, folder.path, evaluation, tested, baselines, grids, notes(config, made), nearest, cost)
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, [*left_out, *notes(config, made)], nearest, cost)
     for name, facts in final["cost"].items():
         print(f"{name} was paid: {facts}", flush=True)
     return {key: final[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
+
+
+def without_prototypes(config: Config) -> tuple[Config, list[str]]:
+    """In a run without prototypes: the configuration without similar users in its grids, and a sentence that says so.
+
+    Raises ArtifactError, before anything is asked, where similar users are part of the headline.
+    """
+    pro, one_pair = sizes(config.eval.pro), config.eval.one_pair_pro if config.eval.one_pair_ind else []
+    if not max(*pro, *one_pair, 0, 0) or StageFolder.read(Path(config.run_dir), "prototypes").complete:
+        return config, []
+    if max(pro) and not isinstance(config.eval.pro, list):
+        raise ArtifactError(
+            f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds none; "
+            "run recipe=prototypes there first, or use eval.pro=0"
+        )
+    note = "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
+    return replace(config, eval=replace(config.eval, pro=[0], one_pair_pro=[])), [note]
 
 
 def check_split(config: Config, asked: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:

@@ -1,11 +1,17 @@
 """recipe=evaluate on a file of odd votes, as a user runs it: what cannot be used is named or counted, and the rest is evaluated."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from llm_server import serve
+
+from pgenrm_train.chains import write_chain
 from pgenrm_train.config import load
-from pgenrm_train.errors import DataError
+from pgenrm_train.errors import ArtifactError, DataError
 from recipes import evaluate
 
 
@@ -58,6 +64,32 @@ def test_a_file_of_test_votes_alone_can_be_evaluated_and_nothing_is_learnt(tmp_p
     assert found["baselines"]["longer"]["accuracy"] == 0.75 and "2, 2 without votes in train" in report
     with pytest.raises(DataError, match="features learns from votes with split=train, and the data holds none"):
         results(tmp_path, VOTES[6:], "eval.baselines=[features]")
+
+
+def test_similar_users_need_prototypes_which_is_said_before_anything_is_asked(tmp_path):
+    first = write_chain("The first, always.", [("place", 100)], [[9], [2]])
+    with serve(lambda body, n: first) as server:
+        model = (
+            "model=endpoint",
+            "model.name=stub",
+            f"model.base_url={server.url}",
+            "eval.seeds=1",
+            "eval.probes=false",
+            "eval.baselines=[]",
+        )
+        with pytest.raises(ArtifactError, match=r"eval\.pro=2 needs user prototypes, .* or use eval\.pro=0"):
+            results(tmp_path, VOTES, *model, "eval.ind=2", "eval.pro=2")
+        assert server.bodies == []
+        found, report = results(
+            tmp_path, VOTES, *model, "eval.ind=[1,2]", "eval.pro=[0,2]", "eval.one_pair_ind=[1]", "eval.one_pair_pro=[0,2]"
+        )
+    assert [(row["ind"], row["pro"]) for row in found["grids"]["scaling"]] == [(1, 0), (2, 0)]
+    assert [(row["ind"], row["pro"]) for row in found["grids"]["one_pair"]] == [(1, 0)]
+    assert "this run has no prototypes" in report
+    plain = load(
+        "recipe=evaluate", "eval.pro=0", "eval.one_pair_ind=[]", "eval.one_pair_pro=[0,2]", f"run_dir={tmp_path / 'run'}"
+    )
+    assert evaluate.without_prototypes(plain) == (plain, []), "no grid, no word of it"
 
 
 def test_a_file_of_one_user(tmp_path):

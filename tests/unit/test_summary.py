@@ -101,6 +101,7 @@ def test_every_part_of_the_report_is_there(tmp_path):
         assert all(title in files[name] for title in titles)
         assert "P-GenRM, Ind-16, Pro-8" in files[name] and "for orientation only" in files[name]
     assert "| P-GenRM | release |" in files["report.md"] and "| GPO | not stated |" in files["report.md"]
+    assert results["leaderboard_row"]["model"] == "judge (Ind-1, Pro-0)" and results["leaderboard_row"]["name"] == "nano"
     assert results["leaderboard_row"]["protocol"] == "strict" and results["leaderboard_row"]["pairs"] == 120
     assert "accuracy over confidence of the margin" in files["report.html"] and "Chain reader" in files["report.html"]
     assert "the same predictions under each protocol" in files["table.txt"] and "what moves its verdicts" in files["table.txt"]
