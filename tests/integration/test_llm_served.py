@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 
 from data_builders.personaworld import build
 from pgenrm_train.backends.endpoint import Endpoint
@@ -21,12 +22,25 @@ from pgenrm_train.judging import INSTRUCTIONS
 from pgenrm_train.records import ExplicitSignals, pair_to_row
 
 
-def test_a_served_judge_gives_verdicts_of_the_asked_shape(tmp_path: Path) -> None:
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster on this machine."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield made.address
+    made.shutdown()
+
+
+@pytest.mark.parametrize("place", ["here", "cluster"])
+def test_a_served_judge_gives_verdicts_of_the_asked_shape(tmp_path: Path, place: str, request: pytest.FixtureRequest) -> None:
     """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
+    config = Config(recipe="cre")
+    config.ray.address = request.getfixturevalue("cluster") if place == "cluster" else None
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
     settings = EndpointConfig("vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4)
-    with served(Config(recipe="cre"), settings, tmp_path / "server.log", beside_training=True) as endpoint:
-        family = psutil.Process(os.getpid()).children(recursive=True)
+    with served(config, settings, tmp_path / "server.log", beside_training=True) as endpoint:
+        family = [p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline())]
         judge = LlmJudge(Endpoint(endpoint))
         scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]
         assert judge.endpoint.usage.calls == 4, (tmp_path / "server.log").read_text()[-2000:]

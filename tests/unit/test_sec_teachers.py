@@ -12,9 +12,9 @@ from sec_world import EXAMPLE, chain, run, vote
 
 from data_builders.oracle import OracleTeacher
 from pgenrm_train.backends import endpoint as endpoint_module
-from pgenrm_train.backends.vllm_server import _split_gpus
+from pgenrm_train.backends.vllm_server import _check_cluster, _split_gpus
 from pgenrm_train.chains import parse_chain
-from pgenrm_train.config import ClusterConfig, Config, EndpointConfig, SecConfig
+from pgenrm_train.config import ClusterConfig, Config, EndpointConfig, RayConfig, SecConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from recipes.build_sec import teacher
 
@@ -38,6 +38,15 @@ def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_one_to_training(
     assert _split_gpus(gpu, settings, False) == ("4", "")
     with pytest.raises(BackendError, match="needs 1 GPUs and training at least one more, and 1 are visible"):
         _split_gpus(gpu, settings, True)
+
+
+def test_a_cluster_that_could_never_hold_server_and_training_is_told():
+    gpu = Config(cluster=ClusterConfig(device="cuda", nodes=2, processes_per_node=8), ray=RayConfig(address="head:6379"))
+    settings = EndpointConfig("vllm", name="m", gpus=4)
+    _check_cluster(gpu, settings, True, 20)
+    _check_cluster(gpu, settings, False, 4)
+    with pytest.raises(BackendError, match="needs 4 GPUs and training 16, and the cluster at head:6379 has 16"):
+        _check_cluster(gpu, settings, True, 16)
 
 
 # ---- a language model as the teacher ----
