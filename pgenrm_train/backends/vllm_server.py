@@ -120,16 +120,8 @@ class _Server:
 
             host = str(ray.util.get_node_ip_address())
         port = _free_port(host)
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            host,
-            "--port",
-            str(port),
-            *self.arguments,
-        ]
+        module = "vllm.entrypoints.openai.api_server"
+        command = [sys.executable, "-m", module, "--host", host, "--port", str(port), *self.arguments]
         with self.log.open("a") as out:
             self.process = subprocess.Popen(
                 command,
