@@ -144,15 +144,8 @@ class _Server:
 def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
     common = ["--model", settings.name or "", "--max-num-seqs", str(settings.max_in_flight)]
     if config.cluster.device == "cpu":
-        return [
-            *common,
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens",
-            "8192",
-        ]
+        batches = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]
+        return [*common, "--dtype", "float32", "--enforce-eager", *batches]
     return [*common, "--tensor-parallel-size", str(settings.gpus)]
 
 
