@@ -59,6 +59,10 @@ TEST = (
     "data.heldout_users=600",
     "data.max_test_pairs=2400",
 )  # held-out users are drawn after the training users, who stay the same
+BAND = (
+    "curriculum.hard_low=0.4",
+    "curriculum.hard_high=0.6",
+)  # of four chains two: three quarters of the pairs waver between 0.25 and 0.75, more than the schedules ask for
 CURVES = {
     "pass_rate": "pass_rate", "zero_advantage_share": "groups/zero_advantage_share", "hard_share": "curriculum/realised_hard_share",
     "hard_pass_rate": "curriculum/hard_pass_rate", "rest_pass_rate": "curriculum/rest_pass_rate",
@@ -73,7 +77,7 @@ class Proof(Cells):
         super().__init__(args)
         self.out, self.keep = args.out.resolve(), args.keep
         self.composed: dict[str, Any] = {}
-        self.overrides = [*TEST, *args.overrides]
+        self.overrides = [*TEST, *BAND, *args.overrides]
 
     # what a cell is
 

@@ -46,6 +46,17 @@ def hard_share(schedule: str, progress: float, start: float, end: float) -> floa
     return start + (end - start) * shapes[schedule]
 
 
+def too_common(schedule: str, hard: Sequence[bool] | np.ndarray, start: float, end: float) -> str | None:
+    """A sentence when more pairs are hard than the schedule asks for on average, so that it draws fewer of them than none would."""
+    natural, asked = float(np.mean(hard)), float(np.mean([hard_share(schedule, p, start, end) for p in np.linspace(0, 1, 101)]))
+    if schedule == "uniform" or natural <= asked + 1e-9:
+        return None
+    return (
+        f"{natural:.0%} of the pairs are hard and curriculum.schedule={schedule} draws {asked:.0%} on average, fewer than without a schedule: "
+        "narrow the band curriculum.hard_low … curriculum.hard_high, or raise curriculum.hard_share_start and curriculum.hard_share_end"
+    )
+
+
 class Bucket:
     """Pairs that are drawn alike: users in rounds, and each user's pairs in rounds.  One user for all makes it plain rounds."""
 

@@ -229,7 +229,7 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
 def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
     """The phase's sampler; measures hardness first where the schedule needs it."""
     from pgenrm_train.backends.verl_mining import hardness
-    from pgenrm_train.curriculum import CurriculumSampler
+    from pgenrm_train.curriculum import CurriculumSampler, too_common
 
     grpo, run = getattr(config, phase.section), trainer.run
     shape: dict[str, Any] = {}
@@ -243,6 +243,8 @@ def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
             found = hardness(trainer, start, phase.mining_samples, phase.mirror, phase.signals, shape["band"], grpo.hard_by)
             shape |= {"hard": found["hard"], "suspect": found["suspect"], "pass_rates": found.get("pass_rate")}
             shape["chains"] = phase.mining_samples
+            if said := too_common(grpo.schedule, found["hard"], grpo.hard_share_start, grpo.hard_share_end):
+                print(f"{phase.section}: {said}", flush=True)
     return CurriculumSampler(
         run.table.num_rows,
         prompts_per_step=grpo.prompts_per_step,

@@ -5,7 +5,8 @@ In the phase's folder:
     mining.parquet    a row a pair: index, pair_id, pass_rate (share of the K chains that rank chosen first; a failed chain ranks
                       nothing), margin and verified_margin (means of s_chosen − best other over the chains that have such scores,
                       null without any), order_gap (difference of the pass rates in the two orders, null when one order was asked),
-                      samples, failures.  Its metadata names the checkpoint by a hash of its weights
+                      samples, failures.  Its metadata names the checkpoint by a hash of its weights.  It grows by blocks, so
+                      that a killed mining goes on
     hardness.parquet  the record of each pair: the above, the model-free signals, hard, suspect and why
     suspect.parquet   the suspect rows of the record, most contradicted first
     hardness.json     counts, for the manifest
@@ -25,6 +26,7 @@ from pgenrm_train.artifacts import atomic, weights_digest, write_json
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.hardness import ORDERS, SIGNALS, column, records
 
+BLOCK = 256  # pairs after which what was measured is kept
 MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
 
 
@@ -72,10 +74,11 @@ def mined_rows(trainer: Any, start: Path, samples: int, mirror: Path | None) -> 
     """From `mining.parquet`, else measured now.  Raises ArtifactError as `cached` does."""
     run = trainer.run
     rows = cached(run.work_dir, start, samples, run.pair_ids)
-    if rows is None:
-        rows = mine(trainer, samples, mirror)
+    mark, turned = _mark(start, samples), None if mirror is None else pq.read_table(mirror)
+    while len(rows) < len(run.pair_ids):
+        rows += mine(trainer, samples, turned, range(len(rows), min(len(rows) + BLOCK, len(run.pair_ids))))
         with atomic(run.work_dir / MINING) as draft:
-            pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(_mark(start, samples)), draft)
+            pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(mark), draft)
     return rows
 
 
@@ -86,11 +89,14 @@ def check_cache(phase: Any, start: Path) -> None:
         cached(phase.work_dir, start, phase.mining_samples, [extra["pair_id"] for extra in extras])
 
 
-def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> list[dict[str, Any]] | None:
-    """The measurement that `folder` holds, None without one.  Raises ArtifactError when it is of another checkpoint or other pairs."""
+def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """What `folder` holds of the measurement, for the first pairs alone where mining was interrupted.
+
+    Raises ArtifactError when it is of another checkpoint or other pairs.
+    """
     file, mark = folder / MINING, _mark(start, samples)
     if not file.exists():
-        return None
+        return []
     found = pq.read_table(file)
     said = found.schema.metadata or {}
     for key, what in ((b"checkpoint", f"another checkpoint than {start}"), (b"samples", "another curriculum.mining_samples")):
@@ -100,7 +106,7 @@ def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> 
                 "again, or use another run_dir"
             )
     rows: list[dict[str, Any]] = found.to_pylist()
-    if [row["pair_id"] for row in rows] != list(pair_ids):
+    if [row["pair_id"] for row in rows] != list(pair_ids)[: len(rows)]:
         raise ArtifactError(f"{file} holds other pairs than the phase's rows: delete it to measure again, or use another run_dir")
     return rows
 
@@ -113,15 +119,13 @@ def _text(value: bytes | None) -> str:
     return "nothing" if value is None else value.decode()
 
 
-def mine(trainer: Any, samples: int, mirror: Path | None) -> list[dict[str, Any]]:
-    """Sample every row `samples` times from the current actor, half of them in the other order, and summarise it."""
+def mine(trainer: Any, samples: int, mirror: pa.Table | None, places: range) -> list[dict[str, Any]]:
+    """Sample the rows at `places` `samples` times from the current actor, half of them in the other order, and summarise each."""
     run = trainer.run
     turned = samples // 2 if mirror is not None else 0
-    asked = trainer.measure(run.table, samples - turned, "mine")
-    other = trainer.measure(pq.read_table(mirror), turned, "turned") if turned else [[]] * len(asked)
-    return [
-        summary(index, pair_id, *groups) for index, (pair_id, *groups) in enumerate(zip(run.pair_ids, asked, other, strict=True))
-    ]
+    asked = trainer.measure(run.table, samples - turned, "mine", places)
+    other = trainer.measure(mirror, turned, "turned", places) if turned else [[]] * len(asked)
+    return [summary(i, run.pair_ids[i], *groups) for i, *groups in zip(places, asked, other, strict=True)]
 
 
 def summary(

@@ -52,6 +52,7 @@ from pgenrm_train.curriculum import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
 from pgenrm_train.tracking import METRICS, append, read, trim
 
+PROMPTS_AT_ONCE = 64  # of a measurement
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
@@ -182,18 +183,18 @@ class ChainTrainer(PPOTrainerSync):
         self.actor_rollout_wg.export(str(folder), dtype)
 
     def measure(
-        self, table: Any, samples: int, purpose: str, temperature: float | None = None, prompts_at_once: int = 64
+        self, table: Any, samples: int, purpose: str, places: range | None = None, temperature: float | None = None
     ) -> list[list[dict[str, Any]]]:
-        """`samples` chains of every row of `table` from the current actor, scored and not trained on; one list of infos a row.
-
-        temperature: null is that of training.
+        """`samples` chains of the rows of `table`, all or those at `places`, from the current actor, scored and not trained on; one
+        list of infos a row.  temperature: null is that of training.
         """
         run, groups = self.run, []
-        for first in range(0, table.num_rows, prompts_at_once):
-            rows = table.slice(first, prompts_at_once).to_pylist()
+        places = range(table.num_rows) if places is None else places
+        for first in places[::PROMPTS_AT_ONCE]:
+            rows = table.slice(first, min(PROMPTS_AT_ONCE, places.stop - first)).to_pylist()
             prompts = [self._prompt(row, f"{purpose}{first + i}", samples, 0, temperature) for i, row in enumerate(rows)]
             groups += self.rollout.measure(prompts)
-            run.beat(run.stage, self.global_steps, f"{purpose} {len(groups)}/{table.num_rows} pairs")
+            run.beat(run.stage, self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
         return groups
 
     def validate(self) -> None:
@@ -205,7 +206,7 @@ class ChainTrainer(PPOTrainerSync):
         if any(line["step"] == step for line in before):
             return
         table, began = pq.read_table(run.validation), time.monotonic()
-        groups = self.measure(table, 1, "validation", run.validate_temperature)
+        groups = self.measure(table, 1, "validation", temperature=run.validate_temperature)
         first = before[0][f"{run.stage}/{LENGTH}"] if before else None
         found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
         found["validation/seconds"] = time.monotonic() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.curriculum import HARD, REST, SCHEDULES, SUSPECT, CurriculumSampler, hard_share
+from pgenrm_train.curriculum import HARD, REST, SCHEDULES, SUSPECT, CurriculumSampler, hard_share, too_common
 from pgenrm_train.errors import ConfigError
 
 PAIRS, BATCH, STEPS = 60, 8, 40
@@ -57,6 +58,21 @@ def test_share_runs_from_start_to_end_without_turning(schedule: str, ends: tuple
 def test_unknown_schedule_is_named_with_the_valid_ones() -> None:
     with pytest.raises(ConfigError, match="linear, cosine, step, self_paced, uniform, anti"):
         sampler("sudden")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share", "said"),
+    [
+        ("linear", 0.73, r"73% of the pairs are hard and .*=linear draws 55% on average, fewer than without a schedule: narrow"),
+        ("linear", 0.55, None),
+        ("self_paced", 0.73, None),
+        ("self_paced", 0.9, "90% .* draws 80%"),
+        ("uniform", 0.9, None),
+    ],
+)
+def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_told(schedule: str, share: float, said: str | None) -> None:
+    found = too_common(schedule, np.arange(100) < round(100 * share), 0.3, 0.8)
+    assert found is None if said is None else re.match(said, found or "")
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,10 +32,10 @@ class Measured:
         self.stage, self.work_dir, self.pair_ids = "curriculum", folder, ["p0", "p1", "p2"]
         self.table = pa.table({"i": [0, 1, 2]})
 
-    def measure(self, table: pa.Table, samples: int, purpose: str) -> list[list[dict[str, Any]]]:
+    def measure(self, table: pa.Table, samples: int, purpose: str, places: range) -> list[list[dict[str, Any]]]:
         self.calls += 1
         outcomes = {"mine": [1, 0, 1], "turned": [1, 0, 0]}[purpose]
-        return [[info(o, 2.0 if o else -2.0)] * samples for o in outcomes]
+        return [[info(outcomes[i], 2.0 if outcomes[i] else -2.0)] * samples for i in places]
 
 
 @pytest.fixture
@@ -59,6 +59,24 @@ def test_both_orders_are_asked_and_the_record_is_left(
     assert "curriculum: 1 of 3 pairs are hard, 1 suspect (down-weighted" in capsys.readouterr().out
     assert hardness(trainer, checkpoint, 4, mirror, None, BAND) == record
     assert trainer.calls == 2, "measured once"
+
+
+def test_a_killed_mining_goes_on_after_its_last_block(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgenrm_train.backends.verl_mining.BLOCK", 1)
+    (tmp_path / "whole").mkdir()
+    expected = hardness(Measured(tmp_path / "whole"), checkpoint, 4, None, None, BAND)
+    trainer = Measured(tmp_path)
+    measure, trainer.measure = trainer.measure, lambda *asked: killed() if trainer.calls == 2 else measure(*asked)
+
+    def killed() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hardness(trainer, checkpoint, 4, None, None, BAND)
+    assert pq.read_metadata(tmp_path / "mining.parquet").num_rows == 2
+    trainer.measure, trainer.calls = measure, 0
+    assert hardness(trainer, checkpoint, 4, None, None, BAND) == expected
+    assert trainer.calls == 1, "only the last pair was asked again"
 
 
 def test_a_cold_start_asks_no_model(tmp_path: Path, checkpoint: Path) -> None:
