@@ -77,6 +77,8 @@ class Publisher:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+        if lacking := [stage for stage in ORDER if self._waits(stage)]:
+            print(f"{self.store.url} gets what it lacks: {', '.join(lacking)}", flush=True)
         for wait in (*LAST_WAITS, 0.0):
             if isinstance(self.lost, StoreTaken) or self.round():
                 break

@@ -25,13 +25,14 @@ __all__ = ["quick", "url"]  # fixtures
 # ---- publish and fetch ----
 
 
-def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(tmp_path: Path, url: str) -> None:
+def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", checkpoint__model_safetensors="w", metrics_jsonl="{}\n", pairs_parquet__part_0="rows")
     (tmp_path / "a" / "psi" / "wandb").mkdir()
     write_text(tmp_path / "a" / "psi" / "wandb" / "log", "x")
     step(tmp_path / "a", 3)
     assert first.close() == []
+    assert f"{url} gets what it lacks: psi\npublished psi (complete): {url}/psi/" in capsys.readouterr().out
     machine(tmp_path, "b", url)
     here = content(tmp_path / "a" / "psi")
     assert content(tmp_path / "b" / "psi") == {k: v for k, v in here.items() if not k.startswith(("wandb/", "steps/"))}
