@@ -55,7 +55,7 @@ def start(server: dict[str, str], mirror: Path, *keys: str) -> subprocess.Popen[
 
 
 def said(server: dict[str, str], mirror: Path, *keys: str) -> str:
-    code = start(server, mirror, *keys).wait(timeout=300)
+    code = start(server, mirror, *keys).wait(timeout=600)
     text = (mirror / "log").read_text()
     assert code == 0, text[-4000:]
     return text
@@ -93,8 +93,8 @@ def test_a_fresh_machine_redoes_nothing(server: dict[str, str], fs: fsspec.Abstr
 def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved(
     server: dict[str, str], fs: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
-    run, steps = "votes/runs/second", 600
-    keys = ("recipe=psi", f"run_dir=s3://{run}", f"psi.max_steps={steps}", "psi.save_every=20", "psi.log_every=1")
+    run, steps = "votes/runs/second", 200
+    keys = ("recipe=psi", f"run_dir=s3://{run}", f"psi.max_steps={steps}", "psi.save_every=10", "psi.log_every=1")
     process = start(server, tmp_path / "a", *keys)
     try:
         wait_until(lambda: fs.exists(f"{run}/psi/{MARKER}"), process, tmp_path / "a" / "log")
