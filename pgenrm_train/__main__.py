@@ -15,6 +15,7 @@ from typing import Any
 
 from pgenrm_train import publishing, usage
 from pgenrm_train.config import CONFIG_DIR, Config, beneath, parse, register_resolvers
+from pgenrm_train.ending import end_on_sigterm
 from pgenrm_train.errors import ConfigError, PGenRMError
 
 
@@ -26,6 +27,7 @@ def main() -> int:
         return 0
     sys.path.insert(0, str(CONFIG_DIR.parent))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and one sentence can be made of it
+    end_on_sigterm()
     try:
         return _hydra_main()
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pgenrm_train.__main__ import run_recipe
 from pgenrm_train.config import ROOT, parse
+from pgenrm_train.ending import end_on_sigterm
 from pgenrm_train.errors import PGenRMError
 
 
@@ -15,6 +16,7 @@ def main(config_file: str, recipe: str) -> int:
     import yaml
 
     sys.path.insert(0, str(ROOT))
+    end_on_sigterm()
     try:
         config = parse(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
         if recipe not in ("build_data", "build_sec", "psi"):

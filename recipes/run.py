@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 from pgenrm_train import publishing
 from pgenrm_train.artifacts import StageFolder, set_aside, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
+from pgenrm_train.ending import Terminated
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
 from pgenrm_train.preflight import check_machine
 from pgenrm_train.shards import digest
@@ -100,8 +101,8 @@ def launch(config: Config, recipe: str) -> None:
     child = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
     try:
         code = child.wait()
-    except KeyboardInterrupt:
-        _stop(child)
+    except KeyboardInterrupt as reason:
+        _stop(child, reason)
         raise
     if code == 130:
         raise KeyboardInterrupt
@@ -165,10 +166,12 @@ def progress(items: Iterable[T], what: str, total: int | None = None, told: obje
         bar.set_postfix_str(str(told), refresh=False)
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
+def _stop(child: subprocess.Popen[bytes], reason: KeyboardInterrupt) -> None:
     """Ctrl-C reached the child too; give it time to put its manifest in order, then end it and all that it started."""
     import psutil
 
+    if isinstance(reason, Terminated):
+        child.terminate()
     family = psutil.Process(child.pid).children(recursive=True) if psutil.pid_exists(child.pid) else []
     try:
         child.wait(timeout=20)

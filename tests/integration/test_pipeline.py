@@ -163,12 +163,14 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ru
         time.sleep(0.05)
 
 
-def test_ctrl_c_leaves_a_resumable_run_and_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_an_ended_run_can_be_resumed_and_leaves_no_process(how: str, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches all processes, a scheduler's SIGTERM the first one."""
     run_dir = tmp_path / "run"
     process = start(run_dir, "psi.max_steps=200")
     wait_until(lambda: STAGES["psi"](run_dir), process, run_dir, "psi")
     family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT) if how == "Ctrl-C" else process.terminate()
     assert process.wait(timeout=60) == 130
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
