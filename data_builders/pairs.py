@@ -61,7 +61,7 @@ class BadRows:
         for sentence in self.left_out.rows[:LISTED]:
             print(f"skipped: {sentence}", flush=True)
         if count := len(self.left_out.rows):
-            print(f"skipped {count} rows of {source} in all; {SKIPPED} beside the card names each", flush=True)
+            print(f"skipped {count} rows of {source} in all; {SKIPPED} of the build names each", flush=True)
 
 
 def _wanted(row: Mapping[str, Any], only: Mapping[str, Any], where: str) -> bool:

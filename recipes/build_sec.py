@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.backends.base import Generation, Teacher
 from pgenrm_train.chains import FORMAT_STRINGS
 from pgenrm_train.config import ROOT, Config, masking_of
@@ -32,16 +33,23 @@ def run(config: Config) -> None:
     def body(folder, _tracker):  # type: ignore[no-untyped-def]
         pairs = load_pairs(Path(config.run_dir))
 
+        writers = []
+
         def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:
-            return PromptWriter(config, load_tokenizer(make_base(config, kept)))
+            writers.append(PromptWriter(config, load_tokenizer(make_base(config, kept))))
+            return writers[0]
 
         with teacher(config, pairs, folder.path) as writes:
             facts = build_sec.run(config, folder, pairs, writes, writer_for, progress)
         print(yield_table(facts), flush=True)
+        if told := writers[0].told("build_sec prompts"):
+            print(told, flush=True)
         return facts
 
-    say = "{chains} chains kept of {asked} asked; trimmed: {trimmed}; teacher: {teacher}"
-    run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say)
+    say = "{chains} chains kept of {asked} asked; teacher: {teacher}"
+    # With other settings an unfinished set is begun anew in place: paid answers are known by what was asked.
+    begun = not StageFolder.read(Path(config.run_dir), "build_sec").complete
+    run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say, renew=begun)
 
 
 def yield_table(facts: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ def _reference(
 
         def grade(answer: Answer) -> float | str:
             if judge.stopped:
-                raise BackendError(f"judge: {judge.stopped}; what was graded is kept, and the same command goes on from there")
+                raise BackendError(f"judge: {judge.stopped}")
             secret = secret_of[answer.question_id]
             n = len(secret.rubric_aspects)
             if not n:

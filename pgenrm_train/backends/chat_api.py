@@ -52,7 +52,8 @@ class ChatApi:
         end = time.monotonic() + self._seconds
         with self._client.stream("POST", self._url, content=payload) as response:
             content = _read(response, end)
-        response.raise_for_status()
+        if not response.is_success:
+            raise httpx.HTTPStatusError(refusal(content), request=response.request, response=response)
         return read_completion(json.loads(content))
 
     def close(self) -> None:
@@ -70,12 +71,26 @@ def _read(response: httpx.Response, end: float) -> bytes:
 
 
 def read_completion(answer: dict[str, object]) -> Reply:
-    choice, used = answer["choices"][0], answer.get("usage") or {}  # type: ignore[index]
+    used = answer.get("usage") or {}
     spent = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))  # type: ignore[attr-defined]
+    if used and answer["choices"] == []:  # paid for all the same
+        return Reply(None, "empty", *spent)
+    choice = answer["choices"][0]  # type: ignore[index]
     text = whole(choice["message"]["content"])
     if choice.get("finish_reason") == "length":
         return Reply(None, "length", *spent)
     return Reply(text, None, *spent) if text and text.strip() else Reply(None, "empty", *spent)
+
+
+def refusal(content: bytes) -> str:
+    """A server's own words for a refusal, on one line: the message of its error object, else how the body begins."""
+    text = content[:2000].decode(errors="replace")
+    try:
+        error = json.loads(content)["error"]
+        text = error["message"] if isinstance(error, dict) else str(error)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass
+    return " ".join(str(text).split())[:200]
 
 
 def whole(text: str | None) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from pgenrm_train.config import EndpointConfig
 Messages = Sequence[Mapping[str, str]]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
+NO_API = ("timeout", "connection", "http_", "malformed")  # failures that show no working API; the last is, for one, a login page
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
 CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
 
@@ -70,7 +72,7 @@ class Endpoint:
         self._lock = threading.Lock()
         self._next_start = 0.0
         self._answers, self._tokens = 0, 0  # that came back, cut-off and empty ones too: what a call costs the server's limit
-        self._in_a_row, self._open_until = 0, 0.0
+        self._in_a_row, self._open_until, self._heard = 0, 0.0, ""
         self._known = Answers(cache) if cache else NoAnswers()
         self.usage.earlier = self._known.paid()
         self._closed = threading.Event()
@@ -113,11 +115,15 @@ class Endpoint:
         if reason == "budget":
             return (
                 f"the budget of {self.settings.name} is spent: {dollars(self.settings, *self.usage.paid):.2f} dollars and "
-                f"{sum(self.usage.paid)} tokens"
+                f"{sum(self.usage.paid)} tokens; what was answered is kept, and the same command with a higher limit goes on from there"
             )
         if reason == "circuit_open":
             last = ", ".join(f"{n} × {kind}" for kind, n in self.usage.failures.most_common(3))
-            return f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row ({last})"
+            said = f"; it said: {self._heard}" if self._heard else ""
+            return (
+                f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row ({last}{said}); what was "
+                "answered is kept, and the same command goes on from there"
+            )
         return None
 
     def _payload(self, messages: Messages, sample: int, schema: Mapping[str, Any] | None) -> bytes:
@@ -153,6 +159,11 @@ class Endpoint:
             settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
         )
 
+    def hear(self, words: str) -> None:
+        """Keep a server's words for its last refusal, to be told; some repeat the key."""
+        key = os.environ.get(self.settings.api_key_env or "")
+        self._heard = words.replace(key, "…") if key else words
+
     def pay(self, reply: Reply) -> None:
         """Write down what an answer cost that is kept elsewhere."""
         self._known.pay(reply)
@@ -167,7 +178,7 @@ class Endpoint:
                 self.usage.failures[reply.failure] += 1
             if reply.failure in REFUSALS:
                 return reply
-            unreachable = reply.failure is not None and reply.failure.startswith(("timeout", "connection", "http_"))
+            unreachable = reply.failure is not None and reply.failure.startswith(NO_API)
             self._in_a_row = self._in_a_row + 1 if unreachable else 0
             if self._in_a_row >= self.settings.give_up_after:
                 self._open_until = time.monotonic() + RESTED_SECONDS
@@ -201,6 +212,8 @@ class Endpoint:
         try:
             return retrying(self._once, payload)
         except (httpx.HTTPError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            if isinstance(error, httpx.HTTPStatusError):
+                self.hear(str(error))
             return Reply(None, failure_of(error))
 
     def _once(self, payload: bytes) -> Reply:

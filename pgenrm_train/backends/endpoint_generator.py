@@ -19,7 +19,7 @@ from typing import Any
 
 from pgenrm_train.backends import endpoint as limits
 from pgenrm_train.backends.base import Generation, GenerationRequest
-from pgenrm_train.backends.chat_api import url_and_headers, whole
+from pgenrm_train.backends.chat_api import refusal, url_and_headers, whole
 from pgenrm_train.backends.endpoint import Endpoint, Reply
 from pgenrm_train.errors import BackendError
 
@@ -76,7 +76,7 @@ class _Queue:
         if stopped is None:
             self._fill()
         elif not self.samples and not self.exhausted:
-            raise BackendError(f"model: {stopped}; what was answered is kept, and the same command goes on from there")
+            raise BackendError(f"model: {stopped}")
         if not self.samples:
             return []
         found = self._taken(await self.answered.get())
@@ -192,6 +192,7 @@ class _Queue:
         except aiohttp.ClientError:
             raise _Trouble("connection") from None
         if response.status >= 400:
+            self.endpoint.hear(refusal(content))
             passing = response.status in (408, 409, 425, 429) or response.status >= 500
             raise _Trouble(f"http_{response.status}", passing=passing, retry_after=_seconds(response.headers.get("retry-after")))
         return json.loads(content)

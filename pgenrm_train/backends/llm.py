@@ -40,7 +40,7 @@ class LlmTeacher:
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
         if stopped := self.endpoint.stopped:
-            raise BackendError(f"teacher: {stopped}; what was answered is kept, and the same command goes on from there")
+            raise BackendError(f"teacher: {stopped}")
         messages = self._messages(example)
         if complaint is not None:
             again = f"Your last answer could not be used ({complaint}). Write it anew, in exactly the format asked for."
@@ -70,7 +70,7 @@ class LlmCriteria:
 
     def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation:
         if stopped := self.endpoint.stopped:
-            raise BackendError(f"teacher: {stopped}; what was answered is kept, and the same command goes on from there")
+            raise BackendError(f"teacher: {stopped}")
         reply = self.endpoint.ask(synthesis_messages(votes), sample=attempt, schema=synthesis.SCHEMA)
         return Generation(user_id, attempt, reply.text, reply.failure, reply.completion_tokens)
 

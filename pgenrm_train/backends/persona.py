@@ -57,7 +57,7 @@ class PersonaGenerator(EndpointGenerator):
 
     def _write(self, messages: Any) -> Reply:
         if stopped := self.personas.stopped:
-            raise BackendError(f"model: {stopped}; what was answered is kept, and the same command goes on from there")
+            raise BackendError(f"model: {stopped}")
         return self.personas.ask(messages)
 
 

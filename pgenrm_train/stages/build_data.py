@@ -25,6 +25,7 @@ from pgenrm_train.stages.inputs import PAIRS
 from pgenrm_train.stages.vote_index import TRAINS, VoteIndex
 
 READS = ("data", "seed")
+USER_SPLITS = ("train", "dev", "val", "test")
 Builder = Callable[..., Iterable[PreferencePair]]
 """(data configuration, seed, `LeftOut` that takes what was left out and why) → pairs"""
 
@@ -45,8 +46,12 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
         facts = _facts(index)
         _write(raw, index, folder.path / PAIRS)
     finally:
+        left_out.write(folder.path)
         index.close()
         shutil.rmtree(raw, ignore_errors=True)
+    for word, users in facts["users_by_user_split"].items():
+        if word not in USER_SPLITS:  # it may have been meant to hold them out
+            print(f"warning: {users} users have user_split={word!r}, which is not val or test, and train", flush=True)
     for what, count in (+left_out).most_common():
         print(f"{config.data.name}: left out {count} {what}", flush=True)
     card = facts | {
@@ -56,7 +61,6 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
         "sha256": digest(folder.path / PAIRS),
     }
     write_json(folder.path / "card.json", card)
-    left_out.write(folder.path)
     return card
 
 

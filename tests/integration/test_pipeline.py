@@ -66,19 +66,20 @@ def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
 
 def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(finished: Path) -> None:
     question = finished.parent / "question.json"
-    history = [{"query": "Plan my report?", "chosen": "No worries. Tests confirm.", "rejected": "Respectfully yours. Done."}]
-    question.write_text(
-        json.dumps(
-            {"user_id": "ann", "query": "Fix my knee?", "responses": ["No worries.", "Noted.", "Done."], "history": history}
-        )
+    chosen, rejected = (
+        "No worries. Tests confirm. Stay strong. Rather muddled.",
+        "Respectfully yours. Grandma did. Done. Partly wrong.",
     )
+    history = [{"query": "Plan my report?", "chosen": chosen, "rejected": rejected}]
+    responses = ["No worries. Grandma did. Stay strong. Partly wrong.", "Kindly note. Studies agree. Noted. Fully correct."]
+    question.write_text(json.dumps({"user_id": "ann", "query": "Explain my slides?", "responses": responses, "history": history}))
     command = [sys.executable, "-m", "pgenrm_train", "recipe=score", f"run_dir={finished}", f"score.input={question}"]
     done = subprocess.run([*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     for source, asked in (("own", 16), ("similar", 2)):
         assert said[source]["asked"] == asked == said[source]["used"] + sum(said[source]["failures"].values())
-    assert len(set(said["similar"]["users"])) == 2 and said["scores"].keys() == {"response_1", "response_2", "response_3"}
+    assert len(set(said["similar"]["users"])) == 2 and said["scores"].keys() == {"response_1", "response_2"}
 
 
 def test_the_checkpoint_of_psi_served_by_vllm_answers_with_chains_that_parse(finished: Path) -> None:

@@ -117,6 +117,12 @@ def test_the_card_counts(tmp_path):
     assert card["sha256"] == digest(tmp_path / "build_data" / "pairs.parquet")
 
 
+def test_a_word_that_may_have_meant_a_held_out_user_is_told(tmp_path, capsys):
+    build(tmp_path, [vote(1, "a"), vote(2, "b", user_split="dev"), vote(3, "c", user_split="heldout")])
+    said = capsys.readouterr().out
+    assert "warning: 1 users have user_split='heldout', which is not val or test, and train" in said and "'dev'" not in said
+
+
 def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
     votes = [vote(f"{user}{n}", user, f"good {n}") for user in "abcd" for n in range(3)]
     votes += [vote(f"t{n}", "t", f"good {n}", user_split="test", split=("train", "test")[n % 2]) for n in range(4)]

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import Server, completion, serve, slowly
 
 from pgenrm_train.backends import endpoint as module
+from pgenrm_train.backends.answers import Reply
+from pgenrm_train.backends.chat_api import refusal
 from pgenrm_train.backends.endpoint import Endpoint, dollars
 from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import EndpointConfig
@@ -68,6 +70,7 @@ def test_passing_trouble_is_retried(trouble):
         ({"raw": b"[" * 100_000}, "malformed", 1),
         ({"completion": completion("half a", "length")}, "length", 1),
         ({"completion": completion(None)}, "empty", 1),
+        ({"completion": completion("x") | {"choices": []}}, "empty", 1),
         ({"completion": completion(" \n")}, "empty", 1),
     ],
 )
@@ -116,10 +119,47 @@ def test_a_dead_server_opens_the_circuit_and_a_rest_closes_it(monkeypatch):
         one = Endpoint(to(server, attempts=1, give_up_after=4))
         assert [one.ask(ASK).failure for _ in range(6)] == ["http_500"] * 4 + ["circuit_open"] * 2
         assert len(server.bodies) == 4
-        assert one.stopped == f"stub at {server.url} failed 4 calls in a row (4 × http_500, 2 × circuit_open)"
+        last = "4 × http_500, 2 × circuit_open; it said: no"
+        assert one.stopped.startswith(f"stub at {server.url} failed 4 calls in a row ({last}); what was answered is kept")
         rested = time.monotonic() + 31
         monkeypatch.setattr(module.time, "monotonic", lambda: rested)
         assert one.ask(ASK).text == "back" and one.stopped is None
+
+
+def test_a_page_in_place_of_an_api_opens_the_circuit_too():
+    with serve(lambda body, n: {"raw": b"<html>log in</html>"}) as server:
+        one = Endpoint(to(server, give_up_after=3))
+        assert [one.ask(ASK, sample=i).failure for i in range(5)] == ["malformed"] * 3 + ["circuit_open"] * 2
+
+
+def test_a_paid_answer_without_choices_counts():
+    with serve(lambda body, n: {"completion": completion("x") | {"choices": []}}) as server:
+        one = Endpoint(to(server))
+        one.ask(ASK)
+        assert sum(one.usage.paid) > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "the context\\n is too long"}}', "the context is too long"),
+        (b'{"error": "no model"}', "no model"),
+        (b"<html>bad gateway</html>", "<html>bad gateway</html>"),
+        (b"[" * 100_000, "[" * 200),
+        (b"\xff" * 3, "\ufffd" * 3),
+    ],
+)
+def test_a_refusal_is_told_in_the_server_s_words(body, said):
+    assert refusal(body) == said
+
+
+def test_a_server_that_repeats_the_key_does_not_have_it_told(monkeypatch):
+    monkeypatch.setenv("STUB_KEY", "sk-very-secret")
+    with serve(lambda body, n: "x") as server:
+        one = Endpoint(to(server, api_key_env="STUB_KEY", give_up_after=1))
+        one.hear("wrong key sk-very-secret")
+        one.book(Reply(None, "http_401"))
+        assert "it said: wrong key …" in one.stopped
 
 
 def test_a_spent_budget_stops_everything(tmp_path):
