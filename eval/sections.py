@@ -181,8 +181,14 @@ def input_notes(odd: Mapping[str, int]) -> list[str]:
     return notes
 
 
+def _unread(final: Tested) -> bool:
+    return bool(final.predictions["failure"].notna().all())
+
+
 def _personal(final: Tested) -> list[str]:
-    """Say plainly whether the final model depends on whose history it reads."""
+    """Say plainly whether the final model depends on whose history it reads, or that nothing it said can be read."""
+    if _unread(final):
+        return [f"{final.name}: none of its answers could be read, so no number here speaks of the model's judgement."]
     if final.probe:
         what = f"{final.probe['n_pairs']} votes on which two users disagree"
         own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
@@ -210,7 +216,7 @@ def _depends(low: float, few: str | None) -> str:
 def _robust(final: Tested) -> list[str]:
     """Name the probes that cost accuracy and should not."""
     rows = [row for kind in UNMOVED if (row := _probed(final, kind))]
-    if not rows:
+    if not rows or _unread(final):
         return []
     moved = [_moved(row) for row in rows if row["drop ci95"][0] > 0]
     few = f" ({rows[0]['note']})" if rows[0]["note"] else ""

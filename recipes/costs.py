@@ -32,7 +32,7 @@ def tell_evaluation(config: Config, evaluation: Evaluation, settings: EndpointCo
 
 
 def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
-    """Own and swapped histories in both orders, and the samples of the grids."""
+    """Own and swapped histories in both orders, the samples of the grids, and the probes, of which some pairs have none."""
     settings, pairs = config.eval, len(evaluation.pairs)
     calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
     grid = min(pairs, settings.grid_pairs or pairs)
@@ -40,6 +40,8 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
         calls += 2 * grid * seeds_of_grid(settings) * (max(ind) + max(sizes(settings.pro)))
     if settings.one_pair_ind:
         calls += 2 * grid * settings.grid_seeds * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
+    if settings.probes:
+        calls += 2 * len(settings.probe_kinds) * min(pairs, settings.probe_pairs)
     return calls
 
 

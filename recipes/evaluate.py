@@ -229,7 +229,7 @@ def notes(config: Config, made: Sequence[str]) -> list[str]:
     notes = []
     if config.judge.kind == "none" and "cre" in made:
         notes.append("judge=none: no process reward in CRE; outcome and format only.")
-    if config.data.name != "personaworld" and config.model.kind == "nano":
+    if config.data.name != "personaworld" and config.model.kind == "nano" and "psi" in made:
         notes.append(
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."

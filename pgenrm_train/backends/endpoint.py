@@ -27,6 +27,7 @@ Messages = Sequence[Mapping[str, str]]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
 NO_API = ("timeout", "connection", "http_", "malformed")  # failures that show no working API; the last is, for one, a login page
+OF_THE_PROMPT = ("http_400", "http_413", "http_422")
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
 CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
 
@@ -112,19 +113,32 @@ class Endpoint:
     def stopped(self) -> str | None:
         """Why every further call is refused, in words; None while the endpoint works."""
         reason = self._refused()
+        if reason == "circuit_open":
+            return self.troubles
         if reason == "budget":
             return (
                 f"the budget of {self.settings.name} is spent: {dollars(self.settings, *self.usage.paid):.2f} dollars and "
                 f"{sum(self.usage.paid)} tokens; what was answered is kept, and the same command with a higher limit goes on from there"
             )
-        if reason == "circuit_open":
-            last = ", ".join(f"{n} × {kind}" for kind, n in self.usage.failures.most_common(3))
-            said = f"; it said: {self._heard}" if self._heard else ""
-            return (
-                f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row ({last}{said}); what was "
-                "answered is kept, and the same command goes on from there"
-            )
         return None
+
+    @property
+    def down(self) -> bool:
+        """Whether the last calls found no working API: so many that the circuit opened, or all there were.  What is wrong with a
+        prompt is wrong with it tomorrow."""
+        made = self.usage.calls - self.usage.cached - sum(self.usage.failures[kind] for kind in REFUSALS)
+        own_fault = any(self.usage.failures[kind] for kind in OF_THE_PROMPT)
+        return self._refused() == "circuit_open" or (0 < made == self._in_a_row and not own_fault)
+
+    @property
+    def troubles(self) -> str:
+        """What became of the last calls, in words."""
+        last = ", ".join(f"{n} × {kind}" for kind, n in self.usage.failures.most_common(3))
+        said = f"; it said: {self._heard}" if self._heard else ""
+        return (
+            f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row ({last}{said}); what was "
+            "answered is kept, and the same command goes on from there"
+        )
 
     def _payload(self, messages: Messages, sample: int, schema: Mapping[str, Any] | None) -> bytes:
         return json.dumps(self.body(messages, sample, schema), sort_keys=True).encode()

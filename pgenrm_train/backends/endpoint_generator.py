@@ -78,6 +78,8 @@ class _Queue:
         elif not self.samples and not self.exhausted:
             raise BackendError(f"model: {stopped}")
         if not self.samples:
+            if self.endpoint.down:  # a small queue is asked at once, before the circuit opens
+                raise BackendError(f"model: {self.endpoint.troubles}")
             return []
         found = self._taken(await self.answered.get())
         while not self.answered.empty():

@@ -163,10 +163,12 @@ def _split_gpus(config: Config, settings: EndpointConfig, beside_training: bool)
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
-    if len(gpus) < settings.gpus + beside_training:
-        needs = f"{settings.gpus} GPUs and training at least one more" if beside_training else f"{settings.gpus} GPUs"
+    training = config.cluster.processes_per_node if beside_training else 0
+    if len(gpus) < settings.gpus + training:
+        needs = f"{settings.gpus} GPUs" + (f" and training {training}" if training else "")
         raise BackendError(
-            f"the vLLM server needs {needs}, and {len(gpus)} are visible; use kind=endpoint and serve the model elsewhere, or lower gpus"
+            f"the vLLM server needs {needs}, and {len(gpus)} are visible; lower cluster.processes_per_node or gpus, or use kind=endpoint "
+            "and serve the model elsewhere"
         )
     return ",".join(gpus[-settings.gpus :]), ",".join(gpus[: -settings.gpus])
 

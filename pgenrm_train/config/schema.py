@@ -395,6 +395,15 @@ def sizes(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
+def gpus_per_node(config: Config, *stages: str) -> int:
+    """GPUs that a node needs for these stages: those of training and of a judge that is served beside it, or those of a served
+    teacher, which comes before.  All nodes are counted alike, though a served model is on one."""
+    judged = any(stage in stages and getattr(config, stage).process_weight for stage in ("cre", "curriculum"))
+    beside = config.judge.gpus if judged and config.judge.kind == "vllm" else 0
+    before = config.teacher.gpus if "build_sec" in stages and config.teacher.kind == "vllm" else 0
+    return max(config.cluster.processes_per_node + beside, before)
+
+
 def seeds_of_grid(settings: EvalConfig) -> int:
     """Evaluation seeds of the Ind-m/Pro-n samples: all where one cell is the headline, `grid_seeds` where a grid is filled."""
     one_cell = not isinstance(settings.ind, list | tuple) and not isinstance(settings.pro, list | tuple)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import CONFIG_DIR, Config, load, to_dict
+from pgenrm_train.config import CONFIG_DIR, STAGES, Config, gpus_per_node, load, to_dict
 from pgenrm_train.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def slurm(config: Config, hours: float | None = None) -> str:
     return templates.get_template("slurm.sh.j2").render(
         name=job_name(config),
         nodes=config.cluster.nodes,
-        gpus=config.cluster.processes_per_node,
+        gpus=_gpus(config),
         cuda=cuda,
         limit=f"{limit}:00:00",
         directives=[_one_line("plan.sbatch", text) for text in config.plan.sbatch],
@@ -81,9 +81,13 @@ def rayjob(config: Config, hours: float | None = None) -> str:
     return str(yaml.safe_dump(job, sort_keys=False, allow_unicode=True, width=120))
 
 
+def _gpus(config: Config) -> int:
+    return gpus_per_node(config, *(STAGES if config.plan.stage == "all" else (config.plan.stage,)))
+
+
 def _group(config: Config, head: bool) -> dict[str, Any]:
     """Head or worker: one pod a node with all of its GPUs."""
-    gpus, cuda = config.cluster.processes_per_node, config.cluster.device == "cuda"
+    gpus, cuda = _gpus(config), config.cluster.device == "cuda"
     resources: dict[str, Any] = {"memory": f"{math.ceil(config.cluster.min_free_memory_gib)}Gi"} | (
         {"nvidia.com/gpu": gpus} if cuda else {}
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, gpus_per_node
 from pgenrm_train.planning.advice import nearest_fit
 from pgenrm_train.planning.batches import Batches, batches_of
 from pgenrm_train.planning.geometry import Geometry, geometry_of
@@ -56,7 +56,8 @@ class Plan:
     @property
     def dollars(self) -> float:
         """GPUs by the hour, and what APIs ask."""
-        gpus = ranks_of(self.config) * card_of(self.config).dollars_per_hour * self.hours
+        node = gpus_per_node(self.config, *(stage.stage for stage in self.stages))
+        gpus = self.config.cluster.nodes * node * card_of(self.config).dollars_per_hour * self.hours
         return gpus + sum(stage.work.api_dollars for stage in self.stages)
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.config import ROOT, Config
+from pgenrm_train.config import ROOT, Config, gpus_per_node
 from pgenrm_train.preflight.reach import check_ray
 
 HEAVY = ("psi", "cre", "curriculum", "evaluate")
@@ -87,10 +87,11 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
         return
     import torch
 
-    found = torch.cuda.device_count()
-    if found < config.cluster.processes_per_node:
+    found, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
+    if found < needed:
+        beside = f", {config.judge.gpus} of them for the judge" if needed > config.cluster.processes_per_node else ""
         yield (
-            f"cluster={config.cluster.name} needs {config.cluster.processes_per_node} GPUs a node and this machine shows {found}; "
+            f"cluster={config.cluster.name} needs {needed} GPUs a node{beside} and this machine shows {found}; "
             "choose another cluster= or set cluster.processes_per_node="
         )
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from itertools import count
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_a_refused_prompt_is_no_reason_to_give_n_up():
         assert sum("n" in body for body in server.bodies) == 5
 
 
+def until_it_ends(answers):
+    with contextlib.suppress(BackendError):
+        yield from answers
+
+
+@pytest.mark.parametrize(("trouble", "ends"), [({"status": 500}, True), ({"raw": b"log in"}, True), ({"status": 400}, False)])
+def test_a_queue_that_found_no_api_at_all_ends_in_a_sentence(trouble, ends):
+    """However short it is: an evaluation made of nothing but such failures must not count as made."""
+    with serve(lambda body, n: trouble) as server:
+        answers = generator(server, attempts=1)(requests(3), temperature=0.7)
+        with pytest.raises(BackendError, match="failed 3 calls in a row") if ends else contextlib.nullcontext():
+            assert len(list(answers)) == 3
+
+
 @pytest.mark.parametrize(
     ("trouble", "failure"),
     [
@@ -107,7 +122,7 @@ def test_a_refused_prompt_is_no_reason_to_give_n_up():
 def test_a_sample_that_could_not_be_had_is_a_failure_with_its_reason(trouble, failure):
     with serve(lambda body, n: trouble) as server:
         one = generator(server, give_up_after=100)
-        answers = list(one(requests(3), temperature=0.7))
+        answers = list(until_it_ends(one(requests(3), temperature=0.7)))
         assert [a.failure for a in answers] == [failure] * 3
         assert one.endpoint.usage.failures == {failure.removeprefix("engine:"): 3}
         assert len(server.bodies) == (9 if failure in ("engine:http_500", "engine:connection") else 3)

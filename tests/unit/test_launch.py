@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -118,6 +119,18 @@ def test_scripts_pass_shellcheck(overrides: list[str]) -> None:
     assert "#SBATCH --time=5:00:00" in script
     assert ("--gpus-per-node=8" in script) == ("cluster.nodes=2" not in overrides)
     assert "#SBATCH --mem=0\n" in script and "--cpu-bind=none" in script
+    assert "#SBATCH --open-mode=append\n" in script, "a requeued job keeps its log"
+
+
+def test_a_served_judge_has_gpus_of_its_own() -> None:
+    overrides = ["model=llama31_8b", "cluster=gpu8", "cluster.processes_per_node=7", "cre.mini_batch_prompts=126", "cre.prompts_per_step=126",
+                 "psi.batch_size=126", "judge=vllm", "judge.name=Qwen/Qwen3-8B", "judge.gpus=1"]  # fmt: skip
+    gpus = {}
+    for stage in ("psi", "cre", "curriculum"):
+        config = composed(*overrides, f"plan.stage={stage}")
+        (gpus[stage],) = re.findall(r"--gpus-per-node=(\d+)", launch.slurm(config))
+        assert f"nvidia.com/gpu: {gpus[stage]}\n" in launch.rayjob(config)
+    assert gpus == {"psi": "7", "cre": "8", "curriculum": "7"}
 
 
 def hostile(config: Config) -> Config:

@@ -30,13 +30,13 @@ def test_teachers_by_name(tmp_path):
         pass
 
 
-def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_one_to_training(monkeypatch):
+def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_training_its_own(monkeypatch):
     gpu, settings = Config(cluster=ClusterConfig(device="cuda")), EndpointConfig("vllm", name="m", gpus=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert _split_gpus(gpu, settings, True) == ("7", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
     assert _split_gpus(gpu, settings, False) == ("4", "")
-    with pytest.raises(BackendError, match="needs 1 GPUs and training at least one more, and 1 are visible"):
+    with pytest.raises(BackendError, match="needs 1 GPUs and training 1, and 1 are visible"):
         _split_gpus(gpu, settings, True)
 
 

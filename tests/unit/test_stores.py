@@ -151,6 +151,18 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"run_dir": "s3:/bucket/x"}, r"did you mean s3://bucket/x\?"),
+        ({"run_dir": "s3://bucket/x", "mirror": "s3://bucket/m"}, "mirror=s3://bucket/m must be a folder of this machine"),
+    ],
+)
+def test_a_mistyped_place_is_told(changes: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse(to_dict(Config(recipe="psi")) | changes)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"run_dir": "s3://"},

@@ -122,6 +122,9 @@ def test_a_model_that_returns_nothing(tmp_path, answer):
     assert results["accuracy"] == 0.0 and results["failures"] == {"parse:no_markers": 16 * 6 * 2 * 2}
     assert results["protocols"]["release"]["accuracy"] is None and results["calibration"]["ece"] is None
     assert results["order_flip_rate"] is None and "no verdict" in files["report.html"]
+    for text in files.values():
+        said = " ".join(text.split())
+        assert "none of its answers could be read" in said and "to be personal" not in said and "nothing that matters" not in said
     json.dumps(results, allow_nan=False)
 
 
