@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -52,8 +53,15 @@ def short(line: str) -> str:
 @pytest.mark.parametrize("line", lines(), ids=short)
 def test_commands_of_the_pages_compose(line: str) -> None:
     asked = arguments(line)
-    config = load(*asked)
-    assert f"recipe={config.recipe}" in asked
+    for job in jobs(asked[1:]) if asked[0] == "-m" else [asked]:
+        config = load(*job)
+        assert f"recipe={config.recipe}" in job
+
+
+def jobs(asked: list[str]) -> list[list[str]]:
+    """Of a multirun: one for each choice of values."""
+    choices = ([f"{key}={value}" for value in values.split(",")] for key, _, values in (word.partition("=") for word in asked))
+    return [list(job) for job in itertools.product(*choices)]
 
 
 def test_there_are_commands_on_the_pages() -> None:
