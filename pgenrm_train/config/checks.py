@@ -55,7 +55,7 @@ _POSITIVE = (
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "cre.validate_pairs", "curriculum.validate_pairs", "eval.seeds", "score.ind", "eval.probe_pairs",
     "eval.max_in_flight", "eval.draws", "eval.grid_seeds", "cluster.nodes",
-    "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "plan.mfu", "plan.bandwidth_use",
+    "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "model.nano.layers", "model.nano.hidden", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
                                                                    "give_up_after", "gpus", "requests_per_minute",
@@ -70,38 +70,15 @@ def check(config: Config) -> None:
             raise ConfigError(not_one_of(key, value, valid))
     if config.masking.policy is not None and config.masking.policy not in _CHOICES["psi.masking"]:
         raise ConfigError(not_one_of("masking.policy", config.masking.policy, _CHOICES["psi.masking"]))
-    for key in ("eval.ind", "eval.pro"):
-        value = get(config, key)
-        if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
-            raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
-    if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
-        raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
-    weights = config.eval.weights
-    if len(weights) != 2 or min(weights) < 0 or not sum(weights):
-        raise ConfigError(f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, one above 0")
-    if config.eval.scores == "verified" and config.data.name == "lampqa":
-        raise ConfigError("eval.scores=verified is for pairs; data=lampqa ranks by the declared scores")
-    for kind in config.eval.probe_kinds:
-        if kind not in PROBES:
-            raise ConfigError(not_one_of("eval.probe_kinds", kind, PROBES))
-    if config.eval.compare and len(config.eval.compare) != 2:
-        raise ConfigError(f"eval.compare={config.eval.compare} must name two run folders: eval.compare=[runA,runB]")
+    _check_eval(config)
     if (k := config.prototypes.k) != "auto" and not (isinstance(k, int) and k > 0):
         raise ConfigError(f"prototypes.k={k} must be a number from 1, or auto")
     if not 0 < config.prototypes.retained_mass <= 1:
         raise ConfigError(f"prototypes.retained_mass={config.prototypes.retained_mass} must be above 0 and at most 1")
-    if config.eval.adaptive is not None and not 0 < config.eval.adaptive < 1:
-        raise ConfigError(f"eval.adaptive={config.eval.adaptive} is an error level and must lie between 0 and 1")
-    if config.eval.adaptive is not None and (isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list)):
-        raise ConfigError("eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists")
-    if config.eval.temperature < 0:
-        raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
     if config.score.pro < 0:
         raise ConfigError(f"score.pro={config.score.pro} must be at least 0")
     if config.cluster.max_failures < 0:
         raise ConfigError(f"cluster.max_failures={config.cluster.max_failures} must be at least 0")
-    if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
-        raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
     if config.sec.orders_per_pair not in (1, 2):
         raise ConfigError(f"sec.orders_per_pair={config.sec.orders_per_pair} is not one of 1, 2")
     if not 0 < config.sec.near_duplicate <= 1:
@@ -115,6 +92,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}={get(config, key)} must be above 0")
     if unknown := [name for name in config.preflight.skip if name not in PREFLIGHT]:
         raise ConfigError(not_one_of("preflight.skip", unknown[0], PREFLIGHT))
+    for key in ("plan.mfu", "plan.bandwidth_use"):
+        if (value := get(config, key)) is not None and value > 1:
+            raise ConfigError(f"{key}={value} is a share and must be at most 1")
     if config.plan.card not in config.plan.cards:
         raise ConfigError(not_one_of("plan.card", config.plan.card, config.plan.cards))
     if config.data.name == "pairs" and not config.data.path:
@@ -128,7 +108,7 @@ def check(config: Config) -> None:
         _check_endpoint(section, endpoint)
         if endpoint.kind == "oracle" and config.data.name != "personaworld":
             raise ConfigError(
-                f"{section}=oracle knows data=personaworld only, and data={config.data.name}; use another {section}="
+                f"{section}=oracle knows data=personaworld only, and this is data={config.data.name}; use another {section}="
             )
     if config.sec.synthesize_criteria:
         _check_synthesis(config)
@@ -145,6 +125,33 @@ def check(config: Config) -> None:
     _check_psi(config)
     if config.recipe in ("psi", "pipeline") and (problems := psi_problems(config)):
         raise ConfigError(problems[0])
+
+
+def _check_eval(config: Config) -> None:
+    for key in ("eval.ind", "eval.pro"):
+        value = get(config, key)
+        if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
+            raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
+    if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
+        raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
+    weights = config.eval.weights
+    if len(weights) != 2 or min(weights) < 0 or not sum(weights):
+        raise ConfigError(f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, one above 0")
+    if config.eval.scores == "verified" and config.data.name == "lampqa":
+        raise ConfigError("eval.scores=verified is for pairs; data=lampqa ranks by the declared scores")
+    for kind in config.eval.probe_kinds:
+        if kind not in PROBES:
+            raise ConfigError(not_one_of("eval.probe_kinds", kind, PROBES))
+    if config.eval.compare and len(config.eval.compare) != 2:
+        raise ConfigError(f"eval.compare={config.eval.compare} must name two run folders: eval.compare=[runA,runB]")
+    if config.eval.adaptive is not None and not 0 < config.eval.adaptive < 1:
+        raise ConfigError(f"eval.adaptive={config.eval.adaptive} is an error level and must lie between 0 and 1")
+    if config.eval.adaptive is not None and (isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list)):
+        raise ConfigError("eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists")
+    if config.eval.temperature < 0:
+        raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
+    if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
+        raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
 
 
 def psi_problems(config: Config) -> list[str]:

@@ -237,6 +237,8 @@ MISTAKES = {
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
     "psi.sequence_parallel=2": ("psi.sequence_parallel=2", "psi.micro_batch_size=1"),
+    "plan.mfu=5": ("plan.mfu=5", "at most 1"),
+    "model.nano.layers=-3": ("model.nano.layers=-3", "above 0"),
     "psi.sequence_parallel=0": ("psi.sequence_parallel=0", "above 0"),
     "data.name=pairs": ("data.path=", "data=pairs"),
     "teacher.kind=vllm": ("teacher=vllm", "teacher.name"),
