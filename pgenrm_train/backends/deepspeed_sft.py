@@ -115,6 +115,8 @@ def _torchrun(config: Config, job: Path) -> None:
 
 def _train_here(job: Job) -> None:
     """One process's part.  Each finds the checkpoint to go on from by itself: a launcher may start processes anew after a loss."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     os.environ.update({k: v for k, v in environment(job.config).items() if k not in os.environ})
     _join_processes(job.config)
     trainer = _trainer(job)
@@ -124,7 +126,10 @@ def _train_here(job: Job) -> None:
         trim(job.work_dir / METRICS, step_of(resume) if resume else 0)
         if resume:
             print(f"resuming from {resume}", flush=True)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        unset_hf_deepspeed_config()  # or ZeRO-3 would shard whatever model this process loads next
 
 
 def _publish(job: Job, tokenizer: Any) -> Trained:
