@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from test_prism import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
+from pgenrm_train.raw_rows import LeftOut
 from pgenrm_train.records import ExplicitSignals, Message, PreferencePair, pair_to_row
 from pgenrm_train.stages.grpo import ROWS, write_rows
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
@@ -75,7 +75,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         more = [f"data.path={make(tmp_path_factory.mktemp(request.param))}", "judge=none", "teacher=features"]
     overrides = [f"data={request.param}", *more]
     config = load("recipe=cre", *overrides)
-    pairs = list(builder(config)(config.data, 0, Counter()))
+    pairs = list(builder(config)(config.data, 0, LeftOut()))
     if request.param == "prism":  # its splits are drawn by the stage
         pairs = [replace(pair, split="val" if n % 4 == 3 else "train") for n, pair in enumerate(pairs)]
     return overrides, pairs

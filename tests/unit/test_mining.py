@@ -32,7 +32,7 @@ class Measured:
         self.stage, self.work_dir, self.pair_ids = "curriculum", folder, ["p0", "p1", "p2"]
         self.table = pa.table({"i": [0, 1, 2]})
 
-    def measure(self, table: pa.Table, samples: int, purpose: str, places: range) -> list[list[dict[str, Any]]]:
+    def measure(self, table: pa.Table, samples: int, purpose: str, *, places: range) -> list[list[dict[str, Any]]]:
         self.calls += 1
         outcomes = {"mine": [1, 0, 1], "turned": [1, 0, 0]}[purpose]
         return [[info(outcomes[i], 2.0 if outcomes[i] else -2.0)] * samples for i in places]
@@ -66,7 +66,10 @@ def test_a_killed_mining_goes_on_after_its_last_block(tmp_path: Path, checkpoint
     (tmp_path / "whole").mkdir()
     expected = hardness(Measured(tmp_path / "whole"), checkpoint, 4, None, None, BAND)
     trainer = Measured(tmp_path)
-    measure, trainer.measure = trainer.measure, lambda *asked: killed() if trainer.calls == 2 else measure(*asked)
+    measure, trainer.measure = (
+        trainer.measure,
+        lambda *asked, places: killed() if trainer.calls == 2 else measure(*asked, places=places),
+    )
 
     def killed() -> Any:
         raise KeyboardInterrupt

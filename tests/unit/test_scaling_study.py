@@ -211,5 +211,7 @@ def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
 
 def test_what_a_run_will_ask_counts_the_seeds_of_its_headline_cell():
     tests = evaluation.Evaluation(config(probes=False), PAIRS, HISTORIES)
-    calls = {ind: evaluation_calls(config(ind=ind, pro=2), tests) for ind in (4, (4,))}
+    calls = {ind: evaluation_calls(config(ind=ind, pro=2, probes=False), tests) for ind in (4, (4,))}
+    probes = evaluation_calls(config(ind=4, pro=2, probe_pairs=6), tests) - calls[4]
+    assert probes == 2 * 6 * len(config().eval.probe_kinds) > 0
     assert calls == {4: 2 * 20 * 5 * (1 + 4 + 2), (4,): 2 * 20 * (5 + 4 + 2)}
