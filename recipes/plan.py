@@ -36,5 +36,7 @@ def emit(config: Config, plan: Plan) -> int:
     for stage in plan.stages:
         for problem in stage.problems:
             print(f"warning: {problem}", file=sys.stderr)
+        if stage.change:
+            print(f"warning: {stage.stage} fits with {' '.join(stage.change)}", file=sys.stderr)
     print({"slurm": slurm, "rayjob": rayjob}[config.plan.emit or ""](config, hours=plan.hours), end="")
-    return 0
+    return 0 if plan.fits else 1

@@ -92,18 +92,16 @@ def geometry_of(config: Config) -> Geometry:
     model = config.model
     if model.kind in ("endpoint", "baseline"):
         raise ConfigError(f"model={model.kind} trains nothing, so there is no memory to plan; choose a model with weights")
-    made = (
-        Path(config.run_dir) / "build_sec" / "base" if model.kind == "nano" else None
-    )  # nano knows its vocabulary once it is made
-    for folder in (model.path, ROOT / config.psi.nano_start if config.psi.nano_start else None, made, model.name):
+    for folder in (model.path, ROOT / config.psi.nano_start if config.psi.nano_start else None, model.name):
         if folder and (Path(folder) / "config.json").is_file():
             return read_geometry(Path(folder) / "config.json")
     if model.path:
         raise ConfigError(f"model.path={model.path} is not a checkpoint: it has no config.json")
     if model.kind == "nano":
-        nano = model.nano
+        nano, made = model.nano, Path(config.run_dir) / "build_sec" / "base" / "config.json"
+        words = read_geometry(made).vocabulary if made.is_file() else nano.vocabulary  # it is known once the tokenizer is made
         return Geometry(nano.layers, nano.hidden, nano.intermediate, nano.heads, nano.heads, nano.hidden // nano.heads,
-                        nano.vocabulary, nano.positions, tied=True, qkv_bias=True)  # fmt: skip
+                        words, nano.positions, tied=True, qkv_bias=True)  # fmt: skip
     return named_geometry(model.name, "model.name", "model.path")
 
 

@@ -326,3 +326,13 @@ def test_planning_imports_nothing_heavy() -> None:
     code = "import sys, recipes.plan, pgenrm_train.planning\nprint([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_nano_that_is_made_tells_its_vocabulary_and_nothing_else(tmp_path: Path) -> None:
+    base = tmp_path / "build_sec" / "base"
+    base.mkdir(parents=True)
+    made = json.loads((ROOT / "tests/data/psi_nano/config.json").read_text())
+    (base / "config.json").write_text(json.dumps(made | {"vocab_size": 777}))
+    config = load("recipe=plan", "model.nano.layers=12", f"run_dir={tmp_path}")
+    found = geometry_of(config)
+    assert (found.layers, found.vocabulary) == (12, 777)
