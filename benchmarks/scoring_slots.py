@@ -23,29 +23,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
 
+from factory_slots import WORDS
+
 from pgenrm_train.chains import write_chain
 from pgenrm_train.config import load
 from pgenrm_train.records import Message, PreferencePair, pair_to_row
 
 ENOUGH = 0.95
-WORDS = [
-    "the",
-    "answer",
-    "names",
-    "what",
-    "this",
-    "user",
-    "asked",
-    "for",
-    "and",
-    "says",
-    "in",
-    "plain",
-    "words",
-    "why",
-    "it",
-    "holds",
-]
 
 
 class Stub:

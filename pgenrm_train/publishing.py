@@ -233,7 +233,12 @@ def _close(final: bool = False) -> list[str]:
                 print(f"published: {url}", flush=True)
         except StoreLost as error:
             missing, publisher.lost = ["the final files"], error
-        if missing:
+        if isinstance(publisher.lost, StoreTaken):
+            problems.append(
+                f"{publisher.lost}; what this machine made is in {publisher.run_dir}, and a new start sets it aside and fetches what is "
+                "published"
+            )
+        elif missing:
             reason = publisher.lost or "it was still being written"
             problems.append(
                 f"the run is whole in {publisher.run_dir}, but {url} lacks {', '.join(missing)} ({reason}); the same command publishes it"

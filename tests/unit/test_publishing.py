@@ -173,7 +173,9 @@ def test_the_machine_that_is_behind_takes_over_what_the_other_did(
     ).exists() and f"is ahead of this machine; its psi was moved to {aside}" in capsys.readouterr().out
 
 
-def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(tmp_path: Path, url: str) -> None:
+def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", complete=False)
     step(tmp_path / "a", 2)
@@ -183,6 +185,11 @@ def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(tmp_pat
     second.close()
     step(tmp_path / "a", 3)
     assert first.close() == ["psi"] and "another machine has published psi" in str(first.lost)
+    monkeypatch.setattr(publishing, "_OPEN", {tmp_path / "a": first})
+    told = pytest.raises(ArtifactError, match=r"another machine has published psi .* a new start sets it aside")
+    with told as error, publishing.kept():
+        pass
+    assert "publishes it" not in str(error.value)
     machine(tmp_path, "c", url)
     assert [path.name for path in (tmp_path / "c" / "psi" / "steps").iterdir()] == ["checkpoint-4"]
 
