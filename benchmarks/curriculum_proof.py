@@ -19,7 +19,7 @@ be killed and started again, or run piece by piece; `--list` says what there is 
     python benchmarks/curriculum_proof.py --publish docs
 
 After each cell `curriculum_proof.md` and `.svg` are written to `--out`: accuracy by arm, what training saw, and differences on the
-same pairs with the standard error over training seeds and the 95 % interval over users.  `--publish` makes them from the kept cells
+same pairs (CRE's from PSI too) with the standard error over training seeds and the 95 % interval over users.  `--publish` makes them from the kept cells
 alone.  Give a seed's arms in one go: those of a CRE that was trained anew stand beside kept ones only if it came out the same.
 """
 
@@ -54,7 +54,7 @@ ARMS = {
     "linear_process": ("curriculum.schedule=linear", "curriculum.process_weight=0.5"),
     "unmeasured": ("curriculum.schedule=self_paced", "curriculum.mine=false"),
 }
-METHODS = ("cre", *ARMS)
+METHODS = ("psi", "cre", *ARMS)
 TEST = (
     "data.heldout_users=600",
     "data.max_test_pairs=2400",
@@ -106,6 +106,8 @@ class Proof(Cells):
 
     def steps(self, method: str) -> int:
         """The cell's optimiser steps: those of the configuration, and for an arm that measures nothing what that costs the others."""
+        if method == "psi":
+            return 0
         settings = self.settings(method)
         saved = self.mined("linear") - self.mined(method) if method in ARMS else 0
         return int(settings.steps + round(saved / (settings.prompts_per_step * settings.group_size)))
@@ -124,18 +126,25 @@ class Proof(Cells):
 
     def make_all(self, methods: Sequence[str], seed: int) -> None:
         """Make the cells of a seed that are not kept; after each, the table of all that are."""
-        missing = [method for method in methods if (method, seed) not in kept_cells.read(self.keep)]
-        if missing:
+        missing = [method for method in methods if not self.kept(method, seed)]
+        if set(missing) - {"psi"}:
             self.train(missing, seed)
         for method in missing:
-            self.finish(method, seed)
+            if method == "psi":
+                self.evaluate(self.folder(method, None), self.psi)
+            else:
+                self.finish(method, seed)
+            self.keep_cell(method, seed)
             print(publish(kept_cells.read(self.keep), METHODS, self.out).read_text(), flush=True)
+
+    def kept(self, method: str, seed: int) -> bool:
+        return (method, 0 if method == "psi" else seed) in kept_cells.read(self.keep)  # the start is one cell for all seeds
 
     def train(self, methods: Sequence[str], seed: int) -> None:
         """Train the cells of a seed that are not, and the CRE that they start from, in one session."""
         from pgenrm_train.backends import verl_grpo
 
-        phases = [self.phase(method, seed) for method in METHODS if method in methods or method == "cre"]
+        phases = [self.phase(method, seed) for method in METHODS[1:] if method in methods or method == "cre"]
         self.share_mining(seed)
         if any(not (phase.work_dir / verl_grpo.TRAINED).exists() for phase in phases):
             print(f"one session for seed {seed}:", " ".join(str(phase.work_dir) for phase in phases), flush=True)
@@ -165,15 +174,24 @@ class Proof(Cells):
                 link(files[0], other)
 
     def finish(self, method: str, seed: int) -> None:
-        """The recipe finds the cell trained and completes its folder; then its checkpoint is evaluated and kept."""
+        """The recipe finds the cell trained and completes its folder; then its checkpoint is evaluated."""
         folder = self.folder(method, seed)
         self.recipe(folder, self.section(method), self.start(method, seed), *self.own(method, seed))
         self.evaluate(folder, self.trained(method, seed) / "checkpoint")
+
+    def keep_cell(self, method: str, seed: int) -> None:
         predictions = super().predictions(method, seed)
         assert predictions is not None
-        facts = self.facts(method, seed)
+        facts = self.start_facts() if method == "psi" else self.facts(method, seed)
         kept_cells.check([*(f for _, f in kept_cells.read(self.keep).values()), facts], self.keep)
         print(f"kept as {kept_cells.keep(self.keep, predictions, facts)}", flush=True)
+
+    def start_facts(self) -> dict[str, Any]:
+        start = weights_digest(self.psi)
+        return {
+            "method": "psi", "seed": 0, "start": start, "checkpoint": start, "settings": self.shared(), "git": environment_facts()["git"],
+            "steps": 0, "chains": 0, "seconds": 0.0, "hardness": None, "curves": {},
+        }  # fmt: skip
 
     def facts(self, method: str, seed: int) -> dict[str, Any]:
         folder, said = self.trained(method, seed), read_json(self.trained(method, seed) / "trained.json")
@@ -198,10 +216,9 @@ class Proof(Cells):
         return {"seed": config["seed"], "judge": config["judge"]["kind"]} | {k: v for k, v in flat.items() if k not in own}
 
     def list(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
-        kept = kept_cells.read(self.keep)
         for seed, method in itertools.product(seeds, methods):
-            trained = (self.trained(method, seed) / "trained.json").exists()
-            state = "kept" if (method, seed) in kept else "trained" if trained else "to do"
+            trained = method != "psi" and (self.trained(method, seed) / "trained.json").exists()
+            state = "kept" if self.kept(method, seed) else "trained" if trained else "to do"
             cost = f"{self.steps(method)} steps, {self.chains(method)} chains"
             print(f"{state:<8} {method + '-' + str(seed):<20} {cost} {' '.join(ARMS.get(method, ()))}")
 

@@ -10,9 +10,10 @@ From one checkpoint, on the same rows and with the same settings:
     python benchmarks/grpo_overlap.py --out runs/overlap
     python benchmarks/grpo_overlap.py --out runs/overlap --rounds 3 --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
 
-A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync.  Printed are medians, and for the judge the median
-over rounds of the ratio to the round's own step with verdicts at once.  Verdicts are asked for as each chain ends, so what is left of a
-judge's latency is that of the chain that ends last.
+A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync, and as on GPUs the log-probabilities of the actor and
+of the reference.  Printed are medians, and for the judge the median over rounds of the ratio to the round's own step with verdicts at
+once.  Verdicts are asked for as each chain ends and waited for after the log-probabilities, so what is left of a judge's latency is that
+of the chain that ends last, less what they take.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def steps_of(rounds: int) -> int:
 
 def configuration(args: argparse.Namespace) -> Config:
     return load("recipe=cre", "pipeline.budget=smoke", "tracking=none", f"run_dir={args.out.resolve()}", f"cre.steps={steps_of(args.rounds)}",
-                f"model.path={args.start}", "cre.save_every=0", "cre.validate_every=0", "cre.rows=96", *args.overrides)  # fmt: skip
+                f"model.path={args.start}", "cre.kl_coefficient=0.001", "cre.save_every=0", "cre.validate_every=0", "cre.rows=96",
+                *args.overrides)  # fmt: skip
 
 
 def base_phase(config: Config) -> Any:
@@ -112,6 +114,7 @@ def base_phase(config: Config) -> Any:
 def timed(config: Config, section: str, **where: Any) -> Any:
     """`to_verl`, with veRL's own file logger: one file a phase."""
     composed = to_verl(config, section, **where)
+    composed.algorithm.rollout_correction.bypass_mode = False  # a CPU run takes the sampler's log-probabilities for the actor's
     composed.trainer.logger, composed.trainer.experiment_name = ["file"], where["work_dir"].name
     return composed
 
@@ -168,8 +171,10 @@ def report(out: Path) -> None:
     ours, stock = (read_times(times_of(out, name))[:-1] for name in ("ours", "stock"))
     at_once = of_share(ours, 0.0, "timing_s/step")
     generation = statistics.median(of_share(ours, 0.0, "timing_s/gen"))
+    hidden = sum(statistics.median(of_share(ours, 0.0, f"timing_s/{name}")) for name in ("old_log_prob", "ref"))
     print(
-        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of it {generation:.2f} s generation ({len(at_once)} rounds)"
+        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of it {generation:.2f} s generation and "
+        f"{hidden:.2f} s log-probabilities ({len(at_once)} rounds)"
     )
     for share in SHARES[1:]:
         steps = of_share(ours, share, "timing_s/step")

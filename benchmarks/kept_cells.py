@@ -57,7 +57,7 @@ def read(folder: Path) -> Kept:
 
 
 def check(cells: Sequence[Facts], folder: Path) -> None:
-    """One set of settings and one start for all; each arm of a seed from the checkpoint of that seed's `cre`."""
+    """One set of settings and one start for all (its own answers are `psi`); each arm of a seed from the checkpoint of that seed's `cre`."""
     for facts in cells[1:]:
         one, other = cells[0]["settings"], facts["settings"]
         if changed := [key for key in one.keys() & other.keys() if one[key] != other[key]]:  # a key of one alone is newer code's
@@ -66,7 +66,7 @@ def check(cells: Sequence[Facts], folder: Path) -> None:
     first: dict[Any, Facts] = {}  # what must start alike → one that does
     made = {facts["seed"]: facts for facts in cells if facts["method"] == "cre"}
     for facts in cells:
-        where = "cre" if facts["method"] == "cre" else facts["seed"]
+        where = "cre" if facts["method"] in ("psi", "cre") else facts["seed"]
         other = first.setdefault(where, facts)
         if facts["start"] != other["start"]:
             raise ArtifactError(f"{_name(facts)} and {_name(other)} in {folder} start from different checkpoints")

@@ -19,7 +19,7 @@ from eval.report import Report, Section, write_markdown
 from pgenrm_train.artifacts import atomic
 
 COMPARISONS = (
-    ("linear", "uniform"), ("self_paced", "uniform"), ("anti", "uniform"), ("linear", "anti"), ("uniform", "cre"), ("linear", "cre"),
+    ("cre", "psi"), ("linear", "uniform"), ("self_paced", "uniform"), ("anti", "uniform"), ("linear", "anti"), ("uniform", "cre"), ("linear", "cre"),
     ("linear_process", "uniform_process"), ("linear", "linear_process"), ("unmeasured", "uniform"),
 )  # fmt: skip
 SLICES = (None, "unseen", "unseen easy", "unseen hard", "unseen rival")
@@ -59,14 +59,15 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
         sections=[
             Section(
                 "Differences on the same pairs",
-                "Mean over training seeds. Intervals resample users; the standard error is over training seeds, of all pairs.",
+                "Mean over training seeds. Intervals resample users; the standard error is over training seeds, of all pairs, and so is "
+                "the number of seeds with a gain.",
                 differences(found),
             ),
             Section(
                 "What training saw",
                 "Means over training seeds: pairs called hard and suspect, pass rates of the drawn pairs in the first and the last "
                 "third of training, and the share of groups without advantage, which teach nothing.",
-                [_seen(method, [f for (m, _), f in facts.items() if m == method]) for method in shown],
+                [_seen(method, [f for (m, _), f in facts.items() if m == method]) for method in shown if method != "psi"],
             ),
         ],
     )
@@ -87,6 +88,8 @@ def _arm(found: Mapping[tuple[str, int], pd.DataFrame], facts: Mapping[tuple[str
 def differences(found: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str, Any]]:
     """A row a comparison of which both cells are there for a seed, in fractions."""
     rows = []
+    if ("psi", 0) in found:  # the start of every seed
+        found = {**found, **{("psi", seed): found["psi", 0] for _, seed in found}}
     for one, other in COMPARISONS:
         both = sorted(s for m, s in found if m == one and (other, s) in found)
         if not both:
@@ -97,6 +100,7 @@ def differences(found: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str,
             name = f"{kind or 'all'} difference"
             row |= {name: statistics.fmean(single) / 100, f"{name} ci95": [bound / 100 for bound in bounds]}
             if kind is None:
+                row["seeds up"] = sum(value > 0 for value in single)
                 row["seed stderr"] = statistics.stdev(single) / len(single) ** 0.5 / 100 if len(single) > 1 else None
         rows.append(row)
     return rows

@@ -1,9 +1,10 @@
 """Sampling and scoring of chains inside veRL: prompt → group of chains → rewards → TransferQueue.
 
 verl's stock agent loop builds objects and makes several remote calls a *sample*; here a prompt is tokenised once, each of its
-samples is one request to a vLLM server, its reward is computed as soon as it is finished (so judge calls overlap generation),
-and the group is written with one put.  Requests carry seeds derived from (run, stage, step, place in the batch, sample), so a
-resumed run samples the chains that the interrupted one would have sampled.
+samples is one request to a vLLM server, its reward is asked for as soon as it is finished (so judge calls overlap generation),
+and the group is written with one put once it is sampled.  Rewards follow when the last is known, so a judge that is still reading
+holds up neither the sleep of vLLM nor the log-probabilities, only the advantages (`Rollout.settled`).  Requests carry seeds derived
+from (run, stage, step, place in the batch, sample), so a resumed run samples the chains that the interrupted one would have sampled.
 
 What a chain earns is `verl_rewards`'.
 """
@@ -15,7 +16,7 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -29,6 +30,8 @@ from pgenrm_train.backends.verl_rewards import RewardSpec, Sample, load_judge, s
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards import RewardWeights
 
+UNKNOWN = float("nan")  # a reward that is not written yet: an update that did not wait for it would show
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -41,6 +44,21 @@ class Prompt:
     samples: int
     temperature: float
     resample: int = 0  # times that a group without advantage is sampled anew
+
+
+@dataclass
+class Group:
+    """The chains of a prompt.  Their `info` and `score` are there once `scoring` is done."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    scoring: asyncio.Task[None]
+    discarded: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def trajectories(self) -> list[str]:
+        """verl's keys: prompt, sample, turn."""
+        return [f"{self.prompt.uid}_{number}_0" for number in range(len(self.samples))]
 
 
 class ChainSampler:
@@ -61,8 +79,11 @@ class ChainSampler:
         self.threads = ThreadPoolExecutor(max_workers=spec.judge_in_flight, thread_name_prefix="reward")
 
     async def train(self, prompts: Sequence[Prompt]) -> None:
-        """Sample every group and write it to TransferQueue; a prompt that fails is marked so, with its reason kept."""
-        await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
+        """Write every group to TransferQueue when it is sampled, and all rewards when they are known; a prompt that fails is marked
+        so, with its reason kept."""
+        groups = await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
+        if written := [group for group in groups if group is not None]:
+            await asyncio.to_thread(_put_rewards, written)
 
     async def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
         """The `info` of every sample of every prompt, without training on it (mining, validation).  Raises on engine failure."""
@@ -78,38 +99,56 @@ class ChainSampler:
         taken, self.failures = self.failures, []
         return taken
 
-    async def _train_group(self, prompt: Prompt) -> None:
-        status = "finished"
+    async def _train_group(self, prompt: Prompt) -> Group | None:
+        """The group, written and then scored; None when the engine failed."""
+        status, group = "finished", None
         try:
-            samples, discarded = await self._with_advantage(prompt)
-            await asyncio.to_thread(_put_group, prompt, samples, discarded)
+            group = await self._with_advantage(prompt)
+            await asyncio.to_thread(_put_group, group)
         except Exception as error:  # an engine failure of one prompt must not strand the others; the trainer counts and judges
             self.failures.append(f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300])
-            status = "failure"
+            status, group = "failure", None
         tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
         await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=tags)
+        if group is not None:
+            await group.scoring
+        return group
 
-    async def _with_advantage(self, prompt: Prompt) -> tuple[list[Sample], dict[str, int]]:
-        """The first group whose rewards differ, else the last of `1 + prompt.resample`, and what was discarded before.
+    async def _with_advantage(self, prompt: Prompt) -> Group:
+        """The first group whose rewards differ, else the last of `1 + prompt.resample`, with a count of what was discarded before.
 
         The same prompt is asked again, not another: which groups end first is chance, and the sampler's draws must not hang on it.
         """
-        discarded = {"discarded_passes": 0, "discarded_chains": 0}
+        passes = chains = 0
         for attempt in range(prompt.resample):
-            samples = await self.group(prompt, attempt)
-            if len({sample.score for sample in samples}) > 1:
-                return samples, discarded
-            discarded["discarded_passes"] += sum((sample.info["outcome"] or 0.0) > 0 for sample in samples)
-            discarded["discarded_chains"] += len(samples)
-        return await self.group(prompt, prompt.resample), discarded
+            group = await self._sampled(prompt, attempt)
+            await group.scoring
+            if len({sample.score for sample in group.samples}) > 1:
+                break
+            passes += sum((sample.info["outcome"] or 0.0) > 0 for sample in group.samples)
+            chains += len(group.samples)
+        else:
+            group = await self._sampled(prompt, prompt.resample)  # kept whatever its rewards are, so they are not waited for
+        group.discarded = {"discarded_passes": passes, "discarded_chains": chains}
+        return group
 
-    async def group(self, prompt: Prompt, attempt: int = 0) -> list[Sample]:
-        """All samples of one prompt, scored; each attempt has seeds of its own."""
+    async def group(self, prompt: Prompt) -> list[Sample]:
+        """All samples of one prompt, scored."""
+        group = await self._sampled(prompt)
+        await group.scoring
+        return group.samples
+
+    async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
+        """All samples of one prompt, their scores under way since each ended; each attempt has seeds of its own."""
         ids = self._prompt_ids(prompt)
         numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
-        samples = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
+        pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
+        samples = [sample for sample, _ in pairs]
+        return Group(prompt, samples, asyncio.create_task(self._score(prompt, samples, [scoring for _, scoring in pairs])))
+
+    async def _score(self, prompt: Prompt, samples: Sequence[Sample], scoring: Sequence[asyncio.Task[None]]) -> None:
+        await asyncio.gather(*scoring)
         settle(samples, prompt.row, self.weights, self.null_policy)
-        return list(samples)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
@@ -120,7 +159,8 @@ class ChainSampler:
             raise ConfigError(f"the prompt has {len(ids)} tokens and model.max_prompt_tokens={limit}")
         return list(ids)
 
-    async def _sample(self, prompt: Prompt, ids: list[int], number: int) -> Sample:
+    async def _sample(self, prompt: Prompt, ids: list[int], number: int) -> tuple[Sample, asyncio.Task[None]]:
+        """One chain, and the task that fills in its `info`."""
         limit = self.config.data.max_response_length
         parameters = {
             "temperature": prompt.temperature, "top_p": 1.0, "top_k": -1, "logprobs": True, "detokenize": False,
@@ -139,21 +179,23 @@ class ChainSampler:
             ids, tokens, list(output.log_probs[:limit]), self.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens[-1] in self.ends, int(output.extra_fields.get("global_steps") or 0),
         )  # fmt: skip
-        sample.info = await self._info(sample, prompt.row) | {"length": len(tokens)}
-        return sample
+        return sample, asyncio.create_task(self._inform(sample, prompt.row))
 
-    async def _info(self, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
+    async def _inform(self, sample: Sample, row: Mapping[str, Any]) -> None:
         arguments = (sample, row, self.weights, self.judge)
         if self.judge is None:
-            return scored(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self.threads, scored, *arguments)
+            info = scored(*arguments)
+        else:
+            info = await asyncio.get_running_loop().run_in_executor(self.threads, scored, *arguments)
+        sample.info = info | {"length": len(sample.token_ids)}
 
 
 class Rollout:
     """The samplers behind one call: a thread of this process when `agent.num_workers` is 0, else that many Ray actors."""
 
     def __init__(self, config: Any, servers: Sequence[Any]) -> None:
-        self.actors = []
+        self.actors: list[Any] = []
+        self.training: list[Any] = []  # what `train` started
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         if workers == 0:
             self.sampler = ChainSampler(config, servers)
@@ -171,7 +213,11 @@ class Rollout:
 
     def train(self, prompts: Sequence[Prompt]) -> None:
         """Start sampling and return; results arrive in TransferQueue."""
-        self._start("train", prompts)
+        self.training = self._start("train", prompts)
+
+    def settled(self) -> None:
+        """Wait until the rewards of what `train` started are in TransferQueue."""
+        self._wait(self.training)
 
     def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
         """One list of infos a prompt, in order."""
@@ -212,20 +258,22 @@ class _RemoteSampler(ChainSampler):
         super().__init__(config, servers)
 
 
-def _put_group(prompt: Prompt, samples: Sequence[Sample], discarded: Mapping[str, int]) -> None:
-    keys = [f"{prompt.uid}_{number}_0" for number in range(len(samples))]
-    fields = list_of_dict_to_tensordict([_trajectory(prompt, sample, discarded) for sample in samples])
-    tags = [_tag(prompt, sample) for sample in samples]
-    tq.kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id="train")
+def _put_group(group: Group) -> None:
+    fields = list_of_dict_to_tensordict([_trajectory(group.prompt, sample) for sample in group.samples])
+    tags = [_tag(group.prompt, sample) for sample in group.samples]
+    tq.kv_batch_put(keys=group.trajectories, fields=fields, tags=tags, partition_id="train")
 
 
-def _trajectory(prompt: Prompt, sample: Sample, discarded: Mapping[str, int]) -> dict[str, Any]:
-    """The fields that verl's trainer and actor read; the reward sits on the last token, the end token is inside the mask."""
+def _put_rewards(groups: Sequence[Group]) -> None:
+    fields = list_of_dict_to_tensordict([_rewards(group, sample) for group in groups for sample in group.samples])
+    tq.kv_batch_put(keys=[key for group in groups for key in group.trajectories], fields=fields, partition_id="train")
+
+
+def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+    """The fields that verl's trainer and actor read; the end token is inside the mask, rewards are yet to come."""
     prompts = torch.tensor(sample.prompt_ids, dtype=torch.int64)
     responses = torch.tensor(sample.token_ids, dtype=torch.int64)
     mask = torch.ones_like(responses)
-    rewards = torch.zeros(len(responses), dtype=torch.float32)
-    rewards[-1] = sample.score
     ids = torch.cat([prompts, responses])
     return {
         "uid": prompt.uid,
@@ -236,11 +284,18 @@ def _trajectory(prompt: Prompt, sample: Sample, discarded: Mapping[str, int]) ->
         "input_ids": ids,
         "position_ids": torch.arange(len(ids)),
         "rollout_log_probs": torch.tensor(sample.log_probs, dtype=torch.float32),
-        "rm_scores": rewards,
+        "rm_scores": torch.full((len(responses),), UNKNOWN),
         "num_turns": 2,
         "multi_modal_inputs": {},
-        "extra_fields": {"reward_extra_info": sample.info, "order": prompt.row["extra_info"].get("order"), **discarded},
     }
+
+
+def _rewards(group: Group, sample: Sample) -> dict[str, Any]:
+    """The reward, on the last token, and what is known of it."""
+    rewards = torch.zeros(len(sample.token_ids))
+    rewards[-1] = sample.score
+    order = group.prompt.row["extra_info"].get("order")
+    return {"rm_scores": rewards, "extra_fields": {"reward_extra_info": sample.info, "order": order, **group.discarded}}
 
 
 def _tag(prompt: Prompt, sample: Sample) -> dict[str, Any]:

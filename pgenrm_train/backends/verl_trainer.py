@@ -8,6 +8,7 @@ a phase, `fit` is verl's own loop.  What differs from stock verl and why:
 - a checkpoint counts only when `complete.json` was renamed into it; verl's own tracker file can be half-written;
 - trajectories are put in (place, sample) order before the update, so that a resumed run sums in the same order;
 - the sampler learns the step's pass rates before the checkpoint is written, so its saved state is not one update stale;
+- rewards are waited for where advantages need them, after the log-probabilities: what a judge costs a step is `time/verdicts`;
 - reward parts are read before the checkpoint is written, so a stop (too many reward errors, a judge without verdicts) leaves a
   resumable run and `metrics.jsonl` never lacks a step that a checkpoint holds.
 """
@@ -28,6 +29,7 @@ import transfer_queue as tq
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.verl_config import TRAINER
@@ -240,7 +242,7 @@ class ChainTrainer(PPOTrainerSync):
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
-        self.run.beat(self.run.stage, self.global_steps, "updating the actor")
+        self.run.beat(self.run.stage, self.global_steps, "taking log-probabilities")
 
     def on_step_end(self) -> None:
         self.run.beat(self.run.stage, self.global_steps, "syncing weights to vLLM")
@@ -250,6 +252,14 @@ class ChainTrainer(PPOTrainerSync):
     def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _place(batch.keys[i])))
         return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        run, step = self.run, self.global_steps
+        run.beat(run.stage, step, "waiting for verdicts")
+        with marked_timer("verdicts", self.timing_raw):
+            self.rollout.settled()
+        run.beat(run.stage, step, "updating the actor")
+        return super()._compute_advantage(batch, metrics)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         began = time.monotonic()

@@ -125,6 +125,7 @@ def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: P
         assert 0 < line["cre/reward/process_null_share"] < 1
         # No verdict for one chain: no process reward in its group.  So every process reward that counts is a whole verdict.
         assert line["cre/reward/process"] is None or line["cre/reward/process"] == pytest.approx(0.6)
+        assert line["cre/time/verdicts"] > 0 and math.isfinite(line["cre/actor/grad_norm"]), "the update waits for verdicts"
     last = steps[-1]
     assert last["cre/judge/calls"] >= 20 and last["cre/judge/completion_tokens"] > 0
     kinds = {name.rsplit("/", 1)[1] for name in last if "no_verdict" in name}
@@ -474,7 +475,7 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
 def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -> None:
     import asyncio
 
-    from pgenrm_train.backends.verl_rollout import ChainSampler, Prompt
+    from pgenrm_train.backends.verl_rollout import ChainSampler, Group, Prompt
 
     def group(*outcomes: float) -> list[Any]:
         found = [sample("chain") for _ in outcomes]
@@ -486,15 +487,15 @@ def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -
         def __init__(self, *groups: list[Any]) -> None:
             self.groups, self.asked = groups, 0
 
-        async def group(self, prompt: Prompt, attempt: int = 0) -> list[Any]:
+        async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
             assert attempt == self.asked
             self.asked += 1
-            return self.groups[attempt]
+            return Group(prompt, self.groups[attempt], asyncio.create_task(asyncio.sleep(0)))
 
     def ask(resample: int, *groups: list[Any]) -> tuple[list[float], dict[str, int], int]:
         sampler = Scripted(*groups)
-        kept, discarded = asyncio.run(sampler._with_advantage(Prompt("s1p00000", {}, 1, "0", 2, 1.0, resample)))
-        return [one.score for one in kept], discarded, sampler.asked
+        kept = asyncio.run(sampler._with_advantage(Prompt("s1p00000", {}, 1, "0", 2, 1.0, resample)))
+        return [one.score for one in kept.samples], kept.discarded, sampler.asked
 
     same, other = group(1, 1), group(1, 0)
     assert ask(0, same) == ([1, 1], {"discarded_passes": 0, "discarded_chains": 0}, 1)
@@ -503,8 +504,8 @@ def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -
     assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), "bounded: the last is kept"
 
 
-def test_a_chain_is_judged_while_others_are_still_sampled(world: Path) -> None:
-    """Four chains that end one after the other."""
+def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not_wait(world: Path) -> None:
+    """Four chains that end one after the other, and go to the actor before the last verdict is there."""
     import asyncio
     from types import SimpleNamespace
 
@@ -532,14 +533,19 @@ def test_a_chain_is_judged_while_others_are_still_sampled(world: Path) -> None:
         time.sleep(0.3)
         return 0.5
 
+    async def ask() -> list[Any]:
+        group = await sampler._sampled(Prompt("s1p0", row, 1, "0", 4, 1.0))
+        assert not group.scoring.done() and not group.samples[-1].info
+        await group.scoring
+        return group.samples
+
     found = OmegaConf.create(
         {"data": {"max_prompt_length": 64, "max_response_length": 128}, "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}}}
     )  # fmt: skip
     sampler = ChainSampler(found, [Server()])
     sampler.judge = judge
     tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [sampler.tokenizer.eos_token_id]
-    group = asyncio.run(sampler.group(Prompt("s1p0", row, 1, "0", 4, 1.0)))
-    assert [one.info["process"] for one in group] == [0.5] * 4
+    assert [one.info["process"] for one in asyncio.run(ask())] == [0.5] * 4
     assert events == ["ended", "asked"] * 4, "each verdict is asked for when its chain ends"
 
 

@@ -40,7 +40,7 @@ def answers(right: str, failure: str | None = None) -> pd.DataFrame:
 def facts(method: str, seed: int = 0, **changed: Any) -> dict[str, Any]:
     curves = {"zero_advantage_share": [0.5, 0.25, 0.0], "hard_pass_rate": [0.4, None, 0.6], "rest_pass_rate": [0.9, 0.9, 1.0]}
     hardness = {"pairs": 10, "hard": 4, "suspect": 1} if method == "linear" else None
-    start = "psi" if method == "cre" else f"cre-{seed}"
+    start = "psi" if method in ("psi", "cre") else f"cre-{seed}"
     found = {"method": method, "seed": seed, "start": start, "checkpoint": f"{method}-{seed}", "settings": {"cre.rows": 64}}
     return found | {"steps": 3, "chains": 24, "seconds": 1.0, "hardness": hardness, "curves": curves} | changed
 
@@ -68,6 +68,19 @@ def test_cells_of_several_days_stand_in_one_table(tmp_path: Path) -> None:
     assert row["all difference ci95"][0] <= row["all difference"] <= row["all difference ci95"][1]
     assert found["uniform − cre"]["seeds"] == 1 and found["uniform − cre"]["all difference"] == pytest.approx(-0.5)
     assert "unseen rival difference" not in row, "no pair is of that kind"
+
+
+def test_the_start_is_one_cell_for_all_seeds(tmp_path: Path, proof: Proof) -> None:
+    keep(tmp_path, "psi", "bbbbnnnn", curves={}, steps=0, chains=0)
+    keep(tmp_path, "cre", "bbbbbnnn")
+    keep(tmp_path, "cre", "bbbnnnnn", seed=1)
+    kept = kept_cells.read(tmp_path)
+    row = differences({cell: table for cell, (table, _) in kept.items()})[0]
+    assert (row["comparison"], row["seeds"], row["seeds up"], row["all difference"]) == ("cre − psi", 2, 1, 0.0)
+    assert "| psi | 1 | 0 | 0 |" in publish(kept, METHODS, tmp_path / "docs").read_text()
+    assert proof.steps("psi") == 0 and not proof.kept("psi", 3)
+    proof.keep = tmp_path
+    assert proof.kept("psi", 3) and not proof.kept("cre", 3)
 
 
 def test_the_page_says_what_training_saw_and_shows_the_plot(tmp_path: Path) -> None:
