@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,8 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends import verl_grpo
-from pgenrm_train.backends.verl_session import Session, Watchdog, die_with_parent, exit_on_terminate
+from pgenrm_train.backends.verl_session import Session, Watchdog, exit_on_terminate
 from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.ending import die_with_parent
 from pgenrm_train.rewards import chain_reward
 
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
@@ -188,7 +190,7 @@ def main() -> None:
     args = arguments()
     config = configuration(args)
     if args.child:
-        die_with_parent()
+        die_with_parent(signal.SIGTERM)
         exit_on_terminate()
         {"ours": ours, "stock": stock}[args.child](config, args.out.resolve())
         return

@@ -1,7 +1,8 @@
-"""SIGTERM, with which a scheduler ends a job, ends a run as Ctrl-C does: engines are stopped and manifests put in order."""
+"""How processes end: SIGTERM, with which a scheduler ends a job, as Ctrl-C does, and what we start together with us."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from types import FrameType
 
@@ -13,6 +14,12 @@ class Terminated(KeyboardInterrupt):
 def end_on_sigterm() -> None:
     """Raise Terminated in the main thread, once: a second signal must not break off what the first has begun."""
     signal.signal(signal.SIGTERM, _end)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Linux: the kernel sends `number` to this process when its parent is gone, even by kill -9.  Called first thing in a child."""
+    parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_death_signal, number)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

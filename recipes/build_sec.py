@@ -130,9 +130,14 @@ def make_base(config: Config, kept: Sequence[build_sec.Kept]) -> Path | str:
 
 
 def load_tokenizer(model: Path | str):  # type: ignore[no-untyped-def]
+    """Raises DataError for a tokenizer that cannot write chats."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    from pgenrm_train.backends.sft_checks import check_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_template(tokenizer, model)
+    return tokenizer
 
 
 def _as_text(config: Config, item: build_sec.Kept) -> str:

@@ -22,7 +22,8 @@ def write_card(config: Config, folder: StageFolder, steps: int) -> None:
     """Write `checkpoint/README.md`, which the Hugging Face hub shows as the model's page."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    hub = config.model.name if config.model.kind == "hf" and not Path(config.model.name).exists() else None
+    base = _base(config, folder.stage)
+    hub = base if config.model.kind == "hf" and base == config.model.name and not Path(base).exists() else None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -59,11 +60,16 @@ personal preferences; their licence is the licence of the data named above and o
     write_text(folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
 
+def _base(config: Config, stage: str) -> str:
+    """What training began with; the later stages' `model.path` is a checkpoint of this project."""
+    return (config.model.path if stage == "psi" else None) or config.model.name
+
+
 def _facts(config: Config, folder: StageFolder, steps: int) -> dict[str, Any]:
     manifest, settings = folder.manifest, getattr(config, folder.stage)
     judge = {"judge": config.judge.name or config.judge.kind} if folder.stage == "cre" else {}
     return {
-        "base model": Path(config.model.name).name,
+        "base model": Path(_base(config, folder.stage)).name,
         "data": config.data.name,
         "teacher of the chains": config.teacher.name or config.teacher.kind,
         **judge,

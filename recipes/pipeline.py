@@ -7,9 +7,8 @@ from pathlib import Path
 
 from pgenrm_train.artifacts import StageFolder, environment_facts, link, write_json
 from pgenrm_train.config import STAGES, Config
-from pgenrm_train.errors import PreflightError
-from pgenrm_train.preflight import findings, still_to_do
-from recipes.run import launch, prepare
+from recipes import psi
+from recipes.run import fail_early, launch, prepare
 
 RECIPES = (
     "build_data",  # raw source → pairs
@@ -24,20 +23,12 @@ RECIPES = (
 def run(config: Config) -> None:
     started = time.monotonic()
     prepare(config)
-    fail_early(config)
+    fail_early(config, STAGES)
+    psi.check_start(config)
     for number, recipe in enumerate(RECIPES, start=1):
         print(f"── {number} of {len(RECIPES)}: {recipe}", flush=True)
         launch(config, recipe)
     publish(config, time.monotonic() - started)
-
-
-def fail_early(config: Config) -> None:
-    """What the last stage will lack, a judge's key say, is told before the first one has run for hours."""
-    problems = [
-        p for finding in findings(config, still_to_do(config, STAGES)) if finding.check != "ring" for p in finding.problems
-    ]
-    if problems:
-        raise PreflightError("; ".join(problems))
 
 
 def publish(config: Config, seconds: float) -> None:

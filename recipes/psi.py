@@ -9,17 +9,20 @@ from eval.validation import Validation
 from pgenrm_train.backends.base import Validator
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
+from pgenrm_train.preflight import stages_of, still_to_do
 from pgenrm_train.records import PreferencePair
 from pgenrm_train.stages import psi
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
 from pgenrm_train.tracking import METRICS
 from recipes import build_sec
 from recipes.build_sec import load_tokenizer
-from recipes.run import prepare, run_stage
+from recipes.run import fail_early, prepare, run_stage
 
 
 def run(config: Config) -> None:
     prepare(config)
+    fail_early(config, stages_of(config))
+    check_start(config)
     build_sec.run(config)
 
     def body(folder, tracker):  # type: ignore[no-untyped-def]
@@ -37,6 +40,16 @@ def run(config: Config) -> None:
         return psi.facts(trained)
 
     run_stage(config, "psi", psi.READS, ["build_sec"], body, "{steps} optimiser steps")
+
+
+def check_start(config: Config) -> None:
+    """What is wrong with the model that PSI starts from is told before chains are made and paid for."""
+    from pgenrm_train.backends.sft_checks import check_libraries, inspect_start
+
+    if not still_to_do(config, ["psi"]) or config.model.kind != "hf":  # a nano may be made of the chains
+        return
+    check_libraries(config)
+    inspect_start(config, build_sec.base_model(config))
 
 
 def validation(config: Config) -> Validator:

@@ -7,10 +7,8 @@ leak into the next, and a stage alone is the same code path as a stage of the pi
 from __future__ import annotations
 
 import atexit
-import ctypes
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +18,9 @@ from typing import IO, Any, TypeVar
 from pgenrm_train import publishing
 from pgenrm_train.artifacts import StageFolder, set_aside, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
-from pgenrm_train.ending import Terminated
-from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
-from pgenrm_train.preflight import check_machine
+from pgenrm_train.ending import Terminated, die_with_parent
+from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError, PreflightError
+from pgenrm_train.preflight import check_machine, findings, still_to_do
 from pgenrm_train.shards import digest
 from pgenrm_train.tracking import Tracker
 from recipes.card import METHODS, write_card
@@ -98,7 +96,7 @@ def launch(config: Config, recipe: str) -> None:
     command = [sys.executable, "-m", "pgenrm_train.worker", str(file), recipe]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, CHILD: "1"}
-    child = subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
+    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
     try:
         code = child.wait()
     except KeyboardInterrupt as reason:
@@ -132,6 +130,13 @@ def prepare(config: Config) -> None:
         publishing.begin(config)
     except OSError as error:
         raise ArtifactError(f"run_dir={run_dir} cannot be written ({error.strerror})") from None
+
+
+def fail_early(config: Config, stages: Sequence[str]) -> None:
+    """What the last stage will lack, a judge's key say, is told before the first one has run for hours.  Raises PreflightError."""
+    found = findings(config, still_to_do(config, stages))
+    if problems := [p for finding in found if finding.check != "ring" for p in finding.problems]:
+        raise PreflightError("; ".join(problems))
 
 
 _LOCKS: dict[Path, IO[str]] = {}  # open for as long as this process lives
@@ -184,11 +189,6 @@ def _stop(child: subprocess.Popen[bytes], reason: KeyboardInterrupt) -> None:
             continue
 
 
-def _die_with_parent() -> None:
-    """Linux: the kernel ends the child when its parent is killed, so that kill -9 leaves no process behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def _source(config: Config) -> dict[str, Any]:
     """The raw data counts by its content: a moved file is the same data, a changed file is not."""
     given = {key: Path(value) for key in ("path", "answers") if (value := getattr(config.data, key)) and Path(value).exists()}
@@ -202,4 +202,4 @@ def _plain(value: Any) -> Any:
     return to_dict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-__all__ = ["PGenRMError", "launch", "newest", "prepare", "progress", "run_stage"]
+__all__ = ["PGenRMError", "fail_early", "launch", "newest", "prepare", "progress", "run_stage"]

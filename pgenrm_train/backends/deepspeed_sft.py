@@ -26,6 +26,7 @@ from pgenrm_train.backends.sft_batches import Chats, Encoded, StepOrder, collate
 from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete, state_of, step_of
 from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.config import Config, parse, to_dict
+from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
 from pgenrm_train.tracking import METRICS, trim
 
@@ -107,7 +108,9 @@ def _torchrun(config: Config, job: Path) -> None:
     ranks = f"--nproc_per_node={config.cluster.processes_per_node}"
     command = ["torchrun", "--standalone", ranks, "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
     done = subprocess.run(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]], env={**os.environ, **environment(config)}
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env={**os.environ, **environment(config)},
+        preexec_fn=die_with_parent,
     )
     if done.returncode:
         raise BackendError(f"torchrun ended with exit code {done.returncode}; the processes' messages stand above")
@@ -310,6 +313,7 @@ def _arguments(config: Config, steps: Path) -> Any:
         save_steps=psi.save_every,
         save_total_limit=psi.keep_checkpoints,
         logging_steps=psi.log_every,
+        logging_nan_inf_filter=False,  # `SftTrainer` ends a run that diverges
         report_to=[],
         seed=config.seed,
         data_seed=config.seed,
@@ -331,6 +335,7 @@ def train_rank(job_file: str) -> None:
 
 
 def main(job_file: str) -> None:
+    die_with_parent()  # ranks that outlive a killed run would hold the GPUs, and go on writing what its successor reads
     train_rank(job_file)
     from torch import distributed
 

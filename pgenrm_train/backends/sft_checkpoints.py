@@ -15,14 +15,26 @@ COMPLETE = "complete.json"  # the last file written into a checkpoint
 
 
 def newest_complete(steps: Path, *, clean: bool = True) -> Path | None:
-    """The newest checkpoint that was written to its end; newer, half-written ones are reported and removed (`clean`)."""
+    """The newest checkpoint that is whole; newer ones, half-written or damaged since, are reported and removed (`clean`)."""
     for folder in sorted(steps.glob("checkpoint-*"), key=step_of, reverse=True):
-        if (folder / COMPLETE).exists():
+        wrong = "half-written" if not (folder / COMPLETE).exists() else "damaged" if _damaged(folder) else None
+        if wrong is None:
             return folder
         if clean:
-            print(f"ignoring half-written checkpoint {folder}", flush=True)
+            print(f"ignoring {wrong} checkpoint {folder}", flush=True)
             shutil.rmtree(folder)
     return None
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file."""
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+
+
+def _damaged(checkpoint: Path) -> bool:
+    """Whether a file that the marker counts is gone or has another size, as a full or failing disk leaves it."""
+    noted = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("bytes", {})
+    return bool(noted.items() - sizes(checkpoint).items())
 
 
 def step_of(checkpoint: Path) -> int:

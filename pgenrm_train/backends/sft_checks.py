@@ -14,6 +14,7 @@ from pgenrm_train.backends.sft_batches import Encoded, encode_chat
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 
+HEADS = {"lm_head", "embed_out"}
 CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # our loss knows a plain head only
 
 
@@ -44,8 +45,7 @@ def inspect_start(config: Config, start: Path | str) -> Start:
         tokenizer = AutoTokenizer.from_pretrained(start)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{start} is not a model that PSI can start from: {_first_line(error)}") from None
-    if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {start} has no chat template; start from an instruct model or add chat_template.jinja")
+    check_template(tokenizer, start)
     if odd := [name for name in CHANGES_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]:
         raise ConfigError(
             f"{start} changes its logits after the head ({odd[0]}), which the loss of PSI does not do; use another model"
@@ -54,6 +54,11 @@ def inspect_start(config: Config, start: Path | str) -> Start:
     asked = config.model.max_prompt_tokens + config.model.max_response_tokens
     limit = min(asked, getattr(shape, "max_position_embeddings", None) or asked)
     return Start(tokenizer, limit, _identity(config, shape))
+
+
+def check_template(tokenizer: Any, model: Path | str) -> None:
+    if not tokenizer.chat_template:
+        raise DataError(f"the tokenizer of {model} has no chat template; start from an instruct model or add chat_template.jinja")
 
 
 def _check_heads(config: Config, shape: Any) -> None:
@@ -92,11 +97,11 @@ def _check_targets(targets: Sequence[str], model: Any) -> None:
     names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:
-        there = sorted({name.rsplit(".", 1)[-1] for name in names})
+        there = sorted({name.rsplit(".", 1)[-1] for name in names} - HEADS)
         raise ConfigError(
             f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(there)}"
         )
-    if set(targets) & {"lm_head", "embed_out"}:
+    if set(targets) & HEADS:
         raise ConfigError("model.lora.target_modules must not name the output head: the loss of PSI is made inside it")
 
 
@@ -117,7 +122,7 @@ def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
         raise DataError(
             f"{rows}: {len(long)} of {len(chats)} chats are longer than the model's limit of {limit} tokens, the first in row {long[0]} "
             f"with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and build again, or raise model.max_response_tokens "
-            "where the model has the positions"
+            "if the two add up to less than the model's positions"
         )
     return chats
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-PIECE = 2**26  # logits made at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256
+from pgenrm_train.planning.memory import PIECE
 
 
 def weighted_loss(

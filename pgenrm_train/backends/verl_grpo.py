@@ -32,6 +32,7 @@ from pgenrm_train.artifacts import read_json, write_json
 from pgenrm_train.backends.base import Trained
 from pgenrm_train.backends.verl_config import environment, to_verl
 from pgenrm_train.config import Config, seed_of
+from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NothingTrainedError
 from pgenrm_train.tracking import append
 
@@ -310,9 +311,9 @@ def main(job: Path) -> int:
     """Child of `launch`: the job's phases, and a report of what came of them."""
     from omegaconf import OmegaConf
 
-    from pgenrm_train.backends.verl_session import die_with_parent, exit_on_terminate
+    from pgenrm_train.backends.verl_session import exit_on_terminate
 
-    die_with_parent()
+    die_with_parent(signal.SIGTERM)
     exit_on_terminate()
     asked = json.loads(job.read_text())
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), asked["config"]))

@@ -188,14 +188,6 @@ def end_stalled(folder: Path, report: Path, why: PGenRMError) -> None:
     os._exit(STALLED)
 
 
-def die_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the process that launched us is gone, even by kill -9."""
-    import ctypes
-
-    parent_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
-
-
 def exit_on_terminate() -> None:
     """SIGTERM unwinds like Ctrl-C, so `Session.__exit__` runs."""
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import httpx
 import psutil
 
 from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import BackendError
 
 START_SECONDS = 1800.0  # a 70B model is read from a slow disk
@@ -129,7 +132,7 @@ class _Server:
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
             )
         return f"http://{host}:{port}"
 
@@ -216,11 +219,3 @@ def _free_port(host: str) -> int:
     with socket.socket() as found:
         found.bind((host, 0))
         return int(found.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    """Linux: a killed parent takes the server with it."""
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -28,6 +28,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "data.on_bad_row": ("fail", "skip"),
     "model.kind": ("nano", "hf", "endpoint", "baseline", "reward_head", "callable"),
     "model.prompt": PROMPTS,
+    "model.dtype": ("bfloat16", "float32"),
+    "model.attention": ("sdpa", "flash_attention_2", "eager"),
     "cluster.device": ("cpu", "cuda"),
     "teacher.kind": ("oracle", "features", "endpoint", "vllm"),
     "judge.kind": ("oracle", "none", "endpoint", "vllm"),

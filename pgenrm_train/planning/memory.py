@@ -36,6 +36,7 @@ BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_si
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
+PIECE = 2**26  # logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, where it has the GPU to itself
 CPU_PROCESSES_GIB = {"psi": 1.0, "cre": 5.5, "curriculum": 5.5, "evaluate": 2.0, "prototypes": 2.0}  # Python, Ray, libraries
@@ -124,7 +125,7 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     n, psi, model = ranks_of(config), config.psi, config.model
     length = model.max_prompt_tokens + model.max_response_tokens
     tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
-    trained_tokens = min(tokens, psi.micro_batch_size * (model.max_response_tokens + 1))
+    trained_tokens = min(tokens, psi.micro_batch_size * (model.max_response_tokens + 1), math.ceil(PIECE / geometry.vocabulary))
     acts, others = (
         activations(config, geometry, tokens, trained_tokens, 12, length, checkpointing)
         for checkpointing in (psi.gradient_checkpointing, not psi.gradient_checkpointing)

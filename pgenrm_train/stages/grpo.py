@@ -9,6 +9,7 @@ stage) of users who stated nothing: they come in after the prompt is written.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pgenrm_train.artifacts import write_table
-from pgenrm_train.config import ANSWER_KEYS, Config, masking_of, seed_of
+from pgenrm_train.config import ANSWER_KEYS, Config, CurriculumConfig, GrpoConfig, masking_of, seed_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.hard_negatives import GIVEN, HardNegative, hard_negatives
 from pgenrm_train.hardness import Embed, Votes
@@ -33,10 +34,15 @@ MODEL_KEYS = ("model.kind", "model.name", "model.path", "model.lora", "model.ins
               "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
 
 
+FREE = ("save_every", "keep_checkpoints", "validate_every", "validate_pairs", "stall_seconds")  # a run may go on with others
+
+
 def reads(section: str) -> tuple[str, ...]:
     """Configuration keys that the stage depends on."""
+    kind = CurriculumConfig if section == "curriculum" else GrpoConfig
+    own = (f"{section}.{field.name}" for field in dataclasses.fields(kind) if field.name not in FREE)
     judge = (f"judge.{key}" for key in ANSWER_KEYS)
-    return (section, "data", "seed", *judge, "masking", *MODEL_KEYS, "cluster.processes_per_node", "cluster.nodes")
+    return (*own, "data", "seed", *judge, "masking", *MODEL_KEYS, "cluster.processes_per_node", "cluster.nodes")
 
 
 def write_rows(

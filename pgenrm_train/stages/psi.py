@@ -5,13 +5,16 @@ Needs `build_sec/sec.parquet` and a base model.  Makes `checkpoint/` in Hugging 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from pgenrm_train.backends.base import Trained
+from pgenrm_train.config import PsiConfig
 from pgenrm_train.stages.build_sec import SEC
 
+FREE = ("save_every", "log_every", "keep_checkpoints")  # a run may go on with others: they train nothing
 READS = (
-    "psi",
+    *(f"psi.{field.name}" for field in dataclasses.fields(PsiConfig) if field.name not in FREE),
     "seed",
     "model.kind",
     "model.name",

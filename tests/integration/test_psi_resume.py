@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pgenrm_train.artifacts import weights_digest, write_table
@@ -17,7 +19,7 @@ from pgenrm_train.backends import deepspeed_sft
 from pgenrm_train.backends.base import Generation, GenerationRequest, Validated
 from pgenrm_train.backends.sft_checkpoints import COMPLETE, step_of
 from pgenrm_train.config import ROOT, Config, load
-from pgenrm_train.errors import ArtifactError
+from pgenrm_train.errors import ArtifactError, BackendError
 from pgenrm_train.tracking import METRICS
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
@@ -110,6 +112,60 @@ def killed_while_saving(rows: Path, folder: Path) -> Path:
             assert child.poll() is None, "training ended before a save was seen"
         child.kill()
     return begun[0].parent
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 4, 6):
+        shutil.copytree(whole / "steps" / f"checkpoint-{step}", tmp_path / "steps" / f"checkpoint-{step}")
+    weights, states = (
+        tmp_path / "steps/checkpoint-6/model.safetensors",
+        sorted((tmp_path / "steps/checkpoint-4").rglob("*states.pt")),
+    )
+    os.truncate(weights, weights.stat().st_size - 1)
+    states[0].unlink()
+    shutil.copy(whole / METRICS, tmp_path / METRICS)
+    assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
+    said = capsys.readouterr().out
+    assert "ignoring damaged checkpoint" in said and f"resuming from {(tmp_path / 'steps/checkpoint-2').resolve()}" in said
+    assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "said"), [(1e30, 8, "the loss of step [23] is (nan|inf)"), (1e39, 1, "weights after step 1 are not finite")]
+)
+def test_a_training_that_diverges_ends_loudly(rate: float, steps: int, said: str, rows: Path, tmp_path: Path) -> None:
+    config = config_of(learning_rate=rate, max_steps=steps, warmup_ratio=0.0)
+    with pytest.raises(BackendError, match=f"PSI has diverged: {said}; lower psi.learning_rate"):
+        deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
+    assert not (tmp_path / "checkpoint").exists() and not list(tmp_path.rglob(COMPLETE))
+
+
+SEVERAL = """
+import sys
+from pathlib import Path
+from test_psi_resume import NANO, config_of, deepspeed_sft
+config = config_of()
+config.cluster.processes_per_node, config.cluster.zero_stage = 2, 3
+deepspeed_sft.train(config, Path(sys.argv[1]), start=NANO, work_dir=Path(sys.argv[2]))
+"""
+
+
+def test_no_process_outlives_a_killed_run_of_several(whole: Path, rows: Path, tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", SEVERAL, str(rows), str(tmp_path)]
+    with subprocess.Popen(command, env=env) as child:
+        while not list((tmp_path / "steps").glob(f"checkpoint-*/{COMPLETE}")):
+            assert child.poll() is None, "training ended before a save was seen"
+            time.sleep(0.01)
+        ranks = [p for p in psutil.Process(child.pid).children(recursive=True) if p.is_running()]
+        assert len(ranks) >= 3, "torchrun and two ranks"
+        child.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert subprocess.run(command, env=env, timeout=300, check=False).returncode == 0
+    found = losses(tmp_path)
+    assert [step for step, _ in found] == list(range(1, 9))
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in losses(whole)], rel=1e-3)
 
 
 def test_a_checkpoint_of_another_model_is_refused(whole: Path, rows: Path, tmp_path: Path) -> None:

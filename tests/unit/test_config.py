@@ -330,6 +330,8 @@ def test_sizes_of_scaling():
             r"eval\.baselines=oracle knows data=personaworld only",
         ),
         (["model=callable", "model.name=score"], r"model\.name=score must be MODULE:FUNCTION"),
+        (["model=llama31_8b", "model.dtype=bfoat16"], r"model\.dtype=bfoat16 is not one of bfloat16, float32"),
+        (["model=llama31_8b", "model.attention=flash"], r"model\.attention=flash is not one of sdpa, flash_attention_2, eager"),
         (["model=endpoint", "model.name=x"], r"model=endpoint needs model\.base_url"),
         (
             ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=judge2"],

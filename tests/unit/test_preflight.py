@@ -157,6 +157,15 @@ def test_a_version_off_the_pins_is_named_with_both(tmp_path: Path, monkeypatch: 
     assert "instead of 0.1" in problem and "instead of 9.9" in problem and "requirements/cpu.txt" in problem
 
 
+def test_a_kernel_that_a_training_asks_for_must_be_there(tmp_path: Path) -> None:
+    asked = config(tmp_path)
+    asked.cluster.device, asked.model.attention = "cuda", "flash_attention_2"
+    said = [
+        problem for stage in ("build_sec", "psi") for problem in versions.check_versions(asked, stage) if "flash-attn" in problem
+    ]
+    assert len(said) == 1 and "model.attention=sdpa" in said[0], "PSI trains, build_sec does not"
+
+
 def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "ROOT", tmp_path)
     versions.pins.cache_clear()

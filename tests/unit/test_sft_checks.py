@@ -9,16 +9,21 @@ from transformers import AutoConfig
 
 from data_builders.personaworld import build
 from eval.validation import Validation
-from pgenrm_train.artifacts import write_table
+from pgenrm_train.artifacts import StageFolder, write_table
 from pgenrm_train.backends.base import GenerationRequest
 from pgenrm_train.backends.deepspeed_sft import _merge
 from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.backends.sft_generate import TrainingGenerator
 from pgenrm_train.chains import Chain, parse_chain
 from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
-from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError, PGenRMError
 from pgenrm_train.history import HistorySampler
+from pgenrm_train.stages.grpo import reads
 from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.stages.psi import READS
+from recipes import psi
+from recipes.build_sec import load_tokenizer
+from recipes.card import write_card
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 
@@ -48,6 +53,49 @@ def test_a_missing_chat_template_is_said(tmp_path):
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="has no chat template"):
         inspect_start(Config(), tmp_path / "base")
+    with pytest.raises(DataError, match="has no chat template"):
+        load_tokenizer(tmp_path / "base")
+
+
+def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_path):
+    (tmp_path / "model").mkdir()
+    asked = (
+        "model=llama31_8b",
+        "cluster=cpu",
+        f"model.path={tmp_path / 'model'}",
+        f"run_dir={tmp_path / 'run'}",
+        "tracking=none",
+    )
+    with pytest.raises(PGenRMError, match=r"model is not a"):
+        psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
+    assert not (tmp_path / "run" / "build_data").exists()
+    shutil.copytree(NANO, tmp_path / "base")
+    asked = (*asked[:2], f"model.path={tmp_path / 'base'}", *asked[3:], "model.lora.rank=4", "model.lora.target_modules=[nope]")
+    with pytest.raises(ConfigError, match="target_modules=nope names no linear layer"):
+        psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
+    assert not (tmp_path / "run" / "build_data").exists()
+
+
+def test_a_run_may_go_on_with_another_rhythm_of_saving():
+    """What no step of training depends on binds no run folder; what one depends on does."""
+    for names, free in ((READS, "psi"), (reads("cre"), "cre"), (reads("curriculum"), "curriculum")):
+        assert not {f"{free}.save_every", f"{free}.keep_checkpoints"} & set(names)
+        assert f"{free}.learning_rate" in names
+    assert "curriculum.schedule" in reads("curriculum")
+
+
+def test_a_card_says_what_training_began_with(tmp_path):
+    folder = StageFolder.read(tmp_path, "psi")
+    folder.begin(config={}, settings={}, inputs={}, seed=0)
+    (folder.path / "checkpoint").mkdir()
+    for more, base, hub in (
+        ((), "Llama-3.1-8B-Instruct", "base_model: meta-llama/Llama-3.1-8B-Instruct"),
+        ((f"model.path={tmp_path / 'mine'}",), "mine", None),
+    ):
+        write_card(load("recipe=psi", "model=llama31_8b", *more), folder, 3)
+        card = (folder.path / "checkpoint" / "README.md").read_text()
+        assert f"| base model | {base} |" in card
+        assert (hub in card) if hub else ("base_model" not in card)
 
 
 def test_an_unknown_lora_target_is_said_with_what_there_is():
