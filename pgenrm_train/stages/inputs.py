@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -62,6 +63,7 @@ class PromptWriter:
         self.config, self.tokenizer = config.model, tokenizer
         self.reserved = tuple(tokenizer.all_special_tokens)
         self.trimmed: Counter[str] = Counter()
+        self._cut = functools.lru_cache(2**16)(self._cut_anew)  # a vote is read in its own prompt and in the histories of others
 
     def __call__(self, view: MaskedView | FullView) -> Messages:
         """Raises DataError when even texts of one token would not fit."""
@@ -132,7 +134,7 @@ class PromptWriter:
             raise DataError(f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it")
         return best
 
-    def _cut(self, text: str, limit: int) -> str:
+    def _cut_anew(self, text: str, limit: int) -> str:
         if len(text) * 4 <= limit:  # UTF-8: a character has at most 4 bytes, and a token at least one
             return text
         head = text[: limit * 16]
