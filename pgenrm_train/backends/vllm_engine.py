@@ -79,7 +79,7 @@ class VllmGenerator:
                 live[request.key] = request
             for output in engine.step() if live else ():
                 if output.finished:
-                    yield from _generations(live.pop(output.request_id), output)
+                    yield from self._generations(live.pop(output.request_id), output)
 
     def close(self) -> None:
         """Drop the engine and its KV cache."""
@@ -99,12 +99,12 @@ class VllmGenerator:
             temperature=temperature,
             seed=request.seed,
             max_tokens=self.config.model.max_response_tokens,
-            skip_special_tokens=True,
+            detokenize=False,  # once at its end, not token by token
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-
-def _generations(request: GenerationRequest, output: Any) -> Iterator[Generation]:
-    for sample in output.outputs:
-        failure = None if sample.finish_reason == "stop" else f"{sample.finish_reason}"
-        yield Generation(request.key, sample.index, sample.text, failure, len(sample.token_ids))
+    def _generations(self, request: GenerationRequest, output: Any) -> Iterator[Generation]:
+        for sample in output.outputs:
+            failure = None if sample.finish_reason == "stop" else f"{sample.finish_reason}"
+            text = self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+            yield Generation(request.key, sample.index, text, failure, len(sample.token_ids))
