@@ -122,6 +122,12 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
     assert per_token == sorted(per_token) and len(set(per_token)) == 3
 
 
+def test_logits_of_psi_are_those_of_one_piece(eight: Config) -> None:
+    """As its loss makes them: 8,193 tokens of a vocabulary of 128,256 would be 11.7 GiB."""
+    parts = memory.psi_phases(eight, geometry_of(eight))[0].parts
+    assert parts.get("logits", 0.0) < 1.0 and sum(parts.values()) > 0
+
+
 @pytest.mark.parametrize("key", ["psi.micro_batch_size", "model.max_response_tokens", "model.max_prompt_tokens"])
 def test_more_of_a_size_never_needs_less(eight: Config, key: str) -> None:
     grown = changed(eight, **{key.replace(".", "__"): 2 * (1 if "micro" in key else 8192)})
