@@ -19,9 +19,12 @@ from pgenrm_train.stages.inputs import PromptWriter
 from recipes.build_sec import load_tokenizer
 from recipes.llm import api_generator, model_endpoint, plain_writer
 
+Load = Callable[[Path], Generator]
 
-def candidates(config: Config, made: Sequence[str], folder: Path) -> list[Candidate | ScoredCandidate]:
-    """In the order of the table.  `made` are the complete training stages of the run, `folder` is the evaluation's."""
+
+def candidates(config: Config, made: Sequence[str], folder: Path, load: Load) -> list[Candidate | ScoredCandidate]:
+    """In the order of the table.  `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a
+    local checkpoint."""
     model = config.model
     if model.kind == "baseline":
         return []
@@ -32,21 +35,16 @@ def candidates(config: Config, made: Sequence[str], folder: Path) -> list[Candid
     if model.kind == "reward_head":
         return [_reward_head(config)]
     if model.path:
-        return [_local(config, model.label, Path(model.path), None)]
+        return [_local(config, model.label, Path(model.path), None, load)]
     run_dir = Path(config.run_dir)
     return [
-        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"])
+        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"], load)
         for stage in made
     ]
 
 
-def _local(config: Config, name: str, checkpoint: Path, seconds: float | None) -> Candidate:
-    def make() -> Generator:
-        from pgenrm_train.backends.vllm_replicas import local_generator
-
-        return local_generator(config, checkpoint)
-
-    start, close = once(make)
+def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, load: Load) -> Candidate:
+    start, close = once(lambda: load(checkpoint))
     identity = fingerprint(_digest(checkpoint), config.model.prompt)
     return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.compare import compare, publish_comparison
-from eval.evaluation import Candidate, Evaluation, Grid, Tested
+from eval.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, Tested
 from eval.scaling_study import FindSimilar, Similar, Study
 from eval.slices import first_analyses
 from eval.summary import publish
 from eval.validation import headline
 from pgenrm_train.artifacts import StageFolder, link
+from pgenrm_train.backends.vllm_replicas import local_engines
 from pgenrm_train.config import ANSWER_KEYS, Config, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.records import PreferencePair
@@ -48,7 +49,12 @@ def run(config: Config) -> None:
         body, say = lampqa.evaluate, "Spearman {spearman} of {model}"
         reads += [f"judge.{key}" for key in ANSWER_KEYS]  # the reference ranking may be a judge's
     inputs = ["build_data", *made, *(["prototypes"] if StageFolder.read(Path(config.run_dir), "prototypes").complete else [])]
-    folder = run_stage(config, "evaluate", reads, inputs, lambda f, t: body(config, f, t, made), say, renew=True)
+
+    def test(folder: StageFolder, tracker: Any) -> dict[str, Any]:
+        with local_engines(config) as load:
+            return body(config, folder, tracker, candidates(config, made, folder.path, load))
+
+    folder = run_stage(config, "evaluate", reads, inputs, test, say, renew=True)
     print((folder.path / "table.txt").read_text(), end="")
 
 
@@ -64,9 +70,10 @@ def compare_runs(config: Config) -> None:
     print(f"comparison: {folder / 'comparison.json'} · report: {folder / 'report.html'}")
 
 
-def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[str]) -> dict[str, Any]:
+def evaluate(
+    config: Config, folder: StageFolder, tracker: Any, everyone: Sequence[Candidate | ScoredCandidate]
+) -> dict[str, Any]:
     """Test every candidate and baseline on the same pairs; write results.json, predictions.parquet, report.html, table.txt."""
-    everyone = candidates(config, made, folder.path)
     config, left_out = without_prototypes(config) if any(isinstance(c, Candidate) for c in everyone) else (config, [])
     pairs = load_pairs(Path(config.run_dir))
     split = asked(pairs, config.eval.split, config.data.max_test_pairs)
@@ -95,7 +102,8 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
     nearest = nearest_prototypes(config, tested[-1]) if tested else None
-    final = publish(config, folder.path, evaluation, tested, baselines, grids, [*left_out, *notes(config, made)], nearest, cost)
+    said = [*left_out, *notes(config, [candidate.name for candidate in everyone])]
+    final = publish(config, folder.path, evaluation, tested, baselines, grids, said, nearest, cost)
     for name, facts in final["cost"].items():
         print(f"{name} was paid: {facts}", flush=True)
     return {key: final[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
@@ -224,12 +232,12 @@ def checkpoint_under_test(config: Config) -> Path | None:
     return next((folder.path / "checkpoint" for folder in made if folder.complete), None)
 
 
-def notes(config: Config, made: Sequence[str]) -> list[str]:
+def notes(config: Config, tested: Sequence[str]) -> list[str]:
     """Sentences that a reader must know beside the numbers."""
     notes = []
-    if config.judge.kind == "none" and "cre" in made:
+    if config.judge.kind == "none" and "cre" in tested:
         notes.append("judge=none: no process reward in CRE; outcome and format only.")
-    if config.data.name != "personaworld" and config.model.kind == "nano" and "psi" in made:
+    if config.data.name != "personaworld" and config.model.kind == "nano" and "psi" in tested:
         notes.append(
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."

@@ -23,7 +23,6 @@ from pgenrm_train.concurrency import concurrently
 from pgenrm_train.config import Config, sizes
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.questions import Answer, Question, QuestionSecret, read_answers, read_questions, read_secrets
-from recipes.candidates import candidates
 from recipes.llm import endpoint
 from recipes.run import progress
 
@@ -39,7 +38,9 @@ class Reference:
     failures: Mapping[str, int]
 
 
-def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[str]) -> dict[str, Any]:
+def evaluate(
+    config: Config, folder: StageFolder, tracker: Any, everyone: Sequence[Candidate | ScoredCandidate]
+) -> dict[str, Any]:
     """Grade, ask, compare; write results.json, predictions.parquet, report.html and table.txt."""
     built = Path(config.run_dir) / "build_data"
     questions, answers = read_questions(built), read_answers(built)
@@ -48,16 +49,15 @@ def evaluate(config: Config, folder: StageFolder, tracker: Any, made: Sequence[s
     )
     if not asked:
         raise DataError(f"{built}: no question has answers of two models or more; nothing can be ranked")
-    models = candidates(config, made, folder.path)
     reference = _reference(config, folder.path, questions, read_secrets(built), answers)
     tables = {name: score_tasks([t for t in asked if t.sample == 0], one_by_one(fit_baseline(name, [], [], seed=config.seed).score))
               for name in _rules(config)}  # fmt: skip
-    tables |= {candidate.name: _ask(config, candidate, asked, folder.path) for candidate in models}
+    tables |= {candidate.name: _ask(config, candidate, asked, folder.path) for candidate in everyone}
     results = {
         name: report(questions, reference.grades, t, draws=config.eval.draws, seed=config.seed) for name, t in tables.items()
     }
     final = results[list(tables)[-1]]
-    for step, result in enumerate(results[m.name] for m in models):
+    for step, result in enumerate(results[m.name] for m in everyone):
         tracker.log(step, {f"eval/{m}": result["average"][m] for m in MEASURES if result["average"][m] is not None})
     _publish(config, folder.path, tables, results, reference)
     return {"model": list(tables)[-1], "spearman": _rounded(final["average"]["spearman_models"]), "reference": reference.source}

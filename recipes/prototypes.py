@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
+from pgenrm_train.backends.vllm_replicas import local_engines
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.refinement import refine
@@ -44,30 +45,27 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     for size in range(config.data.history_size + 1):  # newcomers of whom so many votes are known
         sets[f"known/{size}"] = newcomers, {p.pair_id: sampler(p, size) for p in newcomers}
     questions = {name: own_questions(*these, set_name=name, orders=(0,)) for name, these in sets.items()}
-    start, close = once(lambda: generator(config, checkpoint))
-    table = ask(
-        [q for these in questions.values() for q in these],
-        start,
-        PromptWriter(config, load_tokenizer(checkpoint)),
-        PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", fingerprint(weights_digest(checkpoint), config.seed)),
-        masking=masking_of(config, "eval"),
-        temperature=0.0,
-        progress=progress,
-        what="analyses of users",
-    ).set_index("key")
-    close()  # embedder and refinement need the devices
+    with local_engines(config) as load:  # and no longer: embedder and refinement need the devices
+        start, close = once(lambda: load(checkpoint))
+        table = ask(
+            [q for these in questions.values() for q in these],
+            start,
+            PromptWriter(config, load_tokenizer(checkpoint)),
+            PredictionStore(
+                folder.path / f"chains-{checkpoint.parent.name}", fingerprint(weights_digest(checkpoint), config.seed)
+            ),
+            masking=masking_of(config, "eval"),
+            temperature=0.0,
+            progress=progress,
+            what="analyses of users",
+        ).set_index("key")
+        close()
     chains = {name: [(q.pair, readable_text(table.loc[q.key])) for q in these] for name, these in questions.items()}
     embedder = make_embedder(config, workers=processes(config))
     own = chains.pop("own")
     newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
     made_from = hashes(config, checkpoint, embedder)
     return prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
-
-
-def generator(config: Config, checkpoint: Path) -> Any:
-    from pgenrm_train.backends.vllm_replicas import local_generator
-
-    return local_generator(config, checkpoint)
 
 
 def processes(config: Config) -> int:

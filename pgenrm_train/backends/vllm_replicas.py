@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
 from pgenrm_train.backends.ray_cluster import connect, last_line
@@ -15,34 +16,45 @@ from pgenrm_train.backends.vllm_engine import VllmGenerator, environment
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 
-BLOCK = 16  # requests that travel together: neighbours share a history, and so a prefix in one engine's cache
+BLOCK = 16  # requests, or answers, that travel together: neighbours share a history, and so a prefix in one engine's cache
 AHEAD = 4  # blocks an engine that wait in the queue
+Item = TypeVar("Item")
 
 
-def local_generator(config: Config, checkpoint: Path | str) -> Generator:
-    """A local checkpoint on as many engines as the cluster's processes hold: one is started here, several as Ray actors."""
-    engines = config.cluster.nodes * config.cluster.processes_per_node // config.cluster.tensor_parallel
-    return VllmReplicas(config, checkpoint, engines) if engines > 1 else VllmGenerator(config, checkpoint)
+@contextlib.contextmanager
+def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]:
+    """Yield what loads a local checkpoint, one after another, and end with the block what was started for them.
+
+    `cluster.engines`, or as many as the processes hold: one is started here, several are Ray actors that outlive a checkpoint, since
+    a new process takes longer to import vLLM than to load weights.  Nothing starts before the first checkpoint.
+    """
+    processes = config.cluster.nodes * config.cluster.processes_per_node
+    engines = config.cluster.engines or processes // config.cluster.tensor_parallel
+    with contextlib.ExitStack() as stack:
+        start = functools.cache(lambda: _actors(config, engines, stack))
+        yield lambda checkpoint: VllmReplicas(start(), checkpoint) if engines > 1 else VllmGenerator(config, checkpoint)
+
+
+def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[Any]:
+    """Raises ConfigError for several nodes without `ray.address`."""
+    stack.callback(connect(config, engines, environment(config)))
+    import ray
+
+    gpus = config.cluster.tensor_parallel if config.cluster.device == "cuda" else 0
+    actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Engine)
+    return [actor.remote(config) for _ in range(engines)]
 
 
 class VllmReplicas:
-    """A `Generator` over `engines` vLLM engines of `cluster.tensor_parallel` GPUs each, anywhere on the Ray cluster.
+    """A `Generator` over one checkpoint in several engines of `cluster.tensor_parallel` GPUs each, anywhere on the Ray cluster.
 
-    Seeded per request as `VllmGenerator`, so results depend neither on the number of engines nor on who serves what.  Raises
-    ConfigError for several nodes without `ray.address`, BackendError when an engine is lost: what was answered has been yielded.
+    Seeded per request as `VllmGenerator`, so results depend neither on the number of engines nor on who serves what, but for the
+    rounding of batches of another size.  Raises BackendError when an engine is lost: what was answered has been yielded.
     """
 
-    def __init__(self, config: Config, checkpoint: Path | str, engines: int) -> None:
-        self._close = connect(config, engines, environment(config))
-        try:
-            import ray
-
-            gpus = config.cluster.tensor_parallel if config.cluster.device == "cuda" else 0
-            actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Engine)
-            self._engines = [actor.remote(config, str(Path(checkpoint).resolve())) for _ in range(engines)]
-        except BaseException:
-            self._close()
-            raise
+    def __init__(self, engines: Sequence[Any], checkpoint: Path | str) -> None:
+        self._engines = engines
+        self._of_all("load", str(Path(checkpoint).resolve()))  # or the first one up would take all that it can hold
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         """Yield every sample of every request, a request's samples in order, as requests finish on any engine."""
@@ -56,28 +68,47 @@ class VllmReplicas:
             while run:
                 ready, _ = ray.wait(run)
                 try:
-                    yield ray.get(next(ready[0]))
+                    yield from ray.get(next(ready[0]))
                 except StopIteration:
                     run.remove(ready[0])
         except ray.exceptions.RayError as error:
-            raise BackendError(f"a vLLM engine failed ({last_line(error)}); the same command asks what is left") from error
+            raise _lost(error) from error
         finally:
             queue.shutdown(force=True)
         feed.check()
 
     def close(self) -> None:
-        """End the engines, and the Ray that was started for them."""
-        self._close()
+        """Drop the checkpoint and its KV caches; the engines wait for another."""
+        self._of_all("unload")
+
+    def _of_all(self, method: str, *arguments: Any) -> None:
+        import ray
+
+        try:
+            ray.get([getattr(engine, method).remote(*arguments) for engine in self._engines])
+        except ray.exceptions.RayError as error:
+            raise _lost(error) from error
+
+
+def _lost(error: Exception) -> BackendError:
+    return BackendError(f"a vLLM engine failed ({last_line(error)}); the same command asks what is left")
 
 
 class _Engine:
-    """The actor: one `VllmGenerator`, fed from the queue until it finds None there."""
+    """The actor: one `VllmGenerator` at a time, fed from the queue until it finds None there."""
 
-    def __init__(self, config: Config, checkpoint: str) -> None:
-        self._generator = VllmGenerator(config, checkpoint)
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
-    def run(self, queue: Any, temperature: float) -> Iterator[Generation]:
-        yield from self._generator(itertools.chain.from_iterable(iter(queue.get, None)), temperature=temperature)
+    def load(self, checkpoint: str) -> None:
+        self._generator = VllmGenerator(self._config, checkpoint)
+
+    def run(self, queue: Any, temperature: float) -> Iterator[list[Generation]]:
+        yield from _blocks(self._generator(itertools.chain.from_iterable(iter(queue.get, None)), temperature=temperature))
+
+    def unload(self) -> None:
+        self._generator.close()
+        del self._generator
 
 
 class _Feed(threading.Thread):
@@ -93,15 +124,14 @@ class _Feed(threading.Thread):
         from ray.exceptions import RayError
 
         with contextlib.suppress(RayError):  # the queue is gone: its reader has given up
-            for block in self._blocks():
+            for block in self._written():
                 self._queue.put(block)
             for _ in range(self._engines):
                 self._queue.put(None)
 
-    def _blocks(self) -> Iterator[list[GenerationRequest]]:
+    def _written(self) -> Iterator[list[GenerationRequest]]:
         try:
-            while block := list(itertools.islice(self._requests, BLOCK)):
-                yield block
+            yield from _blocks(self._requests)
         except Exception as error:  # of a prompt; `check` raises it to the reader
             self._error = error
 
@@ -109,3 +139,9 @@ class _Feed(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
+
+
+def _blocks(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """`items` in lists of `BLOCK`: one message is cheaper than sixteen."""
+    while block := list(itertools.islice(items, BLOCK)):
+        yield block

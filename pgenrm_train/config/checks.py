@@ -11,6 +11,7 @@ from pgenrm_train.config.schema import (
     PROBES,
     PROMPTS,
     STAGES,
+    ClusterConfig,
     Config,
     CurriculumConfig,
     EndpointConfig,
@@ -57,7 +58,7 @@ _POSITIVE = (
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "cre.validate_pairs", "curriculum.validate_pairs", "eval.seeds", "score.ind", "eval.probe_pairs",
     "eval.max_in_flight", "eval.draws", "eval.grid_seeds", "cluster.nodes",
-    "cluster.processes_per_node", "model.max_prompt_tokens", "model.max_response_tokens", "model.nano.layers", "model.nano.hidden", "plan.mfu", "plan.bandwidth_use",
+    "cluster.processes_per_node", "cluster.engines", "model.max_prompt_tokens", "model.max_response_tokens", "model.nano.layers", "model.nano.hidden", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
                                                                    "give_up_after", "gpus", "requests_per_minute",
@@ -81,6 +82,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"score.pro={config.score.pro} must be at least 0")
     if config.cluster.max_failures < 0:
         raise ConfigError(f"cluster.max_failures={config.cluster.max_failures} must be at least 0")
+    _check_engines(config.cluster)
     if config.sec.orders_per_pair not in (1, 2):
         raise ConfigError(f"sec.orders_per_pair={config.sec.orders_per_pair} is not one of 1, 2")
     if not 0 < config.sec.near_duplicate <= 1:
@@ -154,6 +156,14 @@ def _check_eval(config: Config) -> None:
         raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
     if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
         raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
+
+
+def _check_engines(cluster: ClusterConfig) -> None:
+    gpus, asked = cluster.nodes * cluster.processes_per_node, (cluster.engines or 0) * cluster.tensor_parallel
+    if cluster.device == "cuda" and asked > gpus:
+        raise ConfigError(
+            f"cluster.engines={cluster.engines} of cluster.tensor_parallel={cluster.tensor_parallel} would take {asked} GPUs of {gpus}"
+        )
 
 
 def psi_problems(config: Config) -> list[str]:

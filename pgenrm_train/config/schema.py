@@ -115,6 +115,7 @@ class ClusterConfig:
     offload_optimizer: bool = False
     max_failures: int = 3  # new starts of a training stage from its newest checkpoint after it has lost its engine or a node
     tensor_parallel: int = 1  # of a vLLM replica
+    engines: int | None = None  # vLLM replicas that evaluate; null: as many as the processes hold
     gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
     min_free_memory_gib: float = 6.0
     min_free_disk_gib: float = 3.0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from data_builders.personaworld import build
-from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
 from pgenrm_train.backends.vllm_engine import VllmGenerator
-from pgenrm_train.backends.vllm_replicas import VllmReplicas, local_generator
+from pgenrm_train.backends.vllm_replicas import VllmReplicas, local_engines
 from pgenrm_train.config import ROOT, Config, DataConfig, load
 from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.history import HistorySampler
@@ -18,11 +23,12 @@ from pgenrm_train.masking import MaskedView, present
 from pgenrm_train.prompts import chat_messages
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
+Load = Callable[[Path], Generator]
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load("recipe=evaluate", "model=nano", "data=personaworld", "cluster.processes_per_node=2", "eval.max_in_flight=32")
+    return load("recipe=evaluate", "model=nano", "data=personaworld", "cluster.engines=2", "eval.max_in_flight=32")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +41,19 @@ def requests() -> list[GenerationRequest]:
 
 
 @pytest.fixture(scope="module")
-def replicas(config: Config) -> Iterator[VllmReplicas]:
-    made = local_generator(config, NANO)
-    assert isinstance(made, VllmReplicas)
+def load_checkpoint(config: Config) -> Iterator[Load]:
+    with local_engines(config) as load_checkpoint:
+        yield load_checkpoint
+
+
+@pytest.fixture
+def replicas(load_checkpoint: Load) -> Iterator[Generator]:
+    made = load_checkpoint(NANO)
     yield made
     made.close()
 
 
-def test_two_engines_answer_what_one_does(config: Config, requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+def test_two_engines_answer_what_one_does(config: Config, requests: list[GenerationRequest], replicas: Generator) -> None:
     shared = _by_sample(replicas(iter(requests), temperature=0.7))
     alone = VllmGenerator(config, NANO)
     expected = _by_sample(alone(iter(requests), temperature=0.7))
@@ -52,7 +63,22 @@ def test_two_engines_answer_what_one_does(config: Config, requests: list[Generat
     assert same >= 0.9 * len(shared), "a batch of another size rounds otherwise, and rarely draws another token"
 
 
-def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+def test_the_next_checkpoint_takes_the_place_of_the_last(
+    requests: list[GenerationRequest], load_checkpoint: Load, tmp_path: Path
+) -> None:
+    shutil.copytree(NANO, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(
+        {name: torch.zeros_like(w) for name, w in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
+    )
+    for checkpoint, ends in ((tmp_path / "other", False), (NANO, True)):
+        made = load_checkpoint(checkpoint)
+        ended = [answer.failure is None for answer in made(iter(requests), temperature=0.7)]
+        made.close()
+        assert (np.mean(ended) > 0.9) == ends, "weights of zero seldom end within the limit; trained ones do"
+
+
+def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationRequest], replicas: Generator) -> None:
     def broken() -> Iterator[GenerationRequest]:
         yield from requests[:20]
         raise KeyError("no such user")
@@ -62,9 +88,11 @@ def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationReques
         answered.extend(replicas(broken(), temperature=0.7))
 
 
-def test_a_lost_engine_is_told_after_what_was_answered(requests: list[GenerationRequest], replicas: VllmReplicas) -> None:
+def test_a_lost_engine_is_told_after_what_was_answered(requests: list[GenerationRequest], load_checkpoint: Load) -> None:
     import ray
 
+    replicas = load_checkpoint(NANO)
+    assert isinstance(replicas, VllmReplicas)
     many = [replace(request, key=f"{n}/{request.key}") for n in range(20) for request in requests]
     answers = replicas(iter(many), temperature=0.7)
     next(answers)
@@ -75,8 +103,8 @@ def test_a_lost_engine_is_told_after_what_was_answered(requests: list[Generation
 
 def test_several_nodes_need_an_address() -> None:
     config = load("recipe=evaluate", "model=llama31_8b", "cluster=multi_node", "data=personaworld")
-    with pytest.raises(ConfigError, match=r"cluster.nodes=4 needs ray.address="):
-        local_generator(config, NANO)
+    with local_engines(config) as load_checkpoint, pytest.raises(ConfigError, match=r"cluster.nodes=4 needs ray.address="):
+        load_checkpoint(NANO)
 
 
 def _by_sample(answers: Iterator[Generation]) -> dict[tuple[str, int], Generation]:

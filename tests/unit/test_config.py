@@ -231,6 +231,7 @@ MISTAKES = {
     "data.history_size=-3": ("data.history_size=-3", "above 0"),
     "eval.seeds=0": ("eval.seeds=0", "above 0"),
     "cluster.nodes=0": ("cluster.nodes=0", "above 0"),
+    "cluster.engines=0": ("cluster.engines=0", "above 0"),
     "cre.group_size=1": ("cre.group_size=1", "at least 2"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
@@ -258,6 +259,13 @@ def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
     }.items():
         with pytest.raises(ConfigError, match=words):
             load(*asked, *more)
+
+
+def test_no_more_engines_than_gpus(hydra):
+    asked = ("recipe=evaluate", "model=llama31_8b", "cluster=gpu8", "data=personaworld", "cluster.tensor_parallel=2")
+    assert load(*asked, "cluster.engines=4").cluster.engines == 4
+    with pytest.raises(ConfigError, match=r"cluster.engines=5 of cluster.tensor_parallel=2 would take 10 GPUs of 8"):
+        load(*asked, "cluster.engines=5")
 
 
 @pytest.fixture(scope="module")

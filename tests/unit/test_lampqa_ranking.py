@@ -18,6 +18,7 @@ from eval import lampqa
 from eval.lampqa import report, rotated, score_tasks, spearman, tasks, view_of
 from eval.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
 from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.backends.vllm_replicas import local_engines
 from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.prompts import chat_messages, split_prompt
@@ -31,6 +32,7 @@ from pgenrm_train.questions import (
     write_questions,
     write_secrets,
 )
+from recipes.candidates import candidates
 from recipes.lampqa import evaluate
 
 MODELS = ("a", "b", "c", "d")
@@ -217,7 +219,8 @@ class Log:
 def go(tmp_path, folder, *keys):
     config = load("recipe=evaluate", "data=lampqa", f"run_dir={tmp_path}", "eval.draws=20", *keys)
     log = Log()
-    facts = evaluate(config, folder, log, [])
+    with local_engines(config) as load_checkpoint:
+        facts = evaluate(config, folder, log, candidates(config, [], folder.path, load_checkpoint))
     return facts, json.loads((folder.path / "results.json").read_text()), log
 
 

@@ -177,7 +177,11 @@ def test_a_function_that_is_not_there_is_named(tmp_path, monkeypatch, name, sent
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=sentence):
-        candidates(load("recipe=evaluate", "model=callable", f"model.name={name}"), [], tmp_path)
+        candidates(load("recipe=evaluate", "model=callable", f"model.name={name}"), [], tmp_path, no_checkpoint)
+
+
+def no_checkpoint(path):
+    raise AssertionError(f"{path} is loaded, and no local model is under test")
 
 
 # ---- a reward head ----
@@ -261,4 +265,4 @@ def test_other_checkpoints_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="Qwen2ForCausalLM"):
         head(NANO)
     with pytest.raises(ArtifactError, match="not a Hugging Face checkpoint"):
-        candidates(load("recipe=evaluate", "model=reward_head", f"model.path={tmp_path / 'none'}"), [], tmp_path)
+        candidates(load("recipe=evaluate", "model=reward_head", f"model.path={tmp_path / 'none'}"), [], tmp_path, no_checkpoint)
