@@ -46,7 +46,8 @@ def candidates(config: Config, made: Sequence[str], folder: Path, load: Load) ->
 def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, load: Load) -> Candidate:
     start, close = once(lambda: load(checkpoint))
     identity = fingerprint(_digest(checkpoint), config.model.prompt)
-    return Candidate(name, identity, start, lambda: PromptWriter(config, load_tokenizer(checkpoint)), close, seconds)
+    tokenizer = functools.cache(lambda: load_tokenizer(checkpoint))
+    return Candidate(name, identity, start, lambda: PromptWriter(config, tokenizer()), close, seconds)
 
 
 def _endpoint(config: Config, folder: Path) -> Candidate:

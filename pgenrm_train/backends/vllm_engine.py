@@ -64,9 +64,9 @@ class VllmGenerator:
         """Yield every sample of every request, a request's samples together, as requests finish."""
         engine, waiting = self._llm.llm_engine, iter(requests)
         live: dict[str, GenerationRequest] = {}
-        exhausted = False
+        exhausted, in_flight = False, 0
         while live or not exhausted:
-            while not exhausted and sum(r.samples for r in live.values()) < self.config.eval.max_in_flight:
+            while not exhausted and in_flight < self.config.eval.max_in_flight:
                 request = next(waiting, None)
                 if request is None:
                     exhausted = True
@@ -77,9 +77,12 @@ class VllmGenerator:
                     continue
                 engine.add_request(request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature))
                 live[request.key] = request
+                in_flight += request.samples
             for output in engine.step() if live else ():
                 if output.finished:
-                    yield from self._generations(live.pop(output.request_id), output)
+                    request = live.pop(output.request_id)
+                    in_flight -= request.samples
+                    yield from self._generations(request, output)
 
     def close(self) -> None:
         """Drop the engine and its KV cache."""

@@ -68,11 +68,13 @@ class PromptWriter:
     def __call__(self, view: MaskedView | FullView) -> Messages:
         """Raises DataError when even texts of one token would not fit."""
         fitted = self._cut_texts(view, self.config.max_text_tokens)
-        while fitted.history and not self._fits(fitted):
+        fits = self._fits(fitted)
+        while fitted.history and not fits:
             fitted = replace(fitted, history=fitted.history[1:])
+            fits = self._fits(fitted)
             self.trimmed["history_items"] += 1
         view = replace(view, history=view.history[len(view.history) - len(fitted.history) :])
-        if not self._fits(fitted):
+        if not fits:
             fitted = self._cut_to_fit(view)
             self.trimmed["prompts_cut_to_fit"] += 1
         self.trimmed["prompts"] += 1
