@@ -58,7 +58,6 @@ METHODS = ("psi", "cre", *ARMS)
 TEST = (
     "data.heldout_users=600",
     "data.max_test_pairs=2400",
-    "cre.rows=4096",
 )  # held-out users are drawn after the training users, who stay the same
 BAND = (
     "curriculum.hard_low=0.4",

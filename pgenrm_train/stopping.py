@@ -53,6 +53,7 @@ def looks(budget: int, alpha: float) -> tuple[int, ...]:
     return tuple(sorted({round(x) for x in np.linspace(first, budget, LOOKS)}))
 
 
+@np.errstate(invalid="ignore")  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
     """Which pairs (G,) need no further chain after the first `drawn` of `margins` (G, M): chosen − rejected score of a chain, the
     similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
