@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
@@ -107,6 +109,21 @@ def test_a_second_start_changes_nothing(finished: Path) -> None:
     before = (finished / "evaluate" / "results.json").stat().st_mtime_ns
     assert start(finished).wait(timeout=120) == 0, words(finished)
     assert (finished / "evaluate" / "results.json").stat().st_mtime_ns == before
+
+
+def test_two_engines_evaluate_every_checkpoint_as_one_does(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("evaluate", ".lock"))
+    command = [sys.executable, "-m", "pgenrm_train", "recipe=evaluate", "pipeline.budget=smoke", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run([*command, "cluster.engines=2"], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    index = ["model", "study", "key", "sample"]
+    one, two = (
+        pd.read_parquet(folder / "evaluate" / "predictions.parquet").fillna({"study": ""}).set_index(index).sort_index()
+        for folder in (finished, tmp_path / "run")
+    )
+    assert one.index.equals(two.index) and {"psi", "cre", "curriculum"} <= set(one.index.get_level_values("model"))
+    written = one["text"].notna()  # by a model: baselines give scores alone
+    assert (one["text"] == two["text"])[written].groupby("model").mean().min() > 0.9
 
 
 def test_other_settings_are_refused_in_one_sentence(finished: Path) -> None:
