@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, DataError
+from pgenrm_train.stages.grpo import FREE
 
 COLUMNS = ("pair_id", "user_id", "kind", "cohort", "order", "score_chosen", "score_rejected", "failure")
 Facts = Mapping[str, Any]
@@ -57,10 +58,14 @@ def read(folder: Path) -> Kept:
 
 
 def check(cells: Sequence[Facts], folder: Path) -> None:
-    """One set of settings and one start for all (its own answers are `psi`); each arm of a seed from the checkpoint of that seed's `cre`."""
+    """One set of settings and one start for all (its own answers are `psi`); each arm of a seed from the checkpoint of that seed's `cre`.
+
+    How often a stage is validated or saved (`FREE`) may differ, and a key that one cell alone has is newer code's.
+    """
     for facts in cells[1:]:
         one, other = cells[0]["settings"], facts["settings"]
-        if changed := [key for key in one.keys() & other.keys() if one[key] != other[key]]:  # a key of one alone is newer code's
+        shared = [key for key in one.keys() & other.keys() if key.rpartition(".")[2] not in FREE]
+        if changed := [key for key in shared if one[key] != other[key]]:
             said = ", ".join(f"{key}: {one[key]} → {other[key]}" for key in sorted(changed))
             raise ArtifactError(f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({said})")
     first: dict[Any, Facts] = {}  # what must start alike → one that does

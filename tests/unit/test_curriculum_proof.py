@@ -105,6 +105,13 @@ def test_failures_are_kept_as_failures(tmp_path: Path) -> None:
     assert differences(found)[0]["all difference"] == pytest.approx(-1 / 16)
 
 
+def test_how_often_a_cell_was_validated_is_free(tmp_path: Path) -> None:
+    keep(tmp_path, "cre", "bbbbbbbb")
+    keep(tmp_path, "linear", "bbbbbbbb", settings={"cre.rows": 64, "cre.validate_every": 7})
+    keep(tmp_path, "anti", "bbbbbbbb", settings={"cre.rows": 64, "cre.validate_every": 8})
+    assert len(kept_cells.read(tmp_path)) == 3
+
+
 @pytest.mark.parametrize(
     ("method", "changed", "said"),
     [
