@@ -106,7 +106,7 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
         row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
         row |= {"stderr": report["stderr"]} if study.seeds > 1 else {}  # the cells of one pool share chains
         row |= {
-            "ties": report["ties"],
+            "tie share": report["ties"] / len(part),  # of all draws: a pool of M holds M // m of m samples
             "pairs": report["n_pairs"],
             "samples used": float((part["own_used"] + part["similar_used"]).mean()),
         }

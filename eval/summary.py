@@ -128,7 +128,14 @@ def publish(
         comparisons=compared,
         sections=[
             *([Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)] if gains else []),
-            *(Section(grid_title(g), "Ties are counted by pair, order and evaluation seed.", g.rows) for g in grids),
+            *(
+                Section(
+                    grid_title(g),
+                    "Ties are a share of all draws of a cell: of each pair, in both orders, as often as its samples are in the pool.",
+                    g.rows,
+                )
+                for g in grids
+            ),
             *([Section("Adaptive stopping, replayed", ADAPTIVE, stopped)] if stopped else []),
             *prototype_sections(folder.parent),
             *sections(config, tested, everyone, results),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -14,6 +17,17 @@ class Terminated(KeyboardInterrupt):
 def end_on_sigterm() -> None:
     """Raise Terminated in the main thread, once: a second signal must not break off what the first has begun."""
     signal.signal(signal.SIGTERM, _end)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """SIGTERM goes to whom it went before the block: Ray takes it when it starts, and would end the process with a dump."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:

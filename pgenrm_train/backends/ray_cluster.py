@@ -19,6 +19,7 @@ import psutil
 
 from pgenrm_train.backends import guardian
 from pgenrm_train.config import ROOT, Config
+from pgenrm_train.ending import sigterm_kept
 from pgenrm_train.errors import BackendError, ConfigError, NodeLostError
 
 CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
@@ -38,7 +39,8 @@ def join(address: str, variables: Mapping[str, str], *, workers_speak: bool = Fa
     import ray
 
     travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": ALL_BUT_CODE}
-    return ray.init(address=address, runtime_env=travels, log_to_driver=workers_speak)
+    with sigterm_kept():
+        return ray.init(address=address, runtime_env=travels, log_to_driver=workers_speak)
 
 
 def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Callable[[], None]:
@@ -63,13 +65,14 @@ def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Calla
         guardian.dismiss(watch)
 
     try:
-        ray.init(
-            num_cpus=workers,
-            include_dashboard=False,
-            _temp_dir=str(folder),
-            log_to_driver=False,
-            runtime_env={"env_vars": dict(variables)},
-        )
+        with sigterm_kept():
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                _temp_dir=str(folder),
+                log_to_driver=False,
+                runtime_env={"env_vars": dict(variables)},
+            )
     except BaseException:
         close()
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,3 +19,22 @@ def test_the_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == set(CODE)
     assert {"pgenrm_train/backends/verl_cpu.py", "recipes/psi.py", "configs/config.yaml", "eval/validation.py"} <= set(names)
     assert not any("__pycache__" in name for name in names)
+
+
+def test_a_process_that_uses_ray_hears_sigterm_as_before() -> None:
+    program = (
+        "import os, signal, time\n"
+        "from pgenrm_train.backends.ray_cluster import connect\n"
+        "from pgenrm_train.config import load\n"
+        "from pgenrm_train.ending import Terminated, end_on_sigterm\n"
+        "end_on_sigterm()\n"
+        "close = connect(load('recipe=evaluate'), 1, {})\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(20)\n"
+        "except Terminated:\n"
+        "    print('heard')\n"
+        "close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["heard"]), done.stderr

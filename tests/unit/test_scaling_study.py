@@ -195,8 +195,8 @@ def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
 
 
 def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
-    one, grid = load("recipe=evaluate", "eval.ind=4", "eval.pro=2"), load("recipe=evaluate", "eval.ind=[4]", "eval.pro=2")
-    assert (seeds_of_grid(one.eval), seeds_of_grid(grid.eval)) == (one.eval.seeds, 1) != (1, 1)
+    one, grid = (load("recipe=evaluate", f"eval.ind={ind}", "eval.pro=2", "eval.seeds=2") for ind in ("4", "[4]"))
+    assert (seeds_of_grid(one.eval), seeds_of_grid(grid.eval)) == (2, 1)
     study, model = Study("scaling", (4,), (2,), seeds=3), Model(share=0.7)
     pool = pool_of(tmp_path, model, study)
     assert sum(model.samples.values()) == 3 * 20 * 2 * (4 + 2) and sorted(pool["seed"].unique()) == [0, 1, 2]
