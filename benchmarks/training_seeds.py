@@ -157,11 +157,11 @@ def _text(single: Sequence[float], bounds: Sequence[float]) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """Mean ± standard error over training seeds."""
+    """Mean ± standard error over training seeds; of one seed there is no error."""
     if not values:
         return "—"
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.1f} ± {error:.1f}"
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else mean
 
 
 def checked(start: Path) -> Path:
