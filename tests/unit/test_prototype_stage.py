@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -279,12 +280,17 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
             told.append("embeds")
             return super().__call__(texts)
 
-    monkeypatch.setattr(recipes.prototypes, "generator", lambda *_: Engine())
+    @contextlib.contextmanager
+    def engines(_):
+        yield lambda checkpoint: Engine()
+        told.append("ended")
+
+    monkeypatch.setattr(recipes.prototypes, "local_engines", engines)
     monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda *_, **__: Embedder())
     stage = StageFolder.read(tmp_path, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
-    assert told.index("closed") < told.index("embeds") and told.count("closed") == 1
+    assert told.index("closed") < told.index("ended") < told.index("embeds") and told.count("closed") == 1
     asked_for = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
     assert len(core.load(stage.path).labels) == len(pd.read_parquet(stage.path / "analyses.parquet")) == len(asked_for)
