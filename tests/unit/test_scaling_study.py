@@ -215,3 +215,11 @@ def test_what_a_run_will_ask_counts_the_seeds_of_its_headline_cell():
     probes = evaluation_calls(config(ind=4, pro=2, probe_pairs=6), tests) - calls[4]
     assert probes == 2 * 6 * len(config().eval.probe_kinds) > 0
     assert calls == {4: 2 * 20 * 5 * (1 + 4 + 2), (4,): 2 * 20 * (5 + 4 + 2)}
+
+
+def test_ties_are_a_share_of_what_a_cell_decides(tmp_path):
+    study = Study("scaling", (1, 4), (0,))
+    pool = pool_of(tmp_path, Model(), study, PAIRS[:4]).assign(score_chosen=5.0, score_rejected=5.0)
+    assert [row["tie share"] for row in cells(pool, study, config())] == [1.0, 1.0], (
+        "one sample is drawn four times as often as four"
+    )
