@@ -1,15 +1,15 @@
 """When may sampling of a pair stop?  A sequential rule for the verdict of a budget of M chains (METHOD §7, test-time scaling).
 
 A chain votes for the response that it scores higher; ties and failures vote for none.  Of the budget's M chains, drawn or not, D vote,
-W of them for one response; the order in which they are drawn tells nothing, so the first d votes are a sample *without replacement*.
-Sampling stops once W > D/2 is proven for one response: what the majority of the whole budget says is then known, except with a
-probability of at most α.
+W of them for one response; the order in which they are drawn tells nothing, so the votes that are seen are a sample *without
+replacement*.  Sampling stops for a response when the majority of the whole budget is proven to be its: where W ≤ D/2, for whichever
+D, it stops for that response with a probability of at most α, all looks together.
 
-The proof is the prior-posterior-ratio martingale of Waudby-Smith and Ramdas, *Confidence sequences for sampling without replacement*
-(NeurIPS 2020): for every possible θ = W, R_t(θ) = prior(θ) / posterior_t(θ) is a martingale that starts at 1 when θ is the truth, so
-it ever reaches 1/α with probability at most α (Ville), however often one looks.  Stop when R(θ) ≥ 1/α for all θ ≤ D/2, and, as D is
-not known before the end, for every D that is still possible.  The prior is beta-binomial; any prior is valid, and ours (¼, ¼) is fast
-where chains agree, as most do.
+The test is group-sequential with one nominal level for all looks (Pocock, *Group sequential methods in the design and analysis of
+clinical trials*, Biometrika 1977).  At a look, p is the probability of so many votes among those seen if half of D voted so and all
+chains that are left vote (hypergeometric tail); p ≤ c stops.  c is the largest level that keeps α: the error of each is exact, by
+passing the distribution of the votes on from draw to draw, for every D at its worst W = ⌊D/2⌋ (fewer W stop less often: turn
+a vote against into one for, and no look stops later).
 
 Our choices.  The score stays the *mean* of METHOD §7,
 while the proof is about votes; so a stop also needs the running mean to agree with the votes.  What the two together save, and how
@@ -20,51 +20,58 @@ less, because verdicts that are close to a draw are right about as often one way
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from math import lgamma, log
 
 import numpy as np
 
 from pgenrm_train.errors import ConfigError
 
-PRIOR = 0.25
-LOOKS = 6  # rounds over the global queue: a look waits for the slowest chain of its round, so that few are better than many
-
-
-@cache
-def least_votes(votes: int, left: int, alpha: float) -> int:
-    """The least number of `votes` that one response must have when at most `left` more may come; votes + 1 where none is enough.
-
-    Raises ConfigError for an alpha outside (0, 1).
-    """
-    if not 0 < alpha < 1:
-        raise ConfigError(f"eval.adaptive={alpha} is an error level and must lie between 0 and 1")
-
-    def proven(wins: int, total: int) -> bool:
-        return all(_log_ratio(theta, wins, votes, total) >= -log(alpha) for theta in range(total // 2 + 1))
-
-    enough = (v for v in range(votes + 1) if all(proven(v, total) for total in range(votes, votes + left + 1)))
-    return next(enough, votes + 1)
+LOOKS = 5  # rounds over the global queue: a look waits for the slowest chain of its round, so that few are better than many
 
 
 def looks(budget: int, alpha: float) -> tuple[int, ...]:
-    """Numbers of chains at which to look: the first that may settle anything, then evenly up to the budget."""
-    first = next((t for t in range(1, budget + 1) if least_votes(t, budget - t, alpha) <= t), budget)
-    return tuple(sorted({round(x) for x in np.linspace(first, budget, LOOKS)}))
+    """Numbers of chains at which to look: the first that may settle anything, then evenly up to the budget.
+
+    Raises ConfigError for an alpha outside (0, 1).
+    """
+    return (*stops(budget, alpha), budget)
+
+
+@cache
+def stops(budget: int, alpha: float) -> Mapping[int, np.ndarray]:
+    """Look t → (t + 1, t + 1) of bool: where w votes for a response and l against it settle the verdict for it."""
+    if not 0 < alpha < 1:
+        raise ConfigError(f"eval.adaptive={alpha} is an error level and must lie between 0 and 1")
+    for first in range(1, budget):
+        times = sorted({round(x) for x in np.linspace(first, budget, LOOKS)})[:-1]
+        nominal = {t: _nominal(t, budget) for t in times}
+        if nominal[first].min() <= alpha and (found := _at_level(budget, alpha, nominal))[first].any():
+            return found
+    return {}
+
+
+def _at_level(budget: int, alpha: float, nominal: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """p ≤ c at every look, for the largest c that keeps α.  At c = 0 the rest of the budget cannot change the majority."""
+    levels = np.unique([0.0, *(p for table in nominal.values() for p in table.flat if p <= alpha)])
+    low, high = 0, len(levels)
+    while high - low > 1:
+        middle = (low + high) // 2
+        keeps = _error(budget, {t: p <= levels[middle] for t, p in nominal.items()}) <= alpha
+        low, high = (middle, high) if keeps else (low, middle)
+    return {t: p <= levels[low] for t, p in nominal.items()}
 
 
 @np.errstate(invalid="ignore")  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
-    """Which pairs (G,) need no further chain after the first `drawn` of `margins` (G, M): chosen − rejected score of a chain, the
-    similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
+    """Which pairs (G,) need no further chain at the look after the first `drawn` of `margins` (G, M): chosen − rejected score of a
+    chain, the similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
+    if drawn >= margins.shape[1]:
+        return np.ones(len(margins), dtype=bool)
     seen = np.nan_to_num(margins[:, :drawn])  # a chain that failed votes for nobody
-    left = margins.shape[1] - drawn
-    least = np.array([least_votes(votes, left, alpha) for votes in range(drawn + 1)])
-    for_chosen, for_rejected = (seen > 0).sum(axis=1), (seen < 0).sum(axis=1)
-    least = least[for_chosen + for_rejected]
-    total = seen.sum(axis=1)
-    proven = ((for_chosen >= least) & (total > 0)) | ((for_rejected >= least) & (total < 0))
-    return np.asarray(proven | (drawn >= margins.shape[1]))
+    stop = stops(margins.shape[1], alpha)[drawn]
+    for_chosen, for_rejected, total = (seen > 0).sum(axis=1), (seen < 0).sum(axis=1), seen.sum(axis=1)
+    return np.asarray((stop[for_chosen, for_rejected] & (total > 0)) | (stop[for_rejected, for_chosen] & (total < 0)))
 
 
 def replay(margins: np.ndarray, alpha: float) -> np.ndarray:
@@ -75,18 +82,33 @@ def replay(margins: np.ndarray, alpha: float) -> np.ndarray:
     return used
 
 
-def _log_ratio(theta: int, votes: int, t: int, budget: int) -> float:
-    """log R_t(θ) after `votes` of t: the marginal of what was seen over its probability under θ, hypergeometric."""
-    if votes > theta or t - votes > budget - theta:
-        return float("inf")
-    marginal = _log_choose(t, votes) + _log_beta(votes + PRIOR, t - votes + PRIOR) - _log_beta(PRIOR, PRIOR)
-    likelihood = _log_choose(theta, votes) + _log_choose(budget - theta, t - votes) - _log_choose(budget, t)
-    return marginal - likelihood
+def _nominal(drawn: int, budget: int) -> np.ndarray:
+    """p (drawn + 1, drawn + 1) of w votes for and l against after `drawn` chains; 1 where w + l exceeds them."""
+    from scipy.stats import hypergeom
+
+    w, against = np.indices((drawn + 1, drawn + 1))
+    all_votes = w + against + budget - drawn
+    p = hypergeom.sf(w - 1, all_votes, all_votes // 2, w + against)
+    return np.where(w + against <= drawn, p, 1.0)
 
 
-def _log_choose(n: int, k: int) -> float:
-    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
-
-
-def _log_beta(a: float, b: float) -> float:
-    return lgamma(a) + lgamma(b) - lgamma(a + b)
+def _error(budget: int, stop: Mapping[int, np.ndarray]) -> float:
+    """The largest probability, over D = 0 … M, of ever stopping for a response that has ⌊D/2⌋ of D votes."""
+    D = np.arange(budget + 1)[:, None, None]
+    W, side = D // 2, (budget + 1) // 2 + 1
+    w, against = np.indices((side, side))[:, None]
+    P = np.zeros((budget + 1, side, side))  # of w votes for and l against, not stopped so far
+    P[:, 0, 0] = 1.0
+    error = np.zeros(budget + 1)
+    for drawn in range(max(stop, default=0)):
+        vote, opposed = (P * (count / (budget - drawn)) for count in (W - w, D - W - against))
+        P *= (budget - D - (drawn - w - against)) / (budget - drawn)
+        P[:, 1:] += vote[:, :-1]
+        P[:, :, 1:] += opposed[:, :, :-1]
+        if (table := stop.get(drawn + 1)) is not None:
+            ends = np.zeros((side, side), dtype=bool)
+            inside = table[:side, :side]
+            ends[: inside.shape[0], : inside.shape[1]] = inside
+            error += P[:, ends].sum(axis=1)
+            P[:, ends] = 0.0
+    return float(error.max())
