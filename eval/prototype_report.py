@@ -19,7 +19,8 @@ CARDS = (
 )
 REFINED = (
     "Pairwise accuracy of z on the votes of users that the refinement has not seen, beside the unrefined centroids'; recovery is the "
-    "adjusted Rand index against what users say of themselves, by scenario, where they say it."
+    "adjusted Rand index against what users say of themselves, by scenario, where they say it: of every analysis, and of users, who have "
+    "the prototype of most of their analyses in a scenario."
 )
 COLD_START = (
     "Newcomers of whom so many votes are known: their analysis is written from these alone, finds the nearest prototype, and z (no chain) "
@@ -42,6 +43,7 @@ def prototype_sections(run_dir: Path) -> list[Section]:
         "centroids accuracy": facts["refinement"]["holdout_accuracy_centroids"],
         "moved share": facts["refinement"]["moved_share"],
         "recovery": facts["recovery"],
+        "recovery of users": facts.get("recovery_of_users"),
     }
     found = [
         Section("User prototypes", REFINED, [refinement]),

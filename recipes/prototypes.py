@@ -29,7 +29,7 @@ def run(config: Config) -> None:
     build_data.run(config)
     made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
-    say = "k={k} from {analyses} analyses of {users} users; adjusted Rand index {recovery}"
+    say = "k={k} from {analyses} analyses of {users} users"
     run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True)
 
 
@@ -65,7 +65,14 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     own = chains.pop("own")
     newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
     made_from = hashes(config, checkpoint, embedder)
-    return prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
+    facts = prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
+    if facts["recovery"] is not None:
+        print(
+            f"[prototypes] adjusted Rand index against what users say of themselves: {facts['recovery']:.2f} an analysis, "
+            f"{facts['recovery_of_users']:.2f} a user and scenario",
+            flush=True,
+        )
+    return facts
 
 
 def processes(config: Config) -> int:

@@ -88,7 +88,7 @@ def run(
         "users": len(set(users)),
         "failures": dict(failures),
         "refinement": dict(metrics),
-        "recovery": _recovery([row.pair for row in rows], refined.labels),
+        **recovery([row.pair for row in rows], refined.labels),
         "cold_start": start,
     }
     write_table(folder.path / "analyses.parquet", _table(rows, refined))
@@ -169,11 +169,18 @@ def _table(rows: Sequence[Analysed], refined: core.Prototypes) -> list[dict[str,
     ]  # fmt: skip
 
 
-def _recovery(pairs: Sequence[PreferencePair], labels: np.ndarray) -> float | None:
-    """Adjusted Rand index against what users say of themselves, by scenario; None where nobody says anything."""
-    truth = [f"{p.explicit.self_description}/{p.scenario}" for p in pairs]
+def recovery(pairs: Sequence[PreferencePair], labels: np.ndarray) -> dict[str, float | None]:
+    """Adjusted Rand index against what users say of themselves, by scenario: of every analysis, and of users in a scenario, who have
+    the prototype of most of their analyses there (the lowest wins a tie).  None where some say nothing."""
     if any(p.explicit.self_description is None for p in pairs):
-        return None
+        return {"recovery": None, "recovery_of_users": None}
+    import pandas as pd
     from sklearn.metrics import adjusted_rand_score
 
-    return round(float(adjusted_rand_score(truth, labels)), 4)
+    said = [f"{p.explicit.self_description}/{p.scenario}" for p in pairs]
+    table = pd.DataFrame({"user": [p.user_id for p in pairs], "said": said, "label": labels})
+    users = table.groupby(["user", "said"])["label"].agg(lambda x: x.mode().iloc[0]).reset_index()
+    return {
+        "recovery": round(float(adjusted_rand_score(table["said"], table["label"])), 4),
+        "recovery_of_users": round(float(adjusted_rand_score(users["said"], users["label"])), 4),
+    }

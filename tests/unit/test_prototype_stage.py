@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -76,6 +77,20 @@ def test_latent_prototypes_are_recovered_where_analyses_are_right(run):
     _, facts = run
     assert facts["k"] == 12 and facts["users"] == 90 and facts["analyses"] == 270
     assert facts["recovery"] >= 0.6
+
+
+def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
+    _, (chains, _), _ = world
+    pairs = [p for p, _ in chains]
+    said = sorted({f"{p.explicit.self_description}/{p.scenario}" for p in pairs})
+    right = np.array([said.index(f"{p.explicit.self_description}/{p.scenario}") for p in pairs])
+    wrong = (right + 1) % len(said)
+    alone = prototypes.recovery(pairs, right)
+    assert alone == {"recovery": 1.0, "recovery_of_users": 1.0}
+    outvoted = prototypes.recovery(pairs * 3, np.concatenate([right, right, wrong]))
+    assert outvoted["recovery"] < 0.7 and outvoted["recovery_of_users"] == 1.0
+    unsaid = dataclasses.replace(pairs[0], explicit=dataclasses.replace(pairs[0].explicit, self_description=None))
+    assert prototypes.recovery([unsaid, *pairs], np.append(right, 0)) == {"recovery": None, "recovery_of_users": None}
 
 
 def test_refinement_is_reported_against_the_unrefined_centroids(run):
