@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,20 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
     made_from = hashes(config, checkpoint, embedder)
     facts = prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
-    if facts["recovery"] is not None:
-        print(
-            f"[prototypes] adjusted Rand index against what users say of themselves: {facts['recovery']:.2f} an analysis, "
-            f"{facts['recovery_of_users']:.2f} a user and scenario",
-            flush=True,
-        )
+    for remark in remarks(config, facts):
+        print(f"[prototypes] {remark}", flush=True)
     return facts
+
+
+def remarks(config: Config, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader of the console should know beside the numbers."""
+    if config.prototypes.k != "auto" and facts["k"] < int(config.prototypes.k):
+        yield f"prototypes.k={config.prototypes.k}, but the {facts['analyses']} analyses hold only {facts['k']} distinct preferences"
+    if facts["recovery"] is not None:
+        yield (
+            f"adjusted Rand index against what users say of themselves: {facts['recovery']:.2f} an analysis, "
+            f"{facts['recovery_of_users']:.2f} a user and scenario"
+        )
 
 
 def processes(config: Config) -> int:

@@ -23,7 +23,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.masking import present
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import asked, histories
-from recipes.prototypes import of_users
+from recipes.prototypes import of_users, remarks
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
 
@@ -77,6 +77,17 @@ def test_latent_prototypes_are_recovered_where_analyses_are_right(run):
     _, facts = run
     assert facts["k"] == 12 and facts["users"] == 90 and facts["analyses"] == 270
     assert facts["recovery"] >= 0.6
+
+
+def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
+    config, (chains, shown), _ = world
+    first = [(pair, chains[0][1]) for pair, _ in chains]
+    stage = StageFolder.read(tmp_path, "prototypes")
+    stage.begin(config={}, settings={}, inputs={}, seed=0)
+    facts = prototypes.run(config, stage, first, shown, Words(), HASHES)
+    assert facts["k"] == 1
+    assert next(remarks(config, facts)) == "prototypes.k=12, but the 270 analyses hold only 1 distinct preferences"
+    assert list(remarks(config, facts | {"k": 12, "recovery": None})) == []
 
 
 def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
