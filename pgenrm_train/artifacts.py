@@ -95,6 +95,13 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_checkpoint(folder: Path) -> Path:
+    """The folder.  Raises ArtifactError where it holds no Hugging Face checkpoint."""
+    if not (folder / "config.json").exists():
+        raise ArtifactError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
+    return folder
+
+
 def weights_digest(checkpoint: Path) -> str:
     """Tells one checkpoint's weights from another's.  Every byte counts: fine-tuning may leave most of a file as it was."""
     return fingerprint([(path.name, sha256_file(path)) for path in sorted(checkpoint.glob("*.safetensors"))])

@@ -11,10 +11,10 @@ from typing import Any
 
 from eval.evaluation import Candidate, ScoredCandidate
 from eval.scored import Score, one_by_one
-from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
+from pgenrm_train.artifacts import StageFolder, check_checkpoint, fingerprint, weights_digest
 from pgenrm_train.backends.base import Generator
 from pgenrm_train.config import Config
-from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
+from pgenrm_train.errors import ConfigError, PreflightError
 from pgenrm_train.stages.inputs import PromptWriter
 from recipes.build_sec import load_tokenizer
 from recipes.llm import api_generator, model_endpoint, plain_writer
@@ -45,7 +45,7 @@ def candidates(config: Config, made: Sequence[str], folder: Path, load: Load) ->
 
 def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, load: Load) -> Candidate:
     start, close = once(lambda: load(checkpoint))
-    identity = fingerprint(_digest(checkpoint), config.model.prompt)
+    identity = fingerprint(weights_digest(check_checkpoint(checkpoint)), config.model.prompt)
     tokenizer = functools.cache(lambda: load_tokenizer(checkpoint))
     return Candidate(name, identity, start, lambda: PromptWriter(config, tokenizer()), close, seconds)
 
@@ -66,7 +66,7 @@ def _callable(config: Config) -> ScoredCandidate:
 
 def _reward_head(config: Config) -> ScoredCandidate:
     checkpoint = Path(config.model.path) if config.model.path else _from_hub(config.model.name)
-    digest = _digest(checkpoint)
+    digest = weights_digest(check_checkpoint(checkpoint))
 
     def make() -> Any:
         from pgenrm_train.backends.reward_head import RewardHead
@@ -87,12 +87,6 @@ def once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]
             start.cache_clear()
 
     return start, close
-
-
-def _digest(checkpoint: Path) -> str:
-    if not (checkpoint / "config.json").exists():
-        raise ArtifactError(f"{checkpoint} is not a Hugging Face checkpoint: it has no config.json")
-    return weights_digest(checkpoint)
 
 
 def _from_hub(name: str) -> Path:

@@ -26,8 +26,8 @@ LARGE = 20_000  # analyses, or texts to embed, from which on several processes p
 
 def run(config: Config) -> None:
     prepare(config)
-    build_data.run(config)
     made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
+    build_data.run(config)
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
     say = "k={k} from {analyses} analyses of {users} users"
     run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from pgenrm_train import publishing
-from pgenrm_train.artifacts import StageFolder, set_aside, write_config
+from pgenrm_train.artifacts import StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.ending import Terminated, die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError, PreflightError
@@ -113,9 +113,14 @@ def launch(config: Config, recipe: str) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Make the run folder, or set an old one aside when resume=false, write the resolved configuration, and open the run's store."""
+    """Make the run folder, or set an old one aside when resume=false, write the resolved configuration, and open the run's store.
+
+    Raises ArtifactError, before it touches anything, where `model.path` holds no checkpoint.
+    """
     if CHILD in os.environ:  # the pipeline has done it
         return
+    if config.model.path:
+        check_checkpoint(Path(config.model.path))
     run_dir = Path(config.run_dir)
     try:
         if not config.resume:
