@@ -140,13 +140,15 @@ print("FOUND", *ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120))
 
 def test_the_checkout_travels_to_the_workers_of_a_driver_and_of_a_submitted_job() -> None:
     """The second by the command of docs/cluster.md, with another entrypoint."""
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as also_free:  # another Ray on this machine may hold the usual ports
         free.bind(("127.0.0.1", 0))
-        dashboard = free.getsockname()[1]
+        also_free.bind(("127.0.0.1", 0))
+        dashboard, agent = free.getsockname()[1], also_free.getsockname()[1]
     page = (ROOT / "docs/cluster.md").read_text()
     (command,) = re.findall(r"^(RAY_OVERRIDE\S+ ray job submit .*?-- )python", page, re.DOTALL | re.MULTILINE)
     command = command.replace("HEAD:8265", f"127.0.0.1:{dashboard}").replace("\\\n", " ")
-    with started(num_cpus=2, include_dashboard=True, dashboard_port=dashboard) as cluster:
+    ports = {"dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
+    with started(num_cpus=2, include_dashboard=True, **ports) as cluster:
         driver = [sys.executable, "-c", TRAVELS.replace("ADDRESS", cluster.address)]
         submitted = ["bash", "-c", command + shlex.join([sys.executable, "-c", TRAVELS.replace("ADDRESS", "auto")])]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
