@@ -133,7 +133,9 @@ class Evaluation:
     ) -> Grid:
         """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
         pairs = self.pairs[: self.config.eval.grid_pairs]
-        asker, adaptive = self.asker(candidate, folder, progress, "samples"), self.config.eval.adaptive
+        asker = self.asker(candidate, folder, progress, "samples")
+        # a smaller cell would lack the samples that the largest one can do without
+        adaptive = self.config.eval.adaptive if study.cells == 1 else None
         pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
         return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
 

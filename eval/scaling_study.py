@@ -59,6 +59,10 @@ class Study:
     def n(self) -> int:
         return max(self.pro)
 
+    @property
+    def cells(self) -> int:
+        return len(self.ind) * len(self.pro)
+
 
 def sample_pool(
     study: Study,

@@ -96,9 +96,10 @@ def sha256_file(path: Path) -> str:
 
 
 def check_checkpoint(folder: Path) -> Path:
-    """The folder.  Raises ArtifactError where it holds no Hugging Face checkpoint."""
+    """The folder that `model.path` names.  Raises ArtifactError where it holds no Hugging Face checkpoint."""
     if not (folder / "config.json").exists():
-        raise ArtifactError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
+        reason = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ArtifactError(f"model.path={folder} is not a Hugging Face checkpoint: {reason}")
     return folder
 
 

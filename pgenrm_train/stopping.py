@@ -7,15 +7,18 @@ D, it stops for that response with a probability of at most α, all looks togeth
 
 The test is group-sequential with one nominal level for all looks (Pocock, *Group sequential methods in the design and analysis of
 clinical trials*, Biometrika 1977).  At a look, p is the probability of so many votes among those seen if half of D voted so and all
-chains that are left vote (hypergeometric tail); p ≤ c stops.  c is the largest level that keeps α: the error of each is exact, by
-passing the distribution of the votes on from draw to draw, for every D at its worst W = ⌊D/2⌋ (fewer W stop less often: turn
-a vote against into one for, and no look stops later).
+chains that are left vote (hypergeometric tail); p ≤ c and more votes for than against stop.  c is the largest level that keeps α: the
+error of each is known exactly, by passing the distribution of the votes on from draw to draw, for every D at its worst, W = ⌊D/2⌋.
+(With fewer W every path of votes for the response only shrinks.)  Stops for the other response and the condition on the mean, below,
+are left out there, which can only overstate the error.
 
 Our choices.  The score stays the *mean* of METHOD §7,
 while the proof is about votes; so a stop also needs the running mean to agree with the votes.  What the two together save, and how
 often the mean over all M would have said otherwise, is measured (`replay`, benchmarks/adaptive_stopping.py).  The mean of n similar
-users' chains is known before and shifts every vote.  α bounds the error for each response; it is no level for the accuracy, which loses
-less, because verdicts that are close to a draw are right about as often one way as the other.
+users' chains shifts every vote; it hangs on the first chain, whose analysis finds these users, so that with them the order tells a little and
+the bound holds on average over orders, not given the shift.  α bounds the error for each response: a pair that is an exact draw may be
+stopped for either.  It is no level for the accuracy, which loses less, because verdicts that are close to a draw are right about as
+often one way as the other.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 
 from pgenrm_train.errors import ConfigError
 
+ROUNDING = 1e-9  # sums of probabilities that are equal differ by less
 LOOKS = 5  # rounds over the global queue: a look waits for the slowest chain of its round, so that few are better than many
 
 
@@ -46,20 +50,25 @@ def stops(budget: int, alpha: float) -> Mapping[int, np.ndarray]:
     for first in range(1, budget):
         times = sorted({round(x) for x in np.linspace(first, budget, LOOKS)})[:-1]
         nominal = {t: _nominal(t, budget) for t in times}
-        if nominal[first].min() <= alpha and (found := _at_level(budget, alpha, nominal))[first].any():
+        if nominal[first].min() <= alpha + ROUNDING and (found := _at_level(budget, alpha, nominal))[first].any():
             return found
     return {}
 
 
 def _at_level(budget: int, alpha: float, nominal: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     """p ≤ c at every look, for the largest c that keeps α.  At c = 0 the rest of the budget cannot change the majority."""
-    levels = np.unique([0.0, *(p for table in nominal.values() for p in table.flat if p <= alpha)])
+    levels = np.unique([0.0, *(p for table in nominal.values() for p in table.flat)])
     low, high = 0, len(levels)
     while high - low > 1:
         middle = (low + high) // 2
-        keeps = _error(budget, {t: p <= levels[middle] for t, p in nominal.items()}) <= alpha
+        keeps = _error(budget, _stops(nominal, levels[middle])) <= alpha + ROUNDING
         low, high = (middle, high) if keeps else (low, middle)
-    return {t: p <= levels[low] for t, p in nominal.items()}
+    return _stops(nominal, levels[low])
+
+
+def _stops(nominal: Mapping[int, np.ndarray], level: float) -> dict[int, np.ndarray]:
+    """Fewer votes for than against settle nothing, whatever the level."""
+    return {t: (p <= level + ROUNDING) & np.tri(len(p), k=-1, dtype=bool) for t, p in nominal.items()}
 
 
 @np.errstate(invalid="ignore")  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn

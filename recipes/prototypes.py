@@ -12,6 +12,7 @@ from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
 from pgenrm_train.backends.vllm_replicas import local_engines
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.errors import ArtifactError
+from pgenrm_train.prototypes import load
 from pgenrm_train.refinement import refine
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
@@ -28,6 +29,7 @@ def run(config: Config) -> None:
     prepare(config)
     made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
     build_data.run(config)
+    reopen_damaged(StageFolder.read(Path(config.run_dir), "prototypes"))
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
     say = "k={k} from {analyses} analyses of {users} users"
     run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True)
@@ -69,6 +71,17 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     for remark in remarks(config, facts):
         print(f"[prototypes] {remark}", flush=True)
     return facts
+
+
+def reopen_damaged(folder: StageFolder) -> None:
+    """Finished prototypes whose files are damaged are made anew."""
+    if not folder.complete:
+        return
+    try:
+        load(folder.path)
+    except ArtifactError:
+        print(f"[prototypes] files in {folder.path} are missing or damaged; they are made anew", flush=True)
+        folder.interrupted("damaged files")
 
 
 def remarks(config: Config, facts: Mapping[str, Any]) -> Iterator[str]:

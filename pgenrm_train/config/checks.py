@@ -57,7 +57,7 @@ _POSITIVE = (
     "psi.max_steps", "psi.log_every", "psi.score_weight", "psi.evaluate_pairs", "psi.patience", "sec.samples_per_pair",
     "cre.steps", "cre.prompts_per_step", "cre.learning_rate", "curriculum.steps", "curriculum.prompts_per_step",
     "curriculum.learning_rate", "cre.validate_pairs", "curriculum.validate_pairs", "eval.seeds", "score.ind", "eval.probe_pairs",
-    "eval.max_in_flight", "eval.draws", "eval.grid_seeds", "cluster.nodes",
+    "eval.max_in_flight", "eval.draws", "eval.grid_seeds", "prototypes.analyses_per_user", "prototypes.max_users", "cluster.nodes",
     "cluster.processes_per_node", "cluster.engines", "model.max_prompt_tokens", "model.max_response_tokens", "model.nano.layers", "model.nano.hidden", "plan.mfu", "plan.bandwidth_use",
     "plan.tokens_per_second", "plan.prompt_tokens", "plan.response_tokens", "plan.pairs", "plan.test_pairs",
     *(f"{who}.{what}" for who in ("teacher", "judge") for what in ("max_in_flight", "timeout_seconds", "attempts", "max_tokens",
@@ -152,6 +152,8 @@ def _check_eval(config: Config) -> None:
         raise ConfigError(f"eval.adaptive={config.eval.adaptive} is an error level and must lie between 0 and 1")
     if config.eval.adaptive is not None and (isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list)):
         raise ConfigError("eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists")
+    if config.eval.adaptive is not None and max(sizes(config.eval.ind)) == 1:
+        raise ConfigError("eval.adaptive stops the sampling of own chains and needs eval.ind above 1")
     if config.eval.temperature < 0:
         raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
     if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
@@ -271,6 +273,8 @@ def _check_grpo(section: str, grpo: GrpoConfig) -> None:
     for key in ("resample", "validate_every"):
         if getattr(grpo, key) < 0:
             raise ConfigError(f"{section}.{key}={getattr(grpo, key)} must be at least 0")
+    if not 0 <= grpo.max_null_share <= 1:
+        raise ConfigError(f"{section}.max_null_share={grpo.max_null_share} must be within 0 and 1")
     if grpo.group_size < 2:
         raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
     if grpo.prompts_per_step % grpo.mini_batch_prompts:

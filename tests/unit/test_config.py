@@ -233,6 +233,8 @@ MISTAKES = {
     "cluster.nodes=0": ("cluster.nodes=0", "above 0"),
     "cluster.engines=0": ("cluster.engines=0", "above 0"),
     "cre.group_size=1": ("cre.group_size=1", "at least 2"),
+    "cre.max_null_share=2": ("cre.max_null_share=2", "cre.max_null_share=2"),
+    "curriculum.max_null_share=-1": ("curriculum.max_null_share=-1", "curriculum.max_null_share=-1"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
@@ -247,6 +249,13 @@ MISTAKES = {
     "judge.structured=xml": ("judge.structured=xml", "json_schema, json_object, none"),
     "teacher.max_in_flight=0": ("teacher.max_in_flight=0", "above 0"),
 }
+
+
+def test_a_sampling_of_one_chain_has_nothing_to_stop(hydra):
+    asked = ("recipe=evaluate", "eval.adaptive=0.1", "eval.pro=4")
+    assert load(*asked, "eval.ind=16").eval.adaptive == 0.1
+    with pytest.raises(ConfigError, match=r"needs eval\.ind above 1"):
+        load(*asked, "eval.ind=1")
 
 
 def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):

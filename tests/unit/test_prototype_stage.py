@@ -23,7 +23,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.masking import present
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.inputs import asked, histories
-from recipes.prototypes import of_users, remarks
+from recipes.prototypes import of_users, remarks, reopen_damaged
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
 
@@ -218,7 +218,18 @@ def test_a_report_shows_prototypes_only_where_there_are_some(run, tmp_path):
         assert part(tmp_path) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("k", 0), ("k", "many"), ("k", 2.5), ("retained_mass", 0), ("retained_mass", 1.1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("k", 0),
+        ("k", "many"),
+        ("k", 2.5),
+        ("retained_mass", 0),
+        ("retained_mass", 1.1),
+        ("analyses_per_user", 0),
+        ("max_users", 0),
+    ],
+)
 def test_settings_out_of_range_are_refused(key, value):
     from pgenrm_train.config import check
 
@@ -320,6 +331,17 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     asked_for = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
     assert len(core.load(stage.path).labels) == len(pd.read_parquet(stage.path / "analyses.parquet")) == len(asked_for)
+
+
+def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
+    stage, _ = made(world, tmp_path)
+    reopen_damaged(stage)
+    assert stage.complete and capsys.readouterr().out == ""
+    tensors = stage.path / "prototypes.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    reopen_damaged(stage)
+    assert not StageFolder.read(tmp_path, "prototypes").complete
+    assert "missing or damaged; they are made anew" in capsys.readouterr().out
 
 
 def test_large_sets_are_refined_by_all_processes_of_the_node():

@@ -162,6 +162,16 @@ def test_adaptive_sampling_goes_on_where_it_was_stopped(tmp_path):
     assert not again.samples
 
 
+@pytest.mark.parametrize(("ind", "stops"), [((8,), True), ((1, 8), False)])
+def test_only_a_study_of_one_cell_stops_early(ind, stops, tmp_path):
+    """In a grid the smaller cells are made of the samples that the largest one could do without."""
+    tests = evaluation.Evaluation(config(probes=False, adaptive=0.1), PAIRS, HISTORIES)
+    candidate = evaluation.Candidate("psi", "m", lambda: Model(0.9), lambda: chat_messages, lambda: None)
+    grid = tests.study(Study("one_pair", ind, (0,)), candidate, HISTORIES, tmp_path, lambda items, *_: items, None)
+    assert (grid.pool["failure"] == SETTLED).any() == stops
+    assert all(row["samples used"] == pytest.approx(row["ind"]) for row in grid.rows) or stops
+
+
 def test_weights_count_in_every_cell_and_in_what_stops_sampling(tmp_path):
     """A neighbour who always prefers the bad response: alone it is wrong, and its weight decides against one's own samples."""
 

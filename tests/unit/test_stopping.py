@@ -1,5 +1,7 @@
 """Adaptive stopping: the error level holds, the budget is never exceeded, what is not drawn is not read."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,23 @@ def test_the_error_level_holds_where_the_majority_is_the_other_or_none(alpha, wi
         wrong |= now & (margins[:, :drawn].sum(axis=1) > 0)
         stopped |= now
     assert wrong.mean() <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / 4000)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("budget", range(2, 8))
+def test_the_error_level_holds_in_every_order_of_every_small_pool(budget, alpha):
+    for wins, against in itertools.product(range(budget + 1), repeat=2):
+        if wins > against or wins + against > budget:
+            continue
+        pools = [
+            [1.0 if i in won else -1.0 if i in lost else 0.0 for i in range(budget)]
+            for won in itertools.combinations(range(budget), wins)
+            for lost in itertools.combinations(sorted(set(range(budget)) - set(won)), against)
+        ]
+        margins = np.array(pools)
+        used = replay(margins, alpha)
+        for_it = np.where(np.arange(budget) < used[:, None], margins, 0.0).sum(axis=1) > 0
+        assert ((used < budget) & for_it).mean() <= alpha + 1e-9, (wins, against)
 
 
 def test_the_error_level_is_spent():
