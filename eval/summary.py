@@ -110,16 +110,9 @@ def publish(
     predictions = pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True)
     write_table(folder / "predictions.parquet", predictions.merge(labels, on=KEYS, how="left"))
     notes = [*reader_notes(final), *input_notes(results["odd_inputs"]), *notes]
-    grid_texts = [text_table(g.rows, grid_title(g), 110) for g in grids]
-    text = (
-        text_table([*rows, *compared], headline_title(evaluation, config), 150)
-        + (text_table(narrow(gains), GAINS, 150) if gains else "")
-        + text_table(protocol_rows(final), f"{final.name}: the same predictions under each protocol", 110)
-        + (text_table(probe_table(results["probes"]), f"{final.name}: what moves its verdicts", 150) if results["probes"] else "")
-        + "".join(grid_texts)
-        + "".join(f"- {n}\n" for n in notes)
+    write_text(
+        folder / "table.txt", console_text([*rows, *compared], headline_title(evaluation, config), final, results, grids, notes)
     )
-    write_text(folder / "table.txt", text)
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     report = Report(
         title=f"{final.name} on {config.data.name}",
@@ -154,6 +147,26 @@ def publish(
     write_report(folder / "report.html", report)
     write_markdown(folder / "report.md", report)
     return results
+
+
+def console_text(
+    rows: Sequence[Mapping[str, Any]],
+    title: str,
+    final: Tested,
+    results: Mapping[str, Any],
+    grids: Sequence[Grid],
+    notes: Sequence[str],
+) -> str:
+    """The tables that an evaluation ends with on a console, and what a reader must know beside them."""
+    gains, probes = results["gains"], results["probes"]
+    return (
+        text_table(rows, title, 150)
+        + (text_table(narrow(gains), GAINS, 150) if gains else "")
+        + text_table(protocol_rows(final), f"{final.name}: the same predictions under each protocol", 110)
+        + (text_table(probe_table(probes), f"{final.name}: what moves its verdicts", 150) if probes else "")
+        + "".join(text_table(g.rows, grid_title(g), 110) for g in grids)
+        + "".join(f"- {n}\n" for n in notes)
+    )
 
 
 def narrow(gains: Sequence[Mapping[str, Any]], columns: int = 12) -> list[Mapping[str, Any]]:
