@@ -52,7 +52,7 @@ def test_ids_that_name_a_question_become_ids_of_votes(tmp_path):
     assert [(p.user_id, p.chosen) for p in made] == [(p.user_id, p.chosen) for p in votes]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(("a", "a/u", "a/u/2", "a/u/3")), st.sampled_from(("u", "v", "u/2"))), max_size=8))
 def test_ids_are_unique_whatever_the_source_calls_its_votes(drawn):
     index = indexed([vote(pair_id, user) for pair_id, user in drawn])

@@ -92,7 +92,7 @@ WORDS = st.sampled_from(
 NOTES = st.one_of(st.text(max_size=20), st.lists(WORDS, max_size=6).map(" ".join))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_what_is_written_is_read_back(data):
     fixed = st.sampled_from([["data", "data use"], ["data use", "data", "use"], ["formal", "data"], ["Response", "response"]])
@@ -409,7 +409,6 @@ def check(result) -> None:
         assert [len(row) for row in result.criterion_scores] == [len(result.criteria)] * 2
 
 
-@settings(deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)))
 def test_no_text_raises(text):
     check(parse_chain(text))
@@ -417,14 +416,12 @@ def test_no_text_raises(text):
     check(parse_chain(scored(3, 4, rationale=text)))
 
 
-@settings(deadline=None)
 @given(JSON, JSON, JSON)
 def test_no_object_raises(rationale_value, scores, rubric):
     check(parse_chain(block({"rationale": rationale_value, "better_response": scores, "rubric": rubric})))
     check(parse_chain(scored(5, 6, rationale=rationale_value, rubric=rubric)))
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(block(GOOD))), st.sampled_from(FRAGMENTS))
 def test_damaged_chains_never_raise(at, fragment):
     text = block(GOOD)

@@ -75,7 +75,7 @@ def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_told(schedule: str,
     assert found is None if said is None else re.match(said, found or "")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     schedule=st.sampled_from(SCHEDULES), cut=st.integers(1, STEPS - 1), second=st.integers(0, STEPS), seed=st.integers(0, 2**40),
     balanced=st.booleans(),
@@ -109,7 +109,7 @@ def test_a_sampler_that_has_drawn_can_be_set_back() -> None:
     assert run(drawn, range(4, 20)) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     schedule=st.sampled_from(["linear", "cosine", "step", "anti"]), seed=st.integers(0, 10**6), batch=st.integers(1, 20),
     ends=st.tuples(st.floats(0, 1), st.floats(0, 1)), balanced=st.booleans(),
@@ -244,7 +244,7 @@ def test_the_state_grows_with_what_was_drawn_and_not_with_the_pairs() -> None:
     assert sizes[1] < 1.5 * sizes[0]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_decks_hold_what_a_plain_model_holds(data: st.DataObject) -> None:
     """Random operations against sets: members, sizes, and no card twice in a round."""

@@ -60,7 +60,7 @@ def example(user: str, responses: tuple[str, ...], history: tuple[HistoryItem, .
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_measures_finite(anything):
     assert measure(anything).shape == (len(FEATURES),)
     assert np.isfinite(measure(anything)).all()

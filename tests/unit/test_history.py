@@ -62,7 +62,7 @@ def test_a_vote_on_the_same_two_texts_is_never_shown(policy, swapped):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(data=st.data(), size=st.integers(0, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_draw_is_stable_under_other_users_and_their_order(policy, data, size):
     own = [v for v in VOTES if v.user_id == "a"]
     others = data.draw(st.permutations([v for v in VOTES if v.user_id != "a"]))[: data.draw(st.integers(0, 20))]

@@ -87,7 +87,7 @@ def test_loaded_and_trained_tokenizers_agree(tokenizer, loaded, number):
     assert ids(loaded, text) == ids(tokenizer, text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("aé 1.\n<|query>'🙂", max_size=40))
 def test_loaded_and_trained_tokenizers_agree_on_any_text(tokenizer, loaded, text):
     assert ids(loaded, text) == ids(tokenizer, text)
@@ -229,7 +229,7 @@ def test_what_cannot_fit_is_said(tokenizer):
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.text("ab 漢🙂.\n", max_size=300)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(TEXT, min_size=3, max_size=6), st.integers(0, 4), st.sampled_from((None, 1, 7, 40)), st.integers(90, 400))
 @example(["a " * 500, "b " * 500, "c"], 3, None, 90)
 def test_no_prompt_is_ever_above_the_limit(tokenizer, texts, history, limit, room):

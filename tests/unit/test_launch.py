@@ -80,7 +80,7 @@ def test_the_command_composes_the_same_configuration(overrides: list[str]) -> No
 
 
 @given(st.text(st.characters(min_codepoint=32, blacklist_categories=("Cs", "Cc")), min_size=1, max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_survives_hydra(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -155,7 +155,7 @@ def test_the_interval_is_that_of_users_not_of_votes():
     assert clustered_share([(3, 4)])["ci95"] is None and clustered_share([])["share"] is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)).map(lambda t: (min(t), max(t))), min_size=2, max_size=30))
 def test_the_interval_agrees_with_the_formula(rows):
     hits, votes = np.array(rows, float).T

@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.errors import ConfigError
@@ -109,7 +109,6 @@ def test_present_puts_the_chosen_response_where_the_order_says():
         present(a_pair(), history, 2)
 
 
-@settings(deadline=None)
 @given(
     policy=st.sampled_from(["masked", "history_dropout"]),
     query=PLAIN,

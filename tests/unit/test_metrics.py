@@ -184,7 +184,7 @@ def test_the_input_is_left_alone_and_row_order_does_not_matter():
     pd.testing.assert_frame_equal(frame, before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 4), min_size=4, max_size=4)), min_size=1, max_size=12))
 def test_any_table_keeps_the_bounds(votes):
     rows = []

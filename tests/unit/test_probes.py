@@ -48,7 +48,7 @@ def test_a_user_is_no_twin_of_themselves_and_equal_responses_are_left_out():
 votes = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.sampled_from("qr")), max_size=25)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(votes, st.randoms())
 def test_balance_and_determinism(drawn, random):
     pairs = [

@@ -5,7 +5,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.masking import FullView, MaskedView
@@ -114,7 +114,6 @@ def test_reserved_tokens_are_broken():
     assert "\n\n" in text and "(PAD)" in text
 
 
-@settings(deadline=None)
 @given(TEXT, st.sampled_from([(), RESERVED]))
 def test_neutralise_is_idempotent_and_leaves_no_token(text, reserved):
     once = neutralise(text, reserved)
@@ -124,7 +123,6 @@ def test_neutralise_is_idempotent_and_leaves_no_token(text, reserved):
     assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in once if char not in "\n\t")
 
 
-@settings(deadline=None)
 @given(st.data(), CONTEXT, ITEMS, st.lists(TEXT, min_size=2, max_size=10), st.booleans())
 def test_delimiters_cannot_be_forged(data, context, history, responses, full):
     view = MaskedView(context, history, tuple(responses))

@@ -374,14 +374,14 @@ PAIRS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(PAIRS)
 def test_every_pair_survives_its_row_as_json(pair):
     row = json.loads(json.dumps(pair_to_row(pair)))
     assert row_to_pair(row, Path("votes.jsonl"), 1) == pair
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(PAIRS, min_size=1, max_size=4))
 def test_every_pair_survives_both_file_formats(pairs):
     with tempfile.TemporaryDirectory() as folder:

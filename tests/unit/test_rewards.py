@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.chains import Chain, write_chain
@@ -106,7 +106,6 @@ def test_a_degenerate_group_gives_zeros(totals):
     assert group_advantages(totals) == [0.0] * len(totals)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-2, 2), max_size=16))
 def test_advantages_sum_to_zero_and_keep_the_order(totals):
     advantages = group_advantages(totals)
@@ -115,7 +114,6 @@ def test_advantages_sum_to_zero_and_keep_the_order(totals):
     assert all((a <= b) for (s, a), (t, b) in zip(sorted(zip(totals, advantages)), sorted(zip(totals, advantages))[1:]) if s < t)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=200), st.integers(0, 1), st.one_of(st.none(), st.floats(0, 1)))
 def test_any_text_gets_a_bounded_reward(text, index, process):
     for candidate in (text, FIRST_WINS + text, text + TIE):

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -14,10 +14,8 @@ from pgenrm_train.stopping import looks, replay, settled, stops
 MARGINS = arrays(
     float, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.sampled_from([-2.0, -0.5, 0.0, 1.0, np.nan])
 )
-PATIENT = settings(deadline=None)  # the stops of a budget are computed once
 
 
-@PATIENT
 @given(MARGINS, st.sampled_from([0.01, 0.1, 0.4]))
 def test_the_budget_is_never_exceeded_and_some_chain_is_always_drawn(margins, alpha):
     used = replay(margins, alpha)
@@ -25,7 +23,6 @@ def test_the_budget_is_never_exceeded_and_some_chain_is_always_drawn(margins, al
     assert set(used) <= set(looks(margins.shape[1], alpha)) and looks(margins.shape[1], alpha)[-1] == margins.shape[1]
 
 
-@PATIENT
 @given(MARGINS, st.sampled_from([0.05, 0.3]))
 def test_a_stop_reads_nothing_of_what_is_not_drawn(margins, alpha):
     for drawn in looks(margins.shape[1], alpha):
@@ -34,7 +31,6 @@ def test_a_stop_reads_nothing_of_what_is_not_drawn(margins, alpha):
         assert np.array_equal(settled(margins, drawn, alpha), settled(other, drawn, alpha))
 
 
-@PATIENT
 @given(MARGINS, st.sampled_from([0.05, 0.3]))
 def test_the_rule_takes_no_side(margins, alpha):
     assert np.array_equal(replay(margins, alpha), replay(-margins, alpha))
