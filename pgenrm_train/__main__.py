@@ -13,20 +13,25 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train import publishing, usage
+from pgenrm_train import usage
 from pgenrm_train.config import CONFIG_DIR, Config, beneath, parse, register_resolvers
-from pgenrm_train.ending import end_on_sigterm
 from pgenrm_train.errors import ConfigError, PGenRMError
+from pgenrm_train.run.process import end_on_sigterm
+from pgenrm_train.run.store import publisher as publishing
 
 
 def main() -> int:
     if not (CONFIG_DIR / "config.yaml").exists():
-        return _fail("the recipes and configs are not installed; run from a checkout, or `pip install -e .` in one")
+        return _fail(
+            "the recipes and configs are not installed; run from a checkout, or `pip install -e .` in one"
+        )
     if (text := usage.asked_for(sys.argv[1:], _groups(), choices)) is not None:
         print(text, end="")
         return 0
     sys.path.insert(0, str(CONFIG_DIR.parent))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and one sentence can be made of it
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises instead of printing, and one sentence can be made of it
+    )
     end_on_sigterm()
     try:
         return _hydra_main()
@@ -44,8 +49,13 @@ def run_recipe(config: Config) -> int:
         # Read when OpenMP loads, so before torch.  Its own default spins for so long that a step takes many times as long once
         # something else wants a core; with none at all SFT's small operations wait for the kernel, at two thirds of the speed.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if config.ray.address is not None:  # a worker of a cluster that was there before has another working directory
-        config.run_dir, config.mirror = str(Path(config.run_dir).absolute()), str(Path(config.mirror).absolute())
+    if (
+        config.ray.address is not None
+    ):  # a worker of a cluster that was there before has another working directory
+        config.run_dir, config.mirror = (
+            str(Path(config.run_dir).absolute()),
+            str(Path(config.mirror).absolute()),
+        )
         config.model.path = str(Path(config.model.path).absolute()) if config.model.path else None
     try:
         module = importlib.import_module(f"recipes.{config.recipe}")
@@ -54,7 +64,7 @@ def run_recipe(config: Config) -> int:
             raise
         raise ConfigError(f"recipe={config.recipe} is not one of {', '.join(choices('recipe'))}") from None
     if config.preflight.only and config.recipe != "plan":
-        module = importlib.import_module("recipes.preflight")
+        module = importlib.import_module("recipes.wiring.preflight")
     with publishing.kept():
         return int(module.run(config) or 0)
 
@@ -101,7 +111,9 @@ def _explain(error: Exception) -> str | None:
             return str(cause)
         cause = cause.__cause__
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
-        return f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(_groups())}"
+        return (
+            f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(_groups())}"
+        )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = f"{error}\n{error.__cause__ or ''}"

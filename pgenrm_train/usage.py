@@ -33,7 +33,9 @@ python -m pgenrm_train recipe=plan model=llama31_8b cluster=gpu8 data=chatbot_ar
 """
 
 
-def asked_for(arguments: Iterable[str], groups: Iterable[str], choices: Callable[[str], list[str]]) -> str | None:
+def asked_for(
+    arguments: Iterable[str], groups: Iterable[str], choices: Callable[[str], list[str]]
+) -> str | None:
     """The text that the command line asks for; None when it asks for a run."""
     given = set(arguments)
     if given & {"--help", "-h"}:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pgenrm_train.__main__ import run_recipe
 from pgenrm_train.config import ROOT, parse
-from pgenrm_train.ending import end_on_sigterm
 from pgenrm_train.errors import PGenRMError
+from pgenrm_train.run.process import end_on_sigterm
 
 
 def main(config_file: str, recipe: str) -> int:
@@ -20,7 +20,9 @@ def main(config_file: str, recipe: str) -> int:
     try:
         config = parse(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
         if recipe not in ("build_data", "build_sec", "psi"):
-            config.model.path = None  # it names where PSI starts; later stages start from what the run has made
+            config.model.path = (
+                None  # it names where PSI starts; later stages start from what the run has made
+            )
         return run_recipe(dataclasses.replace(config, recipe=recipe))
     except KeyboardInterrupt:
         return 130

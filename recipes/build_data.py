@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
-from recipes.run import prepare, run_stage
+from pgenrm_train.stages.stage import prepare, run_stage
 
 
 def run(config: Config) -> None:
     if config.data.name == "lampqa" and config.recipe not in ("build_data", "evaluate"):
         raise ConfigError(f"data=lampqa is for evaluation only; recipe={config.recipe} needs another data=")
     prepare(config)
-    say = "{questions} questions, {answers} answers" if config.data.name == "lampqa" else "{pairs} pairs of {users} users"
+    say = (
+        "{questions} questions, {answers} answers"
+        if config.data.name == "lampqa"
+        else "{pairs} pairs of {users} users"
+    )
     run_stage(config, "build_data", build_data.READS, [], lambda folder, _: build(config, folder), say)
 
 
 def build(config: Config, folder: StageFolder) -> dict[str, Any]:
     """The pairs, then what is to be known of them; or a set of questions, which no stage trains on."""
-    from data_builders.card import describe
+    from data_builders.checks.card import describe
 
     if config.data.name == "lampqa":
-        from data_builders import lampqa
+        from data_builders.sources import lampqa
 
         return lampqa.build(config, folder.path)
     return describe(config, folder.path, build_data.run(config, folder, builder(config)))
@@ -32,7 +36,7 @@ def build(config: Config, folder: StageFolder) -> dict[str, Any]:
 
 def builder(config: Config) -> build_data.Builder:
     """The builder of `data=`; each is one file in data_builders/."""
-    from data_builders import pairs, personal_reward_bench, personaworld, prism
+    from data_builders.sources import pairs, personal_reward_bench, personaworld, prism
 
     known = {
         "pairs": pairs.build,

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.artifacts import StageFolder
-from pgenrm_train.backends.base import Generation, Teacher
-from pgenrm_train.chains import FORMAT_STRINGS
+from pgenrm_train.backends.protocols import Generation, Teacher
+from pgenrm_train.chains.chain import FORMAT_STRINGS
 from pgenrm_train.config import ROOT, Config, masking_of
-from pgenrm_train.masking import apply_masking
-from pgenrm_train.prompts import TAGS, chat_messages
-from pgenrm_train.records import Example, PreferencePair
+from pgenrm_train.prompts.masking import apply_masking
+from pgenrm_train.prompts.messages import TAGS, chat_messages
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.records.pairs import Example, PreferencePair
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_sec
-from pgenrm_train.stages.inputs import PromptWriter, load_pairs
+from pgenrm_train.stages.stage import prepare, progress, run_stage
 from recipes import build_data
-from recipes.llm import endpoint
-from recipes.run import prepare, progress, run_stage
+from recipes.wiring.llm import endpoint
 
 TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
 
@@ -55,20 +55,22 @@ def run(config: Config) -> None:
 def yield_table(facts: Mapping[str, Any]) -> str:
     """Chains kept and rejected, a line a reason."""
     counts = {"kept": facts["chains"], **facts["rejected"]}
-    return "\n".join(f"{count:>9,}  {count / facts['asked']:>6.1%}  {reason}" for reason, count in counts.items())
+    return "\n".join(
+        f"{count:>9,}  {count / facts['asked']:>6.1%}  {reason}" for reason, count in counts.items()
+    )
 
 
 @contextmanager
 def teacher(config: Config, pairs: Sequence[PreferencePair], folder: Path) -> Iterator[Teacher]:
     """The teacher of `teacher=`; `folder` keeps what a language model answered."""
     if config.teacher.kind == "oracle":
-        from data_builders.oracle import OracleTeacher
+        from data_builders.teachers.oracle import OracleTeacher
 
         yield _Rule(OracleTeacher(config.seed).write)
     elif config.teacher.kind == "features":
         yield _Rule(features_teacher(config, pairs))
     else:
-        from pgenrm_train.backends.llm import LlmTeacher
+        from pgenrm_train.backends.api.roles import LlmTeacher
 
         with endpoint(config, "teacher", folder) as found:
             yield LlmTeacher(found)
@@ -95,13 +97,15 @@ class _Rule:
 
 def features_teacher(config: Config, pairs: Sequence[PreferencePair]) -> Callable[[Example, int], str]:
     """The `features` rule, fitted on the training pairs."""
-    from data_builders.features import FeatureTeacher
+    from data_builders.teachers.features import FeatureTeacher
 
     rule = FeatureTeacher().fit([p for p in pairs if p.trains])
 
     def write(example: Example, attempt: int) -> str:
         key = f"{config.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
-        rng = np.random.default_rng(list(key.encode())) if attempt else None  # the first chain is the rule's own, without jitter
+        rng = (
+            np.random.default_rng(list(key.encode())) if attempt else None
+        )  # the first chain is the rule's own, without jitter
         return rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
 
     return write
@@ -122,10 +126,12 @@ def make_base(config: Config, kept: Sequence[build_sec.Kept]) -> Path | str:
     """`base_model`, made from the chains at hand where it is a nano from random weights."""
     base = base_model(config)
     if base == Path(config.run_dir) / "build_sec" / "base":
-        from pgenrm_train.backends.nano import make_nano
+        from pgenrm_train.backends.sft.nano import make_nano
 
         sample = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
-        make_nano(base, sample, [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)], config.model.nano, config.seed)
+        make_nano(
+            base, sample, [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)], config.model.nano, config.seed
+        )
     return base
 
 
@@ -133,7 +139,7 @@ def load_tokenizer(model: Path | str):  # type: ignore[no-untyped-def]
     """Raises DataError for a tokenizer that cannot write chats."""
     from transformers import AutoTokenizer
 
-    from pgenrm_train.backends.sft_checks import check_template
+    from pgenrm_train.backends.sft.checks import check_template
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     check_template(tokenizer, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgenrm_train.config import Config
-from recipes.grpo import run_stages
+from recipes.wiring.grpo import run_stages
 
 
 def run(config: Config) -> None:

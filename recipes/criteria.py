@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.base import CriteriaWriter, Generation
+from pgenrm_train.backends.protocols import CriteriaWriter, Generation
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.prompts.writer import load_pairs
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.stages import criteria
-from pgenrm_train.stages.inputs import load_pairs
+from pgenrm_train.stages.stage import prepare, progress, run_stage
 from recipes import build_data
-from recipes.llm import endpoint
-from recipes.run import prepare, progress, run_stage
+from recipes.wiring.llm import endpoint
 
 
 def run(config: Config) -> None:
@@ -35,11 +35,13 @@ def run(config: Config) -> None:
 def writer(config: Config, pairs: Sequence[PreferencePair], folder: Path) -> Iterator[CriteriaWriter]:
     """Who infers: the features rule, or the language model of `teacher=`, whose answers `folder` keeps."""
     if config.teacher.kind == "oracle":
-        raise ConfigError("recipe=criteria needs teacher=features, endpoint or vllm: the oracle's users state their criteria")
+        raise ConfigError(
+            "recipe=criteria needs teacher=features, endpoint or vllm: the oracle's users state their criteria"
+        )
     if config.teacher.kind == "features":
         yield FeatureCriteria(pairs)
     else:
-        from pgenrm_train.backends.llm import LlmCriteria
+        from pgenrm_train.backends.api.roles import LlmCriteria
 
         with endpoint(config, "teacher", folder) as found:
             yield LlmCriteria(found)
@@ -51,12 +53,12 @@ class FeatureCriteria:
     in_flight = 1
 
     def __init__(self, pairs: Sequence[PreferencePair]) -> None:
-        from data_builders.features import FeatureTeacher
+        from data_builders.teachers.features import FeatureTeacher
 
         self.rule = FeatureTeacher().fit([p for p in pairs if p.trains])
 
     def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation:
-        from pgenrm_train.synthesis import write_criteria
+        from pgenrm_train.rewards.synthetic_criteria import write_criteria
 
         return Generation(user_id, attempt, write_criteria(self.rule.preferences(user_id)))
 

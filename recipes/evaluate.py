@@ -7,24 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.compare import compare, publish_comparison
-from eval.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, Tested
-from eval.scaling_study import FindSimilar, Similar, Study
-from eval.slices import first_analyses
-from eval.summary import publish
-from eval.validation import headline
-from pgenrm_train.artifacts import StageFolder, link
-from pgenrm_train.backends.vllm_replicas import local_engines
+from eval.metrics.slices import first_analyses
+from eval.report.compare import compare, publish_comparison
+from eval.report.summary import publish
+from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, Tested
+from eval.studies.scaling_study import FindSimilar, Similar, Study
+from eval.studies.validation import headline
+from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import ANSWER_KEYS, Config, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.records import PreferencePair
-from pgenrm_train.stages.inputs import asked, histories, load_pairs
+from pgenrm_train.files import link
+from pgenrm_train.prompts.writer import asked, histories, load_pairs
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
 from recipes import build_data
-from recipes.candidates import candidates
-from recipes.costs import tell_evaluation
-from recipes.llm import model_endpoint, shown_histories
-from recipes.run import newest, prepare, progress, run_stage
-from recipes.scorers import scorers
+from recipes.wiring.baselines import scorers
+from recipes.wiring.candidates import candidates
+from recipes.wiring.costs import tell_evaluation
+from recipes.wiring.llm import model_endpoint, shown_histories
 
 READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.prompt", "model.instructions", "model.max_prompt_tokens",
          "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
@@ -44,11 +45,15 @@ def run(config: Config) -> None:
     build_data.run(config)
     body, reads, say = evaluate, list(READS), "accuracy {accuracy:.3f} of {model}"
     if config.data.name == "lampqa":
-        from recipes import lampqa
+        from recipes.wiring import lampqa
 
         body, say = lampqa.evaluate, "Spearman {spearman} of {model}"
         reads += [f"judge.{key}" for key in ANSWER_KEYS]  # the reference ranking may be a judge's
-    inputs = ["build_data", *made, *(["prototypes"] if StageFolder.read(Path(config.run_dir), "prototypes").complete else [])]
+    inputs = [
+        "build_data",
+        *made,
+        *(["prototypes"] if StageFolder.read(Path(config.run_dir), "prototypes").complete else []),
+    ]
 
     def test(folder: StageFolder, tracker: Any) -> dict[str, Any]:
         with local_engines(config) as load:
@@ -74,7 +79,9 @@ def evaluate(
     config: Config, folder: StageFolder, tracker: Any, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> dict[str, Any]:
     """Test every candidate and baseline on the same pairs; write results.json, predictions.parquet, report.html, table.txt."""
-    config, left_out = without_prototypes(config) if any(isinstance(c, Candidate) for c in everyone) else (config, [])
+    config, left_out = (
+        without_prototypes(config) if any(isinstance(c, Candidate) for c in everyone) else (config, [])
+    )
     pairs = load_pairs(Path(config.run_dir))
     split = asked(pairs, config.eval.split, config.data.max_test_pairs)
     if not split:
@@ -83,12 +90,17 @@ def evaluate(
         )
     check_split(config, split, pairs)
     sampler = histories(config, pairs)
-    evaluation = Evaluation(config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains})
+    evaluation = Evaluation(
+        config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains}
+    )
     tested, grids, cost = [], [], {}
     fitted = scorers(config, pairs)
-    find = find_similar(config, pairs) if borrows(config) else None  # refuses other prototypes before anything is asked
+    find = (
+        find_similar(config, pairs) if borrows(config) else None
+    )  # refuses other prototypes before anything is asked
     baselines = [
-        evaluation.baseline(name, scorer, final=not everyone and name == list(fitted)[-1]) for name, scorer in fitted.items()
+        evaluation.baseline(name, scorer, final=not everyone and name == list(fitted)[-1])
+        for name, scorer in fitted.items()
     ]
     if config.model.kind == "endpoint":
         folder.manifest["estimate"] = tell_evaluation(config, evaluation, model_endpoint(config))
@@ -122,13 +134,17 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
             f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds none; "
             "run recipe=prototypes there first, or use eval.pro=0"
         )
-    note = "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
+    note = (
+        "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
+    )
     return replace(config, eval=replace(config.eval, pro=[0], one_pair_pro=[])), [note]
 
 
 def check_split(config: Config, asked: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
     """Raises DataError when accuracy on users who train would go by the name `user_disjoint`."""
-    if config.eval.protocol == "user_disjoint" and (known := {p.user_id for p in asked} & {p.user_id for p in pairs if p.trains}):
+    if config.eval.protocol == "user_disjoint" and (
+        known := {p.user_id for p in asked} & {p.user_id for p in pairs if p.trains}
+    ):
         raise DataError(
             f"eval.protocol=user_disjoint: {len(known)} of the users who are asked about also train; "
             "use data.split_by=user_disjoint, or eval.protocol=strict, which counts alike"
@@ -168,7 +184,7 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
     """Nearest training users by the text of an analysis, from the run's prototypes (METHOD §7)."""
     import pandas as pd
 
-    from pgenrm_train import prototypes
+    from pgenrm_train.prototypes import clusters as prototypes
 
     folder = newest(config, "prototypes")
     loaded, embedder = load_prototypes(config, folder)
@@ -192,7 +208,7 @@ def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
 
     A pair whose first chain cannot be read has none, and neither has any pair where the prototypes belong to another model.
     """
-    from pgenrm_train import prototypes
+    from pgenrm_train.prototypes import clusters as prototypes
 
     folder = StageFolder.read(Path(config.run_dir), "prototypes")
     analyses = first_analyses(final.predictions) if folder.complete else {}
@@ -203,7 +219,9 @@ def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
     except ArtifactError as error:  # they were asked for by nobody; the rest of the evaluation stands
         print(f"no slices by prototype: {error}", flush=True)
         return None
-    labels = prototypes.assign(loaded.A, embedder([prototypes.preference_text(text) for text in analyses.values()]))
+    labels = prototypes.assign(
+        loaded.A, embedder([prototypes.preference_text(text) for text in analyses.values()])
+    )
     return {pair: int(label) for pair, label in zip(analyses, labels, strict=True)}
 
 
@@ -212,7 +230,7 @@ def load_prototypes(config: Config, folder: StageFolder) -> tuple[Any, Any]:
 
     Raises ArtifactError when they belong to another model, embedder or data.  Which weights a server has nobody can check.
     """
-    from pgenrm_train import prototypes
+    from pgenrm_train.prototypes import clusters as prototypes
     from recipes.prototypes import hashes, make_embedder
 
     embedder, checkpoint = make_embedder(config), checkpoint_under_test(config)

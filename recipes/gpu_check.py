@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder, environment_facts, write_json
+from pgenrm_train.cluster.planning import plan_of
+from pgenrm_train.cluster.preflight import findings, stages_of
+from pgenrm_train.cluster.preflight.machine import visible_gpus
 from pgenrm_train.config import Config
 from pgenrm_train.errors import PGenRMError, PreflightError
-from pgenrm_train.planning import plan_of
-from pgenrm_train.preflight import findings, stages_of
-from pgenrm_train.preflight.machine import visible_gpus
-from recipes.run import launch, prepare
+from pgenrm_train.files import write_json
+from pgenrm_train.run.folder import StageFolder, environment_facts
+from pgenrm_train.stages.stage import launch, prepare
 
 MINUTES = 20.0  # the promise
 END_MINUTES = 2 * MINUTES  # what still runs then hangs, and is ended: a verdict always comes
@@ -73,7 +74,9 @@ def tried(config: Config, recipe: str, seconds: float) -> Seen:
         try:
             launch(config, recipe)
         except (PGenRMError, SystemExit) as error:
-            seen.error = seen.error or (str(error) if isinstance(error, PGenRMError) else "its sentence stands above")
+            seen.error = seen.error or (
+                str(error) if isinstance(error, PGenRMError) else "its sentence stands above"
+            )
     seen.seconds = time.monotonic() - began
     return seen
 
@@ -138,7 +141,9 @@ def used_gib(config: Config) -> float:
 
 def report_of(config: Config, seen: dict[str, Seen]) -> dict[str, Any]:
     """Numbers of every recipe beside the plan's, and the verdict."""
-    planned = {stage.stage: max((p.total for p in stage.phases), default=0.0) for stage in plan_of(config).stages}
+    planned = {
+        stage.stage: max((p.total for p in stage.phases), default=0.0) for stage in plan_of(config).stages
+    }
     rows = []
     for recipe, found in seen.items():
         row: dict[str, Any] = {"recipe": recipe, "seconds": round(found.seconds, 1), "error": found.error}
@@ -188,7 +193,9 @@ def folder_results(config: Config) -> dict[str, Any]:
 
 def told(report: dict[str, Any]) -> str:
     """The report for people; its last line is the verdict."""
-    lines = [f"{report['model']}: {report['parameters'] / 1e6:,.1f} M random weights on cluster={report['cluster']}"]
+    lines = [
+        f"{report['model']}: {report['parameters'] / 1e6:,.1f} M random weights on cluster={report['cluster']}"
+    ]
     for row in report["recipes"]:
         facts = [
             f"{name.replace('_', ' ')} {row[name]:g}"

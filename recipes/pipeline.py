@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pgenrm_train.artifacts import StageFolder, environment_facts, link, write_json
 from pgenrm_train.config import STAGES, Config
+from pgenrm_train.files import link, write_json
+from pgenrm_train.run.folder import StageFolder, environment_facts
+from pgenrm_train.stages.stage import fail_early, launch, prepare
 from recipes import psi
-from recipes.run import fail_early, launch, prepare
 
 RECIPES = (
     "build_data",  # raw source → pairs
@@ -38,7 +39,11 @@ def publish(config: Config, seconds: float) -> None:
         link(run_dir / "evaluate" / name, run_dir / name)
     trained = [stage for stage in STAGES if (run_dir / stage / "checkpoint").exists()]
     link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
-    lines = [(run_dir / s / "metrics.jsonl").read_text() for s in STAGES if (run_dir / s / "metrics.jsonl").exists()]
+    lines = [
+        (run_dir / s / "metrics.jsonl").read_text()
+        for s in STAGES
+        if (run_dir / s / "metrics.jsonl").exists()
+    ]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     stages = {stage: _brief(StageFolder.read(run_dir, stage)) for stage in STAGES}
     write_json(

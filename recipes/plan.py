@@ -10,10 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from pgenrm_train.artifacts import write_json
+from pgenrm_train.cluster.planning import Plan, plan_of
+from pgenrm_train.cluster.planning.table import show
 from pgenrm_train.config import Config
-from pgenrm_train.planning import Plan, plan_of
-from pgenrm_train.planning.table import show
+from pgenrm_train.files import write_json
 
 
 def run(config: Config) -> int:
@@ -31,7 +31,7 @@ def run(config: Config) -> int:
 
 def emit(config: Config, plan: Plan) -> int:
     """The launch file on stdout, so that it can be redirected."""
-    from pgenrm_train.launch import rayjob, slurm
+    from pgenrm_train.cluster.launch import rayjob, slurm
 
     for stage in plan.stages:
         for problem in stage.problems:

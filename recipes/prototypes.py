@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.harness import PredictionStore, ask, own_questions, readable_text
-from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest
-from pgenrm_train.backends.vllm_replicas import local_engines
+from eval.ask.harness import PredictionStore, ask, own_questions, readable_text
+from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.prototypes import load
-from pgenrm_train.refinement import refine
+from pgenrm_train.files import fingerprint
+from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.prototypes.clusters import load
+from pgenrm_train.prototypes.refinement import refine
+from pgenrm_train.run.folder import StageFolder, weights_digest
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
-from recipes.candidates import once
-from recipes.run import newest, prepare, progress, run_stage
+from recipes.wiring.candidates import once
 
 NEWCOMERS = 200  # pairs of validation users for the cold-start curve
 LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
@@ -27,12 +28,18 @@ LARGE = 20_000  # analyses, or texts to embed, from which on several processes p
 
 def run(config: Config) -> None:
     prepare(config)
-    made = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
+    made = (
+        Path(config.model.path)
+        if config.model.path
+        else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
+    )
     build_data.run(config)
     reopen_damaged(StageFolder.read(Path(config.run_dir), "prototypes"))
     inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
     say = "k={k} from {analyses} analyses of {users} users"
-    run_stage(config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True)
+    run_stage(
+        config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True
+    )
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:
@@ -43,7 +50,11 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
     shown = {p.pair_id: sampler(p) for p in train}
     sets = {"own": (train, shown)}
     seen = {p.user_id for p in pairs if p.trains}
-    newcomers = [p for p in asked(pairs, "val", min(NEWCOMERS, config.data.max_val_pairs or NEWCOMERS)) if p.user_id not in seen]
+    newcomers = [
+        p
+        for p in asked(pairs, "val", min(NEWCOMERS, config.data.max_val_pairs or NEWCOMERS))
+        if p.user_id not in seen
+    ]
     for size in range(config.data.history_size + 1):  # newcomers of whom so many votes are known
         sets[f"known/{size}"] = newcomers, {p.pair_id: sampler(p, size) for p in newcomers}
     questions = {name: own_questions(*these, set_name=name, orders=(0,)) for name, these in sets.items()}
@@ -54,7 +65,8 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
             start,
             PromptWriter(config, load_tokenizer(checkpoint)),
             PredictionStore(
-                folder.path / f"chains-{checkpoint.parent.name}", fingerprint(weights_digest(checkpoint), config.seed)
+                folder.path / f"chains-{checkpoint.parent.name}",
+                fingerprint(weights_digest(checkpoint), config.seed),
             ),
             masking=masking_of(config, "eval"),
             temperature=0.0,
@@ -62,12 +74,16 @@ def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any
             what="analyses of users",
         ).set_index("key")
         close()
-    chains = {name: [(q.pair, readable_text(table.loc[q.key])) for q in these] for name, these in questions.items()}
+    chains = {
+        name: [(q.pair, readable_text(table.loc[q.key])) for q in these] for name, these in questions.items()
+    }
     embedder = make_embedder(config, workers=processes(config))
     own = chains.pop("own")
     newcomers_chains = [(found, sets[name][1]) for name, found in chains.items() if found]
     made_from = hashes(config, checkpoint, embedder)
-    facts = prototypes.run(config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train)))
+    facts = prototypes.run(
+        config, folder, own, shown, embedder, made_from, newcomers_chains, refiner(config, len(train))
+    )
     for remark in remarks(config, facts):
         print(f"[prototypes] {remark}", flush=True)
     return facts
@@ -104,19 +120,21 @@ def make_embedder(config: Config, name: str | None = None, workers: int = 1) -> 
 
     `workers` above 1: Ray actors share large sets out; nothing else may hold the devices then.
     """
-    from pgenrm_train.backends.embedder import SentenceEmbedder
-    from pgenrm_train.backends.embedder_workers import EmbedderWorkers
+    from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
+    from pgenrm_train.backends.embedding.workers import EmbedderWorkers
 
     cache = Path(config.run_dir) / "embeddings"
     shared = EmbedderWorkers(config, workers, LARGE) if workers > 1 else None
-    return SentenceEmbedder(name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache, shared=shared)
+    return SentenceEmbedder(
+        name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache, shared=shared
+    )
 
 
 def refiner(config: Config, analyses: int) -> prototypes.Refine:
     """Large sets are shared out over this node's processes."""
     if analyses < LARGE or config.cluster.processes_per_node == 1:
         return refine
-    from pgenrm_train.backends.refine_processes import refine_in_processes
+    from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
 
     return functools.partial(refine_in_processes, processes=config.cluster.processes_per_node)
 
@@ -126,7 +144,9 @@ def of_users(folder: Path) -> dict[str, int]:
     import pandas as pd
 
     if not StageFolder.read(folder.parent, folder.name).complete:
-        raise ArtifactError(f"curriculum.prototypes={folder} holds no finished prototypes; give the folder RUN/prototypes")
+        raise ArtifactError(
+            f"curriculum.prototypes={folder} holds no finished prototypes; give the folder RUN/prototypes"
+        )
     table = pd.read_parquet(folder / "analyses.parquet", columns=["user_id", "prototype"])
     return {user: int(labels.mode().iloc[0]) for user, labels in table.groupby("user_id")["prototype"]}
 

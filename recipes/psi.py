@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from eval.validation import Validation
-from pgenrm_train.backends.base import Validator
+from eval.studies.validation import Validation
+from pgenrm_train.backends.protocols import Validator
+from pgenrm_train.cluster.preflight import stages_of, still_to_do
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.preflight import stages_of, still_to_do
-from pgenrm_train.records import PreferencePair
+from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.run.tracking import METRICS
 from pgenrm_train.stages import psi
-from pgenrm_train.stages.inputs import PromptWriter, asked, histories, load_pairs
-from pgenrm_train.tracking import METRICS
+from pgenrm_train.stages.stage import fail_early, prepare, run_stage
 from recipes import build_sec
 from recipes.build_sec import load_tokenizer
-from recipes.run import fail_early, prepare, run_stage
 
 
 def run(config: Config) -> None:
@@ -26,7 +26,7 @@ def run(config: Config) -> None:
     build_sec.run(config)
 
     def body(folder, tracker):  # type: ignore[no-untyped-def]
-        from pgenrm_train.backends import deepspeed_sft
+        from pgenrm_train.backends.sft import engine as deepspeed_sft
 
         os.environ.update({k: v for k, v in deepspeed_sft.environment(config).items() if k not in os.environ})
         sec = Path(config.run_dir) / "build_sec"
@@ -44,7 +44,7 @@ def run(config: Config) -> None:
 
 def check_start(config: Config) -> None:
     """What is wrong with the model that PSI starts from is told before chains are made and paid for."""
-    from pgenrm_train.backends.sft_checks import check_libraries, inspect_start
+    from pgenrm_train.backends.sft.checks import check_libraries, inspect_start
 
     if not still_to_do(config, ["psi"]) or config.model.kind != "hf":  # a nano may be made of the chains
         return
@@ -62,5 +62,7 @@ def validation(config: Config) -> Validator:
 def validation_pairs(config: Config) -> list[PreferencePair]:
     """Raises DataError when the data has no validation split."""
     if not (pairs := asked(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)):
-        raise DataError("psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0")
+        raise DataError(
+            "psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0"
+        )
     return pairs

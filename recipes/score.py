@@ -20,19 +20,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.harness import UNVERIFIED, Write
-from eval.scaling_study import Similar
-from pgenrm_train import publishing
-from pgenrm_train.backends.base import GenerationRequest, Generator
-from pgenrm_train.chains import Chain, ParseFailure, parse_chain
+from eval.ask.harness import UNVERIFIED, Write
+from eval.studies.scaling_study import Similar
+from pgenrm_train.backends.protocols import GenerationRequest, Generator
+from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, ConfigError, DataError
-from pgenrm_train.masking import FullView, MaskedView, apply_masking
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message
-from pgenrm_train.scaling import scale
-from pgenrm_train.stages.inputs import PromptWriter, load_pairs
-from recipes.llm import api_generator, model_endpoint, plain_writer
-from recipes.run import newest
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message
+from pgenrm_train.run.store import publisher as publishing
+from pgenrm_train.scaling.combine import scale
+from pgenrm_train.stages.stage import newest
+from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 
 
 class Answer(NamedTuple):
@@ -61,15 +61,21 @@ def run(config: Config) -> int:
 def _view(config: Config, example: Example) -> MaskedView | FullView:
     """Stated criteria are shown when given: whoever states them wants them used."""
     policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
-    return apply_masking(example, policy, random.Random(config.seed), show_probability=config.masking.show_probability)[0]
+    return apply_masking(
+        example, policy, random.Random(config.seed), show_probability=config.masking.show_probability
+    )[0]
 
 
 def _model(config: Config) -> tuple[Generator, Write]:
     if config.model.kind == "endpoint":
         settings = replace(model_endpoint(config), temperature=_temperature(config))
         return api_generator(settings, config.model.prompt, None), plain_writer(config)
-    checkpoint = Path(config.model.path) if config.model.path else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
-    from pgenrm_train.backends.vllm_engine import VllmGenerator
+    checkpoint = (
+        Path(config.model.path)
+        if config.model.path
+        else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
+    )
+    from pgenrm_train.backends.vllm.engine import VllmGenerator
 
     made = VllmGenerator(config, checkpoint)
     return made, PromptWriter(config, made.tokenizer)
@@ -85,13 +91,24 @@ def _temperature(config: Config) -> float:
 
 
 def _chains(
-    config: Config, generator: Generator, write: Write, responses: int, examples: Sequence[Example], samples: int
+    config: Config,
+    generator: Generator,
+    write: Write,
+    responses: int,
+    examples: Sequence[Example],
+    samples: int,
 ) -> list[Answer]:
     """`samples` chains on each example, in order, each as read or with the reason why not."""
     views = [tuple(write(_view(config, example))) for example in examples]
     requests = [GenerationRequest(f"{n}", messages, samples, config.seed) for n, messages in enumerate(views)]
-    found = sorted(generator(requests, temperature=_temperature(config)), key=lambda answer: (int(answer.key), answer.sample))
-    return [Answer(a.text, ParseFailure(a.failure, "") if a.failure else _read(config, a.text or "", responses)) for a in found]
+    found = sorted(
+        generator(requests, temperature=_temperature(config)),
+        key=lambda answer: (int(answer.key), answer.sample),
+    )
+    return [
+        Answer(a.text, ParseFailure(a.failure, "") if a.failure else _read(config, a.text or "", responses))
+        for a in found
+    ]
 
 
 def _read(config: Config, text: str, responses: int) -> Chain | ParseFailure:
@@ -100,7 +117,9 @@ def _read(config: Config, text: str, responses: int) -> Chain | ParseFailure:
     if config.eval.scores == "declared" or isinstance(chain, ParseFailure):
         return chain
     if chain.verified_scores is None:
-        return ParseFailure(UNVERIFIED, "its rubric gives no scores, and eval.scores=verified counts these alone")
+        return ParseFailure(
+            UNVERIFIED, "its rubric gives no scores, and eval.scores=verified counts these alone"
+        )
     return replace(chain, scores=chain.verified_scores)
 
 
@@ -111,7 +130,11 @@ def _say_one(answers: Sequence[Answer]) -> int:
     scores = {f"response_{i}": s for i, s in enumerate(chain.scores, start=1)}
     verified = list(chain.verified_scores) if chain.verified_scores else None
     print(answer.text)
-    print(json.dumps({"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}, ensure_ascii=False))
+    print(
+        json.dumps(
+            {"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}, ensure_ascii=False
+        )
+    )
     return 0
 
 
@@ -136,7 +159,9 @@ def _say_mean(config: Config, example: Example, ask: Callable[[Sequence[Example]
 def _similar(config: Config, example: Example, analysis: str) -> list[Similar]:
     from recipes.evaluate import find_similar
 
-    return find_similar(config, load_pairs(Path(config.run_dir)))([analysis], [example.user_id], config.score.pro)[0]
+    return find_similar(config, load_pairs(Path(config.run_dir)))(
+        [analysis], [example.user_id], config.score.pro
+    )[0]
 
 
 def _readable(answer: Answer) -> Chain:
@@ -172,7 +197,11 @@ def read_example(path: Path) -> Example:
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected one JSON object, got {type(raw).__name__}")
     responses = raw.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+    if (
+        not isinstance(responses, list)
+        or len(responses) < 2
+        or not all(isinstance(r, str) for r in responses)
+    ):
         raise DataError(f"{path}, field 'responses': expected a list of at least two texts")
     history = raw.get("history") or []
     if not isinstance(history, list):

@@ -1,6 +1,6 @@
-"""What does adaptive stopping save, and at what price?  The rule of `pgenrm_train.stopping` replayed on full pools of chains.
+"""What does adaptive stopping save, and at what price?  The rule of `pgenrm_train.scaling.stopping` replayed on full pools of chains.
 
-    python benchmarks/adaptive_stopping.py [--budget 16] [--pairs 4000] [--predictions runs/…/evaluate/predictions.parquet]
+    python benchmarks/learning/adaptive_stopping.py [--budget 16] [--pairs 4000] [--predictions runs/…/evaluate/predictions.parquet]
 
 Simulated: a pair's true mean margin is normal, a vote is right as often as the margin says, chains scatter around it, are rounded to
 half points, and 3 % fail.  `agreement` is the scatter in units of the spread of true margins: small where chains repeat each other.
@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from pgenrm_train.stopping import looks, replay
+from pgenrm_train.scaling.stopping import looks, replay
 
 
 def simulated(pairs: int, budget: int, scatter: float, seed: int = 0) -> np.ndarray:
@@ -22,7 +22,9 @@ def simulated(pairs: int, budget: int, scatter: float, seed: int = 0) -> np.ndar
     rng = np.random.default_rng(seed)
     truth = np.repeat(rng.normal(0.6, 1.0, pairs), 2)
     bias = rng.normal(0, 0.3, 2 * pairs)  # of the presentation order
-    margins = np.round(2 * (truth + bias)[:, None] + 2 * scatter * rng.normal(size=(2 * pairs, budget)), 0) / 2
+    margins = (
+        np.round(2 * (truth + bias)[:, None] + 2 * scatter * rng.normal(size=(2 * pairs, budget)), 0) / 2
+    )
     margins[rng.random(margins.shape) < 0.03] = np.nan
     return margins
 
@@ -53,15 +55,23 @@ def pools(path: str) -> dict[str, np.ndarray]:
     found = {}
     for (model, study), part in frame.groupby(["model", "set"]):
         wide = part.assign(margin=(part["score_chosen"] - part["score_rejected"]).astype(float)).pivot_table(
-            index=["pair_id", "user_id", "order", "seed"], columns="sample", values="margin", dropna=False, observed=True
+            index=["pair_id", "user_id", "order", "seed"],
+            columns="sample",
+            values="margin",
+            dropna=False,
+            observed=True,
         )
-        wide = wide.loc[wide.index.isin(pd.MultiIndex.from_frame(part[["pair_id", "user_id", "order", "seed"]]))]
+        wide = wide.loc[
+            wide.index.isin(pd.MultiIndex.from_frame(part[["pair_id", "user_id", "order", "seed"]]))
+        ]
         found[f"{model} {study}"] = wide.to_numpy()
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=4000)
     parser.add_argument("--predictions")

@@ -14,9 +14,9 @@ CRE and the arms of a seed train in one veRL session.  A cell (method and seed) 
 `--keep`, and everything else may go: kept cells are not made again, and those of several days stand in one table.  The benchmark may
 be killed and started again, or run piece by piece; `--list` says what there is to do and starts nothing:
 
-    python benchmarks/curriculum_proof.py --list
-    python benchmarks/curriculum_proof.py --seeds 0
-    python benchmarks/curriculum_proof.py --publish docs
+    python benchmarks/learning/curriculum_proof.py --list
+    python benchmarks/learning/curriculum_proof.py --seeds 0
+    python benchmarks/learning/curriculum_proof.py --publish docs
 
 After each cell `curriculum_proof.md` and `.svg` are written to `--out`: accuracy by arm, what training saw, and differences on the
 same pairs (CRE's from PSI too) with the standard error over training seeds and the 95 % interval over users.  `--publish` makes them from the kept cells
@@ -40,9 +40,10 @@ import pyarrow.parquet as pq
 from proof_report import publish
 from training_seeds import ROOT, Cells, arguments
 
-from pgenrm_train.artifacts import StageFolder, environment_facts, link, read_json, weights_digest
 from pgenrm_train.config import Config, load, to_dict
 from pgenrm_train.errors import PGenRMError
+from pgenrm_train.files import link, read_json
+from pgenrm_train.run.folder import StageFolder, environment_facts, weights_digest
 from pgenrm_train.stages.grpo import mines
 
 ARMS = {
@@ -115,7 +116,9 @@ class Proof(Cells):
     def mined(self, method: str) -> int:
         """Chains that the cell spends on measuring."""
         settings = self.settings(method)
-        return settings.rows * settings.mining_samples if method in ARMS and mines(self.composed[method]) else 0
+        return (
+            settings.rows * settings.mining_samples if method in ARMS and mines(self.composed[method]) else 0
+        )
 
     def chains(self, method: str) -> int:
         """Chains of the cell in all."""
@@ -138,21 +141,25 @@ class Proof(Cells):
             print(publish(kept_cells.read(self.keep), METHODS, self.out).read_text(), flush=True)
 
     def kept(self, method: str, seed: int) -> bool:
-        return (method, 0 if method == "psi" else seed) in kept_cells.read(self.keep)  # the start is one cell for all seeds
+        return (method, 0 if method == "psi" else seed) in kept_cells.read(
+            self.keep
+        )  # the start is one cell for all seeds
 
     def train(self, methods: Sequence[str], seed: int) -> None:
         """Train the cells of a seed that are not, and the CRE that they start from, in one session."""
-        from pgenrm_train.backends import verl_grpo
+        from pgenrm_train.backends.grpo import engine as verl_grpo
 
         phases = [self.phase(method, seed) for method in METHODS[1:] if method in methods or method == "cre"]
         self.share_mining(seed)
         if any(not (phase.work_dir / verl_grpo.TRAINED).exists() for phase in phases):
-            print(f"one session for seed {seed}:", " ".join(str(phase.work_dir) for phase in phases), flush=True)
+            print(
+                f"one session for seed {seed}:", " ".join(str(phase.work_dir) for phase in phases), flush=True
+            )
             verl_grpo.launch(self.config("cre"), phases)
 
     def phase(self, method: str, seed: int) -> Any:
         """The cell for the engine, with its rows on disk; PSI's tokenizer is that of every checkpoint."""
-        from recipes import grpo
+        from recipes.wiring import grpo
 
         folder, data = self.folder(method, seed), self.out / "data" / "build_data"
         if not StageFolder.read(data.parent, data.name).complete:
@@ -161,12 +168,16 @@ class Proof(Cells):
         link(data, folder / data.name)
         config = self.config(method, f"run_dir={folder}", *self.own(method, seed))
         made = grpo.phase(config, self.section(method), self.psi, config.judge)
-        return dataclasses.replace(made, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method))))
+        return dataclasses.replace(
+            made, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method)))
+        )
 
     def share_mining(self, seed: int) -> None:
         """The same checkpoint and rows give the same measurement, so the first arm that mines does it for all of the seed."""
         files = [
-            self.trained(arm, seed) / "mining.parquet" for arm in ARMS if (self.trained(arm, seed) / "mirror.parquet").exists()
+            self.trained(arm, seed) / "mining.parquet"
+            for arm in ARMS
+            if (self.trained(arm, seed) / "mirror.parquet").exists()
         ]
         files.sort(key=lambda file: not file.exists())
         for other in files[1:]:
@@ -211,9 +222,13 @@ class Proof(Cells):
             for key in ("seed", "steps", "schedule", "process_weight", "mine")
         ]
         flat = {
-            f"{s}.{key}": value for s in ("data", "model", "masking", "cre", "curriculum") for key, value in config[s].items()
+            f"{s}.{key}": value
+            for s in ("data", "model", "masking", "cre", "curriculum")
+            for key, value in config[s].items()
         }
-        return {"seed": config["seed"], "judge": config["judge"]["kind"]} | {k: v for k, v in flat.items() if k not in own}
+        return {"seed": config["seed"], "judge": config["judge"]["kind"]} | {
+            k: v for k, v in flat.items() if k not in own
+        }
 
     def list(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
         for seed, method in itertools.product(seeds, methods):
@@ -228,7 +243,10 @@ def hardness(folder: Path) -> dict[str, Any] | None:
     if not (folder / "hardness.parquet").exists():
         return None
     record = pq.read_table(folder / "hardness.parquet", columns=["hard"]).to_pandas()
-    kinds = [extra["kind"] for extra in pq.read_table(folder / "rows.parquet", columns=["extra_info"])["extra_info"].to_pylist()]
+    kinds = [
+        extra["kind"]
+        for extra in pq.read_table(folder / "rows.parquet", columns=["extra_info"])["extra_info"].to_pylist()
+    ]
     by_kind = record["hard"].groupby(pd.Series(kinds, name="kind")).mean().round(4).to_dict()
     return read_json(folder / "hardness.json") | {"hard_share_by_kind": by_kind}
 
@@ -239,17 +257,29 @@ def curves(folder: Path) -> dict[str, list[float | None]]:
     steps = lines[lines[f"{folder.name}/pass_rate"].notna()]
     steps = steps.dropna(axis="columns", how="all")
     known = {name: f"{folder.name}/{key}" for name, key in CURVES.items() if f"{folder.name}/{key}" in steps}
-    return {name: [None if np.isnan(v) else round(v, 4) for v in steps[key].astype(float)] for name, key in known.items()}
+    return {
+        name: [None if np.isnan(v) else round(v, 4) for v in steps[key].astype(float)]
+        for name, key in known.items()
+    }
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], METHODS, range(5), Path("runs/curriculum_proof"))
-    start, kept = Path("tests/data/psi_nano"), Path("benchmarks/curriculum_proof")
-    parser.add_argument("--start", type=Path, default=ROOT / start, help=f"PSI checkpoint, {start} unless given")
-    parser.add_argument("--keep", type=Path, default=ROOT / kept, help=f"folder of the kept cells, {kept} unless given")
-    parser.add_argument("--list", action="store_true", help="say which cells are kept and what each costs, start nothing")
+    start, kept = Path("tests/data/psi_nano"), Path("benchmarks/learning/curriculum_proof")
     parser.add_argument(
-        "--publish", type=Path, metavar="FOLDER", help="write table and plot of the kept cells there, start nothing"
+        "--start", type=Path, default=ROOT / start, help=f"PSI checkpoint, {start} unless given"
+    )
+    parser.add_argument(
+        "--keep", type=Path, default=ROOT / kept, help=f"folder of the kept cells, {kept} unless given"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="say which cells are kept and what each costs, start nothing"
+    )
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FOLDER",
+        help="write table and plot of the kept cells there, start nothing",
     )
     args = parser.parse_args()
     cells = Proof(args)

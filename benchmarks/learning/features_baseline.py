@@ -1,6 +1,6 @@
 """Strict test accuracy of the `features` baseline beside longer and shorter, on real per-person preference pairs.
 
-    python -m benchmarks.features_baseline [folder]          default folder: ../shared/data beside the checkout
+    python -m benchmarks.learning.features_baseline [folder]          default folder: ../shared/data beside the checkout
 
 Fits on the `train` rows of each file, scores its `test` rows in both orders; a tie is not a hit.  `population` is the same rule
 without per-user weights: features − population is what personalisation brings.  `chain` is the accuracy of the weighted totals in
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_builders.features import FeatureTeacher
-from pgenrm_train.records import Example, PreferencePair, read_pairs
+from data_builders.teachers.features import FeatureTeacher
+from pgenrm_train.records.pairs import Example, PreferencePair, read_pairs
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
+FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"
 SLICES = (
     ("llmfao_dev", None),
     ("mtbench_judges_dev", None),
@@ -58,7 +58,9 @@ def interval(hits: np.ndarray, users: np.ndarray, seed: int = 0) -> tuple[float,
     """95 % interval of the pooled mean when users, not rows, are drawn with replacement."""
     _, owner = np.unique(users, return_inverse=True)
     totals, sizes = np.bincount(owner, weights=hits), np.bincount(owner)
-    drawn = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=DRAWS)
+    drawn = np.random.default_rng(seed).multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), size=DRAWS
+    )
     low, high = np.percentile(drawn @ totals / (drawn @ sizes), [2.5, 97.5])
     return float(low), float(high)
 
@@ -76,12 +78,18 @@ def report(path: Path, only: str | None) -> None:
         "features": np.array([strict_hit(teacher, p) for p in test]),
         "chain": np.array([chain_hit(teacher, p) for p in test]),
     }
-    print(f"\n{path.stem}, {only or 'all'} test rows: {len(test)} pairs, {len(set(users))} users; τ = {teacher.tau:g}")
+    print(
+        f"\n{path.stem}, {only or 'all'} test rows: {len(test)} pairs, {len(set(users))} users; τ = {teacher.tau:g}"
+    )
     for name, hit in hits.items():
-        print(f"  {name:10} {hit.mean():.4f}  [{', '.join(f'{bound:.4f}' for bound in interval(hit, users))}]")
+        print(
+            f"  {name:10} {hit.mean():.4f}  [{', '.join(f'{bound:.4f}' for bound in interval(hit, users))}]"
+        )
     for other in (max(("longer", "shorter"), key=lambda name: hits[name].mean()), "population"):
         gain = hits["features"].astype(float) - hits[other]
-        print(f"  features − {other}: {gain.mean():+.4f}  [{', '.join(f'{bound:+.4f}' for bound in interval(gain, users))}]")
+        print(
+            f"  features − {other}: {gain.mean():+.4f}  [{', '.join(f'{bound:+.4f}' for bound in interval(gain, users))}]"
+        )
 
 
 def main() -> None:

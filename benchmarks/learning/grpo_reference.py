@@ -4,7 +4,7 @@ Same rows, same reward, same loss: advantage (r − mean)/(std + 1e-6) over a pr
 loss at 0.2, temperature 1, end token inside the mask, AdamW betas .9/.999 and weight decay .01, gradient norm 1, constant rate.
 Left out: everything that makes it fast or distributed, and the KL term.
 
-    python benchmarks/grpo_reference.py --start CHECKPOINT --rows ROWS.parquet --out FOLDER --steps 40
+    python benchmarks/learning/grpo_reference.py --start CHECKPOINT --rows ROWS.parquet --out FOLDER --steps 40
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from pgenrm_train.curriculum import CurriculumSampler
-from pgenrm_train.rewards import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.curriculum.sampler import CurriculumSampler
+from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward, group_advantages
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--start", type=Path, required=True, help="checkpoint in Hugging Face format")
-    parser.add_argument("--rows", type=Path, required=True, help="parquet of prompts, as the veRL stages read")
+    parser.add_argument(
+        "--rows", type=Path, required=True, help="parquet of prompts, as the veRL stages read"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.jsonl and checkpoint/")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
@@ -55,7 +57,9 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, prompts: Sequence[list[int]], group: int, limit: int) -> list[list[int]]:
+def sample(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], group: int, limit: int
+) -> list[list[int]]:
     """`group` chains a prompt at temperature 1, all at once; each ends with the end token or at `limit` tokens."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -72,13 +76,19 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def reward(tokenizer: Any, tokens: list[int], row: Mapping[str, Any], judge: Any, weights: RewardWeights) -> tuple[float, float]:
+def reward(
+    tokenizer: Any, tokens: list[int], row: Mapping[str, Any], judge: Any, weights: RewardWeights
+) -> tuple[float, float]:
     """(total, outcome) of one chain; one that never ended is a format error."""
     extra = row["extra_info"]
     text = tokenizer.decode(tokens, skip_special_tokens=True) if tokens[-1] == tokenizer.eos_token_id else ""
     process = None if judge is None else (lambda _chain: judge(text, extra))
     found = chain_reward(
-        text, int(row["reward_model"]["ground_truth"]), process=process, weights=weights, n_responses=extra["n_responses"]
+        text,
+        int(row["reward_model"]["ground_truth"]),
+        process=process,
+        weights=weights,
+        n_responses=extra["n_responses"],
     )
     return found.total, found.parts["outcome"]
 
@@ -88,9 +98,14 @@ def log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every chain token, and the mask of what is one; both (chains, tokens)."""
     width = max(len(p) + len(c) for p, c in zip(prompts, chains, strict=True))
-    ids = torch.tensor([p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, chains, strict=True)])
+    ids = torch.tensor(
+        [p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, chains, strict=True)]
+    )
     mask = torch.tensor(
-        [[0] * (len(p) - 1) + [1] * len(c) + [0] * (width - len(p) - len(c)) for p, c in zip(prompts, chains, strict=True)]
+        [
+            [0] * (len(p) - 1) + [1] * len(c) + [0] * (width - len(p) - len(c))
+            for p, c in zip(prompts, chains, strict=True)
+        ]
     )
     logits = model(input_ids=ids).logits[:, :-1]
     return -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), mask
@@ -132,7 +147,9 @@ def main() -> None:
     rows = pq.read_table(args.rows).to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(args.start)
     model = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=args.weight_decay
+    )
     judge, weights = load_judge(args.judge, args.judge_kwargs), RewardWeights(process=args.process_weight)
     sampler = CurriculumSampler(len(rows), prompts_per_step=args.prompts, steps=args.steps, seed=args.seed)
     with (args.out / "metrics.jsonl").open("w") as metrics:
@@ -140,16 +157,24 @@ def main() -> None:
             began = time.monotonic()
             batch = [rows[i] for i in sampler.next_batch(step)]
             asked = [
-                list(tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False))
+                list(
+                    tokenizer.apply_chat_template(
+                        r["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
+                    )
+                )
                 for r in batch
             ]
             chains = sample(model, tokenizer, asked, args.group, args.response_tokens)
             repeated = [(p, r) for p, r in zip(asked, batch, strict=True) for _ in range(args.group)]
-            rewards = [reward(tokenizer, c, r, judge, weights) for c, (_, r) in zip(chains, repeated, strict=True)]
+            rewards = [
+                reward(tokenizer, c, r, judge, weights) for c, (_, r) in zip(chains, repeated, strict=True)
+            ]
             totals = [total for total, _ in rewards]
             groups = [totals[i : i + args.group] for i in range(0, len(totals), args.group)]
             advantages = [a for group in groups for a in group_advantages(group)]
-            norm = update(model, optimiser, [p for p, _ in repeated], chains, advantages, args, tokenizer.pad_token_id)
+            norm = update(
+                model, optimiser, [p for p, _ in repeated], chains, advantages, args, tokenizer.pad_token_id
+            )
             line = {
                 "step": step, "stage": "reference", "reference/reward/total": statistics.fmean(totals),
                 "reference/reward/outcome": statistics.fmean(o for _, o in rewards), "reference/grad_norm": norm,

@@ -20,8 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, DataError
+from pgenrm_train.files import atomic
 from pgenrm_train.stages.grpo import FREE
 
 COLUMNS = ("pair_id", "user_id", "kind", "cohort", "order", "score_chosen", "score_rejected", "failure")
@@ -32,13 +32,17 @@ Kept = dict[tuple[str, int], tuple[pd.DataFrame, Facts]]  # (method, seed) → i
 def keep(folder: Path, predictions: pd.DataFrame, facts: Facts) -> Path:
     """Write `<folder>/<method>-<seed>.parquet`; predictions: one sample a pair and order.  Returns the file."""
     if predictions.duplicated(["user_id", "pair_id", "order"]).any():
-        raise DataError("a kept cell holds one sample a pair and order; evaluate with eval.seeds=1 eval.ind=1")
+        raise DataError(
+            "a kept cell holds one sample a pair and order; evaluate with eval.seeds=1 eval.ind=1"
+        )
     rows = predictions[list(COLUMNS)].sort_values(["user_id", "pair_id", "order"])
     table = pa.Table.from_pandas(rows, preserve_index=False)
     file = folder / f"{facts['method']}-{facts['seed']}.parquet"
     with (
         atomic(file) as draft,
-        pq.ParquetWriter(draft, table.schema, compression="zstd", compression_level=19, store_schema=False) as writer,
+        pq.ParquetWriter(
+            draft, table.schema, compression="zstd", compression_level=19, store_schema=False
+        ) as writer,
     ):
         writer.write_table(table)
         writer.add_key_value_metadata({"cell": json.dumps(facts)})
@@ -52,7 +56,10 @@ def read(folder: Path) -> Kept:
         facts = json.loads((pq.read_metadata(file).metadata or {}).get(b"cell", b"null"))
         if facts is None:
             raise ArtifactError(f"{file} is not a kept cell: its metadata say nothing of one")
-        found[facts["method"], facts["seed"]] = (pq.read_table(file).to_pandas().assign(seed=0, sample=0), facts)
+        found[facts["method"], facts["seed"]] = (
+            pq.read_table(file).to_pandas().assign(seed=0, sample=0),
+            facts,
+        )
     check([facts for _, facts in found.values()], folder)
     return found
 
@@ -67,14 +74,18 @@ def check(cells: Sequence[Facts], folder: Path) -> None:
         shared = [key for key in one.keys() & other.keys() if key.rpartition(".")[2] not in FREE]
         if changed := [key for key in shared if one[key] != other[key]]:
             said = ", ".join(f"{key}: {one[key]} → {other[key]}" for key in sorted(changed))
-            raise ArtifactError(f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({said})")
+            raise ArtifactError(
+                f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({said})"
+            )
     first: dict[Any, Facts] = {}  # what must start alike → one that does
     made = {facts["seed"]: facts for facts in cells if facts["method"] == "cre"}
     for facts in cells:
         where = "cre" if facts["method"] in ("psi", "cre") else facts["seed"]
         other = first.setdefault(where, facts)
         if facts["start"] != other["start"]:
-            raise ArtifactError(f"{_name(facts)} and {_name(other)} in {folder} start from different checkpoints")
+            raise ArtifactError(
+                f"{_name(facts)} and {_name(other)} in {folder} start from different checkpoints"
+            )
         cre = made.get(facts["seed"])
         if cre and where != "cre" and facts["start"] != cre["checkpoint"]:
             raise ArtifactError(

@@ -14,9 +14,9 @@ from kept_cells import Facts, Kept
 from matplotlib.figure import Figure
 from training_seeds import accuracy, difference, part
 
-from eval.metrics import accuracy_report
-from eval.report import Report, Section, write_markdown
-from pgenrm_train.artifacts import atomic
+from eval.metrics.accuracy import accuracy_report
+from eval.report.report import Report, Section, write_markdown
+from pgenrm_train.files import atomic
 
 COMPARISONS = (
     ("cre", "psi"), ("linear", "uniform"), ("self_paced", "uniform"), ("anti", "uniform"), ("linear", "anti"), ("uniform", "cre"), ("linear", "cre"),
@@ -50,11 +50,23 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
     """The report of the cells that there are."""
     found = {cell: predictions for cell, (predictions, _) in kept.items()}
     facts = {cell: said for cell, (_, said) in kept.items()}
-    pairs = {(user, pair) for table in found.values() for user, pair in zip(table["user_id"], table["pair_id"], strict=True)}
-    seeds, shown = sorted({seed for _, seed in found}), [method for method in methods if any(m == method for m, _ in found)]
+    pairs = {
+        (user, pair)
+        for table in found.values()
+        for user, pair in zip(table["user_id"], table["pair_id"], strict=True)
+    }
+    seeds, shown = (
+        sorted({seed for _, seed in found}),
+        [method for method in methods if any(m == method for m, _ in found)],
+    )
     return Report(
         title="What the curriculum is worth",
-        run={"pairs": len(pairs), "seeds": seeds, "protocol": "strict (both orders)", "interval": "95 %, over users"},
+        run={
+            "pairs": len(pairs),
+            "seeds": seeds,
+            "protocol": "strict (both orders)",
+            "interval": "95 %, over users",
+        },
         stages=[_arm(found, facts, method) for method in shown],
         sections=[
             Section(
@@ -67,13 +79,19 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
                 "What training saw",
                 "Means over training seeds: pairs called hard and suspect, pass rates of the drawn pairs in the first and the last "
                 "third of training, and the share of groups without advantage, which teach nothing.",
-                [_seen(method, [f for (m, _), f in facts.items() if m == method]) for method in shown if method != "psi"],
+                [
+                    _seen(method, [f for (m, _), f in facts.items() if m == method])
+                    for method in shown
+                    if method != "psi"
+                ],
             ),
         ],
     )
 
 
-def _arm(found: Mapping[tuple[str, int], pd.DataFrame], facts: Mapping[tuple[str, int], Facts], method: str) -> dict[str, Any]:
+def _arm(
+    found: Mapping[tuple[str, int], pd.DataFrame], facts: Mapping[tuple[str, int], Facts], method: str
+) -> dict[str, Any]:
     tables = {seed: table for (m, seed), table in found.items() if m == method}
     whole = accuracy_report(pd.concat([table.assign(seed=s) for s, table in tables.items()]))
     said = [facts[method, seed] for seed in tables]
@@ -101,7 +119,9 @@ def differences(found: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str,
             row |= {name: statistics.fmean(single) / 100, f"{name} ci95": [bound / 100 for bound in bounds]}
             if kind is None:
                 row["seeds up"] = sum(value > 0 for value in single)
-                row["seed stderr"] = statistics.stdev(single) / len(single) ** 0.5 / 100 if len(single) > 1 else None
+                row["seed stderr"] = (
+                    statistics.stdev(single) / len(single) ** 0.5 / 100 if len(single) > 1 else None
+                )
         rows.append(row)
     return rows
 
@@ -144,7 +164,8 @@ def write_plot(path: Path, rows: Sequence[Mapping[str, Any]], slices: Sequence[s
         axes.axvline(0, color="#888888", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rows)), [f"{row['comparison']} ({row['seeds']})" for row in rows])
         axes.set(
-            ylim=(len(rows) - 0.4, -0.6), xlabel="difference of accuracy, points (95 % interval over users; seeds in brackets)"
+            ylim=(len(rows) - 0.4, -0.6),
+            xlabel="difference of accuracy, points (95 % interval over users; seeds in brackets)",
         )
         figure.legend(loc="outside upper center", ncols=len(slices), frameon=False)
         with atomic(path) as draft:

@@ -1,6 +1,6 @@
 """Check `recipe=evaluate` against the reference accuracies of the three development sets (shared/data/README.md).
 
-    python benchmarks/reference_accuracies.py [FOLDER] [NAME …]     FOLDER defaults to ../shared/data, NAMEs to all files
+    python benchmarks/learning/reference_accuracies.py [FOLDER] [NAME …]     FOLDER defaults to ../shared/data, NAMEs to all files
 
 Each file is built and evaluated as a user does it, with every baseline that needs no language model.  The README's majority counts
 *all* other voters of the source (columns `n_other_*`), also those whose votes were held back from the files; `majority` goes by
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout, installed or not
 
 from pgenrm_train.config import BASELINES, load
 from recipes import evaluate

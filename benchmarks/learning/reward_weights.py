@@ -3,8 +3,8 @@
 Cells (α, β): (.5, 1) is the paper's best, (.5, .5) halves the outcome, (1, 0) is the judge alone, (0, 1) the outcome alone.  A cell that
 is complete is kept, so the benchmark may be killed and started again, or run cell by cell; `--list` says what there is to do:
 
-    python benchmarks/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 0
-    python benchmarks/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 1 --methods paper outcome_only
+    python benchmarks/learning/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 0
+    python benchmarks/learning/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 1 --methods paper outcome_only
 
 The table gives accuracy (strict, one evaluation seed), differences from the paper's best on the same pairs, and beside them the paper's
 own accuracies.  What each reward part became in training is in the cells' `cre/metrics.jsonl`, and its last values in the table.
@@ -20,7 +20,12 @@ from typing import Any
 
 from training_seeds import SLICES, Cells, arguments, report
 
-CELLS = {"paper": (0.5, 1.0), "half_outcome": (0.5, 0.5), "process_only": (1.0, 0.0), "outcome_only": (0.0, 1.0)}
+CELLS = {
+    "paper": (0.5, 1.0),
+    "half_outcome": (0.5, 0.5),
+    "process_only": (1.0, 0.0),
+    "outcome_only": (0.0, 1.0),
+}
 PUBLISHED = {
     "paper": (71.07, 63.82),
     "half_outcome": (70.65, 63.33),
@@ -37,7 +42,14 @@ class Weights(Cells):
     def make(self, method: str, seed: int) -> None:
         process, outcome = CELLS[method]
         folder = self.folder(method, seed)
-        self.recipe(folder, "cre", self.psi, f"cre.seed={seed}", f"cre.process_weight={process}", f"cre.outcome_weight={outcome}")
+        self.recipe(
+            folder,
+            "cre",
+            self.psi,
+            f"cre.seed={seed}",
+            f"cre.process_weight={process}",
+            f"cre.outcome_weight={outcome}",
+        )
         self.evaluate(folder, folder / "cre" / "checkpoint")
 
     def last(self, method: str, seed: int) -> dict[str, Any]:
@@ -50,7 +62,10 @@ def tell_rewards(cells: Weights, methods: Sequence[str], seeds: Sequence[int]) -
     print(f"\n{'':<24}{'α, β':>10}{'paper: CA / PRISM':>22}" + "".join(f"{part:>12}" for part in PARTS))
     for method in methods:
         lines = [cells.last(method, seed) for seed in seeds if cells.predictions(method, seed) is not None]
-        parts = [[line[f"cre/reward/{part}"] for line in lines if line[f"cre/reward/{part}"] is not None] for part in PARTS]
+        parts = [
+            [line[f"cre/reward/{part}"] for line in lines if line[f"cre/reward/{part}"] is not None]
+            for part in PARTS
+        ]
         shown = "".join(f"{statistics.fmean(values):>12.3f}" if values else f"{'—':>12}" for values in parts)
         alpha, beta = CELLS[method]
         print(f"{method:<24}{f'{alpha:g}, {beta:g}':>10}{'{} / {}'.format(*PUBLISHED[method]):>22}{shown}")
@@ -67,7 +82,9 @@ def main() -> None:
         for seed in args.seeds:
             for method in args.methods:
                 done = cells.predictions(method, seed) is not None
-                print(f"{'complete' if done else 'to do':<9} {cells.folder(method, seed)}  α, β = {CELLS[method]}")
+                print(
+                    f"{'complete' if done else 'to do':<9} {cells.folder(method, seed)}  α, β = {CELLS[method]}"
+                )
         return
     cells.evaluate(cells.folder("psi", None), cells.psi)
     for seed in args.seeds:

@@ -5,8 +5,8 @@ From one run's PSI checkpoint, on the same data, for each seed: `cre` on veRL; f
 `grpo_reference.py`.  Every checkpoint answers the same questions.  A cell that is complete is kept, so the benchmark may be
 killed and started again, or run seed by seed:
 
-    python benchmarks/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 0 1 2
-    python benchmarks/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 3 --methods cre reference
+    python benchmarks/learning/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 0 1 2
+    python benchmarks/learning/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 3 --methods cre reference
 
 The table gives accuracy (strict, one evaluation seed) and differences on the same pairs: the mean over seeds, the standard error
 over seeds, and for the pooled pairs the 95 % interval by a bootstrap over users.
@@ -26,22 +26,29 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from eval.metrics import accuracy_report, paired_difference
+from eval.metrics.accuracy import accuracy_report, paired_difference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("cre", "curriculum", "uniform", "reference")
 COMPARISONS = (("cre", "psi"), ("curriculum", "cre"), ("curriculum", "uniform"), ("cre", "reference"))
 SLICES = (None, "easy", "hard", "rival")
 
 
-def arguments(description: str, methods: Sequence[str], seeds: Sequence[int], out: Path) -> argparse.ArgumentParser:
+def arguments(
+    description: str, methods: Sequence[str], seeds: Sequence[int], out: Path
+) -> argparse.ArgumentParser:
     """What every benchmark over cells of (method, seed) asks."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, default=out, help=f"folder for one run folder a cell, {out} unless given")
+    parser.add_argument(
+        "--out", type=Path, default=out, help=f"folder for one run folder a cell, {out} unless given"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
     parser.add_argument(
-        "--overrides", nargs="*", default=[], help="more Hydra overrides, e.g. pipeline.budget=smoke cre.steps=60"
+        "--overrides",
+        nargs="*",
+        default=[],
+        help="more Hydra overrides, e.g. pipeline.budget=smoke cre.steps=60",
     )
     return parser
 
@@ -65,7 +72,9 @@ class Cells:
         else:
             schedule = {"curriculum": "linear", "uniform": "uniform"}[method]
             start = self.folder("cre", seed) / "cre" / "checkpoint"
-            self.recipe(folder, "curriculum", start, f"curriculum.seed={seed}", f"curriculum.schedule={schedule}")
+            self.recipe(
+                folder, "curriculum", start, f"curriculum.seed={seed}", f"curriculum.schedule={schedule}"
+            )
         self.evaluate(folder, folder / {"uniform": "curriculum"}.get(method, method) / "checkpoint")
 
     def evaluate(self, folder: Path, checkpoint: Path) -> None:
@@ -85,19 +94,31 @@ class Cells:
         if (out / "checkpoint" / "config.json").exists():
             return
         if cre["kl_coefficient"]:
-            sys.exit(f"error: {said}: cre.kl_coefficient={cre['kl_coefficient']}, and the plain loop has no KL term")
+            sys.exit(
+                f"error: {said}: cre.kl_coefficient={cre['kl_coefficient']}, and the plain loop has no KL term"
+            )
         settings = {
             "start": self.psi, "rows": said.parent / "rows.parquet", "out": out, "seed": seed, "steps": cre["steps"],
             "prompts": cre["prompts_per_step"], "group": cre["group_size"], "learning-rate": cre["learning_rate"],
             "clip": cre["clip_ratio"], "response-tokens": config["model"]["max_response_tokens"],
             "process-weight": cre["process_weight"], "weight-decay": cre["weight_decay"],
         }  # fmt: skip
-        judge = ["--judge", "data_builders.oracle:judge_for_rewards"] if config["judge"]["kind"] == "oracle" else []
-        self.call("benchmarks/grpo_reference.py", *(f"--{key}={value}" for key, value in settings.items()), *judge)
+        judge = (
+            ["--judge", "data_builders.teachers.oracle:judge_for_rewards"]
+            if config["judge"]["kind"] == "oracle"
+            else []
+        )
+        self.call(
+            "benchmarks/learning/grpo_reference.py",
+            *(f"--{key}={value}" for key, value in settings.items()),
+            *judge,
+        )
 
     def call(self, *command: str) -> None:
         print("·", " ".join(command), flush=True)
-        env = os.environ | {"PYTHONPATH": str(ROOT)}  # a script's own folder comes first on its path, the checkout must come next
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT)
+        }  # a script's own folder comes first on its path, the checkout must come next
         if code := subprocess.run([sys.executable, *command], cwd=ROOT, env=env).returncode:
             sys.exit(f"error: exit code {code}; the same command continues here")
 
@@ -121,7 +142,9 @@ def report(
     print(f"\n{'':<24}" + "".join(f"{name or 'all':>28}" for name in slices))
     for method in methods:
         tables = [found[method, s] for s in seeds if (method, s) in found]
-        print(f"{method:<24}" + "".join(f"{_mean([accuracy(t, kind) for t in tables]):>28}" for kind in slices))
+        print(
+            f"{method:<24}" + "".join(f"{_mean([accuracy(t, kind) for t in tables]):>28}" for kind in slices)
+        )
     for one, other in comparisons:
         both = [s for s in seeds if (one, s) in found and (other, s) in found]
         if both:
@@ -134,7 +157,11 @@ def accuracy(table: pd.DataFrame, kind: str | None) -> float:
 
 
 def difference(
-    found: Mapping[tuple[str, int], pd.DataFrame], one: str, other: str, seeds: Sequence[int], kind: str | None
+    found: Mapping[tuple[str, int], pd.DataFrame],
+    one: str,
+    other: str,
+    seeds: Sequence[int],
+    kind: str | None,
 ) -> tuple[list[float], list[float]]:
     """Points of accuracy by training seed, and the interval over users with the seeds as evaluation seeds."""
     single = [accuracy(found[one, s], kind) - accuracy(found[other, s], kind) for s in seeds]

@@ -4,7 +4,7 @@ Each case runs the engine itself (transformers' Trainer on DeepSpeed) in a proce
 rise of the process's peak resident memory over what the libraries took before the model was made with the plan's sum of weights,
 gradients, optimizer, activations and logits.  Sizes are nano's with larger matrices, so that tensors and not libraries are measured.
 
-    python benchmarks/plan_memory.py            # about a minute on two cores
+    python benchmarks/memory/plan_memory.py            # about a minute on two cores
 """
 
 from __future__ import annotations
@@ -18,23 +18,45 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pgenrm_train.cluster.planning.geometry import read_geometry
+from pgenrm_train.cluster.planning.memory import psi_phases
 from pgenrm_train.config import ROOT, Config, load
-from pgenrm_train.planning.geometry import read_geometry
-from pgenrm_train.planning.memory import psi_phases
 
 NANO = {"layers": 6, "hidden": 256, "heads": 4, "intermediate": 1024}
 CASES = {  # name → (overrides of the shipped nano configuration)
     "nano as shipped": {},
     "larger": {f"model.nano.{k}": v for k, v in NANO.items()},
-    "larger, checkpointing": {f"model.nano.{k}": v for k, v in NANO.items()} | {"psi.gradient_checkpointing": "true"},
+    "larger, checkpointing": {f"model.nano.{k}": v for k, v in NANO.items()}
+    | {"psi.gradient_checkpointing": "true"},
 }
-WORDS = ["calm", "brief", "proof", "warm", "plain", "exact", "long", "source", "kind", "sharp", "idea", "table", "list", "note"]
+WORDS = [
+    "calm",
+    "brief",
+    "proof",
+    "warm",
+    "plain",
+    "exact",
+    "long",
+    "source",
+    "kind",
+    "sharp",
+    "idea",
+    "table",
+    "list",
+    "note",
+]
 
 
 def config_of(case: str, folder: Path) -> Config:
     overrides = [f"{key}={value}" for key, value in CASES[case].items()]
     return load(
-        "recipe=psi", "psi.max_steps=2", "psi.epochs=1", "psi.save_every=1000", f"run_dir={folder}", "tracking=none", *overrides
+        "recipe=psi",
+        "psi.max_steps=2",
+        "psi.epochs=1",
+        "psi.save_every=1000",
+        f"run_dir={folder}",
+        "tracking=none",
+        *overrides,
     )
 
 
@@ -42,14 +64,16 @@ def chats(config: Config) -> list[list[dict[str, str]]]:
     """Chats whose prompts and answers are at the model's limits, as the plan assumes."""
     prompt = " ".join(WORDS[i % len(WORDS)] for i in range(config.model.max_prompt_tokens - 3))
     answer = " ".join(WORDS[i % len(WORDS)] for i in range(config.model.max_response_tokens - 2))
-    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]] * (2 * config.psi.batch_size)
+    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]] * (
+        2 * config.psi.batch_size
+    )
 
 
 def measure(case: str, folder: Path) -> None:
     """In a child: train two steps and print the rise of peak memory in GiB beside the prediction."""
     config = config_of(case, folder)
-    from pgenrm_train.backends import deepspeed_sft
-    from pgenrm_train.backends.nano import make_nano
+    from pgenrm_train.backends.sft import engine as deepspeed_sft
+    from pgenrm_train.backends.sft.nano import make_nano
 
     os.environ.update(deepspeed_sft.environment(config))
     import deepspeed  # noqa: F401
@@ -58,7 +82,9 @@ def measure(case: str, folder: Path) -> None:
     import transformers  # noqa: F401
 
     # Unheard words fill the vocabulary, as a real run's texts do.
-    texts = [" ".join(f"{w}{i}x{(i * 7919) % 9973}" for w in WORDS) for i in range(400)] + [" ".join(WORDS)] * 2000
+    texts = [" ".join(f"{w}{i}x{(i * 7919) % 9973}" for w in WORDS) for i in range(400)] + [
+        " ".join(WORDS)
+    ] * 2000
     make_nano(folder / "base", texts, [f" {w}" for w in WORDS], config.model.nano, seed=0)
     pq.write_table(pa.table({"messages": chats(config)}), folder / "sec.parquet")
     deepspeed_sft._join_processes(config)
@@ -68,7 +94,12 @@ def measure(case: str, folder: Path) -> None:
     geometry = read_geometry(folder / "base" / "config.json")
     phase = max(psi_phases(config, geometry), key=lambda phase: phase.total)
     predicted = {k: v for k, v in phase.parts.items() if k != "Python and libraries"}
-    print("RESULT " + json.dumps({"measured": resident("VmHWM") - before, "parts": predicted, "parameters": geometry.parameters}))
+    print(
+        "RESULT "
+        + json.dumps(
+            {"measured": resident("VmHWM") - before, "parts": predicted, "parameters": geometry.parameters}
+        )
+    )
 
 
 def resident(field: str) -> float:
@@ -94,7 +125,12 @@ def main() -> None:
                 command,
                 capture_output=True,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "65536"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(ROOT),
+                    "OMP_NUM_THREADS": "2",
+                    "MALLOC_MMAP_THRESHOLD_": "65536",
+                },
             )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
@@ -102,7 +138,9 @@ def main() -> None:
         predicted = sum(found["parts"].values())
         parts = ", ".join(f"{name} {gib * 1024:.0f}" for name, gib in found["parts"].items())
         error = predicted / found["measured"] - 1
-        print(f"{case:30} {found['parameters']:>11,} {predicted:>6.2f} GiB {found['measured']:>5.2f} GiB {error:>+6.0%}  {parts}")
+        print(
+            f"{case:30} {found['parameters']:>11,} {predicted:>6.2f} GiB {found['measured']:>5.2f} GiB {error:>+6.0%}  {parts}"
+        )
     return None
 
 

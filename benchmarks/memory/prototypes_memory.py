@@ -1,6 +1,6 @@
 """K-means and refinement on many analyses: seconds and peak memory, with the vectors on disk and equal texts stored once.
 
-    python benchmarks/prototypes_memory.py [--analyses 100000] [--dimensions 384] [--prototypes 50] [--texts-per-analysis 0.5]
+    python benchmarks/memory/prototypes_memory.py [--analyses 100000] [--dimensions 384] [--prototypes 50] [--texts-per-analysis 0.5]
 
 Analyses lie in a memory-mapped matrix (analyses, d) around planted centres; queries, responses and histories are `Rows` of a second
 memory-mapped table, as the stage makes them.  Printed after each step: seconds, the peak of resident memory (which counts mapped pages
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pgenrm_train.config import PrototypesConfig
-from pgenrm_train.prototypes import CHUNK, Neighbourhood, cluster, suggest_k
-from pgenrm_train.refinement import RefinementBatch, Rows, refine
+from pgenrm_train.prototypes.clusters import CHUNK, Neighbourhood, cluster, suggest_k
+from pgenrm_train.prototypes.refinement import RefinementBatch, Rows, refine
 
 
 def mapped(
@@ -42,11 +42,15 @@ def anonymous_gib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--analyses", type=int, default=100_000)
     parser.add_argument("--dimensions", type=int, default=384)
     parser.add_argument("--prototypes", type=int, default=50)
-    parser.add_argument("--texts-per-analysis", type=float, default=0.5, help="distinct queries and responses in the table")
+    parser.add_argument(
+        "--texts-per-analysis", type=float, default=0.5, help="distinct queries and responses in the table"
+    )
     args = parser.parse_args()
     from sklearn.metrics import adjusted_rand_score
 
@@ -72,7 +76,9 @@ def main() -> None:
             (lambda: Rows(texts, rng.integers(0, len(texts), n))),
             (lambda: Rows(texts, rng.integers(0, len(texts), (n, 3)))),
         )
-        samples = RefinementBatch(one(), one(), one(), many(), many(), many(), rng.random((n, 3)) < 0.9, users)
+        samples = RefinementBatch(
+            one(), one(), one(), many(), many(), many(), rng.random((n, 3)) < 0.9, users
+        )
         told(f"{n} × {d} on disk")
         suggest_k(P)
         told("singular values")

@@ -1,6 +1,6 @@
 """Memory and time a token of one PSI step as the sequence grows: forward and backward, gradient checkpointing as shipped for 8B.
 
-    python -m benchmarks.psi_length [--hidden 256] [--layers 4]
+    python -m benchmarks.memory.psi_length [--hidden 256] [--layers 4]
 
 A Qwen 2 of random weights reads one sequence, a third of it trained.  Each length runs in a process of its own; its peak is the growth
 of the resident set over what was there after a short first step.
@@ -17,16 +17,25 @@ import time
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pgenrm_train.backends.sft_batches import Encoded, collate
-from pgenrm_train.backends.sft_loss import train_in_pieces
+from pgenrm_train.backends.sft.batches import Encoded, collate
+from pgenrm_train.backends.sft.loss import train_in_pieces
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 VOCABULARY = 32_000
 
 
 def make(hidden: int, layers: int) -> Qwen2ForCausalLM:
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "max_position_embeddings": max(LENGTHS)}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+    }
+    heads = {
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "max_position_embeddings": max(LENGTHS),
+    }
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, attn_implementation="sdpa")).train()
     model.gradient_checkpointing_enable()
     train_in_pieces(model)
@@ -58,10 +67,20 @@ def main() -> None:
     if args.length:
         print(*measure(args.length, args.hidden, args.layers))
         return
-    command = [sys.executable, "-m", "benchmarks.psi_length", f"--hidden={args.hidden}", f"--layers={args.layers}"]
-    print(f"{args.layers} layers of width {args.hidden}, vocabulary {VOCABULARY}; a third of the tokens trained")
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory.psi_length",
+        f"--hidden={args.hidden}",
+        f"--layers={args.layers}",
+    ]
+    print(
+        f"{args.layers} layers of width {args.hidden}, vocabulary {VOCABULARY}; a third of the tokens trained"
+    )
     for length in LENGTHS:
-        told = subprocess.run([*command, f"--length={length}"], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [*command, f"--length={length}"], capture_output=True, text=True, check=True
+        ).stdout
         memory, milliseconds = map(float, told.split())
         print(f"{length:6} tokens   {memory:7.1f} KiB a token   {milliseconds:6.3f} ms a token")
 

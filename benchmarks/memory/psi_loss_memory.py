@@ -1,6 +1,6 @@
 """Peak memory and time of cross entropy in pieces against the whole, at a vocabulary of 128k, in one run.
 
-    python -m benchmarks.psi_loss_memory [--tokens 2048] [--hidden 64]
+    python -m benchmarks.memory.psi_loss_memory [--tokens 2048] [--hidden 64]
 
 Forward and backward of head and loss alone.  Each way runs in a process of its own, and its peak is the growth of the resident
 set over what was there before; the hidden size is small, so that logits are what counts.  Ratios are to the whole.
@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from pgenrm_train.backends.sft_loss import PIECE, weighted_loss
+from pgenrm_train.backends.sft.loss import PIECE, weighted_loss
 
 VOCABULARY = 128_256  # Llama 3.1
 
@@ -44,11 +44,23 @@ def main() -> None:
     if args.piece:
         print(*measure(args.piece, args.tokens, args.hidden))
         return
-    command = [sys.executable, "-m", "benchmarks.psi_loss_memory", f"--tokens={args.tokens}", f"--hidden={args.hidden}"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory.psi_loss_memory",
+        f"--tokens={args.tokens}",
+        f"--hidden={args.hidden}",
+    ]
     print(f"{args.tokens} trained tokens, vocabulary {VOCABULARY}, hidden size {args.hidden}")
     first: list[float] = []
-    for name, piece in (("whole", args.tokens * VOCABULARY), ("in pieces", PIECE), ("quarter pieces", PIECE // 4)):
-        told = subprocess.run([*command, f"--piece={piece}"], capture_output=True, text=True, check=True).stdout
+    for name, piece in (
+        ("whole", args.tokens * VOCABULARY),
+        ("in pieces", PIECE),
+        ("quarter pieces", PIECE // 4),
+    ):
+        told = subprocess.run(
+            [*command, f"--piece={piece}"], capture_output=True, text=True, check=True
+        ).stdout
         memory, seconds, loss = map(float, told.split())
         first = first or [memory, seconds]
         print(

@@ -1,6 +1,6 @@
 """How many evaluation chains a second one core parses and verifies, on chains of about 2 kB.
 
-    python benchmarks/chain_parsing.py
+    python benchmarks/speed/chain_parsing.py
 
 Two kinds: the grammar that `write_chain` writes, and the free forms of language models, with criteria of their own in every chain.  CPU
 time, best of five rounds; the ratio is to reading the same JSON objects with the standard library alone.
@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from pgenrm_train.chains import JSON_END, JSON_START, Chain, parse_chain, write_chain
+from pgenrm_train.chains.chain import JSON_END, JSON_START, Chain, parse_chain, write_chain
 
 CHAINS, BYTES, ROUNDS = 2000, 2000, 5
 WORDS = [
@@ -48,7 +48,9 @@ def free(rng: random.Random) -> str:
         totals.append(sum(w * s for w, s in zip(weights, scores)) / 100)
         marks = ", ".join(f"{name}: {score}/10" for name, score in zip(names, scores))
         total = " + ".join(f"{score}*{weight / 100:g}" for score, weight in zip(scores, weights))
-        rationale += f" Response {response}: {marks}. Weighted total: {total} = {totals[-1]:g}. {analysis(rng, 150)}"
+        rationale += (
+            f" Response {response}: {marks}. Weighted total: {total} = {totals[-1]:g}. {analysis(rng, 150)}"
+        )
     block = {"rationale": rationale, "better_response": {"response_1": totals[0], "response_2": totals[1]}}
     chain = f"{JSON_START}{json.dumps(block)}{JSON_END}"
     return analysis(rng, BYTES - len(chain)) + chain
@@ -73,7 +75,9 @@ def main() -> None:
         rng = random.Random(0)
         texts = [kind(rng) for _ in range(CHAINS)]
         chains = [parse_chain(text) for text in texts]
-        if not all(isinstance(chain, Chain) and chain.verified_scores and not chain.issues for chain in chains):
+        if not all(
+            isinstance(chain, Chain) and chain.verified_scores and not chain.issues for chain in chains
+        ):
             raise SystemExit(f"{kind.__name__}: a chain of the benchmark was not verified")
         took = seconds(parse_chain, texts)
         size = sum(len(text.encode()) for text in texts) / CHAINS

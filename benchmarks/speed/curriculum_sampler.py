@@ -1,6 +1,6 @@
 """How long does a draw take with ten million pairs, against `numpy.random.Generator.choice(p=…)` a draw?  Both in one run.
 
-    python benchmarks/curriculum_sampler.py [--pairs 10000000] [--batch 512] [--steps 200] [--naive-draws 20] [--users 200000]
+    python benchmarks/speed/curriculum_sampler.py [--pairs 10000000] [--batch 512] [--steps 200] [--naive-draws 20] [--users 200000]
 
 The naive sampler keeps a probability a pair and asks numpy for one pair at a time, which sums all of them at each draw.  Printed are
 set-up seconds, bytes a pair (of the arrays kept, by tracemalloc), draws a second of processor time, the ratio of the two, and the
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -28,7 +28,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - began, found
 
 
-def ours(args: argparse.Namespace, hard: np.ndarray, suspect: np.ndarray, users: np.ndarray | None, naive_rate: float) -> None:
+def ours(
+    args: argparse.Namespace,
+    hard: np.ndarray,
+    suspect: np.ndarray,
+    users: np.ndarray | None,
+    naive_rate: float,
+) -> None:
     def build() -> CurriculumSampler:
         shape = {"prompts_per_step": args.batch, "steps": args.steps, "seed": 0, "schedule": "self_paced"}
         return CurriculumSampler(args.pairs, hard=hard, suspect=suspect, users=users, **shape)
@@ -54,7 +60,9 @@ def ours(args: argparse.Namespace, hard: np.ndarray, suspect: np.ndarray, users:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=10_000_000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=200)
@@ -68,7 +76,9 @@ def main() -> None:
     spent, _ = timed(lambda: [rng.choice(args.pairs, p=weights) for _ in range(args.naive_draws)])
     naive_rate = args.naive_draws / spent
     print(f"{args.pairs:,} pairs, {args.users:,} users, {args.steps} steps of {args.batch}")
-    print(f"{'choice(p=…)':<14} {weights.nbytes / args.pairs:.1f} bytes a pair kept, {naive_rate:9,.1f} draws/s")
+    print(
+        f"{'choice(p=…)':<14} {weights.nbytes / args.pairs:.1f} bytes a pair kept, {naive_rate:9,.1f} draws/s"
+    )
     ours(args, hard, suspect, None, naive_rate)
     ours(args, hard, suspect, rng.integers(0, args.users, args.pairs), naive_rate)
 

@@ -1,6 +1,6 @@
 """How busy `recipe=build_sec` keeps a server, and what a request costs the client.
 
-    python benchmarks/factory_slots.py [--seconds 2] [--slots 64] [--rounds 10]
+    python benchmarks/speed/factory_slots.py [--seconds 2] [--slots 64] [--rounds 10]
 
 A stub server in a process of its own answers every request with a chain after two seconds.  Busy share: mean number of requests that the
 server holds, over its slots, from the first arrival to the last.  The factory's path is the real one (prompts, queue, cache on disk,
@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.llm import LlmTeacher
-from pgenrm_train.chains import write_chain
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.roles import LlmTeacher
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, EndpointConfig
-from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.stages.build_sec import sample_chains
 
 WORDS = [
@@ -73,7 +73,11 @@ class Stub:
                     await self.send(writer, {"busy": mean, "requests": self.requests})
                     self.__init__(self.seconds)  # type: ignore[misc]
                     continue
-                length = next(int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length"))
+                length = next(
+                    int(h.split(b":")[1])
+                    for h in head.split(b"\r\n")
+                    if h.lower().startswith(b"content-length")
+                )
                 await reader.readexactly(length)
                 self.change(+1)
                 await asyncio.sleep(self.seconds)
@@ -86,7 +90,10 @@ class Stub:
 
     async def send(self, writer: asyncio.StreamWriter, what: object) -> None:
         body = json.dumps(what).encode()
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+            + body
+        )
         await writer.drain()
 
 
@@ -113,7 +120,13 @@ def pairs(count: int) -> list[PreferencePair]:
         return " ".join(WORDS[(i * number) % len(WORDS)] for i in range(words))
 
     return [
-        PreferencePair(f"p{n}", f"u{n % 50}", (Message("user", f"{n}: {text(n, 20)}"),), text(n + 1, 150), text(n + 2, 150))
+        PreferencePair(
+            f"p{n}",
+            f"u{n % 50}",
+            (Message("user", f"{n}: {text(n, 20)}"),),
+            text(n + 1, 150),
+            text(n + 2, 150),
+        )
         for n in range(count)
     ]
 
@@ -165,7 +178,9 @@ def main() -> None:
 
 
 def compare(slots: int, rounds: int, seconds: float) -> None:
-    server = subprocess.Popen([sys.executable, __file__, "--serve", "--seconds", str(seconds)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve", "--seconds", str(seconds)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"

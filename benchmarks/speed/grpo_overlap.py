@@ -7,8 +7,8 @@ From one checkpoint, on the same rows and with the same settings:
     stock    veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward function; its replay
              buffer polls as often as ours
 
-    python benchmarks/grpo_overlap.py --out runs/overlap
-    python benchmarks/grpo_overlap.py --out runs/overlap --rounds 3 --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
+    python benchmarks/speed/grpo_overlap.py --out runs/overlap
+    python benchmarks/speed/grpo_overlap.py --out runs/overlap --rounds 3 --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
 
 A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync, and as on GPUs the log-probabilities of the actor and
 of the reference.  Printed are medians, and for the judge the median over rounds of the ratio to the round's own step with verdicts at
@@ -31,11 +31,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends import verl_grpo
-from pgenrm_train.backends.verl_session import Session, Watchdog, exit_on_terminate
+from pgenrm_train.backends.grpo import engine as verl_grpo
+from pgenrm_train.backends.grpo.session import Session, Watchdog, exit_on_terminate
 from pgenrm_train.config import ROOT, Config, load
-from pgenrm_train.ending import die_with_parent
-from pgenrm_train.rewards import chain_reward
+from pgenrm_train.rewards.chain_reward import chain_reward
+from pgenrm_train.run.process import die_with_parent
 
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -49,7 +49,9 @@ STOCK: dict[str, Any] = {
 }
 
 
-def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], **_: Any) -> float:
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any], **_: Any
+) -> float:
     """Stock veRL's reward hook over our reward."""
     return chain_reward(solution_str, int(ground_truth), n_responses=int(extra_info["n_responses"])).total
 
@@ -86,8 +88,12 @@ def times_of(out: Path, phase: str) -> Path:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="run folder; a finished measurement in it is kept")
-    parser.add_argument("--start", type=Path, default=ROOT / "tests/data/psi_nano", help="checkpoint in Hugging Face format")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="run folder; a finished measurement in it is kept"
+    )
+    parser.add_argument(
+        "--start", type=Path, default=ROOT / "tests/data/psi_nano", help="checkpoint in Hugging Face format"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="steps with each latency")
     parser.add_argument("--overrides", nargs="*", default=[], help="more Hydra overrides")
     parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
@@ -107,7 +113,8 @@ def configuration(args: argparse.Namespace) -> Config:
 
 def base_phase(config: Config) -> Any:
     """CRE's rows as the recipe makes them."""
-    from recipes import build_data, grpo
+    from recipes import build_data
+    from recipes.wiring import grpo
 
     build_data.run(config)
     return grpo.phase(config, "cre", Path(config.model.path or ""), config.judge)
@@ -116,7 +123,9 @@ def base_phase(config: Config) -> Any:
 def timed(config: Config, section: str, **where: Any) -> Any:
     """`to_verl`, with veRL's own file logger: one file a phase."""
     composed = to_verl(config, section, **where)
-    composed.algorithm.rollout_correction.bypass_mode = False  # a CPU run takes the sampler's log-probabilities for the actor's
+    composed.algorithm.rollout_correction.bypass_mode = (
+        False  # a CPU run takes the sampler's log-probabilities for the actor's
+    )
     composed.trainer.logger, composed.trainer.experiment_name = ["file"], where["work_dir"].name
     return composed
 
@@ -128,7 +137,10 @@ def ours(config: Config, out: Path) -> None:
     verl_grpo.to_verl = timed  # type: ignore[assignment]
     judge = {"judge": "grpo_overlap:stub_judge", "judge_kwargs": {"times": str(times_of(out, "ours"))}}
     in_flight = config.cre.prompts_per_step * config.cre.group_size
-    verl_grpo.train(config, [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge_in_flight=in_flight, **judge)])
+    verl_grpo.train(
+        config,
+        [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge_in_flight=in_flight, **judge)],
+    )
 
 
 def stock(config: Config, out: Path) -> None:
@@ -145,7 +157,9 @@ def stock(config: Config, out: Path) -> None:
             self.trainer.init()
 
     base = base_phase(config)
-    verl = timed(config, "cre", start=base.start, rows=base.rows, work_dir=out / "stock", total_steps=base.steps)
+    verl = timed(
+        config, "cre", start=base.start, rows=base.rows, work_dir=out / "stock", total_steps=base.steps
+    )
     for key, value in STOCK.items():
         OmegaConf.update(verl, key, value, force_add=True)
     with StockSession(config, verl, Watchdog(1800.0, print)) as session:
@@ -160,11 +174,17 @@ def stock(config: Config, out: Path) -> None:
 
 def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
     folders = (str(ROOT), str(ROOT / "benchmarks"))
-    env = os.environ | verl_grpo.environment(config) | {"VERL_FILE_LOGGER_ROOT": str(args.out.resolve() / "times")}
+    env = (
+        os.environ
+        | verl_grpo.environment(config)
+        | {"VERL_FILE_LOGGER_ROOT": str(args.out.resolve() / "times")}
+    )
     env["PYTHONPATH"] = os.pathsep.join((*folders, env["PYTHONPATH"]))
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{which}.log").open("w") as log:
-        code = subprocess.run([sys.executable, *sys.argv, "--child", which], env=env, cwd=ROOT, stdout=log, stderr=log).returncode
+        code = subprocess.run(
+            [sys.executable, *sys.argv, "--child", which], env=env, cwd=ROOT, stdout=log, stderr=log
+        ).returncode
     if code:
         sys.exit(f"error: {which} ended with code {code}; see {args.out / f'{which}.log'}")
 
@@ -173,7 +193,9 @@ def report(out: Path) -> None:
     ours, stock = (read_times(times_of(out, name))[:-1] for name in ("ours", "stock"))
     at_once = of_share(ours, 0.0, "timing_s/step")
     generation = statistics.median(of_share(ours, 0.0, "timing_s/gen"))
-    hidden = sum(statistics.median(of_share(ours, 0.0, f"timing_s/{name}")) for name in ("old_log_prob", "ref"))
+    hidden = sum(
+        statistics.median(of_share(ours, 0.0, f"timing_s/{name}")) for name in ("old_log_prob", "ref")
+    )
     print(
         f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of it {generation:.2f} s generation and "
         f"{hidden:.2f} s log-probabilities ({len(at_once)} rounds)"
@@ -181,7 +203,9 @@ def report(out: Path) -> None:
     for share in SHARES[1:]:
         steps = of_share(ours, share, "timing_s/step")
         ratio = statistics.median(step / plain for step, plain in zip(steps, at_once, strict=True))
-        print(f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = {ratio:.2f} × at once")
+        print(
+            f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = {ratio:.2f} × at once"
+        )
     theirs = statistics.median(line["timing_s/step"] for line in stock[1:])
     print(f"stock veRL: step {theirs:.2f} s; ours = {statistics.median(at_once) / theirs:.2f} × stock")
 

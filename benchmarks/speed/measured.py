@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 _CHILD = """
 import resource, sys
 from pgenrm_train.__main__ import main
@@ -28,7 +28,9 @@ class Spent(NamedTuple):
 def measured(*arguments: str) -> Spent:
     """Run `python -m pgenrm_train` with these arguments.  Ends this process with the child's words when it fails."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     wall = time.monotonic() - began
     if done.returncode:
         sys.exit(done.stderr)

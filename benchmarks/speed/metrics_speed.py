@@ -1,8 +1,8 @@
 """How long do metrics take on a million predictions?  Beside them, in the same run, plain pandas for the same numbers.
 
-    python benchmarks/metrics_speed.py [--predictions 1000000] [--users 2000] [--draws 2000] [--baseline-draws 50]
+    python benchmarks/speed/metrics_speed.py [--predictions 1000000] [--users 2000] [--draws 2000] [--baseline-draws 50]
 
-`report` is `eval.metrics.accuracy_report` (strict, all protocols, slices by kind, every interval with --draws draws), `slices` and
+`report` is `eval.metrics.accuracy.accuracy_report` (strict, all protocols, slices by kind, every interval with --draws draws), `slices` and
 `calibration` what a report adds, `difference` a paired comparison of two such tables.  The baseline is what one would write first:
 a groupby for each step, and a bootstrap that joins the drawn users' rows back and averages them; it is timed on --baseline-draws
 draws of one interval and scaled up.  Both must give the same accuracy and nearly the same interval, which is printed.
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.calibration import calibration
-from eval.metrics import accuracy_report, paired_difference
-from eval.slices import DIMENSIONS, slice_rows
+from eval.metrics.accuracy import accuracy_report, paired_difference
+from eval.metrics.calibration import calibration
+from eval.metrics.slices import DIMENSIONS, slice_rows
 
 SEEDS, SAMPLES = 5, 4
 
@@ -50,18 +50,26 @@ def predictions(n: int, users: int, seed: int) -> pd.DataFrame:
 def labels(table: pd.DataFrame) -> pd.DataFrame:
     """Four labels in every dimension."""
     pairs = table[["pair_id", "user_id"]].drop_duplicates().reset_index(drop=True)
-    return pairs.assign(**{name: (np.arange(len(pairs)) // (i + 1) % 4).astype(str) for i, name in enumerate(DIMENSIONS)})
+    return pairs.assign(
+        **{name: (np.arange(len(pairs)) // (i + 1) % 4).astype(str) for i, name in enumerate(DIMENSIONS)}
+    )
 
 
 def plain_pandas(table: pd.DataFrame, draws: int, seed: int) -> tuple[float, list[float], float, float]:
     """Accuracy, 95 % interval, and seconds of the accuracy and of the bootstrap."""
     start = time.perf_counter()
     means = table.groupby(["user_id", "pair_id", "seed", "order"])[["score_chosen", "score_rejected"]].mean()
-    hits = (means["score_chosen"] > means["score_rejected"]).groupby(["user_id", "pair_id"]).mean().reset_index(name="hit")
+    hits = (
+        (means["score_chosen"] > means["score_rejected"])
+        .groupby(["user_id", "pair_id"])
+        .mean()
+        .reset_index(name="hit")
+    )
     accuracy, counted = hits["hit"].mean(), time.perf_counter()
     rng, names = np.random.default_rng(seed), hits["user_id"].unique()
     drawn = [
-        pd.DataFrame({"user_id": rng.choice(names, len(names))}).merge(hits, on="user_id")["hit"].mean() for _ in range(draws)
+        pd.DataFrame({"user_id": rng.choice(names, len(names))}).merge(hits, on="user_id")["hit"].mean()
+        for _ in range(draws)
     ]
     return accuracy, list(np.percentile(drawn, [2.5, 97.5])), counted - start, time.perf_counter() - counted
 
@@ -72,12 +80,21 @@ def timed(what: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("predictions", 1_000_000), ("users", 2000), ("draws", 2000), ("baseline-draws", 50)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("predictions", 1_000_000),
+        ("users", 2000),
+        ("draws", 2000),
+        ("baseline-draws", 50),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     a, b = (predictions(args.predictions, args.users, seed) for seed in (0, 1))
-    print(f"{len(a)} predictions, {a['pair_id'].nunique()} pairs, {a['user_id'].nunique()} users, {args.draws} draws")
+    print(
+        f"{len(a)} predictions, {a['pair_id'].nunique()} pairs, {a['user_id'].nunique()} users, {args.draws} draws"
+    )
     settings: dict[str, Any] = {"draws": args.draws, "seed": 0}
     report, seconds = timed(lambda: accuracy_report(a, **settings))
     spent = {"report": seconds}
@@ -92,8 +109,12 @@ def main() -> None:
     print(
         f"plain pandas {baseline:7.2f} s for one accuracy ({counting:.2f} s) and one interval ({args.baseline_draws} draws × {args.draws / args.baseline_draws:g})"
     )
-    print(f"plain pandas ÷ report: {baseline / spent['report']:.1f}, with one interval against {3 + 1 + len(report['slices'])}")
-    print(f"accuracy {report['accuracy']:.4f} and {accuracy:.4f}; interval {_shown(report['ci95'])} and {_shown(interval)}")
+    print(
+        f"plain pandas ÷ report: {baseline / spent['report']:.1f}, with one interval against {3 + 1 + len(report['slices'])}"
+    )
+    print(
+        f"accuracy {report['accuracy']:.4f} and {accuracy:.4f}; interval {_shown(report['ci95'])} and {_shown(interval)}"
+    )
 
 
 def _shown(interval: list[float]) -> str:

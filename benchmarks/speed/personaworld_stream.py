@@ -1,7 +1,7 @@
 """Does `recipe=build_data data=personaworld` stream?  Pairs a CPU second and peak memory at two sizes, five times apart.
 
-    python benchmarks/personaworld_stream.py              20k and 100k pairs
-    python benchmarks/personaworld_stream.py 200000 1000000
+    python benchmarks/speed/personaworld_stream.py              20k and 100k pairs
+    python benchmarks/speed/personaworld_stream.py 200000 1000000
 
 Each build runs in a process of its own, whole: pairs, index, shards, leak report (without near duplicates: these texts are made of
 few phrases) and card.  Memory that grew with the data would show in the ratio of the peaks.

@@ -1,6 +1,6 @@
 """Time and memory of `recipe=build_data data=prism` on generated files of PRISM's size and schema.
 
-    python benchmarks/prism_build.py
+    python benchmarks/speed/prism_build.py
 
 1,500 users, 8,011 conversations, 68,371 utterances; texts of PRISM's typical lengths.  Without and with near duplicates in the leak
 report: wall clock and CPU seconds, peak memory, and the ratio to reading the same files with the standard library's json alone.
@@ -29,10 +29,18 @@ def conversation(rng: random.Random, number: int, utterances: int) -> dict[str, 
     """The first turn shows four responses, later ones two."""
     history, turn = [], 0
     while utterances > 0:
-        history.append({"turn": turn, "role": "user", "content": text(rng, 20), "score": None, "if_chosen": None})
+        history.append(
+            {"turn": turn, "role": "user", "content": text(rng, 20), "score": None, "if_chosen": None}
+        )
         shown = min(4 if turn == 0 else 2, utterances)
         history += [
-            {"turn": turn, "role": "model", "content": text(rng, 90), "score": rng.randint(1, 100), "if_chosen": place == 0}
+            {
+                "turn": turn,
+                "role": "model",
+                "content": text(rng, 90),
+                "score": rng.randint(1, 100),
+                "if_chosen": place == 0,
+            }
             for place in range(shown)
         ]
         utterances, turn = utterances - shown, turn + 1

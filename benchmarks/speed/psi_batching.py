@@ -1,6 +1,6 @@
 """Tokens/s and share of padding of PSI's three layouts, on the lengths of a real chain set, in one run.
 
-    python -m benchmarks.psi_batching RUN/build_sec [--steps 8] [--batch 32] [--micro 8] [--spread]
+    python -m benchmarks.speed.psi_batching RUN/build_sec [--steps 8] [--batch 32] [--micro 8] [--spread]
 
 Every layout takes the same sequences in the same steps, so ratios compare equal work; layouts take turns step by step, so that a
 busy machine slows all alike.  Tokens are real ones, padding not counted; time is CPU time of this process.  The packed layout is
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from pgenrm_train.backends.packed_attention import register
-from pgenrm_train.backends.sft_batches import LAYOUTS, Encoded, StepOrder, collate, encode_chat
-from pgenrm_train.backends.sft_loss import train_in_pieces
+from pgenrm_train.backends.sft.batches import LAYOUTS, Encoded, StepOrder, collate, encode_chat
+from pgenrm_train.backends.sft.loss import train_in_pieces
+from pgenrm_train.backends.sft.packed_attention import register
 
 
 def arguments() -> argparse.Namespace:
@@ -28,7 +28,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     parser.add_argument("--micro", type=int, default=8, help="sequences a micro-batch")
-    parser.add_argument("--spread", action="store_true", help="cut chats to a tenth to the whole of their length")
+    parser.add_argument(
+        "--spread", action="store_true", help="cut chats to a tenth to the whole of their length"
+    )
     parser.add_argument("--chats", type=int, default=2000, help="of the set, which build_sec has shuffled")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -39,14 +41,18 @@ def load(folder: Path, count: int, spread: bool) -> tuple[Any, list[Encoded], in
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation=register())
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "base", dtype=torch.float32, attn_implementation=register()
+    )
     train_in_pieces(model)
     rows = pq.read_table(folder / "sec.parquet", columns=["messages"])["messages"][:count].to_pylist()
     chats = [encode_chat(tokenizer, messages) for messages in rows]
     if spread:
         generator = torch.Generator().manual_seed(0)
         kept = (10 ** -torch.rand(len(chats), generator=generator)).tolist()
-        chats = [_cut(chat, max(8, int(len(chat.ids) * share))) for chat, share in zip(chats, kept, strict=True)]
+        chats = [
+            _cut(chat, max(8, int(len(chat.ids) * share))) for chat, share in zip(chats, kept, strict=True)
+        ]
     return model, chats, tokenizer.pad_token_id
 
 
@@ -56,10 +62,15 @@ def _cut(chat: Encoded, length: int) -> Encoded:
 
 def micro_batches(order: StepOrder, step: int) -> list[list[int]]:
     indices = list(order)[step * order.batch_size : (step + 1) * order.batch_size]
-    return [indices[first : first + order.micro_batch_size] for first in range(0, len(indices), order.micro_batch_size)]
+    return [
+        indices[first : first + order.micro_batch_size]
+        for first in range(0, len(indices), order.micro_batch_size)
+    ]
 
 
-def run_step(model: Any, chats: list[Encoded], chosen: list[list[int]], layout: str, pad: int) -> tuple[float, int, int]:
+def run_step(
+    model: Any, chats: list[Encoded], chosen: list[list[int]], layout: str, pad: int
+) -> tuple[float, int, int]:
     """CPU seconds, real tokens, places in the rows."""
     began, tokens, places = time.process_time(), 0, 0
     for indices in chosen:
@@ -76,7 +87,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, chats, pad = load(args.folder, args.chats, args.spread)
     lengths = [len(chat.ids) for chat in chats]
-    orders = {n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in LAYOUTS}
+    orders = {
+        n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in LAYOUTS
+    }
     totals = {layout: [0.0, 0, 0] for layout in LAYOUTS}
     for step in range(args.steps + 1):
         for layout in LAYOUTS:

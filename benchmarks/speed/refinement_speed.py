@@ -1,6 +1,6 @@
 """How much faster is batched refinement than a loop over samples?  Both in one run, on the same samples, machine and threads.
 
-    python benchmarks/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3] [--loop-samples 200]
+    python benchmarks/speed/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3] [--loop-samples 200]
 
 Two loops go one sample after another through METHOD §6's equations as written: `gathered` adds up gradients over a mini-batch and
 makes the same updates as the batched pass; `stepwise` makes an optimiser step a sample.  Both are timed on `--loop-samples`
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from pgenrm_train.config import PrototypesConfig
-from pgenrm_train.prototypes import Prototypes
-from pgenrm_train.refinement import Refinement, RefinementBatch
+from pgenrm_train.prototypes.clusters import Prototypes
+from pgenrm_train.prototypes.refinement import Refinement, RefinementBatch
 
 
 def random_world(n: int, d: int, h: int, k: int) -> tuple[Prototypes, RefinementBatch]:
@@ -45,7 +45,9 @@ def loop_step(state: Refinement, samples: RefinementBatch, rows: np.ndarray) -> 
     for i in rows:
         label = torch.tensor(state.labels[i])
         a = torch.nn.functional.embedding(label[None], state.A, sparse=True)[0]
-        q, chosen, rejected = (torch.from_numpy(x[i]) for x in (samples.query, samples.chosen, samples.rejected))
+        q, chosen, rejected = (
+            torch.from_numpy(x[i]) for x in (samples.query, samples.chosen, samples.rejected)
+        )
         kept = samples.mask[i]
         past = samples.history_chosen[i][kept] - samples.history_rejected[i][kept]
         items = torch.from_numpy(np.concatenate([samples.history_query[i][kept], past], axis=1))
@@ -63,7 +65,9 @@ def loop_step(state: Refinement, samples: RefinementBatch, rows: np.ndarray) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--dimensions", type=int, default=1024)
     parser.add_argument("--history", type=int, default=3)
@@ -94,10 +98,16 @@ def main() -> None:
     batched.epoch(samples, [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)])
     batched_rate = args.samples / (time.process_time() - start)
 
-    print(f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}; samples a CPU second")
+    print(
+        f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}; samples a CPU second"
+    )
     for name, rate in (("gathered", loop_rate), ("stepwise", stepwise_rate)):
-        print(f"{name} loop {rate:8.0f} ({len(shared)} samples): batched is {batched_rate / rate:.1f} times as fast")
-    print(f"batched       {batched_rate:8.0f} ({args.samples} samples, one epoch in batches of {args.batch_size})")
+        print(
+            f"{name} loop {rate:8.0f} ({len(shared)} samples): batched is {batched_rate / rate:.1f} times as fast"
+        )
+    print(
+        f"batched       {batched_rate:8.0f} ({args.samples} samples, one epoch in batches of {args.batch_size})"
+    )
     print(f"losses of the shared step differ by {abs(losses[0] - losses[1]):.1e}")
 
 

@@ -1,13 +1,13 @@
 """How long does test-time user-based scaling take over an API?  Our client and one that goes user by user, on the same server.
 
-    python benchmarks/scaling_throughput.py [--users 131] [--pairs 798] [--ind 16] [--pro 8] [--chain-seconds 0.25] [--user-share 0.25]
+    python benchmarks/speed/scaling_throughput.py [--users 131] [--pairs 798] [--ind 16] [--pro 8] [--chain-seconds 0.25] [--user-share 0.25]
 
 The server is a stub in a process of its own: 64 slots, a prompt is encoded in one slot at a fixed speed less what a prefix cache of
 recent histories holds, and then every sample takes a slot for a log-normal time (mean `--chain-seconds`, deviation 35 %; an 8B model
 needs about 10 s, so times are scaled down, and the client's own overhead counts 40 times as much as it would).  Its *own bound* is
 the sum of all slot seconds that the requests cost at the least, divided by the slots.  Plain scoring, a sample a pair:
 
-    python benchmarks/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5 --user-share 0.02
+    python benchmarks/speed/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5 --user-share 0.02
 
 Both clients ask the same: every pair once, in one order as the released script does, `--ind` samples from the user's own history, then
 one from each of `--pro` similar users' histories.
@@ -15,7 +15,7 @@ one from each of `--pro` similar users' histories.
   once (n), then for its similar users one after another, each on kept-alive connections.  Without the released script's pauses and
   its workbook that is read and written for every row.  Timed on a share of the users, of few and of many pairs alike, and scaled to all of them: one
   after another, users take about as long with few pairs as with many.  `--user-share 1` times all (7 minutes).
-- `ours`: `eval.harness.ask` and `eval.scaling_study.sample_pool` as the evaluation runs them, prompts, parsing and parquet included.
+- `ours`: `eval.ask.harness.ask` and `eval.studies.scaling_study.sample_pool` as the evaluation runs them, prompts, parsing and parquet included.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from eval.harness import PredictionStore, ask
-from eval.scaling_study import Similar, Study, sample_pool
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.endpoint_generator import EndpointGenerator
-from pgenrm_train.chains import write_chain
+from eval.ask.harness import PredictionStore, ask
+from eval.studies.scaling_study import Similar, Study, sample_pool
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import EndpointConfig
-from pgenrm_train.masking import MaskedView
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import HistoryItem, Message, PreferencePair
+from pgenrm_train.prompts.masking import MaskedView
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
-PREFILL_SHARE = 0.05  # of a chain's time, for a prompt without a cached prefix; half of a prompt is its history
+PREFILL_SHARE = (
+    0.05  # of a chain's time, for a prompt without a cached prefix; half of a prompt is its history
+)
 CACHED_HISTORIES = 256
 THREADS = 36  # the released script's default
 
@@ -73,7 +75,9 @@ class Stub:
             self.cache.popitem(last=False)
         await self.occupy(cost)
         draw = random.Random(f"{prompt} {body['seed']}")
-        await asyncio.gather(*(self.occupy(self.chain_seconds * draw.lognormvariate(-0.06, 0.35)) for _ in range(n)))
+        await asyncio.gather(
+            *(self.occupy(self.chain_seconds * draw.lognormvariate(-0.06, 0.35)) for _ in range(n))
+        )
         choices = [{"index": i, "finish_reason": "stop", "message": {"content": self.text}} for i in range(n)]
         used = {"prompt_tokens": 1000, "completion_tokens": 500 * n}
         return web.json_response({"choices": choices, "usage": used})
@@ -112,15 +116,26 @@ def run_server(port: Connection, slots: int, chain_seconds: float) -> None:
 # --- the world ----------------------------------------------------------------------------------------------------------------
 
 
-def world(users: int, pairs: int, seed: int = 0) -> tuple[list[PreferencePair], dict[str, tuple[HistoryItem, ...]]]:
+def world(
+    users: int, pairs: int, seed: int = 0
+) -> tuple[list[PreferencePair], dict[str, tuple[HistoryItem, ...]]]:
     """Every user votes at least once; the rest is shared out unevenly, as votes are."""
     rng = random.Random(seed)
     eager = [rng.lognormvariate(0, 0.8) for _ in range(users)]
     owners = sorted([*range(users), *rng.choices(range(users), eager, k=pairs - users)])
-    words = lambda n: " ".join(rng.choices(["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"], k=n))  # noqa: E731
-    item = lambda: HistoryItem(words(12), words(80), words(80))  # noqa: E731
+    vocabulary = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
+
+    def words(n: int) -> str:
+        return " ".join(rng.choices(vocabulary, k=n))
+
+    def item() -> HistoryItem:
+        return HistoryItem(words(12), words(80), words(80))
+
     taste = {u: (item(), item(), item()) for u in range(users)}
-    votes = [PreferencePair(f"p{i}", f"u{u}", (Message("user", words(12)),), words(80), words(80)) for i, u in enumerate(owners)]
+    votes = [
+        PreferencePair(f"p{i}", f"u{u}", (Message("user", words(12)),), words(80), words(80))
+        for i, u in enumerate(owners)
+    ]
     return votes, {p.pair_id: taste[u] for p, u in zip(votes, owners)}
 
 
@@ -159,21 +174,31 @@ def ours(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: i
     return len(pool)
 
 
-def user_by_user(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: int, every: list[PreferencePair]) -> int:
+def user_by_user(
+    url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: int, every: list[PreferencePair]
+) -> int:
     import httpx
 
     by_user: dict[str, list[PreferencePair]] = {}
     for pair in votes:
         by_user.setdefault(pair.user_id, []).append(pair)
-    client = httpx.Client(timeout=120.0, limits=httpx.Limits(max_connections=THREADS, max_keepalive_connections=THREADS))
+    client = httpx.Client(
+        timeout=120.0, limits=httpx.Limits(max_connections=THREADS, max_keepalive_connections=THREADS)
+    )
 
     def call(messages: list[dict[str, str]], n: int) -> int:
         body = {"model": "stub", "messages": messages, "n": n, "seed": 0, "temperature": 0.7}
-        return len(client.post(f"{url}/v1/chat/completions", content=json.dumps(body)).raise_for_status().json()["choices"])
+        return len(
+            client.post(f"{url}/v1/chat/completions", content=json.dumps(body))
+            .raise_for_status()
+            .json()["choices"]
+        )
 
     def score(pair: PreferencePair) -> int:
         own = call(messages_of(pair, histories[pair.pair_id]), ind)
-        return own + sum(call(messages_of(pair, one.history), 1) for one in similar_of(pair, every, histories, pro))
+        return own + sum(
+            call(messages_of(pair, one.history), 1) for one in similar_of(pair, every, histories, pro)
+        )
 
     done = 0
     for pairs in by_user.values():
@@ -183,14 +208,18 @@ def user_by_user(url: str, votes: list[PreferencePair], histories: Any, ind: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--users", type=int, default=131)
     parser.add_argument("--pairs", type=int, default=798)
     parser.add_argument("--ind", type=int, default=16)
     parser.add_argument("--pro", type=int, default=8)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--chain-seconds", type=float, default=0.25)
-    parser.add_argument("--user-share", type=float, default=0.25, help="of the users, for the client that goes user by user")
+    parser.add_argument(
+        "--user-share", type=float, default=0.25, help="of the users, for the client that goes user by user"
+    )
     args = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
@@ -201,7 +230,9 @@ def main() -> None:
     votes, histories = world(args.users, args.pairs)
     counts = Counter(p.user_id for p in votes)
     step = max(1, round(1 / args.user_share))
-    some = set(sorted(counts, key=lambda u: (counts[u], u))[step // 2 :: step])  # users of few and of many pairs alike
+    some = set(
+        sorted(counts, key=lambda u: (counts[u], u))[step // 2 :: step]
+    )  # users of few and of many pairs alike
     part = [p for p in votes if p.user_id in some]
 
     import aiohttp  # noqa: F401  imports are not what is timed

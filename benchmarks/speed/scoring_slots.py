@@ -1,6 +1,6 @@
 """How busy does `recipe=evaluate` keep a server?  64 slots, half a second an answer; exit code 1 below 95 %.
 
-    python benchmarks/scoring_slots.py [--slots 64] [--seconds 0.5] [--rounds 60]
+    python benchmarks/speed/scoring_slots.py [--slots 64] [--seconds 0.5] [--rounds 60]
 
 The server is a stub in a process of its own: a request waits for a slot, holds it for `--seconds`, and is answered with a chain.  The
 client is the whole recipe as a user runs it: data built, prompts written, answers parsed, stored and reported; every slot is asked
@@ -21,13 +21,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a checkout, installed or not
 
 from factory_slots import WORDS
 
-from pgenrm_train.chains import write_chain
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import load
-from pgenrm_train.records import Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import Message, PreferencePair, pair_to_row
 
 ENOUGH = 0.95
 
@@ -59,14 +59,20 @@ class Stub:
             await asyncio.sleep(self.seconds)
             self.now(-1)
         choice = {"index": 0, "finish_reason": "stop", "message": {"content": self.text}}
-        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}})
+        return web.json_response(
+            {"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}}
+        )
 
     async def found(self, _request: Any) -> Any:
         from aiohttp import web
 
         whole = self.area / max(self.changed - self.first, 1e-9)
         return web.json_response(
-            {"busy": self.area_at_arrival / max(self.last_arrival - self.first, 1e-9), "whole": whole, "requests": self.requests}
+            {
+                "busy": self.area_at_arrival / max(self.last_arrival - self.first, 1e-9),
+                "whole": whole,
+                "requests": self.requests,
+            }
         )
 
 
@@ -116,7 +122,9 @@ def evaluate(url: str, count: int, folder: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("slots", 64), ("seconds", 0.5), ("rounds", 60)):
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()

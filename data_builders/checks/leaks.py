@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pgenrm_train.records import PreferencePair
-from pgenrm_train.stages.vote_index import TRAINS, VoteIndex
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 
 if TYPE_CHECKING:
-    from data_builders.near_duplicates import NearDuplicates
+    from data_builders.checks.near_duplicates import NearDuplicates
 
 HELD_OUT = "split != 'train'"
 _SPLITS_OF = "(SELECT COUNT(DISTINCT split) AS splits FROM votes GROUP BY {})"
@@ -55,7 +55,9 @@ class LeakReport:
             "same_conversation": self._same_conversation(),
             "near_duplicates": self.near.report() if self.near else None,
             "longer_is_chosen": {split: self._share("longer", split) for split in ("train", "held_out")},
-            "shown_first_is_chosen": {split: self._share("1 - 2 * position", split) for split in ("train", "held_out")},
+            "shown_first_is_chosen": {
+                split: self._share("1 - 2 * position", split) for split in ("train", "held_out")
+            },
             "duplicates": self._duplicates(),
         }
         self.index.close()
@@ -66,20 +68,28 @@ class LeakReport:
             "SELECT user, MIN(name), MAX(name) FROM votes GROUP BY user, content HAVING COUNT(DISTINCT split) > 1"
         ).fetchall()
         seen = f"FROM votes held WHERE held.{HELD_OUT} AND EXISTS (SELECT 1 FROM trained WHERE trained.content = held.content"
-        self.index.db.execute("CREATE TEMP TABLE trained (content INTEGER, user TEXT, PRIMARY KEY (content, user))")
+        self.index.db.execute(
+            "CREATE TEMP TABLE trained (content INTEGER, user TEXT, PRIMARY KEY (content, user))"
+        )
         self.index.db.execute(f"INSERT OR IGNORE INTO trained SELECT content, user FROM votes WHERE {TRAINS}")
         return {
             "within_user": len(of_user),
             "example": list(of_user[0]) if of_user else None,
-            "between_users": self.index.number(f"SELECT COUNT(DISTINCT content) {seen} AND trained.user != held.user)"),
-            "held_out_votes_between_users": self.index.number(f"SELECT COUNT(*) {seen} AND trained.user != held.user)"),
+            "between_users": self.index.number(
+                f"SELECT COUNT(DISTINCT content) {seen} AND trained.user != held.user)"
+            ),
+            "held_out_votes_between_users": self.index.number(
+                f"SELECT COUNT(*) {seen} AND trained.user != held.user)"
+            ),
         }
 
     def _same_user(self) -> dict[str, Any]:
         asked = f"SELECT DISTINCT user FROM votes WHERE {HELD_OUT}"
         trained = f"SELECT DISTINCT user FROM votes WHERE {TRAINS}"
         return {
-            "asked_and_trained": self.index.number(f"SELECT COUNT(*) FROM ({asked}) WHERE user IN ({trained})"),
+            "asked_and_trained": self.index.number(
+                f"SELECT COUNT(*) FROM ({asked}) WHERE user IN ({trained})"
+            ),
             "asked_only": self.index.number(f"SELECT COUNT(*) FROM ({asked}) WHERE user NOT IN ({trained})"),
             "marked_both_ways": self.index.number(
                 f"SELECT COUNT(*) FROM (SELECT DISTINCT user FROM votes WHERE user_split IN ('val', 'test')) WHERE user IN ({trained})"
@@ -88,8 +98,12 @@ class LeakReport:
 
     def _same_conversation(self) -> dict[str, Any]:
         return {
-            "within_user": self.index.number(f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('user, conversation')}"),
-            "conversations": self.index.number(f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('conversation')}"),
+            "within_user": self.index.number(
+                f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('user, conversation')}"
+            ),
+            "conversations": self.index.number(
+                f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('conversation')}"
+            ),
             "of": self.index.number("SELECT COUNT(DISTINCT conversation) FROM votes"),
         }
 
@@ -113,7 +127,7 @@ class LeakReport:
 
 
 def _near_duplicates() -> NearDuplicates:
-    from data_builders.near_duplicates import NearDuplicates  # datasketch brings half of scipy
+    from data_builders.checks.near_duplicates import NearDuplicates  # datasketch brings half of scipy
 
     return NearDuplicates()
 
@@ -129,7 +143,11 @@ def clustered_share(rows: Iterable[tuple[int, int]]) -> dict[str, Any]:
     users = hits = votes = hits_squared = votes_squared = products = 0
     for hit, vote in rows:
         users, hits, votes = users + 1, hits + hit, votes + vote
-        hits_squared, votes_squared, products = hits_squared + hit * hit, votes_squared + vote * vote, products + hit * vote
+        hits_squared, votes_squared, products = (
+            hits_squared + hit * hit,
+            votes_squared + vote * vote,
+            products + hit * vote,
+        )
     if not votes:
         return {"share": None, "ci95": None, "votes": 0, "users": 0}
     share, interval = hits / votes, None
@@ -165,7 +183,10 @@ def _findings(report: dict[str, Any]) -> Iterable[str]:
             if count := near[what]["exact"] + near[what]["near"]:
                 found = _percent(count, near[what]["held_out"])
                 yield f"{found} of the held-out {what} stand in train, too ({near[what]['near']} of {count} nearly)"
-    for key, words in (("longer_is_chosen", ("longer", "shorter")), ("shown_first_is_chosen", ("first shown", "later shown"))):
+    for key, words in (
+        ("longer_is_chosen", ("longer", "shorter")),
+        ("shown_first_is_chosen", ("first shown", "later shown")),
+    ):
         for part, measured in report[key].items():
             yield from _predictable(words, part.replace("_", "-"), measured)
     if count := report["duplicates"]["repeated_votes"]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from datasketch import MinHashLSH
 
-from pgenrm_train.near_duplicates import PLACES, signature
-from pgenrm_train.records import PreferencePair
-from pgenrm_train.stages.vote_index import text_hash
+from pgenrm_train.chains.near_duplicates import PLACES, signature
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.vote_index import text_hash
 
 THRESHOLD = 0.8  # Jaccard similarity of word 3-grams from which two texts are near duplicates
 EXAMPLES = 5

@@ -2,7 +2,7 @@
 
 The three configurations are the three subsets.  `data.path` names a copy on disk, `data.answers` a file of several models' answers
 (columns `id`, `model`, `answer`, and `rubric_score` where an answer was graded).  Rubric and narrative go to a file and a type of
-their own: see `pgenrm_train.questions`.  A profile item that is the question itself is left out and counted.
+their own: see `pgenrm_train.records.questions`.  A profile item that is the question itself is left out and counted.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_builders import hub
-from data_builders.card import write_card
-from data_builders.pairs import BadRows
-from pgenrm_train.artifacts import write_json
+from data_builders.checks.card import write_card
+from data_builders.sources import hub
+from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import Config, DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.questions import (
+from pgenrm_train.files import write_json
+from pgenrm_train.records.questions import (
     ANSWERS,
     Aspect,
     ProfileItem,
@@ -29,7 +29,7 @@ from pgenrm_train.questions import (
     write_questions,
     write_secrets,
 )
-from pgenrm_train.raw_rows import LeftOut, check_texts
+from pgenrm_train.records.raw_rows import LeftOut, check_texts
 
 HUB = "alireza7/LaMP-QA"
 SUBSETS = ("Art_and_Entertainment", "Lifestyle_and_Personal_Development", "Society_and_Culture")
@@ -73,7 +73,9 @@ def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Question, Questi
             try:
                 question, secret = read(row, subset, where, left_out)
                 if question.id in seen:
-                    raise DataError(f"{where}, field 'id': expected an id of its own, got {question.id[:60]!r} again")
+                    raise DataError(
+                        f"{where}, field 'id': expected an id of its own, got {question.id[:60]!r} again"
+                    )
             except DataError as error:
                 bad.take(error)
                 continue
@@ -84,20 +86,28 @@ def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Question, Questi
         raise DataError(f"{source} holds no usable rows; expected at least one question")
 
 
-def read(row: Mapping[str, Any], subset: str, where: str, left_out: LeftOut) -> tuple[Question, QuestionSecret]:
+def read(
+    row: Mapping[str, Any], subset: str, where: str, left_out: LeftOut
+) -> tuple[Question, QuestionSecret]:
     """One raw row.  Raises DataError naming the field and what was expected."""
     check_texts(row, where)
     name, question = _text(row, "id", where), _text(row, "question", where)
     profile = [
         ProfileItem(
-            str(item.get("id") or f"{name}/{i}"), _text(item, "text", f"{where}, profile[{i}]"), str(item.get("category") or "")
+            str(item.get("id") or f"{name}/{i}"),
+            _text(item, "text", f"{where}, profile[{i}]"),
+            str(item.get("category") or ""),
         )
         for i, item in enumerate(_objects(row, "profile", where))
     ]
     others = tuple(item for item in profile if item.id != name and item.text.strip() != question.strip())
     left_out["profile items that are the question itself"] += len(profile) - len(others)
     aspects = tuple(
-        Aspect(_text(a, "aspect", f"{where}, rubric_aspects[{i}]"), str(a.get("reason") or ""), str(a.get("evidence") or ""))
+        Aspect(
+            _text(a, "aspect", f"{where}, rubric_aspects[{i}]"),
+            str(a.get("reason") or ""),
+            str(a.get("evidence") or ""),
+        )
         for i, a in enumerate(_objects(row, "rubric_aspects", where))
     )
     narrative = row.get("narrative")

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_builders import hub
+from data_builders.sources import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import SKIPPED, LeftOut
-from pgenrm_train.records import PreferencePair, row_to_pair
+from pgenrm_train.records.pairs import PreferencePair, row_to_pair
+from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
 
 LISTED = 20  # skipped rows that are printed one by one
 

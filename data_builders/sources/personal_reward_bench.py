@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from data_builders import pairs
+from data_builders.sources import pairs
 from pgenrm_train.config import DataConfig
-from pgenrm_train.raw_rows import LeftOut
-from pgenrm_train.records import PreferencePair
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.raw_rows import LeftOut
 
 HUB = {
     "chatbot_arena": "MichaelR207/chatbot_arena_personalized_0125",

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pgenrm_train.config import DataConfig
-from pgenrm_train.records import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 
 SCENARIOS = {
     "work": ("budget", "report", "meeting", "contract", "deadline", "slides"),
@@ -34,7 +34,13 @@ SCENARIOS = {
     "health": ("knee", "sleep", "diet", "headache", "allergy", "workout"),
 }
 QUERIES = ("Fix my {topic}?", "Plan my {topic}?", "Explain my {topic}?")
-AXES = (("formal", "casual"), ("cautious", "direct"), ("factual", "anecdotal"), ("listed", "flowing"), ("warm", "brisk"))
+AXES = (
+    ("formal", "casual"),
+    ("cautious", "direct"),
+    ("factual", "anecdotal"),
+    ("listed", "flowing"),
+    ("warm", "brisk"),
+)
 PHRASES = {
     "formal": ("Dear reader.", "Kindly note.", "Respectfully yours."),
     "casual": ("Hey there.", "Yo friend.", "No worries."),
@@ -134,7 +140,10 @@ class PersonaWorld:
         found = [] if held_out else [cell]
         for position in (1, 2):
             for pole in POLES:
-                if AXIS[pole] in {AXIS[p] for i, p in enumerate(cell) if i != position} or pole == cell[position]:
+                if (
+                    AXIS[pole] in {AXIS[p] for i, p in enumerate(cell) if i != position}
+                    or pole == cell[position]
+                ):
                     continue
                 variant = (*cell[:position], pole, *cell[position + 1 :])
                 if self._is_held_out(scenario, variant) == held_out:
@@ -159,18 +168,24 @@ class PersonaWorld:
 
     def population_utility(self, scenario: str, response: Response) -> float:
         if (key := (scenario, response)) not in self._population:
-            self._population[key] = sum(utility(self.cells[p, scenario], response) for p in PROTOTYPES) / len(PROTOTYPES)
+            self._population[key] = sum(utility(self.cells[p, scenario], response) for p in PROTOTYPES) / len(
+                PROTOTYPES
+            )
         return self._population[key]
 
     def kind_of(self, scenario: str, chosen: Response, rejected: Response) -> str:
-        popular_loses = self.population_utility(scenario, chosen) < self.population_utility(scenario, rejected) - 0.05
+        popular_loses = (
+            self.population_utility(scenario, chosen) < self.population_utility(scenario, rejected) - 0.05
+        )
         if chosen.quality == rejected.quality:
             if sum(a != b for a, b in zip(chosen.poles, rejected.poles)) == 1:
                 return "hard"
             return "rival" if popular_loses else "medium"
         return "rival" if popular_loses and rejected.quality == "good" else "easy"
 
-    def draw_pair(self, rng: random.Random, user: User, scenario: str, kind: str) -> tuple[Response, Response]:
+    def draw_pair(
+        self, rng: random.Random, user: User, scenario: str, kind: str
+    ) -> tuple[Response, Response]:
         """A (chosen, rejected) pair of the wanted kind, by rejection; the vote carries label noise."""
         criteria = user.criteria[scenario]
         while True:
@@ -179,7 +194,9 @@ class PersonaWorld:
             if abs(gap) < MARGIN:
                 continue
             chosen, rejected = (first, second) if gap + rng.gauss(0, NOISE) > 0 else (second, first)
-            if self.kind_of(scenario, chosen, rejected) == kind and not (kind == "easy" and chosen.quality == "bad"):
+            if self.kind_of(scenario, chosen, rejected) == kind and not (
+                kind == "easy" and chosen.quality == "bad"
+            ):
                 return chosen, rejected
 
     def _draw_responses(self, rng: random.Random, criteria: Criteria, kind: str) -> tuple[Response, Response]:
@@ -193,7 +210,11 @@ class PersonaWorld:
             flip = rng.randrange(len(axes))
             second[flip] = OPPOSITE[first[flip]]
         quality = rng.choice(("good", "good", "bad"))
-        other = {"good": "bad", "bad": "good"}[quality] if kind == "easy" or (kind == "rival" and rng.random() < 0.6) else quality
+        other = (
+            {"good": "bad", "bad": "good"}[quality]
+            if kind == "easy" or (kind == "rival" and rng.random() < 0.6)
+            else quality
+        )
         return Response(tuple(first), quality), Response(tuple(second), other)
 
 
@@ -211,7 +232,8 @@ def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[Pref
         cohort = ("seen_persona", "unseen_persona")[i % 2]
         yield from _votes(world, rng, world.user(rng, f"val-{i:04d}", cohort), "val", queries)
     test_users = [
-        world.user(rng, f"test-{i:04d}", ("seen_persona", "unseen_persona")[i % 2]) for i in range(max(2, data.heldout_users))
+        world.user(rng, f"test-{i:04d}", ("seen_persona", "unseen_persona")[i % 2])
+        for i in range(max(2, data.heldout_users))
     ]
     for user in test_users:
         for pair in _votes(world, rng, user, "test", queries):
@@ -220,7 +242,9 @@ def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[Pref
                 yield twin
 
 
-def _votes(world: PersonaWorld, rng: random.Random, user: User, split: str, queries: int) -> Iterator[PreferencePair]:
+def _votes(
+    world: PersonaWorld, rng: random.Random, user: User, split: str, queries: int
+) -> Iterator[PreferencePair]:
     """A user's history part (always `train` within the user, medium pairs) and query part (`split`, all kinds in turn)."""
     scenarios = list(SCENARIOS)
     for n in range(HISTORY_PER_SCENARIO * len(scenarios)):
@@ -232,27 +256,57 @@ def _votes(world: PersonaWorld, rng: random.Random, user: User, split: str, quer
 
 
 def _vote(
-    world: PersonaWorld, rng: random.Random, user: User, scenario: str, kind: str, split: str, user_split: str, tag: str
+    world: PersonaWorld,
+    rng: random.Random,
+    user: User,
+    scenario: str,
+    kind: str,
+    split: str,
+    user_split: str,
+    tag: str,
 ) -> PreferencePair:
     chosen, rejected = world.draw_pair(rng, user, scenario, kind)
     query = rng.choice(QUERIES).format(topic=rng.choice(SCENARIOS[scenario]))
     return _pair(
-        user, scenario, query, chosen.render(rng), rejected.render(rng), kind, split, user_split, f"{user.user_id}-{tag}"
+        user,
+        scenario,
+        query,
+        chosen.render(rng),
+        rejected.render(rng),
+        kind,
+        split,
+        user_split,
+        f"{user.user_id}-{tag}",
     )
 
 
-def _twin(world: PersonaWorld, rng: random.Random, pair: PreferencePair, user: User, users: list[User]) -> PreferencePair | None:
+def _twin(
+    world: PersonaWorld, rng: random.Random, pair: PreferencePair, user: User, users: list[User]
+) -> PreferencePair | None:
     """The same question put to a user who prefers the other response; None when quality differs or nobody does."""
     chosen, rejected = read_response(pair.chosen), read_response(pair.rejected)
     assert chosen is not None and rejected is not None and pair.scenario is not None
     if chosen.quality != rejected.quality:
         return None
     for other in rng.sample(users, min(50, len(users))):
-        gap = utility(other.criteria[pair.scenario], rejected) - utility(other.criteria[pair.scenario], chosen)
+        gap = utility(other.criteria[pair.scenario], rejected) - utility(
+            other.criteria[pair.scenario], chosen
+        )
         if other.user_id != user.user_id and other.cohort == user.cohort and gap >= MARGIN:
             kind = world.kind_of(pair.scenario, rejected, chosen)
             name = f"{pair.pair_id}-twin"
-            return _pair(other, pair.scenario, pair.query, pair.rejected, pair.chosen, kind, "test", "test", name, pair.pair_id)
+            return _pair(
+                other,
+                pair.scenario,
+                pair.query,
+                pair.rejected,
+                pair.chosen,
+                kind,
+                "test",
+                "test",
+                name,
+                pair.pair_id,
+            )
     return None
 
 

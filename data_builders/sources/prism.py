@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeGuard
 
-from data_builders import hub
-from data_builders.pairs import BadRows
+from data_builders.sources import hub
+from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import LeftOut, check_texts
-from pgenrm_train.records import WHOLE, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.pairs import WHOLE, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.raw_rows import LeftOut, check_texts
 
 HUB = "HannahRoseKirk/prism-alignment"
 EMPTY = "EMPTY STRING"  # PRISM's word for a response or a field without text
@@ -64,14 +64,18 @@ def _survey(source: str, bad: BadRows) -> dict[str, Mapping[str, Any]]:
     return survey
 
 
-def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _required(
+    source: str, table: str, fields: Sequence[str], bad: BadRows
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(file and row, row) of a table; a row without a value in each of `fields` is bad."""
     where = None
     for where, row in hub.numbered(source, table):
         try:
             check_texts(row, where)
             if missing := [name for name in fields if row.get(name) is None]:
-                raise DataError(f"{where}, field '{missing[0]}': expected a value, got nothing (missing or null)")
+                raise DataError(
+                    f"{where}, field '{missing[0]}': expected a value, got nothing (missing or null)"
+                )
         except DataError as error:
             bad.take(error)
         else:
@@ -114,11 +118,15 @@ def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Respo
     turns: dict[int, tuple[str | None, list[_Response]]] = {}
     messages = row["conversation_history"]
     if not isinstance(messages, list):
-        raise DataError(f"{row_name}, field 'conversation_history': expected a list of messages, got {str(messages)[:80]}")
+        raise DataError(
+            f"{row_name}, field 'conversation_history': expected a list of messages, got {str(messages)[:80]}"
+        )
     for place, message in enumerate(messages):
         where = f"{row_name}, field 'conversation_history[{place}]'"
         if not isinstance(message, Mapping) or message.get("role") not in ("user", "model"):
-            raise DataError(f"{where}: expected {{turn, role: user|model, content, …}}, got {str(message)[:80]}")
+            raise DataError(
+                f"{where}: expected {{turn, role: user|model, content, …}}, got {str(message)[:80]}"
+            )
         if not _number(message.get("turn")):
             raise DataError(f"{where}.turn: expected a number, got {message.get('turn')!r}")
         _, responses = turns.setdefault(int(message["turn"]), (None, []))
@@ -127,11 +135,17 @@ def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Respo
             turns[int(message["turn"])] = (content, responses)
         else:
             score = message.get("score")
-            if score is not None and score == score and not _number(score):  # NaN is what pandas writes for null
+            if (
+                score is not None and score == score and not _number(score)
+            ):  # NaN is what pandas writes for null
                 raise DataError(f"{where}.score: expected a number or null, got {score!r}")
-            responses.append(_Response(content, float(score) if _number(score) else None, bool(message.get("if_chosen"))))
+            responses.append(
+                _Response(content, float(score) if _number(score) else None, bool(message.get("if_chosen")))
+            )
     ordered = [turns[turn] for turn in sorted(turns)]
-    until = next((i for i, (said, _) in enumerate(ordered) if not said), len(ordered))  # a turn without words ends it
+    until = next(
+        (i for i, (said, _) in enumerate(ordered) if not said), len(ordered)
+    )  # a turn without words ends it
     return [(said or "", responses) for said, responses in ordered[:until]]
 
 

@@ -18,7 +18,7 @@ same texts is ignored too.  (τ and the feature scales are not recomputed: ten c
 A known user's weights rest on all their training rows, not only on the history pairs shown.
 
 Features (`text_features`) and scales were chosen on train and val rows only; whole conversations in the folds came after a first
-look at test (measured by benchmarks/features_baseline.py).
+look at test (measured by benchmarks/learning/features_baseline.py).
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ from scipy import sparse
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
 
-from data_builders.text_features import FEATURES, TABLE, measure_many
+from data_builders.teachers.text_features import FEATURES, TABLE, measure_many
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 CLIP = 4.0
 FOLDS = 5
-PRECISIONS = (1e4, 300.0, 100.0, 50.0, 30.0, 20.0, 10.0, 5.0, 3.0, 1.0)  # τ, descending: each fit starts from the one before
+PRECISIONS = (
+    1e4,
+    300.0,
+    100.0,
+    50.0,
+    30.0,
+    20.0,
+    10.0,
+    5.0,
+    3.0,
+    1.0,
+)  # τ, descending: each fit starts from the one before
 DEFAULT_PRECISION = 30.0  # when there are too few rows to choose
 CLEAR = 0.5  # standard units by which a chosen answer must differ before a history pair "shows" something
 
@@ -117,7 +128,9 @@ class FeatureTeacher:
         """(N, F) in robust standard units of the training texts: 0 is their median; clipped to ±`CLIP`."""
         return np.clip((measure_many(texts) - self.median) / self.scale, -CLIP, CLIP)
 
-    def weights(self, user_id: str, history: Iterable[HistoryItem] = (), asked: Iterable[str] = ()) -> np.ndarray:
+    def weights(
+        self, user_id: str, history: Iterable[HistoryItem] = (), asked: Iterable[str] = ()
+    ) -> np.ndarray:
         """w_u, shape (F,), from the user's training rows and history items beyond them; rows between `asked` texts stay out."""
         rows, extra, left_out = self._evidence(user_id, history, asked)
         if not extra and not left_out:
@@ -126,7 +139,9 @@ class FeatureTeacher:
         population = self._population_without(frozenset(self._folds[list(left_out)].tolist()))
         return _user_weights(differences, np.zeros(len(differences), int), population, self.tau, 1)[0]
 
-    def score(self, user_id: str, history: Sequence[HistoryItem], query: str, responses: Sequence[str]) -> tuple[float, ...]:
+    def score(
+        self, user_id: str, history: Sequence[HistoryItem], query: str, responses: Sequence[str]
+    ) -> tuple[float, ...]:
         """Utility of each response for this user on a 1..10 scale; 5.5 is the median training text.  `query` is not read."""
         utility = (self.standardise(responses) * self.weights(user_id, history, responses)).sum(axis=1)
         return tuple(float(s) for s in 1 + 9 * expit(utility / 2))
@@ -140,7 +155,11 @@ class FeatureTeacher:
         top = self._top_features(question, weights)
         criteria = _criteria(weights, top)
         names = [name for name, _ in criteria]
-        return ChainParts(self._analysis(question.history, names), criteria, self._grades(question.responses, top, weights, rng))
+        return ChainParts(
+            self._analysis(question.history, names),
+            criteria,
+            self._grades(question.responses, top, weights, rng),
+        )
 
     def preferences(self, user_id: str) -> list[tuple[str, int]]:
         """What moves this user most, as (criterion, percentage), by all their training rows; the population's for an unknown user."""
@@ -156,7 +175,7 @@ class FeatureTeacher:
         rng: np.random.Generator | None = None,
     ) -> str:
         """One evaluation chain in the published format (METHOD §2)."""
-        from pgenrm_train.chains import write_chain
+        from pgenrm_train.chains.chain import write_chain
 
         return write_chain(*self.chain_parts(_Question(user_id, history, query, responses), rng))
 
@@ -174,7 +193,11 @@ class FeatureTeacher:
         asked, rows = frozenset(asked), self._user_rows.get(user_id, [])
         left_out = tuple(row for row in rows if self._row_texts[row] <= asked)
         known = {self._row_texts[row] for row in rows}
-        extra = [h for h in history if (texts := frozenset((h.chosen, h.rejected))) not in known and not texts <= asked]
+        extra = [
+            h
+            for h in history
+            if (texts := frozenset((h.chosen, h.rejected))) not in known and not texts <= asked
+        ]
         return [row for row in rows if row not in left_out], extra, left_out
 
     def _differences_of(self, rows: list[int], extra: list[HistoryItem]) -> np.ndarray:
@@ -201,7 +224,9 @@ class FeatureTeacher:
 
     def _population_without(self, folds: frozenset[int]) -> np.ndarray:
         if folds not in self._populations:
-            self._populations[folds] = _population_weights(self.differences[~np.isin(self._folds, list(folds))])
+            self._populations[folds] = _population_weights(
+                self.differences[~np.isin(self._folds, list(folds))]
+            )
         return self._populations[folds]
 
     def _choose_precision(self, owners: np.ndarray) -> float:
@@ -211,7 +236,9 @@ class FeatureTeacher:
             seen, held = self._folds != fold, self._folds == fold
             population, weights = self._population_without(frozenset({fold})), None
             for i, tau in enumerate(PRECISIONS):
-                weights = _user_weights(self.differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2)
+                weights = _user_weights(
+                    self.differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2
+                )
                 likelihood[i] += log_expit((self.differences[held] * weights[owners[held]]).sum(axis=1)).sum()
         return PRECISIONS[int(np.argmax(likelihood))]
 
@@ -314,5 +341,7 @@ def _folds(owners: np.ndarray, conversations: np.ndarray, seed: int) -> np.ndarr
     _, first = np.unique(conversations, return_index=True)
     shuffled = np.random.default_rng(seed).permutation(len(first))
     fold_of = np.empty(len(first), int)
-    fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = np.arange(len(first)) % FOLDS  # even within users
+    fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = (
+        np.arange(len(first)) % FOLDS
+    )  # even within users
     return fold_of[conversations]

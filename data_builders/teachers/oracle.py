@@ -19,11 +19,22 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from data_builders.personaworld import OPPOSITE, POLES, QUALITY_WEIGHT, WEIGHTS, Response, read_response
-from pgenrm_train.chains import ParseFailure, parse_chain, write_chain
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem
+from data_builders.sources.personaworld import (
+    OPPOSITE,
+    POLES,
+    QUALITY_WEIGHT,
+    WEIGHTS,
+    Response,
+    read_response,
+)
+from pgenrm_train.chains.chain import ParseFailure, parse_chain, write_chain
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem
 
-PATTERNS = (((45, 30, 15), 10), ((30, 25, 15), 30), ((25, 15, 10), 50))  # (criteria, quality); the first is the truth
+PATTERNS = (
+    ((45, 30, 15), 10),
+    ((30, 25, 15), 30),
+    ((25, 15, 10), 50),
+)  # (criteria, quality); the first is the truth
 PATTERN_SHARES = (0.2, 0.3, 0.5)
 _CRITERIA = re.compile(r"For (\w+) I want (\w+) above all, then (\w+), then (\w+)\.")
 _PROTOTYPE = re.compile(r"People call me a (\w+)\.")
@@ -54,7 +65,9 @@ class OracleTeacher:
         stated = read_criteria(example.explicit)
         responses = [read_response(text) for text in example.responses]
         if stated is None or any(r is None for r in responses):
-            raise ValueError(f"pair {example.pair_id}: the oracle teacher reads PersonaWorld's texts and criteria only")
+            raise ValueError(
+                f"pair {example.pair_id}: the oracle teacher reads PersonaWorld's texts and criteria only"
+            )
         rng = random.Random(f"{self.seed}/{example.pair_id}/{example.responses[0]}/{attempt}")
         scenario, criteria = stated
         weights, quality_weight = rng.choices(PATTERNS, PATTERN_SHARES)[0]
@@ -86,7 +99,10 @@ class _Scale:
 
 
 def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str:
-    pairs = [f"Pair {i}: {' '.join(advantage(item)) or 'nothing'}." for i, item in enumerate(example.history, start=1)]
+    pairs = [
+        f"Pair {i}: {' '.join(advantage(item)) or 'nothing'}."
+        for i, item in enumerate(example.history, start=1)
+    ]
     match = _PROTOTYPE.search(example.explicit.self_description or "")
     who = match[1] if match else "person"
     return " ".join((*pairs, f"This {who} for {scenario} wants {' '.join(criteria)}."))

@@ -18,11 +18,15 @@ import textstat
 PREFIX = 20_000  # characters that the word statistics read; length is always of the whole text
 READABILITY_PREFIX = 5_000
 
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")  # a CJK character is a word
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+"
+)  # a CJK character is a word
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _BLOCK = re.compile(r"\s*(?:[-*•+]\s|\d{1,2}[.)]\s|#{1,6}\s|\||```|<li>)")
 _SLIP = re.compile(r"\s[,.!?;]|[,;!?][^\W\d_]|\b(?:i|u|ur|im|dont|cant|wont|thats|doesnt|isnt)\b|[!?]{2,}")
-_REFUSAL = re.compile(r"\bas an ai\b|\blanguage model\b|\bi(?:'m| am) (?:sorry|unable)\b|\bi (?:cannot|can't|don't have)\b")
+_REFUSAL = re.compile(
+    r"\bas an ai\b|\blanguage model\b|\bi(?:'m| am) (?:sorry|unable)\b|\bi (?:cannot|can't|don't have)\b"
+)
 
 
 def _lexicon(words: str) -> frozenset[str]:
@@ -92,7 +96,9 @@ def _polish(t: _Text) -> float:
     """A finished last sentence, capitals at sentence starts, few slips of spelling and punctuation."""
     finished = t.text.rstrip().endswith(tuple(".!?\"')`:。！？」"))
     capitals = sum(not s[0].islower() for s in t.sentences) / max(len(t.sentences), 1)
-    return float(finished) + 2 * capitals - 0.5 * float(np.sqrt(t.per_100_words(len(_SLIP.findall(t.prefix)))))
+    return (
+        float(finished) + 2 * capitals - 0.5 * float(np.sqrt(t.per_100_words(len(_SLIP.findall(t.prefix)))))
+    )
 
 
 class Feature(NamedTuple):
@@ -114,8 +120,12 @@ TABLE: dict[str, Feature] = {
     "reasoning": Feature("reasoned", "unargued", lambda t: t.share(_REASONS)),
     "warmth": Feature("warm", "neutral", lambda t: t.share(_WARM)),
     "polish": Feature("polished", "careless", _polish),
-    "numbers": Feature("numeric", "verbal", lambda t: t.per_100_words(sum(w[0].isdigit() for w in t.words)) ** 0.5),
-    "quotation": Feature("quoting", "unquoted", lambda t: t.per_100_words(sum(map(t.prefix.count, '"“«「'))) ** 0.5),
+    "numbers": Feature(
+        "numeric", "verbal", lambda t: t.per_100_words(sum(w[0].isdigit() for w in t.words)) ** 0.5
+    ),
+    "quotation": Feature(
+        "quoting", "unquoted", lambda t: t.per_100_words(sum(map(t.prefix.count, '"“«「'))) ** 0.5
+    ),
     "refusal": Feature("declining", "forthcoming", lambda t: float(bool(_REFUSAL.search(t.prefix.lower())))),
 }
 FEATURES: tuple[str, ...] = tuple(TABLE)

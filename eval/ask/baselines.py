@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import ContentKey, Example, PreferencePair, content_key
+from pgenrm_train.records.pairs import ContentKey, Example, PreferencePair, content_key
 
 
 class Scorer(Protocol):
@@ -102,7 +102,9 @@ class UserLength:
         flat = [vote for own in votes.values() for vote in own]
         population = sum(flat) / len(flat) if flat else 0.0
         shrunk = {u: (sum(v) + self.prior * population) / (len(v) + self.prior) for u, v in votes.items()}
-        return UserLengthScorer(_sign(population), {u: _sign(m) or _sign(population) for u, m in shrunk.items()})
+        return UserLengthScorer(
+            _sign(population), {u: _sign(m) or _sign(population) for u, m in shrunk.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ class Majority:
         votes: dict[ContentKey, Counter[tuple[str, str]]] = defaultdict(Counter)
         for pair in all_pairs:
             votes[content_key(pair.context, (pair.chosen, pair.rejected))][pair.user_id, pair.chosen] += 1
-        counted = {(p.user_id, p.pair_id): {p.chosen: p.others[0], p.rejected: p.others[1]} for p in all_pairs if p.others}
+        counted = {
+            (p.user_id, p.pair_id): {p.chosen: p.others[0], p.rejected: p.others[1]}
+            for p in all_pairs
+            if p.others
+        }
         return MajorityScorer(votes, counted)
 
 
@@ -176,7 +182,9 @@ def fit_baseline(
     """
     registry = {**BASELINES, **(more or {})}
     if name not in registry:
-        raise ConfigError(f"model.name={name!r} is no baseline; expected one of {', '.join(sorted(registry))}")
+        raise ConfigError(
+            f"model.name={name!r} is no baseline; expected one of {', '.join(sorted(registry))}"
+        )
     return registry[name](seed=seed).fit(train_pairs, all_pairs)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from pgenrm_train.records import Example, HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """texts → float (N, d), rows of length 1"""
@@ -43,14 +43,22 @@ class BradleyTerry:
     embed: Embed
     adapted: bool = False
 
-    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> BradleyTerryScorer:
+    def fit(
+        self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]
+    ) -> BradleyTerryScorer:
         """Embeds every response of both once; learns from `train_pairs` alone, and without any votes every score is a tie."""
-        vectors = Vectors(self.embed, (text for p in (*train_pairs, *all_pairs) for text in (p.chosen, p.rejected)))
+        vectors = Vectors(
+            self.embed, (text for p in (*train_pairs, *all_pairs) for text in (p.chosen, p.rejected))
+        )
         votes = [p for p in train_pairs if p.chosen != p.rejected]
         if not votes:
             return BradleyTerryScorer(vectors, np.zeros(vectors.dimension), {}, np.inf)
         rows = vectors.differences(votes)
-        folds = [held_out for held_out in (np.array([_fold(p) for p in votes]) == k for k in range(FOLDS)) if _splits(held_out)]
+        folds = [
+            held_out
+            for held_out in (np.array([_fold(p) for p in votes]) == k for k in range(FOLDS))
+            if _splits(held_out)
+        ]
         ridge = max(RIDGES, key=lambda value: sum(_held_out_likelihood(rows, fold, value) for fold in folds))
         weights = map_weights(rows, ridge)
         if not self.adapted:
@@ -71,7 +79,9 @@ class BradleyTerryScorer:
     weights: np.ndarray
     by_user: Mapping[str, np.ndarray]
     precision: float
-    _by_history: dict[tuple[HistoryItem, ...], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _by_history: dict[tuple[HistoryItem, ...], np.ndarray] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def score(self, example: Example) -> tuple[float, ...]:
         weights = self.by_user.get(example.user_id)
@@ -116,19 +126,26 @@ def map_weights(rows: np.ndarray, precision: float, offset: np.ndarray | None = 
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
         margin = rows @ w + known
-        return precision / 2 * float(w @ w) - float(log_expit(margin).sum()), precision * w - expit(-margin) @ rows
+        return precision / 2 * float(w @ w) - float(log_expit(margin).sum()), precision * w - expit(
+            -margin
+        ) @ rows
 
     return np.asarray(minimize(loss, np.zeros(rows.shape[1]), jac=True, method="L-BFGS-B").x)
 
 
-def adapt(rows: np.ndarray, users: Sequence[Any], weights: np.ndarray, precision: float) -> dict[Any, np.ndarray]:
+def adapt(
+    rows: np.ndarray, users: Sequence[Any], weights: np.ndarray, precision: float
+) -> dict[Any, np.ndarray]:
     """w_u of every user among `users`, one entry a row of `rows`."""
     if np.isinf(precision):
         return dict.fromkeys(users, weights)
     of_user: dict[Any, list[int]] = defaultdict(list)
     for row, user in enumerate(users):
         of_user[user].append(row)
-    return {user: weights + map_weights(rows[own], precision, rows[own] @ weights) for user, own in of_user.items()}
+    return {
+        user: weights + map_weights(rows[own], precision, rows[own] @ weights)
+        for user, own in of_user.items()
+    }
 
 
 def _held_out_likelihood(rows: np.ndarray, fold: np.ndarray, ridge: float) -> float:
@@ -138,9 +155,13 @@ def _held_out_likelihood(rows: np.ndarray, fold: np.ndarray, ridge: float) -> fl
 def _held_out_user_likelihood(
     rows: np.ndarray, users: Sequence[str], fold: np.ndarray, weights: np.ndarray, precision: float
 ) -> float:
-    own = adapt(rows[~fold], [user for user, out in zip(users, fold, strict=True) if not out], weights, precision)
+    own = adapt(
+        rows[~fold], [user for user, out in zip(users, fold, strict=True) if not out], weights, precision
+    )
     asked = [user for user, out in zip(users, fold, strict=True) if out]
-    return sum(float(log_expit(own.get(user, weights) @ row)) for user, row in zip(asked, rows[fold], strict=True))
+    return sum(
+        float(log_expit(own.get(user, weights) @ row)) for user, row in zip(asked, rows[fold], strict=True)
+    )
 
 
 def _fold(pair: PreferencePair) -> int:

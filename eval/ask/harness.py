@@ -19,13 +19,13 @@ from typing import Any
 
 import pandas as pd
 
-from pgenrm_train.artifacts import atomic
-from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
-from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
+from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
-from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.records import HistoryItem, PreferencePair
-from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.files import atomic
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 ROWS_PER_SHARD = 512
@@ -73,7 +73,9 @@ class PredictionStore:
         folder.mkdir(parents=True, exist_ok=True)
         stamp = folder / STAMP
         if stamp.exists() and stamp.read_text() != identity:
-            raise DataError(f"{folder} holds predictions of another model or other settings; use another run_dir or delete it")
+            raise DataError(
+                f"{folder} holds predictions of another model or other settings; use another run_dir or delete it"
+            )
         if not stamp.exists():
             with atomic(stamp) as temporary:
                 temporary.write_text(identity)
@@ -98,7 +100,10 @@ class PredictionStore:
             return
         with (self.folder / STAMP).open() as lock:  # runs may share a store: no two take one number
             fcntl.flock(lock, fcntl.LOCK_EX)
-            number = 1 + max((int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")), default=-1)
+            number = 1 + max(
+                (int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")),
+                default=-1,
+            )
             with atomic(self.folder / f"part-{number:06d}.parquet") as temporary:
                 pd.DataFrame(self._pending).to_parquet(temporary)
         self._pending, self._flushed = [], time.monotonic()
@@ -108,7 +113,9 @@ class PredictionStore:
         if not shards:
             return pd.DataFrame()
         frame = pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True)
-        return frame.drop_duplicates(["key", "sample"], keep="last", ignore_index=True)  # the newest answer to a question
+        return frame.drop_duplicates(
+            ["key", "sample"], keep="last", ignore_index=True
+        )  # the newest answer to a question
 
 
 def ask(
@@ -203,8 +210,16 @@ def _texts(history: Iterable[HistoryItem]) -> tuple[str, ...]:
 def prediction(question: Question, generation: Generation) -> dict[str, Any]:
     """One row: INTERFACES' columns plus the text, verified scores, issues and tokens."""
     chain = parse_chain(generation.text or "", 2) if generation.failure is None else None
-    failure = generation.failure if chain is None else f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else None
-    row = answer_row(question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text)
+    failure = (
+        generation.failure
+        if chain is None
+        else f"parse:{chain.kind}"
+        if isinstance(chain, ParseFailure)
+        else None
+    )
+    row = answer_row(
+        question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text
+    )
     if failure is None and chain is not None and not isinstance(chain, ParseFailure):
         row |= scores_of(question, chain.scores) | {"issues": ",".join(chain.issues)}
         if chain.verified_scores:

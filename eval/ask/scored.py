@@ -29,10 +29,18 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import ENGINE_FAILURE, PredictionStore, Question, Running, answer_row, own_questions, scores_of
+from eval.ask.harness import (
+    ENGINE_FAILURE,
+    PredictionStore,
+    Question,
+    Running,
+    answer_row,
+    own_questions,
+    scores_of,
+)
 from pgenrm_train.errors import DataError
-from pgenrm_train.masking import present
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, PreferencePair
+from pgenrm_train.prompts.masking import present
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, PreferencePair
 
 Score = Callable[[Example], Any]
 Scored = tuple[float, ...] | str
@@ -43,7 +51,9 @@ CHUNK = 256  # questions that a batched model sees at a time
 
 
 def score_pairs(
-    score: Score, pairs: Iterable[PreferencePair], histories: Mapping[str, tuple[HistoryItem, ...]] | None = None
+    score: Score,
+    pairs: Iterable[PreferencePair],
+    histories: Mapping[str, tuple[HistoryItem, ...]] | None = None,
 ) -> pd.DataFrame:
     """The predictions table of a function, both orders of every pair; `histories`: pair_id → earlier votes, None for none.
 
@@ -54,7 +64,9 @@ def score_pairs(
         raise DataError("no pairs to score; expected at least one")
     known = dict.fromkeys((p.pair_id for p in pairs), ()) if histories is None else histories
     if missing := [p for p in pairs if p.pair_id not in known]:
-        raise DataError(f"pair_id {missing[0].pair_id!r} of user {missing[0].user_id!r} has no history; expected an entry")
+        raise DataError(
+            f"pair_id {missing[0].pair_id!r} of user {missing[0].user_id!r} has no history; expected an entry"
+        )
     return scored(own_questions(pairs, known), one_by_one(score))
 
 

@@ -1,0 +1,1 @@
+"""LaMP-QA: ranking by rubric."""

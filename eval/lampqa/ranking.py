@@ -31,13 +31,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from eval.harness import PredictionStore, Write
-from eval.scored import ScoreMany, checked
-from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
-from pgenrm_train.chains import ParseFailure, parse_chain
-from pgenrm_train.masking import MaskedView
-from pgenrm_train.questions import Answer, Question
-from pgenrm_train.records import Example, HistoryItem, Message
+from eval.ask.harness import PredictionStore, Write
+from eval.ask.scored import ScoreMany, checked
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
+from pgenrm_train.chains.chain import ParseFailure, parse_chain
+from pgenrm_train.prompts.masking import MaskedView
+from pgenrm_train.records.pairs import Example, HistoryItem, Message
+from pgenrm_train.records.questions import Answer, Question
 
 Grades = Mapping[tuple[str, str], float | None]
 """(question id, answering model) → rubric score, None where there is none"""
@@ -61,13 +61,20 @@ class Task:
         return json.dumps([self.question.id, self.sample, content])
 
 
-def tasks(questions: Iterable[Question], answers: Iterable[Answer], *, history_size: int, samples: int, seed: int) -> list[Task]:
+def tasks(
+    questions: Iterable[Question], answers: Iterable[Answer], *, history_size: int, samples: int, seed: int
+) -> list[Task]:
     """Every question with at least two answers, `samples` times."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for answer in answers:
         texts[answer.question_id][answer.model] = answer.text
     return [
-        Task(question, order, view_of(question, [texts[question.id][m] for m in order], history_size, seed), sample)
+        Task(
+            question,
+            order,
+            view_of(question, [texts[question.id][m] for m in order], history_size, seed),
+            sample,
+        )
         for question in questions
         if len(texts[question.id]) > 1
         for sample in range(samples)
@@ -85,7 +92,9 @@ def rotated(models: Sequence[str], seed: str, sample: int) -> tuple[str, ...]:
 
 def view_of(question: Question, answers: Sequence[str], history_size: int, seed: int) -> MaskedView:
     """What the reward model reads: `history_size` random texts of the profile in their order, the question and the answers."""
-    drawn = random.Random(f"{seed}/{question.id}").sample(question.profile, min(history_size, len(question.profile)))
+    drawn = random.Random(f"{seed}/{question.id}").sample(
+        question.profile, min(history_size, len(question.profile))
+    )
     history = tuple(HistoryItem(item.text, "", "") for item in question.profile if item in drawn)
     return MaskedView((Message("user", question.question),), history, tuple(answers))
 
@@ -120,9 +129,15 @@ def ask_tasks(
 
 def score_tasks(asked: Sequence[Task], model: ScoreMany) -> pd.DataFrame:
     """Scores of a model that writes no chains; it sees each task as an example whose user is the question's."""
-    examples = [Example(t.question.id, t.question.id, t.view.context, t.view.responses, -1, t.view.history) for t in asked]
+    examples = [
+        Example(t.question.id, t.question.id, t.view.context, t.view.responses, -1, t.view.history)
+        for t in asked
+    ]
     return pd.DataFrame(
-        [_row(task, checked(raw, len(task.models))) for task, raw in zip(asked, model(examples), strict=True)],
+        [
+            _row(task, checked(raw, len(task.models)))
+            for task, raw in zip(asked, model(examples), strict=True)
+        ],
     )
 
 
@@ -191,11 +206,19 @@ def report(
             {m: np.mean([d[m] for d in drawn.values()], axis=0) for m in MEASURES},
         )
     failures = Counter(table["failure"].dropna())
-    return {"average": average, "subsets": subsets, "failures": dict(sorted(failures.items())), "answer_models": models}
+    return {
+        "average": average,
+        "subsets": subsets,
+        "failures": dict(sorted(failures.items())),
+        "answer_models": models,
+    }
 
 
 def _matrices(
-    questions: Sequence[Question], grades: Grades, ours: Mapping[tuple[str, str], float], models: Sequence[str]
+    questions: Sequence[Question],
+    grades: Grades,
+    ours: Mapping[tuple[str, str], float],
+    models: Sequence[str],
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Scores float (questions, 2, models), reference first, each centred within its question; NaN where there is no grade."""
     rows, counts = [], Counter(n_questions=0, unranked=0, tied=0, no_reference=0)
@@ -222,7 +245,9 @@ def _drawn(rows: np.ndarray, draws: int, rng: np.random.Generator) -> dict[str, 
     """Both measures of `draws` resamples of the questions, in pieces that bound the memory."""
     chunk = max(1, 4_000_000 // len(rows))
     pieces = [
-        _correlations(rows, rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), min(chunk, draws - at)))
+        _correlations(
+            rows, rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), min(chunk, draws - at))
+        )
         for at in range(0, draws, chunk)
     ]
     return {measure: np.concatenate([piece[measure] for piece in pieces]) for measure in MEASURES}

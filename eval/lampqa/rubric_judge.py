@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pgenrm_train.judging import unfenced
-from pgenrm_train.prompts import neutralise
-from pgenrm_train.questions import Question, QuestionSecret
+from pgenrm_train.prompts.messages import neutralise
+from pgenrm_train.records.questions import Question, QuestionSecret
+from pgenrm_train.rewards.judging import unfenced
 
 TOP = 2
 INSTRUCTIONS = """You grade an answer to a user's question by what this user wants from it. The message is a JSON object: "question"; \
@@ -35,15 +35,35 @@ class _Ratings(BaseModel):
 
 def rubric_messages(question: Question, secret: QuestionSecret, answer: str) -> list[dict[str, str]]:
     """The chat messages that ask for the ratings of one answer."""
-    aspects = [{"aspect": a.aspect, "reason": a.reason, "evidence": a.evidence} for a in secret.rubric_aspects]
-    asked = {"question": question.question, "narrative": secret.narrative, "aspects": aspects, "answer": neutralise(answer)}
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": json.dumps(asked, ensure_ascii=False)}]
+    aspects = [
+        {"aspect": a.aspect, "reason": a.reason, "evidence": a.evidence} for a in secret.rubric_aspects
+    ]
+    asked = {
+        "question": question.question,
+        "narrative": secret.narrative,
+        "aspects": aspects,
+        "answer": neutralise(answer),
+    }
+    return [
+        {"role": "system", "content": INSTRUCTIONS},
+        {"role": "user", "content": json.dumps(asked, ensure_ascii=False)},
+    ]
 
 
 def ratings_schema(n_aspects: int) -> dict[str, Any]:
     """The JSON schema of an answer, for structured output."""
-    ratings = {"type": "array", "items": {"enum": list(range(TOP + 1))}, "minItems": n_aspects, "maxItems": n_aspects}
-    return {"type": "object", "properties": {"ratings": ratings}, "required": ["ratings"], "additionalProperties": False}
+    ratings = {
+        "type": "array",
+        "items": {"enum": list(range(TOP + 1))},
+        "minItems": n_aspects,
+        "maxItems": n_aspects,
+    }
+    return {
+        "type": "object",
+        "properties": {"ratings": ratings},
+        "required": ["ratings"],
+        "additionalProperties": False,
+    }
 
 
 def read_rubric_score(text: str, n_aspects: int) -> float | None:

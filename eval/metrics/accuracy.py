@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from eval import intervals
-from eval.intervals import few_users, interval
-from eval.outcomes import TIE_RTOL, Outcomes, outcomes, user_codes
+from eval.metrics import intervals
+from eval.metrics.intervals import few_users, interval
+from eval.metrics.outcomes import TIE_RTOL, Outcomes, outcomes, user_codes
 from pgenrm_train.errors import ConfigError, DataError
 
 PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
@@ -80,7 +80,9 @@ def accuracy_report(
     }
     extra = dict(extra or {})
     if hidden := sorted(report.keys() & extra.keys()):
-        raise ConfigError(f"extra holds {', '.join(hidden)}, which accuracy_report measures; expected other names")
+        raise ConfigError(
+            f"extra holds {', '.join(hidden)}, which accuracy_report measures; expected other names"
+        )
     return {**report, "ind": found.samples, **extra}
 
 
@@ -96,7 +98,13 @@ def pair_accuracy(predictions: pd.DataFrame, protocol: str = "strict", seed: int
 
 
 def paired_difference(
-    a: pd.DataFrame, b: pd.DataFrame, *, draws: int = 2000, seed: int = 0, common_only: bool = False, protocol: str = "strict"
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    common_only: bool = False,
+    protocol: str = "strict",
 ) -> dict[str, Any]:
     """Accuracy of predictions `a` minus that of `b` on the same pairs; see `difference` for the statistics.
 
@@ -123,7 +131,9 @@ def paired_difference(
 def paired_hits(a: pd.DataFrame, b: pd.DataFrame, *, protocol: str = "strict", seed: int = 0) -> pd.DataFrame:
     """One row a pair of either table: pair_id, user_id, hit_a, hit_b, and `_merge` (both | left_only | right_only)."""
     hits = [pair_accuracy(table, protocol, seed).drop(columns="kind") for table in (a, b)]
-    return hits[0].merge(hits[1], on=["pair_id", "user_id"], how="outer", suffixes=("_a", "_b"), indicator=True)
+    return hits[0].merge(
+        hits[1], on=["pair_id", "user_id"], how="outer", suffixes=("_a", "_b"), indicator=True
+    )
 
 
 def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -142,7 +152,9 @@ def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> dict[
     users_better, users_worse = int((by_user > 0).sum()), int((by_user < 0).sum())
     return {
         "difference": _mean(change),
-        "ci95": interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0)) if len(kept) else [-1.0, 1.0],
+        "ci95": interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0))
+        if len(kept)
+        else [-1.0, 1.0],
         "ci95_note": few_users(len(by_user)),
         "p_value_users": _sign_test(users_better, users_worse),
         "p_value": _sign_test(better, worse),
@@ -220,14 +232,18 @@ def _flip_rate(sign: np.ndarray) -> float | None:
     return float((sign[..., 0] != sign[..., 1])[valid].mean()) if valid.any() else None
 
 
-def _slices(pairs: pd.DataFrame, values: np.ndarray, users: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
+def _slices(
+    pairs: pd.DataFrame, values: np.ndarray, users: np.ndarray, draws: int, seed: int
+) -> dict[str, Any]:
     if pairs["kind"].isna().all():
         return {}
     kinds = pairs["kind"].fillna(NO_KIND).to_numpy()
     return {kind: slice_statistics(values, users, kinds == kind, draws, seed) for kind in sorted(set(kinds))}
 
 
-def slice_statistics(values: np.ndarray, users: np.ndarray, rows: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
+def slice_statistics(
+    values: np.ndarray, users: np.ndarray, rows: np.ndarray, draws: int, seed: int
+) -> dict[str, Any]:
     """Accuracy, interval and sizes of some rows of `values`."""
     return {
         "accuracy": intervals.accuracy(values[rows]),

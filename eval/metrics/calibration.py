@@ -20,8 +20,8 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
-from eval.intervals import interval
-from eval.outcomes import outcomes
+from eval.metrics.intervals import interval
+from eval.metrics.outcomes import outcomes
 
 BINS = 10
 
@@ -55,7 +55,9 @@ def fit_temperature(margin: np.ndarray) -> float:
     unit = float(np.abs(margin).mean())
     if unit == 0:
         return 1.0
-    best = minimize_scalar(lambda log_t: -log_expit(margin / (unit * np.exp(log_t))).mean(), bounds=(-7, 7), method="bounded")
+    best = minimize_scalar(
+        lambda log_t: -log_expit(margin / (unit * np.exp(log_t))).mean(), bounds=(-7, 7), method="bounded"
+    )
     return float(unit * np.exp(best.x))
 
 
@@ -87,7 +89,13 @@ def _bins(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _curve(
-    size: np.ndarray, confidence: np.ndarray, right: np.ndarray, users: np.ndarray, bins: int, draws: int, seed: int
+    size: np.ndarray,
+    confidence: np.ndarray,
+    right: np.ndarray,
+    users: np.ndarray,
+    bins: int,
+    draws: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     if not len(size):
         return []

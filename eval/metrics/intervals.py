@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-FEW_USERS = 15  # below, the percentile bootstrap covers clearly less than it says (simulated in tests/unit/test_intervals.py)
+FEW_USERS = 15  # below, the percentile bootstrap covers clearly less than it says (simulated in tests/unit/eval/metrics/test_intervals.py)
 
 
 def user_bootstrap(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: int) -> tuple[float, float]:
@@ -38,7 +38,11 @@ def user_bootstrap(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: in
 
 
 def interval(
-    values: np.ndarray, users: np.ndarray, draws: int, seed: int, whole_range: tuple[float, float] = (0.0, 1.0)
+    values: np.ndarray,
+    users: np.ndarray,
+    draws: int,
+    seed: int,
+    whole_range: tuple[float, float] = (0.0, 1.0),
 ) -> list[float]:
     """95 % interval of the mean of `values` (pairs, seeds); the whole range when fewer than two users have a value."""
     sums, counts = by_user(values, users)

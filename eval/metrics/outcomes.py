@@ -83,7 +83,9 @@ def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
         _refuse(valid & ~np.isfinite(numbers), source, column, "a finite number where 'failure' is null")
         frame[column] = numbers
     frame["failure"] = failure
-    frame["kind"] = _optional_text(source, "kind") if "kind" in source else pd.Series([None] * len(source), dtype=object)
+    frame["kind"] = (
+        _optional_text(source, "kind") if "kind" in source else pd.Series([None] * len(source), dtype=object)
+    )
     return pd.DataFrame(frame)
 
 
@@ -145,4 +147,6 @@ def _refuse(wrong: Any, source: pd.DataFrame, column: str, expected: str) -> Non
     rows = np.flatnonzero(np.asarray(wrong, dtype=bool))
     if rows.size:
         got = repr(source[column].iloc[rows[0]])
-        raise DataError(f"predictions, row {rows[0] + 1}, column {column!r}: expected {expected}, got {got[:80]}")
+        raise DataError(
+            f"predictions, row {rows[0] + 1}, column {column!r}: expected {expected}, got {got[:80]}"
+        )

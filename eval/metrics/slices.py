@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.harness import readable_text
-from eval.intervals import macro
-from eval.language import languages
-from eval.metrics import protocol_values, slice_statistics
-from eval.outcomes import outcomes
-from pgenrm_train.chains import Chain, parse_chain
-from pgenrm_train.records import HistoryItem, PreferencePair
+from eval.ask.harness import readable_text
+from eval.metrics.accuracy import protocol_values, slice_statistics
+from eval.metrics.intervals import macro
+from eval.metrics.language import languages
+from eval.metrics.outcomes import outcomes
+from pgenrm_train.chains.chain import Chain, parse_chain
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 DIMENSIONS = ("scenario", "history", "length ratio", "language", "conversation", "user", "prototype")
 KEYS = ["pair_id", "user_id"]
@@ -63,8 +63,14 @@ def slice_labels(
             "length ratio": length_label(pair.chosen, pair.rejected),
             "language": tongue,
             "conversation": "several turns" if len(pair.context) > 1 else "one turn",
-            "user": None if known_users is None else "votes in train" if pair.user_id in known_users else "none in train",
-            "prototype": None if prototypes is None or pair.pair_id not in prototypes else f"{prototypes[pair.pair_id]:03d}",
+            "user": None
+            if known_users is None
+            else "votes in train"
+            if pair.user_id in known_users
+            else "none in train",
+            "prototype": None
+            if prototypes is None or pair.pair_id not in prototypes
+            else f"{prototypes[pair.pair_id]:03d}",
         }
         for pair, tongue in zip(pairs, spoken, strict=True)
     ]
@@ -82,12 +88,16 @@ def length_label(chosen: str, rejected: str) -> str:
     return next(label for limit, label in _RATIOS if ratio <= limit)
 
 
-def odd_inputs(pairs: Sequence[PreferencePair], histories: Mapping[str, Sequence[HistoryItem]]) -> dict[str, int]:
+def odd_inputs(
+    pairs: Sequence[PreferencePair], histories: Mapping[str, Sequence[HistoryItem]]
+) -> dict[str, int]:
     """Counts of pairs that a reader should know of; all of them are asked and stay in the denominator."""
     return {
         "identical responses": sum(p.chosen == p.rejected for p in pairs),
         "empty history": sum(not histories[p.pair_id] for p in pairs),
-        f"a text above {LONG:,} characters": sum(max(map(len, (p.query, p.chosen, p.rejected))) > LONG for p in pairs),
+        f"a text above {LONG:,} characters": sum(
+            max(map(len, (p.query, p.chosen, p.rejected))) > LONG for p in pairs
+        ),
     }
 
 
@@ -95,23 +105,34 @@ def first_analyses(predictions: pd.DataFrame) -> dict[str, str]:
     """pair_id → the analysis in the first own chain of each pair, where there is a chain and it can be read."""
     if "text" not in predictions:  # of a model that writes none
         return {}
-    first = predictions[(predictions["set"] == "own") & (predictions["order"] == 0) & (predictions["sample"] == 0)]
+    first = predictions[
+        (predictions["set"] == "own") & (predictions["order"] == 0) & (predictions["sample"] == 0)
+    ]
     first = first[first["seed"] == first["seed"].min()]
     chains = {row["pair_id"]: parse_chain(readable_text(row) or "") for row in first.to_dict("records")}
-    return {pair: chain.analysis for pair, chain in chains.items() if isinstance(chain, Chain) and chain.analysis}
+    return {
+        pair: chain.analysis for pair, chain in chains.items() if isinstance(chain, Chain) and chain.analysis
+    }
 
 
 def data_digest(pairs: Iterable[PreferencePair]) -> str:
     """Tells one set of votes from another by what was asked and chosen, in any order."""
-    votes = sorted(repr((p.user_id, p.pair_id, [(m.role, m.content) for m in p.context], p.chosen, p.rejected)) for p in pairs)
+    votes = sorted(
+        repr((p.user_id, p.pair_id, [(m.role, m.content) for m in p.context], p.chosen, p.rejected))
+        for p in pairs
+    )
     return hashlib.sha256("\n".join(votes).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def slice_rows(predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, draws: int, seed: int) -> list[dict[str, Any]]:
+def slice_rows(
+    predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, draws: int, seed: int
+) -> list[dict[str, Any]]:
     """A row for each label of each dimension that has several: slice, value, accuracy, ci95, users, pairs."""
     found = outcomes(predictions)
     values, users = protocol_values(found, protocol, seed), found.users
-    labelled = found.pairs.merge(labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left", validate="one_to_one")
+    labelled = found.pairs.merge(
+        labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left", validate="one_to_one"
+    )
     rows = []
     for name, column in several(labelled):
         for label in sorted(column.unique()):
@@ -128,11 +149,15 @@ def several(labelled: pd.DataFrame, names: Iterable[str] = DIMENSIONS) -> Iterab
             yield name, labelled[name].astype(object).where(labelled[name].notna(), "(none)")
 
 
-def prototype_macro(predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, seed: int) -> float | None:
+def prototype_macro(
+    predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, seed: int
+) -> float | None:
     """Mean over prototypes of the accuracy on their pairs (METHOD §8); None where no pair has a prototype."""
     found = outcomes(predictions)
     prototypes = found.pairs.merge(labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left")["prototype"]
     known = prototypes.notna().to_numpy()
     if not known.any():
         return None
-    return macro(protocol_values(found, protocol, seed)[known], np.asarray(pd.factorize(prototypes[known])[0]))
+    return macro(
+        protocol_values(found, protocol, seed)[known], np.asarray(pd.factorize(prototypes[known])[0])
+    )

@@ -21,13 +21,13 @@ from typing import Any
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from eval.console import text_table
-from eval.metrics import difference, paired_hits
-from eval.report import Report, Section, write_markdown, write_report
-from eval.slices import DIMENSIONS, KEYS, several
-from pgenrm_train.artifacts import read_json, write_json, write_text
+from eval.metrics.accuracy import difference, paired_hits
+from eval.metrics.slices import DIMENSIONS, KEYS, several
+from eval.report.console import text_table
+from eval.report.report import Report, Section, write_markdown, write_report
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.scaling import grid
+from pgenrm_train.files import read_json, write_json, write_text
+from pgenrm_train.scaling.combine import grid
 
 LABELS = ("kind", "cohort", *DIMENSIONS)
 READING = (
@@ -117,14 +117,24 @@ def read_run(path: Path) -> Run:
     """The evaluation in a run folder, or in its folder `evaluate`.  Raises ArtifactError when there is none."""
     folder = next((f for f in (path / "evaluate", path) if (f / "results.json").exists()), None)
     if folder is None or not (folder / "predictions.parquet").exists():
-        raise ArtifactError(f"eval.compare: {path} holds no finished evaluation (results.json and predictions.parquet)")
+        raise ArtifactError(
+            f"eval.compare: {path} holds no finished evaluation (results.json and predictions.parquet)"
+        )
     results = read_json(folder / "results.json")
-    if missing := [name for name in ("model", "data", "protocol", "seeds", "accuracy", "ci95", "stderr") if name not in results]:
-        raise ArtifactError(f"eval.compare: {folder / 'results.json'} lacks {missing[0]!r}; evaluate this run again")
+    if missing := [
+        name
+        for name in ("model", "data", "protocol", "seeds", "accuracy", "ci95", "stderr")
+        if name not in results
+    ]:
+        raise ArtifactError(
+            f"eval.compare: {folder / 'results.json'} lacks {missing[0]!r}; evaluate this run again"
+        )
     try:
         table = pd.read_parquet(folder / "predictions.parquet")
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"eval.compare: {folder / 'predictions.parquet'} cannot be read ({error})") from None
+        raise ArtifactError(
+            f"eval.compare: {folder / 'predictions.parquet'} cannot be read ({error})"
+        ) from None
     own = _own(table, results)
     samples = "text" in own and bool(own["text"].notna().any())
     return Run(str(path), results, headline_predictions(table, results), samples)
@@ -136,7 +146,9 @@ def headline_predictions(table: pd.DataFrame, results: Mapping[str, Any]) -> pd.
     if cell == (1, 0) or "study" not in table:
         return _own(table, results)
     pool = table[(table["model"] == results["model"]) & (table["study"] == "scaling")]
-    labels = pool[[*KEYS, *(name for name in LABELS if name in pool and name != "kind")]].drop_duplicates(KEYS)
+    labels = pool[[*KEYS, *(name for name in LABELS if name in pool and name != "kind")]].drop_duplicates(
+        KEYS
+    )
     return grid(pool, [cell[0]], [cell[1]]).merge(labels, on=KEYS, how="left")
 
 
@@ -215,9 +227,13 @@ def _notes(a: Run, b: Run, overall: Mapping[str, Any]) -> list[str]:
     if overall["ci95_note"]:
         notes.append(f"{overall['ci95_note']}.")
     if overall["n_dropped"]:
-        notes.append(f"{overall['n_dropped']} pairs that the protocol drops in one of the runs are in no difference.")
+        notes.append(
+            f"{overall['n_dropped']} pairs that the protocol drops in one of the runs are in no difference."
+        )
     if "data_sha256" not in a.results or "data_sha256" not in b.results:
         notes.append("One run was evaluated by an older version: its pairs are known by id, not by content.")
     if a.samples != b.samples:
-        notes.append("A scorer that samples nothing has one seed, which stands for all seeds of the other run.")
+        notes.append(
+            "A scorer that samples nothing has one seed, which stands for all seeds of the other run."
+        )
     return notes

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WORDS = ("stage", "run", "model", "slice", "value", "protocol", "probe")  # columns of words; others hold numbers
+WORDS = (
+    "stage",
+    "run",
+    "model",
+    "slice",
+    "value",
+    "protocol",
+    "probe",
+)  # columns of words; others hold numbers
 
 
 def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str:
@@ -21,7 +29,10 @@ def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str
         table.add_column(column, justify="left" if column in WORDS else "right")
     for row in rows:
         table.add_row(
-            *(_cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95")) for column in columns)
+            *(
+                _cell(column, row.get(column), row.get("ci95" if column == "accuracy" else f"{column} ci95"))
+                for column in columns
+            )
         )
     out = StringIO()
     Console(file=out, width=width, force_terminal=False).print(table)

@@ -22,7 +22,9 @@ POINTS = 3000  # of a map: more are drawn from by a fixed seed, and the SVG stay
 _INK = "#010203"  # stands for the page's text colour; no series uses it
 _COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
 _DASHES = ("-", "--", "-.", ":")
-_HEAT = LinearSegmentedColormap.from_list("heat", ["#3b82c410", "#3b82c499"])  # see-through: on paper and in the dark
+_HEAT = LinearSegmentedColormap.from_list(
+    "heat", ["#3b82c410", "#3b82c499"]
+)  # see-through: on paper and in the dark
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
@@ -69,7 +71,9 @@ def line_plot(
             numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
             marker = "o" if np.isfinite(numbers).sum() <= 30 else ""
             colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
-            axes.plot(x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3)
+            axes.plot(
+                x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3
+            )
         axes.set(xlabel=_short(xlabel, 60), ylabel=_short(ylabel, 40))
         if all(float(value).is_integer() for value in x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -79,11 +83,15 @@ def line_plot(
         return Markup(_inline(figure, prefix))
 
 
-def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, prefix: str) -> Markup:
+def heat_map(
+    values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, prefix: str
+) -> Markup:
     """Fractions in [0, 1] as percent, one cell a value, the best in bold; None is an empty cell."""
     grid = 100 * np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)), layout="constrained")
+        figure = Figure(
+            figsize=(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)), layout="constrained"
+        )
         axes = figure.subplots()
         axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, edgecolor="none")
         for (y, x), value in np.ndenumerate(grid):
@@ -98,7 +106,9 @@ def heat_map(values: Sequence[Sequence[float | None]], rows: Sequence[str], colu
         return Markup(_inline(figure, prefix))
 
 
-def point_map(x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[str], *, prefix: str) -> Markup:
+def point_map(
+    x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[str], *, prefix: str
+) -> Markup:
     """Points (N,) coloured by label; each label's name stands above the middle of its points."""
     kept = np.arange(len(x))
     if len(kept) > POINTS:
@@ -110,10 +120,18 @@ def point_map(x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[s
             mine, shown = label == j, kept[label[kept] == j]
             if mine.any():
                 axes.plot(
-                    x[shown], y[shown], "o", color=_COLOURS[j % len(_COLOURS)], markersize=2.5, alpha=0.6, markeredgewidth=0
+                    x[shown],
+                    y[shown],
+                    "o",
+                    color=_COLOURS[j % len(_COLOURS)],
+                    markersize=2.5,
+                    alpha=0.6,
+                    markeredgewidth=0,
                 )
                 middle = np.median(x[mine]), np.median(y[mine])
-                axes.annotate(_short(name), middle, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+                axes.annotate(
+                    _short(name), middle, (0, 3), textcoords="offset points", ha="center", fontsize=8
+                )
         axes.set(xlabel="first principal axis", ylabel="second principal axis", xticks=[], yticks=[])
         return Markup(_inline(figure, prefix))
 

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from eval.plots import point_map
-from eval.report import Curve, Section
-from pgenrm_train.artifacts import StageFolder, read_json
+from eval.report.plots import point_map
+from eval.report.report import Curve, Section
+from pgenrm_train.files import read_json
+from pgenrm_train.run.folder import StageFolder
 
 CARDS = (
     "What the members' chains weigh above everyone's, the size, and the members nearest to and farthest from the prototype. "
@@ -47,7 +48,11 @@ def prototype_sections(run_dir: Path) -> list[Section]:
     }
     found = [
         Section("User prototypes", REFINED, [refinement]),
-        Section("What each prototype stands for", CARDS, [_brief(card) for card in read_json(folder.path / "cards.json")]),
+        Section(
+            "What each prototype stands for",
+            CARDS,
+            [_brief(card) for card in read_json(folder.path / "cards.json")],
+        ),
     ]
     if facts.get("cold_start"):
         found.append(Section("New users", COLD_START, facts["cold_start"]))
@@ -61,14 +66,24 @@ def prototype_curves(run_dir: Path) -> list[Curve]:
     mass = read_json(folder.path / "singular_values.json")["retained_mass"]
     loss, start = folder.manifest["refinement"]["loss"], folder.manifest.get("cold_start") or []
     curves = [
-        Curve("Prototypes: retained singular-value mass", [*range(1, len(mass) + 1)], {"share": mass}, "k", "share of the sum"),
-        Curve("Prototypes: loss of the refinement", [*range(1, len(loss) + 1)], {"loss": loss}, "epoch", "loss"),
+        Curve(
+            "Prototypes: retained singular-value mass",
+            [*range(1, len(mass) + 1)],
+            {"share": mass},
+            "k",
+            "share of the sum",
+        ),
+        Curve(
+            "Prototypes: loss of the refinement", [*range(1, len(loss) + 1)], {"loss": loss}, "epoch", "loss"
+        ),
     ]
     if start:
         lines = {name: [100 * p[key] for p in start] for name, key in
                  (("with prototypes", "accuracy"), ("without", "without prototypes accuracy"))}  # fmt: skip
         known = [p["history_pairs"] for p in start]
-        curves.append(Curve("New users: accuracy of z by votes known", known, lines, "history pairs", "accuracy, %"))
+        curves.append(
+            Curve("New users: accuracy of z by votes known", known, lines, "history pairs", "accuracy, %")
+        )
     return curves
 
 
@@ -78,12 +93,18 @@ def prototype_maps(run_dir: Path) -> list[tuple[str, Markup]]:
     table = pd.read_parquet(folder.path / "analyses.parquet")
     names = [str(j) for j in range(folder.manifest["k"])]
     x, y, label = (table[name].to_numpy() for name in ("x", "y", "prototype"))
-    return [("Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map"))]
+    return [
+        ("Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map"))
+    ]
 
 
 def _folder(run_dir: Path) -> StageFolder | None:
     folder = StageFolder.read(run_dir, "prototypes")
-    return folder if folder.complete and (folder.path / "cards.json").exists() and "x" in _columns(folder.path) else None
+    return (
+        folder
+        if folder.complete and (folder.path / "cards.json").exists() and "x" in _columns(folder.path)
+        else None
+    )
 
 
 def _columns(path: Path) -> list[str]:
@@ -93,6 +114,10 @@ def _columns(path: Path) -> list[str]:
 
 
 def _brief(card: Mapping[str, Any]) -> dict[str, Any]:
-    who = {name: f"{card[name]['user_id']}: {card[name]['analysis']}"[:160] for name in ("nearest", "farthest") if name in card}
+    who = {
+        name: f"{card[name]['user_id']}: {card[name]['analysis']}"[:160]
+        for name in ("nearest", "farthest")
+        if name in card
+    }
     return {"prototype": str(card["prototype"]), "typical": ", ".join(card["typical"]), "analyses": card["analyses"],
             "users": card["users"], **who}  # fmt: skip

@@ -28,7 +28,12 @@ _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent
     ("P-GenRM, Ind-16, Pro-8", 75.92, None, 68.06, None),
 )
 _OURS = "P-GenRM"  # the one system whose script was released, and shows how it counts
-_COLUMNS = ("Chatbot Arena 8B accuracy", "Chatbot Arena 70B accuracy", "PRISM 8B accuracy", "PRISM 70B accuracy")
+_COLUMNS = (
+    "Chatbot Arena 8B accuracy",
+    "Chatbot Arena 70B accuracy",
+    "PRISM 8B accuracy",
+    "PRISM 70B accuracy",
+)
 
 
 def published_rows() -> list[dict[str, Any]]:
@@ -50,8 +55,16 @@ LAMPQA_TEXT = (
 
 def published_rankings() -> list[dict[str, Any]]:
     """LaMP-QA, by subset; None where only the average is printed."""
-    subsets = ("Art and Entertainment", "Lifestyle and Personal Development", "Society and Culture", "average")
+    subsets = (
+        "Art and Entertainment",
+        "Lifestyle and Personal Development",
+        "Society and Culture",
+        "average",
+    )
     return [
         {"published": name, **dict(zip(subsets, figures, strict=True))}
-        for name, *figures in (("P-GenRM", 0.543, 0.714, 0.657, 0.638), ("Qwen3-235B", None, None, None, 0.619))
+        for name, *figures in (
+            ("P-GenRM", 0.543, 0.714, 0.657, 0.638),
+            ("Qwen3-235B", None, None, None, 0.619),
+        )
     ]

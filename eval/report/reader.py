@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.evaluation import Evaluation, Tested
-from eval.report import ChainView
-from pgenrm_train.chains import Chain, parse_chain
+from eval.report.report import ChainView
+from eval.studies.evaluation import Evaluation, Tested
+from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import Config
-from pgenrm_train.masking import present
-from pgenrm_train.records import PreferencePair
+from pgenrm_train.prompts.masking import present
+from pgenrm_train.records.pairs import PreferencePair
 
 
 def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
@@ -29,9 +29,14 @@ def shown_rows(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
 
     Drawn by a hash of the pair: the same pairs whatever the order of the table.  Not in proportion to how often they occur.
     """
-    own = predictions[(predictions["set"] == "own") & (predictions["sample"] == 0) & (predictions["seed"] == 0)]
+    own = predictions[
+        (predictions["set"] == "own") & (predictions["sample"] == 0) & (predictions["seed"] == 0)
+    ]
     sign = np.sign((own["score_chosen"] - own["score_rejected"]).astype(float))
-    draw = [hashlib.sha256(f"{key}".encode()).hexdigest() for key in zip(own["user_id"], own["pair_id"], own["order"])]
+    draw = [
+        hashlib.sha256(f"{key}".encode()).hexdigest()
+        for key in zip(own["user_id"], own["pair_id"], own["order"])
+    ]
     named = own.assign(outcome=sign.fillna(-2.0), kind=own["kind"].fillna(""), draw=draw).sort_values("draw")
     named["turn"] = named.groupby(["outcome", "kind"]).cumcount()
     named = named.sort_values(["turn", "kind"], kind="stable")
@@ -62,7 +67,10 @@ def _said(row: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
     chain = parse_chain(text)
     if not isinstance(chain, Chain):
         given = (row["score_chosen"], row["score_rejected"])
-        return {"text": text, "declared": given[:: -1 if row["order"] else 1] if scored and not text else None}
+        return {
+            "text": text,
+            "declared": given[:: -1 if row["order"] else 1] if scored and not text else None,
+        }
     return {
         "text": text,
         "analysis": chain.analysis,

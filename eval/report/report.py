@@ -25,15 +25,17 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from eval.plots import accuracy_bars, line_plot
-from pgenrm_train.artifacts import atomic
-from pgenrm_train.records import HistoryItem
+from eval.report.plots import accuracy_bars, line_plot
+from pgenrm_train.files import atomic
+from pgenrm_train.records.pairs import HistoryItem
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "–"
 Rows = Sequence[Mapping[str, Any]]
 
-_FRACTION = re.compile(r"(accuracy|stderr|share|difference|drop|confidence|flip rate|pass rate|failure rate)$")
+_FRACTION = re.compile(
+    r"(accuracy|stderr|share|difference|drop|confidence|flip rate|pass rate|failure rate)$"
+)
 _INTERVAL = re.compile(r"(?:^|[ _])ci95$")
 
 
@@ -104,7 +106,7 @@ class Report:
     comparisons: Rows = ()  # baselines and other references
     sections: Sequence[Section] = ()
     curves: Sequence[Curve] = ()
-    drawings: Sequence[tuple[str, Markup]] = ()  # (title, SVG) that is ready, see eval.plots
+    drawings: Sequence[tuple[str, Markup]] = ()  # (title, SVG) that is ready, see eval.report.plots
     notes: Sequence[str] = ()  # plain sentences that qualify the figures
     chains: Sequence[ChainView] = ()
 
@@ -154,7 +156,9 @@ def write_markdown(path: str | Path, report: Report) -> None:
     for section in (Section(*s) for s in report.sections):
         parts += [f"## {_plain(section.title)}", _plain(section.text), _markdown_table(_table(section.table))]
     if report.curves or report.chains:
-        parts.append(f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report.")
+        parts.append(
+            f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report."
+        )
     _write(Path(path), _join(parts))
 
 
@@ -186,7 +190,9 @@ def _table(rows: pd.DataFrame | Rows) -> Table:
     folded = {name for name in names if _measure(name) in names}
     shown = [name for name in names if name not in folded]
     interval_of = {_measure(name): name for name in folded}
-    cells = [[_cell(name, row.get(name), row.get(interval_of.get(name, ""))) for name in shown] for row in records]
+    cells = [
+        [_cell(name, row.get(name), row.get(interval_of.get(name, ""))) for name in shown] for row in records
+    ]
     numeric = [all(line[i].numeric or line[i].text == DASH for line in cells) for i in range(len(shown))]
     return Table([(_heading(name), flag) for name, flag in zip(shown, numeric, strict=True)], cells)
 
@@ -228,7 +234,9 @@ def _text(value: Any) -> str:
 
 
 def _fact(value: Any) -> str:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)  # a seed is no quantity
+    return (
+        str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    )  # a seed is no quantity
 
 
 def _percent(value: Any) -> str:
@@ -250,7 +258,10 @@ def _heading(name: Any) -> str:
 def _markdown_table(table: Table) -> str:
     if not table.rows:
         return "No rows."
-    lines = [[_plain(heading) for heading, _ in table.columns], ["---:" if n else "---" for _, n in table.columns]]
+    lines = [
+        [_plain(heading) for heading, _ in table.columns],
+        ["---:" if n else "---" for _, n in table.columns],
+    ]
     lines += [[_plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

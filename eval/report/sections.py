@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from eval import published
-from eval.calibration import calibration
-from eval.evaluation import Tested, cohort_rows
-from eval.report import Curve, Section
-from eval.robustness import AGAIN
-from eval.slices import prototype_macro, slice_rows
-from pgenrm_train.artifacts import read_json
+from eval.metrics.calibration import calibration
+from eval.metrics.slices import prototype_macro, slice_rows
+from eval.report import published
+from eval.report.report import Curve, Section
+from eval.studies.evaluation import Tested, cohort_rows
+from eval.studies.robustness import AGAIN
 from pgenrm_train.config import Config
+from pgenrm_train.files import read_json
 
 UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes that should change nothing
 
@@ -58,9 +58,15 @@ def details(config: Config, final: Tested, labels: pd.DataFrame) -> dict[str, An
     }
 
 
-def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]) -> list[Section]:
+def sections(
+    config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]
+) -> list[Section]:
     """Protocols side by side, accuracy by kind, cohort and slice, probes, calibration, published figures, a leaderboard row."""
-    found = [Section("The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone])]
+    found = [
+        Section(
+            "The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone]
+        )
+    ]
     found.append(Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]))
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
@@ -76,15 +82,31 @@ def sections(config: Config, tested: Sequence[Tested], everyone: Sequence[Tested
     if results["slice_rows"]:
         mean = results["macro_accuracy_prototypes"]
         over = "" if mean is None else f" Mean over prototypes: {mean:.1%}."
-        found.append(Section("Accuracy by slice", f"Of {results['model']}. {SLICES}{over}", results["slice_rows"]))
+        found.append(
+            Section("Accuracy by slice", f"Of {results['model']}. {SLICES}{over}", results["slice_rows"])
+        )
     if twins := [_twins(t) for t in everyone if t.probe]:
         found.append(Section("Is it personal? Swapped histories", TWINS, twins))
     if results["probes"]:
-        found.append(Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"])))
-    found.append(Section("Calibration of margins", calibration_text(results["calibration"]), results["calibration"]["curve"]))
+        found.append(
+            Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"]))
+        )
+    found.append(
+        Section(
+            "Calibration of margins",
+            calibration_text(results["calibration"]),
+            results["calibration"]["curve"],
+        )
+    )
     figures = Section("Published figures", published.TEXT, published.published_rows())
     found.insert(0 if config.data.name in published.BENCHMARK else len(found), figures)
-    found.append(Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [results["leaderboard_row"]]))
+    found.append(
+        Section(
+            "Leaderboard row",
+            "Accuracies with protocol, interval and denominator.",
+            [results["leaderboard_row"]],
+        )
+    )
     return found
 
 
@@ -114,13 +136,17 @@ def protocol_cells(tested: Tested) -> dict[str, Any]:
     row: dict[str, Any] = {"model": tested.name}
     for name, p in tested.report["protocols"].items():
         row |= {f"{name} accuracy": p["accuracy"], f"{name} accuracy ci95": p["ci95"]}
-    return row | {f"{name} dropped": p["n_dropped"] for name, p in tested.report["protocols"].items() if p["n_dropped"]}
+    return row | {
+        f"{name} dropped": p["n_dropped"] for name, p in tested.report["protocols"].items() if p["n_dropped"]
+    }
 
 
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without their sentences, kinds in plain words."""
     return [
-        {name: value for name, value in row.items() if name != "note"} | {"probe": row["probe"].replace("_", " ")} for row in rows
+        {name: value for name, value in row.items() if name != "note"}
+        | {"probe": row["probe"].replace("_", " ")}
+        for row in rows
     ]
 
 
@@ -161,7 +187,13 @@ def calibration_curve(found: Mapping[str, Any], name: str) -> Curve:
     rows = found["curve"]
     confidence = [100 * row["confidence"] for row in rows]
     lines = {"measured": [100 * row["accuracy"] for row in rows], "perfectly calibrated": confidence}
-    return Curve(f"{name}: accuracy over confidence of the margin", confidence, lines, "confidence σ(margin), %", "accuracy, %")
+    return Curve(
+        f"{name}: accuracy over confidence of the margin",
+        confidence,
+        lines,
+        "confidence σ(margin), %",
+        "accuracy, %",
+    )
 
 
 def reader_notes(final: Tested) -> list[str]:
@@ -188,14 +220,21 @@ def _unread(final: Tested) -> bool:
 def _personal(final: Tested) -> list[str]:
     """Say plainly whether the final model depends on whose history it reads, or that nothing it said can be read."""
     if _unread(final):
-        return [f"{final.name}: none of its answers could be read, so no number here speaks of the model's judgement."]
+        return [
+            f"{final.name}: none of its answers could be read, so no number here speaks of the model's judgement."
+        ]
     if final.probe:
         what = f"{final.probe['n_pairs']} votes on which two users disagree"
         own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
         (low, high), few = final.probe["difference"]["ci95"], final.probe["difference"]["ci95_note"]
     elif row := _probed(final, "swapped_history"):
         what = f"{row['pairs']} pairs with another user's history"
-        own, swapped, (low, high), few = row["as asked accuracy"], row["probed accuracy"], row["drop ci95"], row["note"]
+        own, swapped, (low, high), few = (
+            row["as asked accuracy"],
+            row["probed accuracy"],
+            row["drop ci95"],
+            row["note"],
+        )
     else:
         untested = f"{final.name}: no history could be exchanged for another user's, so whether it is personal was not tested."
         return [untested] if final.robustness else []
@@ -237,7 +276,9 @@ def _turned(final: Tested, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     chance = again["flip rate ci95"][1] if again and again["flip rate ci95"] else 0.0
     found = [row for row in rows if row["flip rate ci95"] and row["flip rate ci95"][0] > chance]
-    named = ", ".join(f"{row['probe'].replace('_', ' ')} ({row['flip rate']:.1%} of presentations)" for row in found)
+    named = ", ".join(
+        f"{row['probe'].replace('_', ' ')} ({row['flip rate']:.1%} of presentations)" for row in found
+    )
     return [f"{final.name} turns verdicts there all the same: {named}."] if found else []
 
 
@@ -278,7 +319,10 @@ def yield_section(run_dir: Path) -> Section | None:
         return None
     facts = read_json(path)
     counts = {"kept": facts["chains"], **facts["rejected"]}
-    rows = [{"reason": reason, "chains": count, "share": count / max(1, facts["asked"])} for reason, count in counts.items()]
+    rows = [
+        {"reason": reason, "chains": count, "share": count / max(1, facts["asked"])}
+        for reason, count in counts.items()
+    ]
     paid = facts["teacher"]
     cost = (
         f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}: {paid['dollars']:.2f} dollars at "
@@ -291,5 +335,13 @@ def yield_section(run_dir: Path) -> Section | None:
 
 def cost_section(cost: Mapping[str, Mapping[str, Any]]) -> Section | None:
     """What each model under test was paid; None where none is paid for."""
-    rows = [{"model": name, **{k: v for k, v in facts.items() if k != "failures"}} for name, facts in cost.items() if facts]
-    return Section("What the answers cost", "Tokens and dollars of all starts, at the stated rates.", rows) if rows else None
+    rows = [
+        {"model": name, **{k: v for k, v in facts.items() if k != "failures"}}
+        for name, facts in cost.items()
+        if facts
+    ]
+    return (
+        Section("What the answers cost", "Tokens and dollars of all starts, at the stated rates.", rows)
+        if rows
+        else None
+    )

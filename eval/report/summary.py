@@ -10,15 +10,14 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from eval.console import text_table
-from eval.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
-from eval.metrics import accuracy_report
-from eval.plots import heat_map
-from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
-from eval.reader import chain_views
-from eval.report import Curve, Report, Section, write_markdown, write_report
-from eval.scaling_study import SETTLED
-from eval.sections import (
+from eval.metrics.accuracy import accuracy_report
+from eval.metrics.slices import KEYS, data_digest, odd_inputs, slice_labels
+from eval.report.console import text_table
+from eval.report.plots import heat_map
+from eval.report.prototype_section import prototype_curves, prototype_maps, prototype_sections
+from eval.report.reader import chain_views
+from eval.report.report import Curve, Report, Section, write_markdown, write_report
+from eval.report.sections import (  # fmt: skip
     calibration_curve,
     cost_section,
     details,
@@ -29,11 +28,12 @@ from eval.sections import (
     reader_notes,
     sections,
     yield_section,
-)  # fmt: skip
-from eval.slices import KEYS, data_digest, odd_inputs, slice_labels
-from pgenrm_train.artifacts import write_json, write_table, write_text
+)
+from eval.studies.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
+from eval.studies.scaling_study import SETTLED
 from pgenrm_train.config import Config
-from pgenrm_train.scaling import grid
+from pgenrm_train.files import write_json, write_table, write_text
+from pgenrm_train.scaling.combine import grid
 
 ADAPTIVE = (
     "Own samples that eval.adaptive would not have drawn, and the largest cell's accuracy then: the same pool, cut where each pair's "
@@ -87,7 +87,8 @@ def publish(
     gains = gain_rows(tested, config)
     labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes, evaluation.known_users)
     results = headline(config, final, grids) | {
-        "model_name": config.model.path or config.model.name,  # which endpoint, function or folder the label stands for
+        "model_name": config.model.path
+        or config.model.name,  # which endpoint, function or folder the label stands for
         "data": config.data.name,
         "data_sha256": data_digest(evaluation.pairs),
         "odd_inputs": odd_inputs(evaluation.pairs, evaluation.histories),
@@ -107,11 +108,14 @@ def publish(
     results["leaderboard_row"] = leaderboard_row(results)
     write_json(folder / "results.json", results)
     pools = [g.pool[g.pool["failure"] != SETTLED].assign(model=final.name, study=g.study.name) for g in grids]
-    predictions = pd.concat([*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True)
+    predictions = pd.concat(
+        [*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True
+    )
     write_table(folder / "predictions.parquet", predictions.merge(labels, on=KEYS, how="left"))
     notes = [*reader_notes(final), *input_notes(results["odd_inputs"]), *notes]
     write_text(
-        folder / "table.txt", console_text([*rows, *compared], headline_title(evaluation, config), final, results, grids, notes)
+        folder / "table.txt",
+        console_text([*rows, *compared], headline_title(evaluation, config), final, results, grids, notes),
     )
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     report = Report(
@@ -120,7 +124,11 @@ def publish(
         stages=rows,
         comparisons=compared,
         sections=[
-            *([Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)] if gains else []),
+            *(
+                [Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)]
+                if gains
+                else []
+            ),
             *(
                 Section(
                     grid_title(g),
@@ -136,7 +144,11 @@ def publish(
         ],
         curves=[
             *(grid_curve(g) for g in grids),
-            *([calibration_curve(results["calibration"], final.name)] if results["calibration"]["curve"] else []),
+            *(
+                [calibration_curve(results["calibration"], final.name)]
+                if results["calibration"]["curve"]
+                else []
+            ),
             *training_curves(folder.parent),
             *prototype_curves(folder.parent),
         ],
@@ -202,7 +214,9 @@ def headline_title(evaluation: Evaluation, config: Config) -> str:
 
 def grid_title(grid: Grid) -> str:
     whose = "one history pair known" if grid.study.name == "one_pair" else "full history"
-    weights = "" if grid.study.weights == (1.0, 1.0) else " with weights {:g} and {:g}".format(*grid.study.weights)
+    weights = (
+        "" if grid.study.weights == (1.0, 1.0) else " with weights {:g} and {:g}".format(*grid.study.weights)
+    )
     return f"Test-time user-based scaling, {whose}: m own samples, n similar users{weights}"
 
 
@@ -210,7 +224,8 @@ def grid_curve(grid: Grid) -> Curve:
     """Accuracy over m, a line for each n."""
     by_n = {n: {row["ind"]: row["accuracy"] for row in grid.rows if row["pro"] == n} for n in grid.study.pro}
     lines = {
-        f"Pro-{n}": [100 * cells[m] if cells.get(m) is not None else None for m in grid.study.ind] for n, cells in by_n.items()
+        f"Pro-{n}": [100 * cells[m] if cells.get(m) is not None else None for m in grid.study.ind]
+        for n, cells in by_n.items()
     }
     return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy, %")
 
@@ -231,7 +246,9 @@ def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
         "model": config.model.path or config.model.name,
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
-        "users": len(users) if known is None else f"{len(users)}, {len(users - known)} without votes in train",
+        "users": len(users)
+        if known is None
+        else f"{len(users)}, {len(users - known)} without votes in train",
         "protocol": f"{config.eval.protocol} ({RULES[config.eval.protocol]})",
         "interval": f"95 %, {config.eval.draws} bootstrap draws over users",
         "training seed": config.seed,

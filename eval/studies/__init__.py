@@ -1,0 +1,1 @@
+"""Evaluations, scaling studies and probes."""

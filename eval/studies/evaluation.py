@@ -14,19 +14,24 @@ from typing import Any
 
 import pandas as pd
 
-from eval.baselines import Scorer
-from eval.harness import PredictionStore, Question, Write, ask, own_questions, verified
-from eval.metrics import accuracy_report, paired_difference
-from eval.probes import Twins, disagreement_twins, swapped_histories
-from eval.robustness import probe_questions, probe_rows, probe_slice
-from eval.scaling_study import Ask, FindSimilar, Study, cells, replayed, sample_pool
-from eval.scored import ScoreMany, ask_scores, one_by_one, scored
-from pgenrm_train.artifacts import fingerprint
-from pgenrm_train.backends.base import Generator
+from eval.ask.baselines import Scorer
+from eval.ask.harness import PredictionStore, Question, Write, ask, own_questions, verified
+from eval.ask.scored import ScoreMany, ask_scores, one_by_one, scored
+from eval.metrics.accuracy import accuracy_report, paired_difference
+from eval.studies.probes import Twins, disagreement_twins, swapped_histories
+from eval.studies.robustness import probe_questions, probe_rows, probe_slice
+from eval.studies.scaling_study import Ask, FindSimilar, Study, cells, replayed, sample_pool
+from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.config import Config, masking_of
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.files import fingerprint
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
-PROMPT = ("instructions", "max_prompt_tokens", "max_response_tokens", "max_text_tokens")  # settings that shape prompt and answer
+PROMPT = (
+    "instructions",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "max_text_tokens",
+)  # settings that shape prompt and answer
 Progress = Callable[..., Iterable[Any]]
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 
@@ -74,13 +79,19 @@ class Grid:
     study: Study
     pool: pd.DataFrame
     rows: list[dict[str, Any]]
-    adaptive: dict[str, Any] | None = None  # the largest cell with adaptive stopping, replayed on the same pool
+    adaptive: dict[str, Any] | None = (
+        None  # the largest cell with adaptive stopping, replayed on the same pool
+    )
 
 
-def kept_answers(config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str) -> PredictionStore:
+def kept_answers(
+    config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str
+) -> PredictionStore:
     """A candidate's answers, by what makes them: the model and the settings of prompt and sampling; in `eval.cache` where it is set."""
     prompt = [getattr(config.model, setting) for setting in PROMPT]
-    identity = fingerprint(candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt)
+    identity = fingerprint(
+        candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt
+    )
     return PredictionStore(Path(config.eval.cache or folder) / f"{name}-{identity}", identity)
 
 
@@ -88,7 +99,11 @@ class Evaluation:
     """The pairs, histories and twins that every candidate is asked about."""
 
     def __init__(
-        self, config: Config, pairs: Sequence[PreferencePair], histories: Histories, known_users: Set[str] | None = None
+        self,
+        config: Config,
+        pairs: Sequence[PreferencePair],
+        histories: Histories,
+        known_users: Set[str] | None = None,
     ) -> None:
         """`known_users`: those with votes that a model may train on, None where that is not known; for the report."""
         self.config, self.pairs, self.histories, self.known_users = config, pairs, histories, known_users
@@ -96,7 +111,9 @@ class Evaluation:
         self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
         self.probe_pairs = probe_slice(pairs, config.eval.probe_pairs) if config.eval.probes else []
 
-    def test(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, *, final: bool = False) -> Tested:
+    def test(
+        self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, *, final: bool = False
+    ) -> Tested:
         """Ask all questions of one candidate, those of the robustness probes too if it is the `final` one.
 
         Resumes from what `folder` holds.
@@ -106,7 +123,9 @@ class Evaluation:
         predictions = self.asker(candidate, folder, progress, "predictions")(questions)
         return self.judge(candidate.name, predictions, candidate.seconds, final=final)
 
-    def asker(self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str) -> Ask:
+    def asker(
+        self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str
+    ) -> Ask:
         """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
         masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
 
@@ -129,7 +148,13 @@ class Evaluation:
         return answer
 
     def study(
-        self, study: Study, candidate: Candidate, histories: Histories, folder: Path, progress: Progress, find: FindSimilar | None
+        self,
+        study: Study,
+        candidate: Candidate,
+        histories: Histories,
+        folder: Path,
+        progress: Progress,
+        find: FindSimilar | None,
     ) -> Grid:
         """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
         pairs = self.pairs[: self.config.eval.grid_pairs]
@@ -139,7 +164,9 @@ class Evaluation:
         pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
         return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
 
-    def judge(self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False) -> Tested:
+    def judge(
+        self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False
+    ) -> Tested:
         """Accuracy on all pairs, the probe on the twins, and of the `final` model the robustness probes."""
         own = predictions[predictions["set"] == "own"]
         report = self._accuracy(own) | {"model": name}
@@ -155,18 +182,24 @@ class Evaluation:
         questions = own_questions(self.pairs, self.histories, seeds=seeds)
         if self.twins:
             twins = [p for twin in self.twins for p in twin]
-            questions += own_questions(twins, swapped_histories(self.twins, self.histories), set_name="swapped")
+            questions += own_questions(
+                twins, swapped_histories(self.twins, self.histories), set_name="swapped"
+            )
         if final:
             questions += probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
         return questions
 
     def _robustness(self, predictions: pd.DataFrame) -> list[dict[str, Any]]:
         settings = self.config.eval
-        return probe_rows(predictions, settings.probe_kinds, self.probe_pairs, draws=settings.draws, seed=self.config.seed)
+        return probe_rows(
+            predictions, settings.probe_kinds, self.probe_pairs, draws=settings.draws, seed=self.config.seed
+        )
 
     def _accuracy(self, predictions: pd.DataFrame) -> dict[str, Any]:
         protocol = self.config.eval.protocol
-        return accuracy_report(predictions, protocol=protocol, draws=self.config.eval.draws, seed=self.config.seed)
+        return accuracy_report(
+            predictions, protocol=protocol, draws=self.config.eval.draws, seed=self.config.seed
+        )
 
     def _probe(self, predictions: pd.DataFrame) -> dict[str, Any] | None:
         """Accuracy on the twins with one's own and with the other's history."""
@@ -213,7 +246,9 @@ def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
         return []
     rows = []
     for cohort, part in own.groupby("cohort"):
-        report = accuracy_report(part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed)
+        report = accuracy_report(
+            part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed
+        )
         rows.append(
             {
                 "model": tested.name,
@@ -234,7 +269,9 @@ def gain_rows(tested: Sequence[Tested], config: Config) -> list[dict[str, Any]]:
     steps = list(itertools.pairwise(tested))
     if len(tested) > 2:
         steps.append((tested[0], tested[-1]))
-    return [{"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps]
+    return [
+        {"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps
+    ]
 
 
 def _gains(before: Tested, after: Tested, config: Config) -> dict[str, Any]:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import re
 
-from pgenrm_train.prompts import JSON_END, JSON_START
+from pgenrm_train.prompts.messages import JSON_END, JSON_START
 
-FILLER = ("There is more to say about this.", "All of it could be put at greater length.", "This is said here for completeness.")
+FILLER = (
+    "There is more to say about this.",
+    "All of it could be put at greater length.",
+    "This is said here for completeness.",
+)
 PADDED = 1.5  # times the length of the longer response
 
 _BOTH_WAYS = (
@@ -25,8 +29,13 @@ _ONE_WAY = (  # the other way would break a sentence somewhere
     ("you're", "you are"), ("we're", "we are"), ("they're", "they are"), ("I'm", "I am"), ("you'll", "you will"),
     ("because", "since"), ("begin", "start"), ("in order to", "to"), ("in addition", "also"), ("numerous", "many"),
 )  # fmt: skip
-_OTHER = {a.lower(): b for pair in _BOTH_WAYS for a, b in (pair, pair[::-1])} | {a.lower(): b for a, b in _ONE_WAY}
-_WORDS = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(_OTHER, key=len, reverse=True))) + r")(?!\w)", re.IGNORECASE)
+_OTHER = {a.lower(): b for pair in _BOTH_WAYS for a, b in (pair, pair[::-1])} | {
+    a.lower(): b for a, b in _ONE_WAY
+}
+_WORDS = re.compile(
+    r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(_OTHER, key=len, reverse=True))) + r")(?!\w)",
+    re.IGNORECASE,
+)
 _TWO_SHORT = re.compile(r"((?:^|(?<=[.!?] )))(\w+(?: \w+){0,3}[.!?]) (\w+(?: \w+){0,3}[.!?])$")
 
 

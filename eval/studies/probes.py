@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import ContentKey, HistoryItem, PreferencePair, content_key
+from pgenrm_train.records.pairs import ContentKey, HistoryItem, PreferencePair, content_key
 
 Twins = list[tuple[PreferencePair, PreferencePair]]
 
@@ -38,7 +38,9 @@ def disagreement_twins(pairs: Iterable[PreferencePair]) -> Twins:
     return sorted(twins, key=lambda twin: [_identity(pair) for pair in twin])
 
 
-def swapped_histories(twins: Twins, histories: Mapping[str, Sequence[HistoryItem]]) -> dict[str, tuple[HistoryItem, ...]]:
+def swapped_histories(
+    twins: Twins, histories: Mapping[str, Sequence[HistoryItem]]
+) -> dict[str, tuple[HistoryItem, ...]]:
     """pair_id → the history of the pair's twin, for every pair of `twins`.
 
     Raises DataError when a history is missing, or when two votes share a `pair_id`: the swap would be ambiguous.
@@ -47,9 +49,13 @@ def swapped_histories(twins: Twins, histories: Mapping[str, Sequence[HistoryItem
     for first, second in twins:
         for pair, twin in ((first, second), (second, first)):
             if pair.pair_id in swapped:
-                raise DataError(f"pair_id {pair.pair_id!r} names several votes; expected one pair_id a vote for the probe")
+                raise DataError(
+                    f"pair_id {pair.pair_id!r} names several votes; expected one pair_id a vote for the probe"
+                )
             if twin.pair_id not in histories:
-                raise DataError(f"pair_id {twin.pair_id!r} of user {twin.user_id!r} has no history; expected an entry")
+                raise DataError(
+                    f"pair_id {twin.pair_id!r} of user {twin.user_id!r} has no history; expected an entry"
+                )
             swapped[pair.pair_id] = tuple(histories[twin.pair_id])
     return swapped
 

@@ -27,15 +27,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.harness import Question
-from eval.intervals import few_users, interval
-from eval.metrics import paired_difference
-from eval.outcomes import Outcomes, outcomes
-from eval.perturb import inject, pad, paraphrase
-from pgenrm_train.records import HistoryItem, PreferencePair
+from eval.ask.harness import Question
+from eval.metrics.accuracy import paired_difference
+from eval.metrics.intervals import few_users, interval
+from eval.metrics.outcomes import Outcomes, outcomes
+from eval.studies.perturb import inject, pad, paraphrase
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Histories = Mapping[str, tuple[HistoryItem, ...]]
-Change = Callable[[PreferencePair, tuple[HistoryItem, ...], int], tuple[PreferencePair, tuple[HistoryItem, ...]] | None]
+Change = Callable[
+    [PreferencePair, tuple[HistoryItem, ...], int], tuple[PreferencePair, tuple[HistoryItem, ...]] | None
+]
 AGAIN = "asked again"
 SET = "probe/"
 
@@ -46,13 +48,17 @@ def probe_slice(pairs: Sequence[PreferencePair], limit: int) -> list[PreferenceP
     return ranked[:limit]
 
 
-def probe_questions(kinds: Iterable[str], pairs: Sequence[PreferencePair], histories: Histories) -> list[Question]:
+def probe_questions(
+    kinds: Iterable[str], pairs: Sequence[PreferencePair], histories: Histories
+) -> list[Question]:
     """One question a kind × pair × order; a pair that a kind does not change is left out of that kind."""
     questions: list[Question] = []
     for kind in kinds:
         change = _swap_with_others(pairs, histories) if kind == "swapped_history" else KINDS[kind]
         asked = ((order, change(pair, histories[pair.pair_id], order)) for pair in pairs for order in (0, 1))
-        questions += [Question(changed[0], order, changed[1], SET + kind) for order, changed in asked if changed]
+        questions += [
+            Question(changed[0], order, changed[1], SET + kind) for order, changed in asked if changed
+        ]
     return questions
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eval.harness import Question, own_questions, readable_text
-from eval.metrics import accuracy_report, paired_difference
-from pgenrm_train.chains import ParseFailure, parse_chain
+from eval.ask.harness import Question, own_questions, readable_text
+from eval.metrics.accuracy import accuracy_report, paired_difference
+from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.config import Config
-from pgenrm_train.records import HistoryItem, PreferencePair
-from pgenrm_train.scaling import GROUP, grid
-from pgenrm_train.stopping import looks, replay, settled
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.scaling.combine import GROUP, grid
+from pgenrm_train.scaling.stopping import looks, replay, settled
 
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 SETTLED = "settled"  # the reason of a sample that adaptive stopping did not draw
@@ -37,7 +37,9 @@ class Similar:
 
 
 Ask = Callable[[Sequence[Question]], pd.DataFrame]
-FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]  # analyses, asked users, n → similar users each
+FindSimilar = Callable[
+    [Sequence[str], Sequence[str], int], list[list[Similar]]
+]  # analyses, asked users, n → similar users each
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,9 @@ def sample_pool(
     drawn have a row with the failure `settled`.
     """
     m = max(1, study.m)
-    own_asked = own_questions(pairs, histories, seeds=study.seeds, samples=m, set_name=f"{study.name}/own", orders=orders)
+    own_asked = own_questions(
+        pairs, histories, seeds=study.seeds, samples=m, set_name=f"{study.name}/own", orders=orders
+    )
     first_asked = [replace(q, samples=looks(m, adaptive)[0]) for q in own_asked] if adaptive else own_asked
     own = ask(first_asked)
     similar = pd.DataFrame()
@@ -105,7 +109,11 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
     rows, first = [], None
     for (m, n), part in table.groupby(["ind", "pro"], sort=True):
         report = accuracy_report(
-            part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed, extra={"ind": int(m), "pro": int(n)}
+            part,
+            protocol=config.eval.protocol,
+            draws=config.eval.draws,
+            seed=config.seed,
+            extra={"ind": int(m), "pro": int(n)},
         )
         row = {"ind": int(m), "pro": int(n), "accuracy": report["accuracy"], "ci95": report["ci95"]}
         row |= {"stderr": report["stderr"]} if study.seeds > 1 else {}  # the cells of one pool share chains
@@ -120,12 +128,17 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[dict[str, An
             first = part
         else:
             difference = paired_difference(part, first, draws=config.eval.draws, seed=config.seed)
-            row |= {"paired difference": difference["difference"], "paired difference ci95": difference["ci95"]}
+            row |= {
+                "paired difference": difference["difference"],
+                "paired difference ci95": difference["ci95"],
+            }
         rows.append(row)
     return rows
 
 
-def replayed(pool: pd.DataFrame, study: Study, config: Config, alpha: float = REPLAYED_LEVEL) -> dict[str, Any] | None:
+def replayed(
+    pool: pd.DataFrame, study: Study, config: Config, alpha: float = REPLAYED_LEVEL
+) -> dict[str, Any] | None:
     """What adaptive stopping would have saved on a full pool, and what it would have cost; None for pools of fewer than 4 samples."""
     if study.m < 4 or (pool["failure"] == SETTLED).any():
         return None

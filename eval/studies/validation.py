@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from eval.harness import Write, own_questions, prediction, requests
-from eval.metrics import accuracy_report
-from pgenrm_train.backends.base import Generator, Validated
+from eval.ask.harness import Write, own_questions, prediction, requests
+from eval.metrics.accuracy import accuracy_report
+from pgenrm_train.backends.protocols import Generator, Validated
 from pgenrm_train.config import Config, masking_of
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 SHOWN = ("pair_id", "order", "score_chosen", "score_rejected", "failure", "issues", "tokens", "text")
 
@@ -24,7 +24,11 @@ class Validation:
     """A `Validator` over `pairs` and the histories that go with them."""
 
     def __init__(
-        self, config: Config, pairs: Sequence[PreferencePair], histories: Mapping[str, tuple[HistoryItem, ...]], write: Write
+        self,
+        config: Config,
+        pairs: Sequence[PreferencePair],
+        histories: Mapping[str, tuple[HistoryItem, ...]],
+        write: Write,
     ) -> None:
         self.config = config
         questions = own_questions(pairs, histories)
@@ -35,7 +39,9 @@ class Validation:
         """Every pair counts, a failed generation as a miss (`strict`); metrics as `headline`, the first chains as samples."""
         answers = {answer.key: answer for answer in generator(self.requests, temperature=0.0)}
         rows = [prediction(question, answers[key]) for key, question in self.questions.items()]
-        report = accuracy_report(pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed)
+        report = accuracy_report(
+            pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed
+        )
         shown = [{name: row[name] for name in SHOWN} for row in rows[: self.config.eval.chains_in_report]]
         return Validated(headline(report), shown)
 

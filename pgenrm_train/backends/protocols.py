@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pgenrm_train.records import Example, HistoryItem
+from pgenrm_train.records.pairs import Example, HistoryItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,9 @@ class Generation:
 class Generator(Protocol):
     """Runs every request through one global queue and yields completions as they finish, in any order."""
 
-    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]: ...
+    def __call__(
+        self, requests: Iterable[GenerationRequest], *, temperature: float
+    ) -> Iterator[Generation]: ...
 
     def close(self) -> None: ...
 

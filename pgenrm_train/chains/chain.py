@@ -21,8 +21,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pgenrm_train.prompts import JSON_END, JSON_START
-from pgenrm_train.rubrics import MAX_CRITERIA, Criteria, CriterionScores, number, read_rubric, response_index, verify
+from pgenrm_train.chains.rubric import (
+    MAX_CRITERIA,
+    Criteria,
+    CriterionScores,
+    number,
+    read_rubric,
+    response_index,
+    verify,
+)
+from pgenrm_train.prompts.messages import JSON_END, JSON_START
 
 __all__ = ["FORMAT_STRINGS", "JSON_END", "JSON_START", "Chain", "ParseFailure", "parse_chain", "write_chain"]
 
@@ -85,7 +93,9 @@ def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
     limits = [start - len(JSON_START) for start in starts[1:]] + [len(text)]
     spans = list(zip(starts, limits, strict=False))[::-1]
     if len(starts) > 1:
-        spans.append((starts[0], len(text)))  # last resort: the markers between may stand inside a JSON string
+        spans.append(
+            (starts[0], len(text))
+        )  # last resort: the markers between may stand inside a JSON string
     failure: ParseFailure | None = None
     for start, limit in spans:
         block = _read_block(text[start:limit], n_responses)
@@ -118,14 +128,18 @@ def write_chain(
         rationale += f". Response {i}: {note}{marks} = {total}"
     # A marker quoted in a note must not look like one of ours.
     escaped = json.dumps(f"{rationale}.", ensure_ascii=False)[1:-1].replace("<JSON_", "\\u003cJSON_")
-    declared = totals[0] + "".join(f', "response_{i}": {total}' for i, total in enumerate(totals[1:], start=2))
+    declared = totals[0] + "".join(
+        f', "response_{i}": {total}' for i, total in enumerate(totals[1:], start=2)
+    )
     return f"{analysis}\n{_OPEN}{escaped}{_SCORES}{declared}{_CLOSE}"
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------------
 
 
-def _check_rubric(criteria: Sequence[tuple[str, float]], scores: Sequence[Sequence[float]], notes: Sequence[str] | None) -> None:
+def _check_rubric(
+    criteria: Sequence[tuple[str, float]], scores: Sequence[Sequence[float]], notes: Sequence[str] | None
+) -> None:
     names = [name for name, _ in criteria]
     if not 1 <= len(names) <= MAX_CRITERIA or len(set(names)) != len(names):
         raise ValueError(f"criteria: expected 1 to {MAX_CRITERIA} different names, got {names}")
@@ -135,7 +149,9 @@ def _check_rubric(criteria: Sequence[tuple[str, float]], scores: Sequence[Sequen
                 f"criteria: {name!r} cannot be read back; a name is not empty and has no line break and none of , ; % ="
             )
     if not scores or any(len(row) != len(names) for row in scores):
-        raise ValueError(f"scores: expected a row of {len(names)} a response, got rows of {[len(row) for row in scores]}")
+        raise ValueError(
+            f"scores: expected a row of {len(names)} a response, got rows of {[len(row) for row in scores]}"
+        )
     if notes and len(notes) != len(scores):
         raise ValueError(f"notes: expected {len(scores)}, one a response, got {len(notes)}")
     numbers = [weight for _, weight in criteria] + [score for row in scores for score in row]
@@ -175,7 +191,9 @@ class _Block:
 def _outside_blocks(text: str) -> str:
     """The analysis: earlier blocks are left out, so that no score reaches whoever reads or embeds it."""
     head, *pieces = text.split(JSON_START)
-    return "".join([head, *(piece.partition(JSON_END)[2] if JSON_END in piece else piece for piece in pieces)]).strip()
+    return "".join(
+        [head, *(piece.partition(JSON_END)[2] if JSON_END in piece else piece for piece in pieces)]
+    ).strip()
 
 
 def _read_block(body: str, n_responses: int) -> _Block | ParseFailure | None:
@@ -209,19 +227,25 @@ def _read_block(body: str, n_responses: int) -> _Block | ParseFailure | None:
 
 def _declared_scores(declared: object, n_responses: int) -> tuple[float, ...] | ParseFailure:
     if not isinstance(declared, dict):
-        return ParseFailure(SCORES_MISSING, f"better_response: expected an object, got {type(declared).__name__}")
+        return ParseFailure(
+            SCORES_MISSING, f"better_response: expected an object, got {type(declared).__name__}"
+        )
     by_index = {response_index(key): value for key, value in declared.items()}
     expected = list(range(1, n_responses + 1))
     if len(by_index) != len(declared) or set(by_index) != set(expected):
         names = _short(list(declared))
-        return ParseFailure(SCORES_COUNT, f"better_response: expected response_1..response_{n_responses}, got {names}")
+        return ParseFailure(
+            SCORES_COUNT, f"better_response: expected response_1..response_{n_responses}, got {names}"
+        )
     scores = [number(by_index[i]) for i in expected]
     for i, score in zip(expected, scores, strict=True):
         if score is None:
             return ParseFailure(SCORES_NOT_NUMBERS, f"response_{i}: {_short(by_index[i])} is not a number")
     values = tuple(score for score in scores if score is not None)
     if not all(map(math.isfinite, values)):
-        return ParseFailure(SCORES_NOT_FINITE, f"better_response: not every score is finite: {_short(values)}")
+        return ParseFailure(
+            SCORES_NOT_FINITE, f"better_response: not every score is finite: {_short(values)}"
+        )
     return values
 
 
@@ -239,7 +263,16 @@ def _build_chain(analysis: str, block: _Block, trailing: bool) -> Chain:
         NO_RUBRIC: verified is None,
         WEIGHTS: bool(criteria) and not abs(sum(weight for _, weight in criteria) - 100) <= 1 + 1e-9,
         SCORE_RANGE: not all(1 <= mark <= 10 for mark in marks),
-        DECLARED_DIFFERS: any(abs(s - v) > _ROUNDING for s, v in zip(scores, verified or scores, strict=True)),
+        DECLARED_DIFFERS: any(
+            abs(s - v) > _ROUNDING for s, v in zip(scores, verified or scores, strict=True)
+        ),
         TRAILING_TEXT: trailing,
     }
-    return Chain(analysis, criteria, scores, rows if verified else None, verified, tuple(name for name in ISSUES if found[name]))
+    return Chain(
+        analysis,
+        criteria,
+        scores,
+        rows if verified else None,
+        verified,
+        tuple(name for name in ISSUES if found[name]),
+    )

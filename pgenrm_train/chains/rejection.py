@@ -14,10 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pgenrm_train.chains import Chain, ParseFailure
+from pgenrm_train.chains.chain import Chain, ParseFailure
 
 WRONG_RANKING, TIE, VERIFIED_RANKING, LABEL_LEAK = "wrong_ranking", "tie", "verified_ranking", "label_leak"
-DUPLICATE, NEAR_DUPLICATE, BOILERPLATE, OVER_LENGTH = "duplicate", "near_duplicate", "boilerplate", "over_length"
+DUPLICATE, NEAR_DUPLICATE, BOILERPLATE, OVER_LENGTH = (
+    "duplicate",
+    "near_duplicate",
+    "boilerplate",
+    "over_length",
+)
 
 SAID = {
     TIE: "two responses share the highest total, and a user who compares them prefers one",
@@ -31,7 +36,17 @@ SAID = {
 }
 """Label-free reasons in words, for the teacher's next try."""
 
-_CUES = ("chose", "reject", "truth", "gold", "label", "vote", "pick", "select", "prefer")  # every leak of a vote has one
+_CUES = (
+    "chose",
+    "reject",
+    "truth",
+    "gold",
+    "label",
+    "vote",
+    "pick",
+    "select",
+    "prefer",
+)  # every leak of a vote has one
 _VOTE = re.compile(  # in lower case
     r"\b(?:chosen|rejected)\s(?:response|answer|candidate|reply|completion|option)s?\b"
     r"|\bground[\s-]truth\b|\bgold(?:en|-standard)?\s(?:label|answer|response)\b|\bpreference\slabel\b|\bchosen_index\b"
@@ -46,7 +61,9 @@ _VOTE = re.compile(  # in lower case
     r"|\bvote(?:d|s)?\s(?:\w{1,12}\s){0,2}(?:for|against)\s(?:the\s)?(?:response|first|second)\b",
 )
 _EARLIER_VOTES = re.compile(r"\b(?:pairs?|histor\w+|earlier|previous(?:ly)?|past|prior)\b")
-_OWN_ANSWER = re.compile(r"\bmy\s(?:last|previous|earlier|first|former)\s(?:answer|ranking|attempt|scores|chain|evaluation)\b")
+_OWN_ANSWER = re.compile(
+    r"\bmy\s(?:last|previous|earlier|first|former)\s(?:answer|ranking|attempt|scores|chain|evaluation)\b"
+)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\"|$)|\n|\\n")
 
 

@@ -63,7 +63,9 @@ def _structured_rubric(rubric: Any, n_responses: int) -> Rubric:
     if not isinstance(listed, dict) or not 1 <= len(listed) <= MAX_CRITERIA:
         return (), None
     weights = [_weight(value) for value in listed.values()]
-    criteria = tuple((name, weight) for name, weight in zip(listed, weights, strict=True) if weight is not None)
+    criteria = tuple(
+        (name, weight) for name, weight in zip(listed, weights, strict=True) if weight is not None
+    )
     table = rubric.get("scores")
     if len(criteria) != len(listed) or not isinstance(table, dict):
         return (), None
@@ -88,11 +90,17 @@ def _written_rubric(rationale: str, n_responses: int) -> Rubric:
     head, found, rest = rationale.partition(". Response 1: ")
     items = [item.rpartition(" ") for item in head.split(", ", MAX_CRITERIA)]
     weights = [_weight(value) if value.endswith("%") else None for _, _, value in items]
-    criteria = tuple((name, weight) for (name, _, _), weight in zip(items, weights, strict=True) if name and weight is not None)
+    criteria = tuple(
+        (name, weight)
+        for (name, _, _), weight in zip(items, weights, strict=True)
+        if name and weight is not None
+    )
     if not found or len(criteria) != len(items) or len(criteria) > MAX_CRITERIA or not rest.endswith("."):
         return (), None
     names = [name for name, _ in criteria]
-    reach = sum(map(len, names)) + 40 * (len(names) + 2)  # longest score line; what stands before it is a note
+    reach = sum(map(len, names)) + 40 * (
+        len(names) + 2
+    )  # longest score line; what stands before it is a note
     rows: list[tuple[float, ...]] = []
     at = 0
     for i in range(1, n_responses + 1):
@@ -116,8 +124,16 @@ def _score_line(text: str, names: Sequence[str]) -> tuple[float, ...] | None:
     items = marks.rsplit(", ", len(names) - 1)
     items[0] = items[0].rpartition("; ")[2]
     parts = [item.rpartition(" ") for item in items]
-    scores = tuple(score for score in (number(value) for _, _, value in parts) if score is not None and math.isfinite(score))
-    fits = [name for name, _, _ in parts] == list(names) and len(scores) == len(names) and number(total) is not None
+    scores = tuple(
+        score
+        for score in (number(value) for _, _, value in parts)
+        if score is not None and math.isfinite(score)
+    )
+    fits = (
+        [name for name, _, _ in parts] == list(names)
+        and len(scores) == len(names)
+        and number(total) is not None
+    )
     return scores if fits else None
 
 
@@ -125,7 +141,9 @@ def _score_line(text: str, names: Sequence[str]) -> tuple[float, ...] | None:
 
 _DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?![0-9])"
 _PERCENT = re.compile(rf"(?<![0-9.])({_DIGITS})\s?%")
-_MENTION = re.compile(r"\bresponse[ _#*-]{0,3}([0-9]{1,2})(?![0-9])(?P<heads>[*_\"'`)\]]{0,3}\s?[:=–—-])?", re.IGNORECASE)
+_MENTION = re.compile(
+    r"\bresponse[ _#*-]{0,3}([0-9]{1,2})(?![0-9])(?P<heads>[*_\"'`)\]]{0,3}\s?[:=–—-])?", re.IGNORECASE
+)
 _FACTORS = rf"({_DIGITS})(\s?%)?(?:\s?/\s?10(?![0-9]))?[\s)]{{0,3}}[*×x·][\s(]{{0,3}}({_DIGITS})(\s?%)?"
 _PRODUCT = re.compile(rf"(?<![0-9.]){_FACTORS}")
 _LEAD_IN = (  # between a criterion's name and its score: markup, its weight again, a verb
@@ -184,7 +202,9 @@ def _free_criteria(text: str) -> Criteria:
     starts, ends = [token.start() for token in tokens], [token.end() for token in tokens]
     names = [_name_before(text[begin:end]) for begin, end in zip([0, *ends], starts, strict=False)]
     if not all(names):  # "40% accuracy"
-        names = [_name_after(text[begin:end]) for begin, end in zip(ends, [*starts[1:], len(text)], strict=True)]
+        names = [
+            _name_after(text[begin:end]) for begin, end in zip(ends, [*starts[1:], len(text)], strict=True)
+        ]
     criteria: dict[str, tuple[str, float]] = {}
     for name, weight in zip(names, weights, strict=True):
         criteria.setdefault(name.casefold(), (name, weight))
@@ -240,7 +260,10 @@ def _mentions_of(names: Sequence[str], text: str) -> list[tuple[int, int, int]]:
     for index, name in enumerate(name.lower() for name in names):
         start = lowered.find(name)
         while start >= 0:
-            if not (_in_word(lowered[start - 1 : start]) or _in_word(lowered[start + len(name) : start + len(name) + 1])):
+            if not (
+                _in_word(lowered[start - 1 : start])
+                or _in_word(lowered[start + len(name) : start + len(name) + 1])
+            ):
                 found.append((start, -len(name), index))
             start = lowered.find(name, start + 1)
     return sorted(found)

@@ -1,0 +1,1 @@
+"""Plan, preflight and launch files for a cluster."""

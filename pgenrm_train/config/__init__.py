@@ -144,7 +144,11 @@ def parse(composed: Any, checked: bool = True) -> Config:
 
     register_resolvers()
     # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True) if OmegaConf.is_config(composed) else composed
+    plain = (
+        OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        if OmegaConf.is_config(composed)
+        else composed
+    )
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     place(config)

@@ -45,7 +45,10 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     **{f"{stage}.null_policy": NULL_POLICIES for stage in ("cre", "curriculum")},
     "curriculum.schedule": ("linear", "cosine", "step", "self_paced", "uniform", "anti"),
     "curriculum.hard_by": ("hardness", "history", "scenario"),
-    **{f"{stage}.masking": ("full", "masked", "history_dropout", "mixed") for stage in ("psi", "cre", "curriculum", "eval")},
+    **{
+        f"{stage}.masking": ("full", "masked", "history_dropout", "mixed")
+        for stage in ("psi", "cre", "curriculum", "eval")
+    },
 }
 PREFLIGHT = (
     "disk", "store", "memory", "versions", "gpus", "shared_memory", "ports", "ray", "data", "model", "wandb", "teacher", "judge",
@@ -77,7 +80,9 @@ def check(config: Config) -> None:
     if (k := config.prototypes.k) != "auto" and not (isinstance(k, int) and k > 0):
         raise ConfigError(f"prototypes.k={k} must be a number from 1, or auto")
     if not 0 < config.prototypes.retained_mass <= 1:
-        raise ConfigError(f"prototypes.retained_mass={config.prototypes.retained_mass} must be above 0 and at most 1")
+        raise ConfigError(
+            f"prototypes.retained_mass={config.prototypes.retained_mass} must be above 0 and at most 1"
+        )
     if config.score.pro < 0:
         raise ConfigError(f"score.pro={config.score.pro} must be at least 0")
     if config.cluster.max_failures < 0:
@@ -88,9 +93,13 @@ def check(config: Config) -> None:
     if not 0 < config.sec.near_duplicate <= 1:
         raise ConfigError(f"sec.near_duplicate={config.sec.near_duplicate} must be above 0 and at most 1")
     if not 0 <= config.masking.show_probability <= 1:
-        raise ConfigError(f"masking.show_probability={config.masking.show_probability} must be within 0 and 1")
+        raise ConfigError(
+            f"masking.show_probability={config.masking.show_probability} must be within 0 and 1"
+        )
     if config.model.max_text_tokens is not None and config.model.max_text_tokens < 1:
-        raise ConfigError(f"model.max_text_tokens={config.model.max_text_tokens} must be at least 1, or null for no limit")
+        raise ConfigError(
+            f"model.max_text_tokens={config.model.max_text_tokens} must be at least 1, or null for no limit"
+        )
     for key in _POSITIVE:
         if (value := get(config, key)) is not None and value <= 0:
             raise ConfigError(f"{key}={get(config, key)} must be above 0")
@@ -102,9 +111,13 @@ def check(config: Config) -> None:
     if config.plan.card not in config.plan.cards:
         raise ConfigError(not_one_of("plan.card", config.plan.card, config.plan.cards))
     if config.data.name == "pairs" and not config.data.path:
-        raise ConfigError("data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema")
+        raise ConfigError(
+            "data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema"
+        )
     if config.data.only and config.data.name not in ("pairs", "chatbot_arena", "prism_personalized"):
-        raise ConfigError(f"data.only picks rows of votes, and data={config.data.name} is made of something else; leave it out")
+        raise ConfigError(
+            f"data.only picks rows of votes, and data={config.data.name} is made of something else; leave it out"
+        )
     for section in ("cre", "curriculum"):
         _check_grpo(section, getattr(config, section))
     for section in ("teacher", "judge"):
@@ -134,30 +147,45 @@ def check(config: Config) -> None:
 def _check_eval(config: Config) -> None:
     for key in ("eval.ind", "eval.pro"):
         value = get(config, key)
-        if not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value])) or value == []:
+        if (
+            not all(isinstance(n, int) and n >= 0 for n in (value if isinstance(value, list) else [value]))
+            or value == []
+        ):
             raise ConfigError(f"{key}={value} must be a number from 0 or a list of them")
     if max(sizes(config.eval.ind)) + max(sizes(config.eval.pro)) == 0:
         raise ConfigError("eval.ind=0 needs eval.pro above 0: a score takes at least one chain")
     weights = config.eval.weights
     if len(weights) != 2 or min(weights) < 0 or not sum(weights):
-        raise ConfigError(f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, one above 0")
+        raise ConfigError(
+            f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, one above 0"
+        )
     if config.eval.scores == "verified" and config.data.name == "lampqa":
         raise ConfigError("eval.scores=verified is for pairs; data=lampqa ranks by the declared scores")
     for kind in config.eval.probe_kinds:
         if kind not in PROBES:
             raise ConfigError(not_one_of("eval.probe_kinds", kind, PROBES))
     if config.eval.compare and len(config.eval.compare) != 2:
-        raise ConfigError(f"eval.compare={config.eval.compare} must name two run folders: eval.compare=[runA,runB]")
+        raise ConfigError(
+            f"eval.compare={config.eval.compare} must name two run folders: eval.compare=[runA,runB]"
+        )
     if config.eval.adaptive is not None and not 0 < config.eval.adaptive < 1:
-        raise ConfigError(f"eval.adaptive={config.eval.adaptive} is an error level and must lie between 0 and 1")
-    if config.eval.adaptive is not None and (isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list)):
-        raise ConfigError("eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists")
+        raise ConfigError(
+            f"eval.adaptive={config.eval.adaptive} is an error level and must lie between 0 and 1"
+        )
+    if config.eval.adaptive is not None and (
+        isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list)
+    ):
+        raise ConfigError(
+            "eval.adaptive draws for one cell and needs eval.ind and eval.pro to be numbers, not lists"
+        )
     if config.eval.adaptive is not None and max(sizes(config.eval.ind)) == 1:
         raise ConfigError("eval.adaptive stops the sampling of own chains and needs eval.ind above 1")
     if config.eval.temperature < 0:
         raise ConfigError(f"eval.temperature={config.eval.temperature} must be at least 0")
     if config.eval.temperature == 0 and (max(sizes(config.eval.ind)) > 1 or config.eval.seeds > 1):
-        raise ConfigError("eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1")
+        raise ConfigError(
+            "eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1"
+        )
 
 
 def _check_engines(cluster: ClusterConfig) -> None:
@@ -174,11 +202,17 @@ def psi_problems(config: Config) -> list[str]:
     shared = psi.sequence_parallel
     problems = []
     if shared > 1 and psi.micro_batch_size > 1:
-        problems.append(f"psi.sequence_parallel={shared} needs psi.micro_batch_size=1; it is {psi.micro_batch_size}")
+        problems.append(
+            f"psi.sequence_parallel={shared} needs psi.micro_batch_size=1; it is {psi.micro_batch_size}"
+        )
     if shared > 1 and psi.packing:
-        problems.append(f"psi.sequence_parallel={shared} shares out one sequence at a time; psi.packing must be false or null")
+        problems.append(
+            f"psi.sequence_parallel={shared} shares out one sequence at a time; psi.packing must be false or null"
+        )
     if ranks % shared:
-        problems.append(f"psi.sequence_parallel={shared} must divide the {ranks} processes of cluster.processes_per_node")
+        problems.append(
+            f"psi.sequence_parallel={shared} must divide the {ranks} processes of cluster.processes_per_node"
+        )
     elif psi.batch_size * shared % (psi.micro_batch_size * ranks):
         unit = f"{psi.micro_batch_size} × {ranks}" + (f" ÷ {shared}" if shared > 1 else "")
         divisor = "psi.micro_batch_size × processes" + (" ÷ psi.sequence_parallel" if shared > 1 else "")
@@ -193,8 +227,12 @@ def _check_model(config: Config) -> None:
         if name not in BASELINES:
             raise ConfigError(not_one_of(key, name, BASELINES))
         if name == "oracle" and config.data.name != "personaworld":
-            raise ConfigError(f"{key}=oracle knows data=personaworld only, and not data={config.data.name}; leave it out")
-    asked = {"endpoint": ("evaluate", "score"), "reward_head": ("evaluate",), "callable": ("evaluate",)}.get(model.kind)
+            raise ConfigError(
+                f"{key}=oracle knows data=personaworld only, and not data={config.data.name}; leave it out"
+            )
+    asked = {"endpoint": ("evaluate", "score"), "reward_head": ("evaluate",), "callable": ("evaluate",)}.get(
+        model.kind
+    )
     if asked is not None and config.recipe not in ("build_data", *asked):
         raise ConfigError(
             f"model={model.kind} is for recipe={' or '.join(asked)}; recipe={config.recipe} needs one with weights that writes chains"
@@ -208,7 +246,9 @@ def _check_model(config: Config) -> None:
             f"model.prompt={model.prompt} is for recipe=evaluate and recipe=score; recipe={config.recipe} needs p_genrm"
         )
     if model.prompt == "persona" and model.kind != "endpoint":
-        raise ConfigError(f"model.prompt=persona takes two calls and needs model=endpoint; model.kind={model.kind}")
+        raise ConfigError(
+            f"model.prompt=persona takes two calls and needs model=endpoint; model.kind={model.kind}"
+        )
     if model.prompt == "persona" and config.eval.split == "train":
         raise ConfigError(
             "model.prompt=persona reads one history a user, which may hold pairs of eval.split=train; use val or test"
@@ -224,7 +264,9 @@ def _check_psi(config: Config) -> None:
     if psi.evaluate_every < 0:
         raise ConfigError(f"psi.evaluate_every={psi.evaluate_every} must be at least 0")
     if psi.patience is not None and not psi.evaluate_every:
-        raise ConfigError(f"psi.patience={psi.patience} needs psi.evaluate_every above 0: it counts validations")
+        raise ConfigError(
+            f"psi.patience={psi.patience} needs psi.evaluate_every above 0: it counts validations"
+        )
 
 
 def _check_synthesis(config: Config) -> None:
@@ -251,7 +293,9 @@ def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
 def _check_curriculum(curriculum: CurriculumConfig) -> None:
     low, high = curriculum.hard_low, curriculum.hard_high
     if not 0 <= low <= high <= 1:
-        raise ConfigError(f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order within 0 and 1")
+        raise ConfigError(
+            f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order within 0 and 1"
+        )
     for key in ("hard_share_start", "hard_share_end", "suspect_weight"):
         if not 0 <= getattr(curriculum, key) <= 1:
             raise ConfigError(f"curriculum.{key}={getattr(curriculum, key)} must be within 0 and 1")
@@ -261,7 +305,9 @@ def _check_curriculum(curriculum: CurriculumConfig) -> None:
             f"{curriculum.hard_by}"
         )
     if curriculum.prototypes and not curriculum.construct:
-        raise ConfigError("curriculum.prototypes is read by curriculum.construct=true alone; give both or neither")
+        raise ConfigError(
+            "curriculum.prototypes is read by curriculum.construct=true alone; give both or neither"
+        )
     if curriculum.mine and curriculum.mining_samples < 2:
         raise ConfigError(
             f"curriculum.mining_samples={curriculum.mining_samples} must be at least 2, one chain in each order; or use "
@@ -276,7 +322,9 @@ def _check_grpo(section: str, grpo: GrpoConfig) -> None:
     if not 0 <= grpo.max_null_share <= 1:
         raise ConfigError(f"{section}.max_null_share={grpo.max_null_share} must be within 0 and 1")
     if grpo.group_size < 2:
-        raise ConfigError(f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt")
+        raise ConfigError(
+            f"{section}.group_size={grpo.group_size} must be at least 2: GRPO compares samples of one prompt"
+        )
     if grpo.prompts_per_step % grpo.mini_batch_prompts:
         raise ConfigError(
             f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of {section}.mini_batch_prompts={grpo.mini_batch_prompts}"

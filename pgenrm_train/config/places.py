@@ -20,9 +20,13 @@ URL = re.compile(r"([A-Za-z][\w+.:-]*)://(.*)", re.DOTALL)  # with ":" for chain
 def place(config: Config) -> None:
     """A `run_dir` that is a URL becomes `store`, and `run_dir` its mirror.  Raises ConfigError for what is no URL of a run."""
     if URL.fullmatch(config.mirror):
-        raise ConfigError(f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir=")
+        raise ConfigError(
+            f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir="
+        )
     if match := re.fullmatch(r"(\w{2,}):/([^/].*)", config.run_dir):
-        raise ConfigError(f"run_dir={config.run_dir} is neither a folder nor a URL; did you mean {match[1]}://{match[2]}?")
+        raise ConfigError(
+            f"run_dir={config.run_dir} is neither a folder nor a URL; did you mean {match[1]}://{match[2]}?"
+        )
     if URL.fullmatch(config.run_dir):
         config.store = plain_url(config.run_dir)
         config.run_dir = mirror_of(config.store, config.mirror)

@@ -45,17 +45,23 @@ class DataConfig:
     name: str = "personaworld"  # builder in data_builders/
     path: str | None = None  # file or folder of the raw source
     history_size: int = 3  # h, the paper's best (METHOD §1)
-    history_policy: str = "random"  # random (paper) · recent · most_similar (query) · same_scenario (of PersonaWorld)
+    history_policy: str = (
+        "random"  # random (paper) · recent · most_similar (query) · same_scenario (of PersonaWorld)
+    )
     history_kind: str | None = None  # draw history only from pairs of this kind
     max_train_pairs: int | None = None
     max_val_pairs: int | None = None
     max_test_pairs: int | None = None
     on_bad_row: str = "fail"  # fail · skip (counted and listed)
-    on_overlap: str = "fail"  # votes that a user casts again in a later split of the source: fail · drop (counted)
+    on_overlap: str = (
+        "fail"  # votes that a user casts again in a later split of the source: fail · drop (counted)
+    )
     split_by: str = "source"  # source: what the records say · within_user · user_disjoint · pair (one split for all voters on it)
     near_duplicates: bool = True  # in the leak report; the slow part of it
     answers: str | None = None  # LaMP-QA: file of the models' answers
-    only: dict[str, Any] = field(default_factory=dict)  # keep rows whose column has this value, e.g. {shared_context: "True"}
+    only: dict[str, Any] = field(
+        default_factory=dict
+    )  # keep rows whose column has this value, e.g. {shared_context: "True"}
     # PRISM
     min_rating_gap: float = 10.0  # points between two ratings that make a pair
     # PersonaWorld
@@ -94,13 +100,17 @@ class ModelConfig:
     path: str | None = None  # a local checkpoint; overrides what the run folder holds
     base_url: str | None = None
     api_key_env: str | None = None
-    prompt: str = "p_genrm"  # of evaluate and score: p_genrm · judge · judge_history · persona (see prompt_styles)
+    prompt: str = (
+        "p_genrm"  # of evaluate and score: p_genrm · judge · judge_history · persona (see prompt_styles)
+    )
     instructions: bool = True  # system message with the task; nano learns the task from its chains instead
     max_prompt_tokens: int = 4096
     max_text_tokens: int | None = None  # longer queries and responses are cut to this and counted
     max_response_tokens: int = 8192
     dtype: str = "bfloat16"
-    attention: str = "sdpa"  # flash_attention_2 where flash-attn is installed: packing without padding on veRL
+    attention: str = (
+        "sdpa"  # flash_attention_2 where flash-attn is installed: packing without padding on veRL
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
     nano: NanoConfig = field(default_factory=NanoConfig)
 
@@ -113,7 +123,9 @@ class ClusterConfig:
     processes_per_node: int = 1  # ranks of FSDP and DeepSpeed; on cuda: GPUs
     zero_stage: int = 0  # DeepSpeed
     offload_optimizer: bool = False
-    max_failures: int = 3  # new starts of a training stage from its newest checkpoint after it has lost its engine or a node
+    max_failures: int = (
+        3  # new starts of a training stage from its newest checkpoint after it has lost its engine or a node
+    )
     tensor_parallel: int = 1  # of a vLLM replica
     engines: int | None = None  # vLLM replicas that evaluate; null: as many as the processes hold
     gpu_memory_utilization: float = 0.6  # of vLLM while it shares a GPU with the actor
@@ -125,7 +137,9 @@ class ClusterConfig:
 class EndpointConfig:
     """Who writes chains (teacher) or rates them (judge): a rule, a model behind an OpenAI-compatible API, or nobody."""
 
-    kind: str = "none"  # teacher: oracle · features · endpoint · vllm;  judge: oracle · none · endpoint · vllm
+    kind: str = (
+        "none"  # teacher: oracle · features · endpoint · vllm;  judge: oracle · none · endpoint · vllm
+    )
     base_url: str | None = None
     name: str | None = None
     api_key_env: str | None = None
@@ -143,14 +157,20 @@ class EndpointConfig:
     structured: str = "json_schema"  # json_schema · json_object · none: how a judge's answer is constrained
     dollars_per_million_in: float = 0.0
     dollars_per_million_out: float = 0.0
-    max_dollars: float | None = None  # the run stops when this much was spent; what was answered stays in the cache
+    max_dollars: float | None = (
+        None  # the run stops when this much was spent; what was answered stays in the cache
+    )
     max_total_tokens: int | None = None
 
 
 @dataclass
 class MaskingConfig:
-    policy: str | None = None  # null: each stage's own (psi.masking, cre.masking, curriculum.masking, eval.masking)
-    show_probability: float = 0.5  # of the criteria under `mixed`, of the whole history under `history_dropout`
+    policy: str | None = (
+        None  # null: each stage's own (psi.masking, cre.masking, curriculum.masking, eval.masking)
+    )
+    show_probability: float = (
+        0.5  # of the criteria under `mixed`, of the whole history under `history_dropout`
+    )
 
 
 @dataclass
@@ -168,9 +188,15 @@ class SecConfig:
     samples_per_pair: int = 4  # tries until one is kept
     orders_per_pair: int = 1  # presentation orders asked a pair: 1 (balanced over pairs) or 2
     max_chains: int | None = None
-    second_chance: bool = True  # the next try is told what was wrong with the form of the last, never that its ranking was
-    synthesize_criteria: bool = False  # the teacher infers criteria of users who stated nothing, for CRE's judge (METHOD §4)
-    near_duplicate: float = 0.9  # similarity of two analyses (Jaccard, word triples) from which the second teaches nothing new
+    second_chance: bool = (
+        True  # the next try is told what was wrong with the form of the last, never that its ranking was
+    )
+    synthesize_criteria: bool = (
+        False  # the teacher infers criteria of users who stated nothing, for CRE's judge (METHOD §4)
+    )
+    near_duplicate: float = (
+        0.9  # similarity of two analyses (Jaccard, word triples) from which the second teaches nothing new
+    )
 
 
 @dataclass
@@ -192,10 +218,16 @@ class PsiConfig:
     log_every: int = 10
     keep_checkpoints: int = 2  # and the one that validation liked best
     packing: bool | None = None  # sequences in one row without padding; null: on GPUs
-    sequence_parallel: int = 1  # processes that share one sequence (Ulysses), for chats that one GPU cannot hold
+    sequence_parallel: int = (
+        1  # processes that share one sequence (Ulysses), for chats that one GPU cannot hold
+    )
     score_weight: float = 1.0  # loss weight of a token from <JSON_START> on; those of the analysis have 1
-    liger: bool = False  # Liger's kernels for norms, rotations and activations, where the package is installed
-    evaluate_every: int = 0  # steps between validations by generation; 0: none, and the last checkpoint is published
+    liger: bool = (
+        False  # Liger's kernels for norms, rotations and activations, where the package is installed
+    )
+    evaluate_every: int = (
+        0  # steps between validations by generation; 0: none, and the last checkpoint is published
+    )
     evaluate_pairs: int = 64  # validation pairs asked, in both orders
     patience: int | None = None  # validations without a better accuracy that end training; null: never
     nano_start: str | None = None  # nano only: a shipped checkpoint to go on from instead of random weights
@@ -223,13 +255,17 @@ class GrpoConfig:
     outcome_weight: float = 1.0
     process_weight: float = 0.5
     format_error: float = -0.1
-    verified_weight: float = 0.0  # of the agreement of declared scores with the rubric's own sums; not in the paper
+    verified_weight: float = (
+        0.0  # of the agreement of declared scores with the rubric's own sums; not in the paper
+    )
     null_policy: str = "drop_process_for_group"  # a judge without a verdict: see rewards; or group_mean, stop
     resample: int = 0  # times that a group without advantage (all rewards equal) is sampled anew
     max_null_share: float = 0.5  # of a step's judged chains without a verdict: more end the run, resumably
     save_every: int = 50
     validate_every: int = 25  # steps between validations, the start and the end included; 0: none
-    validate_pairs: int = 64  # of the validation split, asked in both orders with their own, another user's and no history
+    validate_pairs: int = (
+        64  # of the validation split, asked in both orders with their own, another user's and no history
+    )
     keep_checkpoints: int = 2
     stall_seconds: float = 1800.0  # the watchdog ends a run that made no progress for this long
 
@@ -245,12 +281,20 @@ class CurriculumConfig(GrpoConfig):
     hard_by: str = "hardness"  # hardness · history (short ones are hard) · scenario (rare ones are)
     mine: bool = True  # false: hardness from texts, ratings and other users' votes, without a model
     similarity: str = "trigrams"  # of the two responses: their character trigrams, or an embedder as prototypes.embedder names it
-    mining_samples: int = 4  # K chains a pair from the CRE model, on all of `rows`, half of them in each order
-    hard_low: float = 0.25  # a pair is hard when the share of its chains that rank chosen first lies between these;
-    hard_high: float = 0.75  # below, the model contradicts the vote, and where it does so confidently the pair is suspect
+    mining_samples: int = (
+        4  # K chains a pair from the CRE model, on all of `rows`, half of them in each order
+    )
+    hard_low: float = (
+        0.25  # a pair is hard when the share of its chains that rank chosen first lies between these;
+    )
+    hard_high: float = (
+        0.75  # below, the model contradicts the vote, and where it does so confidently the pair is suspect
+    )
     suspect_weight: float = 0.5  # how often a suspect pair is drawn against another one that is not hard
     user_balanced: bool = False  # users take turns instead of pairs
-    construct: bool = False  # up to half of `rows`: votes against the majority of other users, and near-equal ratings
+    construct: bool = (
+        False  # up to half of `rows`: votes against the majority of other users, and near-equal ratings
+    )
     prototypes: str | None = (
         None  # a finished `prototypes` folder: construct also takes votes against another prototype's majority
     )
@@ -282,14 +326,26 @@ class EvalConfig:
     seeds: int = 5
     ind: Any = 1  # m own samples a pair and order: a number, or a list for a grid beside the Ind-1 headline
     pro: Any = 0  # n chains from the histories of similar users: a number or a list
-    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of the mean of own samples and of similar users' mean
-    scores: str = "declared"  # of a chain, or verified: recomputed from its own criteria; one that cannot be then fails
-    adaptive: float | None = None  # error level at which sampling of a pair stops before eval.ind; null: all are drawn
-    one_pair_ind: list[int] = field(default_factory=list)  # a second grid, for users of whom one history pair is known
+    weights: list[float] = field(
+        default_factory=lambda: [1.0, 1.0]
+    )  # of the mean of own samples and of similar users' mean
+    scores: str = (
+        "declared"  # of a chain, or verified: recomputed from its own criteria; one that cannot be then fails
+    )
+    adaptive: float | None = (
+        None  # error level at which sampling of a pair stops before eval.ind; null: all are drawn
+    )
+    one_pair_ind: list[int] = field(
+        default_factory=list
+    )  # a second grid, for users of whom one history pair is known
     one_pair_pro: list[int] = field(default_factory=list)
     grid_pairs: int | None = None  # pairs of the grids; null: all
-    grid_seeds: int = 1  # pools of the grids: each draws every sample anew, and the standard error is over them
-    temperature: float = 0.7  # as in training, chains are sampled; 0 is greedy, for one sample a question only
+    grid_seeds: int = (
+        1  # pools of the grids: each draws every sample anew, and the standard error is over them
+    )
+    temperature: float = (
+        0.7  # as in training, chains are sampled; 0 is greedy, for one sample a question only
+    )
     max_in_flight: int = 256
     draws: int = 2000  # of the bootstrap
     probes: bool = True
@@ -313,7 +369,9 @@ class ScoreConfig:
 class PreflightConfig:
     only: bool = False  # check, print a table, start nothing
     skip: list[str] = field(default_factory=list)  # checks by name, see docs/troubleshooting.md
-    ring: bool | None = None  # an all-reduce over this node's processes; null: on GPUs, where there are several
+    ring: bool | None = (
+        None  # an all-reduce over this node's processes; null: on GPUs, where there are several
+    )
 
 
 @dataclass
@@ -347,12 +405,16 @@ class PlanConfig:
     cards: dict[str, CardConfig] = field(default_factory=_cards)
     mfu: float = 0.35  # model FLOPs of training and prefill over the card's peak
     bandwidth_use: float = 0.5  # of the card's memory bandwidth while tokens are generated
-    tokens_per_second: float | None = None  # generated by one GPU, when you have measured it; null: from the bandwidth
+    tokens_per_second: float | None = (
+        None  # generated by one GPU, when you have measured it; null: from the bandwidth
+    )
     prompt_tokens: int = 2000  # mean lengths, at most the model's limits; memory is planned for the limits
     response_tokens: int = 1000
     pairs: int | None = None  # training pairs; null: what the data configuration or file tells
     test_pairs: int | None = None
-    sbatch: list[str] = field(default_factory=list)  # more options for SLURM, e.g. ["--partition=gpu","--account=me"]
+    sbatch: list[str] = field(
+        default_factory=list
+    )  # more options for SLURM, e.g. ["--partition=gpu","--account=me"]
     image: str = "pgenrm-train:0.1.0"  # Kubernetes: the image of the Dockerfile,
     volume_claim: str = "pgenrm-runs"  # a ReadWriteMany claim that is mounted at /runs,
     secret: str = "pgenrm-secrets"  # and the secret that holds the keys, each under its variable's name
@@ -366,7 +428,9 @@ class RayConfig:
 @dataclass
 class Config:
     recipe: str = "???"
-    run_dir: str = "runs/${data.name}-${model.label}-${pipeline.budget}"  # a folder, or any fsspec URL (s3://…, gs://…)
+    run_dir: str = (
+        "runs/${data.name}-${model.label}-${pipeline.budget}"  # a folder, or any fsspec URL (s3://…, gs://…)
+    )
     mirror: str = "runs/mirror"  # where this machine keeps its copies of runs at URLs
     store: str | None = None  # the URL; set from run_dir, which then is the mirror's folder
     seed: int = 0

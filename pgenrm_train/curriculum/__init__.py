@@ -1,0 +1,1 @@
+"""The hard-negative curriculum: hardness, sampler, decks."""

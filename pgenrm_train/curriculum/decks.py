@@ -30,8 +30,13 @@ class Decks:
         held = first + np.bincount(deck_of[members], minlength=size).astype(np.int32)
         self._order, self._place, self._first = _numbers(order), _numbers(place), _numbers(first)
         self._deck = _numbers(np.ascontiguousarray(deck_of, dtype=np.int32))
-        self._fresh, self._held = _numbers(held.copy()), _numbers(held)  # ends of the fresh and of the dealt region
-        self._order_before: dict[int, int] = {}  # position → card, and deck → borders, as they were at the start
+        self._fresh, self._held = (
+            _numbers(held.copy()),
+            _numbers(held),
+        )  # ends of the fresh and of the dealt region
+        self._order_before: dict[
+            int, int
+        ] = {}  # position → card, and deck → borders, as they were at the start
         self._borders_before: dict[int, tuple[int, int]] = {}
 
     def size(self, deck: int) -> int:
@@ -84,7 +89,9 @@ class Decks:
         for deck, borders in self._borders_before.items():
             self._fresh[deck], self._held[deck] = borders
         self._order_before = {position: self._order[position] for position, _ in state["order"]}
-        self._borders_before = {deck: (self._fresh[deck], self._held[deck]) for deck, _, _ in state["borders"]}
+        self._borders_before = {
+            deck: (self._fresh[deck], self._held[deck]) for deck, _, _ in state["borders"]
+        }
         for position, card in state["order"]:
             self._order[position], self._place[card] = card, position
         for deck, fresh, held in state["borders"]:

@@ -19,8 +19,8 @@ from hashlib import sha256
 from itertools import pairwise
 from types import MappingProxyType
 
-from pgenrm_train.hardness import Votes, key_of
-from pgenrm_train.records import ContentKey, Message, PreferencePair
+from pgenrm_train.curriculum.hardness import Votes, key_of
+from pgenrm_train.records.pairs import ContentKey, Message, PreferencePair
 
 FLIP, PROTOTYPE_FLIP, NEAR_TIE, GIVEN = "cross_user_flip", "prototype_flip", "near_tie", "given"
 
@@ -48,7 +48,9 @@ def hard_negatives(
         own = prototype_of.get(pair.user_id)
         if _against(pair, votes):
             made.append(HardNegative(pair, FLIP))
-        elif own is not None and any(_against(pair, camp) for prototype, camp in camps.items() if prototype != own):
+        elif own is not None and any(
+            _against(pair, camp) for prototype, camp in camps.items() if prototype != own
+        ):
             made.append(HardNegative(pair, PROTOTYPE_FLIP))
     return made
 
@@ -83,14 +85,18 @@ def near_ties(pairs: Iterable[PreferencePair], near: float) -> list[PreferencePa
 def _rated(pairs: Iterable[PreferencePair]) -> list[tuple[PreferencePair, dict[str, float]]]:
     """For each user and context, one of its pairs and text → rating; a text rated twice and differently is left out."""
     sources: dict[tuple[str, str, tuple[Message, ...]], PreferencePair] = {}
-    ratings: dict[tuple[str, str, tuple[Message, ...]], dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
+    ratings: dict[tuple[str, str, tuple[Message, ...]], dict[str, set[float]]] = defaultdict(
+        lambda: defaultdict(set)
+    )
     for pair in pairs:
         where = (pair.user_id, pair.conversation_id, pair.context)
         sources.setdefault(where, pair)
         for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
             if score is not None:
                 ratings[where][text].add(score)
-    agreed = {where: {text: min(s) for text, s in texts.items() if len(s) == 1} for where, texts in ratings.items()}
+    agreed = {
+        where: {text: min(s) for text, s in texts.items() if len(s) == 1} for where, texts in ratings.items()
+    }
     return [(sources[where], texts) for where, texts in agreed.items()]
 
 

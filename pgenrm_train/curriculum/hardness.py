@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import ContentKey, PreferencePair, content_key
+from pgenrm_train.records.pairs import ContentKey, PreferencePair, content_key
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 SIGNALS = ("similarity", "length_ratio", "rating_gap", "disagreement")
@@ -42,7 +42,10 @@ MEASURED = ("pass_rate", "margin", "verified_margin", "order_gap", "samples", "f
 CONFIDENT = 1.0  # points of the 1–10 scale
 ORDERS_DIFFER = 0.5  # order gap from which the verdict follows the order rather than the content
 PREFIX = 20_000  # characters that the trigrams read
-ORDERS = {"history": "short history ({:g} items)", "scenario": "rare scenario ({:.1%} of the pairs)"}  # hard when small
+ORDERS = {
+    "history": "short history ({:g} items)",
+    "scenario": "rare scenario ({:.1%} of the pairs)",
+}  # hard when small
 STRIKING = 0.75  # rank from which a signal is given as a reason
 
 
@@ -73,13 +76,18 @@ def key_of(pair: PreferencePair) -> ContentKey:
     return content_key(pair.context, (pair.chosen, pair.rejected))
 
 
-def signals(pairs: Sequence[PreferencePair], votes: Votes, embed: Embed | None = None) -> dict[str, np.ndarray]:
+def signals(
+    pairs: Sequence[PreferencePair], votes: Votes, embed: Embed | None = None
+) -> dict[str, np.ndarray]:
     """The model-free signals, one array of shape (N,) each, NaN where the data hold nothing.
 
     embed: texts → (N, d), rows of length 1; None compares trigrams.
     """
     alike = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
-    rows = [(like, _length_ratio(p), _rating_gap(p), votes.disagreement(p)) for like, p in zip(alike, pairs, strict=True)]
+    rows = [
+        (like, _length_ratio(p), _rating_gap(p), votes.disagreement(p))
+        for like, p in zip(alike, pairs, strict=True)
+    ]
     columns = np.array(rows, dtype=float).reshape(len(rows), len(SIGNALS))
     return dict(zip(SIGNALS, columns.T, strict=True))
 
@@ -138,7 +146,9 @@ def model_free(found: Mapping[str, np.ndarray]) -> np.ndarray:
     table = np.array(list(ranks(found).values()))
     known = np.isfinite(table)
     if not known.any():
-        raise ConfigError("curriculum.mine=false needs a signal that tells pairs apart, and these data hold none; use mine=true")
+        raise ConfigError(
+            "curriculum.mine=false needs a signal that tells pairs apart, and these data hold none; use mine=true"
+        )
     counts = known.sum(axis=0)
     mean = np.where(known, table, 0.0).sum(axis=0) / np.maximum(counts, 1)
     return np.where(counts > 0, mean, 0.5)
@@ -155,7 +165,9 @@ def by_order(values: np.ndarray, name: str) -> np.ndarray:
     """True where a value is small: its mid-rank is below the median's.  Raises ConfigError when all values are one."""
     rank = _rank(-values)
     if not np.isfinite(rank).any():
-        raise ConfigError(f"curriculum.hard_by={name} finds the same {name} in every pair; use curriculum.hard_by=hardness")
+        raise ConfigError(
+            f"curriculum.hard_by={name} finds the same {name} in every pair; use curriculum.hard_by=hardness"
+        )
     return np.asarray(rank > 0.5)
 
 
@@ -164,7 +176,9 @@ def wavers(pass_rates: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.asarray((pass_rates >= low) & (pass_rates <= high))
 
 
-def is_suspect(pass_rates: np.ndarray, margins: np.ndarray, order_gaps: np.ndarray, parsed: np.ndarray, low: float) -> np.ndarray:
+def is_suspect(
+    pass_rates: np.ndarray, margins: np.ndarray, order_gaps: np.ndarray, parsed: np.ndarray, low: float
+) -> np.ndarray:
     """True where the model contradicts the vote confidently and consistently; an unknown order gap (NaN) contradicts nothing.
 
     parsed: share of the chains that could be read.
@@ -191,7 +205,9 @@ def records(
     size = len(ids)
     out: dict[str, list[Any]] = {"index": list(range(size)), "pair_id": list(ids)}
     if mined is not None:
-        rates, margins, gaps, samples = (column(mined, name) for name in ("pass_rate", "margin", "order_gap", "samples"))
+        rates, margins, gaps, samples = (
+            column(mined, name) for name in ("pass_rate", "margin", "order_gap", "samples")
+        )
         parsed = 1 - column(mined, "failures") / samples
         hard, suspect = wavers(rates, low, high), is_suspect(rates, margins, gaps, parsed, low)
         out |= {name: [row[name] for row in mined] for name in MEASURED}
@@ -204,10 +220,18 @@ def records(
         score = model_free(found)
         hard, suspect = harder_half(score), np.zeros(size, dtype=bool)
         out["model_free_hardness"] = score.tolist()
-    telling = [""] * size if found is None else _striking(found) if by not in ORDERS else [*map(ORDERS[by].format, found[by])]
+    telling = (
+        [""] * size
+        if found is None
+        else _striking(found)
+        if by not in ORDERS
+        else [*map(ORDERS[by].format, found[by])]
+    )
     out["hard"], out["suspect"] = hard.tolist(), suspect.tolist()
     out["why"] = [
-        _why(mined[i] if mined is not None else None, telling[i], bool(suspect[i])) if hard[i] or suspect[i] else ""
+        _why(mined[i] if mined is not None else None, telling[i], bool(suspect[i]))
+        if hard[i] or suspect[i]
+        else ""
         for i in range(size)
     ]
     return out
@@ -235,7 +259,11 @@ def _why(row: Mapping[str, Any] | None, telling: str, suspect: bool) -> str:
     if row is None:
         return telling or "harder than most by all signals together"
     passed = f"{row['pass_rate']:.0%} of {row['samples']} chains rank the chosen response first"
-    said = [f"contradicted: {passed}, by {row['margin']:+.1f} points on average" if suspect else f"wavers: {passed}"]
+    said = [
+        f"contradicted: {passed}, by {row['margin']:+.1f} points on average"
+        if suspect
+        else f"wavers: {passed}"
+    ]
     if row["order_gap"] is not None and row["order_gap"] >= ORDERS_DIFFER:
         said.append("the verdict follows the order")
     return "; ".join([*said, telling] if telling else said)

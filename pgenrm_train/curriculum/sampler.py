@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.decks import Decks
+from pgenrm_train.curriculum.decks import Decks
 from pgenrm_train.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
@@ -48,7 +48,10 @@ def hard_share(schedule: str, progress: float, start: float, end: float) -> floa
 
 def too_common(schedule: str, hard: Sequence[bool] | np.ndarray, start: float, end: float) -> str | None:
     """A sentence when more pairs are hard than the schedule asks for on average, so that it draws fewer of them than none would."""
-    natural, asked = float(np.mean(hard)), float(np.mean([hard_share(schedule, p, start, end) for p in np.linspace(0, 1, 101)]))
+    natural, asked = (
+        float(np.mean(hard)),
+        float(np.mean([hard_share(schedule, p, start, end) for p in np.linspace(0, 1, 101)])),
+    )
     if schedule == "uniform" or natural <= asked + 1e-9:
         return None
     return (
@@ -124,7 +127,9 @@ class CurriculumSampler:
         end: float = 0.8,
     ) -> None:
         if pairs < 1 or prompts_per_step < 1:
-            raise ConfigError(f"a sampler needs pairs and prompts_per_step, got {pairs} and {prompts_per_step}")
+            raise ConfigError(
+                f"a sampler needs pairs and prompts_per_step, got {pairs} and {prompts_per_step}"
+            )
         hard_share(schedule, 0.0, start, end)  # an unknown schedule fails here, before training
         self.pairs, self.prompts_per_step, self.steps, self.seed = pairs, prompts_per_step, steps, seed
         self.schedule, self.start, self.end, self.band = schedule, start, end, band
@@ -146,9 +151,13 @@ class CurriculumSampler:
             return {REST: Bucket(user_of, np.ones(self.pairs, dtype=bool))}
         if hard is None or len(hard) != self.pairs:
             got = "none" if hard is None else str(len(hard))
-            raise ConfigError(f"curriculum.schedule={self.schedule} needs the hardness of each of {self.pairs} pairs, got {got}")
+            raise ConfigError(
+                f"curriculum.schedule={self.schedule} needs the hardness of each of {self.pairs} pairs, got {got}"
+            )
         is_hard = np.asarray(hard, dtype=bool)
-        is_suspect = (np.zeros(self.pairs, dtype=bool) if suspect is None else np.asarray(suspect, dtype=bool)) & ~is_hard
+        is_suspect = (
+            np.zeros(self.pairs, dtype=bool) if suspect is None else np.asarray(suspect, dtype=bool)
+        ) & ~is_hard
         found = {HARD: Bucket(user_of, is_hard), REST: Bucket(user_of, ~is_hard & ~is_suspect)}
         return found | ({SUSPECT: Bucket(user_of, is_suspect)} if is_suspect.any() else {})
 
@@ -182,7 +191,9 @@ class CurriculumSampler:
         if pass_rates is not None:
             rates = np.array([np.nan if rate is None else rate for rate in pass_rates], dtype=float)
             if np.any((rates < 0) | (rates > 1)):
-                raise ConfigError(f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}")
+                raise ConfigError(
+                    f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}"
+                )
             known = np.isfinite(rates)
             counts[known], passes[known] = chains, chains * rates[known]
         return counts, passes
@@ -220,7 +231,9 @@ class CurriculumSampler:
         if not others:
             hard = size if available else 0
         else:  # a moving band may hold fewer pairs than the target asks for
-            hard = self._whole(HARD, self.target * size, min(size, available) if self.schedule == "self_paced" else size)
+            hard = self._whole(
+                HARD, self.target * size, min(size, available) if self.schedule == "self_paced" else size
+            )
         self.realised = hard / size
         doubtful = self._whole(SUSPECT, (size - hard) * weighted / others, size - hard) if weighted else 0
         if not self._count(REST):
@@ -255,7 +268,9 @@ class CurriculumSampler:
         """JSON-able; what `load_state_dict` needs to draw the next batch as if nothing had happened."""
         return {
             "buckets": {name: bucket.state_dict() for name, bucket in self.buckets.items()},
-            "evidence": [[pair, float(self.passes[pair]), float(self.chains[pair])] for pair in sorted(self.before)],
+            "evidence": [
+                [pair, float(self.passes[pair]), float(self.chains[pair])] for pair in sorted(self.before)
+            ],
             "carry": dict(self.carry),
             "target": self.target,
             "realised": self.realised,
@@ -265,12 +280,16 @@ class CurriculumSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`, which a sampler of the same arguments gave.  Raises ConfigError when its buckets are others."""
         if set(state["buckets"]) != set(self.buckets):
-            raise ConfigError(f"the sampler's state has buckets {sorted(state['buckets'])}, and this one {sorted(self.buckets)}")
+            raise ConfigError(
+                f"the sampler's state has buckets {sorted(state['buckets'])}, and this one {sorted(self.buckets)}"
+            )
         for name, bucket in self.buckets.items():
             bucket.load_state_dict(state["buckets"][name])
         for pair, (passes, chains) in self.before.items():
             self.passes[pair], self.chains[pair] = passes, chains
-        self.before = {pair: (float(self.passes[pair]), float(self.chains[pair])) for pair, _, _ in state["evidence"]}
+        self.before = {
+            pair: (float(self.passes[pair]), float(self.chains[pair])) for pair, _, _ in state["evidence"]
+        }
         for pair, passes, chains in state["evidence"]:
             self.passes[pair], self.chains[pair] = passes, chains
         self.carry, self.drawn = dict(state["carry"]), dict(state["drawn"])

@@ -1,0 +1,1 @@
+"""Prompts: history, masking and messages."""

@@ -17,7 +17,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 POLICIES = ("random", "recent", "most_similar", "same_scenario")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
@@ -27,7 +27,13 @@ class HistorySampler:
     """Draws `size` history items a pair from the `train` rows among `pairs`; O(rows) to build, O(rows of the user) a draw."""
 
     def __init__(
-        self, pairs: Iterable[PreferencePair], *, size: int, policy: str, kind: str | None = None, seed: int = 0
+        self,
+        pairs: Iterable[PreferencePair],
+        *,
+        size: int,
+        policy: str,
+        kind: str | None = None,
+        seed: int = 0,
     ) -> None:
         self.size, self.policy, self.seed = size, policy, seed
         self._by_user: dict[str, list[PreferencePair]] = defaultdict(list)
@@ -35,7 +41,9 @@ class HistorySampler:
             if pair.split == "train" and kind in (None, pair.kind):
                 self._by_user[pair.user_id].append(pair)
         for votes in self._by_user.values():
-            votes.sort(key=lambda p: -math.inf if p.time is None else p.time)  # stable: rows without times keep their order
+            votes.sort(
+                key=lambda p: -math.inf if p.time is None else p.time
+            )  # stable: rows without times keep their order
         self._queries: dict[str, _Queries] = {}
 
     def __call__(self, pair: PreferencePair, size: int | None = None) -> tuple[HistoryItem, ...]:
@@ -45,7 +53,9 @@ class HistorySampler:
         usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair)]
         return tuple(votes[i].as_history() for i in sorted(self._choose(pair, usable, votes, size)))
 
-    def _choose(self, pair: PreferencePair, indices: list[int], votes: list[PreferencePair], size: int) -> list[int]:
+    def _choose(
+        self, pair: PreferencePair, indices: list[int], votes: list[PreferencePair], size: int
+    ) -> list[int]:
         if self.policy == "recent":
             return indices[-size:] if size else []
         if self.policy == "most_similar":
@@ -68,7 +78,9 @@ def _may_show(vote: PreferencePair, asked: PreferencePair) -> bool:
         return False
     if asked.time is not None and (vote.time is None or vote.time >= asked.time):
         return False
-    return not asked.conversation_id or vote.conversation_id != asked.conversation_id or vote.turn <= asked.turn
+    return (
+        not asked.conversation_id or vote.conversation_id != asked.conversation_id or vote.turn <= asked.turn
+    )
 
 
 class _Queries:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
 
 POLICIES = ("full", "masked", "history_dropout", "mixed")
 
@@ -59,7 +59,9 @@ def present(pair: PreferencePair, history: Sequence[HistoryItem], order: int) ->
     Raises ValueError for another order.
     """
     if order not in (0, 1):
-        raise ValueError(f"order: {order!r} is not a presentation order; valid ones are 0 (chosen first) and 1 (chosen second)")
+        raise ValueError(
+            f"order: {order!r} is not a presentation order; valid ones are 0 (chosen first) and 1 (chosen second)"
+        )
     responses = (pair.chosen, pair.rejected) if order == 0 else (pair.rejected, pair.chosen)
     return Example(
         pair_id=pair.pair_id,
@@ -83,17 +85,27 @@ def apply_masking(
     one and of full views of the other.  Raises ConfigError for an unknown policy or a probability outside [0, 1].
     """
     if policy not in POLICIES:
-        raise ConfigError(f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(POLICIES)}")
+        raise ConfigError(
+            f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(POLICIES)}"
+        )
     if not 0.0 <= show_probability <= 1.0:
-        raise ConfigError(f"masking.show_probability: {show_probability!r} is not a probability; valid ones lie in [0, 1]")
+        raise ConfigError(
+            f"masking.show_probability: {show_probability!r} is not a probability; valid ones lie in [0, 1]"
+        )
     supervision = Supervision(example.chosen_index, example.explicit)
     if policy == "full" or (policy == "mixed" and rng.random() < show_probability):
         return FullView(example.context, example.history, example.responses, example.explicit), supervision
-    history = drop_history(example.history, rng, show_probability) if policy == "history_dropout" else example.history
+    history = (
+        drop_history(example.history, rng, show_probability)
+        if policy == "history_dropout"
+        else example.history
+    )
     return MaskedView(example.context, history, example.responses), supervision
 
 
-def drop_history(history: tuple[HistoryItem, ...], rng: random.Random, show_probability: float) -> tuple[HistoryItem, ...]:
+def drop_history(
+    history: tuple[HistoryItem, ...], rng: random.Random, show_probability: float
+) -> tuple[HistoryItem, ...]:
     """The whole history with `show_probability`, else k of its h items in their order, k uniform on 0..h."""
     if rng.random() < show_probability:
         return history

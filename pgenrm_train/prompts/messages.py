@@ -25,13 +25,23 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.records import ExplicitSignals
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.records.pairs import ExplicitSignals
 
 JSON_START = "<JSON_START>"
 JSON_END = "<JSON_END>"
 
-_SECTIONS = ("history", "query", "chosen", "rejected", "criteria", "self_description", "style", "attributes", "current")
+_SECTIONS = (
+    "history",
+    "query",
+    "chosen",
+    "rejected",
+    "criteria",
+    "self_description",
+    "style",
+    "attributes",
+    "current",
+)
 _TURNS = ("turn_user", "turn_assistant", "turn_system")
 TAGS = tuple(f"<{name}>" for name in (*_SECTIONS, *_TURNS, *(f"response_{i}" for i in range(1, 9))))
 """The delimiters, each worth one token in a small vocabulary; `<response_9>` and up exist but are not listed."""

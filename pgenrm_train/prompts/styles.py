@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompts import JSON_END, JSON_START, chat_messages, neutralise
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.messages import JSON_END, JSON_START, chat_messages, neutralise
 
 _VOTES = (
     "<history> with earlier votes of one user (<query>, the response they preferred as <chosen>, the other as <rejected>) or texts "
@@ -33,7 +33,9 @@ Explain your judgement in a few sentences. Then write {start}, one JSON object w
 gives every response a score from 1 (poor) to 10 (excellent), then {end}, and nothing after it. Example: \
 {start}{{"better_response": {{"response_1": 6.5, "response_2": 8}}}}{end}"""
 _QUALITY = "Rate how good each response is: helpful, relevant, accurate, deep, creative and as detailed as the query asks for."
-_PERSONAL = "Rate how much this particular user would like each response, which need not be what others would like."
+_PERSONAL = (
+    "Rate how much this particular user would like each response, which need not be what others would like."
+)
 
 
 def _judge(shown: str, task: str) -> str:
@@ -76,7 +78,9 @@ def persona_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, st
 
     Questions with equal histories ask for the same persona in the same words, so that it is written once.
     """
-    history = messages[-1]["content"].partition(_CURRENT)[0]  # texts are neutralised: no text can hold the tag
+    history = messages[-1]["content"].partition(_CURRENT)[
+        0
+    ]  # texts are neutralised: no text can hold the tag
     if messages[-1]["content"].startswith(_NO_HISTORY):
         return None
     return [{"role": "system", "content": PERSONA_INSTRUCTIONS}, {"role": "user", "content": history}]
@@ -86,4 +90,7 @@ def with_persona(messages: Sequence[Mapping[str, str]], persona: str) -> list[di
     """The question with the persona between votes and current query."""
     system, user = messages[0], messages[-1]
     before, _, after = user["content"].partition(_CURRENT)
-    return [dict(system), {"role": "user", "content": f"{before}\n<self_description>{neutralise(persona)}{_CURRENT}{after}"}]
+    return [
+        dict(system),
+        {"role": "user", "content": f"{before}\n<self_description>{neutralise(persona)}{_CURRENT}{after}"},
+    ]

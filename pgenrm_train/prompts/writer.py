@@ -12,10 +12,10 @@ from typing import Any
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompt_styles import styled_messages
-from pgenrm_train.records import HistoryItem, Message, PreferencePair, read_pairs
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.styles import styled_messages
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair, read_pairs
 
 PAIRS = "pairs.parquet"
 Messages = list[dict[str, str]]
@@ -31,7 +31,9 @@ def load_pairs(run_dir: Path) -> list[PreferencePair]:
 
 def histories(config: Config, pairs: Iterable[PreferencePair]) -> HistorySampler:
     data = config.data
-    return HistorySampler(pairs, size=data.history_size, policy=data.history_policy, kind=data.history_kind, seed=config.seed)
+    return HistorySampler(
+        pairs, size=data.history_size, policy=data.history_policy, kind=data.history_kind, seed=config.seed
+    )
 
 
 def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None) -> list[PreferencePair]:
@@ -63,7 +65,9 @@ class PromptWriter:
         self.config, self.tokenizer = config.model, tokenizer
         self.reserved = tuple(tokenizer.all_special_tokens)
         self.trimmed: Counter[str] = Counter()
-        self._cut = functools.lru_cache(2**16)(self._cut_anew)  # a vote is read in its own prompt and in the histories of others
+        self._cut = functools.lru_cache(2**16)(
+            self._cut_anew
+        )  # a vote is read in its own prompt and in the histories of others
 
     def __call__(self, view: MaskedView | FullView) -> Messages:
         """Raises DataError when even texts of one token would not fit."""
@@ -79,7 +83,9 @@ class PromptWriter:
             self.trimmed["prompts_cut_to_fit"] += 1
         self.trimmed["prompts"] += 1
         self.trimmed["texts"] += sum(a != b for a, b in zip(_texts(view), _texts(fitted), strict=True))
-        self.trimmed["prompts_left_with_equal_responses"] += len(set(fitted.responses)) < len(set(view.responses))
+        self.trimmed["prompts_left_with_equal_responses"] += len(set(fitted.responses)) < len(
+            set(view.responses)
+        )
         return self._messages(fitted)
 
     def told(self, what: str) -> str:
@@ -103,7 +109,9 @@ class PromptWriter:
         return len(encoded) < self.config.max_response_tokens
 
     def _messages(self, view: MaskedView | FullView) -> Messages:
-        return styled_messages(self.config.prompt, view, instructions=self.config.instructions, reserved=self.reserved)
+        return styled_messages(
+            self.config.prompt, view, instructions=self.config.instructions, reserved=self.reserved
+        )
 
     def _fits(self, view: MaskedView | FullView) -> bool:
         return len(self.ids(self._messages(view))) <= self.config.max_prompt_tokens
@@ -115,7 +123,9 @@ class PromptWriter:
             view,
             context=tuple(Message(m.role, self._cut(m.content, limit)) for m in view.context),
             history=tuple(
-                HistoryItem(self._cut(i.query, limit), self._cut(i.chosen, limit), self._cut(i.rejected, limit))
+                HistoryItem(
+                    self._cut(i.query, limit), self._cut(i.chosen, limit), self._cut(i.rejected, limit)
+                )
                 for i in view.history
             ),
             responses=tuple(self._cut(r, limit) for r in view.responses),
@@ -133,7 +143,9 @@ class PromptWriter:
             else:
                 high = middle - 1
         if best is None:
-            raise DataError(f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it")
+            raise DataError(
+                f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it"
+            )
         return best
 
     def _cut_anew(self, text: str, limit: int) -> str:

@@ -1,0 +1,1 @@
+"""User prototypes: clusters and their refinement."""

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pgenrm_train.prototypes import Prototypes, chunks
-from pgenrm_train.records import PreferencePair
+from pgenrm_train.prototypes.clusters import Prototypes, chunks
+from pgenrm_train.records.pairs import PreferencePair
 
 TYPICAL = 5  # criteria on a card
 
@@ -47,7 +47,10 @@ def _card(j: int, rows: Sequence[Row], refined: Prototypes, everyone: Mapping[st
         "analyses": len(members),
         "users": len({rows[i].pair.user_id for i in members}),
         "typical": [name for name in typical if weights[name] > everyone[name]] or typical[:1],
-        "criteria": {name: round(weights[name], 1) for name in sorted(weights, key=lambda n: (-weights[n], n))[: 2 * TYPICAL]},
+        "criteria": {
+            name: round(weights[name], 1)
+            for name in sorted(weights, key=lambda n: (-weights[n], n))[: 2 * TYPICAL]
+        },
         "nearest": _person(rows[members[distance.argmin()]]),
         "farthest": _person(rows[members[distance.argmax()]]),
     }
@@ -59,9 +62,15 @@ def cards_markdown(made: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f"## Prototype {card['prototype']}: {_plain(', '.join(card['typical'])) or 'empty'}")
         parts.append(f"{card['analyses']} analyses of {card['users']} users.")
         if card["criteria"]:
-            parts.append("Mean weight: " + ", ".join(f"{_plain(name)} {weight:g} %" for name, weight in card["criteria"].items()))
+            parts.append(
+                "Mean weight: "
+                + ", ".join(f"{_plain(name)} {weight:g} %" for name, weight in card["criteria"].items())
+            )
             people = ((who, card[who]) for who in ("nearest", "farthest"))
-            parts += [f"{who.capitalize()}, user {_plain(one['user_id'])}: {_plain(one['analysis'])}" for who, one in people]
+            parts += [
+                f"{who.capitalize()}, user {_plain(one['user_id'])}: {_plain(one['analysis'])}"
+                for who, one in people
+            ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -44,7 +44,9 @@ class Prototypes:
     maps: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-_RECITAL = re.compile(r"Pair \d+:[^.\n]*(?:\.\s*|\n|$)")  # as our teachers' chains and those who learn from them begin
+_RECITAL = re.compile(
+    r"Pair \d+:[^.\n]*(?:\.\s*|\n|$)"
+)  # as our teachers' chains and those who learn from them begin
 
 
 def preference_text(analysis: str) -> str:
@@ -90,7 +92,9 @@ def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None
         raise DataError(f"{len(owners)} users for {len(P)} analyses; expected one a row")
     distinct = count_distinct(P, enough=k)
     if not 1 <= k <= distinct:
-        raise ConfigError(f"prototypes.k={k} must be between 1 and {distinct}, the number of distinct preference analyses")
+        raise ConfigError(
+            f"prototypes.k={k} must be between 1 and {distinct}, the number of distinct preference analyses"
+        )
     if len(P) > LARGE and find_spec("faiss"):
         A = _faiss_centroids(P, k, seed)
         return Prototypes(A, assign(A, P), P, owners)
@@ -173,10 +177,17 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
     from safetensors.numpy import save_file
 
     if set(hashes) != set(HASHES):
-        raise ArtifactError(f"prototypes are saved with hashes of {', '.join(HASHES)}; got {', '.join(sorted(hashes)) or 'none'}")
+        raise ArtifactError(
+            f"prototypes are saved with hashes of {', '.join(HASHES)}; got {', '.join(sorted(hashes)) or 'none'}"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {"A": prototypes.A, "labels": prototypes.labels, "embeddings": prototypes.embeddings, **prototypes.maps}
+    tensors = {
+        "A": prototypes.A,
+        "labels": prototypes.labels,
+        "embeddings": prototypes.embeddings,
+        **prototypes.maps,
+    }
     rows = np.arange(len(prototypes.labels))
     members = pd.DataFrame({"user_id": prototypes.users, "prototype": prototypes.labels, "row": rows})
     members = members.sort_values(["prototype", "user_id", "row"])
@@ -191,7 +202,10 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
         "hashes": dict(hashes),
         "files": {name: _sha256(folder / name) for name in ("prototypes.safetensors", "members.parquet")},
     }
-    _atomically(folder / "prototypes.json", lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8"))
+    _atomically(
+        folder / "prototypes.json",
+        lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8"),
+    )
 
 
 def load(folder: str | Path, expect: Mapping[str, str] | None = None) -> Prototypes:
@@ -212,12 +226,17 @@ def _check_manifest(folder: Path, expect: Mapping[str, str]) -> None:
     try:
         manifest = json.loads((folder / "prototypes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise _refuse(folder, "prototypes.json is missing or broken, so nothing complete was written here") from None
+        raise _refuse(
+            folder, "prototypes.json is missing or broken, so nothing complete was written here"
+        ) from None
     if manifest.get("format") != FORMAT:
         raise _refuse(folder, f"its format is {manifest.get('format')}, this version reads {FORMAT}")
     for name, checksum in manifest["files"].items():
         if not (folder / name).exists() or _sha256(folder / name) != checksum:
-            raise _refuse(folder, f"{name} is missing or half-written, its checksum differs from the one in prototypes.json")
+            raise _refuse(
+                folder,
+                f"{name} is missing or half-written, its checksum differs from the one in prototypes.json",
+            )
     for name, wanted in expect.items():
         if (found := manifest["hashes"].get(name)) != wanted:
             raise _refuse(folder, f"they were made with another {name}: {found} there, {wanted} in this run")
@@ -253,7 +272,9 @@ def chunks(X: np.ndarray) -> Iterator[np.ndarray]:
 
 def _check_matrix(P: np.ndarray) -> None:
     if P.ndim != 2 or not P.size:
-        raise DataError(f"the matrix of analyses has shape {P.shape}; expected (analyses, dimensions) with at least one row")
+        raise DataError(
+            f"the matrix of analyses has shape {P.shape}; expected (analyses, dimensions) with at least one row"
+        )
     if not all(np.isfinite(chunk).all() for chunk in chunks(P)):
         raise DataError("the matrix of analyses holds values that are not finite; embed the analyses anew")
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ConfigError, DataError
-from pgenrm_train.prototypes import CHUNK, Prototypes, assign, chunks
+from pgenrm_train.prototypes.clusters import CHUNK, Prototypes, assign, chunks
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,9 @@ class RefinementBatch:
         expected |= dict.fromkeys(("history_query", "history_chosen", "history_rejected"), (n, h, d))
         for name, shape in expected.items():
             if tuple(np.shape(getattr(self, name))) != shape:
-                raise DataError(f"refinement samples: '{name}' has shape {np.shape(getattr(self, name))}, expected {shape}")
+                raise DataError(
+                    f"refinement samples: '{name}' has shape {np.shape(getattr(self, name))}, expected {shape}"
+                )
 
     def __len__(self) -> int:
         return int(self.query.shape[0])
@@ -114,13 +116,19 @@ class Batch(NamedTuple):
     mask: torch.Tensor
 
 
-def attend(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig) -> torch.Tensor:
+def attend(
+    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig
+) -> torch.Tensor:
     """v (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
     import torch
 
     real = torch.sigmoid(batch.items @ maps["W"].T)  # padding is multiplied by nothing
     places = batch.mask.flatten().nonzero().squeeze(-1)
-    o = real.new_zeros(batch.mask.numel(), a.shape[1]).index_copy(0, places, real).view(*batch.mask.shape, a.shape[1])
+    o = (
+        real.new_zeros(batch.mask.numel(), a.shape[1])
+        .index_copy(0, places, real)
+        .view(*batch.mask.shape, a.shape[1])
+    )
     # o·q + ρ o·a is one product with q + ρ a
     logits = (o @ (batch.query + config.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
     # the lowest finite number instead of −∞, and the mask once more after the softmax: a row without history gives 0, not NaN
@@ -128,7 +136,9 @@ def attend(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], conf
     return (weights.unsqueeze(1) @ o).squeeze(1)
 
 
-def margins(batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig) -> torch.Tensor:
+def margins(
+    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig
+) -> torch.Tensor:
     """Δ (B,).  (W_s v)ᵀy is taken as vᵀ(W_sᵀy): no z is built, and the gradient for v costs no product with W_s."""
     y = batch.difference
     by_query = (y @ maps["W_q"] * batch.query).sum(-1)
@@ -154,17 +164,27 @@ def refine(
     the labels before re-assignment; `moved_share` of rows that changed prototype; `empty_prototypes`.
     Raises DataError when samples and rows disagree, ConfigError when the learning rate makes the loss overflow.
     """
-    if len(samples) != len(prototypes.labels) or not np.array_equal(np.asarray(samples.users, dtype=str), prototypes.users):
+    if len(samples) != len(prototypes.labels) or not np.array_equal(
+        np.asarray(samples.users, dtype=str), prototypes.users
+    ):
         raise DataError("refinement samples must be the clustered rows: same number, same users, same order")
     train, held = _split_users(prototypes.users, holdout, seed)
     state = Refinement(prototypes, config, seed, device, part)
     losses = []
     for epoch in range(config.refine_epochs):
         order = np.random.default_rng([seed, epoch]).permutation(train)
-        losses.append(state.epoch(samples, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]))
+        losses.append(
+            state.epoch(samples, [order[i : i + batch_size] for i in range(0, len(order), batch_size)])
+        )
         if not math.isfinite(losses[-1]):
-            raise ConfigError(f"prototypes.learning_rate={config.learning_rate} makes the refinement diverge; lower it")
-    metrics: dict[str, Any] = {"loss": losses, "holdout_users": len(set(prototypes.users[held])), "holdout_pairs": len(held)}
+            raise ConfigError(
+                f"prototypes.learning_rate={config.learning_rate} makes the refinement diverge; lower it"
+            )
+    metrics: dict[str, Any] = {
+        "loss": losses,
+        "holdout_users": len(set(prototypes.users[held])),
+        "holdout_pairs": len(held),
+    }
     for name, rows in (("holdout", held), ("train", train)):
         margins, unrefined = state.margins(samples, rows, batch_size)
         metrics[f"{name}_accuracy"] = float((margins > 0).mean()) if len(rows) else math.nan
@@ -178,7 +198,12 @@ def refine(
 
 
 def cold_start(
-    refined: Prototypes, samples: RefinementBatch, labels: np.ndarray, config: PrototypesConfig, seed: int, draws: int = 1000
+    refined: Prototypes,
+    samples: RefinementBatch,
+    labels: np.ndarray,
+    config: PrototypesConfig,
+    seed: int,
+    draws: int = 1000,
 ) -> dict[str, Any]:
     """Accuracy of Δ > 0 on users whom refinement has not seen, with their prototypes and without.
 
@@ -193,7 +218,10 @@ def cold_start(
     rows = np.arange(len(samples))
     found: dict[str, Any] = {"pairs": len(samples), "users": len(np.unique(samples.users))}
     hits = {}
-    for name, chosen in (("accuracy", labels % len(A)), ("without prototypes accuracy", np.full(len(labels), len(A) - 1))):
+    for name, chosen in (
+        ("accuracy", labels % len(A)),
+        ("without prototypes accuracy", np.full(len(labels), len(A) - 1)),
+    ):
         state.labels = chosen
         hits[name] = state.margins(samples, rows, 512)[0] > 0
     hits["difference"] = hits["accuracy"].astype(float) - hits["without prototypes accuracy"]
@@ -214,7 +242,12 @@ class Refinement:
     """The learned state: A, the shared maps, their optimisers, and the two anchors of the regularisers."""
 
     def __init__(
-        self, prototypes: Prototypes, config: PrototypesConfig, seed: int, device: str = "cpu", part: Part = ALONE
+        self,
+        prototypes: Prototypes,
+        config: PrototypesConfig,
+        seed: int,
+        device: str = "cpu",
+        part: Part = ALONE,
     ) -> None:
         import torch
 
@@ -235,7 +268,9 @@ class Refinement:
     def epoch(self, samples: RefinementBatch, batches: Sequence[np.ndarray]) -> float:
         """One pass; the mean loss per sample as met on the way.  p_j becomes the state at its start."""
         self.previous = self.A.detach().clone()
-        total = sum(self.step(self.batch(samples, self.part.share(rows)), len(rows)) * len(rows) for rows in batches)
+        total = sum(
+            self.step(self.batch(samples, self.part.share(rows)), len(rows)) * len(rows) for rows in batches
+        )
         return total / max(1, sum(map(len, batches)))
 
     def step(self, batch: Batch, size: int | None = None) -> float:
@@ -261,7 +296,9 @@ class Refinement:
         met = torch.zeros(len(self.A), device=self.device).index_fill(0, mine.indices()[0], 1.0)
         total = self.part.add_up(mine.to_dense())
         rows = self.part.add_up(met).nonzero().squeeze(-1)
-        self.A.grad = torch.sparse_coo_tensor(rows[None], total[rows], self.A.shape, is_coalesced=True, check_invariants=False)
+        self.A.grad = torch.sparse_coo_tensor(
+            rows[None], total[rows], self.A.shape, is_coalesced=True, check_invariants=False
+        )
 
     def loss(self, batch: Batch, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of the batch over `size` samples, its own number unless told, and Δ (B,)."""
@@ -275,7 +312,9 @@ class Refinement:
         penalty = self.config.lambda_centre * centre + self.config.lambda_trajectory * trajectory
         return (penalty - functional.logsigmoid(margin)).sum() / (size or max(1, len(margin))), margin
 
-    def margins(self, samples: RefinementBatch, rows: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    def margins(
+        self, samples: RefinementBatch, rows: np.ndarray, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Δ of `rows` with the refined z, and with the unrefined centroid in z's place."""
         import torch
 
@@ -299,7 +338,9 @@ class Refinement:
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else np.ascontiguousarray(x)).to(self.device)
+        return torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else np.ascontiguousarray(x)).to(
+            self.device
+        )
 
 
 def _cluster_means(prototypes: Prototypes) -> np.ndarray:

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pgenrm_train import shards
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import check_texts, read_rows
+from pgenrm_train.records import shards
+from pgenrm_train.records.raw_rows import check_texts, read_rows
 
 SPLITS = ("train", "val", "test")
 _TEXTS = (  # columns of which texts are kept
@@ -80,14 +80,20 @@ class PreferencePair:
     chosen_score: float | None = None
     rejected_score: float | None = None
     turn: int = 0
-    kind: str | None = None  # slice label of the pair: easy | medium | hard | rival in PersonaWorld, `type` elsewhere
+    kind: str | None = (
+        None  # slice label of the pair: easy | medium | hard | rival in PersonaWorld, `type` elsewhere
+    )
     scenario: str | None = None
     split: str = "train"  # within the user
-    user_split: str = "train"  # across users; val and test mark held-out users, any other word a training user
+    user_split: str = (
+        "train"  # across users; val and test mark held-out users, any other word a training user
+    )
     cohort: str | None = None  # group of users a report tells apart, e.g. seen_persona | unseen_persona
     time: float | None = None  # of the vote, seconds since 1970 (UTC); a history then comes from before it
     position: int | None = None  # place at which the user saw the chosen response, from 0; never in a prompt
-    others: tuple[int, int] | None = None  # the source's count of everybody else's votes on it: for chosen, for rejected
+    others: tuple[int, int] | None = (
+        None  # the source's count of everybody else's votes on it: for chosen, for rejected
+    )
     explicit: ExplicitSignals = field(default_factory=ExplicitSignals)
 
     @property
@@ -180,7 +186,9 @@ def pair_schema() -> Any:
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     kinds = {"context": pa.list_(message), "chosen": message, "rejected": message, "turn": pa.int64()}
     kinds |= dict.fromkeys(("position", "n_other_agree", "n_other_disagree"), pa.int64())
-    kinds |= dict.fromkeys(("chosen_score", "rejected_score", "time"), pa.float64()) | {"synthetic_criteria": pa.bool_()}
+    kinds |= dict.fromkeys(("chosen_score", "rejected_score", "time"), pa.float64()) | {
+        "synthetic_criteria": pa.bool_()
+    }
     example = PreferencePair("", "", (Message("user", ""),), "", "")
     return pa.schema([(name, kinds.get(name, pa.string())) for name in pair_to_row(example)])
 
@@ -262,14 +270,20 @@ def _context(value: object, bad: Any) -> tuple[Message, ...]:
         raise bad("context", "a non-empty list of {role, content}", value)
     turns = []
     for i, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+        if (
+            not isinstance(turn, Mapping)
+            or not isinstance(turn.get("role"), str)
+            or not isinstance(turn.get("content"), str)
+        ):
             raise bad(f"context[{i}]", "{role, content} with two texts", turn)
         role = "assistant" if turn["role"] == "model" else turn["role"]
         if role not in ("user", "assistant", "system"):
             raise bad(f"context[{i}].role", "user, assistant, model or system", role)
         turns.append(Message(role, turn["content"]))
     if turns[-1].role != "user":
-        raise bad("context", "a conversation that ends with a user turn", f"a last turn of role {turns[-1].role!r}")
+        raise bad(
+            "context", "a conversation that ends with a user turn", f"a last turn of role {turns[-1].role!r}"
+        )
     return tuple(turns)
 
 
@@ -283,7 +297,11 @@ def _choice(row: Mapping[str, Any], name: str, bad: Any) -> str:
 
 def _others(row: Mapping[str, Any], bad: Any) -> tuple[int, int] | None:
     """`n_other_agree` and `n_other_disagree`; a source may give `n_other_judges` and `n_other_tie` in place of the second."""
-    rest = ("n_other_disagree",) if not _absent(row.get("n_other_disagree")) else ("n_other_judges", "n_other_tie")
+    rest = (
+        ("n_other_disagree",)
+        if not _absent(row.get("n_other_disagree"))
+        else ("n_other_judges", "n_other_tie")
+    )
     columns = ("n_other_agree", *rest)
     if any(_absent(row.get(name)) for name in columns):
         return None

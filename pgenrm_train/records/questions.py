@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.raw_rows import read_rows
+from pgenrm_train.files import atomic
+from pgenrm_train.records.raw_rows import read_rows
 
 QUESTIONS, SECRETS, ANSWERS = "questions.parquet", "secrets.parquet", "answers.parquet"
 
@@ -91,13 +91,23 @@ def write_secrets(folder: Path, secrets: Iterable[QuestionSecret]) -> None:
 
 def write_answers(folder: Path, answers: Iterable[Answer]) -> None:
     """Write `answers.parquet`, atomically."""
-    _write(folder / ANSWERS, answers, {"question_id": "string", "model": "string", "text": "string", "rubric_score": "float64"})
+    _write(
+        folder / ANSWERS,
+        answers,
+        {"question_id": "string", "model": "string", "text": "string", "rubric_score": "float64"},
+    )
 
 
 def read_questions(folder: Path) -> list[Question]:
     """The questions of a `build_data` folder.  Raises ArtifactError when they are missing."""
     return [
-        Question(r["id"], r["question"], tuple(ProfileItem(**item) for item in r["profile"]), r["category"], r["subset"])
+        Question(
+            r["id"],
+            r["question"],
+            tuple(ProfileItem(**item) for item in r["profile"]),
+            r["category"],
+            r["subset"],
+        )
         for r in _rows(folder / QUESTIONS)
     ]
 
@@ -127,7 +137,9 @@ def answers_of_file(path: Path, known: Mapping[str, Question]) -> Iterator[Answe
     for number, row in enumerate(read_rows(path), start=1):
         answer = _answer(row, f"{path}, row {number}")
         if answer.question_id not in known:
-            raise DataError(f"{path}, row {number}, field 'id': expected the id of a question, got {answer.question_id[:60]!r}")
+            raise DataError(
+                f"{path}, row {number}, field 'id': expected the id of a question, got {answer.question_id[:60]!r}"
+            )
         if (answer.question_id, answer.model) in seen:
             raise DataError(
                 f"{path}, row {number}: expected one answer of a model to a question, got a second one of "
@@ -149,19 +161,27 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
     score = row.get("rubric_score")
     if isinstance(score, float) and math.isnan(score):  # what pandas writes for null
         score = None
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)):
-        raise DataError(f"{where}, field 'rubric_score': expected a finite number or null, got {str(score)[:60]!r}")
+    if score is not None and (
+        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+    ):
+        raise DataError(
+            f"{where}, field 'rubric_score': expected a finite number or null, got {str(score)[:60]!r}"
+        )
     question, model, text = texts
     return Answer(question, model, text, None if score is None else float(score))
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.exists():
-        raise ArtifactError(f"{path} does not exist; run recipe=build_data data=lampqa with the same run_dir first")
+        raise ArtifactError(
+            f"{path} does not exist; run recipe=build_data data=lampqa with the same run_dir first"
+        )
     return read_rows(path)
 
 
-def _write(path: Path, records: Iterable[Any], columns: Mapping[str, str], **lists: Mapping[str, str]) -> None:
+def _write(
+    path: Path, records: Iterable[Any], columns: Mapping[str, str], **lists: Mapping[str, str]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -170,4 +190,6 @@ def _write(path: Path, records: Iterable[Any], columns: Mapping[str, str], **lis
         struct = pa.struct([pa.field(member, pa.type_for_alias(kind)) for member, kind in members.items()])
         fields.append(pa.field(name, pa.list_(struct)))
     with atomic(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([asdict(record) for record in records], schema=pa.schema(fields)), temporary)
+        pq.write_table(
+            pa.Table.from_pylist([asdict(record) for record in records], schema=pa.schema(fields)), temporary
+        )

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train import shards
-from pgenrm_train.artifacts import write_text
 from pgenrm_train.errors import DataError
+from pgenrm_train.files import write_text
+from pgenrm_train.records import shards
 
 SKIPPED = "skipped_rows.txt"
 UTF8 = "utf-8-sig"  # Windows writes a mark before the text
@@ -87,7 +87,9 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     number += 1
                     yield _jsonl_row(line, path, number)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after row {number}: expected UTF-8 text, got other bytes ({error.reason})") from None
+        raise DataError(
+            f"{path}, after row {number}: expected UTF-8 text, got other bytes ({error.reason})"
+        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected a JSONL file") from None
 
@@ -101,7 +103,9 @@ def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding=UTF8))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON array of objects, got something that is not JSON ({error})") from None
+        raise DataError(
+            f"{path}: expected a JSON array of objects, got something that is not JSON ({error})"
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield _object(row, path, number)
 
@@ -110,8 +114,14 @@ def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        got = "an object that goes over several lines" if line.strip() == "{" else f"a line that is not JSON ({error})"
-        raise DataError(f"{path}, row {number}: expected one JSON object a line, or one array of them, got {got}") from None
+        got = (
+            "an object that goes over several lines"
+            if line.strip() == "{"
+            else f"a line that is not JSON ({error})"
+        )
+        raise DataError(
+            f"{path}, row {number}: expected one JSON object a line, or one array of them, got {got}"
+        ) from None
     return _object(row, path, number)
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pgenrm_train.artifacts import publish_folder
 from pgenrm_train.errors import DataError
+from pgenrm_train.files import publish_folder
 
 ROWS = 16_384  # of a shard
 BATCH = 1024  # rows that are Python objects at a time
@@ -41,7 +41,9 @@ class ShardWriter:
         self._staging.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._flush()
             self._publish()
@@ -118,7 +120,9 @@ def check_complete(files: list[Path]) -> None:
             found[name] = found.get(name, 0) + 1
     for (folder, stem, expected), count in found.items():
         if count != expected:
-            raise DataError(f"{folder} holds {count} of the {expected} files {stem}-*-of-{expected:05d}; copy it again whole")
+            raise DataError(
+                f"{folder} holds {count} of the {expected} files {stem}-*-of-{expected:05d}; copy it again whole"
+            )
 
 
 def digest(path: Path) -> str:

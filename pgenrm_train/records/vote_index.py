@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from pgenrm_train.records import PreferencePair
+from pgenrm_train.records.pairs import PreferencePair
 
 HELDOUT_SHARES = (("test", 0.1), ("val", 0.05))  # of the users, under `user_disjoint`
 SHARES = (("train", 0.7), ("val", 0.1), ("test", 0.2))
@@ -45,7 +45,9 @@ class VoteIndex:
 
     def __init__(self) -> None:
         self.db = sqlite3.connect("")  # a temporary file that goes with the connection
-        self.db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; {_TABLES}")
+        self.db.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; {_TABLES}"
+        )
         self._waiting: list[tuple[Any, ...]] = []
 
     def add(self, pair: PreferencePair) -> None:
@@ -82,7 +84,11 @@ class VoteIndex:
 
     def counts(self, expression: str, table: str = "votes WHERE kept") -> dict[str, int]:
         """How many rows have each value of an expression, the first to appear first."""
-        return dict(self.db.execute(f"SELECT {expression} AS what, COUNT(*) FROM {table} GROUP BY what ORDER BY MIN(rowid)"))
+        return dict(
+            self.db.execute(
+                f"SELECT {expression} AS what, COUNT(*) FROM {table} GROUP BY what ORDER BY MIN(rowid)"
+            )
+        )
 
     # ---- one id a vote ----
 
@@ -90,7 +96,9 @@ class VoteIndex:
         """Many sources name the *question*, which several users voted on; here an id names one vote."""
         several = "SELECT name FROM votes GROUP BY name HAVING COUNT(*) > 1"
         self.db.execute(f"INSERT INTO taken (name) SELECT name FROM votes WHERE name NOT IN ({several})")
-        ambiguous = self.db.execute(f"SELECT row, name, user FROM votes WHERE name IN ({several}) ORDER BY row").fetchall()
+        ambiguous = self.db.execute(
+            f"SELECT row, name, user FROM votes WHERE name IN ({several}) ORDER BY row"
+        ).fetchall()
         renamed = [(self._free(f"{name}/{user}"), row) for row, name, user in ambiguous]
         self.db.executemany("UPDATE votes SET name = ? WHERE row = ?", renamed)
 
@@ -115,12 +123,16 @@ class VoteIndex:
         half of whose conversations are history and half are asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to one
         split.
         """
-        self.db.create_function("draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True)
+        self.db.create_function(
+            "draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True
+        )
         if by == "pair":
             self.db.create_function("share", 1, lambda of: _within(_fraction(seed, of)), deterministic=True)
             self.db.execute("UPDATE votes SET split = share(content), user_split = 'train'")
         elif by != "source":
-            self.db.executemany("INSERT INTO places VALUES (?, ?, ?, ?)", self._places(by == "user_disjoint", seed))
+            self.db.executemany(
+                "INSERT INTO places VALUES (?, ?, ?, ?)", self._places(by == "user_disjoint", seed)
+            )
             self.db.execute(
                 "UPDATE votes SET (split, user_split) = (SELECT p.split, p.user_split FROM places p"
                 " WHERE p.user = votes.user AND p.conversation = votes.conversation)"
@@ -133,7 +145,9 @@ class VoteIndex:
         )
         for user, rows in groupby(units, key=lambda row: row[0]):
             names = [name for _, name in rows]
-            start = _fraction(seed, "user", user)  # so that users of few conversations have their share of val, too
+            start = _fraction(
+                seed, "user", user
+            )  # so that users of few conversations have their share of val, too
             for i, name in enumerate(names):
                 if split := held_out.get(user):
                     yield user, name, "train" if i < (len(names) + 1) // 2 else split, split
@@ -144,10 +158,17 @@ class VoteIndex:
 
     def _held_out(self) -> dict[str, str]:
         """User → test or val; one user is asked about wherever another can train."""
-        drawn = [user for (user,) in self.db.execute("SELECT user FROM votes GROUP BY user ORDER BY draw('users', user)")]
+        drawn = [
+            user
+            for (user,) in self.db.execute(
+                "SELECT user FROM votes GROUP BY user ORDER BY draw('users', user)"
+            )
+        ]
         counts = {split: round(share * len(drawn)) for split, share in HELDOUT_SHARES}
         counts["test"] = max(counts["test"], int(len(drawn) > 1))
-        return dict(zip(drawn, (split for split, count in counts.items() for _ in range(count)), strict=False))
+        return dict(
+            zip(drawn, (split for split, count in counts.items() for _ in range(count)), strict=False)
+        )
 
     # ---- what is left out ----
 

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pgenrm_train.chains import DECLARED_DIFFERS, Chain, ParseFailure, parse_chain
+from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure, parse_chain
 
 ProcessScore = float | Callable[[Chain], float | None] | None
 
@@ -56,22 +56,36 @@ def chain_reward(
     Raises ValueError for an index outside the responses and a process score outside [0, 1].
     """
     if not 0 <= chosen_index < n_responses:
-        raise ValueError(f"chosen_index: {chosen_index} is not one of the {n_responses} responses, 0..{n_responses - 1}")
+        raise ValueError(
+            f"chosen_index: {chosen_index} is not one of the {n_responses} responses, 0..{n_responses - 1}"
+        )
     given = None if callable(process) else _checked(process)
     chain = parse_chain(text, n_responses)
     verified = {"verified": _agrees(chain)} if weights.verified else {}
     if isinstance(chain, ParseFailure):
-        return Reward(weights.format_error, {"outcome": 0.0, "process": math.nan, "format": weights.format_error} | verified)
+        return Reward(
+            weights.format_error,
+            {"outcome": 0.0, "process": math.nan, "format": weights.format_error} | verified,
+        )
     judged = _checked(process(chain)) if callable(process) else given
-    outcome = float(all(chain.scores[chosen_index] > s for i, s in enumerate(chain.scores) if i != chosen_index))
+    outcome = float(
+        all(chain.scores[chosen_index] > s for i, s in enumerate(chain.scores) if i != chosen_index)
+    )
     total = weights.outcome * outcome + (0.0 if judged is None else weights.process * judged)
     total += weights.verified * verified.get("verified", 0.0)
-    return Reward(total, {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0} | verified)
+    return Reward(
+        total,
+        {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0} | verified,
+    )
 
 
 def _agrees(chain: Chain | ParseFailure) -> float:
     """1 for a chain with a complete rubric whose sums are the scores that it declares."""
-    return float(isinstance(chain, Chain) and chain.verified_scores is not None and DECLARED_DIFFERS not in chain.issues)
+    return float(
+        isinstance(chain, Chain)
+        and chain.verified_scores is not None
+        and DECLARED_DIFFERS not in chain.issues
+    )
 
 
 def group_advantages(totals: Sequence[float], *, epsilon: float = 1e-6) -> list[float]:

@@ -17,7 +17,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-OWN, SWAPPED, EMPTY = "own", "swapped_history", "empty_history"  # whose history the questions of a validation show
+OWN, SWAPPED, EMPTY = (
+    "own",
+    "swapped_history",
+    "empty_history",
+)  # whose history the questions of a validation show
 ROUNDING = 0.1 + 1e-6  # of the difference of two totals that are given to one decimal
 
 
@@ -25,9 +29,13 @@ def signs(infos: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     """The numbers above; null where no chain tells anything of it."""
     chains = [info for info in infos if info["margin"] is not None]
     verified = [info for info in chains if info["verified_margin"] is not None]
-    sets = [tuple(sorted({name.casefold() for name in info["criteria"]})) for info in chains if info["criteria"]]
+    sets = [
+        tuple(sorted({name.casefold() for name in info["criteria"]})) for info in chains if info["criteria"]
+    ]
     return {
-        "verified_disagreement": _share([_disagrees(info["margin"], info["verified_margin"]) for info in verified]),
+        "verified_disagreement": _share(
+            [_disagrees(info["margin"], info["verified_margin"]) for info in verified]
+        ),
         "unverifiable_share": _share([info["verified_margin"] is None for info in chains]),
         "criterion_kinds": _effective_number([name for names in sets for name in names]),
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,

@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pgenrm_train.prompts import neutralise
-from pgenrm_train.records import ExplicitSignals
+from pgenrm_train.prompts.messages import neutralise
+from pgenrm_train.records.pairs import ExplicitSignals
 
 INSTRUCTIONS = """You grade how well an evaluation chain has understood one user. The message is a JSON object with two keys:
 - "signals": what the user has said about their own preferences, or under "inferred_criteria" what their votes show. The author of the chain has not seen it.
@@ -33,7 +33,9 @@ Criteria that contradict a signal count against it.
 
 Answer with one JSON object and nothing else: {"reason": one short sentence, "covered": number, "unsupported": number}."""
 
-TENTHS = [n / 10 for n in range(11)]  # as fine as judges are reliable; also keeps guided decoding from endless digits
+TENTHS = [
+    n / 10 for n in range(11)
+]  # as fine as judges are reliable; also keeps guided decoding from endless digits
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -88,6 +90,8 @@ def unfenced(text: str) -> str:
 def read_verdict(text: str) -> Verdict | None:
     """The verdict that `text` is, or None.  A Markdown fence around the object is forgiven, anything else is not."""
     try:
-        return Verdict.model_validate(json.loads(unfenced(text), strict=False))  # a control character in the reason does no harm
+        return Verdict.model_validate(
+            json.loads(unfenced(text), strict=False)
+        )  # a control character in the reason does no harm
     except (ValidationError, ValueError, RecursionError):
         return None

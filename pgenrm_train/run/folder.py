@@ -7,92 +7,34 @@ fingerprint is never silently reused, and an incomplete one continues.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.errors import ArtifactError
+from pgenrm_train.files import fingerprint, read_json, sha256_file, write_json, write_text
 
 MANIFEST = "manifest.json"
-PACKAGES = ("verl", "torch", "transformers", "deepspeed", "ray", "vllm", "datasets", "wandb", "hydra-core", "peft", "numpy")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes its place only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Parsed JSON.  Raises ArtifactError when the file is missing or half-written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
-    """Rows (list of dicts or a DataFrame) → parquet, atomically."""
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = (
-        pa.Table.from_pandas(rows, preserve_index=False) if isinstance(rows, pd.DataFrame) else pa.Table.from_pylist(list(rows))
-    )
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-def publish_folder(staging: Path, final: Path) -> None:
-    """Replace `final` by `staging`; a kill leaves either the old or the new folder, or `staging` whole."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def link(target: Path, place: Path) -> None:
-    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
-    place.unlink(missing_ok=True)
-    place.symlink_to(os.path.relpath(target, place.parent))
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+PACKAGES = (
+    "verl",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "vllm",
+    "datasets",
+    "wandb",
+    "hydra-core",
+    "peft",
+    "numpy",
+)
 
 
 def check_checkpoint(folder: Path) -> Path:
@@ -106,11 +48,6 @@ def check_checkpoint(folder: Path) -> Path:
 def weights_digest(checkpoint: Path) -> str:
     """Tells one checkpoint's weights from another's.  Every byte counts: fine-tuning may leave most of a file as it was."""
     return fingerprint([(path.name, sha256_file(path)) for path in sorted(checkpoint.glob("*.safetensors"))])
-
-
-def fingerprint(*parts: Any) -> str:
-    """Short hash of JSON-able values; equal settings give equal fingerprints on every machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def environment_facts() -> dict[str, Any]:
@@ -133,7 +70,12 @@ def environment_facts() -> dict[str, Any]:
 def _git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
 
     try:
@@ -166,7 +108,9 @@ class StageFolder:
         """True when the folder's fingerprint is the one that these settings and inputs give."""
         return self.manifest.get("fingerprint") == fingerprint(settings, inputs)
 
-    def begin(self, *, config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int) -> None:
+    def begin(
+        self, *, config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int
+    ) -> None:
         """Start or continue the stage.  Raises ArtifactError when the folder was made with other settings or inputs."""
         found = self.manifest.get("fingerprint")
         wanted = fingerprint(settings, inputs)
@@ -194,7 +138,9 @@ class StageFolder:
 
     def _holds_work(self) -> bool:
         """Whether something was made: a start that failed on a mistyped path does not bind the folder to the mistake."""
-        return self.complete or any(path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir())
+        return self.complete or any(
+            path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir()
+        )
 
     def beat(self, every: float = 10.0) -> None:
         """Note the time spent so far, so that a killed stage has not spent it for nothing in the table."""
@@ -226,12 +172,20 @@ class StageFolder:
         write_json(self.path / MANIFEST, self.manifest)
 
     def _difference(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-        before = {**_flat(self.manifest.get("settings", {})), **_flat(self.manifest.get("inputs", {}), "input ")}
+        before = {
+            **_flat(self.manifest.get("settings", {})),
+            **_flat(self.manifest.get("inputs", {}), "input "),
+        }
         after = {**_flat(json.loads(json.dumps(settings, default=str))), **_flat(inputs, "input ")}
         changed = [
-            f"{k}: {before.get(k)} → {after.get(k)}" for k in sorted({*before, *after}) if str(before.get(k)) != str(after.get(k))
+            f"{k}: {before.get(k)} → {after.get(k)}"
+            for k in sorted({*before, *after})
+            if str(before.get(k)) != str(after.get(k))
         ]
-        return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "") or "unreadable settings"
+        return (
+            "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            or "unreadable settings"
+        )
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

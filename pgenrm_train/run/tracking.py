@@ -23,7 +23,11 @@ from pgenrm_train.config import Config, to_dict
 
 METRICS = "metrics.jsonl"
 START_SECONDS, FINISH_SECONDS = 30.0, 300.0  # that a stage waits for W&B
-FILES = {"predictions": "predictions.parquet", "results": "results.json", "report": "report.html"}  # artifact's type → file
+FILES = {
+    "predictions": "predictions.parquet",
+    "results": "results.json",
+    "report": "report.html",
+}  # artifact's type → file
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
@@ -33,7 +37,9 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; none when there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def samples_file(metrics: Path, step: int) -> Path:
@@ -98,7 +104,9 @@ class Tracker:
                 if step > sent.get(names, -1):
                     sent[names] = step
                     self.after_log()
-                    numbers = {k: v for k, v in record.items() if k not in ("step", "stage") and v is not None}
+                    numbers = {
+                        k: v for k, v in record.items() if k not in ("step", "stage") and v is not None
+                    }
                     self._send(step, numbers, samples_file(path, step) if "eval/accuracy" in record else None)
             if last_round:
                 return
@@ -141,11 +149,18 @@ class Tracker:
                 yield artifact
         checkpoint = (self.folder / "checkpoint").absolute()
         if checkpoint.exists():
-            sizes = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(checkpoint.iterdir())}
+            sizes = {
+                file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+                for file in sorted(checkpoint.iterdir())
+            }
             (own / "checkpoint.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
-            artifact = wandb.Artifact(f"{name}-checkpoint", "model", metadata={k: facts[k] for k in ("steps",) if k in facts})
+            artifact = wandb.Artifact(
+                f"{name}-checkpoint", "model", metadata={k: facts[k] for k in ("steps",) if k in facts}
+            )
             artifact.add_reference(checkpoint.as_uri(), checksum=False)
-            artifact.add_file(str(own / "checkpoint.json"), policy="immutable", skip_cache=True)  # other weights: another version
+            artifact.add_file(
+                str(own / "checkpoint.json"), policy="immutable", skip_cache=True
+            )  # other weights: another version
             yield artifact
 
     def close(self) -> None:
@@ -215,4 +230,8 @@ def _table(samples: Path) -> dict[str, Any]:
 
 
 def _public(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: _public(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in ("api_key_env", "base_url")}
+    return {
+        k: _public(v) if isinstance(v, dict) else v
+        for k, v in settings.items()
+        if k not in ("api_key_env", "base_url")
+    }

@@ -1,0 +1,1 @@
+"""Test-time user-based scaling."""

@@ -52,7 +52,9 @@ def scale(own: np.ndarray, similar: np.ndarray, weights: tuple[float, float] = (
         total = total + np.where(present[..., None], weight * mean, 0.0)
         usable = usable | present
     total[~usable] = np.nan
-    return Scaled(total, np.broadcast_to(own_count, usable.shape), np.broadcast_to(similar_count, usable.shape))
+    return Scaled(
+        total, np.broadcast_to(own_count, usable.shape), np.broadcast_to(similar_count, usable.shape)
+    )
 
 
 def grid(
@@ -69,7 +71,7 @@ def grid(
     without scores.
 
     Returns one row a cell × pair × order × seed × replicate: `ind`, `pro`, `replicate`, `pool_seed`, `own_used`, `similar_used`
-    and the columns of `eval.metrics.accuracy_report` (`sample` is 0; `seed` is unique a pool seed and replicate).  A row without
+    and the columns of `eval.metrics.accuracy.accuracy_report` (`sample` is 0; `seed` is unique a pool seed and replicate).  A row without
     any usable chain carries the first failure among its chains.  Cells have M // m replicates (one with m = 0), at most
     `replicates`; the cell (0, 0) says nothing and is left out.
     Raises ConfigError for a cell that the pool cannot fill, DataError for gaps and doubles.
@@ -78,12 +80,18 @@ def grid(
 
     cells = [(m, n) for m in sorted(set(inds)) for n in sorted(set(pros)) if m or n]
     if not cells or min(*inds, *pros, 0) < 0:
-        raise ConfigError(f"eval.ind={list(inds)} and eval.pro={list(pros)} must be numbers of chains, one of them above 0")
+        raise ConfigError(
+            f"eval.ind={list(inds)} and eval.pro={list(pros)} must be numbers of chains, one of them above 0"
+        )
     groups, own, similar = _pivot(pool)
     for name, wanted, there in (("ind", max(inds), len(own[0][0])), ("pro", max(pros), len(similar[0][0]))):
         if wanted > there:
-            raise ConfigError(f"eval.{name}={wanted} is more than the {there} chains a pair and order in the pool; sample more")
-    return pd.concat([_cell(groups, own, similar, m, n, weights, replicates) for m, n in cells], ignore_index=True)
+            raise ConfigError(
+                f"eval.{name}={wanted} is more than the {there} chains a pair and order in the pool; sample more"
+            )
+    return pd.concat(
+        [_cell(groups, own, similar, m, n, weights, replicates) for m, n in cells], ignore_index=True
+    )
 
 
 class _Source(NamedTuple):
@@ -94,18 +102,33 @@ class _Source(NamedTuple):
 
 
 def _cell(
-    groups: pd.DataFrame, own: _Source, similar: _Source, m: int, n: int, weights: tuple[float, float], replicates: int | None
+    groups: pd.DataFrame,
+    own: _Source,
+    similar: _Source,
+    m: int,
+    n: int,
+    weights: tuple[float, float],
+    replicates: int | None,
 ) -> pd.DataFrame:
     subsets = len(own.scores[0]) // m if m else 1
     subsets = min(subsets, replicates or subsets)
-    own_scores, own_failures = (x[:, : subsets * m].reshape(len(groups), subsets, m, *x.shape[2:]) for x in own)
+    own_scores, own_failures = (
+        x[:, : subsets * m].reshape(len(groups), subsets, m, *x.shape[2:]) for x in own
+    )
     similar_scores, similar_failures = (x[:, None, :n] for x in similar)
     scaled = scale(own_scores, similar_scores, weights)
     lost = np.isnan(scaled.scores[..., 0])
     failures = np.concatenate([own_failures, np.broadcast_to(similar_failures, (*lost.shape, n))], axis=-1)
     out = groups.loc[groups.index.repeat(subsets)].reset_index(drop=True)
     replicate = np.tile(np.arange(subsets), len(groups))
-    out = out.assign(ind=m, pro=n, replicate=replicate, pool_seed=out["seed"], seed=out["seed"] * subsets + replicate, sample=0)
+    out = out.assign(
+        ind=m,
+        pro=n,
+        replicate=replicate,
+        pool_seed=out["seed"],
+        seed=out["seed"] * subsets + replicate,
+        sample=0,
+    )
     out[SCORES] = scaled.scores.reshape(-1, 2)
     out["failure"] = _first_failure(failures.reshape(len(out), -1), lost.ravel())
     out["own_used"], out["similar_used"] = scaled.own.ravel(), scaled.similar.ravel()
@@ -128,10 +151,14 @@ def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
     if missing := [name for name in COLUMNS if name not in pool.columns]:
         raise DataError(f"the pool of samples lacks the column {missing[0]!r}; expected {', '.join(COLUMNS)}")
     if pool.empty or not pool["source"].isin(["ind", "pro"]).all():
-        raise DataError("the pool of samples must hold rows, and 'source' must be 'ind' or 'pro' in each of them")
+        raise DataError(
+            "the pool of samples must hold rows, and 'source' must be 'ind' or 'pro' in each of them"
+        )
     pool = pool.sort_values([*GROUP, "source", "sample"], kind="stable")
     if pool.duplicated([*GROUP, "source", "sample"]).any():
-        raise DataError("the pool of samples holds a chain twice: pair_id, order, seed, source and sample must name one row")
+        raise DataError(
+            "the pool of samples holds a chain twice: pair_id, order, seed, source and sample must name one row"
+        )
     groups = pool.drop_duplicates(GROUP)[[*GROUP, "user_id", "kind"]].reset_index(drop=True)
     scores = pool[SCORES].to_numpy(dtype=float, copy=True)
     failed = pool["failure"].notna().to_numpy() | ~np.isfinite(scores).all(axis=1)
@@ -147,7 +174,9 @@ def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
     return groups, sources[0], sources[1]
 
 
-def _rectangle(groups: pd.DataFrame, number: np.ndarray, scores: np.ndarray, failures: np.ndarray, source: str) -> _Source:
+def _rectangle(
+    groups: pd.DataFrame, number: np.ndarray, scores: np.ndarray, failures: np.ndarray, source: str
+) -> _Source:
     counts = np.bincount(number, minlength=len(groups))
     if len(set(counts)) > 1:
         where = ", ".join(f"{name} {value}" for name, value in groups.loc[counts.argmin(), GROUP].items())

@@ -14,7 +14,7 @@ are left out there, which can only overstate the error.
 
 Our choices.  The score stays the *mean* of METHOD §7,
 while the proof is about votes; so a stop also needs the running mean to agree with the votes.  What the two together save, and how
-often the mean over all M would have said otherwise, is measured (`replay`, benchmarks/adaptive_stopping.py).  The mean of n similar
+often the mean over all M would have said otherwise, is measured (`replay`, benchmarks/learning/adaptive_stopping.py).  The mean of n similar
 users' chains shifts every vote; it hangs on the first chain, whose analysis finds these users, so that with them the order tells a little and
 the bound holds on average over orders, not given the shift.  α bounds the error for each response: a pair that is an exact draw may be
 stopped for either.  It is no level for the accuracy, which loses less, because verdicts that are close to a draw are right about as
@@ -50,7 +50,10 @@ def stops(budget: int, alpha: float) -> Mapping[int, np.ndarray]:
     for first in range(1, budget):
         times = sorted({round(x) for x in np.linspace(first, budget, LOOKS)})[:-1]
         nominal = {t: _nominal(t, budget) for t in times}
-        if nominal[first].min() <= alpha + ROUNDING and (found := _at_level(budget, alpha, nominal))[first].any():
+        if (
+            nominal[first].min() <= alpha + ROUNDING
+            and (found := _at_level(budget, alpha, nominal))[first].any()
+        ):
             return found
     return {}
 
@@ -71,7 +74,9 @@ def _stops(nominal: Mapping[int, np.ndarray], level: float) -> dict[int, np.ndar
     return {t: (p <= level + ROUNDING) & np.tri(len(p), k=-1, dtype=bool) for t, p in nominal.items()}
 
 
-@np.errstate(invalid="ignore")  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn
+@np.errstate(
+    invalid="ignore"
+)  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
     """Which pairs (G,) need no further chain at the look after the first `drawn` of `margins` (G, M): chosen − rejected score of a
     chain, the similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
@@ -80,7 +85,9 @@ def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
     seen = np.nan_to_num(margins[:, :drawn])  # a chain that failed votes for nobody
     stop = stops(margins.shape[1], alpha)[drawn]
     for_chosen, for_rejected, total = (seen > 0).sum(axis=1), (seen < 0).sum(axis=1), seen.sum(axis=1)
-    return np.asarray((stop[for_chosen, for_rejected] & (total > 0)) | (stop[for_rejected, for_chosen] & (total < 0)))
+    return np.asarray(
+        (stop[for_chosen, for_rejected] & (total > 0)) | (stop[for_rejected, for_chosen] & (total < 0))
+    )
 
 
 def replay(margins: np.ndarray, alpha: float) -> np.ndarray:

@@ -15,14 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder, write_json
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import LeftOut
-from pgenrm_train.records import PreferencePair, pair_schema, pair_to_row
-from pgenrm_train.shards import ShardWriter, digest, tables
-from pgenrm_train.stages.inputs import PAIRS
-from pgenrm_train.stages.vote_index import TRAINS, VoteIndex
+from pgenrm_train.files import write_json
+from pgenrm_train.prompts.writer import PAIRS
+from pgenrm_train.records.pairs import PreferencePair, pair_schema, pair_to_row
+from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.records.shards import ShardWriter, digest, tables
+from pgenrm_train.records.vote_index import TRAINS, VoteIndex
+from pgenrm_train.run.folder import StageFolder
 
 READS = ("data", "seed")
 USER_SPLITS = ("train", "dev", "val", "test")
@@ -41,8 +42,12 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
                 writer.row(pair_to_row(pair))
         index.added()
         dropped = _decide(index, config)
-        if config.recipe != "evaluate" and not index.number(f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"):
-            raise DataError("the data holds no pair with split=train of a training user; nothing could be learnt")
+        if config.recipe != "evaluate" and not index.number(
+            f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"
+        ):
+            raise DataError(
+                "the data holds no pair with split=train of a training user; nothing could be learnt"
+            )
         facts = _facts(index)
         _write(raw, index, folder.path / PAIRS)
     finally:
@@ -51,7 +56,10 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
         shutil.rmtree(raw, ignore_errors=True)
     for word, users in facts["users_by_user_split"].items():
         if word not in USER_SPLITS:  # it may have been meant to hold them out
-            print(f"warning: {users} users have user_split={word!r}, which is not val or test, and train", flush=True)
+            print(
+                f"warning: {users} users have user_split={word!r}, which is not val or test, and train",
+                flush=True,
+            )
     for what, count in (+left_out).most_common():
         print(f"{config.data.name}: left out {count} {what}", flush=True)
     card = facts | {
@@ -69,7 +77,9 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     index.split(config.data.split_by, config.seed)
     index.limit_training(config.data.max_train_pairs)
     dropped = index.drop_overlap()
-    fails = config.data.on_overlap == "fail" and config.data.split_by == "source"  # splits made here just do without them
+    fails = (
+        config.data.on_overlap == "fail" and config.data.split_by == "source"
+    )  # splits made here just do without them
     if fails and (count := dropped.total()):
         earlier, later, user = index.overlap()
         raise DataError(
@@ -90,7 +100,9 @@ def _write(raw: Path, index: VoteIndex, path: Path) -> None:
             names, splits, user_splits, kept = zip(*islice(decisions, batch.num_rows), strict=True)
             table = pa.Table.from_batches([batch])
             for name, values in (("pair_id", names), ("split", splits), ("user_split", user_splits)):
-                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+                table = table.set_column(
+                    table.schema.get_field_index(name), name, pa.array(values, pa.string())
+                )
             writer.table(table.filter(pa.array(kept).cast(pa.bool_())))
 
 
@@ -100,7 +112,9 @@ def _facts(index: VoteIndex) -> dict[str, Any]:
         "pairs": pairs,
         "users": index.number("SELECT COUNT(DISTINCT user) FROM votes WHERE kept"),
         "pairs_by_split": index.counts("split"),
-        "users_by_user_split": index.counts("user_split", "(SELECT DISTINCT user, user_split, 0 AS rowid FROM votes WHERE kept)"),
+        "users_by_user_split": index.counts(
+            "user_split", "(SELECT DISTINCT user, user_split, 0 AS rowid FROM votes WHERE kept)"
+        ),
         "pairs_by_kind": index.counts("COALESCE(kind, '(none)')"),
         "with_stated_criteria": index.number("SELECT SUM(criteria) FROM votes WHERE kept"),
         "chosen_longer_share": round(index.number("SELECT SUM(longer > 0) FROM votes WHERE kept") / pairs, 4),

@@ -16,17 +16,10 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Protocol
 
-from pgenrm_train.artifacts import StageFolder, write_json, write_table
-from pgenrm_train.backends.base import Teacher
-from pgenrm_train.chains import Chain, parse_chain
-from pgenrm_train.concurrency import concurrently
-from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
-from pgenrm_train.errors import DataError
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import FullView, MaskedView, apply_masking, drop_history, present
-from pgenrm_train.near_duplicates import NearDuplicates, signature
-from pgenrm_train.records import Example, PreferencePair
-from pgenrm_train.rejection import (
+from pgenrm_train.backends.protocols import Teacher
+from pgenrm_train.chains.chain import Chain, parse_chain
+from pgenrm_train.chains.near_duplicates import NearDuplicates, signature
+from pgenrm_train.chains.rejection import (
     BOILERPLATE,
     DUPLICATE,
     NEAR_DUPLICATE,
@@ -35,13 +28,24 @@ from pgenrm_train.rejection import (
     form_problem,
     reason_to_reject,
 )
-from pgenrm_train.stages.inputs import asked, histories
+from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
+from pgenrm_train.errors import DataError
+from pgenrm_train.files import write_json, write_table
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, drop_history, present
+from pgenrm_train.prompts.writer import asked, histories
+from pgenrm_train.records.pairs import Example, PreferencePair
+from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.folder import StageFolder
 
 READS = (
     "data",
     "seed",
     *(f"teacher.{key}" for key in ANSWER_KEYS),
-    *(f"sec.{key}" for key in ("samples_per_pair", "orders_per_pair", "max_chains", "second_chance", "near_duplicate")),
+    *(
+        f"sec.{key}"
+        for key in ("samples_per_pair", "orders_per_pair", "max_chains", "second_chance", "near_duplicate")
+    ),
     "masking",
     "psi.masking",
     "psi.nano_start",
@@ -94,16 +98,22 @@ def run(
     if expected := _expected(config, pairs, teacher):
         folder.manifest["estimate"] = expected
         folder.save()
-    kept, rejected = without_repetitions(config, *sample_chains(config, pairs, teacher, progress), by_rule=teacher.by_rule)
+    kept, rejected = without_repetitions(
+        config, *sample_chains(config, pairs, teacher, progress), by_rule=teacher.by_rule
+    )
     if kept:
         writer = writer_for(kept)
         fits = [writer.can_be_written(item.text) for item in kept]
         rejected += [_rejected(item, OVER_LENGTH) for item, fit in zip(kept, fits, strict=True) if not fit]
         kept = list(compress(kept, fits))
     if not kept:
-        raise DataError(f"no chain passed rejection sampling; reasons: {dict(Counter(r['reason'] for r in rejected))}")
+        raise DataError(
+            f"no chain passed rejection sampling; reasons: {dict(Counter(r['reason'] for r in rejected))}"
+        )
     rows = [_row(config, item, writer) for item in progress(kept, "prompts", len(kept))]
-    write_table(folder.path / "rejected.parquet", rejected or [{"pair_id": None, "reason": None, "text": None}])
+    write_table(
+        folder.path / "rejected.parquet", rejected or [{"pair_id": None, "reason": None, "text": None}]
+    )
     write_table(folder.path / SEC, rows)
     facts = _facts(kept, rejected) | {"trimmed": dict(writer.trimmed), "teacher": dict(teacher.facts())}
     write_json(folder.path / "yield.json", facts)
@@ -113,7 +123,10 @@ def run(
 def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> dict[str, Any]:
     """What the teacher will cost, from the prompts of some questions."""
     asking, history = questions(config, pairs), histories(config, pairs)
-    some = [shown(config, pair, order, history) for pair, order in asking[:: max(1, len(asking) // MEASURED)][:MEASURED]]
+    some = [
+        shown(config, pair, order, history)
+        for pair, order in asking[:: max(1, len(asking) // MEASURED)][:MEASURED]
+    ]
     return dict(teacher.expect(some, len(asking), config.sec.samples_per_pair))
 
 
@@ -146,7 +159,9 @@ def shown(config: Config, pair: PreferencePair, order: int, history: HistorySamp
     return replace(example, history=drop_history(example.history, rng, config.masking.show_probability))
 
 
-def _ask(config: Config, example: Example, order: int, teacher: Teacher) -> tuple[Kept | None, list[Rejected]]:
+def _ask(
+    config: Config, example: Example, order: int, teacher: Teacher
+) -> tuple[Kept | None, list[Rejected]]:
     """One question until a chain passes.  With `sec.second_chance` the teacher is told what was wrong with its last answer."""
     rejected: list[Rejected] = []
     told = None
@@ -192,7 +207,11 @@ def without_repetitions(
 
 
 def _repeats(item: Kept, similar: Sequence[Kept]) -> str | None:
-    others = [other.example for other in similar if other.example.pair_id != item.example.pair_id or other.order == item.order]
+    others = [
+        other.example
+        for other in similar
+        if other.example.pair_id != item.example.pair_id or other.order == item.order
+    ]
     if any(other.user_id == item.example.user_id for other in others):
         return NEAR_DUPLICATE
     return BOILERPLATE if others else None
@@ -219,7 +238,9 @@ def questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[Pre
 
 def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, Any]:
     rng = random.Random(f"{config.seed}/mask/{item.example.pair_id}/{item.order}")
-    policy = masking_of(config, "psi").replace("history_dropout", "masked")  # what was dropped, the teacher did not see either
+    policy = masking_of(config, "psi").replace(
+        "history_dropout", "masked"
+    )  # what was dropped, the teacher did not see either
     view, _ = apply_masking(item.example, policy, rng, show_probability=config.masking.show_probability)
     return {
         "pair_id": item.example.pair_id,

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder, write_table
-from pgenrm_train.backends.base import CriteriaWriter
-from pgenrm_train.concurrency import concurrently
+from pgenrm_train.backends.protocols import CriteriaWriter
 from pgenrm_train.config import ANSWER_KEYS, Config
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.judging import signals
-from pgenrm_train.raw_rows import read_rows
-from pgenrm_train.records import ExplicitSignals, HistoryItem, PreferencePair
-from pgenrm_train.synthesis import read_criteria
+from pgenrm_train.files import write_table
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferencePair
+from pgenrm_train.records.raw_rows import read_rows
+from pgenrm_train.rewards.judging import signals
+from pgenrm_train.rewards.synthetic_criteria import read_criteria
+from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.folder import StageFolder
 
 READS = ("data", "seed", *(f"teacher.{key}" for key in ANSWER_KEYS), "sec.samples_per_pair")
 CRITERIA = "criteria.parquet"
@@ -30,19 +31,32 @@ Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
 def run(
-    config: Config, folder: StageFolder, pairs: Sequence[PreferencePair], writer: CriteriaWriter, progress: Progress
+    config: Config,
+    folder: StageFolder,
+    pairs: Sequence[PreferencePair],
+    writer: CriteriaWriter,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Infer and write; returns counts and cost.  Raises DataError when no user's criteria could be inferred."""
     users = votes_of_silent_users(pairs, config.seed)
     if expected := writer.expect([votes for _, votes in users], config.sec.samples_per_pair):
         folder.manifest["estimate"] = dict(expected)
         folder.save()
-    found = concurrently(lambda user: _infer(*user, writer, config.sec.samples_per_pair), users, writer.in_flight)
-    rows = [row for _, row in sorted(progress(found, "synthetic criteria", len(users)), key=lambda numbered: numbered[0])]
+    found = concurrently(
+        lambda user: _infer(*user, writer, config.sec.samples_per_pair), users, writer.in_flight
+    )
+    rows = [
+        row
+        for _, row in sorted(
+            progress(found, "synthetic criteria", len(users)), key=lambda numbered: numbered[0]
+        )
+    ]
     failures = Counter(row["failure"] for row in rows if row["failure"])
     if rows and len(rows) == failures.total():
         raise DataError(f"no user's criteria could be inferred; reasons: {dict(failures)}")
-    write_table(folder.path / CRITERIA, rows or [{"user_id": None, "criteria": None, "failure": None, "votes": 0}])
+    write_table(
+        folder.path / CRITERIA, rows or [{"user_id": None, "criteria": None, "failure": None, "votes": 0}]
+    )
     return {
         "users": len(rows),
         "inferred": len(rows) - failures.total(),
@@ -57,11 +71,15 @@ def load(run_dir: Path) -> dict[str, ExplicitSignals]:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run recipe=criteria with the same run_dir first")
     return {
-        row["user_id"]: ExplicitSignals(criteria=row["criteria"], synthetic=True) for row in read_rows(path) if row["criteria"]
+        row["user_id"]: ExplicitSignals(criteria=row["criteria"], synthetic=True)
+        for row in read_rows(path)
+        if row["criteria"]
     }
 
 
-def votes_of_silent_users(pairs: Sequence[PreferencePair], seed: int) -> list[tuple[str, tuple[HistoryItem, ...]]]:
+def votes_of_silent_users(
+    pairs: Sequence[PreferencePair], seed: int
+) -> list[tuple[str, tuple[HistoryItem, ...]]]:
     """Users with a training vote for which nothing was stated, each with up to `VOTES` of their training votes, oldest first."""
     votes: dict[str, list[PreferencePair]] = defaultdict(list)
     silent: dict[str, None] = {}

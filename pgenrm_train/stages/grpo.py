@@ -17,24 +17,30 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import ANSWER_KEYS, Config, CurriculumConfig, GrpoConfig, masking_of, seed_of
+from pgenrm_train.curriculum.hard_negatives import GIVEN, HardNegative, hard_negatives
+from pgenrm_train.curriculum.hardness import Embed, Votes
+from pgenrm_train.curriculum.hardness import signals as signals_of
 from pgenrm_train.errors import DataError
-from pgenrm_train.hard_negatives import GIVEN, HardNegative, hard_negatives
-from pgenrm_train.hardness import Embed, Votes
-from pgenrm_train.hardness import signals as signals_of
-from pgenrm_train.judging import signals
-from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.records import Example, ExplicitSignals, PreferencePair
+from pgenrm_train.files import write_table
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.prompts.writer import Messages, asked, histories
+from pgenrm_train.records.pairs import Example, ExplicitSignals, PreferencePair
+from pgenrm_train.rewards.judging import signals
 from pgenrm_train.stages.grpo_rows import row_of
-from pgenrm_train.stages.inputs import Messages, asked, histories
 
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
 MODEL_KEYS = ("model.kind", "model.name", "model.path", "model.lora", "model.instructions", "model.max_prompt_tokens",
               "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
 
 
-FREE = ("save_every", "keep_checkpoints", "validate_every", "validate_pairs", "stall_seconds")  # a run may go on with others
+FREE = (
+    "save_every",
+    "keep_checkpoints",
+    "validate_every",
+    "validate_pairs",
+    "stall_seconds",
+)  # a run may go on with others
 
 
 def reads(section: str) -> tuple[str, ...]:
@@ -42,7 +48,16 @@ def reads(section: str) -> tuple[str, ...]:
     kind = CurriculumConfig if section == "curriculum" else GrpoConfig
     own = (f"{section}.{field.name}" for field in dataclasses.fields(kind) if field.name not in FREE)
     judge = (f"judge.{key}" for key in ANSWER_KEYS)
-    return (*own, "data", "seed", *judge, "masking", *MODEL_KEYS, "cluster.processes_per_node", "cluster.nodes")
+    return (
+        *own,
+        "data",
+        "seed",
+        *judge,
+        "masking",
+        *MODEL_KEYS,
+        "cluster.processes_per_node",
+        "cluster.nodes",
+    )
 
 
 def write_rows(
@@ -64,7 +79,9 @@ def write_rows(
     settings = getattr(config, section)
     train, origins = training_pairs(config, section, pairs, prototype_of)
     if len(train) < settings.prompts_per_step:
-        raise DataError(f"{len(train)} training pairs are fewer than {section}.prompts_per_step={settings.prompts_per_step}")
+        raise DataError(
+            f"{len(train)} training pairs are fewer than {section}.prompts_per_step={settings.prompts_per_step}"
+        )
     sampler = histories(config, pairs)
     scheduled = section == "curriculum" and settings.schedule != "uniform"
     rows, mirror, known = [], [], []
@@ -73,14 +90,17 @@ def write_rows(
         rows.append(_row(config, section, index, pair, present(pair, history, order), writer, synthetic))
         known.append(len(history))
         if scheduled and mines(config):
-            mirror.append(_row(config, section, index, pair, present(pair, history, 1 - order), writer, synthetic))
+            mirror.append(
+                _row(config, section, index, pair, present(pair, history, 1 - order), writer, synthetic)
+            )
     if scheduled:
         found = signals_of(train, Votes(pair for pair in pairs if pair.trains), embed)
         common = Counter(pair.scenario for pair in train)
         columns = {"pair_id": [pair.pair_id for pair in train], "origin": origins, "history": known,
                    "scenario": [common[pair.scenario] / len(train) for pair in train]} | found  # fmt: skip
         write_table(
-            path.with_name(SIGNALS), [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            path.with_name(SIGNALS),
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         )
     if mirror:
         write_table(path.with_name(MIRROR), mirror)
@@ -95,7 +115,10 @@ def mines(config: Config) -> bool:
 
 
 def training_pairs(
-    config: Config, section: str, pairs: Sequence[PreferencePair], prototype_of: Mapping[str, int] = MappingProxyType({})
+    config: Config,
+    section: str,
+    pairs: Sequence[PreferencePair],
+    prototype_of: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[PreferencePair], list[str]]:
     """The pairs to train on in a seeded order, at most as many as are drawn, and the origin of each.
 
@@ -128,6 +151,10 @@ def _row(
     synthetic: Mapping[str, ExplicitSignals],
 ) -> dict[str, Any]:
     rng = random.Random(f"{seed_of(config, section)}/{section}/mask/{pair.pair_id}")
-    view, withheld = apply_masking(example, masking_of(config, section), rng, show_probability=config.masking.show_probability)
-    explicit = withheld.explicit if signals(withheld.explicit) else synthetic.get(pair.user_id, withheld.explicit)
+    view, withheld = apply_masking(
+        example, masking_of(config, section), rng, show_probability=config.masking.show_probability
+    )
+    explicit = (
+        withheld.explicit if signals(withheld.explicit) else synthetic.get(pair.user_id, withheld.explicit)
+    )
     return row_of(config, index, pair, withheld.chosen_index, writer(view), explicit)

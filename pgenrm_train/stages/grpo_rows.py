@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from pgenrm_train.config import Config
-from pgenrm_train.judging import signals
-from pgenrm_train.records import ExplicitSignals, PreferencePair
-from pgenrm_train.stages.inputs import Messages
+from pgenrm_train.prompts.writer import Messages
+from pgenrm_train.records.pairs import ExplicitSignals, PreferencePair
+from pgenrm_train.rewards.judging import signals
 
 
 def row_of(
@@ -30,7 +30,9 @@ def row_of(
             "kind": pair.kind,
             "n_responses": 2,
             "criteria": explicit.criteria,
-            "explicit": json.dumps(signals(explicit), ensure_ascii=False),  # all that there is to judge by, for an LLM judge
+            "explicit": json.dumps(
+                signals(explicit), ensure_ascii=False
+            ),  # all that there is to judge by, for an LLM judge
             "synthetic": explicit.synthetic,
         },
     }

@@ -12,13 +12,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import Config, masking_of
-from pgenrm_train.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.records import HistoryItem, PreferencePair
-from pgenrm_train.reward_hacking import EMPTY, OWN, SWAPPED
+from pgenrm_train.files import write_table
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.prompts.writer import Messages, asked, histories
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.rewards.hacking_signs import EMPTY, OWN, SWAPPED
 from pgenrm_train.stages.grpo_rows import row_of
-from pgenrm_train.stages.inputs import Messages, asked, histories
 
 VALIDATION = "validation.parquet"
 History = tuple[HistoryItem, ...]
@@ -34,7 +34,9 @@ def write_validation(
     """Write the rows of at most `validate_pairs` pairs of the validation split; returns their number, 0 where there is no file."""
     settings = getattr(config, section)
     some = asked(pairs, "val", settings.validate_pairs) if settings.validate_every else []
-    policy = "full" if masking_of(config, section) == "full" else "masked"  # what the stage hides, without its draws
+    policy = (
+        "full" if masking_of(config, section) == "full" else "masked"
+    )  # what the stage hides, without its draws
     rows: list[dict[str, Any]] = []
     for pair, probe, history in _questions(some, histories(config, pairs)):
         for order in (0, 1):
@@ -42,7 +44,9 @@ def write_validation(
             row = row_of(config, len(rows), pair, order, writer(view), withheld.explicit)
             row["extra_info"]["probe"] = probe
             if probe != OWN:
-                row["extra_info"]["explicit"] = "{}"  # no judge is asked about a history that is not the user's
+                row["extra_info"]["explicit"] = (
+                    "{}"  # no judge is asked about a history that is not the user's
+                )
             rows.append(row)
     if rows:
         write_table(path, rows)

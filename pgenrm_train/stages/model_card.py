@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import StageFolder, write_text
 from pgenrm_train.config import Config
+from pgenrm_train.files import write_text
+from pgenrm_train.run.folder import StageFolder
 
 METHODS = {
     "psi": "persona-guided scoring induction: supervised on a teacher's evaluation chains, loss on the chain only",
@@ -23,14 +24,19 @@ def write_card(config: Config, folder: StageFolder, steps: int) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
     base = _base(config, folder.stage)
-    hub = base if config.model.kind == "hf" and base == config.model.name and not Path(base).exists() else None
+    hub = (
+        base if config.model.kind == "hf" and base == config.model.name and not Path(base).exists() else None
+    )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=hub,
         tags=["reward-model", "personalization", "p-genrm", folder.stage],
     )
-    facts = "\n".join(f"| {name} | {str(value).replace('|', '/')} |" for name, value in _facts(config, folder, steps).items())
+    facts = "\n".join(
+        f"| {name} | {str(value).replace('|', '/')} |"
+        for name, value in _facts(config, folder, steps).items()
+    )
     body = f"""# {config.model.label}, {folder.stage}
 
 A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads what one user preferred before and two or more new
@@ -57,7 +63,9 @@ python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_F
 This card holds no accuracy: `recipe=evaluate` measures it on users that were held out and states protocol and intervals. Training data may hold
 personal preferences; their licence is the licence of the data named above and of the base model.
 """
-    write_text(folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
+    write_text(
+        folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    )
 
 
 def _base(config: Config, stage: str) -> str:
@@ -78,7 +86,9 @@ def _facts(config: Config, folder: StageFolder, steps: int) -> dict[str, Any]:
         "learning rate": settings.learning_rate,
         "LoRA rank (merged)": config.model.lora.rank or "full parameters",
         "seed": manifest["seed"],
-        "packages": ", ".join(f"{name} {manifest['packages'][name]}" for name in ("torch", "transformers", "deepspeed", "verl")),
+        "packages": ", ".join(
+            f"{name} {manifest['packages'][name]}" for name in ("torch", "transformers", "deepspeed", "verl")
+        ),
         "code": (manifest.get("git") or {}).get("commit", "not from a git checkout"),
         "fingerprint": manifest["fingerprint"],
     }

@@ -15,18 +15,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgenrm_train import prototypes as core
-from pgenrm_train.artifacts import StageFolder, fingerprint, weights_digest, write_json, write_table, write_text
-from pgenrm_train.chains import ParseFailure, parse_chain
+from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import HistoryItem, PreferencePair
-from pgenrm_train.refinement import RefinementBatch, Rows, cold_start, refine
-from pgenrm_train.stages.prototype_cards import cards, cards_markdown, plane
+from pgenrm_train.files import fingerprint, write_json, write_table, write_text
+from pgenrm_train.prototypes import clusters as core
+from pgenrm_train.prototypes.cards import cards, cards_markdown, plane
+from pgenrm_train.prototypes.refinement import RefinementBatch, Rows, cold_start, refine
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.run.folder import StageFolder, weights_digest
 
-READS = ("prototypes", "data", "seed", "masking", "model.kind", "model.name", "model.path", "model.instructions")
+READS = (
+    "prototypes",
+    "data",
+    "seed",
+    "masking",
+    "model.kind",
+    "model.name",
+    "model.path",
+    "model.instructions",
+)
 Embed = Callable[[Sequence[str]], np.ndarray]
-Chains = Sequence[tuple[PreferencePair, str | None]]  # one generated text a pair, None where generation failed
+Chains = Sequence[
+    tuple[PreferencePair, str | None]
+]  # one generated text a pair, None where generation failed
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 Refine = Callable[..., tuple[core.Prototypes, dict[str, Any]]]  # as refinement.refine
 
@@ -78,7 +90,9 @@ def run(
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
     centroids = core.cluster(matrix, core.count_distinct(matrix, enough=wanted), config.seed, users)
     samples = _samples([row.pair for row in rows], histories, embed)
-    refined, metrics = refine(centroids, samples, config.prototypes, config.seed, device=config.cluster.device)
+    refined, metrics = refine(
+        centroids, samples, config.prototypes, config.seed, device=config.cluster.device
+    )
     core.save(refined, folder.path, hashes)
     start = [_cold_start(config, refined, chains_t, shown, embed) for chains_t, shown in newcomers]
     facts = {
@@ -94,7 +108,11 @@ def run(
     write_table(folder.path / "analyses.parquet", _table(rows, refined))
     write_json(folder.path / "cards.json", made := cards(rows, refined))
     write_text(folder.path / "cards.md", cards_markdown(made))
-    curve_facts = {"retained_mass": [round(float(x), 5) for x in curve], "k": len(refined.A), "suggested_k": suggested}
+    curve_facts = {
+        "retained_mass": [round(float(x), 5) for x in curve],
+        "k": len(refined.A),
+        "suggested_k": suggested,
+    }
     write_json(folder.path / "singular_values.json", curve_facts)
     write_json(folder.path / "cold_start.json", start)
     return facts
@@ -102,7 +120,11 @@ def run(
 
 def read_hashes(config: Config, checkpoint: Path, embedder: str, data: str) -> dict[str, str]:
     """What the prototypes were made from; a reader with other hashes refuses them."""
-    return {"model": fingerprint(weights_digest(checkpoint), config.model.name), "embedder": embedder, "data": data}
+    return {
+        "model": fingerprint(weights_digest(checkpoint), config.model.name),
+        "embedder": embedder,
+        "data": data,
+    }
 
 
 def _count(seen: Counter[str | None], scenario: str | None) -> int:
@@ -123,7 +145,9 @@ def _readable(chains: Chains) -> tuple[list[Analysed], Counter[str]]:
     return rows, failures
 
 
-def _cold_start(config: Config, refined: core.Prototypes, chains: Chains, shown: Histories, embed: Embed) -> dict[str, Any]:
+def _cold_start(
+    config: Config, refined: core.Prototypes, chains: Chains, shown: Histories, embed: Embed
+) -> dict[str, Any]:
     """One point of the cold-start curve.  A chain that cannot be read gives no prototype: the mean of all stands in."""
     rows, failures = _readable(chains)
     analyses = embed([core.preference_text(row.analysis) for row in rows]) if rows else refined.A[:0]
@@ -132,7 +156,11 @@ def _cold_start(config: Config, refined: core.Prototypes, chains: Chains, shown:
     samples = _samples(pairs, shown, embed)
     labels = np.array([label.get(p.pair_id, -1) for p in pairs])
     found = cold_start(refined, samples, labels, config.prototypes, config.seed)
-    return {"history_pairs": max((len(h) for h in shown.values()), default=0), "failures": dict(failures), **found}
+    return {
+        "history_pairs": max((len(h) for h in shown.values()), default=0),
+        "failures": dict(failures),
+        **found,
+    }
 
 
 def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed) -> RefinementBatch:

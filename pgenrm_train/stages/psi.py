@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pgenrm_train.backends.base import Trained
+from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.stages.build_sec import SEC
 

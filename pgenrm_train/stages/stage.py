@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pgenrm_train import publishing
-from pgenrm_train.artifacts import StageFolder, check_checkpoint, set_aside, write_config
+from pgenrm_train.cluster.preflight import check_machine, findings, still_to_do
 from pgenrm_train.config import ROOT, Config, get, to_dict
-from pgenrm_train.ending import Terminated, die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError, PreflightError
-from pgenrm_train.preflight import check_machine, findings, still_to_do
-from pgenrm_train.shards import digest
-from pgenrm_train.tracking import Tracker
-from recipes.card import METHODS, write_card
+from pgenrm_train.records.shards import digest
+from pgenrm_train.run.folder import StageFolder, check_checkpoint, set_aside, write_config
+from pgenrm_train.run.process import Terminated, die_with_parent
+from pgenrm_train.run.store import publisher as publishing
+from pgenrm_train.run.tracking import Tracker
+from pgenrm_train.stages.model_card import METHODS, write_card
 
 T = TypeVar("T")
 CHILD = "PGENRM_PIPELINE_CHILD"
@@ -196,7 +196,11 @@ def _stop(child: subprocess.Popen[bytes], reason: KeyboardInterrupt) -> None:
 
 def _source(config: Config) -> dict[str, Any]:
     """The raw data counts by its content: a moved file is the same data, a changed file is not."""
-    given = {key: Path(value) for key in ("path", "answers") if (value := getattr(config.data, key)) and Path(value).exists()}
+    given = {
+        key: Path(value)
+        for key in ("path", "answers")
+        if (value := getattr(config.data, key)) and Path(value).exists()
+    }
     if not given:
         return {}
     hashes = {f"data.{key} sha256": digest(path) for key, path in given.items()}

@@ -1,0 +1,1 @@
+"""Helpers of the recipes: they build engines, teachers and judges from the configuration."""

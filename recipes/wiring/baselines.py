@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eval.baselines import Scorer, fit_baseline
+from eval.ask.baselines import Scorer, fit_baseline
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import Example, PreferencePair
+from pgenrm_train.records.pairs import Example, PreferencePair
 
 
 def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Scorer]:
@@ -22,7 +22,7 @@ def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Scorer
 
 
 def _bradley_terry(config: Config) -> dict[str, Any]:
-    from eval.bradley_terry import BradleyTerry
+    from eval.ask.bradley_terry import BradleyTerry
     from recipes.prototypes import make_embedder
 
     def make(adapted: bool) -> Callable[..., Any]:
@@ -42,13 +42,15 @@ class _Features:
     """The features teacher's rule as a scorer."""
 
     def __init__(self, *, seed: int = 0) -> None:
-        from data_builders.features import FeatureTeacher
+        from data_builders.teachers.features import FeatureTeacher
 
         self.rule = FeatureTeacher()
 
     def fit(self, train: Sequence[PreferencePair], _all: Sequence[PreferencePair]) -> _Fitted:
         if not train:
-            raise DataError("the baseline features learns from votes with split=train, and the data holds none; leave it out")
+            raise DataError(
+                "the baseline features learns from votes with split=train, and the data holds none; leave it out"
+            )
         self.rule.fit(train)
         return _Fitted(lambda e: self.rule.score(e.user_id, e.history, e.query, e.responses))
 
@@ -60,13 +62,15 @@ class _Oracle:
         self.seed = seed
 
     def fit(self, _train: Sequence[PreferencePair], asked_pairs: Sequence[PreferencePair]) -> _Fitted:
-        from data_builders.oracle import OracleTeacher
-        from pgenrm_train.chains import Chain, parse_chain
+        from data_builders.teachers.oracle import OracleTeacher
+        from pgenrm_train.chains.chain import Chain, parse_chain
 
         teacher, explicit = OracleTeacher(self.seed), {p.pair_id: p.explicit for p in asked_pairs}
 
         def score(example: Example) -> tuple[float, ...]:
-            chain = parse_chain(teacher.write(dataclasses.replace(example, explicit=explicit[example.pair_id])))
+            chain = parse_chain(
+                teacher.write(dataclasses.replace(example, explicit=explicit[example.pair_id]))
+            )
             assert isinstance(chain, Chain)
             return chain.scores
 

@@ -9,20 +9,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.evaluation import Candidate, ScoredCandidate
-from eval.scored import Score, one_by_one
-from pgenrm_train.artifacts import StageFolder, check_checkpoint, fingerprint, weights_digest
-from pgenrm_train.backends.base import Generator
+from eval.ask.scored import Score, one_by_one
+from eval.studies.evaluation import Candidate, ScoredCandidate
+from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError, PreflightError
-from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.files import fingerprint
+from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
 from recipes.build_sec import load_tokenizer
-from recipes.llm import api_generator, model_endpoint, plain_writer
+from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 
 Load = Callable[[Path], Generator]
 
 
-def candidates(config: Config, made: Sequence[str], folder: Path, load: Load) -> list[Candidate | ScoredCandidate]:
+def candidates(
+    config: Config, made: Sequence[str], folder: Path, load: Load
+) -> list[Candidate | ScoredCandidate]:
     """In the order of the table.  `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a
     local checkpoint."""
     model = config.model
@@ -38,7 +41,13 @@ def candidates(config: Config, made: Sequence[str], folder: Path, load: Load) ->
         return [_local(config, model.label, Path(model.path), None, load)]
     run_dir = Path(config.run_dir)
     return [
-        _local(config, stage, run_dir / stage / "checkpoint", StageFolder.read(run_dir, stage).manifest["wall_seconds"], load)
+        _local(
+            config,
+            stage,
+            run_dir / stage / "checkpoint",
+            StageFolder.read(run_dir, stage).manifest["wall_seconds"],
+            load,
+        )
         for stage in made
     ]
 
@@ -54,14 +63,18 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
     settings, prompt = model_endpoint(config), config.model.prompt
     start, close = once(lambda: api_generator(settings, prompt, folder))
     identity = f"{settings.base_url}|{settings.name}|{prompt}"
-    return Candidate(config.model.label, identity, start, lambda: plain_writer(config), close, cost=lambda: start().facts())
+    return Candidate(
+        config.model.label, identity, start, lambda: plain_writer(config), close, cost=lambda: start().facts()
+    )
 
 
 def _callable(config: Config) -> ScoredCandidate:
     """Known by its name and its module's source: an edited file is another model."""
     name = config.model.name
     function, source = _imported(name)
-    return ScoredCandidate(config.model.label, fingerprint(name, source), lambda: one_by_one(function), lambda: None)
+    return ScoredCandidate(
+        config.model.label, fingerprint(name, source), lambda: one_by_one(function), lambda: None
+    )
 
 
 def _reward_head(config: Config) -> ScoredCandidate:
@@ -69,7 +82,7 @@ def _reward_head(config: Config) -> ScoredCandidate:
     digest = weights_digest(check_checkpoint(checkpoint))
 
     def make() -> Any:
-        from pgenrm_train.backends.reward_head import RewardHead
+        from pgenrm_train.backends.vllm.reward_head import RewardHead
 
         return RewardHead(config, checkpoint)
 
@@ -93,8 +106,12 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except Exception as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
+    except (
+        Exception
+    ) as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PreflightError(
             f"model.name={name} cannot be had from the Hugging Face hub ({reason}); give model.path=FOLDER"
@@ -107,7 +124,9 @@ def _imported(name: str) -> tuple[Score, str]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever somebody else's module raises
-        raise ConfigError(f"model.name={name}: the module cannot be imported ({type(error).__name__}: {error})") from None
+        raise ConfigError(
+            f"model.name={name}: the module cannot be imported ({type(error).__name__}: {error})"
+        ) from None
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ConfigError(f"model.name={name}: {module_name} has no function {attribute}")

@@ -9,26 +9,28 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from eval.evaluation import Evaluation
+from eval.studies.evaluation import Evaluation
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
-from pgenrm_train.judging import judge_messages
-from pgenrm_train.masking import apply_masking, present
+from pgenrm_train.prompts.masking import apply_masking, present
+from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.stages.build_sec import MEASURED, SEC
 from pgenrm_train.stages.grpo_validation import VALIDATION
-from recipes.llm import plain_writer
+from recipes.wiring.llm import plain_writer
 
 VERDICT_TOKENS = 80
 
 
 def tell_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Mapping[str, Any]:
     """The estimate of `model=endpoint`; what an earlier start was answered is not asked again."""
-    from pgenrm_train.backends.costs import announce, characters, estimate
+    from pgenrm_train.backends.api.costs import announce, characters, estimate
 
     write, policy = plain_writer(config), masking_of(config, "eval")
     some = evaluation.pairs[:: max(1, len(evaluation.pairs) // MEASURED)][:MEASURED]
     examples = [present(pair, evaluation.histories[pair.pair_id], 0) for pair in some]
     prompts = [write(apply_masking(example, policy, random.Random(0))[0]) for example in examples]
-    return announce("model", settings, estimate(settings, characters(prompts), evaluation_calls(config, evaluation)))
+    return announce(
+        "model", settings, estimate(settings, characters(prompts), evaluation_calls(config, evaluation))
+    )
 
 
 def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
@@ -39,7 +41,9 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
     if max(ind := sizes(settings.ind)) > 1 or max(sizes(settings.pro)) > 0:
         calls += 2 * grid * seeds_of_grid(settings) * (max(ind) + max(sizes(settings.pro)))
     if settings.one_pair_ind:
-        calls += 2 * grid * settings.grid_seeds * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
+        calls += (
+            2 * grid * settings.grid_seeds * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
+        )
     if settings.probes:
         calls += 2 * len(settings.probe_kinds) * min(pairs, settings.probe_pairs)
     return calls
@@ -47,18 +51,29 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
 
 def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Mapping[str, Any]:
     """The estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
-    from pgenrm_train.backends.costs import ANSWER_TOKENS, announce, characters, estimate
+    from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 
     calls, said = 0.0, "{}"
     for stage, rows in judged.items():
         settings = getattr(config, stage)
-        stated = [extra["explicit"] for extra in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()]
+        stated = [
+            extra["explicit"]
+            for extra in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
+        ]
         with_signals = [text for text in stated if text != "{}"]
-        calls += settings.steps * settings.prompts_per_step * settings.group_size * len(with_signals) / max(1, len(stated))
+        calls += (
+            settings.steps
+            * settings.prompts_per_step
+            * settings.group_size
+            * len(with_signals)
+            / max(1, len(stated))
+        )
         calls += _validation_calls(settings, rows.with_name(VALIDATION))
         said = max([said, *with_signals], key=len)
     task = characters([judge_messages("", {"signals": said})])
-    chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(ANSWER_TOKENS, config.model.max_response_tokens)
+    chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(
+        ANSWER_TOKENS, config.model.max_response_tokens
+    )
     span = (task + chain, task + max(chain, 3.0 * config.model.max_response_tokens))
     return announce("judge", judge, estimate(judge, span, calls, answer_tokens=VERDICT_TOKENS))
 
@@ -67,7 +82,11 @@ def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
     """Rows of the validation slice that a judge is asked about, as often as it is validated."""
     if not rows.exists():
         return 0
-    judged = [x for x in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist() if x["explicit"] != "{}"]
+    judged = [
+        x
+        for x in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
+        if x["explicit"] != "{}"
+    ]
     return len(judged) * (1 + -(-settings.steps // settings.validate_every))
 
 
@@ -76,14 +95,16 @@ def _chain_characters(run_dir: Path) -> float | None:
     path = run_dir / "build_sec" / SEC
     if not path.exists():
         return None
-    chats: Sequence[Any] = pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
+    chats: Sequence[Any] = (
+        pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
+    )
     return sum(len(chat[-1]["content"]) for chat in chats) / len(chats) if chats else None
 
 
 def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, Any]:
     """What the judge was paid in all starts, from its caches; empty where none was kept."""
-    from pgenrm_train.backends.answers import Answers
-    from pgenrm_train.backends.endpoint import dollars
+    from pgenrm_train.backends.api.answers import Answers
+    from pgenrm_train.backends.api.endpoint import dollars
 
     found = [folder for folder in caches if folder.exists()]
     if not found:

@@ -11,24 +11,25 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pgenrm_train.artifacts import StageFolder, read_json, write_json
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.files import read_json, write_json
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.tracking import METRICS, Tracker, read
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
-from pgenrm_train.stages.inputs import PromptWriter, load_pairs
-from pgenrm_train.tracking import METRICS, Tracker, read
+from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
 from recipes import build_data, criteria
 from recipes.build_sec import load_tokenizer
-from recipes.costs import judge_cost, tell_judge
-from recipes.llm import settings_of
-from recipes.run import newest, prepare, progress, run_stage
+from recipes.wiring.costs import judge_cost, tell_judge
+from recipes.wiring.llm import settings_of
 
 BEFORE = {"cre": ("psi",), "curriculum": ("cre", "psi")}  # where a stage starts when model.path is not given
 JUDGES = {
-    "oracle": "data_builders.oracle:judge_for_rewards",
-    "endpoint": "pgenrm_train.backends.llm:judge_for_rewards",
+    "oracle": "data_builders.teachers.oracle:judge_for_rewards",
+    "endpoint": "pgenrm_train.backends.api.roles:judge_for_rewards",
     "none": None,
 }
 
@@ -36,7 +37,11 @@ JUDGES = {
 def run_stages(config: Config, stages: Sequence[str]) -> None:
     """Train `stages` one after the other; the engine is started once for all that are still to be done."""
     prepare(config)
-    start = Path(config.model.path) if config.model.path else newest(config, *BEFORE[stages[0]]).path / "checkpoint"
+    start = (
+        Path(config.model.path)
+        if config.model.path
+        else newest(config, *BEFORE[stages[0]]).path / "checkpoint"
+    )
     build_data.run(config)
     made_by = [] if config.model.path else [start.parent.name]
     if any(synthesized(config, stage) for stage in stages):
@@ -46,7 +51,9 @@ def run_stages(config: Config, stages: Sequence[str]) -> None:
         inputs += ["criteria"] if synthesized(config, stage) else []
         body = functools.partial(train, config, list(stages[number:]), start)
         start = (
-            run_stage(config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}").path
+            run_stage(
+                config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}"
+            ).path
             / "checkpoint"
         )
 
@@ -56,16 +63,24 @@ def synthesized(config: Config, stage: str) -> bool:
     return config.sec.synthesize_criteria and bool(getattr(config, stage).process_weight)
 
 
-def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
+def train(
+    config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker
+) -> dict[str, Any]:
     """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
-    from pgenrm_train.backends import verl_grpo
+    from pgenrm_train.backends.grpo import engine as verl_grpo
 
     judged = any(getattr(config, stage).process_weight for stage in stages)
-    with settings_of(config, "judge", folder.path / "judge_server.log") if judged else nullcontext(config.judge) as judge:
+    with (
+        settings_of(config, "judge", folder.path / "judge_server.log")
+        if judged
+        else nullcontext(config.judge) as judge
+    ):
         phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
         judged_by_model = [p for p in phases if p.judge == JUDGES["endpoint"]]
         if judged_by_model:
-            folder.manifest["estimate"] = tell_judge(config, judge, {p.work_dir.name: p.rows for p in judged_by_model})
+            folder.manifest["estimate"] = tell_judge(
+                config, judge, {p.work_dir.name: p.rows for p in judged_by_model}
+            )
             folder.save()
         said = [p.work_dir / verl_grpo.TRAINED for p in phases]
         known = [path.exists() for path in said]
@@ -73,9 +88,15 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
             trained = verl_grpo.launch(config, phases)[0]
     # One session serves several stages: each stage's time goes to its own row of the table.
     seconds = [read_json(path)["seconds"] for path in said]
-    shift = (seconds[0] if known[0] else 0.0) - sum(s for s, before in zip(seconds[1:], known[1:]) if not before)
+    shift = (seconds[0] if known[0] else 0.0) - sum(
+        s for s, before in zip(seconds[1:], known[1:]) if not before
+    )
     counted = folder.path / "hardness.json"
-    facts: dict[str, Any] = {"steps": trained.steps, "metrics": dict(trained.metrics), "judge": config.judge.kind}
+    facts: dict[str, Any] = {
+        "steps": trained.steps,
+        "metrics": dict(trained.metrics),
+        "judge": config.judge.kind,
+    }
     if lost := read(folder.path / verl_grpo.RESTARTS):
         facts["restarts"] = [line["reason"] for line in lost]
     if counted.exists():
@@ -88,7 +109,7 @@ def train(config: Config, stages: Sequence[str], start: Path, folder: StageFolde
 
 def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig) -> Any:
     """The engine's description of one stage, with its rows on disk; judge: as it answers now, a served one included."""
-    from pgenrm_train.backends import verl_grpo
+    from pgenrm_train.backends.grpo import engine as verl_grpo
 
     settings, work_dir = getattr(config, stage), Path(config.run_dir) / stage
     rows, validation = work_dir / grpo.ROWS, work_dir / VALIDATION
@@ -107,7 +128,10 @@ def make_rows(config: Config, stage: str, tokenizer: Path) -> None:
     work_dir, pairs = Path(config.run_dir) / stage, load_pairs(Path(config.run_dir))
     write = PromptWriter(config, load_tokenizer(tokenizer))
     synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
-    if not write_validation(config, stage, work_dir / VALIDATION, pairs, write) and getattr(config, stage).validate_every:
+    if (
+        not write_validation(config, stage, work_dir / VALIDATION, pairs, write)
+        and getattr(config, stage).validate_every
+    ):
         print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
     known = known_of_pairs(config) if stage == "curriculum" else {}
     grpo.write_rows(config, stage, work_dir / grpo.ROWS, pairs, write, progress, synthetic, **known)
@@ -133,7 +157,11 @@ def hardness_of(config: Config, stage: str, work_dir: Path) -> dict[str, Any]:
     settings = config.curriculum
     if stage != "curriculum" or settings.schedule == "uniform":
         return {}
-    mined = {"mining_samples": settings.mining_samples, "mirror": work_dir / grpo.MIRROR} if grpo.mines(config) else {}
+    mined = (
+        {"mining_samples": settings.mining_samples, "mirror": work_dir / grpo.MIRROR}
+        if grpo.mines(config)
+        else {}
+    )
     return {"signals": work_dir / grpo.SIGNALS, **mined}
 
 

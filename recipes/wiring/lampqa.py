@@ -1,4 +1,4 @@
-"""evaluate on data=lampqa: the models under test rank answers; the ranking is compared with the rubric's (see `eval.lampqa`)."""
+"""evaluate on data=lampqa: the models under test rank answers; the ranking is compared with the rubric's (see `eval.lampqa.ranking`)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,29 @@ from typing import Any
 
 import pandas as pd
 
-from eval.baselines import fit_baseline
-from eval.console import text_table
-from eval.evaluation import Candidate, ScoredCandidate, kept_answers
-from eval.lampqa import MEASURES, Grades, Task, ask_tasks, report, score_tasks, tasks
-from eval.published import LAMPQA_TEXT, published_rankings
-from eval.report import Report, Section, write_markdown, write_report
-from eval.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
-from eval.scored import one_by_one
-from pgenrm_train.artifacts import StageFolder, write_json, write_table, write_text
-from pgenrm_train.concurrency import concurrently
+from eval.ask.baselines import fit_baseline
+from eval.ask.scored import one_by_one
+from eval.lampqa.ranking import MEASURES, Grades, Task, ask_tasks, report, score_tasks, tasks
+from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
+from eval.report.console import text_table
+from eval.report.published import LAMPQA_TEXT, published_rankings
+from eval.report.report import Report, Section, write_markdown, write_report
+from eval.studies.evaluation import Candidate, ScoredCandidate, kept_answers
 from pgenrm_train.config import Config, sizes
 from pgenrm_train.errors import BackendError, ConfigError, DataError
-from pgenrm_train.questions import Answer, Question, QuestionSecret, read_answers, read_questions, read_secrets
-from recipes.llm import endpoint
-from recipes.run import progress
+from pgenrm_train.files import write_json, write_table, write_text
+from pgenrm_train.records.questions import (
+    Answer,
+    Question,
+    QuestionSecret,
+    read_answers,
+    read_questions,
+    read_secrets,
+)
+from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.stages.stage import progress
+from recipes.wiring.llm import endpoint
 
 RULES = ("random", "longer", "shorter")  # baselines that need no votes of the user
 
@@ -45,7 +53,11 @@ def evaluate(
     built = Path(config.run_dir) / "build_data"
     questions, answers = read_questions(built), read_answers(built)
     asked = tasks(
-        questions, answers, history_size=config.data.history_size, samples=max(sizes(config.eval.ind)), seed=config.seed
+        questions,
+        answers,
+        history_size=config.data.history_size,
+        samples=max(sizes(config.eval.ind)),
+        seed=config.seed,
     )
     if not asked:
         raise DataError(f"{built}: no question has answers of two models or more; nothing can be ranked")
@@ -54,13 +66,20 @@ def evaluate(
               for name in _rules(config)}  # fmt: skip
     tables |= {candidate.name: _ask(config, candidate, asked, folder.path) for candidate in everyone}
     results = {
-        name: report(questions, reference.grades, t, draws=config.eval.draws, seed=config.seed) for name, t in tables.items()
+        name: report(questions, reference.grades, t, draws=config.eval.draws, seed=config.seed)
+        for name, t in tables.items()
     }
     final = results[list(tables)[-1]]
     for step, result in enumerate(results[m.name] for m in everyone):
-        tracker.log(step, {f"eval/{m}": result["average"][m] for m in MEASURES if result["average"][m] is not None})
+        tracker.log(
+            step, {f"eval/{m}": result["average"][m] for m in MEASURES if result["average"][m] is not None}
+        )
     _publish(config, folder.path, tables, results, reference)
-    return {"model": list(tables)[-1], "spearman": _rounded(final["average"]["spearman_models"]), "reference": reference.source}
+    return {
+        "model": list(tables)[-1],
+        "spearman": _rounded(final["average"]["spearman_models"]),
+        "reference": reference.source,
+    }
 
 
 def _rounded(value: float | None) -> float | None:
@@ -71,12 +90,18 @@ def _rules(config: Config) -> list[str]:
     """The baselines that apply; a `model=baseline` comes last, for the headline."""
     own = [config.model.name] if config.model.kind == "baseline" else []
     if own and own[0] not in RULES:
-        raise ConfigError(f"model.name={own[0]} learns from votes, of which data=lampqa has none; use one of {', '.join(RULES)}")
+        raise ConfigError(
+            f"model.name={own[0]} learns from votes, of which data=lampqa has none; use one of {', '.join(RULES)}"
+        )
     return [name for name in config.eval.baselines if name in RULES and name not in own] + own
 
 
 def _reference(
-    config: Config, folder: Path, questions: Sequence[Question], secrets: Sequence[QuestionSecret], answers: Sequence[Answer]
+    config: Config,
+    folder: Path,
+    questions: Sequence[Question],
+    secrets: Sequence[QuestionSecret],
+    answers: Sequence[Answer],
 ) -> Reference:
     """Grades that came with the answers, if all did; else an LLM judge's.  Raises ConfigError when there is neither."""
     given = {(a.question_id, a.model): a.rubric_score for a in answers}
@@ -99,7 +124,9 @@ def _reference(
             n = len(secret.rubric_aspects)
             if not n:
                 return "no_rubric"
-            reply = judge.ask(rubric_messages(by_id[answer.question_id], secret, answer.text), schema=ratings_schema(n))
+            reply = judge.ask(
+                rubric_messages(by_id[answer.question_id], secret, answer.text), schema=ratings_schema(n)
+            )
             score = read_rubric_score(reply.text, n) if reply.text is not None else None
             return score if score is not None else reply.failure or "unreadable"
 
@@ -112,7 +139,9 @@ def _reference(
     return Reference(grades, f"judge {config.judge.name}", dict(failures))
 
 
-def _ask(config: Config, candidate: Candidate | ScoredCandidate, asked: Sequence[Task], folder: Path) -> pd.DataFrame:
+def _ask(
+    config: Config, candidate: Candidate | ScoredCandidate, asked: Sequence[Task], folder: Path
+) -> pd.DataFrame:
     try:
         if isinstance(candidate, ScoredCandidate):
             return score_tasks([t for t in asked if t.sample == 0], candidate.start())
@@ -125,7 +154,11 @@ def _ask(config: Config, candidate: Candidate | ScoredCandidate, asked: Sequence
 
 
 def _publish(
-    config: Config, folder: Path, tables: Mapping[str, pd.DataFrame], results: Mapping[str, Any], reference: Reference
+    config: Config,
+    folder: Path,
+    tables: Mapping[str, pd.DataFrame],
+    results: Mapping[str, Any],
+    reference: Reference,
 ) -> None:
     name = list(tables)[-1]
     facts = {
@@ -133,10 +166,22 @@ def _publish(
         "ind": max(sizes(config.eval.ind)), "history_size": config.data.history_size, "seeds": [0],
     }  # fmt: skip
     row = _leaderboard_row(results[name], facts)
-    write_json(folder / "results.json", {**results[name], **facts, "models": dict(results), "leaderboard_row": row})
-    write_table(folder / "predictions.parquet", pd.concat([t.assign(model=n) for n, t in tables.items()], ignore_index=True))
-    rows = [_line(model, "all subsets", {**_totals(found), **found["average"]}) for model, found in results.items()]
-    parts = [_line(model, subset, counts) for model, found in results.items() for subset, counts in found["subsets"].items()]
+    write_json(
+        folder / "results.json", {**results[name], **facts, "models": dict(results), "leaderboard_row": row}
+    )
+    write_table(
+        folder / "predictions.parquet",
+        pd.concat([t.assign(model=n) for n, t in tables.items()], ignore_index=True),
+    )
+    rows = [
+        _line(model, "all subsets", {**_totals(found), **found["average"]})
+        for model, found in results.items()
+    ]
+    parts = [
+        _line(model, subset, counts)
+        for model, found in results.items()
+        for subset, counts in found["subsets"].items()
+    ]
     notes = [f"Reference ranking: {reference.source}."]
     if reference.failures:
         told = ", ".join(f"{n} × {kind}" for kind, n in reference.failures.items())
@@ -144,7 +189,10 @@ def _publish(
     if left := sorted(set(config.eval.baselines) - set(RULES)):
         notes.append(f"Not asked, as they learn from votes: {', '.join(left)}.")
     title = "LaMP-QA: Spearman × 100 [95 % interval over questions]; of models, and within questions"
-    write_text(folder / "table.txt", text_table([*rows, *parts], title, 150) + "".join(f"- {note}\n" for note in notes))
+    write_text(
+        folder / "table.txt",
+        text_table([*rows, *parts], title, 150) + "".join(f"- {note}\n" for note in notes),
+    )
     page = Report(
         title=f"{name} on LaMP-QA", run=facts, stages=rows, notes=notes,
         sections=[
@@ -162,12 +210,21 @@ def _line(model: str, subset: str, found: Mapping[str, Any]) -> dict[str, Any]:
     for measure in MEASURES:
         label = measure.replace("_", " ")
         line |= {label: found.get(measure), f"{label} ci95": found.get(f"{measure}_ci95")}
-    counts = {"questions": "n_questions", "unranked": "unranked", "tied": "tied", "no reference": "no_reference"}
-    return line | {label: found[key] for label, key in counts.items()} | {"failed samples": found.get("failed")}
+    counts = {
+        "questions": "n_questions",
+        "unranked": "unranked",
+        "tied": "tied",
+        "no reference": "no_reference",
+    }
+    return (
+        line | {label: found[key] for label, key in counts.items()} | {"failed samples": found.get("failed")}
+    )
 
 
 def _leaderboard_row(found: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    line = _line(f"{facts['model']} (Ind-{facts['ind']})", "all subsets", {**_totals(found), **found["average"]})
+    line = _line(
+        f"{facts['model']} (Ind-{facts['ind']})", "all subsets", {**_totals(found), **found["average"]}
+    )
     known = {
         "model": line.pop("stage"),
         "data": "lampqa",

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.endpoint_generator import EndpointGenerator
-from pgenrm_train.backends.persona import PersonaGenerator
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.backends.api.persona import PersonaGenerator
 from pgenrm_train.config import Config, EndpointConfig
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompt_styles import styled_messages
-from pgenrm_train.records import HistoryItem, PreferencePair
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.styles import styled_messages
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointCon
     if settings.kind != "vllm":
         yield settings
         return
-    from pgenrm_train.backends.vllm_server import served
+    from pgenrm_train.backends.vllm.server import served
 
     print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
     with served(config, settings, log, beside_training=section == "judge") as endpoint:

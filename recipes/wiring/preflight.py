@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from pgenrm_train.cluster.preflight import CHECKS, findings, stages_of
 from pgenrm_train.config import Config
-from pgenrm_train.preflight import CHECKS, findings, stages_of
 
 
 def run(config: Config) -> int:

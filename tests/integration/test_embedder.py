@@ -8,15 +8,19 @@ import sys
 import numpy as np
 import pytest
 
-from pgenrm_train.backends import embedder
-from pgenrm_train.backends.embedder import SentenceEmbedder
-from pgenrm_train.backends.embedder_workers import EmbedderWorkers
+from pgenrm_train.backends.embedding import embedder
+from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
+from pgenrm_train.backends.embedding.workers import EmbedderWorkers
 from pgenrm_train.config import load
+from pgenrm_train.curriculum.hardness import cosines, similarity
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
-from pgenrm_train.hardness import cosines, similarity
-from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.records.pairs import Message, PreferencePair
 
-TEXTS = ["I prefer short answers with sources.", "Give me brief replies and cite them.", "Tell me long funny stories."]
+TEXTS = [
+    "I prefer short answers with sources.",
+    "Give me brief replies and cite them.",
+    "Tell me long funny stories.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +58,16 @@ def test_odd_texts_do_not_crash(minilm):
 def test_the_hub_is_not_asked_and_nothing_heavy_is_imported_before_use():
     code = (
         "import sys\n"
-        "from pgenrm_train.backends.embedder import SentenceEmbedder\n"
+        "from pgenrm_train.backends.embedding.embedder import SentenceEmbedder\n"
         "e = SentenceEmbedder('minilm')\n"
         "assert not {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
         "assert e(['hello']).shape == (1, 384)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+    )
 
 
 def test_cache_serves_a_second_run_without_the_model(minilm, tmp_path, monkeypatch):
@@ -98,12 +106,16 @@ def test_two_ray_actors_embed_what_one_process_does(minilm, tmp_path, monkeypatc
     monkeypatch.setattr(embedder, "BLOCK", 3)
     config = load("recipe=prototypes", "model=nano", "data=personaworld", "cluster.processes_per_node=2")
     many = [f"{text} {n}" for n in range(4) for text in TEXTS]
-    shared = SentenceEmbedder("minilm", cache_dir=tmp_path, shared=EmbedderWorkers(config, workers=2, least=len(many)))
+    shared = SentenceEmbedder(
+        "minilm", cache_dir=tmp_path, shared=EmbedderWorkers(config, workers=2, least=len(many))
+    )
     assert shared(many) == pytest.approx(minilm(many), abs=1e-5)
     assert "_model" not in vars(shared), "the actors hold the model"
     assert len(list(tmp_path.glob("*/part-*.npz"))) == 4
     few = SentenceEmbedder("minilm", shared=EmbedderWorkers(config, workers=2, least=len(many)))
-    assert few(many[:-1]).shape == (11, 384) and "_model" in vars(few), "a small set is not worth the start of Ray"
+    assert few(many[:-1]).shape == (11, 384) and "_model" in vars(few), (
+        "a small set is not worth the start of Ray"
+    )
 
 
 def test_an_actor_that_cannot_load_the_model_ends_in_one_sentence(tmp_path):

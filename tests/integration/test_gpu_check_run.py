@@ -20,11 +20,19 @@ TINY = ["data.users=60", "psi.batch_size=4", "psi.micro_batch_size=4", "sec.max_
 def test_the_recipe_of_the_first_day_passes_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pgenrm_train", "recipe=gpu_check", f"run_dir={tmp_path / 'run'}", *TINY]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=890
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=890,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("verdict: PASSED")
     report = json.loads((tmp_path / "run" / "gpu_check.json").read_text())
     rows = {row["recipe"]: row for row in report["recipes"]}
-    assert all(rows[stage]["peak_gib"] > 0.1 and rows[stage]["planned_gib"] > 0.1 for stage in ("psi", "cre", "evaluate"))
+    assert all(
+        rows[stage]["peak_gib"] > 0.1 and rows[stage]["planned_gib"] > 0.1
+        for stage in ("psi", "cre", "evaluate")
+    )
     assert rows["cre"]["generated_per_second"] > 0 and rows["evaluate"]["chains_per_second"] > 0

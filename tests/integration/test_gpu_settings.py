@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import verl_world
 
-from pgenrm_train.backends.verl_config import environment
+from pgenrm_train.backends.grpo.config import environment
 from pgenrm_train.config import ROOT, Config, load
 
 SETTINGS = [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
@@ -27,16 +25,24 @@ def test_the_shipped_verl_settings_take_a_real_step(model: str, cluster: str, tm
     verl_world.write_checkpoint(tmp_path / "start", sft_steps=120)
     verl_world.write_rows(tmp_path / "rows.parquet", 8)
     env = {**os.environ, **environment(Config(recipe="cre"))}
-    command = [sys.executable, str(ROOT / "tests/integration/gpu_on_cpu.py"), str(tmp_path), model, cluster]
+    command = [sys.executable, str(ROOT / "tests/support/gpu_on_cpu.py"), str(tmp_path), model, cluster]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = json.loads((tmp_path / "cre" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["cre/actor/grad_norm"] > 0, "groups whose rewards differ"
-    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint"))
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint")
+    )
     assert any(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before)
 
 
-ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False, "tensor_parallel_size": 1, "max_model_len": 128}
+ON_CPU = {
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "tensor_parallel_size": 1,
+    "max_model_len": 128,
+}
 VLLM = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -50,7 +56,7 @@ print("TOKENS", sum(len(o.token_ids) for o in output[0].outputs))
 
 @pytest.mark.parametrize(("model", "cluster"), SETTINGS)
 def test_the_shipped_vllm_settings_generate(model: str, cluster: str, tmp_path: Path) -> None:
-    from pgenrm_train.backends import vllm_engine
+    from pgenrm_train.backends.vllm import engine as vllm_engine
 
     shipped = load("recipe=evaluate", f"model={model}", f"cluster={cluster}", "data=pairs", "data.path=none.parquet",
                    "teacher=features", "judge=none")  # fmt: skip

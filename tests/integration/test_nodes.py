@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import verl_world
 from test_psi import CHANGED, NANO, rows
 
-sys.path.insert(0, str(Path(__file__).parent))
-import verl_world
-
-from pgenrm_train.backends import deepspeed_sft, ray_cluster
-from pgenrm_train.backends.verl_config import environment
-from pgenrm_train.backends.verl_grpo import Phase, launch
+from pgenrm_train.backends.grpo.config import environment
+from pgenrm_train.backends.grpo.engine import Phase, launch
+from pgenrm_train.backends.ray import cluster as ray_cluster
+from pgenrm_train.backends.sft import engine as deepspeed_sft
+from pgenrm_train.cluster.preflight.machine import check_ring
+from pgenrm_train.cluster.preflight.reach import check_ray
 from pgenrm_train.config import ROOT, Config, load
-from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, ConfigError
-from pgenrm_train.preflight.machine import check_ring
-from pgenrm_train.preflight.reach import check_ray
-from pgenrm_train.tracking import METRICS
+from pgenrm_train.run.tracking import METRICS
 
 __all__ = ["rows"]  # the fixture
 STEPS = 30
@@ -72,9 +71,10 @@ def test_a_lost_node_costs_what_was_not_saved(
     back[0].terminate()
     assert trained.steps == STEPS
     told = capfd.readouterr().out
-    assert re.search(r"psi: rank [01, ]+ of the cluster was lost \(\w+\); all start again from \S+/checkpoint-\d+ once", told), (
-        told[-2000:]
-    )
+    assert re.search(
+        r"psi: rank [01, ]+ of the cluster was lost \(\w+\); all start again from \S+/checkpoint-\d+ once",
+        told,
+    ), told[-2000:]
     assert list((tmp_path / "nodes" / "ray_train").rglob("*")), "Ray Train kept its state in the run folder"
 
     deepspeed_sft.train(_config(nodes=1, processes=2), rows, start=NANO, work_dir=tmp_path / "whole")
@@ -112,16 +112,21 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     assert len(places["WorkerDict"]) == 2, "a rank of FSDP on each node"
     assert len(places["vLLMHttpServer"]) == 2, "and a replica of vLLM"
     said = capsys.readouterr().out
-    assert re.search(r"cre: node \S+ of the Ray cluster was lost at step \d\nstarting again from the newest checkpoint", said), (
-        said
+    assert re.search(
+        r"cre: node \S+ of the Ray cluster was lost at step \d\nstarting again from the newest checkpoint",
+        said,
+    ), said
+    assert (
+        "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
     )
-    assert "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
     sampler = CurriculumSampler(16, prompts_per_step=4, steps=GRPO_STEPS, seed=0)
     drawn = [json.loads(line) for line in (phase.work_dir / "batches.jsonl").read_text().splitlines()]
     assert [line["rows"] for line in drawn] == [sampler.next_batch(step) for step in range(1, GRPO_STEPS + 1)]
     steps = [json.loads(line) for line in (phase.work_dir / METRICS).read_text().splitlines()]
     assert [line["step"] for line in steps] == list(range(1, GRPO_STEPS + 1))
-    assert all(abs(line["cre/actor/ppo_kl"]) < 1e-5 for line in steps), "both replicas have the actor's weights"
+    assert all(abs(line["cre/actor/ppo_kl"]) < 1e-5 for line in steps), (
+        "both replicas have the actor's weights"
+    )
 
 
 TRAVELS = """
@@ -140,7 +145,10 @@ print("FOUND", *ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120))
 
 def test_the_checkout_travels_to_the_workers_of_a_driver_and_of_a_submitted_job() -> None:
     """The second by the command of docs/cluster.md, with another entrypoint."""
-    with socket.socket() as free, socket.socket() as also_free:  # another Ray on this machine may hold the usual ports
+    with (
+        socket.socket() as free,
+        socket.socket() as also_free,
+    ):  # another Ray on this machine may hold the usual ports
         free.bind(("127.0.0.1", 0))
         also_free.bind(("127.0.0.1", 0))
         dashboard, agent = free.getsockname()[1], also_free.getsockname()[1]
@@ -150,15 +158,23 @@ def test_the_checkout_travels_to_the_workers_of_a_driver_and_of_a_submitted_job(
     ports = {"dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
     with started(num_cpus=2, include_dashboard=True, **ports) as cluster:
         driver = [sys.executable, "-c", TRAVELS.replace("ADDRESS", cluster.address)]
-        submitted = ["bash", "-c", command + shlex.join([sys.executable, "-c", TRAVELS.replace("ADDRESS", "auto")])]
+        submitted = [
+            "bash",
+            "-c",
+            command + shlex.join([sys.executable, "-c", TRAVELS.replace("ADDRESS", "auto")]),
+        ]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for one in (driver, submitted):
-            done = subprocess.run(one, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240)
+            done = subprocess.run(
+                one, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240
+            )
             (found,) = re.findall(r"FOUND (\S+) told True", done.stdout) or [done.stdout + done.stderr]
             assert found.endswith("recipes/psi.py") and not Path(found).is_relative_to(ROOT), found
 
 
-def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(
+    cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     import ray
 
     asking = _config(f"ray.address={cluster.address}", nodes=2)
@@ -166,7 +182,9 @@ def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(cluster:
     assert "the Ray cluster has room for 0 nodes of 1 GPUs" in " ".join(check_ray(asking, "cre"))
     ray.init(address=cluster.address)
     try:
-        with pytest.raises(BackendError, match="0 of 2 nodes of the Ray cluster had 1 free GPUs each after 1 s"):
+        with pytest.raises(
+            BackendError, match="0 of 2 nodes of the Ray cluster had 1 free GPUs each after 1 s"
+        ):
             ray_cluster.await_gpus(_config(nodes=2), lambda: None, seconds=1.0)
     finally:
         ray.shutdown()
@@ -218,7 +236,12 @@ def _grpo(address: str, folder: Path) -> Config:
 
 def _config(*overrides: str, nodes: int, processes: int = 1) -> Config:
     config = load("recipe=psi", "model=llama31_8b", "cluster=multi_node", *overrides)
-    changes = {"cluster.nodes": nodes, "cluster.processes_per_node": processes, "psi.max_steps": STEPS, "psi.save_every": 5}
+    changes = {
+        "cluster.nodes": nodes,
+        "cluster.processes_per_node": processes,
+        "psi.max_steps": STEPS,
+        "psi.save_every": 5,
+    }
     for key, value in (CHANGED | changes).items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)

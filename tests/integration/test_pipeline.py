@@ -22,9 +22,19 @@ TIMEOUT = 900
 
 
 def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "pipeline.budget=smoke", f"run_dir={run_dir}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "pgenrm_train",
+        "recipe=pipeline",
+        "pipeline.budget=smoke",
+        f"run_dir={run_dir}",
+        *more,
+    ]
     log = (run_dir.parent / f"{run_dir.name}.log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=log, text=True, start_new_session=True, preexec_fn=_hear_ctrl_c
+    )
 
 
 def _hear_ctrl_c() -> None:
@@ -73,10 +83,26 @@ def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(fini
         "Respectfully yours. Grandma did. Done. Partly wrong.",
     )
     history = [{"query": "Plan my report?", "chosen": chosen, "rejected": rejected}]
-    responses = ["No worries. Grandma did. Stay strong. Partly wrong.", "Kindly note. Studies agree. Noted. Fully correct."]
-    question.write_text(json.dumps({"user_id": "ann", "query": "Explain my slides?", "responses": responses, "history": history}))
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=score", f"run_dir={finished}", f"score.input={question}"]
-    done = subprocess.run([*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    responses = [
+        "No worries. Grandma did. Stay strong. Partly wrong.",
+        "Kindly note. Studies agree. Noted. Fully correct.",
+    ]
+    question.write_text(
+        json.dumps(
+            {"user_id": "ann", "query": "Explain my slides?", "responses": responses, "history": history}
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pgenrm_train",
+        "recipe=score",
+        f"run_dir={finished}",
+        f"score.input={question}",
+    ]
+    done = subprocess.run(
+        [*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     for source, asked in (("own", 16), ("similar", 2)):
@@ -98,7 +124,9 @@ def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
         assert manifest["status"] == "complete" and manifest["steps"] == steps
         model = AutoModelForCausalLM.from_pretrained(finished / stage / "checkpoint")
         card = (finished / stage / "checkpoint" / "README.md").read_text()
-        assert f"- {stage}\n" in card and f"| optimiser steps | {steps} |" in card and str(finished) not in card
+        assert (
+            f"- {stage}\n" in card and f"| optimiser steps | {steps} |" in card and str(finished) not in card
+        )
         assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(finished / stage / "checkpoint"))
         weights.append(next(model.parameters()).detach())
         assert not list((finished / stage / "checkpoint").glob("*.bin")), "no pickles"
@@ -112,16 +140,32 @@ def test_a_second_start_changes_nothing(finished: Path) -> None:
 
 
 def test_two_engines_evaluate_every_checkpoint_as_one_does(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("evaluate", ".lock"))
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=evaluate", "pipeline.budget=smoke", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run([*command, "cluster.engines=2"], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    shutil.copytree(
+        finished, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("evaluate", ".lock")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pgenrm_train",
+        "recipe=evaluate",
+        "pipeline.budget=smoke",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(
+        [*command, "cluster.engines=2"], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     index = ["model", "study", "key", "sample"]
     one, two = (
-        pd.read_parquet(folder / "evaluate" / "predictions.parquet").fillna({"study": ""}).set_index(index).sort_index()
+        pd.read_parquet(folder / "evaluate" / "predictions.parquet")
+        .fillna({"study": ""})
+        .set_index(index)
+        .sort_index()
         for folder in (finished, tmp_path / "run")
     )
-    assert one.index.equals(two.index) and {"psi", "cre", "curriculum"} <= set(one.index.get_level_values("model"))
+    assert one.index.equals(two.index) and {"psi", "cre", "curriculum"} <= set(
+        one.index.get_level_values("model")
+    )
     written = one["text"].notna()  # by a model: baselines give scores alone
     assert (one["text"] == two["text"])[written].groupby("model").mean().min() > 0.9
 
@@ -170,10 +214,14 @@ def test_killed_in_every_stage_and_rerun_ends_in_the_same_table(finished: Path, 
     same, again = (json.loads((d / "results.json").read_text()) for d in (finished, run_dir))
     for stage in same["stages"]:
         assert again["stages"][stage]["n_pairs"] == same["stages"][stage]["n_pairs"]
-        assert again["stages"][stage]["accuracy"] == pytest.approx(same["stages"][stage]["accuracy"], abs=1e-9), stage
+        assert again["stages"][stage]["accuracy"] == pytest.approx(
+            same["stages"][stage]["accuracy"], abs=1e-9
+        ), stage
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path, what: str) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], run_dir: Path, what: str
+) -> None:
     end = time.monotonic() + TIMEOUT
     while not condition():
         assert process.poll() is None, f"ended before {what} was at work:\n{words(run_dir)}"

@@ -10,16 +10,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from data_builders.oracle import OracleTeacher
-from data_builders.personaworld import build
-from pgenrm_train.artifacts import write_table
-from pgenrm_train.backends import deepspeed_sft
-from pgenrm_train.backends.base import GenerationRequest, Validated
+from data_builders.sources.personaworld import build
+from data_builders.teachers.oracle import OracleTeacher
+from pgenrm_train.backends.protocols import GenerationRequest, Validated
+from pgenrm_train.backends.sft import engine as deepspeed_sft
 from pgenrm_train.config import ROOT, Config, DataConfig, load
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import MaskedView, present
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.tracking import METRICS, samples_file
+from pgenrm_train.files import write_table
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import MaskedView, present
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.run.tracking import METRICS, samples_file
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 # What may differ between a GPU run and this test; everything else is used as shipped.
@@ -57,7 +57,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-QUESTIONS = ("Which is better?", "Plan my report? " * 9, "Fix my knee?")  # more than processes, of unlike lengths
+QUESTIONS = (
+    "Which is better?",
+    "Plan my report? " * 9,
+    "Fix my knee?",
+)  # more than processes, of unlike lengths
 ASKED = [GenerationRequest(question[:4], ({"role": "user", "content": question},)) for question in QUESTIONS]
 
 
@@ -68,12 +72,16 @@ def answers(config: Config) -> Any:
     def validate(generator: Any) -> Validated:
         calls.append(1)
         said = {answer.key: answer.text for answer in generator(ASKED, temperature=0.0)}
-        return Validated({"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in ASKED])
+        return Validated(
+            {"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in ASKED]
+        )
 
     return validate
 
 
-@pytest.mark.parametrize(("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")])
+@pytest.mark.parametrize(
+    ("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
+)
 def test_gpu_settings_take_a_real_step(
     model: str, cluster: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,14 +91,20 @@ def test_gpu_settings_take_a_real_step(
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
     config.psi.evaluate_every = 1
-    (tmp_path / METRICS).write_text('{"step": 1, "stage": "psi"}\n{"ste')  # of a start that was killed before it saved
-    trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:answers")
+    (tmp_path / METRICS).write_text(
+        '{"step": 1, "stage": "psi"}\n{"ste'
+    )  # of a start that was killed before it saved
+    trained = deepspeed_sft.train(
+        config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:answers"
+    )
     assert trained.steps == 2 == trained.metrics["psi/published_step"]
     logged = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     losses = {line["step"]: line["psi/loss"] for line in logged if "psi/loss" in line}
     assert list(losses) == [1, 2] and all(loss > 0 for loss in losses.values())
     first = pq.read_table(samples_file(tmp_path / METRICS, 1))["text"].to_pylist()
-    assert first == _said_alone(config), "the sharded model, before its weights moved, answers as a whole one on one process"
+    assert first == _said_alone(config), (
+        "the sharded model, before its weights moved, answers as a whole one on one process"
+    )
     _assert_trained(tmp_path / "checkpoint")
 
 
@@ -104,7 +118,11 @@ def test_two_processes_that_share_each_sequence_learn_what_one_does(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     start, logged, said, weights = _few_key_heads(tmp_path / "start"), [], [], []
     for processes in (2, 1):
-        shared = (f"cluster.processes_per_node={processes}", f"psi.sequence_parallel={processes}", "psi.micro_batch_size=1")
+        shared = (
+            f"cluster.processes_per_node={processes}",
+            f"psi.sequence_parallel={processes}",
+            "psi.micro_batch_size=1",
+        )
         config = load("recipe=psi", *shared)
         config.cluster.zero_stage, config.psi.gradient_checkpointing = 3, True
         config.psi.batch_size, config.psi.learning_rate = 4, 1e-3
@@ -112,7 +130,9 @@ def test_two_processes_that_share_each_sequence_learn_what_one_does(
         config.psi.log_every, config.model.max_prompt_tokens, config.model.max_response_tokens = 1, 256, 24
         folder = tmp_path / str(processes)
         folder.mkdir()
-        trained = deepspeed_sft.train(config, rows, start=start, work_dir=folder, validator=f"{__name__}:answers")
+        trained = deepspeed_sft.train(
+            config, rows, start=start, work_dir=folder, validator=f"{__name__}:answers"
+        )
         lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         logged.append([line["psi/loss"] for line in lines if "psi/loss" in line])
         said.append(pq.read_table(samples_file(folder / METRICS, 3))["text"].to_pylist())
@@ -139,7 +159,7 @@ def _said_alone(config: Config) -> list[str | None]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pgenrm_train.backends.sft_generate import TrainingGenerator
+    from pgenrm_train.backends.sft.generate import TrainingGenerator
 
     whole = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32, attn_implementation="sdpa").eval()
     said = TrainingGenerator(config, whole, AutoTokenizer.from_pretrained(NANO))(ASKED, temperature=0.0)
@@ -155,5 +175,7 @@ def _assert_trained(checkpoint: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(NANO).state_dict()
     after, found = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    moved = [name for name, value in after.state_dict().items() if not torch.equal(value.float(), before[name])]
+    moved = [
+        name for name, value in after.state_dict().items() if not torch.equal(value.float(), before[name])
+    ]
     assert moved and not list(checkpoint.glob("*.bin")) and not list(checkpoint.glob("adapter*"))

@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from pgenrm_train.artifacts import weights_digest, write_table
-from pgenrm_train.backends import deepspeed_sft
-from pgenrm_train.backends.base import Generation, GenerationRequest, Validated
-from pgenrm_train.backends.sft_checkpoints import COMPLETE, step_of
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Validated
+from pgenrm_train.backends.sft import engine as deepspeed_sft
+from pgenrm_train.backends.sft.checkpoints import COMPLETE, step_of
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError, BackendError
-from pgenrm_train.tracking import METRICS
+from pgenrm_train.files import write_table
+from pgenrm_train.run.folder import weights_digest
+from pgenrm_train.run.tracking import METRICS
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # what the validator below says, by the number of its call
@@ -28,7 +29,14 @@ SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # what the validator below says, by t
 
 def config_of(**psi: Any) -> Config:
     config = load("recipe=psi", "tracking=none")
-    small = {"batch_size": 4, "micro_batch_size": 2, "epochs": 2.0, "save_every": 2, "log_every": 1, "keep_checkpoints": 9}
+    small = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "epochs": 2.0,
+        "save_every": 2,
+        "log_every": 1,
+        "keep_checkpoints": 9,
+    }
     for name, value in (small | psi).items():
         setattr(config.psi, name, value)
     return config
@@ -42,7 +50,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_table(
         path,
         [
-            {"messages": [{"role": "user", "content": f"Which, {n}?"}, {"role": "assistant", "content": text}]}
+            {
+                "messages": [
+                    {"role": "user", "content": f"Which, {n}?"},
+                    {"role": "assistant", "content": text},
+                ]
+            }
             for n, text in enumerate(answers)
         ],
     )
@@ -61,7 +74,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["psi/loss"]) for line in lines if "psi/loss" in line]
 
 
-@pytest.mark.parametrize("killed_after", [4, 6, 8])  # the end of an epoch, its middle, the end before publishing
+@pytest.mark.parametrize(
+    "killed_after", [4, 6, 8]
+)  # the end of an epoch, its middle, the end before publishing
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     killed_after: int, whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,8 +86,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     shutil.copytree(whole / "steps" / "checkpoint-2", half)
     (half / COMPLETE).unlink()
     (half / "trainer_state.json").write_text('{"epo')
-    logged = [line for line in (whole / METRICS).read_text().splitlines() if json.loads(line)["step"] <= killed_after]
-    (tmp_path / METRICS).write_text("\n".join([*logged, '{"step": 9, "stage": "psi", "psi/loss": 7.0}', '{"ste']))
+    logged = [
+        line
+        for line in (whole / METRICS).read_text().splitlines()
+        if json.loads(line)["step"] <= killed_after
+    ]
+    (tmp_path / METRICS).write_text(
+        "\n".join([*logged, '{"step": 9, "stage": "psi", "psi/loss": 7.0}', '{"ste'])
+    )
     trained = deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path)
     assert f"ignoring half-written checkpoint {half}" in capsys.readouterr().out
     assert trained.steps == 8 and losses(tmp_path)[:killed_after] == losses(whole)[:killed_after]
@@ -114,7 +135,9 @@ def killed_while_saving(rows: Path, folder: Path) -> Path:
     return begun[0].parent
 
 
-def test_a_damaged_checkpoint_is_passed_over(whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (2, 4, 6):
         shutil.copytree(whole / "steps" / f"checkpoint-{step}", tmp_path / "steps" / f"checkpoint-{step}")
     weights, states = (
@@ -126,14 +149,20 @@ def test_a_damaged_checkpoint_is_passed_over(whole: Path, rows: Path, tmp_path: 
     shutil.copy(whole / METRICS, tmp_path / METRICS)
     assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
     said = capsys.readouterr().out
-    assert "ignoring damaged checkpoint" in said and f"resuming from {(tmp_path / 'steps/checkpoint-2').resolve()}" in said
+    assert (
+        "ignoring damaged checkpoint" in said
+        and f"resuming from {(tmp_path / 'steps/checkpoint-2').resolve()}" in said
+    )
     assert losses(tmp_path) == losses(whole)
 
 
 @pytest.mark.parametrize(
-    ("rate", "steps", "said"), [(1e30, 8, "the loss of step [23] is (nan|inf)"), (1e39, 1, "weights after step 1 are not finite")]
+    ("rate", "steps", "said"),
+    [(1e30, 8, "the loss of step [23] is (nan|inf)"), (1e39, 1, "weights after step 1 are not finite")],
 )
-def test_a_training_that_diverges_ends_loudly(rate: float, steps: int, said: str, rows: Path, tmp_path: Path) -> None:
+def test_a_training_that_diverges_ends_loudly(
+    rate: float, steps: int, said: str, rows: Path, tmp_path: Path
+) -> None:
     config = config_of(learning_rate=rate, max_steps=steps, warmup_ratio=0.0)
     with pytest.raises(BackendError, match=f"PSI has diverged: {said}; lower psi.learning_rate"):
         deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
@@ -183,7 +212,9 @@ def rising_and_falling(config: Config) -> Any:
         asked = GenerationRequest("a", ({"role": "user", "content": "Which?"},))
         answers: list[Generation] = list(generator([asked], temperature=0.0))
         calls.append(len(answers))
-        return Validated({"eval/accuracy": SCORES[2 * len(calls)]}, [{"text": answer.text} for answer in answers])
+        return Validated(
+            {"eval/accuracy": SCORES[2 * len(calls)]}, [{"text": answer.text} for answer in answers]
+        )
 
     return validate
 
@@ -191,12 +222,20 @@ def rising_and_falling(config: Config) -> Any:
 def test_the_best_checkpoint_is_published_and_patience_ends_training(rows: Path, tmp_path: Path) -> None:
     config = config_of(evaluate_every=2, patience=1, keep_checkpoints=2, save_every=50, packing=True)
     config.model.max_response_tokens = 8
-    trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling")
+    trained = deepspeed_sft.train(
+        config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling"
+    )
     assert trained.steps == 6 and trained.metrics["psi/published_step"] == 4
     assert {folder.name for folder in (tmp_path / "steps").iterdir()} == {"checkpoint-4", "checkpoint-6"}
     assert weights_digest(tmp_path / "checkpoint") == weights_digest(tmp_path / "steps" / "checkpoint-4")
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line} == {2: 0.4, 4: 0.9, 6: 0.5}
+    assert {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line} == {
+        2: 0.4,
+        4: 0.9,
+        6: 0.5,
+    }
     assert len(list((tmp_path / "samples").glob("step-*.parquet"))) == 3
-    again = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling")
+    again = deepspeed_sft.train(
+        config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling"
+    )
     assert again.steps == 6  # training was over: nothing but the publishing is done again

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pgenrm_train import refinement
-from pgenrm_train.backends import refine_processes
-from pgenrm_train.backends.refine_processes import refine_in_processes
+from pgenrm_train.backends.embedding import refine_processes
+from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.prototypes import Prototypes
+from pgenrm_train.prototypes import refinement
+from pgenrm_train.prototypes.clusters import Prototypes
 
 N, D, H, K = 603, 12, 3, 5  # 603: batches that two processes cannot halve, the last one of odd size
 
@@ -24,9 +24,13 @@ def world() -> tuple[Prototypes, refinement.RefinementBatch]:
         return refinement.Rows(table, rng.integers(0, len(table), (N, *shape)))
 
     users = np.array([f"u{i // 3}" for i in range(N)])
-    samples = refinement.RefinementBatch(votes(), votes(), votes(), votes(H), votes(H), votes(H), rng.random((N, H)) < 0.7, users)
+    samples = refinement.RefinementBatch(
+        votes(), votes(), votes(), votes(H), votes(H), votes(H), rng.random((N, H)) < 0.7, users
+    )
     A = rng.standard_normal((K, D)).astype(np.float32)
-    return Prototypes(A, rng.integers(0, K - 1, N), rng.standard_normal((N, D)).astype(np.float32), users), samples
+    return Prototypes(
+        A, rng.integers(0, K - 1, N), rng.standard_normal((N, D)).astype(np.float32), users
+    ), samples
 
 
 def test_two_processes_refine_as_one_does(world) -> None:
@@ -69,4 +73,6 @@ def test_a_table_that_many_columns_share_is_written_once(world, tmp_path) -> Non
     assert len(tables) == 6 and len({path.stat().st_ino for path in tables}) == 1
     again = refinement.RefinementBatch(**refine_processes._picked_up(tmp_path / "samples"))
     rows = np.arange(0, N, 50)
-    assert np.array_equal(again.history_chosen[rows], world[1].history_chosen[rows]) and np.array_equal(again.mask, world[1].mask)
+    assert np.array_equal(again.history_chosen[rows], world[1].history_chosen[rows]) and np.array_equal(
+        again.mask, world[1].mask
+    )

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_builders.personaworld import build
-from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
-from pgenrm_train.backends.vllm_engine import VllmGenerator
-from pgenrm_train.backends.vllm_replicas import VllmReplicas, local_engines
+from data_builders.sources.personaworld import build
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
+from pgenrm_train.backends.vllm.engine import VllmGenerator
+from pgenrm_train.backends.vllm.replicas import VllmReplicas, local_engines
 from pgenrm_train.config import ROOT, Config, DataConfig, load
 from pgenrm_train.errors import BackendError, ConfigError
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import MaskedView, present
-from pgenrm_train.prompts import chat_messages
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import MaskedView, present
+from pgenrm_train.prompts.messages import chat_messages
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 Load = Callable[[Path], Generator]
@@ -28,7 +28,9 @@ Load = Callable[[Path], Generator]
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load("recipe=evaluate", "model=nano", "data=personaworld", "cluster.engines=2", "eval.max_in_flight=32")
+    return load(
+        "recipe=evaluate", "model=nano", "data=personaworld", "cluster.engines=2", "eval.max_in_flight=32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def requests() -> list[GenerationRequest]:
     pairs = list(build(DataConfig(users=8, heldout_users=2, pairs_per_user=10), seed=0))
     history = HistorySampler(pairs, size=3, policy="random")
     views = [present(pair, history(pair), 0) for pair in pairs[:80]]
-    chats = [tuple(chat_messages(MaskedView(v.context, v.history, v.responses), instructions=False)) for v in views]
+    chats = [
+        tuple(chat_messages(MaskedView(v.context, v.history, v.responses), instructions=False)) for v in views
+    ]
     return [GenerationRequest(f"{n}", chat, samples=1 + n % 2, seed=n) for n, chat in enumerate(chats)]
 
 
@@ -53,14 +57,18 @@ def replicas(load_checkpoint: Load) -> Iterator[Generator]:
     made.close()
 
 
-def test_two_engines_answer_what_one_does(config: Config, requests: list[GenerationRequest], replicas: Generator) -> None:
+def test_two_engines_answer_what_one_does(
+    config: Config, requests: list[GenerationRequest], replicas: Generator
+) -> None:
     shared = _by_sample(replicas(iter(requests), temperature=0.7))
     alone = VllmGenerator(config, NANO)
     expected = _by_sample(alone(iter(requests), temperature=0.7))
     alone.close()
     assert shared.keys() == expected.keys() and len(shared) == sum(r.samples for r in requests)
     same = sum(shared[key].text == expected[key].text for key in shared)
-    assert same >= 0.9 * len(shared), "a batch of another size rounds otherwise, and rarely draws another token"
+    assert same >= 0.9 * len(shared), (
+        "a batch of another size rounds otherwise, and rarely draws another token"
+    )
 
 
 def test_the_next_checkpoint_takes_the_place_of_the_last(
@@ -69,7 +77,9 @@ def test_the_next_checkpoint_takes_the_place_of_the_last(
     shutil.copytree(NANO, tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     save_file(
-        {name: torch.zeros_like(w) for name, w in weights.items()}, tmp_path / "other" / "model.safetensors", {"format": "pt"}
+        {name: torch.zeros_like(w) for name, w in weights.items()},
+        tmp_path / "other" / "model.safetensors",
+        {"format": "pt"},
     )
     for checkpoint, ends in ((tmp_path / "other", False), (NANO, True)):
         made = load_checkpoint(checkpoint)
@@ -78,7 +88,9 @@ def test_the_next_checkpoint_takes_the_place_of_the_last(
         assert (np.mean(ended) > 0.9) == ends, "weights of zero seldom end within the limit; trained ones do"
 
 
-def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationRequest], replicas: Generator) -> None:
+def test_an_error_in_a_prompt_reaches_the_caller(
+    requests: list[GenerationRequest], replicas: Generator
+) -> None:
     def broken() -> Iterator[GenerationRequest]:
         yield from requests[:20]
         raise KeyError("no such user")
@@ -88,7 +100,9 @@ def test_an_error_in_a_prompt_reaches_the_caller(requests: list[GenerationReques
         answered.extend(replicas(broken(), temperature=0.7))
 
 
-def test_a_lost_engine_is_told_after_what_was_answered(requests: list[GenerationRequest], load_checkpoint: Load) -> None:
+def test_a_lost_engine_is_told_after_what_was_answered(
+    requests: list[GenerationRequest], load_checkpoint: Load
+) -> None:
     import ray
 
     replicas = load_checkpoint(NANO)
@@ -103,7 +117,10 @@ def test_a_lost_engine_is_told_after_what_was_answered(requests: list[Generation
 
 def test_several_nodes_need_an_address() -> None:
     config = load("recipe=evaluate", "model=llama31_8b", "cluster=multi_node", "data=personaworld")
-    with local_engines(config) as load_checkpoint, pytest.raises(ConfigError, match=r"cluster.nodes=4 needs ray.address="):
+    with (
+        local_engines(config) as load_checkpoint,
+        pytest.raises(ConfigError, match=r"cluster.nodes=4 needs ray.address="),
+    ):
         load_checkpoint(NANO)
 
 

@@ -18,7 +18,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pgenrm_train.config import ROOT
-from pgenrm_train.stores import MARKER
+from pgenrm_train.run.store.objects import MARKER
 
 SECRET = "secret-of-the-store-0123456789"
 SMALL = ("data.users=60", "data.heldout_users=20", "tracking=none", "pipeline.budget=smoke")
@@ -30,7 +30,11 @@ def server() -> Iterator[dict[str, str]]:
     made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     made.start()
     host, port = made.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     place = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -63,10 +67,16 @@ def said(server: dict[str, str], mirror: Path, *keys: str) -> str:
 
 def published(fs: fsspec.AbstractFileSystem, run: str) -> dict[str, str]:
     """Stage → attempt that counts."""
-    return {path.split("/")[-2]: json.loads(fs.cat_file(path))["attempt"] for path in fs.find(run) if path.endswith(MARKER)}
+    return {
+        path.split("/")[-2]: json.loads(fs.cat_file(path))["attempt"]
+        for path in fs.find(run)
+        if path.endswith(MARKER)
+    }
 
 
-def test_a_fresh_machine_redoes_nothing(server: dict[str, str], fs: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+def test_a_fresh_machine_redoes_nothing(
+    server: dict[str, str], fs: fsspec.AbstractFileSystem, tmp_path: Path
+) -> None:
     url = "run_dir=s3://votes/runs/first"
     baseline = ("recipe=evaluate", url, "model=baseline", "model.name=longer", "eval.baselines=[random]")
     said(server, tmp_path / "a", "recipe=build_sec", url)
@@ -94,7 +104,13 @@ def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved
     server: dict[str, str], fs: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
     run, steps = "votes/runs/second", 200
-    keys = ("recipe=psi", f"run_dir=s3://{run}", f"psi.max_steps={steps}", "psi.save_every=10", "psi.log_every=1")
+    keys = (
+        "recipe=psi",
+        f"run_dir=s3://{run}",
+        f"psi.max_steps={steps}",
+        "psi.save_every=10",
+        "psi.log_every=1",
+    )
     process = start(server, tmp_path / "a", *keys)
     try:
         wait_until(lambda: fs.exists(f"{run}/psi/{MARKER}"), process, tmp_path / "a" / "log")
@@ -103,7 +119,10 @@ def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved
         process.wait()
     shutil.rmtree(tmp_path / "a")
     marker = json.loads(fs.cat_file(f"{run}/psi/{MARKER}"))
-    state, saved = marker["state"], [f"{run}/psi/{file['at']}" for file in marker["files"] if file["name"].startswith("steps/")]
+    state, saved = (
+        marker["state"],
+        [f"{run}/psi/{file['at']}" for file in marker["files"] if file["name"].startswith("steps/")],
+    )
     assert state.startswith("steps/checkpoint-") and len(saved) > 3
 
     told = said(server, tmp_path / "b", *keys)
@@ -117,10 +136,15 @@ def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved
     assert not [path for path in saved if fs.exists(path)], "and the step that led to it is not"
 
 
-def test_a_bucket_that_does_not_exist_is_one_sentence_before_anything_is_done(server: dict[str, str], tmp_path: Path) -> None:
+def test_a_bucket_that_does_not_exist_is_one_sentence_before_anything_is_done(
+    server: dict[str, str], tmp_path: Path
+) -> None:
     process = start(server, tmp_path, "recipe=build_data", "run_dir=s3://nobodys/runs/x")
     text = (tmp_path / "log").read_text() if process.wait(timeout=120) == 2 else ""
-    assert text.startswith("error: run_dir=s3://nobodys/runs/x cannot be used (") and "bucket does not exist" in text, text
+    assert (
+        text.startswith("error: run_dir=s3://nobodys/runs/x cannot be used (")
+        and "bucket does not exist" in text
+    ), text
     assert text.count("\n") == 1 and f"run_dir={tmp_path}/s3/nobodys/runs/x" in text
 
 

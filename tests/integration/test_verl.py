@@ -17,16 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 import verl_world
 from llm_server import serve, slowly
 
-from pgenrm_train.backends.verl_config import check, environment, to_verl
-from pgenrm_train.backends.verl_grpo import Phase, launch
+from pgenrm_train.backends.grpo.config import check, environment, to_verl
+from pgenrm_train.backends.grpo.engine import Phase, launch
 from pgenrm_train.config import Config
-from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
@@ -70,7 +67,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Phase:
     kwargs = {"broken_every": broken_every}
     rows, judge = world / "rows.parquet", "verl_world:trait_judge"
-    return Phase("cre", world / "start", rows, run / "cre", steps, {}, judge, kwargs, validation=world / "validation.parquet")
+    return Phase(
+        "cre",
+        world / "start",
+        rows,
+        run / "cre",
+        steps,
+        {},
+        judge,
+        kwargs,
+        validation=world / "validation.parquet",
+    )
 
 
 def curriculum(world: Path, run: Path) -> Phase:
@@ -86,7 +93,14 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CRE, two arms of the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
-    arm = Phase("curriculum", run / "cre/checkpoint", world / "rows.parquet", run / "arm", 1, settings={"schedule": "uniform"})
+    arm = Phase(
+        "curriculum",
+        run / "cre/checkpoint",
+        world / "rows.parquet",
+        run / "arm",
+        1,
+        settings={"schedule": "uniform"},
+    )
     with serve(unreliable_judge()) as server:
         settings = {
             "kind": "endpoint",
@@ -97,7 +111,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "give_up_after": 99,
         }
         third = Phase(
-            "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.llm:judge_for_rewards",
+            "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.api.roles:judge_for_rewards",
             {"settings": settings, "cache": str(run / "judge_cache")},
         )  # fmt: skip
         done = launch(config(run), [cre(world, run), second, arm, third])
@@ -125,7 +139,9 @@ def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: P
         assert 0 < line["cre/reward/process_null_share"] < 1
         # No verdict for one chain: no process reward in its group.  So every process reward that counts is a whole verdict.
         assert line["cre/reward/process"] is None or line["cre/reward/process"] == pytest.approx(0.6)
-        assert line["cre/time/verdicts"] > 0 and math.isfinite(line["cre/actor/grad_norm"]), "the update waits for verdicts"
+        assert line["cre/time/verdicts"] > 0 and math.isfinite(line["cre/actor/grad_norm"]), (
+            "the update waits for verdicts"
+        )
     last = steps[-1]
     assert last["cre/judge/calls"] >= 20 and last["cre/judge/completion_tokens"] > 0
     kinds = {name.rsplit("/", 1)[1] for name in last if "no_verdict" in name}
@@ -138,7 +154,9 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def training(run: Path, folder: str = "cre", stage: str | None = None) -> list[dict[str, Any]]:
     """The metric lines of training steps; validation has lines of its own."""
-    return [line for line in lines(run / folder / "metrics.jsonl") if f"{stage or folder}/reward/total" in line]
+    return [
+        line for line in lines(run / folder / "metrics.jsonl") if f"{stage or folder}/reward/total" in line
+    ]
 
 
 def children_of_ray() -> list[str]:
@@ -163,11 +181,19 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
             assert math.isfinite(line[f"cre/reward/{name}"])
             assert line[f"cre/reward/{name}_std"] >= 0
         assert line["cre/signs/score_spread"] >= 0
-        for name in ("pass_rate", "groups/zero_advantage_share", "order_first_share", "format_error_share", "length_cut_share"):
+        for name in (
+            "pass_rate",
+            "groups/zero_advantage_share",
+            "order_first_share",
+            "format_error_share",
+            "length_cut_share",
+        ):
             assert 0 <= line[f"cre/{name}"] <= 1
         assert line["cre/reward/error_share"] == 0
         assert 1 <= line["cre/response_length"] <= 64
-        assert abs(line["cre/actor/ppo_kl"]) < 1e-5, "vLLM's probabilities are the actor's: the weight sync works"
+        assert abs(line["cre/actor/ppo_kl"]) < 1e-5, (
+            "vLLM's probabilities are the actor's: the weight sync works"
+        )
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 
@@ -175,11 +201,18 @@ def test_validation_is_asked_at_the_start_at_its_steps_and_at_the_end(trained: P
     """The fixed slice: 10 pairs in both orders with their own history, and as many rows of a probe with another prompt."""
     found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
     assert [line["step"] for line in found] == [0, 3, STEPS]
-    shares = ("accuracy_chosen_first", "format_error_share", "probe/swapped_history_accuracy", "signs/unverifiable_share")
+    shares = (
+        "accuracy_chosen_first",
+        "format_error_share",
+        "probe/swapped_history_accuracy",
+        "signs/unverifiable_share",
+    )
     for line in found:
         assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
         assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
-        assert line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
+        assert (
+            line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
+        )
     assert found[0]["cre/validation/length_drift"] == 1 and max(line["eval/accuracy"] for line in found) > 0
 
 
@@ -192,7 +225,9 @@ def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
 
 def test_batches_are_those_of_the_pure_sampler(trained: Path) -> None:
     sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=STEPS, seed=0)
-    assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == [sampler.next_batch(s) for s in range(1, STEPS + 1)]
+    assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == [
+        sampler.next_batch(s) for s in range(1, STEPS + 1)
+    ]
 
 
 def test_mining_measures_every_row_in_both_orders_and_feeds_the_curriculum(trained: Path) -> None:
@@ -207,7 +242,10 @@ def test_mining_measures_every_row_in_both_orders_and_feeds_the_curriculum(train
     first = lines(folder / "batches.jsonl")[0]
     assert sum(i in hard for i in first["rows"]) / 8 == pytest.approx(0.75)
     counts = json.loads((folder / "hardness.json").read_text())
-    assert counts["hard"] == len(hard) and counts["suspect"] == pq.read_metadata(folder / "suspect.parquet").num_rows
+    assert (
+        counts["hard"] == len(hard)
+        and counts["suspect"] == pq.read_metadata(folder / "suspect.parquet").num_rows
+    )
 
 
 def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> None:
@@ -218,7 +256,9 @@ def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> 
     assert [pair for pair, _, _ in state["evidence"]] == sorted(set(drawn))
     steps = training(trained, "curriculum")
     assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
-    assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0, "groups without advantage were asked again"
+    assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0, (
+        "groups without advantage were asked again"
+    )
     for line in steps:
         assert line["curriculum/curriculum/hard_pairs"] + line["curriculum/curriculum/rest_pairs"] + line.get(
             "curriculum/curriculum/suspect_pairs", 0
@@ -231,7 +271,9 @@ def test_the_reference_of_the_second_phase_is_its_start(trained: Path) -> None:
 
 def test_a_second_arm_starts_where_the_first_did_and_has_its_own_settings(trained: Path) -> None:
     step = training(trained, "arm", "curriculum")[0]
-    assert step["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6), "not what the first arm's training has left"
+    assert step["curriculum/actor/kl_loss"] == pytest.approx(0.0, abs=1e-6), (
+        "not what the first arm's training has left"
+    )
     assert step["curriculum/curriculum/target_hard_share"] is None
     sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=1, seed=0)
     assert [line["rows"] for line in lines(trained / "arm/batches.jsonl")] == [sampler.next_batch(1)]
@@ -255,7 +297,9 @@ def test_the_export_is_what_verls_merger_makes_before_rounding(trained: Path, tm
     from safetensors.torch import load_file
 
     ours = load_file(trained / "cre/checkpoint/model.safetensors")
-    theirs = verl_world.merged_by_verl(trained / f"cre/verl/global_step_{STEPS}", tmp_path / "merged").state_dict()
+    theirs = verl_world.merged_by_verl(
+        trained / f"cre/verl/global_step_{STEPS}", tmp_path / "merged"
+    ).state_dict()
     assert all(torch.equal(tensor.bfloat16().float(), theirs[name]) for name, tensor in ours.items())
 
 
@@ -263,7 +307,10 @@ def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
     before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
     began = time.monotonic()
     second = curriculum(world, trained)
-    assert [t.steps for t in launch(config(trained), [cre(world, trained), second])] == [STEPS, CURRICULUM_STEPS]
+    assert [t.steps for t in launch(config(trained), [cre(world, trained), second])] == [
+        STEPS,
+        CURRICULUM_STEPS,
+    ]
     assert time.monotonic() - began < 30, "nothing was started"
     assert (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ArtifactError, match="4 steps and 5 are planned"):
@@ -298,7 +345,9 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained: Path, tmp_path: Path) -> None:
+def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(
+    world: Path, trained: Path, tmp_path: Path
+) -> None:
     """kill -9 of the driver after step 1, a frozen engine after step 3, and to the end: same batches, rewards and weights."""
     import torch
     from safetensors.torch import load_file
@@ -313,10 +362,14 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(world: Path, trained:
     driver.send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
-    wait_for(lambda: not psutil.wait_procs(followers, timeout=0)[1], 30, "Ray and vLLM to follow their driver")
+    wait_for(
+        lambda: not psutil.wait_procs(followers, timeout=0)[1], 30, "Ray and vLLM to follow their driver"
+    )
     (saved / "global_step_9").mkdir()  # as if the kill had come while a checkpoint was being written
 
-    thread, done = in_background(lambda: launch(config(tmp_path, stall_seconds=12.0, max_failures=1), [phase]))
+    thread, done = in_background(
+        lambda: launch(config(tmp_path, stall_seconds=12.0, max_failures=1), [phase])
+    )
     wait_for(lambda: (saved / "global_step_3/complete.json").exists(), 240, "the third checkpoint")
     engine = processes("EngineCore")[0]
     engine.suspend()
@@ -342,7 +395,11 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
     first = cre(world, trained)
     phase = dataclasses.replace(curriculum(world, tmp_path), start=first.checkpoint)
     thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
-    wait_for(lambda: (tmp_path / "curriculum/verl/global_step_1/complete.json").exists(), 300, "the first checkpoint")
+    wait_for(
+        lambda: (tmp_path / "curriculum/verl/global_step_1/complete.json").exists(),
+        300,
+        "the first checkpoint",
+    )
     processes("verl_grpo")[0].send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
@@ -352,7 +409,9 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
 
 
 @pytest.mark.slow
-def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world: Path, tmp_path: Path) -> None:
+def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(
+    world: Path, tmp_path: Path
+) -> None:
     """kill -9 after the first of three steps: the data, vLLM's adapters and the optimiser go on, and the merged export is the actor."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -361,7 +420,9 @@ def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world
     found.cluster.processes_per_node, found.model.lora.rank, found.model.lora.alpha = 2, 4, 8
     phase = dataclasses.replace(cre(world, tmp_path, steps=3), validation=None)
     thread, killed = in_background(lambda: launch(found, [phase]))
-    wait_for(lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint")
+    wait_for(
+        lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint"
+    )
     processes("verl_grpo")[0].send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
@@ -369,7 +430,9 @@ def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world
 
     assert launch(found, [phase])[0].steps == 3
     sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=3, seed=0)
-    assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == [sampler.next_batch(step) for step in (1, 2, 3)]
+    assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == [
+        sampler.next_batch(step) for step in (1, 2, 3)
+    ]
     steps = training(tmp_path)
     assert [line["step"] for line in steps] == [1, 2, 3]
     assert all(abs(line["cre/actor/ppo_kl"]) < 1e-4 for line in steps), (
@@ -384,9 +447,13 @@ def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(world
     actor = verl_world.merged_by_verl(last, tmp_path / "merged")
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        exported, trained, before = (model(input_ids=ids).logits.log_softmax(-1) for model in (ours, actor, start))
+        exported, trained, before = (
+            model(input_ids=ids).logits.log_softmax(-1) for model in (ours, actor, start)
+        )
     learnt = float((trained - before).abs().mean())
-    assert learnt > 0 and float((exported - trained).abs().mean()) < 0.2 * learnt, "up to the merger's rounding to bfloat16"
+    assert learnt > 0 and float((exported - trained).abs().mean()) < 0.2 * learnt, (
+        "up to the merger's rounding to bfloat16"
+    )
 
 
 def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None:
@@ -396,12 +463,18 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     gpu.cluster.device, gpu.cluster.processes_per_node, gpu.cluster.tensor_parallel = "cuda", 8, 2
     gpu.model.max_prompt_tokens, gpu.model.max_response_tokens = 256, 256
     gpu.model.lora.rank = 16
-    found = to_verl(gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7)
+    found = to_verl(
+        gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7
+    )
     validate_config(found, use_reference_policy=True, use_critic=False)
     assert found.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
-    assert not found.actor_rollout_ref.model.use_remove_padding  # packing needs flash-attn, which the default does not
+    assert (
+        not found.actor_rollout_ref.model.use_remove_padding
+    )  # packing needs flash-attn, which the default does not
     gpu.model.attention = "flash_attention_2"
-    found = to_verl(gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7)
+    found = to_verl(
+        gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7
+    )
     assert found.actor_rollout_ref.model.use_remove_padding
     assert found.actor_rollout_ref.actor.use_kl_loss
     assert found.trainer.total_training_steps == 7
@@ -410,10 +483,16 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"cre.mini_batch_prompts": 6, "cluster.processes_per_node": 5}, r"cre.mini_batch_prompts × cre.group_size = 48 .* = 5"),
+        (
+            {"cre.mini_batch_prompts": 6, "cluster.processes_per_node": 5},
+            r"cre.mini_batch_prompts × cre.group_size = 48 .* = 5",
+        ),
         ({"cre.micro_batch_size": 7}, "cre.micro_batch_size=7 must divide the 1024"),
         ({"cluster.tensor_parallel": 3}, "cluster.tensor_parallel=3 must divide"),
-        ({"model.max_response_tokens": 9000}, r"model.max_prompt_tokens \+ model.max_response_tokens = 13096 exceeds the 512"),
+        (
+            {"model.max_response_tokens": 9000},
+            r"model.max_prompt_tokens \+ model.max_response_tokens = 13096 exceeds the 512",
+        ),
     ],
 )
 def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str) -> None:
@@ -426,14 +505,14 @@ def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str
 
 
 def sample(text: str, finished: bool = True) -> Any:
-    from pgenrm_train.backends.verl_rewards import Sample
+    from pgenrm_train.backends.grpo.scoring import Sample
 
     return Sample([1], [2], [0.0], text, finished, 0)
 
 
 def test_scores_of_a_group() -> None:
-    from pgenrm_train.backends.verl_rewards import scored, settle
-    from pgenrm_train.rewards import RewardWeights
+    from pgenrm_train.backends.grpo.scoring import scored, settle
+    from pgenrm_train.rewards.chain_reward import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()
     chosen = int(row["reward_model"]["ground_truth"])
@@ -450,13 +529,15 @@ def test_scores_of_a_group() -> None:
     assert [one.score for one in group] == [1.5, -0.1, -0.1, 1.5], "the mean of the verdicts that there are"
     settle(group, row, weights, "drop_process_for_group")
     assert [one.info["failure"] for one in group][1] == "length"
-    assert [one.score for one in group] == [1.0, -0.1, -0.1, 1.0], "no verdict for one: no process reward in its group"
+    assert [one.score for one in group] == [1.0, -0.1, -0.1, 1.0], (
+        "no verdict for one: no process reward in its group"
+    )
     assert [one.info["process"] for one in group] == [1.0, None, None, None]
 
 
 def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
-    from pgenrm_train.backends.verl_rewards import scored, settle
-    from pgenrm_train.rewards import RewardWeights
+    from pgenrm_train.backends.grpo.scoring import scored, settle
+    from pgenrm_train.rewards.chain_reward import RewardWeights
 
     row, weights = verl_world.example(0), RewardWeights()
     wrong = verl_world.chain("warm", (5, 5))
@@ -475,7 +556,7 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
 def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -> None:
     import asyncio
 
-    from pgenrm_train.backends.verl_rollout import ChainSampler, Group, Prompt
+    from pgenrm_train.backends.grpo.rollout import ChainSampler, Group, Prompt
 
     def group(*outcomes: float) -> list[Any]:
         found = [sample("chain") for _ in outcomes]
@@ -501,7 +582,9 @@ def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -
     assert ask(0, same) == ([1, 1], {"discarded_passes": 0, "discarded_chains": 0}, 1)
     assert ask(2, other, same) == ([1, 0], {"discarded_passes": 0, "discarded_chains": 0}, 1)
     assert ask(2, same, other) == ([1, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2)
-    assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), "bounded: the last is kept"
+    assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), (
+        "bounded: the last is kept"
+    )
 
 
 def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not_wait(world: Path) -> None:
@@ -511,7 +594,7 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
 
     from omegaconf import OmegaConf
 
-    from pgenrm_train.backends.verl_rollout import ChainSampler, Prompt
+    from pgenrm_train.backends.grpo.rollout import ChainSampler, Prompt
 
     row, events = verl_world.example(0), []
     start = str(world / "start")
@@ -526,7 +609,9 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
             self.asked += 1
             await asyncio.sleep(0.3 * self.asked)
             events.append("ended")
-            return SimpleNamespace(token_ids=tokens, log_probs=[0.0] * len(tokens), extra_fields={}, stop_reason=None)
+            return SimpleNamespace(
+                token_ids=tokens, log_probs=[0.0] * len(tokens), extra_fields={}, stop_reason=None
+            )
 
     def judge(text: str, example: Any) -> float:
         events.append("asked")
@@ -544,19 +629,25 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
     )  # fmt: skip
     sampler = ChainSampler(found, [Server()])
     sampler.judge = judge
-    tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [sampler.tokenizer.eos_token_id]
+    tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [
+        sampler.tokenizer.eos_token_id
+    ]
     assert [one.info["process"] for one in asyncio.run(ask())] == [0.5] * 4
     assert events == ["ended", "asked"] * 4, "each verdict is asked for when its chain ends"
 
 
-def test_half_written_checkpoints_and_lines_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pgenrm_train.backends.verl_progress import newest_checkpoint
-    from pgenrm_train.tracking import trim
+def test_half_written_checkpoints_and_lines_are_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pgenrm_train.backends.grpo.progress import newest_checkpoint
+    from pgenrm_train.run.tracking import trim
 
     for step, complete in ((2, True), (4, True), (6, False)):
         (tmp_path / f"global_step_{step}").mkdir()
         if complete:
-            (tmp_path / f"global_step_{step}/complete.json").write_text(json.dumps({"step": step, "sampler": {"at": step}}))
+            (tmp_path / f"global_step_{step}/complete.json").write_text(
+                json.dumps({"step": step, "sampler": {"at": step}})
+            )
     folder, step, state = newest_checkpoint(tmp_path)
     assert (folder, step, state) == (tmp_path / "global_step_4", 4, {"at": 4})
     assert "global_step_6 was left half-written" in capsys.readouterr().out
@@ -570,7 +661,7 @@ def test_logprobs_in_chunks_are_those_that_verl_takes_token_by_token() -> None:
     from verl.utils import torch_functional
 
     theirs = torch_functional.logprobs_from_logits_v2
-    from pgenrm_train.backends import verl_worker
+    from pgenrm_train.backends.grpo import worker as verl_worker
 
     assert torch_functional.logprobs_from_logits_v2 is verl_worker.logprobs_in_chunks
     if theirs is verl_worker.logprobs_in_chunks:  # imported before this test
@@ -590,7 +681,9 @@ def test_the_cpu_patches_are_still_needed() -> None:
     from verl.workers.engine.fsdp import transformer_impl
 
     assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl)
-    assert ".bfloat16()" in inspect.getsource(fsdp_model_merger), "verl's merger still rounds: our export stays"
+    assert ".bfloat16()" in inspect.getsource(fsdp_model_merger), (
+        "verl's merger still rounds: our export stays"
+    )
     script = """
 import torch
 from torch import distributed
@@ -612,12 +705,17 @@ if layer.weight.numel():
     raise SystemExit("vLLM keeps Linear weights: keep_linear_weights can go")
 """
     found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ)
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=dict(os.environ),
     )
     assert found.returncode == 0, found.stderr[-2000:]
 
 
 def test_the_environment_reaches_every_worker() -> None:
     found = environment(Config(recipe="cre"))
-    assert found["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.verl_cpu"
+    assert found["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.grpo.cpu"
     assert all(isinstance(value, str) for value in found.values())

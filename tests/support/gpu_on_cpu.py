@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pgenrm_train.backends import verl_grpo
+from pgenrm_train.backends.grpo import engine as verl_grpo
 from pgenrm_train.config import Config, load
 
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
@@ -66,7 +66,9 @@ def main(folder: Path, model: str, cluster: str) -> None:
     config = gpu_config(folder, model, cluster)
     config.cluster.device = "cpu"  # how Ray and the processes start
     verl_grpo.to_verl = shipped_with_switches
-    phase = verl_grpo.Phase("cre", folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps)
+    phase = verl_grpo.Phase(
+        "cre", folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps
+    )
     print(verl_grpo.train(config, [phase]))
 
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Behaviour = Callable[[dict[str, Any], int], Any]  # (request body, number of the call from 0) → what `answer` takes
+Behaviour = Callable[
+    [dict[str, Any], int], Any
+]  # (request body, number of the call from 0) → what `answer` takes
 
 
 class Server(ThreadingHTTPServer):
@@ -67,7 +69,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, payload: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"content-type": "application/json", "content-length": str(len(payload)), **headers}.items():
+        for name, value in {
+            "content-type": "application/json",
+            "content-length": str(len(payload)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)

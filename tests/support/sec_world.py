@@ -6,11 +6,11 @@ from collections import Counter
 import pandas as pd
 import pyarrow.parquet as pq
 
-from pgenrm_train.artifacts import StageFolder
-from pgenrm_train.chains import write_chain
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import Example, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import Example, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_sec
 from recipes.build_sec import _Rule
 
@@ -29,7 +29,9 @@ def progress(items, _what, _total):
 def vote(number: int, user: str = "u", **more) -> PreferencePair:
     explicit = ExplicitSignals(criteria="SECRET-CRITERION", self_description="SECRET-SELF")
     context = (Message("user", f"question {number}"),)
-    return PreferencePair(f"p{number}", user, context, f"good {number}", f"bad {number}", explicit=explicit, **more)
+    return PreferencePair(
+        f"p{number}", user, context, f"good {number}", f"bad {number}", explicit=explicit, **more
+    )
 
 
 class Prefers:

@@ -9,12 +9,15 @@ from typing import Any
 import fsspec
 import pytest
 
-from pgenrm_train import artifacts, publishing, snapshots
-from pgenrm_train.artifacts import StageFolder, write_json, write_text
 from pgenrm_train.config import Config
 from pgenrm_train.config.places import place
-from pgenrm_train.publishing import Publisher
-from pgenrm_train.stores import Store
+from pgenrm_train.files import write_json, write_text
+from pgenrm_train.run import folder as artifacts
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.store import publisher as publishing
+from pgenrm_train.run.store import snapshots
+from pgenrm_train.run.store.objects import Store
+from pgenrm_train.run.store.publisher import Publisher
 
 SETTINGS: dict[str, Any] = {"psi": {"epochs": 1}}
 

@@ -1,6 +1,6 @@
 """A world small enough to teach in seconds: which of two responses names the trait that the user likes?
 
-Used by the veRL tests and by hand for timing: `python tests/integration/verl_world.py FOLDER` writes a checkpoint and rows.
+Used by the veRL tests and by hand for timing: `python tests/support/verl_world.py FOLDER` writes a checkpoint and rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def example(number: int, seed: int = 0) -> dict[str, Any]:
 
 
 def chain(trait: str, scores: tuple[int, int]) -> str:
-    body = {"rationale": f"likes {trait}", "better_response": {"response_1": scores[0], "response_2": scores[1]}}
+    body = {
+        "rationale": f"likes {trait}",
+        "better_response": {"response_1": scores[0], "response_2": scores[1]},
+    }
     return f"user likes {trait} . <JSON_START>{json.dumps(body)}<JSON_END>"
 
 
@@ -79,7 +82,9 @@ def misled(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False) -> Path:
+def write_rows(
+    path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False
+) -> Path:
     """`turned`: every pair in the other order than without it.  `both_orders`: in both, and each once more as a probe."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -93,7 +98,9 @@ def write_rows(path: Path, count: int, seed: int = 0, both_orders: bool = False,
     return path
 
 
-def write_checkpoint(folder: Path, *, sft_steps: int = 150, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, *, sft_steps: int = 150, hidden: int = 64, layers: int = 2, seed: int = 0
+) -> Path:
     """A Qwen2 that has learnt the format of a chain and little else: its scores are nearly random."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -145,9 +152,15 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         sequences = []
         for _ in range(BATCH):
             row = example(draw.randrange(10**6), seed=7)
-            trait = json.loads(row["extra_info"]["criteria"])["trait"] if draw.random() < 0.7 else draw.choice(TRAITS)
+            trait = (
+                json.loads(row["extra_info"]["criteria"])["trait"]
+                if draw.random() < 0.7
+                else draw.choice(TRAITS)
+            )
             scores = (draw.randint(1, 9), draw.randint(1, 9))
-            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
+            prompt = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
             sequences.append((prompt, tokenizer(chain(trait, scores) + "<|im_end|>")["input_ids"]))
         width = max(len(p) + len(c) for p, c in sequences)
         ids = torch.full((BATCH, width), tokenizer.pad_token_id)
@@ -177,7 +190,9 @@ def merged_by_verl(checkpoint: Path, out: Path) -> Any:
         "--target_dir",
         str(out),
     ]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     if not (out / "lora_adapter").exists():

@@ -32,15 +32,27 @@ class Server:
         if "upsertBucket" in query:
             self.runs.append(asked)
             project = {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "us"}}
-            run = {"id": "r", "name": asked["name"], "displayName": "", "historyLineCount": 0, "project": project}
+            run = {
+                "id": "r",
+                "name": asked["name"],
+                "displayName": "",
+                "historyLineCount": 0,
+                "project": project,
+            }
             return {"upsertBucket": {"bucket": run, "inserted": True}}
         if "createRunFiles" in query:
-            files = [{"name": name, "uploadUrl": f"http://127.0.0.1:{self.port}/put"} for name in asked["files"]]
+            files = [
+                {"name": name, "uploadUrl": f"http://127.0.0.1:{self.port}/put"} for name in asked["files"]
+            ]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         if "createArtifact(" in query:
-            self.artifacts.append((asked["input"]["artifactCollectionName"], asked["input"]["artifactTypeName"]))
+            self.artifacts.append(
+                (asked["input"]["artifactCollectionName"], asked["input"]["artifactTypeName"])
+            )
             latest = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
-            return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": latest}}}
+            return {
+                "createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": latest}}
+            }
         if "query ArtifactType" in query:
             return {"project": None}
         return {

@@ -18,7 +18,9 @@ HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "deepspeed", "wandb", "
 
 def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def pgenrm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -34,7 +36,16 @@ def test_help_is_quick_and_lists_recipes_and_groups():
         if seconds[-1] < 0.5:
             break
     assert done.returncode == 0 and done.stderr == ""
-    for word in ("recipe", "pipeline", "build_sec", "personaworld", "llama31_8b", "gpu8", "run_dir=", "--cfg job"):
+    for word in (
+        "recipe",
+        "pipeline",
+        "build_sec",
+        "personaworld",
+        "llama31_8b",
+        "gpu8",
+        "run_dir=",
+        "--cfg job",
+    ):
         assert word in done.stdout
     assert min(seconds) < 1
 
@@ -43,7 +54,9 @@ def test_the_version_is_ours():
     assert pgenrm("--version").stdout.startswith("pgenrm-train 0.")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipe=pipeline", "--cfg", "job", "--resolve"], ["recipe=nope"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipe=pipeline", "--cfg", "job", "--resolve"], ["recipe=nope"]]
+)
 def test_nothing_heavy_is_imported_before_a_recipe_runs(arguments):
     code = (
         "import sys\nfrom pgenrm_train.__main__ import main\n"
@@ -66,7 +79,11 @@ MISTAKES = {
     (): ("recipe=", "pipeline"),
     ("recipe=psi", "cluter=cpu"): ("cluter", "did you mean cluster?"),
     ("recipe=psi", "data=nope"): ("data=nope", "pairs, personaworld"),
-    ("recipe=psi", "psi.learning_rat=1"): ("psi.learning_rat", "did you mean psi.learning_rate?", "batch_size"),
+    ("recipe=psi", "psi.learning_rat=1"): (
+        "psi.learning_rat",
+        "did you mean psi.learning_rate?",
+        "batch_size",
+    ),
     ("recipe=psi", "+psi.learning_rat=1"): ("psi.learning_rat", "did you mean psi.learning_rate?"),
     ("recipe=psi", "data.only.language=en"): ("+data.only.language=VALUE",),
     ("recipe=psi", "psi.batch_size=many"): ("psi.batch_size=many", "Integer"),
@@ -87,7 +104,13 @@ def test_a_mistake_gives_one_sentence_and_exit_code_2(arguments):
 
 
 def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):
-    done = pgenrm("recipe=build_data", "data=pairs", "data.path=none.parquet", f"run_dir={tmp_path / 'run'}", "tracking=none")
+    done = pgenrm(
+        "recipe=build_data",
+        "data=pairs",
+        "data.path=none.parquet",
+        f"run_dir={tmp_path / 'run'}",
+        "tracking=none",
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.parquet does not exist") and len(done.stderr.splitlines()) == 1
 
@@ -129,7 +152,14 @@ def test_a_run_from_another_directory_writes_there_and_leaves_nothing_else(tmp_p
 
 
 def test_multirun_gives_each_job_its_own_folder(tmp_path):
-    arguments = ["-m", "recipe=build_data", "seed=1,2", "data.users=3", "data.heldout_users=2", "tracking=none"]
+    arguments = [
+        "-m",
+        "recipe=build_data",
+        "seed=1,2",
+        "data.users=3",
+        "data.heldout_users=2",
+        "tracking=none",
+    ]
     done = pgenrm(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (runs,) = tmp_path.iterdir()
@@ -145,4 +175,7 @@ def test_on_a_cluster_paths_mean_the_same_to_every_worker(monkeypatch):
     assert seen[-1].run_dir == "runs/mine"
     config.ray.address, config.model.path = "head:6379", "start"
     run_recipe(config)
-    assert (seen[-1].run_dir, seen[-1].model.path) == (str(Path("runs/mine").absolute()), str(Path("start").absolute()))
+    assert (seen[-1].run_dir, seen[-1].model.path) == (
+        str(Path("runs/mine").absolute()),
+        str(Path("start").absolute()),
+    )

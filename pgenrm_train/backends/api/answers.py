@@ -59,7 +59,12 @@ class Answers:
         """Keep what was paid for; failures that cost nothing are asked again."""
         if reply.text is None and reply.failure not in BOUGHT_FAILURES:
             return
-        answer = {"text": reply.text, "failure": reply.failure, "in": reply.prompt_tokens, "out": reply.completion_tokens}
+        answer = {
+            "text": reply.text,
+            "failure": reply.failure,
+            "in": reply.prompt_tokens,
+            "out": reply.completion_tokens,
+        }
         with self._writing, self._cache.transact():
             self._cache.set(key, answer)
             self._add_up(reply)

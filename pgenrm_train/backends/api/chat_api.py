@@ -1,7 +1,7 @@
 """One POST to an OpenAI-compatible `/chat/completions`, and what its failures mean.
 
 Plain httpx: at hundreds of calls a second a client that builds typed models of every request and answer costs more than all the rest
-of the client side (benchmarks/factory_slots.py).
+of the client side (benchmarks/speed/factory_slots.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 import httpx
 
-from pgenrm_train.backends.answers import Reply
+from pgenrm_train.backends.api.answers import Reply
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
 
@@ -20,12 +20,16 @@ from pgenrm_train.errors import ConfigError
 def url_and_headers(settings: EndpointConfig) -> tuple[str, dict[str, str]]:
     """Where to post, and as whom.  Raises ConfigError when the address, the model's name or the key is missing."""
     if not settings.base_url or not settings.name:
-        raise ConfigError("an endpoint needs base_url (e.g. http://localhost:8000/v1) and name (the served model)")
+        raise ConfigError(
+            "an endpoint needs base_url (e.g. http://localhost:8000/v1) and name (the served model)"
+        )
     headers = {"content-type": "application/json"}
     if settings.api_key_env is not None:
         key = os.environ.get(settings.api_key_env)
         if not key:
-            raise ConfigError(f"the environment variable {settings.api_key_env} named by api_key_env is not set")
+            raise ConfigError(
+                f"the environment variable {settings.api_key_env} named by api_key_env is not set"
+            )
         headers["authorization"] = f"Bearer {key}"
     return f"{settings.base_url.rstrip('/')}/chat/completions", headers
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pgenrm_train.backends.endpoint import dollars
+from pgenrm_train.backends.api.endpoint import dollars
 from pgenrm_train.config import EndpointConfig
 
 ANSWER_TOKENS = 700  # of a chain
@@ -50,7 +50,9 @@ def estimate(
 ) -> Estimate:
     """`prompt_characters`: mean length of a prompt, or (low, high); `tries`: calls a question at most; `known_share` of the questions is
     answered already and costs nothing."""
-    shortest, longest = prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters, prompt_characters)
+    shortest, longest = (
+        prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters, prompt_characters)
+    )
     asked = questions * (1.0 - known_share)
     calls = (asked, asked * tries)
     prompts = (calls[0] * shortest / 4.0, calls[1] * longest / 3.0)
@@ -60,8 +62,13 @@ def estimate(
         calls,
         prompts,
         answers,
-        (_dollars(settings, prompts[0], answers[0]), _dollars(settings, prompts[1], answers[1])) if priced else None,
-        (_minutes(settings, calls[0], prompts[0], answers[0]), _minutes(settings, calls[1], prompts[1], answers[1])),
+        (_dollars(settings, prompts[0], answers[0]), _dollars(settings, prompts[1], answers[1]))
+        if priced
+        else None,
+        (
+            _minutes(settings, calls[0], prompts[0], answers[0]),
+            _minutes(settings, calls[1], prompts[1], answers[1]),
+        ),
     )
 
 

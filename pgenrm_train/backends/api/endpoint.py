@@ -19,14 +19,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.answers import Answers, NoAnswers, Reply
-from pgenrm_train.backends.chat_api import ChatApi, failure_of, is_transient, retry_after
+from pgenrm_train.backends.api.answers import Answers, NoAnswers, Reply
+from pgenrm_train.backends.api.chat_api import ChatApi, failure_of, is_transient, retry_after
 from pgenrm_train.config import EndpointConfig
 
 Messages = Sequence[Mapping[str, str]]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
-NO_API = ("timeout", "connection", "http_", "malformed")  # failures that show no working API; the last is, for one, a login page
+NO_API = (
+    "timeout",
+    "connection",
+    "http_",
+    "malformed",
+)  # failures that show no working API; the last is, for one, a login page
 OF_THE_PROMPT = ("http_400", "http_413", "http_422")
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
 CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
@@ -34,7 +39,9 @@ CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
 
 def dollars(settings: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float:
     """Price at the stated rates, which are 0 unless stated."""
-    return (prompt_tokens * settings.dollars_per_million_in + completion_tokens * settings.dollars_per_million_out) / 1e6
+    return (
+        prompt_tokens * settings.dollars_per_million_in + completion_tokens * settings.dollars_per_million_out
+    ) / 1e6
 
 
 @dataclass
@@ -72,7 +79,10 @@ class Endpoint:
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
         self._lock = threading.Lock()
         self._next_start = 0.0
-        self._answers, self._tokens = 0, 0  # that came back, cut-off and empty ones too: what a call costs the server's limit
+        self._answers, self._tokens = (
+            0,
+            0,
+        )  # that came back, cut-off and empty ones too: what a call costs the server's limit
         self._in_a_row, self._open_until, self._heard = 0, 0.0, ""
         self._known = Answers(cache) if cache else NoAnswers()
         self.usage.earlier = self._known.paid()
@@ -143,7 +153,9 @@ class Endpoint:
     def _payload(self, messages: Messages, sample: int, schema: Mapping[str, Any] | None) -> bytes:
         return json.dumps(self.body(messages, sample, schema), sort_keys=True).encode()
 
-    def body(self, messages: Messages, sample: int, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def body(
+        self, messages: Messages, sample: int, schema: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What is sent."""
         settings = self.settings
         body: dict[str, Any] = {
@@ -151,7 +163,10 @@ class Endpoint:
             settings.max_tokens_field: settings.max_tokens, "seed": sample,
         }  # fmt: skip
         if schema is not None and settings.structured == "json_schema":
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": True, "schema": schema},
+            }
         elif schema is not None and settings.structured == "json_object":
             body["response_format"] = {"type": "json_object"}
         return body

@@ -17,10 +17,11 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pgenrm_train.backends import endpoint as limits
-from pgenrm_train.backends.base import Generation, GenerationRequest
-from pgenrm_train.backends.chat_api import refusal, url_and_headers, whole
-from pgenrm_train.backends.endpoint import Endpoint, Reply
+from pgenrm_train.backends.api import endpoint as limits
+from pgenrm_train.backends.api.answers import Reply
+from pgenrm_train.backends.api.chat_api import refusal, url_and_headers, whole
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.errors import BackendError
 
 REFUSES_N = ("engine:http_400", "engine:http_422")  # how servers answer a field that they do not take
@@ -35,7 +36,9 @@ class EndpointGenerator:
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         if temperature != self.endpoint.settings.temperature:
-            raise ValueError(f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}")
+            raise ValueError(
+                f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}"
+            )
         queue = _Queue(self.endpoint, requests)
         with asyncio.Runner() as runner:
             try:
@@ -146,7 +149,13 @@ class _Queue:
                 raise ValueError
         except _Trouble as trouble:
             return self._failed(request, first, samples, trouble.kind)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # an answer that is no chat completion
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ):  # an answer that is no chat completion
             return self._failed(request, first, samples, "malformed")
         self.endpoint.learn(sum(spent))
         self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))
@@ -196,7 +205,11 @@ class _Queue:
         if response.status >= 400:
             self.endpoint.hear(refusal(content))
             passing = response.status in (408, 409, 425, 429) or response.status >= 500
-            raise _Trouble(f"http_{response.status}", passing=passing, retry_after=_seconds(response.headers.get("retry-after")))
+            raise _Trouble(
+                f"http_{response.status}",
+                passing=passing,
+                retry_after=_seconds(response.headers.get("retry-after")),
+            )
         return json.loads(content)
 
 

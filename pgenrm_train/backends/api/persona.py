@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pgenrm_train.backends.base import Generation, GenerationRequest
-from pgenrm_train.backends.endpoint import Endpoint, Reply
-from pgenrm_train.backends.endpoint_generator import ENGINE, EndpointGenerator
-from pgenrm_train.concurrency import concurrently
+from pgenrm_train.backends.api.answers import Reply
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import ENGINE, EndpointGenerator
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompt_styles import persona_messages, with_persona
+from pgenrm_train.prompts.styles import persona_messages, with_persona
+from pgenrm_train.run.concurrency import concurrently
 
 
 class PersonaGenerator(EndpointGenerator):
@@ -44,7 +45,9 @@ class PersonaGenerator(EndpointGenerator):
         """Personas and judgements together."""
         mine, theirs = super().facts(), self.personas.usage.facts(self.personas.settings)
         failures = Counter(mine["failures"]) + Counter(theirs["failures"])
-        return {name: value + theirs[name] for name, value in mine.items() if name != "failures"} | {"failures": dict(failures)}
+        return {name: value + theirs[name] for name, value in mine.items() if name != "failures"} | {
+            "failures": dict(failures)
+        }
 
     def close(self) -> None:
         super().close()

@@ -10,17 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train import synthesis
-from pgenrm_train.backends.base import Generation
-from pgenrm_train.backends.costs import announce, characters, estimate
-from pgenrm_train.backends.endpoint import Endpoint, dollars
+from pgenrm_train.backends.api.costs import announce, characters, estimate
+from pgenrm_train.backends.api.endpoint import Endpoint, dollars
+from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
-from pgenrm_train.judging import SCHEMA, judge_messages, read_verdict
-from pgenrm_train.masking import FullView
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import Example, HistoryItem
-from pgenrm_train.synthesis import synthesis_messages
+from pgenrm_train.prompts.masking import FullView
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import Example, HistoryItem
+from pgenrm_train.rewards import synthetic_criteria as synthesis
+from pgenrm_train.rewards.judging import SCHEMA, judge_messages, read_verdict
+from pgenrm_train.rewards.synthetic_criteria import synthesis_messages
 
 MEASURED = 200  # users whose prompts tell what all will cost
 CRITERIA_TOKENS = 120  # of an answer, as a rule
@@ -52,7 +52,11 @@ class LlmTeacher:
         prompts = [self._messages(example) for example in examples]
         known = sum(self.endpoint.knows(prompt) for prompt in prompts) / max(1, len(prompts))
         settings = self.endpoint.settings
-        return announce("teacher", settings, estimate(settings, characters(prompts), questions, tries=tries, known_share=known))
+        return announce(
+            "teacher",
+            settings,
+            estimate(settings, characters(prompts), questions, tries=tries, known_share=known),
+        )
 
     def facts(self) -> Mapping[str, Any]:
         return self.endpoint.usage.facts(self.endpoint.settings)
@@ -76,7 +80,9 @@ class LlmCriteria:
 
     def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Mapping[str, Any]:
         some = [synthesis_messages(votes) for votes in users[:: max(1, len(users) // MEASURED)]]
-        found = estimate(self.endpoint.settings, characters(some), len(users), tries=tries, answer_tokens=CRITERIA_TOKENS)
+        found = estimate(
+            self.endpoint.settings, characters(some), len(users), tries=tries, answer_tokens=CRITERIA_TOKENS
+        )
         return announce("teacher", self.endpoint.settings, found)
 
     def facts(self) -> Mapping[str, Any]:

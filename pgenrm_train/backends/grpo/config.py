@@ -14,19 +14,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pgenrm_train.cluster.planning.batches import grpo_problems
 from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
 from pgenrm_train.errors import ArtifactError, ConfigError
-from pgenrm_train.planning.batches import grpo_problems
 
 TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
-MODULE = "pgenrm_train.backends.verl_cpu"
+MODULE = "pgenrm_train.backends.grpo.cpu"
 
 
 def environment(config: Config) -> dict[str, str]:
     """Variables that must be set *before* verl, vLLM or Ray are imported, for the driver and for every Ray worker."""
-    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
+    inherited = [
+        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)
+    ]
     env = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]),  # recipes, data_builders and eval import in workers
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *inherited]
+        ),  # recipes, data_builders and eval import in workers
         "VERL_USE_EXTERNAL_MODULES": "",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # a stage hands over local folders only
@@ -57,7 +61,9 @@ def environment(config: Config) -> dict[str, str]:
     return env
 
 
-def to_verl(config: Config, section: str, *, start: Path, rows: Path, work_dir: Path, total_steps: int) -> Any:
+def to_verl(
+    config: Config, section: str, *, start: Path, rows: Path, work_dir: Path, total_steps: int
+) -> Any:
     """verl's complete configuration (an OmegaConf DictConfig) for `section` ("cre" or "curriculum").
 
     start: checkpoint in Hugging Face format; rows: parquet of prompts; work_dir: where veRL's own checkpoints go.
@@ -149,7 +155,9 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         "trainer.device": cluster.device,
         "trainer.val_before_train": False,
         "trainer.test_freq": -1,
-        "trainer.save_freq": grpo.save_every if grpo.save_every > 0 else grpo.steps,  # the last step is always saved
+        "trainer.save_freq": grpo.save_every
+        if grpo.save_every > 0
+        else grpo.steps,  # the last step is always saved
         "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
         "trainer.resume_mode": "disable",  # `verl_trainer` resumes from the newest complete checkpoint itself
         "trainer.logger": [],  # the trainer writes metrics.jsonl; `tracking.Tracker.follow` forwards it
@@ -199,7 +207,9 @@ def cpu_keys(config: Config, section: str) -> dict[str, Any]:
         # vLLM 0.28 rewinds the generator of a seeded request after a partial prefill, which a CPU generator cannot do
         f"{rollout}.enable_chunked_prefill": False,
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
-        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni" if config.cluster.tensor_parallel == 1 else "mp",
+        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni"
+        if config.cluster.tensor_parallel == 1
+        else "mp",
         f"{rollout}.agent.num_workers": 0,  # chains are collected on a thread of the driver: one process less to start
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
     }

@@ -1,6 +1,6 @@
 """veRL on a CPU: the platform that verl 0.9.1 does not ship, and three patches to libraries under it.
 
-Loaded by `verl/__init__` in every process when `VERL_USE_EXTERNAL_MODULES=pgenrm_train.backends.verl_cpu`; never imported on a GPU.
+Loaded by `verl/__init__` in every process when `VERL_USE_EXTERNAL_MODULES=pgenrm_train.backends.grpo.cpu`; never imported on a GPU.
 verl registers its engines for cuda and npu only, so a run also sets `VERL_ENGINE_DEVICE=cuda` (verl's own override).
 
 | patch                    | upstream cause                                                                     | goes when |

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from pgenrm_train import errors
-from pgenrm_train.artifacts import read_json, write_json
-from pgenrm_train.backends.base import Trained
-from pgenrm_train.backends.verl_config import environment, to_verl
+from pgenrm_train.backends.grpo.config import environment, to_verl
+from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, seed_of
-from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NothingTrainedError
-from pgenrm_train.tracking import append
+from pgenrm_train.files import read_json, write_json
+from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.tracking import append
 
 TRAINED, ENGINE_LOG, RESTARTS = "trained.json", "engine.log", "restarts.jsonl"
 __all__ = ["Phase", "environment", "launch", "to_verl", "train"]
@@ -64,7 +64,9 @@ class Phase:
     mining_samples: int = 0
     mirror: Path | None = None
     signals: Path | None = None
-    validation: Path | None = None  # rows as `rows`, each pair in both orders; sampled every `<section>.validate_every` steps
+    validation: Path | None = (
+        None  # rows as `rows`, each pair in both orders; sampled every `<section>.validate_every` steps
+    )
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,7 +85,9 @@ def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     At most `cluster.max_failures` times; a new start waits for a lost node to come back.  Raises what `train` raises;
     EngineLostError when the child was killed.
     """
-    return with_restarts(lambda: _launch(config, phases), config.cluster.max_failures, phases[0].work_dir / RESTARTS)
+    return with_restarts(
+        lambda: _launch(config, phases), config.cluster.max_failures, phases[0].work_dir / RESTARTS
+    )
 
 
 def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) -> list[Trained]:
@@ -104,12 +108,23 @@ def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     job, report = folder / "verl_job.json", folder / "verl_report.json"
     report.unlink(missing_ok=True)
     write_json(
-        job, {"config": dataclasses.asdict(config), "phases": [dataclasses.asdict(p) for p in phases], "report": str(report)}
+        job,
+        {
+            "config": dataclasses.asdict(config),
+            "phases": [dataclasses.asdict(p) for p in phases],
+            "report": str(report),
+        },
     )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment(config)
-    command = [sys.executable, "-m", "pgenrm_train.backends.verl_grpo", str(job)]
+    command = [sys.executable, "-m", "pgenrm_train.backends.grpo.engine", str(job)]
     child = subprocess.Popen(
-        command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     told = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     # A thread, because Ray's daemons may hold the pipe open longer than the child lives.
@@ -141,7 +156,9 @@ def _read(report: Path, code: int, folder: Path) -> list[Trained]:
     if not report.exists():
         killed = code < 0 and -code not in (signal.SIGINT, signal.SIGTERM)  # those are somebody's wish
         kind = EngineLostError if killed else BackendError
-        raise kind(f"veRL's process ended with code {code} and no report; its last words are in {folder / ENGINE_LOG}")
+        raise kind(
+            f"veRL's process ended with code {code} and no report; its last words are in {folder / ENGINE_LOG}"
+        )
     found = read_json(report)
     if "error" in found:
         kind = getattr(errors, found["error"], BackendError)
@@ -169,8 +186,8 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
 
 
 def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path], report: Path) -> None:
-    from pgenrm_train.backends.verl_mining import check_cache
-    from pgenrm_train.backends.verl_session import Session, Watchdog, end_stalled
+    from pgenrm_train.backends.grpo.mining import check_cache
+    from pgenrm_train.backends.grpo.session import Session, Watchdog, end_stalled
 
     for phase, start in zip(phases, starts, strict=True):
         check_cache(phase, start)
@@ -191,17 +208,21 @@ def _run_session(config: Config, phases: Sequence[Phase], starts: Sequence[Path]
 
 def _verl(config: Config, phase: Phase, start: Path) -> Any:
     phase.work_dir.mkdir(parents=True, exist_ok=True)
-    return to_verl(config, phase.section, start=start, rows=phase.rows, work_dir=phase.work_dir, total_steps=phase.steps)
+    return to_verl(
+        config, phase.section, start=start, rows=phase.rows, work_dir=phase.work_dir, total_steps=phase.steps
+    )
 
 
 def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
     """Mine where asked, train to the planned step, export, and say so in `trained.json`."""
-    from pgenrm_train.backends.verl_rewards import RewardSpec
-    from pgenrm_train.backends.verl_trainer import PhaseRun
+    from pgenrm_train.backends.grpo.scoring import RewardSpec
+    from pgenrm_train.backends.grpo.trainer import PhaseRun
 
     started = time.monotonic()
     grpo, trainer = getattr(config, phase.section), session.trainer
-    rewards = RewardSpec(phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight, grpo.null_policy)
+    rewards = RewardSpec(
+        phase.weights, phase.judge, phase.judge_kwargs, phase.judge_in_flight, grpo.null_policy
+    )
     run = PhaseRun(
         stage=phase.section, rows=phase.rows, work_dir=phase.work_dir, steps=phase.steps, rewards=rewards, seed=seed_of(config, phase.section),
         keep_checkpoints=grpo.keep_checkpoints, resample=grpo.resample, validation=phase.validation, validate_every=grpo.validate_every,
@@ -223,8 +244,8 @@ def _run_phase(config: Config, phase: Phase, start: Path, session: Any) -> None:
 
 def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
     """The phase's sampler; measures hardness first where the schedule needs it."""
-    from pgenrm_train.backends.verl_mining import hardness
-    from pgenrm_train.curriculum import CurriculumSampler, too_common
+    from pgenrm_train.backends.grpo.mining import hardness
+    from pgenrm_train.curriculum.sampler import CurriculumSampler, too_common
 
     grpo, run = getattr(config, phase.section), trainer.run
     shape: dict[str, Any] = {}
@@ -235,8 +256,14 @@ def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
             "users": run.user_ids if grpo.user_balanced else None,
         }  # fmt: skip
         if phase.mining_samples or phase.signals:
-            found = hardness(trainer, start, phase.mining_samples, phase.mirror, phase.signals, shape["band"], grpo.hard_by)
-            shape |= {"hard": found["hard"], "suspect": found["suspect"], "pass_rates": found.get("pass_rate")}
+            found = hardness(
+                trainer, start, phase.mining_samples, phase.mirror, phase.signals, shape["band"], grpo.hard_by
+            )
+            shape |= {
+                "hard": found["hard"],
+                "suspect": found["suspect"],
+                "pass_rates": found.get("pass_rate"),
+            }
             shape["chains"] = phase.mining_samples
             if said := too_common(grpo.schedule, found["hard"], grpo.hard_share_start, grpo.hard_share_end):
                 print(f"{phase.section}: {said}", flush=True)
@@ -251,7 +278,7 @@ def _sampler(config: Config, phase: Phase, trainer: Any, start: Path) -> Any:
 
 def export(trainer: Any, phase: Phase, start: Path, dtype: str) -> None:
     """Write `<work_dir>/checkpoint` beside and rename it into place once it has been loaded."""
-    from pgenrm_train.backends.verl_worker import tokenizer_files
+    from pgenrm_train.backends.grpo.worker import tokenizer_files
 
     draft = phase.work_dir / "checkpoint.tmp"
     shutil.rmtree(draft, ignore_errors=True)
@@ -268,7 +295,11 @@ def _check_loads(folder: Path) -> None:
 
     AutoTokenizer.from_pretrained(folder)
     _, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    broken = {key: names for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if (names := list(found[key]))}
+    broken = {
+        key: names
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if (names := list(found[key]))
+    }
     if broken:
         raise ArtifactError(f"the exported checkpoint {folder} does not load as written: {broken}")
 
@@ -302,16 +333,22 @@ def _starts(phases: Sequence[Phase]) -> list[Path]:
 
 def _check_environment(config: Config) -> None:
     needed = environment(config)
-    wrong = [name for name in ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE") if os.environ.get(name) != needed[name]]
+    wrong = [
+        name
+        for name in ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE")
+        if os.environ.get(name) != needed[name]
+    ]
     if wrong:
-        raise BackendError(f"{', '.join(wrong)} must be set by environment(config) before verl is imported; use launch()")
+        raise BackendError(
+            f"{', '.join(wrong)} must be set by environment(config) before verl is imported; use launch()"
+        )
 
 
 def main(job: Path) -> int:
     """Child of `launch`: the job's phases, and a report of what came of them."""
     from omegaconf import OmegaConf
 
-    from pgenrm_train.backends.verl_session import exit_on_terminate
+    from pgenrm_train.backends.grpo.session import exit_on_terminate
 
     die_with_parent(signal.SIGTERM)
     exit_on_terminate()
@@ -326,7 +363,9 @@ def main(job: Path) -> int:
     except Exception as error:
         traceback.print_exc()
         kind = EngineLostError if _died(error) else BackendError
-        write_json(report, {"error": kind.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"})
+        write_json(
+            report, {"error": kind.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"}
+        )
         return 1
     write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
     return 0
@@ -336,7 +375,9 @@ def _died(error: Exception) -> bool:
     """Whether a process or machine of the session is gone, rather than code in it wrong."""
     from ray import exceptions
 
-    return isinstance(error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.WorkerCrashedError)
+    return isinstance(
+        error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.WorkerCrashedError
+    )
 
 
 def _phase(said: dict[str, Any]) -> Phase:

@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgenrm_train.artifacts import atomic, weights_digest, write_json
+from pgenrm_train.curriculum.hardness import ORDERS, SIGNALS, column, records
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.hardness import ORDERS, SIGNALS, column, records
+from pgenrm_train.files import atomic, write_json
+from pgenrm_train.run.folder import weights_digest
 
 BLOCK = 256  # pairs after which what was measured is kept
 MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
@@ -45,8 +46,13 @@ def hardness(
     """
     run = trainer.run
     mined = mined_rows(trainer, start, samples, mirror) if samples else None
-    table, names = None if signals is None else pq.read_table(signals), (*SIGNALS, *([by] if by in ORDERS else []))
-    found = None if table is None else {name: np.asarray(table[name].to_numpy(), dtype=float) for name in names}
+    table, names = (
+        None if signals is None else pq.read_table(signals),
+        (*SIGNALS, *([by] if by in ORDERS else [])),
+    )
+    found = (
+        None if table is None else {name: np.asarray(table[name].to_numpy(), dtype=float) for name in names}
+    )
     record = records(run.pair_ids, mined, found, *band, by)
     if table is not None:
         record["origin"] = table["origin"].to_pylist()
@@ -67,7 +73,10 @@ def publish(folder: Path, record: Mapping[str, Any], stage: str) -> None:
               "measured_by": "model" if "pass_rate" in record else next((name for name in ORDERS if name in record), "signals")}  # fmt: skip
     write_json(folder / COUNTS, counts)
     listed = f" (down-weighted, listed in {folder / SUSPECTS})" if suspects.num_rows else ""
-    print(f"{stage}: {counts['hard']} of {counts['pairs']} pairs are hard, {counts['suspect']} suspect{listed}", flush=True)
+    print(
+        f"{stage}: {counts['hard']} of {counts['pairs']} pairs are hard, {counts['suspect']} suspect{listed}",
+        flush=True,
+    )
 
 
 def mined_rows(trainer: Any, start: Path, samples: int, mirror: Path | None) -> list[dict[str, Any]]:
@@ -99,7 +108,10 @@ def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> 
         return []
     found = pq.read_table(file)
     said = found.schema.metadata or {}
-    for key, what in ((b"checkpoint", f"another checkpoint than {start}"), (b"samples", "another curriculum.mining_samples")):
+    for key, what in (
+        (b"checkpoint", f"another checkpoint than {start}"),
+        (b"samples", "another curriculum.mining_samples"),
+    ):
         if said.get(key) != mark[key]:
             raise ArtifactError(
                 f"{file} was measured with {what} ({_text(said.get(key))} instead of {_text(mark[key])}): delete it to measure "
@@ -107,7 +119,9 @@ def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> 
             )
     rows: list[dict[str, Any]] = found.to_pylist()
     if [row["pair_id"] for row in rows] != list(pair_ids)[: len(rows)]:
-        raise ArtifactError(f"{file} holds other pairs than the phase's rows: delete it to measure again, or use another run_dir")
+        raise ArtifactError(
+            f"{file} holds other pairs than the phase's rows: delete it to measure again, or use another run_dir"
+        )
     return rows
 
 

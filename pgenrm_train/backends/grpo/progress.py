@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.curriculum import CurriculumSampler
-from pgenrm_train.reward_hacking import OWN, signs
+from pgenrm_train.curriculum.sampler import CurriculumSampler
+from pgenrm_train.rewards.hacking_signs import OWN, signs
 
 MARKER = "complete.json"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
@@ -31,7 +31,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
     complete = complete_checkpoints(folder)
     for path in folder.glob("global_step_*"):
         if path not in complete:
-            print(f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True)
+            print(
+                f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True
+            )
             shutil.rmtree(path)
     if not complete:
         return None, 0, {}
@@ -51,9 +53,13 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
         found[f"reward/{part}"] = float(np.mean(values)) if values else None
         found[f"reward/{part}_std"] = float(np.std(values)) if values else None
     kinds = [info["failure"] for info in infos]
-    spreads = [np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups]
+    spreads = [
+        np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups
+    ]
     return found | {
-        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged) if judged else None,
+        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged)
+        if judged
+        else None,
         "reward/error_share": sum(info["error"] is not None for info in infos) / len(infos),
         "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in infos) / len(infos),
         "format_error_share": sum(kind is not None for kind in kinds) / len(infos),
@@ -67,13 +73,19 @@ def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, An
     }
 
 
-def hopeless(found: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]], max_null_share: float) -> str | None:
+def hopeless(
+    found: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]], max_null_share: float
+) -> str | None:
     """Why a step's rewards are no ground to go on, in words; None when they are.  found: its `chain_metrics`."""
     if found["reward/error_share"] > MAX_ERROR_SHARE:
         reason = next(info["error"] for group in groups for info in group if info["error"])
         return f"reward code failed for {found['reward/error_share']:.0%} of its chains, first with {reason}"
     nulls = found["reward/process_null_share"] or 0.0
-    return f"the judge gave no verdict for {nulls:.0%} of the chains that it saw" if nulls > max_null_share else None
+    return (
+        f"the judge gave no verdict for {nulls:.0%} of the chains that it saw"
+        if nulls > max_null_share
+        else None
+    )
 
 
 def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -82,7 +94,9 @@ def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     return passes + group[0]["discarded_passes"], len(group) + group[0]["discarded_chains"]
 
 
-def mix_metrics(drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: CurriculumSampler) -> dict[str, Any]:
+def mix_metrics(
+    drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: CurriculumSampler
+) -> dict[str, Any]:
     """Target and realised share of hard pairs, and what the step's chains say of the hard, the suspect and the rest.
 
     drawn: pair → its group.  To be read before `sampler.observe`, which may move the pairs.
@@ -104,7 +118,9 @@ def mix_metrics(drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: Curri
 
 
 def validation_metrics(
-    groups: Sequence[Sequence[Mapping[str, Any]]], extras: Sequence[Mapping[str, Any]], first_length: float | None = None
+    groups: Sequence[Sequence[Mapping[str, Any]]],
+    extras: Sequence[Mapping[str, Any]],
+    first_length: float | None = None,
 ) -> dict[str, Any]:
     """What the fixed slice says: accuracy in both orders, reward parts and signs of reward hacking.
 
@@ -128,21 +144,32 @@ def validation_metrics(
         values = [info[part] for info in infos if info[part] is not None]
         found[f"validation/reward/{part}"] = float(np.mean(values)) if values else None
     found |= {f"validation/signs/{name}": value for name, value in signs(infos).items()}
-    return found | {f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"] for name, rows in asked.items()}
+    return found | {
+        f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"]
+        for name, rows in asked.items()
+    }
 
 
-def _accuracies(rows: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]]) -> dict[str, float | None]:
+def _accuracies(
+    rows: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]],
+) -> dict[str, float | None]:
     """Accuracy as the mean over pairs of the mean over their orders, in each order, and the share of pairs won in one order only."""
     hits: dict[str, dict[int, float]] = {}
     for group, extra in rows:
         won = float(np.mean([(info["outcome"] or 0.0) > 0 for info in group]))
         hits.setdefault(extra["pair_id"], {})[extra["order"]] = won
     both = [won for won in hits.values() if len(won) == 2]
-    orders = {name: [won[order] for won in hits.values() if order in won] for order, name in enumerate(("first", "second"))}
+    orders = {
+        name: [won[order] for won in hits.values() if order in won]
+        for order, name in enumerate(("first", "second"))
+    }
     return {
         "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
         "validation/order_flip_rate": float(np.mean([won[0] != won[1] for won in both])) if both else None,
-        **{f"validation/accuracy_chosen_{name}": float(np.mean(won)) if won else None for name, won in orders.items()},
+        **{
+            f"validation/accuracy_chosen_{name}": float(np.mean(won)) if won else None
+            for name, won in orders.items()
+        },
     }
 
 

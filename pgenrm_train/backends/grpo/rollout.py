@@ -26,9 +26,9 @@ import transfer_queue as tq
 from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from pgenrm_train.backends.verl_rewards import RewardSpec, Sample, load_judge, scored, settle, share_of
+from pgenrm_train.backends.grpo.scoring import RewardSpec, Sample, load_judge, scored, settle, share_of
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards import RewardWeights
+from pgenrm_train.rewards.chain_reward import RewardWeights
 
 UNKNOWN = float("nan")  # a reward that is not written yet: an update that did not wait for it would show
 
@@ -68,7 +68,9 @@ class ChainSampler:
         self.config, self.servers = config, list(servers)
         self.in_flight = [0] * len(self.servers)
         model = config.actor_rollout_ref.model
-        self.tokenizer = hf_tokenizer(model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code)
+        self.tokenizer = hf_tokenizer(
+            model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code
+        )
         self.ends = _end_tokens(self.tokenizer, model.path)
         self.failures: list[str] = []
         self.use_rewards(RewardSpec())
@@ -106,7 +108,9 @@ class ChainSampler:
             group = await self._with_advantage(prompt)
             await asyncio.to_thread(_put_group, group)
         except Exception as error:  # an engine failure of one prompt must not strand the others; the trainer counts and judges
-            self.failures.append(f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300])
+            self.failures.append(
+                f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300]
+            )
             status, group = "failure", None
         tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
         await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=tags)
@@ -128,7 +132,9 @@ class ChainSampler:
             passes += sum((sample.info["outcome"] or 0.0) > 0 for sample in group.samples)
             chains += len(group.samples)
         else:
-            group = await self._sampled(prompt, prompt.resample)  # kept whatever its rewards are, so they are not waited for
+            group = await self._sampled(
+                prompt, prompt.resample
+            )  # kept whatever its rewards are, so they are not waited for
         group.discarded = {"discarded_passes": passes, "discarded_chains": chains}
         return group
 
@@ -144,9 +150,15 @@ class ChainSampler:
         numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
         pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
         samples = [sample for sample, _ in pairs]
-        return Group(prompt, samples, asyncio.create_task(self._score(prompt, samples, [scoring for _, scoring in pairs])))
+        return Group(
+            prompt,
+            samples,
+            asyncio.create_task(self._score(prompt, samples, [scoring for _, scoring in pairs])),
+        )
 
-    async def _score(self, prompt: Prompt, samples: Sequence[Sample], scoring: Sequence[asyncio.Task[None]]) -> None:
+    async def _score(
+        self, prompt: Prompt, samples: Sequence[Sample], scoring: Sequence[asyncio.Task[None]]
+    ) -> None:
         await asyncio.gather(*scoring)
         settle(samples, prompt.row, self.weights, self.null_policy)
 
@@ -169,7 +181,9 @@ class ChainSampler:
         place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
         self.in_flight[place] += 1
         try:
-            output = await self.servers[place].generate.remote(prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex)
+            output = await self.servers[place].generate.remote(
+                prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex
+            )
         finally:
             self.in_flight[place] -= 1
         tokens = list(output.token_ids[:limit])
@@ -203,7 +217,9 @@ class Rollout:
             threading.Thread(target=self.loop.run_forever, name="chain-sampler", daemon=True).start()
         else:
             actor = ray.remote(_RemoteSampler)
-            self.actors = [actor.options(scheduling_strategy="SPREAD").remote(config, servers) for _ in range(workers)]
+            self.actors = [
+                actor.options(scheduling_strategy="SPREAD").remote(config, servers) for _ in range(workers)
+            ]
 
     def use_rewards(self, spec: RewardSpec) -> None:
         if self.actors:
@@ -225,7 +241,9 @@ class Rollout:
 
     def take_failures(self) -> list[str]:
         if self.actors:
-            return [line for lines in ray.get([a.take_failures.remote() for a in self.actors]) for line in lines]
+            return [
+                line for lines in ray.get([a.take_failures.remote() for a in self.actors]) for line in lines
+            ]
         return asyncio.run_coroutine_threadsafe(self.sampler.take_failures(), self.loop).result()
 
     def judge_metrics(self) -> dict[str, float]:
@@ -234,7 +252,10 @@ class Rollout:
             found = ray.get([a.judge_metrics.remote() for a in self.actors])
         else:
             found = [asyncio.run_coroutine_threadsafe(self.sampler.judge_metrics(), self.loop).result()]
-        sums = {f"judge/{name}": sum(f.get(name, 0.0) for f in found) for name in {name for f in found for name in f}}
+        sums = {
+            f"judge/{name}": sum(f.get(name, 0.0) for f in found)
+            for name in {name for f in found for name in f}
+        }
         if twice := sums.get("judge/judged_twice"):
             sums["judge/repeat_difference"] = sums["judge/judged_twice_difference"] / twice
         return sums
@@ -265,8 +286,12 @@ def _put_group(group: Group) -> None:
 
 
 def _put_rewards(groups: Sequence[Group]) -> None:
-    fields = list_of_dict_to_tensordict([_rewards(group, sample) for group in groups for sample in group.samples])
-    tq.kv_batch_put(keys=[key for group in groups for key in group.trajectories], fields=fields, partition_id="train")
+    fields = list_of_dict_to_tensordict(
+        [_rewards(group, sample) for group in groups for sample in group.samples]
+    )
+    tq.kv_batch_put(
+        keys=[key for group in groups for key in group.trajectories], fields=fields, partition_id="train"
+    )
 
 
 def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
@@ -295,7 +320,10 @@ def _rewards(group: Group, sample: Sample) -> dict[str, Any]:
     rewards = torch.zeros(len(sample.token_ids))
     rewards[-1] = sample.score
     order = group.prompt.row["extra_info"].get("order")
-    return {"rm_scores": rewards, "extra_fields": {"reward_extra_info": sample.info, "order": order, **group.discarded}}
+    return {
+        "rm_scores": rewards,
+        "extra_fields": {"reward_extra_info": sample.info, "order": order, **group.discarded},
+    }
 
 
 def _tag(prompt: Prompt, sample: Sample) -> dict[str, Any]:
@@ -307,7 +335,9 @@ def _tag(prompt: Prompt, sample: Sample) -> dict[str, Any]:
 
 
 def _seed(prompt: Prompt, number: int) -> int:
-    digest = hashlib.blake2b(f"{prompt.seed}/{prompt.step}/{prompt.uid}/{number}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(
+        f"{prompt.seed}/{prompt.step}/{prompt.uid}/{number}".encode(), digest_size=4
+    ).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pgenrm_train.backends.base import Judge
-from pgenrm_train.chains import Chain, ParseFailure, parse_chain
+from pgenrm_train.backends.protocols import Judge
+from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards import RewardWeights, chain_reward
+from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward
 
 SHAPE = ("margin", "verified_margin", "spread", "criteria")
 NOTHING_SAID = "{}"  # `extra_info.explicit` of a user who stated nothing
@@ -61,7 +61,7 @@ class Sample:
 
 
 def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
-    """`"data_builders.personaworld:oracle_judge"` → the judge that its factory returns; None → None."""
+    """`"data_builders.sources.personaworld:oracle_judge"` → the judge that its factory returns; None → None."""
     if name is None:
         return None
     module, _, factory = name.partition(":")
@@ -71,14 +71,18 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
         raise ConfigError(f"judge {name!r} cannot be imported as module:factory ({error})") from None
 
 
-def score(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
+def score(
+    sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None
+) -> dict[str, Any]:
     """The reward of one chain as a flat dict: its parts, what `_shape` says, failure, null_verdict.
 
     Raises what the reward code raises; `scored` turns that into data.
     """
     extra = row["extra_info"]
     chosen, responses = int(row["reward_model"]["ground_truth"]), int(extra["n_responses"])
-    text = sample.text if sample.finished else ""  # an unended chain is a format error whatever its text holds
+    text = (
+        sample.text if sample.finished else ""
+    )  # an unended chain is a format error whatever its text holds
     chain = parse_chain(text, responses)
     if extra.get("explicit") == NOTHING_SAID:
         judge = None  # no verdict is missing where there is nothing to judge by
@@ -116,7 +120,9 @@ def _margin(scores: Sequence[float], chosen: int) -> float:
     return scores[chosen] - max(score for i, score in enumerate(scores) if i != chosen)
 
 
-def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None) -> dict[str, Any]:
+def scored(
+    sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None
+) -> dict[str, Any]:
     """`score`, with an exception recorded instead of raised: reward code is a user's and must not end training."""
     try:
         return score(sample, row, weights, judge)
@@ -125,7 +131,9 @@ def scored(sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge
         return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def settle(samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights, null_policy: str) -> None:
+def settle(
+    samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights, null_policy: str
+) -> None:
     """Turn the parts of a group into the scores that GRPO compares.
 
     A chain without a verdict is neither good nor bad: by default no sample of its group gets a process reward, with `group_mean` it
@@ -148,7 +156,8 @@ def _stand_ins(samples: Sequence[Sample], null_policy: str) -> list[float]:
         return [0.0] * len(samples)
     mean = sum(known) / len(known)
     return [
-        sample.info["process"] if sample.info["process"] is not None else mean * sample.info["null_verdict"] for sample in samples
+        sample.info["process"] if sample.info["process"] is not None else mean * sample.info["null_verdict"]
+        for sample in samples
     ]
 
 

@@ -21,15 +21,17 @@ from typing import Any
 
 import psutil
 
-from pgenrm_train.artifacts import write_json
-from pgenrm_train.backends import guardian
-from pgenrm_train.backends.ray_cluster import NOTICE_SECONDS, await_gpus, join, loss, lost, nodes_of
+from pgenrm_train.backends.ray import guardian
+from pgenrm_train.backends.ray.cluster import NOTICE_SECONDS, await_gpus, join, loss, lost, nodes_of
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
+from pgenrm_train.files import write_json
 
 STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
 STALLED = 3  # exit code of a run that the watchdog ended
-GRACE_SECONDS = 15.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
+GRACE_SECONDS = (
+    15.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
+)
 
 
 class Watchdog:
@@ -52,7 +54,10 @@ class Watchdog:
         self.stepped = self.stepped or (stage == self.stage and 0 < self.step < step)
         self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()
         if self.file is not None:
-            write_json(self.file, {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()})
+            write_json(
+                self.file,
+                {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()},
+            )
 
     def stop(self) -> None:
         self.stopped.set()
@@ -76,7 +81,9 @@ class Session:
 
     def __init__(self, config: Config, verl: Any, watchdog: Watchdog) -> None:
         self.config, self.watchdog = config, watchdog
-        self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="pg_", dir="/tmp")
+        )  # short: AF_UNIX paths end at 107 characters
         self.guardian = guardian.watch_over(self.folder)
         self.failed = True
         self.nodes: dict[str, str] = {}  # of a cluster, with workers of ours
@@ -95,7 +102,7 @@ class Session:
         variables = get_ppo_ray_runtime_env(verl)["env_vars"]
         address = self.config.ray.address
         if address is not None:
-            from pgenrm_train.backends.verl_config import environment
+            from pgenrm_train.backends.grpo.config import environment
 
             variables |= environment(self.config)
             variables.pop("PYTHONPATH")
@@ -106,7 +113,9 @@ class Session:
         cpu = self.config.cluster.device == "cpu"
         ranks = self.config.cluster.nodes * self.config.cluster.processes_per_node
         ray.init(
-            num_cpus=8 + 4 * ranks if cpu else None,  # logical: verl's actors ask for more than a small machine has
+            num_cpus=8 + 4 * ranks
+            if cpu
+            else None,  # logical: verl's actors ask for more than a small machine has
             num_gpus=ranks if cpu else None,
             include_dashboard=False,
             object_store_memory=256 * 1024**2 if cpu else None,
@@ -118,7 +127,7 @@ class Session:
     def _start_trainer(self, verl: Any) -> None:
         import transfer_queue
 
-        from pgenrm_train.backends.verl_trainer import ChainTrainer, use_direct_servers
+        from pgenrm_train.backends.grpo.trainer import ChainTrainer, use_direct_servers
 
         use_direct_servers()
         transfer_queue.init(verl.transfer_queue)
@@ -148,7 +157,9 @@ class Session:
     def __exit__(self, kind: Any, error: BaseException | None, *_: object) -> None:
         """Raises NodeLostError instead of what the loss of a node has led to."""
         self.failed = kind is not None
-        engine_s = isinstance(error, Exception) and (isinstance(error, BackendError) or not isinstance(error, PGenRMError))
+        engine_s = isinstance(error, Exception) and (
+            isinstance(error, BackendError) or not isinstance(error, PGenRMError)
+        )
         gone = lost(self.nodes, NOTICE_SECONDS) if engine_s and self.nodes else None
         self.close()
         if gone:
@@ -157,7 +168,9 @@ class Session:
     def close(self) -> None:
         """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
         self.watchdog.stop()
-        shut_down(self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None)
+        shut_down(
+            self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None
+        )
         guardian.dismiss(self.guardian)
 
 
@@ -170,11 +183,19 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
     polite.start()
     polite.join(timeout=10.0)
     # agents of a raylet that is already dead are nobody's children any more: their open files give them away
-    guardian.kill({*children, *psutil.Process().children(recursive=True), *guardian.holders(folder)} - {psutil.Process()})
+    guardian.kill(
+        {*children, *psutil.Process().children(recursive=True), *guardian.holders(folder)}
+        - {psutil.Process()}
+    )
     psutil.wait_procs(children, timeout=5.0)
     logs = folder / "session_latest" / "logs"
     if keep_logs is not None and logs.exists():
-        shutil.copytree(logs, keep_logs / "ray_logs", dirs_exist_ok=True, ignore=shutil.ignore_patterns("old", "gcs*", "raylet*"))
+        shutil.copytree(
+            logs,
+            keep_logs / "ray_logs",
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("old", "gcs*", "raylet*"),
+        )
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -32,8 +32,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
-from pgenrm_train.backends.verl_config import TRAINER
-from pgenrm_train.backends.verl_progress import (
+from pgenrm_train.backends.grpo.config import TRAINER
+from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
     LENGTH,
     MARKER,
@@ -47,12 +47,12 @@ from pgenrm_train.backends.verl_progress import (
     under_stage,
     validation_metrics,
 )
-from pgenrm_train.backends.verl_rewards import RewardSpec
-from pgenrm_train.backends.verl_rollout import Prompt, Rollout
-from pgenrm_train.backends.verl_worker import ChainWorker
-from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.backends.grpo.rollout import Prompt, Rollout
+from pgenrm_train.backends.grpo.scoring import RewardSpec
+from pgenrm_train.backends.grpo.worker import ChainWorker
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
-from pgenrm_train.tracking import METRICS, append, read, trim
+from pgenrm_train.run.tracking import METRICS, append, read, trim
 
 PROMPTS_AT_ONCE = 64  # of a measurement
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
@@ -108,7 +108,9 @@ class ChainTrainer(PPOTrainerSync):
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.run: PhaseRun  # set by `prepare`
-        self.loaded: str | None = config.actor_rollout_ref.model.path  # the checkpoint whose weights the actor has
+        self.loaded: str | None = (
+            config.actor_rollout_ref.model.path
+        )  # the checkpoint whose weights the actor has
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
 
     # set-up: rows and checkpoints belong to phases
@@ -140,7 +142,9 @@ class ChainTrainer(PPOTrainerSync):
         if self.awake:
             self.checkpoint_manager.sleep_replicas()  # their memory is the actor's while weights move
             self.awake = False
-        self.actor_rollout_wg.begin_phase(config.actor_rollout_ref.actor, str(start), self.loaded != str(start))
+        self.actor_rollout_wg.begin_phase(
+            config.actor_rollout_ref.actor, str(start), self.loaded != str(start)
+        )
         self.loaded, self.global_steps = str(start), 0
         self._sync()
         self.rollout.use_rewards(run.rewards)
@@ -185,7 +189,13 @@ class ChainTrainer(PPOTrainerSync):
         self.actor_rollout_wg.export(str(folder), dtype)
 
     def measure(
-        self, table: Any, samples: int, purpose: str, *, temperature: float | None = None, places: range | None = None
+        self,
+        table: Any,
+        samples: int,
+        purpose: str,
+        *,
+        temperature: float | None = None,
+        places: range | None = None,
     ) -> list[list[dict[str, Any]]]:
         """`samples` chains of the rows of `table`, all or those at `places`, from the current actor, scored and not trained on; one
         list of infos a row.
@@ -196,7 +206,10 @@ class ChainTrainer(PPOTrainerSync):
         places = range(table.num_rows) if places is None else places
         for first in places[::PROMPTS_AT_ONCE]:
             rows = table.slice(first, min(PROMPTS_AT_ONCE, places.stop - first)).to_pylist()
-            prompts = [self._prompt(row, f"{purpose}{first + i}", samples, 0, temperature) for i, row in enumerate(rows)]
+            prompts = [
+                self._prompt(row, f"{purpose}{first + i}", samples, 0, temperature)
+                for i, row in enumerate(rows)
+            ]
             groups += self.rollout.measure(prompts)
             run.beat(run.stage, self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
         return groups
@@ -204,7 +217,11 @@ class ChainTrainer(PPOTrainerSync):
     def validate(self) -> None:
         """One chain a validation row, from seeds that stay the same, when this step is due and has not been validated."""
         run, step, file = self.run, self.global_steps, self.run.work_dir / METRICS
-        if run.validation is None or not run.validate_every or (step % run.validate_every and step < run.steps):
+        if (
+            run.validation is None
+            or not run.validate_every
+            or (step % run.validate_every and step < run.steps)
+        ):
             return
         before = [line for line in read(file) if ACCURACY in line]
         if any(line["step"] == step for line in before):
@@ -214,15 +231,21 @@ class ChainTrainer(PPOTrainerSync):
         first = before[0][f"{run.stage}/{LENGTH}"] if before else None
         found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
         found["validation/seconds"] = time.monotonic() - began
-        headline = {name: found[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")}
+        headline = {
+            name: found[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")
+        }
         append(file, {"step": step, "stage": run.stage} | headline | under_stage(run.stage, found))
         print(f"{run.stage} {step}/{run.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True)
 
     # one step
 
-    def _prompt(self, row: dict[str, Any], uid: str, samples: int, step: int, temperature: float | None = None) -> Prompt:
+    def _prompt(
+        self, row: dict[str, Any], uid: str, samples: int, step: int, temperature: float | None = None
+    ) -> Prompt:
         seed, usual = f"{self.run.seed}/{self.run.stage}", self.config.actor_rollout_ref.rollout.temperature
-        return Prompt(uid, row, step, seed, samples, usual if temperature is None else temperature, self.run.resample)
+        return Prompt(
+            uid, row, step, seed, samples, usual if temperature is None else temperature, self.run.resample
+        )
 
     def prepare_step(self) -> dict[str, Any]:
         """Draw the batch and hand it to the rollout."""
@@ -230,7 +253,9 @@ class ChainTrainer(PPOTrainerSync):
         run.beat(run.stage, step, "sampling chains")
         drawn = run.drawn = run.sampler.next_batch(step)
         samples = self.config.actor_rollout_ref.rollout.n
-        prompts = [self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)]
+        prompts = [
+            self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)
+        ]
         append(
             run.work_dir / "batches.jsonl",
             {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]},
@@ -268,11 +293,15 @@ class ChainTrainer(PPOTrainerSync):
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
             if failures := self.rollout.take_failures():
-                raise EngineLostError(f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}") from error
+                raise EngineLostError(
+                    f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}"
+                ) from error
             raise
         placed = self._groups(batch)
         groups = list(placed.values())
-        ours = chain_metrics(groups) | mix_metrics({run.drawn[place]: group for place, group in placed.items()}, run.sampler)
+        ours = chain_metrics(groups) | mix_metrics(
+            {run.drawn[place]: group for place, group in placed.items()}, run.sampler
+        )
         run.sampler.observe((run.drawn[place], *tried(group)) for place, group in placed.items())
         ours |= self.rollout.judge_metrics()
         ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
@@ -280,31 +309,50 @@ class ChainTrainer(PPOTrainerSync):
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
         run.last = ours
-        append(run.work_dir / METRICS, {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours))
-        print(progress_line(run.stage, self.global_steps, run.steps, ours, run.seconds_a_step(self.global_steps)), flush=True)
+        append(
+            run.work_dir / METRICS,
+            {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours),
+        )
+        print(
+            progress_line(
+                run.stage, self.global_steps, run.steps, ours, run.seconds_a_step(self.global_steps)
+            ),
+            flush=True,
+        )
         self._stop_if_hopeless(groups, ours, run_failures)
         return batch
 
     def _groups(self, batch: Any) -> dict[int, list[dict[str, Any]]]:
         """Place in the batch → the infos of its samples, in the order of the places; padding rows left out."""
-        keys = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        keys = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
         fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         groups: dict[int, list[dict[str, Any]]] = {}
         for key, extra in zip(keys, list(fields["extra_fields"]), strict=True):
             extra = getattr(extra, "data", extra)
-            info = extra["reward_extra_info"] | {name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")}
+            info = extra["reward_extra_info"] | {
+                name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")
+            }
             groups.setdefault(int(key.split("_")[0].rpartition("p")[2]), []).append(info)
         return dict(sorted(groups.items()))
 
-    def _stop_if_hopeless(self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]) -> None:
+    def _stop_if_hopeless(
+        self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]
+    ) -> None:
         """End the run behind a checkpoint when the rewards of the step are worth nothing, or the engine fails."""
         run, asked = self.run, self.run.sampler.prompts_per_step
         problem, kind = hopeless(ours, groups, run.max_null_share), BackendError
         if problem is None and len(failures) > MAX_FAILED_PROMPTS * asked:
-            problem, kind = f"the engine failed {len(failures)} of {asked} prompts, first {failures[0]}", EngineLostError
+            problem, kind = (
+                f"the engine failed {len(failures)} of {asked} prompts, first {failures[0]}",
+                EngineLostError,
+            )
         if problem is not None:
             self._save_checkpoint()
-            raise kind(f"{run.stage} stopped at step {self.global_steps}: {problem}; the run can be resumed once that is mended")
+            raise kind(
+                f"{run.stage} stopped at step {self.global_steps}: {problem}; the run can be resumed once that is mended"
+            )
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps

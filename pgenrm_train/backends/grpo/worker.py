@@ -30,7 +30,10 @@ CHUNK = 4096  # tokens whose log-softmax is held at a time
 def logprobs_in_chunks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability of each label: logits (…, vocabulary), labels (…) → (…)."""
     rows, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    parts = [-cross_entropy(r, w, reduction="none") for r, w in zip(rows.split(CHUNK), wanted.split(CHUNK), strict=True)]
+    parts = [
+        -cross_entropy(r, w, reduction="none")
+        for r, w in zip(rows.split(CHUNK), wanted.split(CHUNK), strict=True)
+    ]
     return torch.cat(parts).view(labels.shape)
 
 

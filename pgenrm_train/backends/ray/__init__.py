@@ -1,0 +1,1 @@
+"""Ray: cluster membership, guardian of child processes, ring check."""

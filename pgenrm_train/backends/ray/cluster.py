@@ -1,6 +1,6 @@
 """Ray for our own actors: the cluster that runs at `ray.address`, or one of this machine that ends with what started it.
 
-A cluster is joined, its nodes are waited for, and the loss of one is noticed.  `python -m pgenrm_train.backends.ray_cluster ADDRESS`
+A cluster is joined, its nodes are waited for, and the loss of one is noticed.  `python -m pgenrm_train.backends.ray.cluster ADDRESS`
 prints what each living node has, as preflight asks for it.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 
-from pgenrm_train.backends import guardian
+from pgenrm_train.backends.ray import guardian
 from pgenrm_train.config import ROOT, Config
-from pgenrm_train.ending import sigterm_kept
 from pgenrm_train.errors import BackendError, ConfigError, NodeLostError
+from pgenrm_train.run.process import sigterm_kept
 
 CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
 # In gitignore's grammar.  "!." comes first: a pattern that matches the root leaves an empty package, and nobody says so.  Run folders
@@ -51,7 +51,9 @@ def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Calla
     import ray
 
     if config.cluster.nodes > 1 and config.ray.address is None:
-        raise ConfigError(f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster")
+        raise ConfigError(
+            f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster"
+        )
     if config.ray.address is not None:
         join(config.ray.address, variables)
         return ray.shutdown
@@ -96,7 +98,10 @@ def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_S
         if ready >= wanted:
             return
         if ready != told:
-            print(f"cluster: {ready} of {wanted} nodes have {gpus} free GPUs each; waiting for the others", flush=True)
+            print(
+                f"cluster: {ready} of {wanted} nodes have {gpus} free GPUs each; waiting for the others",
+                flush=True,
+            )
         told = ready
         beat()
         time.sleep(1.0)

@@ -22,7 +22,9 @@ SECONDS = 10.0  # how long processes may go on appearing after the driver's deat
 
 def watch_over(folder: Path) -> subprocess.Popen[bytes]:
     """Start the guardian of `folder` for the life of the calling process.  In a session of its own: Ctrl-C is not for it."""
-    return subprocess.Popen([sys.executable, "-m", __name__, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def dismiss(guardian: subprocess.Popen[bytes]) -> None:

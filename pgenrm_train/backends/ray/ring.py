@@ -1,7 +1,7 @@
 """One all-reduce over all processes, as preflight asks for it: of this node, or of every node of a Ray cluster.
 
-torchrun … -m pgenrm_train.backends.ring nccl|gloo
-python -m pgenrm_train.backends.ring nccl|gloo ADDRESS RANKS
+torchrun … -m pgenrm_train.backends.ray.ring nccl|gloo
+python -m pgenrm_train.backends.ray.ring nccl|gloo ADDRESS RANKS
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Rank:
     def ring(self, backend: str, address: str, rank: int, ranks: int) -> bool:
         from torch import distributed
 
-        distributed.init_process_group(backend, init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT)
+        distributed.init_process_group(
+            backend, init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT
+        )
         return right_sum(backend, 0)
 
 
@@ -61,20 +63,27 @@ def over_cluster(backend: str, address: str, ranks: int) -> bool:
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from pgenrm_train.backends.ray_cluster import join
+    from pgenrm_train.backends.ray.cluster import join
 
     names = ("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME")
     join(address, {name: os.environ[name] for name in names if name in os.environ})
     gpu = 1 if backend == "nccl" else 0
-    group = placement_group([{"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})] * ranks, strategy="PACK" if gpu else "SPREAD")
+    group = placement_group(
+        [{"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})] * ranks, strategy="PACK" if gpu else "SPREAD"
+    )
     ray.get(group.ready(), timeout=TIMEOUT.total_seconds())
     actor = ray.remote(num_cpus=1, num_gpus=gpu)(Rank)
-    places = [PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=n) for n in range(ranks)]
+    places = [
+        PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=n)
+        for n in range(ranks)
+    ]
     found = [actor.options(scheduling_strategy=place).remote() for place in places]
     meeting = ray.get(found[0].address.remote())
     return all(ray.get([one.ring.remote(backend, meeting, rank, ranks) for rank, one in enumerate(found)]))
 
 
 if __name__ == "__main__":
-    closed = over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])
+    closed = (
+        over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])
+    )
     sys.exit(0 if closed else 1)

@@ -1,0 +1,1 @@
+"""SFT on DeepSpeed."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.prompts import JSON_START
+from pgenrm_train.prompts.messages import JSON_START
 
 LAYOUTS = ("padded", "grouped", "packed")
 
@@ -48,12 +48,16 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Encode
     prompt = render(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
     whole = render(list(messages), tokenize=False)
     if not whole.startswith(prompt):
-        raise DataError("the chat template renders a prompt that is not a prefix of prompt and answer; loss could not be placed")
+        raise DataError(
+            "the chat template renders a prompt that is not a prefix of prompt and answer; loss could not be placed"
+        )
     answer = whole[len(prompt) :]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     start = answer.rfind(JSON_START)
-    analysis = sum(end <= start for _, end in encoded["offset_mapping"]) if start >= 0 else len(encoded["input_ids"])
+    analysis = (
+        sum(end <= start for _, end in encoded["offset_mapping"]) if start >= 0 else len(encoded["input_ids"])
+    )
     return Encoded((*prompt_ids, *encoded["input_ids"]), len(prompt_ids), len(prompt_ids) + analysis)
 
 
@@ -82,7 +86,7 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pgenrm_train.artifacts import atomic
+    from pgenrm_train.files import atomic
 
     table = pa.table(
         {
@@ -113,7 +117,14 @@ class StepOrder:
     """
 
     def __init__(
-        self, lengths: Sequence[int], layout: str, *, batch_size: int, micro_batch_size: int, seed: int, copies: int = 1
+        self,
+        lengths: Sequence[int],
+        layout: str,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        copies: int = 1,
     ) -> None:
         self.lengths, self.layout, self.seed, self.epoch = lengths, layout, seed, 0
         self.batch_size, self.micro_batch_size, self.copies = batch_size, micro_batch_size, copies
@@ -185,7 +196,12 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
         weight[chat.score_from - chat.loss_from :] = score_weight
         weights.append(weight)
     places = torch.cat(predicts)
-    found = {"input_ids": ids.view(-1, width), "predicts": places, "labels": ids[places + 1], "weights": torch.cat(weights)}
+    found = {
+        "input_ids": ids.view(-1, width),
+        "predicts": places,
+        "labels": ids[places + 1],
+        "weights": torch.cat(weights),
+    }
     return found | (_boundaries(lengths) if packed else {})
 
 

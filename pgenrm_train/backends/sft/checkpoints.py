@@ -17,7 +17,9 @@ COMPLETE = "complete.json"  # the last file written into a checkpoint
 def newest_complete(steps: Path, *, clean: bool = True) -> Path | None:
     """The newest checkpoint that is whole; newer ones, half-written or damaged since, are reported and removed (`clean`)."""
     for folder in sorted(steps.glob("checkpoint-*"), key=step_of, reverse=True):
-        wrong = "half-written" if not (folder / COMPLETE).exists() else "damaged" if _damaged(folder) else None
+        wrong = (
+            "half-written" if not (folder / COMPLETE).exists() else "damaged" if _damaged(folder) else None
+        )
         if wrong is None:
             return folder
         if clean:
@@ -28,7 +30,11 @@ def newest_complete(steps: Path, *, clean: bool = True) -> Path | None:
 
 def sizes(checkpoint: Path) -> dict[str, int]:
     """Bytes of every file."""
-    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(checkpoint)): file.stat().st_size
+        for file in checkpoint.rglob("*")
+        if file.is_file()
+    }
 
 
 def _damaged(checkpoint: Path) -> bool:
@@ -44,7 +50,11 @@ def step_of(checkpoint: Path) -> int:
 def check_resumable(checkpoint: Path, mark: Mapping[str, Any]) -> None:
     """A checkpoint continues with the processes, the ZeRO stage and the model that wrote it.  Raises ArtifactError otherwise."""
     found = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    for key, what in (("ranks", "number of processes"), ("zero_stage", "ZeRO stage"), ("model", "model or adapter")):
+    for key, what in (
+        ("ranks", "number of processes"),
+        ("zero_stage", "ZeRO stage"),
+        ("model", "model or adapter"),
+    ):
         if found.get(key) != mark[key]:
             raise ArtifactError(
                 f"{checkpoint} was written with another {what} ({found.get(key)}, now {mark[key]}); "

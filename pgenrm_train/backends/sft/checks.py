@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.artifacts import fingerprint
-from pgenrm_train.backends.sft_batches import Encoded, encode_chat
+from pgenrm_train.backends.sft.batches import Encoded, encode_chat
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.files import fingerprint
 
 HEADS = {"lm_head", "embed_out"}
-CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # our loss knows a plain head only
+CHANGES_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+)  # our loss knows a plain head only
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ def check_libraries(config: Config) -> None:
         from transformers.utils import is_liger_kernel_available
 
         if not is_liger_kernel_available():
-            raise ConfigError("psi.liger=true needs the package liger-kernel (pip install liger-kernel), which is not installed")
+            raise ConfigError(
+                "psi.liger=true needs the package liger-kernel (pip install liger-kernel), which is not installed"
+            )
 
 
 def inspect_start(config: Config, start: Path | str) -> Start:
@@ -58,7 +64,9 @@ def inspect_start(config: Config, start: Path | str) -> Start:
 
 def check_template(tokenizer: Any, model: Path | str) -> None:
     if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {model} has no chat template; start from an instruct model or add chat_template.jinja")
+        raise DataError(
+            f"the tokenizer of {model} has no chat template; start from an instruct model or add chat_template.jinja"
+        )
 
 
 def _check_heads(config: Config, shape: Any) -> None:
@@ -69,7 +77,9 @@ def _check_heads(config: Config, shape: Any) -> None:
     heads = shape.num_attention_heads
     keys = getattr(shape, "num_key_value_heads", None) or heads
     if heads % parts or (keys % parts and parts % keys):
-        raise ConfigError(f"psi.sequence_parallel={parts} does not divide the model's {heads} heads and {keys} key heads")
+        raise ConfigError(
+            f"psi.sequence_parallel={parts} does not divide the model's {heads} heads and {keys} key heads"
+        )
     if "sliding_attention" in (getattr(shape, "layer_types", None) or ()):
         raise ConfigError(
             f"psi.sequence_parallel={parts} is for models whose layers all see the whole text; this one has windows"
@@ -102,7 +112,9 @@ def _check_targets(targets: Sequence[str], model: Any) -> None:
             f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(there)}"
         )
     if set(targets) & HEADS:
-        raise ConfigError("model.lora.target_modules must not name the output head: the loss of PSI is made inside it")
+        raise ConfigError(
+            "model.lora.target_modules must not name the output head: the loss of PSI is made inside it"
+        )
 
 
 def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
@@ -115,7 +127,9 @@ def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
             chat = encode_chat(tokenizer, messages)
         except DataError as error:
             raise DataError(f"{rows}, row {number}: {error}") from None
-        chats.append(replace(chat, ids=np.array(chat.ids, dtype=np.int32)))  # a tuple takes ten times the memory
+        chats.append(
+            replace(chat, ids=np.array(chat.ids, dtype=np.int32))
+        )  # a tuple takes ten times the memory
     if not chats:
         raise DataError(f"{rows} holds no chains to train on")
     if long := [number for number, chat in enumerate(chats) if len(chat.ids) > limit]:

@@ -19,16 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.artifacts import publish_folder, read_json, write_json
-from pgenrm_train.backends import ray_train
-from pgenrm_train.backends.base import Trained
-from pgenrm_train.backends.sft_batches import Chats, Encoded, StepOrder, collate, layout_of, write_chats
-from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete, state_of, step_of
-from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
+from pgenrm_train.backends.protocols import Trained
+from pgenrm_train.backends.sft import ray_train
+from pgenrm_train.backends.sft.batches import Chats, Encoded, StepOrder, collate, layout_of, write_chats
+from pgenrm_train.backends.sft.checkpoints import (
+    COMPLETE,
+    check_resumable,
+    is_over,
+    newest_complete,
+    state_of,
+    step_of,
+)
+from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.config import Config, parse, to_dict
-from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
-from pgenrm_train.tracking import METRICS, trim
+from pgenrm_train.files import publish_folder, read_json, write_json
+from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.tracking import METRICS, trim
 
 CHATS, STEPS = "chats.parquet", "steps"
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -55,17 +62,27 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         found = read_json(path)
-        return cls(parse(found["config"]), found["start"], Path(found["work_dir"]), found["mark"], found["validator"])
+        return cls(
+            parse(found["config"]), found["start"], Path(found["work_dir"]), found["mark"], found["validator"]
+        )
 
 
 def environment(config: Config) -> dict[str, str]:
     """What must be set before torch and DeepSpeed are imported."""
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    single = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     on_cpu = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"} if config.cluster.device == "cpu" else {}
     return {"TOKENIZERS_PARALLELISM": "false", **on_cpu, **(single if _ranks(config) == 1 else {})}
 
 
-def train(config: Config, rows: Path, *, start: Path | str, work_dir: Path, validator: str | None = None) -> Trained:
+def train(
+    config: Config, rows: Path, *, start: Path | str, work_dir: Path, validator: str | None = None
+) -> Trained:
     """Fine-tune `start` on the chats in `rows` (parquet; METHOD §3) and publish `work_dir/checkpoint`.
 
     Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Resumes from the newest complete checkpoint under
@@ -106,14 +123,16 @@ def _run(job: Job) -> None:
 
 def _torchrun(config: Config, job: Path) -> None:
     ranks = f"--nproc_per_node={config.cluster.processes_per_node}"
-    command = ["torchrun", "--standalone", ranks, "-m", "pgenrm_train.backends.deepspeed_sft", str(job)]
+    command = ["torchrun", "--standalone", ranks, "-m", "pgenrm_train.backends.sft.engine", str(job)]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
         env={**os.environ, **environment(config)},
         preexec_fn=die_with_parent,
     )
     if done.returncode:
-        raise BackendError(f"torchrun ended with exit code {done.returncode}; the processes' messages stand above")
+        raise BackendError(
+            f"torchrun ended with exit code {done.returncode}; the processes' messages stand above"
+        )
 
 
 def _train_here(job: Job) -> None:
@@ -143,9 +162,13 @@ def _publish(job: Job, tokenizer: Any) -> Trained:
     if last is None or state is None or not is_over(job.config, state):
         made, planned = (state.global_step, state.max_steps) if state else (0, "the")
         raise NothingTrainedError(f"PSI made {made} of {planned} planned optimiser steps")
-    chosen = steps / f"checkpoint-{state.best_global_step}" if job.validator and state.best_global_step else last
+    chosen = (
+        steps / f"checkpoint-{state.best_global_step}" if job.validator and state.best_global_step else last
+    )
     if not (chosen / COMPLETE).exists():
-        raise ArtifactError(f"{chosen}, which validation liked best, is gone; use another run_dir=, or resume=false")
+        raise ArtifactError(
+            f"{chosen}, which validation liked best, is gone; use another run_dir=, or resume=false"
+        )
     staging = job.work_dir / "checkpoint.tmp"
     shutil.rmtree(staging, ignore_errors=True)  # of a start that was killed here
     if job.config.model.lora.rank:
@@ -191,10 +214,10 @@ def _trainer(job: Job) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from pgenrm_train.backends import packed_attention
-    from pgenrm_train.backends.sft_loss import train_in_pieces
-    from pgenrm_train.backends.sft_trainer import Follower, SftTrainer
-    from pgenrm_train.backends.shared_sequence import share_attention
+    from pgenrm_train.backends.sft import packed_attention
+    from pgenrm_train.backends.sft.loss import train_in_pieces
+    from pgenrm_train.backends.sft.shared_sequence import share_attention
+    from pgenrm_train.backends.sft.trainer import Follower, SftTrainer
 
     config, psi = job.config, job.config.psi
     # Trainer must see DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
@@ -207,7 +230,9 @@ def _trainer(job: Job) -> Any:
     if psi.sequence_parallel > 1:
         share_attention(AutoConfig.from_pretrained(job.start), attention, psi.sequence_parallel)
     model = AutoModelForCausalLM.from_pretrained(
-        job.start, dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype), attn_implementation=attention
+        job.start,
+        dtype=torch.float32 if on_cpu else getattr(torch, config.model.dtype),
+        attn_implementation=attention,
     )
     train_in_pieces(model)
     if config.model.lora.rank:
@@ -237,7 +262,7 @@ def _trainer(job: Job) -> Any:
 
 def _lay_out(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> dict[str, Any]:
     """This process's micro-batch, or its part of the one that it shares with its neighbours."""
-    from pgenrm_train.backends.shared_sequence import share_of
+    from pgenrm_train.backends.sft.shared_sequence import share_of
 
     psi = config.psi
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -294,7 +319,9 @@ def _arguments(config: Config, steps: Path) -> Any:
     return TrainingArguments(
         output_dir=str(steps),
         per_device_train_batch_size=psi.micro_batch_size,
-        gradient_accumulation_steps=psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * _ranks(config)),
+        gradient_accumulation_steps=psi.batch_size
+        * psi.sequence_parallel
+        // (psi.micro_batch_size * _ranks(config)),
         num_train_epochs=psi.epochs,
         max_steps=psi.max_steps or -1,
         learning_rate=psi.learning_rate,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.config import Config
 
 Asked = tuple[GenerationRequest, int, list[int]]  # request, sample, ids of the prompt
@@ -25,11 +25,15 @@ class TrainingGenerator:
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         from torch import distributed
 
-        asked = [(request, sample, self._ids(request)) for request in requests for sample in range(request.samples)]
+        asked = [
+            (request, sample, self._ids(request)) for request in requests for sample in range(request.samples)
+        ]
         limit = self.config.model.max_prompt_tokens
         yield from (Generation(r.key, s, None, "prompt_too_long") for r, s, ids in asked if len(ids) > limit)
         fits = sorted((a for a in asked if len(a[2]) <= limit), key=lambda a: len(a[2]))
-        ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+        ranks, rank = (
+            (distributed.get_world_size(), distributed.get_rank()) if distributed.is_initialized() else (1, 0)
+        )
         answers: list[Generation] = []
         for first in range(0, len(fits), self.batch_size * ranks):
             together = fits[first : first + self.batch_size * ranks]
@@ -48,7 +52,9 @@ class TrainingGenerator:
         """Nothing to end: the model belongs to training."""
 
     def _ids(self, request: GenerationRequest) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            list(request.messages), tokenize=False, add_generation_prompt=True
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _answer(self, asked: Sequence[Asked], temperature: float) -> list[Generation]:
@@ -57,7 +63,11 @@ class TrainingGenerator:
         from transformers import GenerationConfig
 
         width, device = max(len(ids) for _, _, ids in asked), self.model.device
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
         prompts = torch.tensor([[pad] * (width - len(ids)) + ids for _, _, ids in asked], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for _, _, ids in asked], device=device)
         settings = GenerationConfig(
@@ -74,14 +84,19 @@ class TrainingGenerator:
             torch.manual_seed(asked[0][0].seed + asked[0][1])
             made = self.model.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
         rows = made[:, width:].tolist()
-        return [self._generation(request, sample, row) for (request, sample, _), row in zip(asked, rows, strict=True)]
+        return [
+            self._generation(request, sample, row)
+            for (request, sample, _), row in zip(asked, rows, strict=True)
+        ]
 
     def _generation(self, request: GenerationRequest, sample: int, row: list[int]) -> Generation:
         ends = self._ends()
         end = next((place for place, token in enumerate(row) if token in ends), None)
         kept = row if end is None else row[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Generation(request.key, sample, text, "length" if end is None else None, len(kept) + (end is not None))
+        return Generation(
+            request.key, sample, text, "length" if end is None else None, len(kept) + (end is not None)
+        )
 
     def _ends(self) -> set[int]:
         own = self.model.generation_config.eos_token_id

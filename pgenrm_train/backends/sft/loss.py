@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pgenrm_train.planning.memory import PIECE
+from pgenrm_train.cluster.planning.memory import PIECE
 
 
 def weighted_loss(
@@ -39,7 +39,10 @@ def weighted_loss(
 
 
 def _piece(
-    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     return (cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()
 
@@ -74,6 +77,8 @@ def train_in_pieces(model: Any) -> None:
             return plain(*args, **inputs)
         states = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[predicts]
         total = head(states, labels, weights)
-        return CausalLMOutputWithPast(loss=total / (weights.sum() if num_items_in_batch is None else num_items_in_batch))
+        return CausalLMOutputWithPast(
+            loss=total / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
+        )
 
     head.forward, model.forward = loss_or_logits, forward

@@ -15,7 +15,9 @@ from pathlib import Path
 from pgenrm_train.config import NanoConfig
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
-DIGITS = tuple(f" {digit}" for digit in range(10))  # Qwen2's pre-tokeniser would part the space from the digit
+DIGITS = tuple(
+    f" {digit}" for digit in range(10)
+)  # Qwen2's pre-tokeniser would part the space from the digit
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ m['content'] + '<|end|>' }}"
     "{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
@@ -23,7 +25,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_nano(folder: Path, texts: Iterable[str], fixed: Iterable[str], config: NanoConfig, seed: int) -> None:
+def make_nano(
+    folder: Path, texts: Iterable[str], fixed: Iterable[str], config: NanoConfig, seed: int
+) -> None:
     """Write a random-weight model and its tokenizer to `folder` in Hugging Face format.
 
     `texts` train the BPE merges; each of `fixed` (prompt tags, format strings of the chain) becomes one token.

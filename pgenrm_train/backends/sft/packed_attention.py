@@ -38,13 +38,21 @@ def attend(
     if cu_seq_lens_q is None or attention_mask is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        out: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0]
+        out: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )[0]
         return out, None
     lengths = cu_seq_lens_q.diff().tolist()
     sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attended = [
         torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            q,
+            k,
+            v,
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         for q, k, v in sequences
     ]

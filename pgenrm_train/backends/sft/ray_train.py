@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.ray_cluster import join
+from pgenrm_train.backends.ray.cluster import join
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, ConfigError
 
@@ -47,7 +47,9 @@ def _fit(config: Config, job: Path) -> None:
         scaling_config=ScalingConfig(
             num_workers=cluster.nodes * cluster.processes_per_node,
             use_gpu=cuda,
-            placement_strategy="PACK" if cuda else "SPREAD",  # a node's GPUs together; logical CPU nodes one rank each
+            placement_strategy="PACK"
+            if cuda
+            else "SPREAD",  # a node's GPUs together; logical CPU nodes one rank each
         ),
         run_config=RunConfig(
             name="psi",
@@ -78,7 +80,7 @@ def teller(steps: Path) -> Any:
 
 def lost_sentence(errors: Mapping[int, Exception], steps: Path) -> str:
     """What a user reads when ranks of PSI are gone, with their node or by themselves."""
-    from pgenrm_train.backends.sft_checkpoints import newest_complete
+    from pgenrm_train.backends.sft.checkpoints import newest_complete
 
     newest = newest_complete(steps, clean=False)
     return (
@@ -88,6 +90,6 @@ def lost_sentence(errors: Mapping[int, Exception], steps: Path) -> str:
 
 
 def _rank(settings: dict[str, str]) -> None:
-    from pgenrm_train.backends.deepspeed_sft import train_rank
+    from pgenrm_train.backends.sft.engine import train_rank
 
     train_rank(settings["job"])

@@ -43,8 +43,12 @@ def share_attention(shape: Any, attention: str, processes: int) -> None:
         **kwargs: Any,
     ) -> Any:
         if module.training:
-            return together(module, query, key, value, None, **kwargs)  # nothing is padded on the left, causality is enough
-        module.num_key_value_groups = query.shape[1] // key.shape[1]  # the exchange counts those of a part of the heads
+            return together(
+                module, query, key, value, None, **kwargs
+            )  # nothing is padded on the left, causality is enough
+        module.num_key_value_groups = (
+            query.shape[1] // key.shape[1]
+        )  # the exchange counts those of a part of the heads
         return alone(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(attention, attend)

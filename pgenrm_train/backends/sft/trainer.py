@@ -11,14 +11,14 @@ import torch
 from torch import distributed
 from transformers import Trainer, TrainerCallback
 
-from pgenrm_train.artifacts import write_json, write_table
-from pgenrm_train.backends.base import Validator
-from pgenrm_train.backends.sft_batches import StepOrder
-from pgenrm_train.backends.sft_checkpoints import COMPLETE, sizes, stopped_early
-from pgenrm_train.backends.sft_generate import TrainingGenerator
+from pgenrm_train.backends.protocols import Validator
+from pgenrm_train.backends.sft.batches import StepOrder
+from pgenrm_train.backends.sft.checkpoints import COMPLETE, sizes, stopped_early
+from pgenrm_train.backends.sft.generate import TrainingGenerator
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
-from pgenrm_train.tracking import METRICS, append, samples_file
+from pgenrm_train.files import write_json, write_table
+from pgenrm_train.run.tracking import METRICS, append, samples_file
 
 
 class SftTrainer(Trainer):  # type: ignore[misc]
@@ -27,7 +27,14 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     control: Any  # the base class's
 
     def __init__(
-        self, config: Config, *, order: StepOrder, validate: Validator | None, tokenizer: Any, work_dir: Path, **rest: Any
+        self,
+        config: Config,
+        *,
+        order: StepOrder,
+        validate: Validator | None,
+        tokenizer: Any,
+        work_dir: Path,
+        **rest: Any,
     ) -> None:
         super().__init__(**rest)
         self.config, self.order, self.validate, self.work_dir = config, order, validate, work_dir
@@ -95,7 +102,9 @@ class Follower(TrainerCallback):  # type: ignore[misc]
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, {"step": state.global_step, **self.mark, "bytes": sizes(folder)})
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
         if logs and state.is_world_process_zero and "loss" in logs:
             numbers = {f"psi/{name}": float(value) for name, value in logs.items()}
             finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.base import Generation, GenerationRequest
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.config import Config
 
 
@@ -73,9 +73,13 @@ class VllmGenerator:
                     break
                 ids = self._ids(request)
                 if len(ids) > self.config.model.max_prompt_tokens:
-                    yield from (Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples))
+                    yield from (
+                        Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples)
+                    )
                     continue
-                engine.add_request(request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature))
+                engine.add_request(
+                    request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature)
+                )
                 live[request.key] = request
                 in_flight += request.samples
             for output in engine.step() if live else ():
@@ -90,7 +94,9 @@ class VllmGenerator:
         del self._llm
 
     def _ids(self, request: GenerationRequest) -> list[int]:
-        text = self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            list(request.messages), tokenize=False, add_generation_prompt=True
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _sampling(self, request: GenerationRequest, temperature: float) -> Any:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgenrm_train.backends.base import Generation, GenerationRequest, Generator
-from pgenrm_train.backends.ray_cluster import connect, last_line
-from pgenrm_train.backends.vllm_engine import VllmGenerator, environment
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
+from pgenrm_train.backends.ray.cluster import connect, last_line
+from pgenrm_train.backends.vllm.engine import VllmGenerator, environment
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 
@@ -32,7 +32,11 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
     engines = config.cluster.engines or processes // config.cluster.tensor_parallel
     with contextlib.ExitStack() as stack:
         start = functools.cache(lambda: _actors(config, engines, stack))
-        yield lambda checkpoint: VllmReplicas(start(), checkpoint) if engines > 1 else VllmGenerator(config, checkpoint)
+        yield (
+            lambda checkpoint: (
+                VllmReplicas(start(), checkpoint) if engines > 1 else VllmGenerator(config, checkpoint)
+            )
+        )
 
 
 def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[Any]:
@@ -54,7 +58,9 @@ class VllmReplicas:
 
     def __init__(self, engines: Sequence[Any], checkpoint: Path | str) -> None:
         self._engines = engines
-        self._of_all("load", str(Path(checkpoint).resolve()))  # or the first one up would take all that it can hold
+        self._of_all(
+            "load", str(Path(checkpoint).resolve())
+        )  # or the first one up would take all that it can hold
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         """Yield every sample of every request, a request's samples in order, as requests finish on any engine."""
@@ -63,7 +69,9 @@ class VllmReplicas:
 
         queue = Queue(maxsize=AHEAD * len(self._engines), actor_options={"num_cpus": 0})
         feed = _Feed(queue, requests, len(self._engines))
-        run = [engine.run.options(num_returns="streaming").remote(queue, temperature) for engine in self._engines]
+        run = [
+            engine.run.options(num_returns="streaming").remote(queue, temperature) for engine in self._engines
+        ]
         try:
             while run:
                 ready, _ = ray.wait(run)
@@ -104,7 +112,9 @@ class _Engine:
         self._generator = VllmGenerator(self._config, checkpoint)
 
     def run(self, queue: Any, temperature: float) -> Iterator[list[Generation]]:
-        yield from _blocks(self._generator(itertools.chain.from_iterable(iter(queue.get, None)), temperature=temperature))
+        yield from _blocks(
+            self._generator(itertools.chain.from_iterable(iter(queue.get, None)), temperature=temperature)
+        )
 
     def unload(self) -> None:
         self._generator.close()

@@ -15,8 +15,8 @@ from typing import Any
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, BackendError
-from pgenrm_train.prompts import neutralise
-from pgenrm_train.records import Example
+from pgenrm_train.prompts.messages import neutralise
+from pgenrm_train.records.pairs import Example
 
 TOKENS_PER_BATCH = 16_384  # padding included
 
@@ -38,12 +38,20 @@ class RewardHead:
         dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype).to(self.device).eval()
+            self.model = (
+                AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=dtype)
+                .to(self.device)
+                .eval()
+            )
         except (OSError, ValueError, RuntimeError) as error:
-            raise BackendError(f"the reward model in {checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise BackendError(
+                f"the reward model in {checkpoint} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # by it the model finds the last token of each row
+        self.model.config.pad_token_id = (
+            self.tokenizer.pad_token_id
+        )  # by it the model finds the last token of each row
         self.limit = config.model.max_prompt_tokens + config.model.max_response_tokens
         self.cut: Counter[str] = Counter()
 
@@ -55,7 +63,10 @@ class RewardHead:
 
     def close(self) -> None:
         if self.cut["texts"]:
-            print(f"reward head: {self.cut['texts']} texts were cut at the left to {self.limit} tokens", flush=True)
+            print(
+                f"reward head: {self.cut['texts']} texts were cut at the left to {self.limit} tokens",
+                flush=True,
+            )
 
     def text(self, example: Example, response: str) -> str:
         """The conversation that ends with the response, as the model was trained to read it."""
@@ -73,7 +84,9 @@ class RewardHead:
         found: dict[str, float] = {}
         with torch.inference_mode():
             for batch in _batches(ids):
-                padded = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt")
+                padded = self.tokenizer.pad(
+                    {"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt"
+                )
                 logits = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
                 found |= {texts[i]: float(score) for i, score in zip(batch, logits, strict=True)}
         return found

@@ -24,15 +24,17 @@ import httpx
 import psutil
 
 from pgenrm_train.config import Config, EndpointConfig
-from pgenrm_train.ending import die_with_parent
 from pgenrm_train.errors import BackendError
+from pgenrm_train.run.process import die_with_parent
 
 START_SECONDS = 1800.0  # a 70B model is read from a slow disk
 PLACE_SECONDS = 120.0  # for Ray to find room
 
 
 @contextmanager
-def served(config: Config, settings: EndpointConfig, log: Path, *, beside_training: bool) -> Iterator[EndpointConfig]:
+def served(
+    config: Config, settings: EndpointConfig, log: Path, *, beside_training: bool
+) -> Iterator[EndpointConfig]:
     """Serve `settings.name`; yields the settings of the endpoint that it is.
 
     Here, the server takes the last `settings.gpus` visible GPUs and leaves the others to this process and its children.  On a cluster it
@@ -59,21 +61,25 @@ def _here(config: Config, settings: EndpointConfig, log: Path, beside_training: 
     finally:
         server.stop()
         if left is not None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES") if ours is None else os.environ.update(CUDA_VISIBLE_DEVICES=ours)
+            os.environ.pop("CUDA_VISIBLE_DEVICES") if ours is None else os.environ.update(
+                CUDA_VISIBLE_DEVICES=ours
+            )
 
 
 @contextmanager
 def _on_cluster(config: Config, settings: EndpointConfig, log: Path, beside_training: bool) -> Iterator[str]:
     import ray
 
-    from pgenrm_train.backends.ray_cluster import join
+    from pgenrm_train.backends.ray.cluster import join
 
     assert config.ray.address is not None
     join(config.ray.address, _environment(config))
     try:
         _check_cluster(config, settings, beside_training, ray.cluster_resources().get("GPU", 0))
         gpus = settings.gpus if config.cluster.device == "cuda" else 0
-        server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(_arguments(config, settings), _environment(config), log)
+        server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(
+            _arguments(config, settings), _environment(config), log
+        )
         url = _placed(config, server, gpus)
         try:
             _wait(lambda: _of_actor(server.ended.remote()), url, log)
@@ -107,7 +113,9 @@ def _of_actor(found: Any, seconds: float | None = None) -> Any:
     except ray.exceptions.GetTimeoutError:
         raise
     except ray.exceptions.RayError as error:
-        raise BackendError(f"the vLLM server on the cluster was lost ({str(error).strip().splitlines()[-1].strip()})") from error
+        raise BackendError(
+            f"the vLLM server on the cluster was lost ({str(error).strip().splitlines()[-1].strip()})"
+        ) from error
 
 
 class _Server:
@@ -153,12 +161,14 @@ def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    from pgenrm_train.backends.vllm_engine import environment
+    from pgenrm_train.backends.vllm.engine import environment
 
     return environment(config)
 
 
-def _split_gpus(config: Config, settings: EndpointConfig, beside_training: bool) -> tuple[str | None, str | None]:
+def _split_gpus(
+    config: Config, settings: EndpointConfig, beside_training: bool
+) -> tuple[str | None, str | None]:
     """CUDA_VISIBLE_DEVICES of the server and of everyone else; None on a CPU."""
     if config.cluster.device == "cpu":
         return None, None
@@ -193,7 +203,9 @@ def _wait(ended: Callable[[], int | None], url: str, log: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if (code := ended()) is not None:
-            raise BackendError(f"the vLLM server ended with code {code} before it answered; its words are in {log}")
+            raise BackendError(
+                f"the vLLM server ended with code {code} before it answered; its words are in {log}"
+            )
         try:
             if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
                 return

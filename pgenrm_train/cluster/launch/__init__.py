@@ -22,14 +22,21 @@ RAY_PORT = 6379
 CHECKOUT = "/opt/pgenrm-train"  # in the image of the Dockerfile
 RUNS = "/runs"  # where the volume claim is mounted
 BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # needs no quotes in Hydra's grammar
-LEFT_OUT = ("recipe", "plan", "preflight", "ray")  # of the configuration: they are the planner's, not the run's
+LEFT_OUT = (
+    "recipe",
+    "plan",
+    "preflight",
+    "ray",
+)  # of the configuration: they are the planner's, not the run's
 
 
 def slurm(config: Config, hours: float | None = None) -> str:
     """A batch script: Ray on every node, the recipe on the first; it asks for 1.5 times the planned hours, at most four days."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates = Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     templates.filters["quote"] = shlex.quote
     limit = min(96, max(1, math.ceil(1.5 * (hours or 16.0))))
     cuda = config.cluster.device == "cuda"
@@ -50,7 +57,7 @@ def rayjob(config: Config, hours: float | None = None) -> str:
     """A KubeRay RayJob (ray.io/v1).  HTTPMode: the entrypoint is read by one shell only, so its quotes are what they seem."""
     import yaml
 
-    from pgenrm_train.preflight.versions import pinned
+    from pgenrm_train.cluster.preflight.versions import pinned
 
     for key, path in (("data.path", config.data.path), ("model.path", config.model.path)):
         if path is not None and not Path(path).is_absolute():
@@ -103,7 +110,10 @@ def _group(config: Config, head: bool) -> dict[str, Any]:
     }
     volumes = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": config.plan.volume_claim}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},  # NCCL and Ray need more than the 64 MiB of a container
+        {
+            "name": "shm",
+            "emptyDir": {"medium": "Memory"},
+        },  # NCCL and Ray need more than the 64 MiB of a container
     ]
     start = {"num-gpus": str(gpus)} | (
         {} if cuda else {"num-cpus": str(8 + 4 * gpus)}
@@ -112,7 +122,10 @@ def _group(config: Config, head: bool) -> dict[str, Any]:
 
 
 def _from_secret(config: Config, name: str, optional: bool) -> dict[str, Any]:
-    return {"name": name, "valueFrom": {"secretKeyRef": {"name": config.plan.secret, "key": name, "optional": optional}}}
+    return {
+        "name": name,
+        "valueFrom": {"secretKeyRef": {"name": config.plan.secret, "key": name, "optional": optional}},
+    }
 
 
 def required_secrets(config: Config) -> list[str]:
@@ -145,7 +158,9 @@ def overrides_of(config: Config) -> list[str]:
     groups = {
         "recipe": recipe,
         "data": config.data.name,
-        "model": _choice("model", config.model.label, {"hf": "llama31_8b"}.get(config.model.kind, config.model.kind)),
+        "model": _choice(
+            "model", config.model.label, {"hf": "llama31_8b"}.get(config.model.kind, config.model.kind)
+        ),
         "cluster": _choice("cluster", config.cluster.name, "cpu"),
         "teacher": config.teacher.kind,
         "judge": config.judge.kind,
@@ -194,5 +209,7 @@ def hydra_value(value: Any) -> str:
 
 def _one_line(key: str, text: str) -> str:
     if any(ord(letter) < 32 for letter in text):
-        raise ConfigError(f"{key} holds a line break or control character ({text!r}), which a launch file cannot carry")
+        raise ConfigError(
+            f"{key} holds a line break or control character ({text!r}), which a launch file cannot carry"
+        )
     return text

@@ -1,4 +1,4 @@
-"""`python -m pgenrm_train.launch.wait ADDRESS NODES`: until a Ray cluster has this many live nodes; exit code 2 when it takes too long."""
+"""`python -m pgenrm_train.cluster.launch.wait ADDRESS NODES`: until a Ray cluster has this many live nodes; exit code 2 when it takes too long."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def main(address: str, nodes: int, seconds: float = SECONDS) -> int:
         if alive >= nodes:
             return 0
         time.sleep(1.0)
-    print(f"error: {alive} of {nodes} Ray nodes are alive at {address} after {seconds:.0f} s; see the job's log", file=sys.stderr)
+    print(
+        f"error: {alive} of {nodes} Ray nodes are alive at {address} after {seconds:.0f} s; see the job's log",
+        file=sys.stderr,
+    )
     return 2
 
 

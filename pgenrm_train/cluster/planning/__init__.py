@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pgenrm_train.cluster.planning.advice import nearest_fit
+from pgenrm_train.cluster.planning.batches import Batches, batches_of
+from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
+from pgenrm_train.cluster.planning.memory import Phase, phases_of, ranks_of
+from pgenrm_train.cluster.planning.work import Work, card_of, work_of
 from pgenrm_train.config import Config, gpus_per_node
-from pgenrm_train.planning.advice import nearest_fit
-from pgenrm_train.planning.batches import Batches, batches_of
-from pgenrm_train.planning.geometry import Geometry, geometry_of
-from pgenrm_train.planning.memory import Phase, phases_of, ranks_of
-from pgenrm_train.planning.work import Work, card_of, work_of
 
 STAGES = ("build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
 __all__ = ["STAGES", "Plan", "StagePlan", "plan_of"]
@@ -90,13 +90,19 @@ def plan_of(config: Config) -> Plan:
 
 def plan_stage(config: Config, geometry: Geometry, stage: str) -> StagePlan:
     phases, batches = tuple(phases_of(config, geometry, stage)), batches_of(config, stage)
-    problems = [*(_overfull(phase) for phase in phases if not phase.fits), *(batches.problems if batches else ())]
+    problems = [
+        *(_overfull(phase) for phase in phases if not phase.fits),
+        *(batches.problems if batches else ()),
+    ]
     length = config.model.max_prompt_tokens + config.model.max_response_tokens
     if stage != "build_sec" and length > geometry.positions:
         problems.append(
             f"model.max_prompt_tokens + model.max_response_tokens = {length} exceeds the {geometry.positions} positions"
         )
-    if stage not in ("psi", "build_sec") and config.cluster.tensor_parallel > config.cluster.processes_per_node:
+    if (
+        stage not in ("psi", "build_sec")
+        and config.cluster.tensor_parallel > config.cluster.processes_per_node
+    ):
         problems.append(
             f"{stage}: cluster.tensor_parallel={config.cluster.tensor_parallel} exceeds cluster.processes_per_node="
             f"{config.cluster.processes_per_node}: a vLLM replica stays on one node"

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from pgenrm_train.cluster.planning.batches import batches_of
+from pgenrm_train.cluster.planning.geometry import Geometry
+from pgenrm_train.cluster.planning.memory import phases_of, ranks_of
 from pgenrm_train.config import Config
-from pgenrm_train.planning.batches import batches_of
-from pgenrm_train.planning.geometry import Geometry
-from pgenrm_train.planning.memory import phases_of, ranks_of
 
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together
 MOST_CHANGES = 3
@@ -33,7 +33,10 @@ def nearest_fit(config: Config, geometry: Geometry, stage: str) -> tuple[str, ..
 def fits(config: Config, geometry: Geometry, stage: str) -> bool:
     batches = batches_of(config, stage)
     length = config.model.max_prompt_tokens + config.model.max_response_tokens
-    if stage not in ("psi", "build_sec") and config.cluster.tensor_parallel > config.cluster.processes_per_node:
+    if (
+        stage not in ("psi", "build_sec")
+        and config.cluster.tensor_parallel > config.cluster.processes_per_node
+    ):
         return False
     return (
         all(phase.fits for phase in phases_of(config, geometry, stage))
@@ -53,14 +56,20 @@ def changes(config: Config, stage: str) -> Iterator[Change]:
     if stage == "psi":
         if not config.psi.gradient_checkpointing:
             yield (("psi.gradient_checkpointing", True),)
-        yield from ((("cluster.zero_stage", z),) for z in range(cluster.zero_stage + 1, 4) if cuda or ranks_of(config) > 1)
+        yield from (
+            (("cluster.zero_stage", z),)
+            for z in range(cluster.zero_stage + 1, 4)
+            if cuda or ranks_of(config) > 1
+        )
         yield from _psi_batches(config)
         if cuda and not cluster.offload_optimizer:
             stage_of_zero = {} if cluster.zero_stage else {"cluster.zero_stage": 2}
             yield (("cluster.offload_optimizer", True), *stage_of_zero.items())
     if stage in ("cre", "curriculum") and cuda:
         yield from (
-            (("cluster.gpu_memory_utilization", u),) for u in (0.7, 0.8, 0.5, 0.4, 0.3) if u != cluster.gpu_memory_utilization
+            (("cluster.gpu_memory_utilization", u),)
+            for u in (0.7, 0.8, 0.5, 0.4, 0.3)
+            if u != cluster.gpu_memory_utilization
         )
         if not cluster.offload_optimizer:
             yield (("cluster.offload_optimizer", True),)
@@ -74,7 +83,9 @@ def changes(config: Config, stage: str) -> Iterator[Change]:
         yield (("model.lora.rank", 64), ("model.lora.alpha", 128))
     if cuda:
         yield from ((("cluster.processes_per_node", n),) for n in (2, 4, 8) if n > cluster.processes_per_node)
-        yield from ((("cluster.nodes", cluster.nodes * n),) for n in (2, 4) if cluster.processes_per_node == 8)
+        yield from (
+            (("cluster.nodes", cluster.nodes * n),) for n in (2, 4) if cluster.processes_per_node == 8
+        )
 
 
 def _psi_batches(config: Config) -> Iterator[Change]:

@@ -91,7 +91,9 @@ def geometry_of(config: Config) -> Geometry:
     """The geometry of the model that the configuration trains.  Raises ConfigError with one sentence when nothing tells it."""
     model = config.model
     if model.kind in ("endpoint", "baseline"):
-        raise ConfigError(f"model={model.kind} trains nothing, so there is no memory to plan; choose a model with weights")
+        raise ConfigError(
+            f"model={model.kind} trains nothing, so there is no memory to plan; choose a model with weights"
+        )
     for folder in (model.path, ROOT / config.psi.nano_start if config.psi.nano_start else None, model.name):
         if folder and (Path(folder) / "config.json").is_file():
             return read_geometry(Path(folder) / "config.json")
@@ -99,7 +101,9 @@ def geometry_of(config: Config) -> Geometry:
         raise ConfigError(f"model.path={model.path} is not a checkpoint: it has no config.json")
     if model.kind == "nano":
         nano, made = model.nano, Path(config.run_dir) / "build_sec" / "base" / "config.json"
-        words = read_geometry(made).vocabulary if made.is_file() else nano.vocabulary  # it is known once the tokenizer is made
+        words = (
+            read_geometry(made).vocabulary if made.is_file() else nano.vocabulary
+        )  # it is known once the tokenizer is made
         return Geometry(nano.layers, nano.hidden, nano.intermediate, nano.heads, nano.heads, nano.hidden // nano.heads,
                         words, nano.positions, tied=True, qkv_bias=True)  # fmt: skip
     return named_geometry(model.name, "model.name", "model.path")
@@ -136,6 +140,10 @@ def read_geometry(file: Path) -> Geometry:
             qk_norm=kind == "qwen3",
         )
     except KeyError as error:
-        raise ConfigError(f"{file} has no field {error}; expected the config.json of a Llama- or Qwen-like model") from None
+        raise ConfigError(
+            f"{file} has no field {error}; expected the config.json of a Llama- or Qwen-like model"
+        ) from None
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); expected the config.json of a Llama- or Qwen-like model") from None
+        raise ConfigError(
+            f"{file} cannot be read ({error}); expected the config.json of a Llama- or Qwen-like model"
+        ) from None

@@ -27,19 +27,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.planning.geometry import Geometry, named_geometry
 
 GIB = 2.0**30
 BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
-PIECE = 2**26  # logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256
+PIECE = (
+    2**26
+)  # logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, where it has the GPU to itself
-CPU_PROCESSES_GIB = {"psi": 1.0, "cre": 5.5, "curriculum": 5.5, "evaluate": 2.0, "prototypes": 2.0}  # Python, Ray, libraries
+CPU_PROCESSES_GIB = {
+    "psi": 1.0,
+    "cre": 5.5,
+    "curriculum": 5.5,
+    "evaluate": 2.0,
+    "prototypes": 2.0,
+}  # Python, Ray, libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,13 @@ def layer_activations(geometry: Geometry, b: int, attention: str, length: int) -
 
 
 def activations(
-    config: Config, geometry: Geometry, tokens: int, logits: int, loss_bytes: int, length: int, checkpointing: bool
+    config: Config,
+    geometry: Geometry,
+    tokens: int,
+    logits: int,
+    loss_bytes: int,
+    length: int,
+    checkpointing: bool,
 ) -> dict[str, float]:
     """GiB of activations and logits at the peak of one micro-batch; tokens: all of it, logits: those with a row of logits."""
     b = element_bytes(config)
@@ -106,7 +120,9 @@ def activations(
     layer = tokens * layer_activations(geometry, b, attention, length)
     working = tokens * b * (3 * geometry.intermediate + 2 * geometry.hidden)  # gradients inside one layer
     vocabulary = logits * geometry.vocabulary * float(loss_bytes)
-    if checkpointing:  # the loss is done with before the layers are computed anew: the larger of the two counts
+    if (
+        checkpointing
+    ):  # the loss is done with before the layers are computed anew: the larger of the two counts
         kept = tokens * b * geometry.hidden * geometry.layers
         within = {"logits": vocabulary} if vocabulary > layer + working else {"one layer": layer + working}
         parts = {"activations (checkpointed)": kept, **within}
@@ -125,7 +141,9 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     n, psi, model = ranks_of(config), config.psi, config.model
     length = model.max_prompt_tokens + model.max_response_tokens
     tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
-    trained_tokens = min(tokens, psi.micro_batch_size * (model.max_response_tokens + 1), math.ceil(PIECE / geometry.vocabulary))
+    trained_tokens = min(
+        tokens, psi.micro_batch_size * (model.max_response_tokens + 1), math.ceil(PIECE / geometry.vocabulary)
+    )
     acts, others = (
         activations(config, geometry, tokens, trained_tokens, 12, length, checkpointing)
         for checkpointing in (psi.gradient_checkpointing, not psi.gradient_checkpointing)
@@ -182,8 +200,14 @@ def grpo_phases(config: Config, geometry: Geometry, section: str) -> list[Phase]
     loss_bytes = 16 if cpu else 4 if model.attention == "flash_attention_2" else 8
     acts = activations(config, geometry, tokens, tokens, loss_bytes, length, checkpointing=not cpu)
     b = element_bytes(config)
-    gathered = b * (2 * geometry.layer_parameters + 2 * geometry.embedding_parameters) if n > 1 or not cpu else 0
-    update = {k: v / GIB for k, v in (states | {"gathered layers": float(gathered)}).items()} | acts | overhead(config, section)
+    gathered = (
+        b * (2 * geometry.layer_parameters + 2 * geometry.embedding_parameters) if n > 1 or not cpu else 0
+    )
+    update = (
+        {k: v / GIB for k, v in (states | {"gathered layers": float(gathered)}).items()}
+        | acts
+        | overhead(config, section)
+    )
     host = {}
     if not cpu:
         local = config.cluster.processes_per_node
@@ -194,7 +218,11 @@ def grpo_phases(config: Config, geometry: Geometry, section: str) -> list[Phase]
     if cpu:  # vLLM sleeps on no CPU: its weights and cache stay
         resident = {"vLLM weights": 4 * whole / GIB, "vLLM KV cache": 1.0}
         return [Phase(section, "update", phases[0].parts | resident, available_gib(config))]
-    kept = {} if config.cluster.offload_optimizer else {k: states[k] / GIB for k in ("actor weights", "optimizer")}
+    kept = (
+        {}
+        if config.cluster.offload_optimizer
+        else {k: states[k] / GIB for k in ("actor weights", "optimizer")}
+    )
     served = vllm_phase(config, geometry, section, "rollout", config.cluster.gpu_memory_utilization,
                         config.cluster.tensor_parallel, length, kept)  # fmt: skip
     return [served, *phases]
@@ -228,7 +256,14 @@ def vllm_phase(
             f"sequence may take {length:,}"
         )
     note = f"KV cache of {held:,} tokens, {held / length:.1f} sequences of the full {length:,}"
-    return Phase(stage, name, {**(beside or {}), **parts, "vLLM KV cache": cache}, available, notes=(note,), problem=problem)
+    return Phase(
+        stage,
+        name,
+        {**(beside or {}), **parts, "vLLM KV cache": cache},
+        available,
+        notes=(note,),
+        problem=problem,
+    )
 
 
 def kv_gib(geometry: Geometry, b: int, tensor_parallel: int) -> float:
@@ -246,7 +281,13 @@ def served_phase(config: Config, section: str, stage: str) -> Phase | None:
     except ConfigError as error:
         return Phase(stage, f"{section} (vLLM)", {}, available_gib(config), notes=(f"not planned: {error}",))
     return vllm_phase(
-        config, geometry, stage, f"{section} (vLLM, {settings.gpus} GPUs)", VLLM_SHARE, settings.gpus, geometry.positions
+        config,
+        geometry,
+        stage,
+        f"{section} (vLLM, {settings.gpus} GPUs)",
+        VLLM_SHARE,
+        settings.gpus,
+        geometry.positions,
     )
 
 
@@ -261,5 +302,9 @@ def phases_of(config: Config, geometry: Geometry, stage: str) -> list[Phase]:
         return grpo_phases(config, geometry, stage) + ([judge] if judge else [])
     if stage in ("prototypes", "evaluate"):
         length = config.model.max_prompt_tokens + config.model.max_response_tokens
-        return [vllm_phase(config, geometry, stage, "generation", VLLM_SHARE, config.cluster.tensor_parallel, length)]
+        return [
+            vllm_phase(
+                config, geometry, stage, "generation", VLLM_SHARE, config.cluster.tensor_parallel, length
+            )
+        ]
     return []

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Column, Table
 
-from pgenrm_train.planning import Plan, StagePlan
-from pgenrm_train.planning.memory import ranks_of
-from pgenrm_train.planning.work import card_of
+from pgenrm_train.cluster.planning import Plan, StagePlan
+from pgenrm_train.cluster.planning.memory import ranks_of
+from pgenrm_train.cluster.planning.work import card_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
@@ -33,14 +33,20 @@ def memory_table(plan: Plan) -> Table:
         for phase in stage.phases:
             parts = ", ".join(f"{name} {gib:.2f}" for name, gib in phase.parts.items() if gib >= 0.005)
             if phase.host_parts:
-                parts += "; in a node's own memory: " + ", ".join(f"{k} {v:.1f}" for k, v in phase.host_parts.items())
+                parts += "; in a node's own memory: " + ", ".join(
+                    f"{k} {v:.1f}" for k, v in phase.host_parts.items()
+                )
             verdict = "fits" if phase.fits else "DOES NOT FIT"
-            table.add_row(stage.stage, phase.name, parts, f"{phase.total:.1f}", f"{phase.available:g}", verdict)
+            table.add_row(
+                stage.stage, phase.name, parts, f"{phase.total:.1f}", f"{phase.available:g}", verdict
+            )
     return table
 
 
 def work_table(plan: Plan) -> Table:
-    table = _table("Work (assumed rates, see docs/plan.md)", "stage", "counts", "M tokens", "hours", "disk, GiB")
+    table = _table(
+        "Work (assumed rates, see docs/plan.md)", "stage", "counts", "M tokens", "hours", "disk, GiB"
+    )
     for stage in plan.stages:
         work = stage.work
         batches = stage.batches.facts if stage.batches else {}

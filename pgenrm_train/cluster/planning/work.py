@@ -16,9 +16,16 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pgenrm_train.cluster.planning.geometry import Geometry
+from pgenrm_train.cluster.planning.memory import (
+    GIB,
+    element_bytes,
+    kv_gib,
+    ranks_of,
+    trained_parameters,
+    vllm_phase,
+)
 from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig, seeds_of_grid, sizes
-from pgenrm_train.planning.geometry import Geometry
-from pgenrm_train.planning.memory import GIB, element_bytes, kv_gib, ranks_of, trained_parameters, vllm_phase
 
 # Of the published data sets (the paper, section on evaluation): pairs of (train, test), and users.
 PUBLISHED = {"chatbot_arena": (305, 798)}
@@ -51,7 +58,9 @@ def card_of(config: Config) -> CardConfig:
 def lengths(config: Config) -> tuple[int, int]:
     """Mean tokens of a prompt and of a chain."""
     plan, model = config.plan, config.model
-    return min(plan.prompt_tokens, model.max_prompt_tokens), min(plan.response_tokens, model.max_response_tokens)
+    return min(plan.prompt_tokens, model.max_prompt_tokens), min(
+        plan.response_tokens, model.max_response_tokens
+    )
 
 
 def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
@@ -86,17 +95,26 @@ def _rows_of_file(path: str | None) -> int | None:
 # ---- rates ----
 
 
-def training_seconds(config: Config, geometry: Geometry, tokens: float, length: float, passes: float) -> float:
+def training_seconds(
+    config: Config, geometry: Geometry, tokens: float, length: float, passes: float
+) -> float:
     """`passes` forward-equivalents (3: full training, 2: LoRA, 1: forward only) over `tokens` on all processes."""
     card = card_of(config)
-    return tokens * passes * geometry.forward_flops(length) / (config.plan.mfu * card.tflops * 1e12 * ranks_of(config))
+    return (
+        tokens
+        * passes
+        * geometry.forward_flops(length)
+        / (config.plan.mfu * card.tflops * 1e12 * ranks_of(config))
+    )
 
 
 def passes_of(config: Config) -> float:
     return 2.0 if config.model.lora.rank else 3.0
 
 
-def generation_rate(config: Config, geometry: Geometry, utilization: float, limit: int, asked: float) -> float:
+def generation_rate(
+    config: Config, geometry: Geometry, utilization: float, limit: int, asked: float
+) -> float:
     """Tokens a second of the whole cluster while vLLM generates with at most `limit` sequences a replica."""
     plan, card, tp = config.plan, card_of(config), config.cluster.tensor_parallel
     ranks = ranks_of(config)
@@ -120,15 +138,25 @@ def generation_rate(config: Config, geometry: Geometry, utilization: float, limi
 
 def work_of(config: Config, geometry: Geometry, stage: str) -> Work:
     kinds = {"build_sec": sec_work, "psi": psi_work, "prototypes": prototypes_work, "evaluate": evaluate_work}
-    return grpo_work(config, geometry, stage) if stage in ("cre", "curriculum") else kinds[stage](config, geometry)
+    return (
+        grpo_work(config, geometry, stage)
+        if stage in ("cre", "curriculum")
+        else kinds[stage](config, geometry)
+    )
 
 
 def sec_work(config: Config, geometry: Geometry) -> Work:
     train, _, assumed = pairs_of(config)
-    asked = min(train * config.sec.orders_per_pair, config.sec.max_chains or train * 2) * config.sec.samples_per_pair
+    asked = (
+        min(train * config.sec.orders_per_pair, config.sec.max_chains or train * 2)
+        * config.sec.samples_per_pair
+    )
     prompt, response = lengths(config)
     language_model = config.teacher.kind in ("endpoint", "vllm")
-    tokens = {"read": float(asked * prompt), "written": float(asked * min(response, config.teacher.max_tokens))}
+    tokens = {
+        "read": float(asked * prompt),
+        "written": float(asked * min(response, config.teacher.max_tokens)),
+    }
     return Work(
         "build_sec",
         {"chains asked at most": asked},
@@ -152,7 +180,10 @@ def psi_work(config: Config, geometry: Geometry) -> Work:
     trained, whole = trained_parameters(config, geometry), geometry.parameters
     b = element_bytes(config)
     states = trained * (b + 12) if config.cluster.zero_stage or b == 2 else trained * (b + 8)
-    disk = {"optimizer states and weights": psi.keep_checkpoints * states / GIB, "checkpoint": whole * b / GIB}
+    disk = {
+        "optimizer states and weights": psi.keep_checkpoints * states / GIB,
+        "checkpoint": whole * b / GIB,
+    }
     return Work(
         "psi",
         {"chains": chains, "optimizer steps": steps},
@@ -191,15 +222,24 @@ def grpo_work(config: Config, geometry: Geometry, section: str) -> Work:
         {"steps": grpo.steps, "rollouts": rollouts, "chains for mining": mined, "calls to the judge": judged},
         {"read": read, "generated": float(rollouts + mined) * response, "trained on": seen},
         {name: s / 3600 for name, s in seconds.items() if s},
-        {"optimizer states and weights": grpo.keep_checkpoints * saved / GIB, "checkpoint": whole * element_bytes(config) / GIB},
+        {
+            "optimizer states and weights": grpo.keep_checkpoints * saved / GIB,
+            "checkpoint": whole * element_bytes(config) / GIB,
+        },
         _api_dollars(config.judge, asked) if judged else 0.0,
-        (f"vLLM generates {rate / ranks_of(config):,.0f} tokens a second and process (plan.tokens_per_second= when measured)",),
+        (
+            f"vLLM generates {rate / ranks_of(config):,.0f} tokens a second and process (plan.tokens_per_second= when measured)",
+        ),
     )
 
 
 def prototypes_work(config: Config, geometry: Geometry) -> Work:
     train, _, assumed = pairs_of(config)
-    everyone = config.data.users if config.data.name == "personaworld" else USERS.get(config.data.name, max(1, train // 10))
+    everyone = (
+        config.data.users
+        if config.data.name == "personaworld"
+        else USERS.get(config.data.name, max(1, train // 10))
+    )
     chains = min(config.prototypes.max_users or everyone, everyone) * config.prototypes.analyses_per_user
     return _generated("prototypes", config, geometry, chains, assumed)
 
@@ -212,7 +252,9 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
     grid = min(test, ev.grid_pairs or test)
     ind, pro = max(sizes(ev.ind)), max(sizes(ev.pro))
     more = seeds_of_grid(ev) * (ind + pro) if ind > 1 or pro else 0
-    one_pair = ev.grid_seeds * (max(ev.one_pair_ind) + max(ev.one_pair_pro, default=0)) if ev.one_pair_ind else 0
+    one_pair = (
+        ev.grid_seeds * (max(ev.one_pair_ind) + max(ev.one_pair_pro, default=0)) if ev.one_pair_ind else 0
+    )
     chains = 2 * (models * test * ev.seeds + grid * (more + one_pair))
     if config.data.name == "lampqa":  # a question and all its answers at once, in another order each sample
         chains = models * test * ind
@@ -220,7 +262,7 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
 
 
 def _generated(stage: str, config: Config, geometry: Geometry, chains: int, assumed: tuple[str, ...]) -> Work:
-    from pgenrm_train.planning.memory import VLLM_SHARE
+    from pgenrm_train.cluster.planning.memory import VLLM_SHARE
 
     prompt, response = lengths(config)
     rate = generation_rate(config, geometry, VLLM_SHARE, config.eval.max_in_flight, chains)  # of all replicas
@@ -229,8 +271,13 @@ def _generated(stage: str, config: Config, geometry: Geometry, chains: int, assu
         "generation": chains * response / rate,
     }
     tokens = {"read": float(chains * prompt), "generated": float(chains * response)}
-    return Work(stage, {"chains": chains}, tokens, {k: v / 3600 for k, v in seconds.items()}, assumptions=assumed)
+    return Work(
+        stage, {"chains": chains}, tokens, {k: v / 3600 for k, v in seconds.items()}, assumptions=assumed
+    )
 
 
 def _api_dollars(settings: EndpointConfig, tokens: dict[str, float]) -> float:
-    return (tokens["read"] * settings.dollars_per_million_in + tokens["written"] * settings.dollars_per_million_out) / 1e6
+    return (
+        tokens["read"] * settings.dollars_per_million_in
+        + tokens["written"] * settings.dollars_per_million_out
+    ) / 1e6

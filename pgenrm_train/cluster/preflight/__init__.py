@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.config import Config
-from pgenrm_train.errors import PreflightError
-from pgenrm_train.preflight.machine import check_disk, check_gpus, check_memory, check_ports, check_ring, check_shared_memory
-from pgenrm_train.preflight.reach import (
+from pgenrm_train.cluster.preflight.machine import (
+    check_disk,
+    check_gpus,
+    check_memory,
+    check_ports,
+    check_ring,
+    check_shared_memory,
+)
+from pgenrm_train.cluster.preflight.reach import (
     check_data,
     check_judge,
     check_model,
@@ -24,7 +29,9 @@ from pgenrm_train.preflight.reach import (
     check_teacher,
     check_wandb,
 )
-from pgenrm_train.preflight.versions import check_versions
+from pgenrm_train.cluster.preflight.versions import check_versions
+from pgenrm_train.config import Config
+from pgenrm_train.errors import PreflightError
 
 Check = Callable[[Config, str], Iterable[str]]
 CHECKS: dict[str, Check] = {
@@ -59,7 +66,9 @@ def check_machine(config: Config, stage: str) -> None:
     """Run every check of a stage.  Raises PreflightError, which lists all failures, each with its remedy."""
     failed = [problem for finding in findings(config, [stage]) for problem in finding.problems]
     if failed:
-        numbered = failed if len(failed) == 1 else [f"({n}) {problem}" for n, problem in enumerate(failed, start=1)]
+        numbered = (
+            failed if len(failed) == 1 else [f"({n}) {problem}" for n, problem in enumerate(failed, start=1)]
+        )
         raise PreflightError("; ".join(numbered))
 
 
@@ -90,6 +99,6 @@ def stages_of(config: Config) -> tuple[str, ...]:
 
 def still_to_do(config: Config, stages: Sequence[str]) -> list[str]:
     """Stages of this run that are not complete: a finished one needs nothing any more."""
-    from pgenrm_train.artifacts import StageFolder
+    from pgenrm_train.run.folder import StageFolder
 
     return [stage for stage in stages if not StageFolder.read(Path(config.run_dir), stage).complete]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgenrm_train.cluster.preflight.reach import check_ray
 from pgenrm_train.config import ROOT, Config, gpus_per_node
-from pgenrm_train.preflight.reach import check_ray
 
 HEAVY = ("psi", "cre", "curriculum", "evaluate")
 TRAINS = ("psi", "cre", "curriculum")
@@ -83,13 +83,21 @@ class Gpu:
 
 def check_gpus(config: Config, stage: str) -> Iterator[str]:
     """Count and kind.  With ray.address the GPUs are the cluster's, and this machine need not have any."""
-    if config.cluster.device != "cuda" or stage not in (*HEAVY, "prototypes") or config.ray.address is not None:
+    if (
+        config.cluster.device != "cuda"
+        or stage not in (*HEAVY, "prototypes")
+        or config.ray.address is not None
+    ):
         return
     import torch
 
     found, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
     if found < needed:
-        beside = f", {config.judge.gpus} of them for the judge" if needed > config.cluster.processes_per_node else ""
+        beside = (
+            f", {config.judge.gpus} of them for the judge"
+            if needed > config.cluster.processes_per_node
+            else ""
+        )
         yield (
             f"cluster={config.cluster.name} needs {needed} GPUs a node{beside} and this machine shows {found}; "
             "choose another cluster= or set cluster.processes_per_node="
@@ -122,7 +130,9 @@ def visible_gpus() -> list[Gpu]:
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = wanted.split(",") if wanted else [str(n) for n in range(pynvml.nvmlDeviceGetCount())]
     handles = [
-        pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+        pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        if name.isdigit()
+        else pynvml.nvmlDeviceGetHandleByUUID(name)
         for name in names
     ]
     return [_gpu(pynvml, handle) for handle in handles]
@@ -144,35 +154,44 @@ def check_ring(config: Config, stage: str) -> Iterator[str]:
     cuda, processes = cluster.device == "cuda", cluster.processes_per_node * (cluster.nodes if address else 1)
     wanted = cuda and processes > 1 if config.preflight.ring is None else config.preflight.ring
     # without GPUs or nodes there is no ring, and the checks of those have said so
-    if not wanted or stage not in TRAINS or (cuda and any(check_gpus(config, stage))) or any(check_ray(config, stage)):
+    if (
+        not wanted
+        or stage not in TRAINS
+        or (cuda and any(check_gpus(config, stage)))
+        or any(check_ray(config, stage))
+    ):
         return
     backend = "nccl" if cuda else "gloo"
     processes = processes if cuda else max(2, processes)
     if address:
-        command = [sys.executable, "-m", "pgenrm_train.backends.ring", backend, address, str(processes)]
+        command = [sys.executable, "-m", "pgenrm_train.backends.ray.ring", backend, address, str(processes)]
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                   "-m", "pgenrm_train.backends.ring", backend]  # fmt: skip
+                   "-m", "pgenrm_train.backends.ray.ring", backend]  # fmt: skip
     own = {} if cuda else {"GLOO_SOCKET_IFNAME": "lo"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=RING_SECONDS, env={**own, **os.environ, "PYTHONPATH": path}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=RING_SECONDS,
+            env={**own, **os.environ, "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
         yield f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; {_remedy(backend)}"
         return
     if done.returncode:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given").strip()
+        reason = next(
+            (line for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given"
+        ).strip()
         yield f"an all-reduce over {processes} processes ({backend}) failed ({reason[:200]}); {_remedy(backend)}"
 
 
 def _remedy(backend: str) -> str:
     if backend == "gloo":
         return "set GLOO_SOCKET_IFNAME to an interface that is up (lo on one machine)"
-    return (
-        "set NCCL_SOCKET_IFNAME to the cluster's interface, NCCL_DEBUG=INFO to see more, NCCL_P2P_DISABLE=1 to rule out GPU links"
-    )
+    return "set NCCL_SOCKET_IFNAME to the cluster's interface, NCCL_DEBUG=INFO to see more, NCCL_P2P_DISABLE=1 to rule out GPU links"
 
 
 def _existing(path: Path) -> Path:

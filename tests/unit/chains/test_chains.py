@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.chains import (
+from pgenrm_train.chains.chain import (
     FAILURE_KINDS,
     FORMAT_STRINGS,
     ISSUES,
@@ -66,7 +66,9 @@ def test_the_writer_gives_exactly_this():
 
 
 def test_totals_round_half_up():
-    assert '"response_1": 5.7, "response_2": 8.1}' in write_chain("", [("a", 65), ("b", 35)], [[6, 5], [8, 8.25]])
+    assert '"response_1": 5.7, "response_2": 8.1}' in write_chain(
+        "", [("a", 65), ("b", 35)], [[6, 5], [8, 8.25]]
+    )
 
 
 NAMES = st.text(alphabet="abdresponRS -", min_size=1, max_size=8).filter(str.strip)
@@ -95,13 +97,17 @@ NOTES = st.one_of(st.text(max_size=20), st.lists(WORDS, max_size=6).map(" ".join
 @settings(max_examples=300)
 @given(st.data())
 def test_what_is_written_is_read_back(data):
-    fixed = st.sampled_from([["data", "data use"], ["data use", "data", "use"], ["formal", "data"], ["Response", "response"]])
+    fixed = st.sampled_from(
+        [["data", "data use"], ["data use", "data", "use"], ["formal", "data"], ["Response", "response"]]
+    )
     names = data.draw(st.one_of(fixed, st.lists(NAMES, min_size=1, max_size=5, unique=True)))
     cuts = sorted(data.draw(st.lists(st.integers(0, 100), min_size=len(names) - 1, max_size=len(names) - 1)))
     weights = [float(b - a) for a, b in zip([0, *cuts], [*cuts, 100])]
     n = data.draw(st.integers(2, 5))
     score = st.one_of(st.integers(1, 10), st.floats(1, 10)).map(float)
-    scores = data.draw(st.lists(st.lists(score, min_size=len(names), max_size=len(names)), min_size=n, max_size=n))
+    scores = data.draw(
+        st.lists(st.lists(score, min_size=len(names), max_size=len(names)), min_size=n, max_size=n)
+    )
     notes = data.draw(st.one_of(st.none(), st.lists(NOTES, min_size=n, max_size=n)))
     analysis = data.draw(st.text(max_size=40))
     chain = parse_chain(write_chain(analysis, list(zip(names, weights)), scores, notes), n)
@@ -196,7 +202,10 @@ def test_what_is_tolerated(text):
         (scored(3, -math.inf), "scores_not_finite"),
         (scored("nan", 3), "scores_not_finite"),
         (scored("1e999", 3), "scores_not_finite"),
-        (block('{"better_response": {"response_1": ' + "9" * 5000 + ', "response_2": 2}}'), "scores_not_finite"),
+        (
+            block('{"better_response": {"response_1": ' + "9" * 5000 + ', "response_2": 2}}'),
+            "scores_not_finite",
+        ),
     ],
 )
 def test_failures_by_kind(text, expected):
@@ -271,23 +280,37 @@ Response 2 Final Score = (4 * 0.4) + (5 * 0.6) = 4.6"""
 @pytest.mark.parametrize("fence", ["{}", "\n```json\n{}\n```\n"])
 def test_the_released_checkpoints_format_is_read_and_verified(escaped, fence):
     """The layout that the paper's prompts ask for (Figures 10 and 11): scores as texts, line breaks raw or escaped, a fence or none."""
-    body = json.dumps({"rationale": RELEASED, "better_response": {"response_1": "7.4", "response_2": "4.6"}}, indent=1)
-    chain = parse_chain(block(fence.format(body if escaped else body.replace("\\n", "\n")), before="**PART 1** a persona\n"))
-    assert chain.criteria == (("Accuracy", 40.0), ("Clarity", 60.0)) and chain.analysis == "**PART 1** a persona"
-    assert chain.scores == (7.4, 4.6) and chain.verified_scores == pytest.approx((7.4, 4.6)) and chain.issues == ()
+    body = json.dumps(
+        {"rationale": RELEASED, "better_response": {"response_1": "7.4", "response_2": "4.6"}}, indent=1
+    )
+    chain = parse_chain(
+        block(fence.format(body if escaped else body.replace("\\n", "\n")), before="**PART 1** a persona\n")
+    )
+    assert (
+        chain.criteria == (("Accuracy", 40.0), ("Clarity", 60.0)) and chain.analysis == "**PART 1** a persona"
+    )
+    assert (
+        chain.scores == (7.4, 4.6)
+        and chain.verified_scores == pytest.approx((7.4, 4.6))
+        and chain.issues == ()
+    )
 
 
 @pytest.mark.parametrize("n", [3, 6, 12])
 def test_any_number_of_responses_is_written_and_read(n):
     text = write_chain("x", [("formal", 60), ("brief", 40)], [[1 + i % 10, 10 - i % 10] for i in range(n)])
     chain = parse_chain(text, n)
-    assert len(chain.scores) == n and chain.issues == () and chain.scores == pytest.approx(chain.verified_scores)
+    assert (
+        len(chain.scores) == n and chain.issues == () and chain.scores == pytest.approx(chain.verified_scores)
+    )
     assert kind(text, n - 1) == kind(text, n + 1) == "scores_count"
 
 
 def test_issues_in_order():
     text = "a 50%, b 30%. Response 1: a 12, b 5 = 9. Response 2: a 0, b 3 = 1."
-    chain = parse_chain(block({"rationale": text, "better_response": {"response_1": 11, "response_2": 0.5}}, after=" bye"))
+    chain = parse_chain(
+        block({"rationale": text, "better_response": {"response_1": 11, "response_2": 0.5}}, after=" bye")
+    )
     assert chain.issues == ("weights", "score_range", "declared_differs", "trailing_text")
     assert chain.verified_scores == pytest.approx((9.375, 1.125))
     chain = parse_chain(scored(0, 5))
@@ -296,7 +319,8 @@ def test_issues_in_order():
 
 
 @pytest.mark.parametrize(
-    ("weights", "flagged"), [((60, 40), False), ((60, 41), False), ((59, 40), False), ((60, 41.5), True), ((0.6, 0.4), True)]
+    ("weights", "flagged"),
+    [((60, 40), False), ((60, 41), False), ((59, 40), False), ((60, 41.5), True), ((0.6, 0.4), True)],
 )
 def test_weights_within_one_of_a_hundred(weights, flagged):
     text = f"a {weights[0]}%, b {weights[1]}%. Response 1: a 8, b 8 = 8.0. Response 2: a 4, b 4 = 4.0."
@@ -304,7 +328,9 @@ def test_weights_within_one_of_a_hundred(weights, flagged):
 
 
 def test_criteria_without_complete_scores_are_kept_but_not_verified():
-    chain = rationale("formal 60%, brief 40%. Response 1: formal 8, brief 5 = 6.8. Response 2: formal 3 = 3.0.")
+    chain = rationale(
+        "formal 60%, brief 40%. Response 1: formal 8, brief 5 = 6.8. Response 2: formal 3 = 3.0."
+    )
     assert chain.criteria == (("formal", 60.0), ("brief", 40.0))
     assert chain.verified_scores is None and chain.criterion_scores is None and chain.issues == ("no_rubric",)
 
@@ -363,7 +389,9 @@ FREE_FORMS = [
 @pytest.mark.parametrize("text", FREE_FORMS)
 def test_rubrics_as_language_models_write_them(text):
     chain = rationale(text, 7.4, 4.6)
-    assert [(name.lower(), weight) for name, weight in chain.criteria][:1] == [("accuracy", 40.0)] or "is weighted" in text
+    assert [(name.lower(), weight) for name, weight in chain.criteria][:1] == [
+        ("accuracy", 40.0)
+    ] or "is weighted" in text
     assert [weight for _, weight in chain.criteria] == [40.0, 60.0]
     assert chain.criterion_scores == ((8, 7), (4, 5))
     assert chain.issues == ()
@@ -388,10 +416,17 @@ FRAGMENTS = [
     "0.5", "%", "**", "```json", "9" * 5000, "İ", "ſ",
 ]  # fmt: skip
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=10) | st.sampled_from(FREE_FORMS),
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers()
+    | st.text(max_size=10)
+    | st.sampled_from(FREE_FORMS),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["response_1", "response_2", "criteria", "scores", "a"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["response_1", "response_2", "criteria", "scores", "a"]), inner, max_size=4
+        )
     ),
     max_leaves=8,
 )
@@ -403,7 +438,11 @@ def check(result) -> None:
         return
     assert all(map(math.isfinite, result.scores)) and len(result.scores) == 2
     assert result.issues == tuple(name for name in ISSUES if name in result.issues)
-    assert (result.verified_scores is None) == (result.criterion_scores is None) == ("no_rubric" in result.issues)
+    assert (
+        (result.verified_scores is None)
+        == (result.criterion_scores is None)
+        == ("no_rubric" in result.issues)
+    )
     if result.verified_scores is not None:
         assert all(map(math.isfinite, result.verified_scores))
         assert [len(row) for row in result.criterion_scores] == [len(result.criteria)] * 2
@@ -450,8 +489,20 @@ def test_a_megabyte_takes_linear_time(unit):
         scored(3, 4, rationale=text[:19_000]),
     ]
     texts.append(scored(3, 4, rationale="a 50%, b 50%. Response 1: " + text + ". Response 2: " + text + "."))
-    texts.append(scored(3, 4, rationale="a 50%, b 50%. Response 1: " + text[:9_000] + ". Response 2: " + text[:9_000] + "."))
-    texts.append(block('{"better_response": {"response_1": "' + text.replace('"', "").replace("\\", "") + '", "response_2": 1}}'))
+    texts.append(
+        scored(
+            3,
+            4,
+            rationale="a 50%, b 50%. Response 1: " + text[:9_000] + ". Response 2: " + text[:9_000] + ".",
+        )
+    )
+    texts.append(
+        block(
+            '{"better_response": {"response_1": "'
+            + text.replace('"', "").replace("\\", "")
+            + '", "response_2": 1}}'
+        )
+    )
     for candidate in texts:
         began = time.process_time()
         check(parse_chain(candidate))

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pgenrm_train.near_duplicates import PER_BUCKET, PLACES, NearDuplicates, signature
+from pgenrm_train.chains.near_duplicates import PER_BUCKET, PLACES, NearDuplicates, signature
 
 WORDS = [f"word{i}" for i in range(3000)]
 
@@ -46,7 +46,9 @@ def test_what_is_alike_is_found_among_many_and_what_is_not_is_left_alone():
 
 
 def test_case_and_punctuation_do_not_count_and_short_texts_do_no_harm():
-    assert (signature("This user, above all, likes it short.") == signature("this user above all likes it SHORT")).all()
+    assert (
+        signature("This user, above all, likes it short.") == signature("this user above all likes it SHORT")
+    ).all()
     assert signature("").shape == signature("one").shape == (PLACES,)
     assert (signature("one two") != signature("one three")).any()
     assert signature("\ud800 lone surrogate").shape == (PLACES,)

@@ -1,17 +1,13 @@
 """A chain is kept only when it reads, ranks, adds up and judges; every other one has its reason."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from sec_world import CRITERIA, EXAMPLE, chain
 
-from pgenrm_train.chains import parse_chain, write_chain
-from pgenrm_train.records import Example
-from pgenrm_train.rejection import reason_to_reject
+from pgenrm_train.chains.chain import parse_chain, write_chain
+from pgenrm_train.chains.rejection import reason_to_reject
+from pgenrm_train.records.pairs import Example
 
 
 def reason(text: str, example: Example = EXAMPLE) -> str | None:
@@ -91,9 +87,7 @@ def test_judging_and_talk_of_earlier_votes_are_no_leak(words):
 
 
 def test_a_leak_inside_the_rationale_counts():
-    text = (
-        "brevity 70%, wit 30%. Response 1: the user chose the first; brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."
-    )
+    text = "brevity 70%, wit 30%. Response 1: the user chose the first; brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."
     assert reason(declared(text)) == "label_leak"
 
 

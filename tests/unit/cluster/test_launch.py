@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pgenrm_train import launch
+from pgenrm_train.cluster import launch
 from pgenrm_train.config import ROOT, Config, load, parse, to_dict
 from pgenrm_train.errors import ConfigError
 
@@ -57,7 +57,9 @@ def test_a_run_at_a_url_is_one_on_the_cluster_too() -> None:
     arguments = launch.overrides_of(config)
     assert "run_dir='s3://bucket/runs/arena'" in arguments or "run_dir=s3://bucket/runs/arena" in arguments
     assert same(config, arguments) and not [a for a in arguments if a.startswith("store=")]
-    pod = yaml.safe_load(launch.rayjob(big("plan.stage=cre", "run_dir=s3://bucket/runs/arena")))["spec"]["entrypoint"]
+    pod = yaml.safe_load(launch.rayjob(big("plan.stage=cre", "run_dir=s3://bucket/runs/arena")))["spec"][
+        "entrypoint"
+    ]
     assert "run_dir=s3://bucket/runs/arena" in pod and pod.endswith(" mirror=/runs/mirror")
 
 
@@ -65,10 +67,35 @@ def test_a_run_at_a_url_is_one_on_the_cluster_too() -> None:
     "overrides",
     [
         [],
-        ["model=llama31_8b", "cluster=gpu8", "data=chatbot_arena", "plan.stage=cre", "cre.group_size=16", "eval.ind=[1,4]"],
-        ["data=pairs", "data.path=votes of mine.parquet", "+data.only.shared_context='True'", "tracking=wandb", "seed=7"],
-        ["data=chatbot_arena", "judge=endpoint", "judge.base_url=http://h:1/v1", "judge.name=m", "judge.api_key_env=KEY"],
-        ["model=qwen3_8b", "model.label=mine", "model.path=/m", "psi.gradient_checkpointing=false", "cluster.name=ours"],
+        [
+            "model=llama31_8b",
+            "cluster=gpu8",
+            "data=chatbot_arena",
+            "plan.stage=cre",
+            "cre.group_size=16",
+            "eval.ind=[1,4]",
+        ],
+        [
+            "data=pairs",
+            "data.path=votes of mine.parquet",
+            "+data.only.shared_context='True'",
+            "tracking=wandb",
+            "seed=7",
+        ],
+        [
+            "data=chatbot_arena",
+            "judge=endpoint",
+            "judge.base_url=http://h:1/v1",
+            "judge.name=m",
+            "judge.api_key_env=KEY",
+        ],
+        [
+            "model=qwen3_8b",
+            "model.label=mine",
+            "model.path=/m",
+            "psi.gradient_checkpointing=false",
+            "cluster.name=ours",
+        ],
     ],
 )
 def test_the_command_composes_the_same_configuration(overrides: list[str]) -> None:
@@ -85,7 +112,9 @@ def test_any_text_survives_hydra(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (override,) = OverridesParser.create().parse_overrides([f"run_dir={launch.hydra_value(text)}"])
-    assert OmegaConf.to_container(OmegaConf.create({"run_dir": override.value()}), resolve=True) == {"run_dir": text}
+    assert OmegaConf.to_container(OmegaConf.create({"run_dir": override.value()}), resolve=True) == {
+        "run_dir": text
+    }
 
 
 @pytest.mark.parametrize("value", [None, True, False, 3, 0.5, 1e-06, [], [1, "a b", None], ["x", "it's"]])
@@ -154,7 +183,9 @@ FAKES = {
 }
 
 
-def run_script(script: str, folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], list[str], list[list[str]]]:
+def run_script(
+    script: str, folder: Path, **more: str
+) -> tuple[subprocess.CompletedProcess[str], list[str], list[list[str]]]:
     """The script with fakes on PATH: (process, calls in order, arguments of each python)."""
     (folder / "bin").mkdir()
     for name, body in FAKES.items():
@@ -164,9 +195,15 @@ def run_script(script: str, folder: Path, **more: str) -> tuple[subprocess.Compl
     calls, pythons = folder / "calls", folder / "pythons"
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), "PYTHON_CALLS": str(pythons), "REAL_PYTHON": sys.executable,
                    "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(folder), **more}  # fmt: skip
-    done = subprocess.run(["bash", "job.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "job.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
     lines = pythons.read_text().splitlines() if pythons.exists() else []
-    return done, calls.read_text().splitlines() if calls.exists() else [], [json.loads(line) for line in lines]
+    return (
+        done,
+        calls.read_text().splitlines() if calls.exists() else [],
+        [json.loads(line) for line in lines],
+    )
 
 
 def test_the_script_starts_ray_on_every_node_and_the_recipe_on_the_first(tmp_path: Path) -> None:
@@ -177,9 +214,13 @@ def test_the_script_starts_ray_on_every_node_and_the_recipe_on_the_first(tmp_pat
     assert len(rays) == 4 and sum("--head" in call for call in rays) == 1
     assert all("--num-gpus=8" in call for call in rays)
     assert sum("--address=10.0.0.1:6379" in call for call in rays) == 3, "the first address of the head's"
-    hosts = [call.split("-w ")[1].split()[0] for call in calls if call.startswith("srun") and " ray start" in call]
+    hosts = [
+        call.split("-w ")[1].split()[0] for call in calls if call.startswith("srun") and " ray start" in call
+    ]
     assert sorted(hosts) == ["n1", "n2", "n3", "n4"]
-    assert [p[:2] for p in pythons] == [["-m", "pgenrm_train.launch.wait"]] * 2 + [["-m", "pgenrm_train"]]
+    assert [p[:2] for p in pythons] == [["-m", "pgenrm_train.cluster.launch.wait"]] * 2 + [
+        ["-m", "pgenrm_train"]
+    ]
     assert pythons[1][2:] == ["10.0.0.1:6379", "4"] and pythons[2][-1] == "ray.address=auto"
     assert same(config, pythons[2][2:])
 
@@ -193,7 +234,9 @@ def test_hostile_values_reach_the_recipe_as_they_are_and_run_nothing(tmp_path: P
 
 
 def test_the_job_fails_when_the_recipe_does(tmp_path: Path) -> None:
-    done, *_ = run_script(launch.slurm(composed("model=llama31_8b", "cluster=gpu8")), tmp_path, DRIVER_EXIT="3")
+    done, *_ = run_script(
+        launch.slurm(composed("model=llama31_8b", "cluster=gpu8")), tmp_path, DRIVER_EXIT="3"
+    )
     assert done.returncode == 3
 
 
@@ -253,7 +296,9 @@ RAYJOB = {  # what the CRD ray.io/v1 RayJob requires, and the types of what we w
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", [["cluster=multi_node", "model=llama31_70b_lora"], ["cluster=gpu1", "model=qwen3_8b"], []])
+@pytest.mark.parametrize(
+    "overrides", [["cluster=multi_node", "model=llama31_70b_lora"], ["cluster=gpu1", "model=qwen3_8b"], []]
+)
 def test_manifests_have_what_the_crd_requires(overrides: list[str]) -> None:
     config = composed(*overrides)
     job = yaml.safe_load(launch.rayjob(config))
@@ -264,7 +309,11 @@ def test_manifests_have_what_the_crd_requires(overrides: list[str]) -> None:
     gpus = container["resources"]["limits"].get("nvidia.com/gpu")
     assert gpus == (config.cluster.processes_per_node if config.cluster.device == "cuda" else None)
     mounted = {m["name"] for m in container["volumeMounts"]}
-    assert mounted == {v["name"] for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"]} == {"runs", "shm"}
+    assert (
+        mounted
+        == {v["name"] for v in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
+        == {"runs", "shm"}
+    )
 
 
 def test_the_entrypoint_is_the_command_whatever_the_values() -> None:
@@ -286,10 +335,15 @@ def test_keys_come_from_the_secret_by_name() -> None:
 def test_paths_of_this_machine_are_refused_for_kubernetes_and_runs_go_to_the_volume() -> None:
     with pytest.raises(ConfigError, match=r"data\.path=votes\.parquet is a path of this machine"):
         launch.rayjob(composed("data=pairs", "data.path=votes.parquet"))
-    assert "run_dir=/runs/personaworld-nano-demo" in yaml.safe_load(launch.rayjob(composed()))["spec"]["entrypoint"]
+    assert (
+        "run_dir=/runs/personaworld-nano-demo"
+        in yaml.safe_load(launch.rayjob(composed()))["spec"]["entrypoint"]
+    )
 
 
-def test_the_recipe_prints_the_file_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipe_prints_the_file_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from recipes import plan
 
     config = composed("model=llama31_8b", "cluster=gpu1", "plan.emit=slurm", f"run_dir={tmp_path / 'none'}")
@@ -315,6 +369,8 @@ def test_the_command_line_prints_the_file_and_nothing_else(kind: str, tmp_path: 
         "cluster=gpu8",
         *more,
     ]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("#!/bin/bash" if kind == "slurm" else "apiVersion: ray.io/v1")

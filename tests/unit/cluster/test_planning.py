@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pgenrm_train.cluster.planning import STAGES, memory, plan_of
+from pgenrm_train.cluster.planning.advice import apply, fits
+from pgenrm_train.cluster.planning.batches import grpo_batches, psi_batches
+from pgenrm_train.cluster.planning.geometry import KNOWN, geometry_of, read_geometry
+from pgenrm_train.cluster.planning.table import show
+from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_of
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.planning import STAGES, memory, plan_of
-from pgenrm_train.planning.advice import apply, fits
-from pgenrm_train.planning.batches import grpo_batches, psi_batches
-from pgenrm_train.planning.geometry import KNOWN, geometry_of, read_geometry
-from pgenrm_train.planning.table import show
-from pgenrm_train.planning.work import generation_rate, lengths, pairs_of
 
 WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
 MODELS = sorted({path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")} - set(WITHOUT_WEIGHTS))
@@ -58,7 +58,11 @@ def test_a_checkpoint_has_as_many_parameters_as_its_config_says() -> None:
 
     folder = ROOT / "tests/data/psi_nano"
     with safe_open(folder / "model.safetensors", "np") as file:
-        sizes = [math.prod(file.get_slice(name).get_shape()) for name in sorted(file.keys()) if name != "lm_head.weight"]  # tied
+        sizes = [
+            math.prod(file.get_slice(name).get_shape())
+            for name in sorted(file.keys())
+            if name != "lm_head.weight"
+        ]  # tied
     assert read_geometry(folder / "config.json").parameters == sum(sizes)
 
 
@@ -69,7 +73,11 @@ def test_a_local_checkpoint_is_read_instead_of_the_table(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{}", "has no field 'hidden_size'"), ("no json", "cannot be read"), ('{"hidden_size": "x"}', "cannot be read")],
+    [
+        ("{}", "has no field 'hidden_size'"),
+        ("no json", "cannot be read"),
+        ('{"hidden_size": "x"}', "cannot be read"),
+    ],
 )
 def test_a_bad_config_json_is_told_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
@@ -89,7 +97,9 @@ def test_zero_divides_what_the_paper_divides(eight: Config) -> None:
     """ZeRO, table 1: 16Ψ, 4Ψ + 12Ψ/N, 2Ψ + 14Ψ/N, 16Ψ/N."""
     geometry = geometry_of(eight)
     psi, n = geometry.parameters / GIB, 8
-    for stage, expected in enumerate((16 * psi, 4 * psi + 12 * psi / n, 2 * psi + 14 * psi / n, 16 * psi / n)):
+    for stage, expected in enumerate(
+        (16 * psi, 4 * psi + 12 * psi / n, 2 * psi + 14 * psi / n, 16 * psi / n)
+    ):
         parts, host = memory.zero_states(changed(eight, cluster__zero_stage=stage), geometry)
         states = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
         assert states == pytest.approx(expected) and host == {}
@@ -97,14 +107,18 @@ def test_zero_divides_what_the_paper_divides(eight: Config) -> None:
 
 def test_an_offloaded_optimizer_moves_to_the_host(eight: Config) -> None:
     parts, host = memory.zero_states(changed(eight, cluster__offload_optimizer=True), geometry_of(eight))
-    assert "optimizer" not in parts and host["offloaded optimizer"] == pytest.approx(16 * geometry_of(eight).parameters / GIB)
+    assert "optimizer" not in parts and host["offloaded optimizer"] == pytest.approx(
+        16 * geometry_of(eight).parameters / GIB
+    )
 
 
 def test_lora_trains_little_and_keeps_the_base(eight: Config) -> None:
     geometry, lora = geometry_of(eight), changed(eight, model__lora__rank=64, cluster__zero_stage=0)
     parts, _ = memory.zero_states(lora, geometry)
     assert parts["weights"] == pytest.approx(2 * geometry.parameters / GIB)
-    assert memory.trained_parameters(lora, geometry) == 167_772_160  # as peft prints for rank 64 on all seven matrices of 8B
+    assert (
+        memory.trained_parameters(lora, geometry) == 167_772_160
+    )  # as peft prints for rank 64 on all seven matrices of 8B
     assert parts["optimizer"] < 0.03 * 12 * geometry.parameters / GIB
 
 
@@ -118,7 +132,9 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
     assert peak(eight) < peak(whole)
     (told,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
     assert "with psi.gradient_checkpointing=false" in told and "with psi.gradient_checkpointing=true" in other
-    per_token = [memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")]
+    per_token = [
+        memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")
+    ]
     assert per_token == sorted(per_token) and len(set(per_token)) == 3
 
 
@@ -128,7 +144,9 @@ def test_logits_of_psi_are_those_of_one_piece(eight: Config) -> None:
     assert parts.get("logits", 0.0) < 1.0 and sum(parts.values()) > 0
 
 
-@pytest.mark.parametrize("key", ["psi.micro_batch_size", "model.max_response_tokens", "model.max_prompt_tokens"])
+@pytest.mark.parametrize(
+    "key", ["psi.micro_batch_size", "model.max_response_tokens", "model.max_prompt_tokens"]
+)
 def test_more_of_a_size_never_needs_less(eight: Config, key: str) -> None:
     grown = changed(eight, **{key.replace(".", "__"): 2 * (1 if "micro" in key else 8192)})
     geometry = geometry_of(eight)
@@ -147,7 +165,11 @@ def test_a_served_judge_of_its_own_size_is_planned(eight: Config) -> None:
     (phase,) = [p for p in memory.phases_of(judged, geometry_of(judged), "cre") if p.name.startswith("judge")]
     assert phase.fits and phase.parts["vLLM weights"] == pytest.approx(2 * PUBLISHED["Qwen/Qwen3-8B"] / GIB)
     unknown = composed("llama31_8b", "gpu8", "judge=vllm", "judge.name=some/judge")
-    assert any("not planned" in note for p in memory.phases_of(unknown, geometry_of(unknown), "cre") for note in p.notes)
+    assert any(
+        "not planned" in note
+        for p in memory.phases_of(unknown, geometry_of(unknown), "cre")
+        for note in p.notes
+    )
 
 
 # ---- the whole ----
@@ -245,7 +267,10 @@ def test_hours_follow_the_stated_rates(eight: Config) -> None:
 
 
 def test_a_measured_rate_replaces_the_estimate(eight: Config) -> None:
-    assert generation_rate(changed(eight, plan__tokens_per_second=1000.0), geometry_of(eight), 0.6, 256, 1024) == 8000.0
+    assert (
+        generation_rate(changed(eight, plan__tokens_per_second=1000.0), geometry_of(eight), 0.6, 256, 1024)
+        == 8000.0
+    )
 
 
 def test_generation_is_bounded_by_reading_the_weights(eight: Config) -> None:
@@ -302,14 +327,18 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_table_is_printed_and_nothing_is_made(tmp_path: Path) -> None:
     done = command("model=llama31_8b", "cluster=gpu1", "data=chatbot_arena", "plan.stage=cre", cwd=tmp_path)
     assert done.returncode == 1, "a plan that does not fit says so by its exit code"
-    assert "DOES NOT FIT" in done.stdout and "nearest change of cre that fits: model.lora.rank=64" in done.stdout
+    assert (
+        "DOES NOT FIT" in done.stdout and "nearest change of cre that fits: model.lora.rank=64" in done.stdout
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_json_is_printed_and_left_in_a_run_folder_that_exists(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     done = command("plan.json=true", "run_dir=run", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout) == json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert done.returncode == 0 and json.loads(done.stdout) == json.loads(
+        (tmp_path / "run" / "plan.json").read_text()
+    )
     assert json.loads(done.stdout)["fits"] is True
 
 
@@ -329,7 +358,7 @@ def test_mistakes_are_told_in_one_sentence(override: str) -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    code = "import sys, recipes.plan, pgenrm_train.planning\nprint([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, recipes.plan, pgenrm_train.cluster.planning\nprint([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

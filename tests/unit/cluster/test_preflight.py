@@ -15,10 +15,18 @@ from threading import Thread
 
 import pytest
 
+from pgenrm_train.cluster.preflight import (
+    CHECKS,
+    check_machine,
+    findings,
+    machine,
+    reach,
+    still_to_do,
+    versions,
+)
 from pgenrm_train.config import ROOT, STAGES, Config, load
 from pgenrm_train.config.checks import PREFLIGHT
 from pgenrm_train.errors import PreflightError
-from pgenrm_train.preflight import CHECKS, check_machine, findings, machine, reach, still_to_do, versions
 
 
 def config(tmp_path: Path) -> Config:
@@ -70,7 +78,9 @@ def test_enough_of_everything_passes(tmp_path: Path, stage: str) -> None:
 def test_too_little_memory_names_the_need_and_the_remedy(tmp_path: Path) -> None:
     wanting = config(tmp_path)
     wanting.cluster.min_free_memory_gib = 1e6
-    with pytest.raises(PreflightError, match=r"GiB of memory are free, and psi needs cluster\.min_free_memory_gib=1e\+06"):
+    with pytest.raises(
+        PreflightError, match=r"GiB of memory are free, and psi needs cluster\.min_free_memory_gib=1e\+06"
+    ):
         check_machine(wanting, "psi")
 
 
@@ -122,7 +132,9 @@ def test_unfit_gpus_are_named(tmp_path: Path) -> None:
     old, busy = machine.Gpu("Tesla V100", 32.0, 31.0, (7, 0)), machine.Gpu("NVIDIA H100", 80.0, 12.0, (9, 0))
     assert "computes no bfloat16" in " ".join(machine.gpu_problems(wanting, [old]))
     assert "the GPUs differ (NVIDIA H100, Tesla V100)" in " ".join(machine.gpu_problems(wanting, [good, old]))
-    assert "GPU 1 (NVIDIA H100) has 12.0 of 80.0 GiB free" in " ".join(machine.gpu_problems(wanting, [good, busy]))
+    assert "GPU 1 (NVIDIA H100) has 12.0 of 80.0 GiB free" in " ".join(
+        machine.gpu_problems(wanting, [good, busy])
+    )
 
 
 def test_a_fixed_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +173,10 @@ def test_a_kernel_that_a_training_asks_for_must_be_there(tmp_path: Path) -> None
     asked = config(tmp_path)
     asked.cluster.device, asked.model.attention = "cuda", "flash_attention_2"
     said = [
-        problem for stage in ("build_sec", "psi") for problem in versions.check_versions(asked, stage) if "flash-attn" in problem
+        problem
+        for stage in ("build_sec", "psi")
+        for problem in versions.check_versions(asked, stage)
+        if "flash-attn" in problem
     ]
     assert len(said) == 1 and "model.attention=sdpa" in said[0], "PSI trains, build_sec does not"
 
@@ -177,7 +192,9 @@ def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("section", "stage"), [("teacher", "build_sec"), ("judge", "cre")])
-def test_an_api_is_asked_before_it_is_needed(section: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_is_asked_before_it_is_needed(
+    section: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asking = config(tmp_path)
     settings = getattr(asking, section)
     settings.kind, settings.name, settings.api_key_env = "endpoint", "m", "SOME_KEY"
@@ -185,7 +202,12 @@ def test_an_api_is_asked_before_it_is_needed(section: str, stage: str, tmp_path:
     monkeypatch.delenv("SOME_KEY", raising=False)
     assert f"{section}.api_key_env=SOME_KEY is not set" in " ".join(check(asking, stage))
     monkeypatch.setenv("SOME_KEY", "k")
-    for status, message in {200: "", 404: "", 401: "refuses the key in SOME_KEY", 503: "answers HTTP 503"}.items():
+    for status, message in {
+        200: "",
+        404: "",
+        401: "refuses the key in SOME_KEY",
+        503: "answers HTTP 503",
+    }.items():
         with server(status) as (url, seen):
             settings.base_url = url
             told = " ".join(check(asking, stage))
@@ -210,7 +232,12 @@ def test_a_model_under_test_is_asked(tmp_path: Path) -> None:
 
 def test_missing_data_is_told_and_a_hub_name_is_not(tmp_path: Path) -> None:
     asking = config(tmp_path)
-    for path, wrong in {str(tmp_path): False, "none.parquet": True, "/none/x": True, "someone/votes": False}.items():
+    for path, wrong in {
+        str(tmp_path): False,
+        "none.parquet": True,
+        "/none/x": True,
+        "someone/votes": False,
+    }.items():
         asking.data.path = path
         assert bool(list(reach.check_data(asking, "build_data"))) == wrong, path
 
@@ -223,7 +250,11 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE is set" in " ".join(reach.check_model(asking, "psi"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    for status, message in {200: "", 403: "accept its licence", 404: "the hub has no model nobody/nothing"}.items():
+    for status, message in {
+        200: "",
+        403: "accept its licence",
+        404: "the hub has no model nobody/nothing",
+    }.items():
         with server(status) as (url, _):
             monkeypatch.setattr(constants, "ENDPOINT", url)
             told = " ".join(reach.check_model(asking, "psi"))
@@ -241,7 +272,9 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "tracking=wandb has no key for api.wandb.ai" in " ".join(reach.check_wandb(asking, "psi"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # nobody answers there: the run would start offline
+    monkeypatch.setenv(
+        "WANDB_BASE_URL", "http://127.0.0.1:1"
+    )  # nobody answers there: the run would start offline
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert list(reach.check_wandb(asking, "psi")) == []
@@ -252,9 +285,12 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    ("answer", "refused"), [({"viewer": {"id": "v"}}, False), ({"viewer": None}, True), (401, True), (503, False)]
+    ("answer", "refused"),
+    [({"viewer": {"id": "v"}}, False), ({"viewer": None}, True), (401, True), (503, False)],
 )
-def test_a_key_that_wandb_refuses_is_told(answer: object, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_wandb_refuses_is_told(
+    answer: object, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asking = config(tmp_path)
     asking.tracking.kind = "wandb"
     monkeypatch.setenv("WANDB_API_KEY", "k")
@@ -291,7 +327,9 @@ def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Pat
     assert "differ (A100, H100)" in " ".join(
         reach.cluster_problems(asking, "cre", [full, {"GPU": 8.0, "accelerator_type:A100": 1.0}])
     )
-    assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], "on CPUs PSI takes no GPUs, logical ones neither"
+    assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], (
+        "on CPUs PSI takes no GPUs, logical ones neither"
+    )
 
 
 # ---- the whole ----
@@ -315,7 +353,12 @@ def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) 
     def ask(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "preflight.only=true", *more]
         return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"},
         )
 
     lacking = ask("cluster.min_free_disk_gib=1e6", "cluster.min_free_memory_gib=0")
@@ -327,7 +370,9 @@ def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) 
 
 def test_names_of_checks_are_known_to_the_configuration_and_to_the_docs() -> None:
     assert tuple(CHECKS) == PREFLIGHT
-    rows = re.findall(r"^\| (`.+?`) \| ", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`.+?`) \| ", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert set(CHECKS) <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
 
@@ -353,7 +398,11 @@ def test_every_failure_has_its_row_in_the_troubleshooting_table() -> None:
 
 
 def test_a_stage_alone_needs_the_one_before_it_and_its_data(tmp_path: Path) -> None:
-    config = load("recipe=cre", "data=pairs", "data.path=/nowhere/votes.parquet", f"run_dir={tmp_path / 'run'}")
+    config = load(
+        "recipe=cre", "data=pairs", "data.path=/nowhere/votes.parquet", f"run_dir={tmp_path / 'run'}"
+    )
     said = " ".join(problem for finding in findings(config, ["cre"]) for problem in finding.problems)
-    assert "/nowhere/votes.parquet does not exist" in said and "there is no complete psi under run_dir=" in said
+    assert (
+        "/nowhere/votes.parquet does not exist" in said and "there is no complete psi under run_dir=" in said
+    )
     assert not (tmp_path / "run").exists()

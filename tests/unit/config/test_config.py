@@ -27,7 +27,7 @@ from pgenrm_train.config import (
     to_dict,
 )
 from pgenrm_train.errors import ConfigError
-from recipes.scorers import scorers
+from recipes.wiring.baselines import scorers
 
 
 def choices(group: str) -> list[str]:
@@ -65,7 +65,9 @@ COMBINATIONS = sorted(
 
 @pytest.mark.parametrize("data,model,cluster", COMBINATIONS)
 def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster):
-    batch = [] if cluster == "cpu" else ["psi.batch_size=128", "psi.micro_batch_size=1"]  # nano's own batch is for one process
+    batch = (
+        [] if cluster == "cpu" else ["psi.batch_size=128", "psi.micro_batch_size=1"]
+    )  # nano's own batch is for one process
     config = load("recipe=pipeline", *given(data), f"model={model}", f"cluster={cluster}", *batch)
     assert (config.data.name, config.cluster.name) == (data, cluster)
     assert config.model.label.startswith(model)
@@ -85,7 +87,9 @@ def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
 
 
 def test_smoke_is_refused_where_nano_could_learn_nothing_in_it():
-    with pytest.raises(ConfigError, match=r"pipeline\.budget=smoke is too short for nano to learn a chain from data=pairs"):
+    with pytest.raises(
+        ConfigError, match=r"pipeline\.budget=smoke is too short for nano to learn a chain from data=pairs"
+    ):
         load("recipe=pipeline", *given("pairs"), "pipeline.budget=smoke")
 
 
@@ -98,7 +102,9 @@ def test_every_recipe_has_its_file(recipe):
 @pytest.mark.parametrize("group,choice", [(g, c) for g in ("masking", "tracking") for c in choices(g)])
 def test_every_choice_of_the_small_groups_parses(group, choice):
     config = load("recipe=psi", f"{group}={choice}")
-    assert {"masking": config.masking.policy or "per_stage", "tracking": config.tracking.kind}[group] == choice
+    assert {"masking": config.masking.policy or "per_stage", "tracking": config.tracking.kind}[
+        group
+    ] == choice
 
 
 def test_defaults_are_the_documented_ones():
@@ -113,7 +119,9 @@ def test_defaults_are_the_documented_ones():
     assert (config.eval.protocol, config.eval.split) == ("strict", "test")
 
 
-@pytest.mark.parametrize("data,teacher,judge", [("personaworld", "oracle", "oracle"), ("pairs", "features", "none")])
+@pytest.mark.parametrize(
+    "data,teacher,judge", [("personaworld", "oracle", "oracle"), ("pairs", "features", "none")]
+)
 def test_data_chooses_teacher_and_judge(data, teacher, judge):
     config = load("recipe=pipeline", *given(data))
     assert (config.teacher.kind, config.judge.kind) == (teacher, judge)
@@ -123,7 +131,11 @@ def test_data_chooses_teacher_and_judge(data, teacher, judge):
 
 def test_masking_is_each_stages_own_or_one_for_all():
     own = load("recipe=psi", "psi.masking=full")
-    assert (masking_of(own, "psi"), masking_of(own, "cre"), masking_of(own, "eval")) == ("full", "masked", "masked")
+    assert (masking_of(own, "psi"), masking_of(own, "cre"), masking_of(own, "eval")) == (
+        "full",
+        "masked",
+        "masked",
+    )
     assert masking_of(load("recipe=psi", "psi.masking=full", "masking=mixed"), "psi") == "mixed"
 
 
@@ -138,7 +150,9 @@ def keys(node: dict, prefix: str = ""):
             yield f"{prefix}{key}"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_every_key_in_yaml_is_in_the_schema(path):
     text = path.read_text(encoding="utf-8")
     content = {k: v for k, v in (yaml.safe_load(text) or {}).items() if k not in ("defaults", "hydra")}
@@ -180,7 +194,9 @@ def test_budgets_differ_in_size_and_smoke_is_the_smallest():
 
 
 def test_an_unknown_budget_names_the_valid_ones():
-    with pytest.raises((ConfigError, OmegaConfBaseException), match=r"pipeline\.budget=huge is not one of smoke, demo, full"):
+    with pytest.raises(
+        (ConfigError, OmegaConfBaseException), match=r"pipeline\.budget=huge is not one of smoke, demo, full"
+    ):
         load("recipe=pipeline", "pipeline.budget=huge")
 
 
@@ -188,7 +204,10 @@ def test_an_unknown_budget_names_the_valid_ones():
 
 MISTAKES = {
     "sec.near_duplicate=0": ("sec.near_duplicate=0", "above 0 and at most 1"),
-    "data.history_policy=oldest": ("data.history_policy=oldest", "random, recent, most_similar, same_scenario"),
+    "data.history_policy=oldest": (
+        "data.history_policy=oldest",
+        "random, recent, most_similar, same_scenario",
+    ),
     "data.on_bad_row=ignore": ("data.on_bad_row=ignore", "fail, skip"),
     "model.kind=huge": ("model.kind=huge", "nano, hf"),
     "model.kind=endpoint": ("model=endpoint", "needs one with weights"),
@@ -200,7 +219,10 @@ MISTAKES = {
     "eval.split=dev": ("eval.split=dev", "train, val, test"),
     "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
     "masking.policy=some": ("masking.policy=some", "full, masked, history_dropout, mixed"),
-    "curriculum.schedule=fast": ("curriculum.schedule=fast", "linear, cosine, step, self_paced, uniform, anti"),
+    "curriculum.schedule=fast": (
+        "curriculum.schedule=fast",
+        "linear, cosine, step, self_paced, uniform, anti",
+    ),
     "curriculum.hard_by=luck": ("curriculum.hard_by=luck", "hardness, history, scenario"),
     "curriculum.mining_samples=1": ("curriculum.mining_samples=1", "curriculum.mine=false"),
     "curriculum.hard_share_end=1.5": ("curriculum.hard_share_end=1.5", "within 0 and 1"),
@@ -271,9 +293,17 @@ def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
 
 
 def test_no_more_engines_than_gpus(hydra):
-    asked = ("recipe=evaluate", "model=llama31_8b", "cluster=gpu8", "data=personaworld", "cluster.tensor_parallel=2")
+    asked = (
+        "recipe=evaluate",
+        "model=llama31_8b",
+        "cluster=gpu8",
+        "data=personaworld",
+        "cluster.tensor_parallel=2",
+    )
     assert load(*asked, "cluster.engines=4").cluster.engines == 4
-    with pytest.raises(ConfigError, match=r"cluster.engines=5 of cluster.tensor_parallel=2 would take 10 GPUs of 8"):
+    with pytest.raises(
+        ConfigError, match=r"cluster.engines=5 of cluster.tensor_parallel=2 would take 10 GPUs of 8"
+    ):
         load(*asked, "cluster.engines=5")
 
 
@@ -295,7 +325,9 @@ def test_a_mistake_is_told_in_one_sentence_that_names_its_key(override, plain):
 def test_rows_are_picked_of_votes_only():
     votes = load("recipe=build_data", "data=chatbot_arena", "+data.only.type=single")
     assert votes.data.only == {"type": "single"}
-    with pytest.raises(ConfigError, match=r"data\.only picks rows of votes, and data=prism is made of something else"):
+    with pytest.raises(
+        ConfigError, match=r"data\.only picks rows of votes, and data=prism is made of something else"
+    ):
         load("recipe=build_data", "data=prism", "+data.only.type=single")
 
 
@@ -305,7 +337,9 @@ def test_the_oracle_knows_its_own_world_only():
             load("recipe=pipeline", *given("pairs"), f"{section}=oracle")
 
 
-@pytest.mark.parametrize("override", ["psi.batch_siz=8", "modle.kind=nano", "psi.learning_rate=fast", "recipe=nope", "data=nope"])
+@pytest.mark.parametrize(
+    "override", ["psi.batch_siz=8", "modle.kind=nano", "psi.learning_rate=fast", "recipe=nope", "data=nope"]
+)
 def test_what_hydra_refuses(override):
     with pytest.raises(HydraException):
         load("recipe=pipeline", override)
@@ -318,45 +352,72 @@ def test_a_plus_does_not_carry_a_key_past_the_schema(override):
 
 
 def test_prototypes_are_read_for_hard_negatives_alone():
-    with pytest.raises(ConfigError, match=r"curriculum\.prototypes is read by curriculum\.construct=true alone"):
+    with pytest.raises(
+        ConfigError, match=r"curriculum\.prototypes is read by curriculum\.construct=true alone"
+    ):
         load("recipe=curriculum", "curriculum.prototypes=runs/a/prototypes")
 
 
 def test_a_self_paced_curriculum_needs_pass_rates():
-    with pytest.raises(ConfigError, match=r"schedule=self_paced .* needs curriculum\.hard_by=hardness, not history"):
+    with pytest.raises(
+        ConfigError, match=r"schedule=self_paced .* needs curriculum\.hard_by=hardness, not history"
+    ):
         load("recipe=curriculum", "curriculum.schedule=self_paced", "curriculum.hard_by=history")
 
 
 def test_free_dictionaries_take_keys():
-    config = load("recipe=build_data", *given("pairs"), "+data.only.shared_context='True'", "+data.only.language=en")
+    config = load(
+        "recipe=build_data", *given("pairs"), "+data.only.shared_context='True'", "+data.only.language=en"
+    )
     assert config.data.only == {"shared_context": "True", "language": "en"}
 
 
 def test_sizes_of_scaling():
     assert sizes(4) == (4,) and sizes([1, 4]) == (1, 4)
-    assert load("recipe=evaluate", "eval.ind=[1,8]").eval.ind == [1, 8] and load("recipe=evaluate", "eval.ind=2").eval.ind == 2
+    assert (
+        load("recipe=evaluate", "eval.ind=[1,8]").eval.ind == [1, 8]
+        and load("recipe=evaluate", "eval.ind=2").eval.ind == 2
+    )
 
 
 @pytest.mark.parametrize(
     "given_keys,sentence",
     [
         (["model=baseline", "model.name=taller"], r"model\.name=taller is not one of random, longer"),
-        (["eval.baselines=[longer,bradly_terry]"], r"eval\.baselines=bradly_terry is not one of .*bradley_terry"),
+        (
+            ["eval.baselines=[longer,bradly_terry]"],
+            r"eval\.baselines=bradly_terry is not one of .*bradley_terry",
+        ),
         (
             ["data=pairs", "data.path=x.parquet", "eval.baselines=[oracle]"],
             r"eval\.baselines=oracle knows data=personaworld only",
         ),
         (["model=callable", "model.name=score"], r"model\.name=score must be MODULE:FUNCTION"),
-        (["model=llama31_8b", "model.dtype=bfoat16"], r"model\.dtype=bfoat16 is not one of bfloat16, float32"),
-        (["model=llama31_8b", "model.attention=flash"], r"model\.attention=flash is not one of sdpa, flash_attention_2, eager"),
+        (
+            ["model=llama31_8b", "model.dtype=bfoat16"],
+            r"model\.dtype=bfoat16 is not one of bfloat16, float32",
+        ),
+        (
+            ["model=llama31_8b", "model.attention=flash"],
+            r"model\.attention=flash is not one of sdpa, flash_attention_2, eager",
+        ),
         (["model=endpoint", "model.name=x"], r"model=endpoint needs model\.base_url"),
         (
             ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=judge2"],
             r"model\.prompt=judge2 is not one of p_genrm, judge",
         ),
-        (["model=llama31_8b", "model.prompt=persona"], r"model\.prompt=persona takes two calls and needs model=endpoint"),
         (
-            ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=persona", "eval.split=train"],
+            ["model=llama31_8b", "model.prompt=persona"],
+            r"model\.prompt=persona takes two calls and needs model=endpoint",
+        ),
+        (
+            [
+                "model=endpoint",
+                "model.name=x",
+                "model.base_url=u",
+                "model.prompt=persona",
+                "eval.split=train",
+            ],
             "reads one history a user",
         ),
     ],
@@ -370,7 +431,9 @@ def test_models_to_evaluate_are_checked_before_anything_is_built(given_keys, sen
 def test_models_without_training_are_for_evaluation_only(model):
     keys = [f"model={model}", "model.name=m:f", "model.base_url=u"]
     assert load("recipe=evaluate", *keys).model.kind == model
-    with pytest.raises(ConfigError, match=rf"model={model} is for recipe=evaluate.*recipe=psi needs one with weights"):
+    with pytest.raises(
+        ConfigError, match=rf"model={model} is for recipe=evaluate.*recipe=psi needs one with weights"
+    ):
         load("recipe=psi", *keys)
 
 

@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.curriculum import HARD, REST, SCHEDULES, SUSPECT, CurriculumSampler, hard_share, too_common
+from pgenrm_train.curriculum.sampler import (
+    HARD,
+    REST,
+    SCHEDULES,
+    SUSPECT,
+    CurriculumSampler,
+    hard_share,
+    too_common,
+)
 from pgenrm_train.errors import ConfigError
 
 PAIRS, BATCH, STEPS = 60, 8, 40
@@ -28,7 +36,9 @@ def sampler(schedule: str = "linear", **changed: Any) -> CurriculumSampler:
         "prompts_per_step": BATCH, "steps": STEPS, "seed": 3, "schedule": schedule, "hard": HARD_ONES, "suspect": SUSPECTS,
         "suspect_weight": 0.5, "start": 0.2, "end": 0.8,
     }  # fmt: skip
-    return CurriculumSampler(len(given["hard"] if "hard" not in changed else changed["hard"] or [0] * PAIRS), **(given | changed))
+    return CurriculumSampler(
+        len(given["hard"] if "hard" not in changed else changed["hard"] or [0] * PAIRS), **(given | changed)
+    )
 
 
 def passes(pair: int, step: int) -> int:
@@ -46,7 +56,8 @@ def run(drawn: CurriculumSampler, steps: range) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "ends"), [("linear", (0.3, 0.8)), ("cosine", (0.3, 0.8)), ("step", (0.3, 0.8)), ("anti", (0.8, 0.3))]
+    ("schedule", "ends"),
+    [("linear", (0.3, 0.8)), ("cosine", (0.3, 0.8)), ("step", (0.3, 0.8)), ("anti", (0.8, 0.3))],
 )
 def test_share_runs_from_start_to_end_without_turning(schedule: str, ends: tuple[float, float]) -> None:
     shares = [hard_share(schedule, t / 50, 0.3, 0.8) for t in range(51)]
@@ -63,14 +74,20 @@ def test_unknown_schedule_is_named_with_the_valid_ones() -> None:
 @pytest.mark.parametrize(
     ("schedule", "share", "said"),
     [
-        ("linear", 0.73, r"73% of the pairs are hard and .*=linear draws 55% on average, fewer than without a schedule: narrow"),
+        (
+            "linear",
+            0.73,
+            r"73% of the pairs are hard and .*=linear draws 55% on average, fewer than without a schedule: narrow",
+        ),
         ("linear", 0.55, None),
         ("self_paced", 0.73, None),
         ("self_paced", 0.9, "90% .* draws 80%"),
         ("uniform", 0.9, None),
     ],
 )
-def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_told(schedule: str, share: float, said: str | None) -> None:
+def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_told(
+    schedule: str, share: float, said: str | None
+) -> None:
     found = too_common(schedule, np.arange(100) < round(100 * share), 0.3, 0.8)
     assert found is None if said is None else re.match(said, found or "")
 
@@ -84,7 +101,12 @@ def test_a_resumed_sampler_draws_what_an_uninterrupted_one_would(
     schedule: str, cut: int, second: int, seed: int, balanced: bool
 ) -> None:
     """Killed after `cut` steps and again after `second` more, from states that went through JSON."""
-    shape: dict[str, Any] = {"seed": seed, "users": USERS if balanced else None, "pass_rates": [0.5] * PAIRS, "chains": 4}
+    shape: dict[str, Any] = {
+        "seed": seed,
+        "users": USERS if balanced else None,
+        "pass_rates": [0.5] * PAIRS,
+        "chains": 4,
+    }
     whole = sampler(schedule, **shape)
     expected = run(whole, range(1, STEPS + 1))
     ends = [cut, min(cut + second, STEPS)]
@@ -114,9 +136,18 @@ def test_a_sampler_that_has_drawn_can_be_set_back() -> None:
     schedule=st.sampled_from(["linear", "cosine", "step", "anti"]), seed=st.integers(0, 10**6), batch=st.integers(1, 20),
     ends=st.tuples(st.floats(0, 1), st.floats(0, 1)), balanced=st.booleans(),
 )  # fmt: skip
-def test_realised_mix_follows_the_target(schedule: str, seed: int, batch: int, ends: tuple[float, float], balanced: bool) -> None:
+def test_realised_mix_follows_the_target(
+    schedule: str, seed: int, batch: int, ends: tuple[float, float], balanced: bool
+) -> None:
     """To within one pair over any number of steps: the fractions are carried, never lost."""
-    drawn = sampler(schedule, seed=seed, prompts_per_step=batch, start=ends[0], end=ends[1], users=USERS if balanced else None)
+    drawn = sampler(
+        schedule,
+        seed=seed,
+        prompts_per_step=batch,
+        start=ends[0],
+        end=ends[1],
+        users=USERS if balanced else None,
+    )
     wanted = found = 0.0
     for step in range(1, STEPS + 1):
         pairs = drawn.next_batch(step)
@@ -155,14 +186,25 @@ def test_users_take_turns() -> None:
     seen = Counter(USERS[i] for step in range(1, STEPS + 1) for i in drawn.next_batch(step))
     assert max(seen.values()) - min(seen.values()) <= 1
     plain = sampler("uniform")
-    assert Counter(USERS[i] for step in range(1, STEPS + 1) for i in plain.next_batch(step))["u9"] > 5 * seen["u9"]
+    assert (
+        Counter(USERS[i] for step in range(1, STEPS + 1) for i in plain.next_batch(step))["u9"]
+        > 5 * seen["u9"]
+    )
 
 
 def test_self_paced_draws_what_wavers_now() -> None:
-    drawn = sampler("self_paced", suspect=None, hard=[True] * 30 + [False] * 30, pass_rates=[0.5] * 30 + [1.0] * 30, chains=4)
+    drawn = sampler(
+        "self_paced",
+        suspect=None,
+        hard=[True] * 30 + [False] * 30,
+        pass_rates=[0.5] * 30 + [1.0] * 30,
+        chains=4,
+    )
     first = drawn.next_batch(1)
     learnt = [i for i in first if i < 30]
-    drawn.observe((i, 4, 4) for i in learnt)  # with the mined half, 6 of 6·½ … : rate (1 + 4) / (2 + 4) > 0.75
+    drawn.observe(
+        (i, 4, 4) for i in learnt
+    )  # with the mined half, 6 of 6·½ … : rate (1 + 4) / (2 + 4) > 0.75
     assert drawn.pass_rate(learnt[0]) == pytest.approx(5 / 6)
     assert [drawn.bucket_of(i) for i in learnt] == [REST] * len(learnt)
     drawn.observe([(learnt[0], 0, 4)])
@@ -180,7 +222,9 @@ def test_self_paced_fills_up_with_others_when_the_band_is_empty() -> None:
 
 
 def test_when_all_is_learnt_or_doubtful_training_goes_on() -> None:
-    drawn = sampler("self_paced", hard=[True] * 30 + [False] * 30, suspect=[False] * 32 + [True] * 28, suspect_weight=0.0)
+    drawn = sampler(
+        "self_paced", hard=[True] * 30 + [False] * 30, suspect=[False] * 32 + [True] * 28, suspect_weight=0.0
+    )
     for step in range(1, 80):
         batch = drawn.next_batch(step)
         drawn.observe((i, 4, 4) for i in batch)
@@ -237,7 +281,12 @@ def test_the_state_grows_with_what_was_drawn_and_not_with_the_pairs() -> None:
     sizes = []
     for pairs in (1_000, 100_000):
         drawn = CurriculumSampler(
-            pairs, prompts_per_step=BATCH, steps=STEPS, seed=0, schedule="linear", hard=np.arange(pairs) % 2 == 0
+            pairs,
+            prompts_per_step=BATCH,
+            steps=STEPS,
+            seed=0,
+            schedule="linear",
+            hard=np.arange(pairs) % 2 == 0,
         )
         run(drawn, range(1, 11))
         sizes.append(len(json.dumps(drawn.state_dict())))
@@ -248,7 +297,7 @@ def test_the_state_grows_with_what_was_drawn_and_not_with_the_pairs() -> None:
 @given(st.data())
 def test_decks_hold_what_a_plain_model_holds(data: st.DataObject) -> None:
     """Random operations against sets: members, sizes, and no card twice in a round."""
-    from pgenrm_train.decks import Decks
+    from pgenrm_train.curriculum.decks import Decks
 
     size, decks = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
     deck_of = np.array(data.draw(st.lists(st.integers(0, decks - 1), min_size=size, max_size=size)))

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgenrm_train.errors import ConfigError
-from pgenrm_train.hard_negatives import FLIP, NEAR_TIE, PROTOTYPE_FLIP, hard_negatives, near_ties
-from pgenrm_train.hardness import (
+from pgenrm_train.curriculum.hard_negatives import FLIP, NEAR_TIE, PROTOTYPE_FLIP, hard_negatives, near_ties
+from pgenrm_train.curriculum.hardness import (
     SIGNALS,
     Votes,
     harder_half,
@@ -24,7 +23,8 @@ from pgenrm_train.hardness import (
     similarity,
     wavers,
 )
-from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.records.pairs import Message, PreferencePair
 
 NAN = float("nan")
 
@@ -34,11 +34,27 @@ def pair(
 ) -> PreferencePair:
     chosen_score, rejected_score = scores or (None, None)
     context = (Message("user", more.pop("query", "q")),)
-    return PreferencePair(name, user, context, chosen, rejected, chosen_score=chosen_score, rejected_score=rejected_score, **more)
+    return PreferencePair(
+        name,
+        user,
+        context,
+        chosen,
+        rejected,
+        chosen_score=chosen_score,
+        rejected_score=rejected_score,
+        **more,
+    )
 
 
 def mined(**changed: Any) -> dict[str, Any]:
-    row = {"pass_rate": 0.5, "margin": 0.2, "verified_margin": None, "order_gap": 0.0, "samples": 4, "failures": 0}
+    row = {
+        "pass_rate": 0.5,
+        "margin": 0.2,
+        "verified_margin": None,
+        "order_gap": 0.0,
+        "samples": 4,
+        "failures": 0,
+    }
     return row | changed
 
 
@@ -68,7 +84,10 @@ def test_suspect_is_a_confident_and_consistent_contradiction(row: dict[str, Any]
 
 
 def test_the_record_says_why() -> None:
-    pairs = [pair(f"p{i}", "u", "the same words here", f"the same words {'other ' * i}", (50, 50 - i)) for i in range(4)]
+    pairs = [
+        pair(f"p{i}", "u", "the same words here", f"the same words {'other ' * i}", (50, 50 - i))
+        for i in range(4)
+    ]
     record = records(
         [p.pair_id for p in pairs],
         [mined(), mined(order_gap=1.0), mined(pass_rate=1.0), mined()],
@@ -109,7 +128,12 @@ def test_a_cold_start_calls_the_harder_half_hard() -> None:
     ("by", "values", "hard", "why"),
     [
         ("history", [3.0, 3.0, 0.0, 1.0, 3.0], [False, False, True, True, False], "short history (0 items)"),
-        ("scenario", [0.6, 0.6, 0.2, 0.2, 0.6], [False, False, True, True, False], "rare scenario (20.0% of the pairs)"),
+        (
+            "scenario",
+            [0.6, 0.6, 0.2, 0.2, 0.6],
+            [False, False, True, True, False],
+            "rare scenario (20.0% of the pairs)",
+        ),
     ],
 )
 def test_another_order_than_hardness(by: str, values: list[float], hard: list[bool], why: str) -> None:
@@ -126,7 +150,14 @@ def test_ranks_are_those_of_scipy_scaled_and_gaps_stay_unknown() -> None:
     from scipy.stats import rankdata
 
     values = np.array([3.0, 1.0, 1.0, NAN, 7.0])
-    found = ranks({"similarity": values, "length_ratio": np.ones(5), "rating_gap": np.full(5, NAN), "disagreement": values / 10})
+    found = ranks(
+        {
+            "similarity": values,
+            "length_ratio": np.ones(5),
+            "rating_gap": np.full(5, NAN),
+            "disagreement": values / 10,
+        }
+    )
     known = np.isfinite(values)
     assert found["similarity"][known] == pytest.approx((rankdata(values[known]) - 1) / 3)
     assert np.isnan(found["similarity"][3])
@@ -152,7 +183,11 @@ def test_similarity_is_symmetric_and_bounded(one: str, other: str) -> None:
 def test_an_embedder_may_say_how_alike_the_responses_are() -> None:
     """By the angle of their embeddings; the other signals stay."""
     direction = {"north": (1.0, 0.0), "east": (0.0, 1.0), "north-east": (0.6, 0.8)}
-    pairs = [pair("1", "u", "north", "east"), pair("2", "u", "north", "north-east"), pair("3", "u", "east", "east")]
+    pairs = [
+        pair("1", "u", "north", "east"),
+        pair("2", "u", "north", "north-east"),
+        pair("3", "u", "east", "east"),
+    ]
     found, plain = (
         signals(pairs, Votes(pairs), lambda texts: np.array([direction[t] for t in texts])),
         signals(pairs, Votes(pairs)),
@@ -224,24 +259,35 @@ def test_held_out_votes_neither_count_nor_come_back() -> None:
         ({"x": 80, "z": 60}, 10.0, []),
     ],
 )
-def test_near_ties_join_neighbours(ratings: dict[str, float], near: float, expected: list[tuple[str, str]]) -> None:
+def test_near_ties_join_neighbours(
+    ratings: dict[str, float], near: float, expected: list[tuple[str, str]]
+) -> None:
     pairs = [pair(f"p{text}", "u", text, "low", (score, 1)) for text, score in ratings.items()]
     assert [(p.chosen, p.rejected) for p in near_ties(pairs, near)] == expected
 
 
 def test_a_text_rated_twice_and_differently_is_left_out() -> None:
-    pairs = [pair("1", "u", "x", "y", (80, 10)), pair("2", "u", "x", "w", (50, 10)), pair("3", "u", "z", "y", (82, 10))]
+    pairs = [
+        pair("1", "u", "x", "y", (80, 10)),
+        pair("2", "u", "x", "w", (50, 10)),
+        pair("3", "u", "z", "y", (82, 10)),
+    ]
     assert all("x" not in (p.chosen, p.rejected) for p in near_ties(pairs, 10))
 
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4), st.integers(0, 100), st.integers(0, 100)), max_size=25
+        st.tuples(
+            st.integers(0, 3), st.integers(0, 4), st.integers(0, 4), st.integers(0, 100), st.integers(0, 100)
+        ),
+        max_size=25,
     )
 )
 def test_every_near_tie_agrees_with_its_users_ratings(rows: list[tuple[int, int, int, int, int]]) -> None:
     pairs = [
-        pair(f"p{n}", f"u{user}", f"r{a}", f"r{b}", (max(x, y), min(x, y))) for n, (user, a, b, x, y) in enumerate(rows) if a != b
+        pair(f"p{n}", f"u{user}", f"r{a}", f"r{b}", (max(x, y), min(x, y)))
+        for n, (user, a, b, x, y) in enumerate(rows)
+        if a != b
     ]
     given_keys = {(p.user_id, key_of(p)) for p in pairs}
     for tie in near_ties(pairs, 10):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import log_expit
 
-from data_builders import features, text_features
-from data_builders.features import FeatureTeacher
-from data_builders.text_features import FEATURES, measure, measure_many
-from pgenrm_train.chains import Chain, parse_chain
+from data_builders.teachers import features, text_features
+from data_builders.teachers.features import FeatureTeacher
+from data_builders.teachers.text_features import FEATURES, measure, measure_many
+from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
+from pgenrm_train.records.pairs import Example, HistoryItem, Message, PreferencePair
 
 LENGTH = FEATURES.index("length")
 CONTEXT = (Message("user", "Which one?"),)
@@ -67,7 +67,18 @@ def test_any_text_measures_finite(anything):
 
 
 @pytest.mark.parametrize(
-    "odd", ["", "   \n", "!!!", "你好世界。这是一个测试。", "Привет, мир.", "مرحبا بالعالم", "🙂" * 50, "a" * 5000, "\ud800"]
+    "odd",
+    [
+        "",
+        "   \n",
+        "!!!",
+        "你好世界。这是一个测试。",
+        "Привет, мир.",
+        "مرحبا بالعالم",
+        "🙂" * 50,
+        "a" * 5000,
+        "\ud800",
+    ],
 )
 def test_odd_texts_measure_finite(odd):
     assert np.isfinite(measure(odd)).all()
@@ -96,7 +107,11 @@ def test_feature_and_pole_names_are_distinct_lower_case_words():
             "Notwithstanding considerable atmospheric turbulence, precipitation remained negligible.",
         ),
         ("vocabulary", "Red green blue white black.", "Red red red red red."),
-        ("reasoning", "It fell because it was heavy, therefore it broke.", "It fell and it was heavy and it broke apart."),
+        (
+            "reasoning",
+            "It fell because it was heavy, therefore it broke.",
+            "It fell and it was heavy and it broke apart.",
+        ),
         ("warmth", "Thank you dear friend, glad to help.", "The bolt is made of common steel."),
         ("polish", "It rains. We stay.", "it rains ,,we stay cant go"),
         ("numbers", "In 1990 about 40 of 55 left.", "In that year most of them left."),
@@ -163,7 +178,10 @@ def test_precision_follows_the_personal_signal():
 
     def noisy(longer):
         rows = [
-            v for i in range(20) for j in range(12) for v in votes(f"user-{i}", 1, longer(i) ^ (j % 3 == 0), seed=100 * i + j)
+            v
+            for i in range(20)
+            for j in range(12)
+            for v in votes(f"user-{i}", 1, longer(i) ^ (j % 3 == 0), seed=100 * i + j)
         ]
         return [dataclasses.replace(row, conversation_id=str(n)) for n, row in enumerate(rows)]
 
@@ -174,7 +192,12 @@ def test_precision_follows_the_personal_signal():
 def test_rows_of_one_conversation_stay_in_one_fold():
     """A vote repeated within a conversation says nothing about the user's next one; counted apart, it would look like taste."""
     coin = np.random.default_rng(0)
-    once = [v for i in range(30) for j in range(6) for v in votes(f"user-{i}", 1, bool(coin.integers(2)), seed=50 * i + j)]
+    once = [
+        v
+        for i in range(30)
+        for j in range(6)
+        for v in votes(f"user-{i}", 1, bool(coin.integers(2)), seed=50 * i + j)
+    ]
     repeated = [dataclasses.replace(v, conversation_id=str(n)) for n, v in enumerate(once) for _ in range(5)]
     apart = [dataclasses.replace(v, conversation_id=str(n)) for n, v in enumerate(repeated)]
     assert FeatureTeacher().fit(repeated).tau > FeatureTeacher().fit(apart).tau
@@ -244,7 +267,9 @@ def test_scores_are_order_equivariant_and_within_the_scale(teacher):
     scores = teacher.score("contrary", [], "q", responses)
     assert teacher.score("contrary", [], "q", responses[::-1]) == scores[::-1]
     assert all(1 <= s <= 10 for s in scores)
-    parts, backwards = (teacher.chain_parts(example("contrary", tuple(r))) for r in (responses, responses[::-1]))
+    parts, backwards = (
+        teacher.chain_parts(example("contrary", tuple(r))) for r in (responses, responses[::-1])
+    )
     assert backwards.scores == parts.scores[::-1]
     assert backwards.criteria == parts.criteria
 
@@ -252,7 +277,9 @@ def test_scores_are_order_equivariant_and_within_the_scale(teacher):
 def test_equal_texts_tie_with_and_without_jitter(teacher):
     assert len(set(teacher.score("contrary", [], "q", ("same words", "same words")))) == 1
     for seed in range(5):
-        first, second = teacher.chain_parts(example("contrary", ("same words", "same words")), np.random.default_rng(seed)).scores
+        first, second = teacher.chain_parts(
+            example("contrary", ("same words", "same words")), np.random.default_rng(seed)
+        ).scores
         assert first == second
 
 
@@ -310,7 +337,10 @@ def test_jitter_is_at_most_one_and_repeats_with_its_seed(teacher):
     rng = np.random.default_rng(2)
     asked = example("contrary", (text(rng, 8), text(rng, 50)))
     plain = np.array(teacher.chain_parts(asked).scores)
-    jittered = [np.array(teacher.chain_parts(asked, np.random.default_rng(seed)).scores) for seed in (1, 1, *range(2, 12))]
+    jittered = [
+        np.array(teacher.chain_parts(asked, np.random.default_rng(seed)).scores)
+        for seed in (1, 1, *range(2, 12))
+    ]
     assert all(np.abs(j - plain).max() <= 1 and j.min() >= 1 and j.max() <= 10 for j in jittered)
     np.testing.assert_array_equal(jittered[0], jittered[1])
     assert any((j != plain).any() for j in jittered)

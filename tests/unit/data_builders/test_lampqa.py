@@ -7,15 +7,26 @@ from collections import Counter
 
 import pytest
 
-from data_builders import lampqa
-from pgenrm_train import masking, prompts, questions, records
+from data_builders.sources import lampqa
 from pgenrm_train.config import Config, DataConfig, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.masking import FullView, MaskedView, apply_masking
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.questions import Answer, ProfileItem, Question, QuestionSecret, read_answers, read_questions, read_secrets
-from pgenrm_train.raw_rows import LeftOut
-from pgenrm_train.records import HistoryItem, Message
+from pgenrm_train.prompts import masking
+from pgenrm_train.prompts import messages as prompts
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records import pairs as records
+from pgenrm_train.records import questions
+from pgenrm_train.records.pairs import HistoryItem, Message
+from pgenrm_train.records.questions import (
+    Answer,
+    ProfileItem,
+    Question,
+    QuestionSecret,
+    read_answers,
+    read_questions,
+    read_secrets,
+)
+from pgenrm_train.records.raw_rows import LeftOut
 from recipes import build_data
 
 
@@ -48,7 +59,9 @@ def build(tmp_path, answers=None, rows=None, **data):
 
 
 ANSWERS = [
-    {"id": f"q{n}", "model": m, "answer": f"{m} on {n}", "rubric_score": s} for n in (0, 10) for m, s in (("a", 0.5), ("b", None))
+    {"id": f"q{n}", "model": m, "answer": f"{m} on {n}", "rubric_score": s}
+    for n in (0, 10)
+    for m, s in (("a", 0.5), ("b", None))
 ]
 
 
@@ -62,7 +75,9 @@ def test_the_test_questions_of_three_subsets_are_built(tmp_path, capsys):
     )
     assert "left out 6 profile items that are the question itself" in capsys.readouterr().out
     assert read_secrets(folder)[1].rubric_aspects[0].evidence == "EVIDENCE 1"
-    assert read_answers(folder) == [Answer(a["id"], a["model"], a["answer"], a["rubric_score"]) for a in ANSWERS]
+    assert read_answers(folder) == [
+        Answer(a["id"], a["model"], a["answer"], a["rubric_score"]) for a in ANSWERS
+    ]
     assert facts["answers_by_model"] == {"a": 2, "b": 2} and facts["graded_answers"] == 2
     assert "| answers by model: a | 2 |" in (folder / "README.md").read_text()
 
@@ -70,7 +85,9 @@ def test_the_test_questions_of_three_subsets_are_built(tmp_path, capsys):
 def test_without_answers_there_is_no_file_of_them_and_it_is_said(tmp_path):
     build(tmp_path, ANSWERS)
     folder, facts = build(tmp_path)
-    assert facts["answers"] == 0 and not (folder / "answers.parquet").exists(), "an earlier build's answers do not stay"
+    assert facts["answers"] == 0 and not (folder / "answers.parquet").exists(), (
+        "an earlier build's answers do not stay"
+    )
     with pytest.raises(ArtifactError, match=r"data\.answers=FILE"):
         read_answers(folder)
     with pytest.raises(ArtifactError, match="recipe=build_data data=lampqa"):
@@ -80,7 +97,9 @@ def test_without_answers_there_is_no_file_of_them_and_it_is_said(tmp_path):
 def test_rubric_and_narrative_stand_in_their_own_file_only(tmp_path):
     folder, _ = build(tmp_path, ANSWERS)
     for file in folder.iterdir():
-        found = [word for word in (b"NARRATIVE", b"ASPECT", b"REASON", b"EVIDENCE") if word in file.read_bytes()]
+        found = [
+            word for word in (b"NARRATIVE", b"ASPECT", b"REASON", b"EVIDENCE") if word in file.read_bytes()
+        ]
         assert bool(found) == (file.name == "secrets.parquet"), file.name
 
 
@@ -99,7 +118,15 @@ def members(kind) -> set[type]:
 
 def test_no_record_that_a_prompt_is_written_from_can_hold_a_secret():
     secret = {QuestionSecret, questions.Aspect}
-    for kind in (Question, Answer, MaskedView, FullView, records.Example, records.PreferencePair, masking.Supervision):
+    for kind in (
+        Question,
+        Answer,
+        MaskedView,
+        FullView,
+        records.Example,
+        records.PreferencePair,
+        masking.Supervision,
+    ):
         assert not members(kind) & secret, kind
     assert members(QuestionSecret) == secret
     view = typing.get_type_hints(prompts.chat_messages)["view"]
@@ -146,7 +173,10 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, change, said):
         ({"answer": None}, "row 4, field 'answer': expected a non-empty text"),
         ({"model": 3}, "row 4, field 'model'"),
         ({"rubric_score": "good"}, "row 4, field 'rubric_score': expected a finite number or null"),
-        ({"model": "a"}, "row 4: expected one answer of a model to a question, got a second one of 'a' to 'q10'"),
+        (
+            {"model": "a"},
+            "row 4: expected one answer of a model to a question, got a second one of 'a' to 'q10'",
+        ),
     ],
 )
 def test_a_bad_answer_is_named(tmp_path, change, said):

@@ -7,20 +7,27 @@ import statistics
 
 import pytest
 
-from data_builders.oracle import OracleTeacher, advantage, judge_for_rewards, oracle_judge, read_criteria
-from data_builders.personaworld import OPPOSITE, POLES, Response, build, read_response
-from pgenrm_train.chains import Chain, parse_chain, write_chain
+from data_builders.sources.personaworld import OPPOSITE, POLES, Response, build, read_response
+from data_builders.teachers.oracle import (
+    OracleTeacher,
+    advantage,
+    judge_for_rewards,
+    oracle_judge,
+    read_criteria,
+)
+from pgenrm_train.chains.chain import Chain, parse_chain, write_chain
 from pgenrm_train.config import DataConfig
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import present
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import present
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message
 
 PAIRS = list(build(DataConfig(users=60, heldout_users=60), 5))
 TEST = [p for p in PAIRS if p.split == "test"]
 HISTORY = HistorySampler(PAIRS, size=3, policy="random")
 CRITERIA = ("formal", "direct", "warm")
 STATED = ExplicitSignals(
-    f"For work I want {CRITERIA[0]} above all, then {CRITERIA[1]}, then {CRITERIA[2]}.", "People call me a buddy."
+    f"For work I want {CRITERIA[0]} above all, then {CRITERIA[1]}, then {CRITERIA[2]}.",
+    "People call me a buddy.",
 )
 
 
@@ -71,7 +78,9 @@ def test_equal_attributes_get_equal_scores():
 
 def test_an_attribute_earns_its_opposite_costs_and_silence_does_neither():
     for seed in range(20):
-        chain = parse_chain(OracleTeacher(seed).write(an_example(rendered("formal", "listed"), rendered("casual", "listed"))))
+        chain = parse_chain(
+            OracleTeacher(seed).write(an_example(rendered("formal", "listed"), rendered("casual", "listed")))
+        )
         has, lacks = chain.criterion_scores[0][0], chain.criterion_scores[1][0]
         assert has > 5 > lacks and chain.criterion_scores[0][1] == chain.criterion_scores[1][1] == 5
 
@@ -79,7 +88,9 @@ def test_an_attribute_earns_its_opposite_costs_and_silence_does_neither():
 def test_the_label_is_never_used():
     for pair in TEST[:80]:
         example = present(pair, HISTORY(pair), 0)
-        assert OracleTeacher().write(example) == OracleTeacher().write(dataclasses.replace(example, chosen_index=1))
+        assert OracleTeacher().write(example) == OracleTeacher().write(
+            dataclasses.replace(example, chosen_index=1)
+        )
 
 
 def test_scores_are_attached_to_texts_not_to_their_roles():
@@ -92,7 +103,9 @@ def test_scores_are_attached_to_texts_not_to_their_roles():
 
 
 def test_the_presentation_order_does_not_favour_a_place():
-    first = [parse_chain(OracleTeacher().write(present(p, (), order))).scores for p in TEST for order in (0, 1)]
+    first = [
+        parse_chain(OracleTeacher().write(present(p, (), order))).scores for p in TEST for order in (0, 1)
+    ]
     wins = sum((a > b) - (a < b) for a, b in first)
     assert abs(wins) / len(first) < 0.08
 
@@ -106,11 +119,18 @@ def test_accuracy_where_quality_is_equal():
 def test_quality_is_overweighed_where_the_rejected_response_is_of_better_quality():
     rivals = [p for p in TEST if p.kind == "rival" and not equal_quality(p)]
     accuracy = statistics.fmean(hit(p, order) for p in rivals for order in (0, 1))
-    assert len(rivals) > 20 and 0.2 < accuracy < 0.9  # headroom for RL, and something for rejection sampling to keep
+    assert (
+        len(rivals) > 20 and 0.2 < accuracy < 0.9
+    )  # headroom for RL, and something for rejection sampling to keep
 
 
 def test_another_attempt_often_mends_a_chain_that_ranks_wrongly():
-    wrong = [(p, order) for p in TEST for order in (0, 1) if p.kind == "rival" and not equal_quality(p) and not hit(p, order)]
+    wrong = [
+        (p, order)
+        for p in TEST
+        for order in (0, 1)
+        if p.kind == "rival" and not equal_quality(p) and not hit(p, order)
+    ]
     mended = [any(hit(p, order, attempt) for attempt in range(1, 8)) for p, order in wrong]
     assert wrong and statistics.fmean(mended) > 0.3
 
@@ -126,7 +146,9 @@ def test_the_teacher_refuses_what_is_not_of_its_world(example):
 
 
 def test_advantage_is_what_the_chosen_one_has_over_the_other():
-    assert advantage(HistoryItem("q", rendered("formal", "direct"), rendered("formal", "cautious"))) == ("direct",)
+    assert advantage(HistoryItem("q", rendered("formal", "direct"), rendered("formal", "cautious"))) == (
+        "direct",
+    )
     assert advantage(HistoryItem("q", "Something else.", rendered("formal"))) == ()
 
 
@@ -145,7 +167,9 @@ def verdict(weights: dict[str, float], criteria: tuple[str, ...] = CRITERIA) -> 
 def test_the_true_weights_earn_everything_and_opposites_nothing():
     true = dict(zip((*CRITERIA, "quality"), (45, 30, 15, 10), strict=True))
     assert verdict(true) == pytest.approx(1.0)
-    assert verdict({name: 10 * weight for name, weight in true.items()}) == pytest.approx(1.0)  # shares count, not sums
+    assert verdict({name: 10 * weight for name, weight in true.items()}) == pytest.approx(
+        1.0
+    )  # shares count, not sums
     assert verdict({OPPOSITE[c]: 30 for c in CRITERIA}) == 0.0
     assert verdict({OPPOSITE[CRITERIA[0]]: 50, CRITERIA[1]: 30, "quality": 20}) == 0.0
     assert verdict({"nonsense": 100}) == 0.0
@@ -165,7 +189,10 @@ def test_naming_every_attribute_earns_no_more_than_naming_random_ones():
         {**dict.fromkeys(POLES, 9), "quality": 10},
         {**dict.fromkeys(POLES, 1), "quality": 90},
     )
-    users = [tuple(rng.choice(axis) for axis in rng.sample([POLES[i : i + 2] for i in range(0, 10, 2)], 3)) for _ in range(300)]
+    users = [
+        tuple(rng.choice(axis) for axis in rng.sample([POLES[i : i + 2] for i in range(0, 10, 2)], 3))
+        for _ in range(300)
+    ]
     guesses = []
     for criteria in users:
         poles = [rng.choice(axis) for axis in rng.sample([POLES[i : i + 2] for i in range(0, 10, 2)], 3)]
@@ -177,7 +204,9 @@ def test_naming_every_attribute_earns_no_more_than_naming_random_ones():
 def test_scores_lie_between_0_and_1_whatever_is_named():
     rng = random.Random(1)
     for _ in range(200):
-        named = {name: rng.randint(0, 100) for name in rng.sample([*POLES, "quality", "other"], rng.randint(1, 8))}
+        named = {
+            name: rng.randint(0, 100) for name in rng.sample([*POLES, "quality", "other"], rng.randint(1, 8))
+        }
         if sum(named.values()):
             assert 0.0 <= verdict(named) <= 1.0
 
@@ -198,6 +227,9 @@ def test_a_chain_without_criteria_earns_nothing():
 
 
 def test_the_judge_for_rewards_reads_what_rides_beside_the_prompt():
-    judge, text = judge_for_rewards(anything=1), chain_naming({"formal": 45, "direct": 30, "warm": 15, "quality": 10})
+    judge, text = (
+        judge_for_rewards(anything=1),
+        chain_naming({"formal": 45, "direct": 30, "warm": 15, "quality": 10}),
+    )
     assert judge(text, {"criteria": STATED.criteria}) == pytest.approx(1.0)
     assert judge(text, {}) is None

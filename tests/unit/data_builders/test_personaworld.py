@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from data_builders.personaworld import (
+from data_builders.sources.personaworld import (
     AXIS,
     KINDS,
     OPPOSITE,
@@ -59,11 +59,16 @@ def test_ids_are_unique_and_users_stay_in_their_split(pairs):
 
 def test_a_held_out_user_has_a_history_part_and_a_query_part(pairs):
     for pair in pairs:
-        assert pair.split in {"train": ("train",), "val": ("train", "val"), "test": ("train", "test")}[pair.user_split]
+        assert (
+            pair.split
+            in {"train": ("train",), "val": ("train", "val"), "test": ("train", "test")}[pair.user_split]
+        )
         if pair.split == "train" and pair.user_split != "train":
             assert pair.kind == "medium" and not pair.trains
     history = Counter((p.user_id, p.scenario) for p in pairs if p.user_split == "test" and p.split == "train")
-    assert set(history.values()) == {2}  # every scenario is covered, so that the history can tell what matters there
+    assert set(history.values()) == {
+        2
+    }  # every scenario is covered, so that the history can tell what matters there
 
 
 @pytest.mark.parametrize("poles", [("formal", "direct", "warm"), ("casual",), ()])
@@ -75,7 +80,8 @@ def test_a_rendered_response_is_read_back(poles, quality):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Hello there.", "Dear reader.", "Dear reader. Hello. Well researched.", "Well researched. Dear"]
+    "text",
+    ["", "Hello there.", "Dear reader.", "Dear reader. Hello. Well researched.", "Well researched. Dear"],
 )
 def test_other_texts_are_not_read(text):
     assert read_response(text) is None
@@ -90,7 +96,9 @@ def test_every_text_is_read_back_and_says_the_same_axes(pairs):
 
 def test_explicit_criteria_never_occur_in_a_response_or_query(pairs):
     for pair in pairs:
-        words = {w.strip(".,?").lower() for text in (pair.chosen, pair.rejected, pair.query) for w in text.split()}
+        words = {
+            w.strip(".,?").lower() for text in (pair.chosen, pair.rejected, pair.query) for w in text.split()
+        }
         assert not words & {*POLES, *PROTOTYPES}
         assert pair.explicit.criteria not in (pair.chosen, pair.rejected)
 
@@ -129,7 +137,9 @@ def test_kinds_are_as_defined(pairs):
     for pair in pairs:
         chosen, rejected = responses(pair)
         differing = sum(a != b for a, b in zip(chosen.poles, rejected.poles, strict=True))
-        population = WORLD.population_utility(pair.scenario, chosen) - WORLD.population_utility(pair.scenario, rejected)
+        population = WORLD.population_utility(pair.scenario, chosen) - WORLD.population_utility(
+            pair.scenario, rejected
+        )
         match pair.kind:
             case "easy":
                 assert chosen.quality == "good" and rejected.quality == "bad"
@@ -137,8 +147,12 @@ def test_kinds_are_as_defined(pairs):
                 assert chosen.quality == rejected.quality and differing >= 2
             case "hard":
                 assert chosen.quality == rejected.quality and differing == 1
-                (axis,) = (i for i, (a, b) in enumerate(zip(chosen.poles, rejected.poles, strict=True)) if a != b)
-                assert {chosen.poles[axis], rejected.poles[axis]} & set(stated(pair)[1])  # it is one that the user cares for
+                (axis,) = (
+                    i for i, (a, b) in enumerate(zip(chosen.poles, rejected.poles, strict=True)) if a != b
+                )
+                assert {chosen.poles[axis], rejected.poles[axis]} & set(
+                    stated(pair)[1]
+                )  # it is one that the user cares for
             case "rival":
                 assert population < 0
             case _:
@@ -192,15 +206,23 @@ def test_no_surface_rule_decides_among_equal_quality(pairs):
 
 def test_label_noise_is_there_and_small(pairs):
     votes = [p for p in pairs if not p.pair_id.endswith("-twin")]
-    against = [p for p in votes if utility(stated(p)[1], responses(p)[0]) < utility(stated(p)[1], responses(p)[1])]
+    against = [
+        p for p in votes if utility(stated(p)[1], responses(p)[0]) < utility(stated(p)[1], responses(p)[1])
+    ]
     assert 0 < len(against) / len(votes) < 0.03
     for pair in votes:  # nothing within the margin is put to a vote
-        assert abs(utility(stated(pair)[1], responses(pair)[0]) - utility(stated(pair)[1], responses(pair)[1])) >= 0.15 - 1e-9
+        assert (
+            abs(utility(stated(pair)[1], responses(pair)[0]) - utility(stated(pair)[1], responses(pair)[1]))
+            >= 0.15 - 1e-9
+        )
 
 
 def test_utility_counts_what_is_cared_for_by_rank():
     criteria = ("formal", "direct", "warm")
-    best, worst = Response(("formal", "direct", "warm"), "good"), Response(("casual", "cautious", "brisk"), "bad")
+    best, worst = (
+        Response(("formal", "direct", "warm"), "good"),
+        Response(("casual", "cautious", "brisk"), "bad"),
+    )
     assert utility(criteria, best) == pytest.approx(1.0) and utility(criteria, worst) == pytest.approx(-1.0)
     silent = Response(("listed",), "good")
     assert utility(criteria, silent) == pytest.approx(0.10)

@@ -6,15 +6,16 @@ from collections import Counter
 
 import pytest
 
-from data_builders import hub
-from data_builders.personal_reward_bench import build as build_personalised
-from data_builders.prism import build
-from pgenrm_train.artifacts import StageFolder, write_table
+from data_builders.sources import hub
+from data_builders.sources.personal_reward_bench import build as build_personalised
+from data_builders.sources.prism import build
 from pgenrm_train.config import Config, DataConfig, load
 from pgenrm_train.errors import DataError
-from pgenrm_train.raw_rows import LeftOut
+from pgenrm_train.files import write_table
+from pgenrm_train.prompts.writer import load_pairs
+from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
-from pgenrm_train.stages.inputs import load_pairs
 
 SURVEY = {
     "user_id": "user0", "self_description": "A cook.", "system_string": "Be brief.",
@@ -76,7 +77,11 @@ def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path):
 def test_the_context_is_the_conversation_that_the_user_went_on_with(tmp_path):
     first, *_, last = pairs(write(tmp_path))
     assert [(m.role, m.content) for m in first.context] == [("user", "Hi")]
-    assert [(m.role, m.content) for m in last.context] == [("user", "Hi"), ("assistant", "A"), ("user", "More")]
+    assert [(m.role, m.content) for m in last.context] == [
+        ("user", "Hi"),
+        ("assistant", "A"),
+        ("user", "More"),
+    ]
 
 
 def test_a_conversation_without_a_chosen_response_ends_there(tmp_path):
@@ -88,7 +93,9 @@ def test_a_conversation_without_a_chosen_response_ends_there(tmp_path):
 def test_what_the_user_stated_is_typed_and_the_feedback_is_nowhere(tmp_path):
     first = pairs(write(tmp_path))[0]
     assert (
-        first.explicit.style == "Be brief." and first.explicit.self_description == "A cook." and first.explicit.criteria is None
+        first.explicit.style == "Be brief."
+        and first.explicit.self_description == "A cook."
+        and first.explicit.criteria is None
     )
     assert first.explicit.attributes == (("values", 60.0), ("fluency", 90.0), ("factuality", 80.0)), (
         "of this conversation, the survey's for the rest, nulls left out"
@@ -106,7 +113,11 @@ def world(users=40, conversations=10):
     talk = CONVERSATION["conversation_history"]
     rows = [
         CONVERSATION
-        | {"conversation_id": f"c{u}-{c}", "user_id": f"user{u}", "conversation_history": [user(0, f"Hi, {u} {c}"), *talk[1:]]}
+        | {
+            "conversation_id": f"c{u}-{c}",
+            "user_id": f"user{u}",
+            "conversation_history": [user(0, f"Hi, {u} {c}"), *talk[1:]],
+        }
         for u, c in names
     ]
     return survey, rows
@@ -120,7 +131,9 @@ def test_whole_conversations_are_split_within_each_user(tmp_path):
     assert {p.user_split for p in found} == {"train"}
     assert found == split_pairs(tmp_path, "within_user"), "reproducible"
     write(tmp_path, *world(users=5, conversations=1))
-    assert {p.split for p in split_pairs(tmp_path, "within_user")} == {"train"}, "a single conversation is a history"
+    assert {p.split for p in split_pairs(tmp_path, "within_user")} == {"train"}, (
+        "a single conversation is a history"
+    )
 
 
 def test_held_out_users_are_asked_about_conversations_that_are_not_their_history(tmp_path):
@@ -138,13 +151,22 @@ def test_held_out_users_are_asked_about_conversations_that_are_not_their_history
     [
         ({"user_id": None}, r"conversations\.jsonl, row 1, field 'user_id': expected a value"),
         ({"conversation_history": "Hi"}, "row 1, field 'conversation_history': expected a list of messages"),
-        ({"conversation_history": [user("first", "Hi")]}, r"conversation_history\[0\]'.turn: expected a number, got 'first'"),
+        (
+            {"conversation_history": [user("first", "Hi")]},
+            r"conversation_history\[0\]'.turn: expected a number, got 'first'",
+        ),
         (
             {"conversation_history": [{"turn": 0, "role": "bot"}]},
             r"row 1, field 'conversation_history\[0\]': expected \{turn, role",
         ),
-        ({"conversation_history": [user(10**400, "Hi")]}, r"conversation_history\[0\]'.turn: expected a number"),
-        ({"conversation_history": [user(0, "Hi \ud83d")]}, "row 1, field 'conversation_history': expected text that UTF-8"),
+        (
+            {"conversation_history": [user(10**400, "Hi")]},
+            r"conversation_history\[0\]'.turn: expected a number",
+        ),
+        (
+            {"conversation_history": [user(0, "Hi \ud83d")]},
+            "row 1, field 'conversation_history': expected text that UTF-8",
+        ),
         (
             {"conversation_history": [user(0, "Hi"), model(0, "A", "high")]},
             r"conversation_history\[1\]'.score: expected a number",
@@ -186,20 +208,31 @@ def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path):
     assert left_out == {"conversations whose user is not in the survey": 1}
 
 
-def test_a_user_who_answered_the_survey_twice_is_told_and_the_first_answer_stays_where_rows_are_skipped(tmp_path):
+def test_a_user_who_answered_the_survey_twice_is_told_and_the_first_answer_stays_where_rows_are_skipped(
+    tmp_path,
+):
     write(tmp_path, survey=[SURVEY, SURVEY | {"system_string": "Be long."}])
-    with pytest.raises(DataError, match=r"survey\.jsonl, row 2, field 'user_id': expected one row a user, got 'user0' again"):
+    with pytest.raises(
+        DataError, match=r"survey\.jsonl, row 2, field 'user_id': expected one row a user, got 'user0' again"
+    ):
         pairs(tmp_path)
     assert {p.explicit.style for p in pairs(tmp_path, on_bad_row="skip")} == {"Be brief."}
 
 
 def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
     left_out = LeftOut()
-    bad = [CONVERSATION | {"conversation_history": [{"role": "bot"}]}, CONVERSATION | {"user_id": None}, CONVERSATION]
+    bad = [
+        CONVERSATION | {"conversation_history": [{"role": "bot"}]},
+        CONVERSATION | {"user_id": None},
+        CONVERSATION,
+    ]
     data = DataConfig(name="prism", path=str(write(tmp_path, conversations=bad)), on_bad_row="skip")
     assert len(list(build(data, 0, left_out))) == 3 and left_out["rows that do not fit"] == 2
     said = capsys.readouterr().out
-    assert "conversations.jsonl, row 1, field 'conversation_history[0]'" in said and "row 2, field 'user_id'" in said
+    assert (
+        "conversations.jsonl, row 1, field 'conversation_history[0]'" in said
+        and "row 2, field 'user_id'" in said
+    )
 
 
 # ---- PersonalRewardBench ----
@@ -234,4 +267,6 @@ def test_the_hub_s_own_loader_reads_a_data_set(tmp_path):
     assert [(name[-5:], [row["split"] for row in rows]) for name, rows in hub._from_hub(str(tmp_path), None)] == [
         ("train", ["train"]), ("/test", ["test"])
     ]  # fmt: skip
-    assert [row["split"] for _, rows in hub._from_hub(str(tmp_path), None, "test") for row in rows] == ["test"]
+    assert [row["split"] for _, rows in hub._from_hub(str(tmp_path), None, "test") for row in rows] == [
+        "test"
+    ]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgenrm_train.config import Config
-from pgenrm_train.history import POLICIES, HistorySampler
-from pgenrm_train.records import Message, PreferencePair
-from pgenrm_train.stages.inputs import histories
+from pgenrm_train.prompts.history import POLICIES, HistorySampler
+from pgenrm_train.prompts.writer import histories
+from pgenrm_train.records.pairs import Message, PreferencePair
 
 
 def vote(user: str, number: int, split: str = "train", **more) -> PreferencePair:
@@ -65,12 +65,18 @@ def test_a_vote_on_the_same_two_texts_is_never_shown(policy, swapped):
 @settings(max_examples=30)
 def test_the_draw_is_stable_under_other_users_and_their_order(policy, data, size):
     own = [v for v in VOTES if v.user_id == "a"]
-    others = data.draw(st.permutations([v for v in VOTES if v.user_id != "a"]))[: data.draw(st.integers(0, 20))]
+    others = data.draw(st.permutations([v for v in VOTES if v.user_id != "a"]))[
+        : data.draw(st.integers(0, 20))
+    ]
     mixed = list(others)
-    for place, pair in zip(sorted(data.draw(st.lists(st.integers(0, len(others)), min_size=10, max_size=10))), own, strict=True):
+    for place, pair in zip(
+        sorted(data.draw(st.lists(st.integers(0, len(others)), min_size=10, max_size=10))), own, strict=True
+    ):
         mixed.insert(place + own.index(pair), pair)
     assert [v for v in mixed if v.user_id == "a"] == own
-    assert HistorySampler(mixed, size=size, policy=policy)(ASKED) == HistorySampler(VOTES, size=size, policy=policy)(ASKED)
+    assert HistorySampler(mixed, size=size, policy=policy)(ASKED) == HistorySampler(
+        VOTES, size=size, policy=policy
+    )(ASKED)
 
 
 def test_a_draw_does_not_depend_on_what_was_asked_before():
@@ -89,7 +95,9 @@ def test_random_draws_depend_on_seed_and_pair():
 
 def test_random_draws_reach_every_vote_about_equally_often():
     sampler = HistorySampler(VOTES, size=3, policy="random")
-    counts = Counter(query for i in range(400) for query in queries(sampler(dataclasses.replace(ASKED, pair_id=f"q{i}"))))
+    counts = Counter(
+        query for i in range(400) for query in queries(sampler(dataclasses.replace(ASKED, pair_id=f"q{i}")))
+    )
     assert len(counts) == 10 and max(counts.values()) < 2 * min(counts.values())
 
 
@@ -120,7 +128,11 @@ def test_same_scenario_comes_first_and_the_rest_fills_up():
         sampler = HistorySampler(VOTES, size=3, policy="same_scenario", seed=seed)
         assert set(queries(sampler(ASKED))) <= work
         assert work < set(queries(sampler(ASKED, 7)))
-    seen = {query for s in range(30) for query in queries(HistorySampler(VOTES, size=2, policy="same_scenario", seed=s)(ASKED))}
+    seen = {
+        query
+        for s in range(30)
+        for query in queries(HistorySampler(VOTES, size=2, policy="same_scenario", seed=s)(ASKED))
+    }
     assert seen == work  # random within the scenario
 
 
@@ -131,7 +143,11 @@ def test_a_kind_restricts_the_pool():
 
 def test_every_stage_draws_the_same_history_by_configuration():
     config = Config(seed=4)
-    config.data.history_size, config.data.history_policy, config.data.history_kind = 2, "same_scenario", "medium"
+    config.data.history_size, config.data.history_policy, config.data.history_kind = (
+        2,
+        "same_scenario",
+        "medium",
+    )
     shuffled = VOTES[:]
     random.Random(0).shuffle(shuffled)
     shuffled.sort(key=lambda pair: int(pair.pair_id[1:]))  # users in another order, each with their own
@@ -147,7 +163,9 @@ def test_a_vote_on_the_same_prompt_that_shares_a_response_is_never_shown(policy)
     """PRISM's turns: A is rated above B and C, so that "A beat C" would tell of A against B."""
     asked = dataclasses.replace(ASKED, split="train")
     sharing = dataclasses.replace(ASKED, pair_id="shares", rejected="third", split="train")
-    elsewhere = dataclasses.replace(sharing, pair_id="elsewhere", context=(Message("user", "another prompt"),))
+    elsewhere = dataclasses.replace(
+        sharing, pair_id="elsewhere", context=(Message("user", "another prompt"),)
+    )
     other = dataclasses.replace(ASKED, pair_id="other", chosen="third", rejected="fourth", split="train")
     shown = HistorySampler([*VOTES, sharing, elsewhere, other, asked], size=20, policy=policy)(asked)
     assert sharing.as_history() not in shown and asked.as_history() not in shown
@@ -166,15 +184,24 @@ def test_a_later_turn_of_the_same_conversation_is_never_shown(policy):
 def test_with_times_a_history_comes_from_the_past_and_stands_in_order_of_time(policy):
     votes = [vote("a", n, time=float(10 - n)) for n in range(10)]  # the file holds the newest first
     shown = HistorySampler([*votes, vote("a", 50)], size=20, policy=policy)(vote("a", 99, "test", time=4.5))
-    assert queries(shown) == ["query a9", "query a8", "query a7", "query a6"], "an unknown time may be later, too"
+    assert queries(shown) == ["query a9", "query a8", "query a7", "query a6"], (
+        "an unknown time may be later, too"
+    )
     recent = HistorySampler(votes, size=2, policy="recent")(vote("a", 99, "test", time=4.5))
     assert queries(recent) == ["query a7", "query a6"]
     assert HistorySampler(votes, size=20, policy=policy)(votes[9]) == (), "nothing lies before the first"
 
 
 def test_the_most_similar_queries_are_found_by_their_rarer_words():
-    asked = ("how do I bake rye bread?", "how do I fix a bike?", "how do I bake a cake?", "how do I write a letter?")
-    votes = [dataclasses.replace(vote("a", n), context=(Message("user", text),)) for n, text in enumerate(asked)]
+    asked = (
+        "how do I bake rye bread?",
+        "how do I fix a bike?",
+        "how do I bake a cake?",
+        "how do I write a letter?",
+    )
+    votes = [
+        dataclasses.replace(vote("a", n), context=(Message("user", text),)) for n, text in enumerate(asked)
+    ]
     sampler = HistorySampler(votes, size=2, policy="most_similar")
 
     def shown(text: str, size: int = 2):

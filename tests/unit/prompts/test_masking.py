@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.masking import POLICIES, FullView, MaskedView, Supervision, apply_masking, present
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.prompts.masking import POLICIES, FullView, MaskedView, Supervision, apply_masking, present
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
 
 TEXT = st.text(max_size=60)
 # Private-use characters occur in no generated text, so a leak cannot hide behind a coincidence.
@@ -26,7 +26,9 @@ def an_example(history: int = 3) -> Example:
 
 def a_pair() -> PreferencePair:
     explicit = ExplicitSignals(criteria="short")
-    return PreferencePair("p", "u", (Message("user", "ask"),), "good", "bad", kind="hard", scenario="work", explicit=explicit)
+    return PreferencePair(
+        "p", "u", (Message("user", "ask"),), "good", "bad", kind="hard", scenario="work", explicit=explicit
+    )
 
 
 def test_a_masked_view_has_no_field_for_explicit_signals():
@@ -68,10 +70,15 @@ def test_history_dropout_leaves_the_share_whole_that_it_is_told():
     rng = random.Random(1)
     views = [apply_masking(an_example(), "history_dropout", rng, show_probability=0.7)[0] for _ in range(400)]
     assert sum(view.history == whole for view in views) / 400 == pytest.approx(0.7 + 0.3 / 4, abs=0.06)
-    assert all(apply_masking(an_example(), "history_dropout", rng, show_probability=1.0)[0].history == whole for _ in range(50))
+    assert all(
+        apply_masking(an_example(), "history_dropout", rng, show_probability=1.0)[0].history == whole
+        for _ in range(50)
+    )
 
 
-@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 400), (0.25, pytest.approx(100, abs=40))])
+@pytest.mark.parametrize(
+    ("probability", "expected"), [(0.0, 0), (1.0, 400), (0.25, pytest.approx(100, abs=40))]
+)
 def test_mixed_shows_with_the_given_probability(probability, expected):
     rng = random.Random(2)
     views = [apply_masking(an_example(), "mixed", rng, show_probability=probability)[0] for _ in range(400)]
@@ -115,12 +122,18 @@ def test_present_puts_the_chosen_response_where_the_order_says():
     responses=st.lists(PLAIN, min_size=2, max_size=4).map(tuple),
     history=st.lists(st.builds(HistoryItem, PLAIN, PLAIN, PLAIN), max_size=3).map(tuple),
     explicit=st.builds(
-        ExplicitSignals, SIGNAL, SIGNAL, SIGNAL, st.lists(st.tuples(SIGNAL, st.floats(0, 100)), max_size=3).map(tuple)
+        ExplicitSignals,
+        SIGNAL,
+        SIGNAL,
+        SIGNAL,
+        st.lists(st.tuples(SIGNAL, st.floats(0, 100)), max_size=3).map(tuple),
     ),
     seed=st.integers(0, 9),
     instructions=st.booleans(),
 )
-def test_no_explicit_text_reaches_a_masked_prompt(policy, query, responses, history, explicit, seed, instructions):
+def test_no_explicit_text_reaches_a_masked_prompt(
+    policy, query, responses, history, explicit, seed, instructions
+):
     example = Example("p", "u", (Message("user", query),), responses, 0, history, explicit)
     view, supervision = apply_masking(example, policy, random.Random(seed))
     assert type(view) is MaskedView

@@ -1,28 +1,24 @@
 """Judges' prompts: each shows what it should and no more, the persona is written once a history, and all are scored alike."""
 
 import json
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve
 
-from pgenrm_train.backends.base import GenerationRequest
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.persona import PersonaGenerator
-from pgenrm_train.chains import Chain, parse_chain
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.persona import PersonaGenerator
+from pgenrm_train.backends.protocols import GenerationRequest
+from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import PROMPTS, EndpointConfig, load
 from pgenrm_train.errors import BackendError
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompt_styles import persona_messages, styled_messages, with_persona
-from pgenrm_train.prompts import chat_messages, split_prompt
-from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair, pair_to_row
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.styles import persona_messages, styled_messages, with_persona
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair, pair_to_row
 from recipes import evaluate
-from recipes.llm import shown_histories
+from recipes.wiring.llm import shown_histories
 
 CONTEXT = (Message("user", "Tea or coffee?"),)
 HISTORY = (HistoryItem("Cats?", "Cats.", "Dogs."),)
@@ -40,13 +36,20 @@ VOTE = ["<history>", "<query>", "<chosen>", "<rejected>"]
 
 def test_what_each_style_shows():
     shown = {style: tags(styled_messages(style, VIEW)) for style in PROMPTS}
-    assert shown == {"p_genrm": VOTE + CURRENT, "judge": CURRENT, "judge_history": VOTE + CURRENT, "persona": VOTE + CURRENT}
+    assert shown == {
+        "p_genrm": VOTE + CURRENT,
+        "judge": CURRENT,
+        "judge_history": VOTE + CURRENT,
+        "persona": VOTE + CURRENT,
+    }
     assert styled_messages("p_genrm", VIEW, instructions=False) == chat_messages(VIEW, instructions=False)
 
 
 def test_a_judge_sees_nothing_of_the_user_even_with_full_masking():
     full = FullView(CONTEXT, HISTORY, VIEW.responses, ExplicitSignals(criteria="SECRET"))
-    assert "SECRET" not in json.dumps(styled_messages("judge", full)) and "Cats" not in json.dumps(styled_messages("judge", full))
+    assert "SECRET" not in json.dumps(styled_messages("judge", full)) and "Cats" not in json.dumps(
+        styled_messages("judge", full)
+    )
     assert "SECRET" in json.dumps(styled_messages("judge_history", full))
 
 
@@ -110,14 +113,24 @@ def test_a_persona_that_cannot_be_had_is_a_failure_of_its_questions(tmp_path):
 
 
 def test_a_server_that_is_down_ends_the_run(tmp_path):
-    with serve(lambda body, n: {"status": 404}) as server, pytest.raises(BackendError, match="the same command goes on"):
+    with (
+        serve(lambda body, n: {"status": 404}) as server,
+        pytest.raises(BackendError, match="the same command goes on"),
+    ):
         many = [r for n in range(40) for r in requests(1, (HistoryItem(f"q{n}", "a", "b"),))]
         list(generator(server.url, tmp_path / "personas", give_up_after=3)(many, temperature=0.7))
 
 
 def test_one_history_a_user_for_personas_and_one_a_pair_for_others():
     pairs = [
-        PreferencePair(f"p{n}", "ab"[n % 2], (Message("user", f"q{n}"),), f"a{n}", f"b{n}", split="train" if n < 40 else "test")
+        PreferencePair(
+            f"p{n}",
+            "ab"[n % 2],
+            (Message("user", f"q{n}"),),
+            f"a{n}",
+            f"b{n}",
+            split="train" if n < 40 else "test",
+        )
         for n in range(60)
     ]
     asked, sampler = pairs[40:], HistorySampler(pairs, size=3, policy="random")
@@ -132,7 +145,12 @@ def test_one_history_a_user_for_personas_and_one_a_pair_for_others():
 def test_each_style_through_the_recipe(tmp_path):
     votes = [
         PreferencePair(
-            f"p{n}", f"u{n % 3}", (Message("user", f"q{n}"),), f"good {n}", f"bad {n}", split="test" if n < 6 else "train"
+            f"p{n}",
+            f"u{n % 3}",
+            (Message("user", f"q{n}"),),
+            f"good {n}",
+            f"bad {n}",
+            split="test" if n < 6 else "train",
         )
         for n in range(18)
     ]
@@ -150,6 +168,10 @@ def test_each_style_through_the_recipe(tmp_path):
         for style in PROMPTS:
             before = len(server.bodies)
             found, asked = evaluated(style, server.url), server.bodies[before:]
-            assert (found["model"], found["failures"], found["order_flip_rate"]) == (f"endpoint-{style}", {}, 1.0)
+            assert (found["model"], found["failures"], found["order_flip_rate"]) == (
+                f"endpoint-{style}",
+                {},
+                1.0,
+            )
             assert len(asked) == 6 * 2 + (3 if style == "persona" else 0), "a persona for each of three users"
             assert all(("<history>" in b["messages"][1]["content"]) == (style != "judge") for b in asked)

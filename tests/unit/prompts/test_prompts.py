@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompts import JSON_END, JSON_START, TAGS, chat_messages, neutralise, split_prompt
-from pgenrm_train.records import ExplicitSignals, HistoryItem, Message
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.messages import JSON_END, JSON_START, TAGS, chat_messages, neutralise, split_prompt
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message
 
 RESERVED = ("<|im_end|>", "</s>", "[PAD]", "<｜User｜>", "▁end", "aa", "<tool>x", "\n\n", "")
 HOSTILE = [
@@ -102,7 +102,17 @@ def test_delimiters_become_legible_text(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["a < b", "a<b>c", "<div>", "x = [1, 2]", "<history", "if (a<query && b>c)", "＜history＞", "List<String>", "<!-- -->"],
+    [
+        "a < b",
+        "a<b>c",
+        "<div>",
+        "x = [1, 2]",
+        "<history",
+        "if (a<query && b>c)",
+        "＜history＞",
+        "List<String>",
+        "<!-- -->",
+    ],
 )
 def test_ordinary_text_stays(text):
     assert neutralise(text) == text
@@ -118,7 +128,9 @@ def test_reserved_tokens_are_broken():
 def test_neutralise_is_idempotent_and_leaves_no_token(text, reserved):
     once = neutralise(text, reserved)
     assert neutralise(once, reserved) == once
-    assert not any(token in once.lower() for token in (*TAGS, "<json_start>", "<|", "|>", "<s>", "[inst]", "<<sys>>"))
+    assert not any(
+        token in once.lower() for token in (*TAGS, "<json_start>", "<|", "|>", "<s>", "[inst]", "<<sys>>")
+    )
     assert not any(token in once for token in reserved if token.strip())
     assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in once if char not in "\n\t")
 
@@ -126,21 +138,32 @@ def test_neutralise_is_idempotent_and_leaves_no_token(text, reserved):
 @given(st.data(), CONTEXT, ITEMS, st.lists(TEXT, min_size=2, max_size=10), st.booleans())
 def test_delimiters_cannot_be_forged(data, context, history, responses, full):
     view = MaskedView(context, history, tuple(responses))
-    triples = [("<query>", "<chosen>", "<rejected>") if item.chosen or item.rejected else ("<query>",) for item in history]
+    triples = [
+        ("<query>", "<chosen>", "<rejected>") if item.chosen or item.rejected else ("<query>",)
+        for item in history
+    ]
     expected = ["<history>", *(tag for tags in triples for tag in tags)]
     if full:
         explicit = data.draw(
-            st.builds(ExplicitSignals, TEXT, TEXT, TEXT, st.lists(st.tuples(TEXT, st.floats(0, 100))).map(tuple))
+            st.builds(
+                ExplicitSignals, TEXT, TEXT, TEXT, st.lists(st.tuples(TEXT, st.floats(0, 100))).map(tuple)
+            )
         )
         view = FullView(view.context, view.history, view.responses, explicit)
         said = (explicit.criteria, explicit.self_description, explicit.style, explicit.attributes)
-        expected += [tag for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), said) if value]
+        expected += [
+            tag
+            for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), said)
+            if value
+        ]
     expected += ["<current>", *(f"<turn_{turn.role}>" for turn in context[:-1]), "<query>"]
     expected += [f"<response_{i}>" for i in range(1, len(responses) + 1)]
     user = user_text(view)
     sections = split_prompt(user)
     assert [tag for tag, _ in sections] == expected
-    assert [body for tag, body in sections if tag.startswith("<response_")] == [neutralise(text) for text in responses]
+    assert [body for tag, body in sections if tag.startswith("<response_")] == [
+        neutralise(text) for text in responses
+    ]
     # nano's tokenizer normalises before it splits
     assert [tag for tag, _ in split_prompt(unicodedata.normalize("NFC", user))] == expected
 
@@ -153,7 +176,23 @@ def test_no_character_after_a_tag_merges_with_it_under_nfc():
 
 
 @pytest.mark.parametrize(
-    "unit", ["<", "< ", "< /", "<response_1", "<|", "[INST", "\u0338", "<query>", "<response_", " ", "a", "\x00", "</", ">"]
+    "unit",
+    [
+        "<",
+        "< ",
+        "< /",
+        "<response_1",
+        "<|",
+        "[INST",
+        "\u0338",
+        "<query>",
+        "<response_",
+        " ",
+        "a",
+        "\x00",
+        "</",
+        ">",
+    ],
 )
 def test_neutralise_takes_linear_time(unit):
     text = (unit * 1_000_000)[:1_000_000]
@@ -166,8 +205,13 @@ def test_neutralise_takes_linear_time(unit):
 
 def test_a_text_that_the_user_wrote_stands_in_the_history_without_responses():
     view = MaskedView(
-        (Message("user", "q"),), (HistoryItem("I wrote <chosen> this", "", ""), HistoryItem("a", "b", "c")), ("x", "y", "z")
+        (Message("user", "q"),),
+        (HistoryItem("I wrote <chosen> this", "", ""), HistoryItem("a", "b", "c")),
+        ("x", "y", "z"),
     )
     [user] = chat_messages(view, instructions=False)
     tags = [tag for tag, _ in split_prompt(user["content"])]
-    assert tags[:6] == ["<history>", "<query>", "<query>", "<chosen>", "<rejected>", "<current>"] and tags[-1] == "<response_3>"
+    assert (
+        tags[:6] == ["<history>", "<query>", "<query>", "<chosen>", "<rejected>", "<current>"]
+        and tags[-1] == "<response_3>"
+    )

@@ -6,31 +6,46 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.backends.nano import ASSISTANT, END, PAD, USER, train_tokenizer
-from pgenrm_train.chains import FORMAT_STRINGS, write_chain
+from pgenrm_train.backends.sft.nano import ASSISTANT, END, PAD, USER, train_tokenizer
+from pgenrm_train.chains.chain import FORMAT_STRINGS, write_chain
 from pgenrm_train.config import Config, ModelConfig, NanoConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.masking import FullView, MaskedView
-from pgenrm_train.prompts import TAGS, chat_messages, split_prompt
-from pgenrm_train.records import ExplicitSignals, HistoryItem, Message
-from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.messages import TAGS, chat_messages, split_prompt
+from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message
 
-CHAIN = write_chain("This user likes it short.", [("brevity", 70), ("wit", 30)], [[8, 5], [3, 6]], ["short and dry", "long"])
+CHAIN = write_chain(
+    "This user likes it short.", [("brevity", 70), ("wit", 30)], [[8, 5], [3, 6]], ["short and dry", "long"]
+)
 FIXED = [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)]
 CUT = re.compile(r"^(.*) …\(\+(\d+) words\)$", re.DOTALL)
 
 
 def a_view(
-    history: int = 2, query: str = "Which one is better?", responses=("A short answer.", "Another answer, no longer."), **more
+    history: int = 2,
+    query: str = "Which one is better?",
+    responses=("A short answer.", "Another answer, no longer."),
+    **more,
 ):
-    items = tuple(HistoryItem(f"Question number {i}?", f"A good answer {i}.", f"A bad answer {i}.") for i in range(history))
+    items = tuple(
+        HistoryItem(f"Question number {i}?", f"A good answer {i}.", f"A bad answer {i}.")
+        for i in range(history)
+    )
     context = (Message("user", query),)
-    return FullView(context, items, responses, more["explicit"]) if more else MaskedView(context, items, responses)
+    return (
+        FullView(context, items, responses, more["explicit"])
+        if more
+        else MaskedView(context, items, responses)
+    )
 
 
 def training_texts() -> list[str]:
     prompt = "\n".join(m["content"] for m in chat_messages(a_view(), instructions=False))
-    return [f"{prompt}\n{CHAIN}", "The quick brown fox, 12.5 times.\n\nÜber allem: 漢字 and naïve café 🙂"] * 3
+    return [
+        f"{prompt}\n{CHAIN}",
+        "The quick brown fox, 12.5 times.\n\nÜber allem: 漢字 and naïve café 🙂",
+    ] * 3
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,10 @@ def test_loaded_and_trained_tokenizers_agree(tokenizer, loaded, number):
 
 
 @settings(max_examples=150)
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("aé 1.\n<|query>'🙂", max_size=40))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+    | st.text("aé 1.\n<|query>'🙂", max_size=40)
+)
 def test_loaded_and_trained_tokenizers_agree_on_any_text(tokenizer, loaded, text):
     assert ids(loaded, text) == ids(tokenizer, text)
 
@@ -141,7 +159,15 @@ def test_long_texts_are_cut_and_say_how_many_words_are_gone(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["漢字仮名" * 50, "🙂🙃" * 80, "e\u0301 a\u0308 " * 80, "Ünï cödé " * 40, "a.b , c ! d ' s " * 30, "x" * 2000]
+    "text",
+    [
+        "漢字仮名" * 50,
+        "🙂🙃" * 80,
+        "e\u0301 a\u0308 " * 80,
+        "Ünï cödé " * 40,
+        "a.b , c ! d ' s " * 30,
+        "x" * 2000,
+    ],
 )
 def test_a_cut_text_is_a_prefix_in_whole_characters(tokenizer, text):
     write = writer(tokenizer, max_text_tokens=25)
@@ -155,7 +181,9 @@ def test_a_cut_text_is_a_prefix_in_whole_characters(tokenizer, text):
 def test_texts_of_few_characters_may_still_be_too_many_tokens(tokenizer):
     text = "鬱" * 40
     assert len(ids(tokenizer, text)) > 80
-    shown = dict(sections(writer(tokenizer, max_text_tokens=40)(a_view(history=0, responses=(text, "b")))))["<response_1>"]
+    shown = dict(sections(writer(tokenizer, max_text_tokens=40)(a_view(history=0, responses=(text, "b")))))[
+        "<response_1>"
+    ]
     assert CUT.match(shown)
 
 
@@ -200,7 +228,9 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
     """First to max_text_tokens, then to fit the prompt: what is counted is the user's words, not our own remark."""
     long = " ".join(f"word{i}" for i in range(500))
     write = writer(tokenizer, max_text_tokens=120, max_prompt_tokens=130)
-    kept, gone = CUT.match(dict(sections(write(a_view(history=0, responses=(long, "b")))))["<response_1>"]).groups()
+    kept, gone = CUT.match(
+        dict(sections(write(a_view(history=0, responses=(long, "b")))))["<response_1>"]
+    ).groups()
     assert long.startswith(kept) and int(gone) == len(long[len(kept) :].split())
 
 
@@ -230,7 +260,12 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.text(
 
 
 @settings(max_examples=60)
-@given(st.lists(TEXT, min_size=3, max_size=6), st.integers(0, 4), st.sampled_from((None, 1, 7, 40)), st.integers(90, 400))
+@given(
+    st.lists(TEXT, min_size=3, max_size=6),
+    st.integers(0, 4),
+    st.sampled_from((None, 1, 7, 40)),
+    st.integers(90, 400),
+)
 @example(["a " * 500, "b " * 500, "c"], 3, None, 90)
 def test_no_prompt_is_ever_above_the_limit(tokenizer, texts, history, limit, room):
     items = tuple(HistoryItem(texts[0], texts[-1], texts[1]) for _ in range(history))

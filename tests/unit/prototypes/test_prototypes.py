@@ -11,10 +11,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from pgenrm_train import prototypes as proto
-from pgenrm_train import refinement
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.prototypes import clusters as proto
+from pgenrm_train.prototypes import refinement
 
 D, H = 16, 3
 HASHES = {"model": "m1", "embedder": "e1", "data": "d1"}
@@ -36,7 +36,11 @@ def planted(k=4, users_each=30, per_user=3, noise=0.15, seed=0):
         first, second = (unit(rng.normal(size=(*shape, D))) for _ in range(2))
         taste = tastes[group].reshape(n, *[1] * (len(shape) - 1), D)
         better = ((first - second) * taste).sum(-1, keepdims=True) > 0
-        return unit(rng.normal(size=(*shape, D))), np.where(better, first, second), np.where(better, second, first)
+        return (
+            unit(rng.normal(size=(*shape, D))),
+            np.where(better, first, second),
+            np.where(better, second, first),
+        )
 
     P = unit(centres[group] + noise * rng.normal(size=(n, D)))
     mask = np.arange(H) < rng.integers(0, H + 1, size=(n, 1))
@@ -118,7 +122,9 @@ def reference_loss(sample, a, mu, previous, maps, c):
     v = torch.zeros(D)
     if history:
         o = [torch.sigmoid(maps["W"] @ torch.cat([hq, hc - hr])) for hq, hc, hr in history]
-        alpha = torch.softmax(torch.stack([x @ q / math.sqrt(D) + c.rho * (x @ a) / math.sqrt(D) for x in o]), dim=0)
+        alpha = torch.softmax(
+            torch.stack([x @ q / math.sqrt(D) + c.rho * (x @ a) / math.sqrt(D) for x in o]), dim=0
+        )
         v = sum(w * x for w, x in zip(alpha, o))
     z = a + c.lambda_query * maps["W_q"] @ q + c.lambda_summary * maps["W_s"] @ v
     delta = z @ chosen - z @ rejected
@@ -145,8 +151,15 @@ def test_batched_loss_and_gradients_equal_a_loop_over_samples(world):
         j = prototypes.labels[i]
         mu = torch.tensor(prototypes.embeddings[prototypes.labels == j].mean(axis=0))
         keys = ("history_query", "history_chosen", "history_rejected")
-        history = [tuple(torch.tensor(getattr(samples, key)[i, t]) for key in keys) for t in range(H) if samples.mask[i, t]]
-        sample = (*(torch.tensor(getattr(samples, key)[i]) for key in ("query", "chosen", "rejected")), history)
+        history = [
+            tuple(torch.tensor(getattr(samples, key)[i, t]) for key in keys)
+            for t in range(H)
+            if samples.mask[i, t]
+        ]
+        sample = (
+            *(torch.tensor(getattr(samples, key)[i]) for key in ("query", "chosen", "rejected")),
+            history,
+        )
         one, delta = reference_loss(sample, A[j], mu, torch.tensor(prototypes.A[j]), maps, c)
         total, margins = total + one / len(rows), [*margins, delta]
     total.backward()
@@ -175,7 +188,10 @@ def test_refinement_lowers_the_loss_and_lifts_held_out_accuracy(world):
 def test_refinement_is_reproducible_and_leaves_its_input_alone(world):
     prototypes, _, samples = world
     before = prototypes.A.copy()
-    first, second = (refinement.refine(prototypes, samples, config(refine_epochs=2), seed=3, batch_size=64) for _ in range(2))
+    first, second = (
+        refinement.refine(prototypes, samples, config(refine_epochs=2), seed=3, batch_size=64)
+        for _ in range(2)
+    )
     assert np.array_equal(first[0].A, second[0].A)
     assert first[1] == second[1]
     assert np.array_equal(prototypes.A, before)
@@ -209,7 +225,9 @@ def test_an_inactive_prototype_keeps_its_bits(world):
 
 def test_a_prototype_without_samples_keeps_its_bits_through_refine(world):
     prototypes, _, samples = world
-    lonely = dataclasses.replace(prototypes, A=np.vstack([prototypes.A, np.full((1, D), 9, dtype=np.float32)]))
+    lonely = dataclasses.replace(
+        prototypes, A=np.vstack([prototypes.A, np.full((1, D), 9, dtype=np.float32)])
+    )
     refined, metrics = refinement.refine(lonely, samples, config(), seed=0)
     assert np.array_equal(refined.A[4], lonely.A[4])
     assert metrics["empty_prototypes"] == 1
@@ -221,7 +239,9 @@ def test_regularisers_hold_the_prototypes(world, name):
     moved = {}
     for strength in (0.0, 1000.0):
         weights = {"lambda_centre": 0.0, "lambda_trajectory": 0.0} | {name: strength}
-        refined, _ = refinement.refine(prototypes, samples, config(learning_rate=0.005, **weights), seed=0, batch_size=32)
+        refined, _ = refinement.refine(
+            prototypes, samples, config(learning_rate=0.005, **weights), seed=0, batch_size=32
+        )
         moved[strength] = np.linalg.norm(refined.A - prototypes.A, axis=1).max()
     assert moved[1000.0] < 0.3 * moved[0.0]
 
@@ -260,7 +280,9 @@ def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):
         rows[name] = refinement.Rows(table, np.arange(start, start + math.prod(shape)).reshape(shape))
         start += math.prod(shape)
     dense, _ = refinement.refine(prototypes, samples, config(refine_epochs=1), seed=0)
-    mapped, _ = refinement.refine(prototypes, dataclasses.replace(samples, **rows), config(refine_epochs=1), seed=0)
+    mapped, _ = refinement.refine(
+        prototypes, dataclasses.replace(samples, **rows), config(refine_epochs=1), seed=0
+    )
     assert np.array_equal(dense.A, mapped.A)
 
 
@@ -268,7 +290,11 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
     prototypes, _, samples = world
     empty = np.zeros((len(samples), 0, D), dtype=np.float32)
     bare = dataclasses.replace(
-        samples, history_query=empty, history_chosen=empty, history_rejected=empty, mask=np.zeros((len(samples), 0), dtype=bool)
+        samples,
+        history_query=empty,
+        history_chosen=empty,
+        history_rejected=empty,
+        mask=np.zeros((len(samples), 0), dtype=bool),
     )
     assert np.isfinite(refinement.refine(prototypes, bare, config(refine_epochs=1), seed=0)[0].A).all()
     untouched, metrics = refinement.refine(prototypes, samples, config(refine_epochs=0), seed=0)
@@ -276,7 +302,10 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
     assert metrics["holdout_accuracy"] == metrics["holdout_accuracy_centroids"]
     alone = np.full(len(samples), "u")
     _, metrics = refinement.refine(
-        dataclasses.replace(prototypes, users=alone), dataclasses.replace(samples, users=alone), config(refine_epochs=1), seed=0
+        dataclasses.replace(prototypes, users=alone),
+        dataclasses.replace(samples, users=alone),
+        config(refine_epochs=1),
+        seed=0,
     )
     assert metrics["holdout_users"] == 0
     assert math.isnan(metrics["holdout_accuracy"])
@@ -285,7 +314,9 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
 def test_samples_that_are_not_the_clustered_rows_are_refused(world):
     prototypes, _, samples = world
     with pytest.raises(DataError, match="same order"):
-        refinement.refine(dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, config(), seed=0)
+        refinement.refine(
+            dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, config(), seed=0
+        )
     with pytest.raises(DataError, match="'chosen' has shape"):
         dataclasses.replace(samples, chosen=samples.chosen[:5])
     with pytest.raises(ConfigError, match="learning_rate"):
@@ -351,7 +382,9 @@ def test_artefacts_come_back_as_they_went(world, tmp_path):
     loaded = proto.load(tmp_path / "prototypes", expect=HASHES)
     for name in ("A", "labels", "embeddings", "users"):
         assert np.array_equal(getattr(loaded, name), getattr(refined, name))
-    assert {name: value.tolist() for name, value in loaded.maps.items()} == {n: v.tolist() for n, v in refined.maps.items()}
+    assert {name: value.tolist() for name, value in loaded.maps.items()} == {
+        n: v.tolist() for n, v in refined.maps.items()
+    }
     assert sorted(p.name for p in (tmp_path / "prototypes").iterdir()) == [
         "members.parquet",
         "prototypes.json",
@@ -400,7 +433,7 @@ def test_a_save_that_dies_leaves_no_artefact_and_no_scratch(world, tmp_path, mon
 
 def test_importing_prototypes_and_scaling_loads_nothing_heavy():
     code = (
-        "import sys, pgenrm_train.prototypes, pgenrm_train.refinement, pgenrm_train.scaling, pgenrm_train.stopping\n"
+        "import sys, pgenrm_train.prototypes.clusters, pgenrm_train.prototypes.refinement, pgenrm_train.scaling.combine, pgenrm_train.scaling.stopping\n"
         "heavy = {'torch', 'sklearn', 'pandas', 'scipy', 'safetensors', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

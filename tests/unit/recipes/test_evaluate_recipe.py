@@ -1,15 +1,11 @@
 """recipe=evaluate on a file of odd votes, as a user runs it: what cannot be used is named or counted, and the rest is evaluated."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve
 
-from pgenrm_train.chains import write_chain
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import load
 from pgenrm_train.errors import ArtifactError, DataError
 from recipes import evaluate
@@ -23,7 +19,9 @@ def vote(number, user, split, chosen, rejected):
         "split": split,
     }
     texts = {"chosen": chosen, "rejected": rejected}
-    return row | {name: {"role": "model", "content": text} for name, text in texts.items() if text is not None}
+    return row | {
+        name: {"role": "model", "content": text} for name, text in texts.items() if text is not None
+    }
 
 
 VOTES = [
@@ -52,17 +50,27 @@ def test_a_vote_without_a_label_is_named_or_counted(tmp_path):
         results(tmp_path, [*VOTES, *UNLABELLED])
     found, report = results(tmp_path, [*VOTES, *UNLABELLED], "data.on_bad_row=skip")
     assert found["n_pairs"] == 4 and "2 rows that do not fit were left out" in report
-    assert found["odd_inputs"] == {"identical responses": 1, "empty history": 2, "a text above 20,000 characters": 1}
+    assert found["odd_inputs"] == {
+        "identical responses": 1,
+        "empty history": 2,
+        "a text above 20,000 characters": 1,
+    }
     assert "2, 1 without votes in train" in report
-    assert (found["accuracy"], found["ties"]) == (0.75, 2), "the stranger is taken for the population, identical responses tie"
+    assert (found["accuracy"], found["ties"]) == (0.75, 2), (
+        "the stranger is taken for the population, identical responses tie"
+    )
 
 
 def test_a_file_of_test_votes_alone_can_be_evaluated_and_nothing_is_learnt(tmp_path):
     baselines = "eval.baselines=[random,longer,majority]"
     found, report = results(tmp_path, VOTES[6:], baselines)
-    assert found["n_pairs"] == 4 and found["odd_inputs"]["empty history"] == 4 and found["ties"] == 8, "no direction is known"
+    assert found["n_pairs"] == 4 and found["odd_inputs"]["empty history"] == 4 and found["ties"] == 8, (
+        "no direction is known"
+    )
     assert found["baselines"]["longer"]["accuracy"] == 0.75 and "2, 2 without votes in train" in report
-    with pytest.raises(DataError, match="features learns from votes with split=train, and the data holds none"):
+    with pytest.raises(
+        DataError, match="features learns from votes with split=train, and the data holds none"
+    ):
         results(tmp_path, VOTES[6:], "eval.baselines=[features]")
 
 
@@ -81,13 +89,23 @@ def test_similar_users_need_prototypes_which_is_said_before_anything_is_asked(tm
             results(tmp_path, VOTES, *model, "eval.ind=2", "eval.pro=2")
         assert server.bodies == []
         found, report = results(
-            tmp_path, VOTES, *model, "eval.ind=[1,2]", "eval.pro=[0,2]", "eval.one_pair_ind=[1]", "eval.one_pair_pro=[0,2]"
+            tmp_path,
+            VOTES,
+            *model,
+            "eval.ind=[1,2]",
+            "eval.pro=[0,2]",
+            "eval.one_pair_ind=[1]",
+            "eval.one_pair_pro=[0,2]",
         )
     assert [(row["ind"], row["pro"]) for row in found["grids"]["scaling"]] == [(1, 0), (2, 0)]
     assert [(row["ind"], row["pro"]) for row in found["grids"]["one_pair"]] == [(1, 0)]
     assert "this run has no prototypes" in report
     plain = load(
-        "recipe=evaluate", "eval.pro=0", "eval.one_pair_ind=[]", "eval.one_pair_pro=[0,2]", f"run_dir={tmp_path / 'run'}"
+        "recipe=evaluate",
+        "eval.pro=0",
+        "eval.one_pair_ind=[]",
+        "eval.one_pair_pro=[0,2]",
+        f"run_dir={tmp_path / 'run'}",
     )
     assert evaluate.without_prototypes(plain) == (plain, []), "no grid, no word of it"
 

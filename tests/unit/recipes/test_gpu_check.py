@@ -29,9 +29,18 @@ def complete(folder: Path, stage: str, **files: str) -> None:
 
 
 def test_three_steps_of_everything_are_configured(shipped) -> None:  # type: ignore[no-untyped-def]
-    assert (shipped.psi.max_steps, shipped.cre.steps, shipped.psi.nano_start, shipped.judge.kind) == (3, 3, None, "oracle")
+    assert (shipped.psi.max_steps, shipped.cre.steps, shipped.psi.nano_start, shipped.judge.kind) == (
+        3,
+        3,
+        None,
+        "oracle",
+    )
     big = load("recipe=gpu_check", "model=nano_1b", "cluster=gpu8")
-    assert big.model.dtype == "bfloat16" and big.model.kind == "nano" and big.model.nano.hidden // big.model.nano.heads == 128
+    assert (
+        big.model.dtype == "bfloat16"
+        and big.model.kind == "nano"
+        and big.model.nano.hidden // big.model.nano.heads == 128
+    )
 
 
 def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
@@ -52,8 +61,14 @@ def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
     assert told(report).splitlines()[-1] == "verdict: PASSED in 5.0 minutes"
     slow = report_of(shipped, {recipe: Seen(600.0) for recipe in STEPS})
     assert not slow["passed"] and "SLOW" in told(slow)
-    failed = report_of(shipped, {"build_data": Seen(1.0), "build_sec": Seen(1.0), "psi": Seen(1.0, error="out of memory")})
-    assert not failed["passed"] and "FAILED: out of memory" in told(failed) and "FAILED at psi" in told(failed).splitlines()[-1]
+    failed = report_of(
+        shipped, {"build_data": Seen(1.0), "build_sec": Seen(1.0), "psi": Seen(1.0, error="out of memory")}
+    )
+    assert (
+        not failed["passed"]
+        and "FAILED: out of memory" in told(failed)
+        and "FAILED at psi" in told(failed).splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve
 
-from pgenrm_train.chains import write_chain
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import ROOT
 
 FIRST = write_chain("The first, always.", [("place", 100)], [[9], [2]])
@@ -22,7 +19,11 @@ def command(recipe, run_dir, url, *more):
         "pipeline.budget=smoke", "eval.ind=1", "eval.one_pair_ind=[]", "eval.probes=false", "eval.max_in_flight=16", "eval.seeds=2", *more,
     ]  # fmt: skip
     return subprocess.run(
-        [sys.executable, "-m", "pgenrm_train", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "pgenrm_train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -37,15 +38,26 @@ def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
         done = command("evaluate", tmp_path / "run", server.url)
         assert done.returncode == 0, done.stderr[-2000:]
         first, asked = results(tmp_path / "run"), len(server.bodies)
-        assert f"model stub: {asked} calls" in done.stdout.replace(",", "") and "no price stated" in done.stdout
+        assert (
+            f"model stub: {asked} calls" in done.stdout.replace(",", "") and "no price stated" in done.stdout
+        )
         assert first["n_pairs"] * 2 * 2 == asked, "every pair, both orders, two seeds"
-        assert first["failures"] == {"engine:http_400": asked // 4} and first["accuracy"] < 0.5, "and all in the denominator"
-        assert "<history>" in server.bodies[0]["messages"][1]["content"] and server.bodies[0]["messages"][0]["role"] == "system"
+        assert first["failures"] == {"engine:http_400": asked // 4} and first["accuracy"] < 0.5, (
+            "and all in the denominator"
+        )
+        assert (
+            "<history>" in server.bodies[0]["messages"][1]["content"]
+            and server.bodies[0]["messages"][0]["role"] == "system"
+        )
         refuses["every"] = 10**9
         again = command("evaluate", tmp_path / "run", server.url, "eval.draws=500")
         assert again.returncode == 0 and len(server.bodies) == asked + asked // 4
         final = results(tmp_path / "run")
-    assert final["accuracy"] == pytest.approx(0.5) and final["failures"] == {} and final["order_flip_rate"] == 1.0
+    assert (
+        final["accuracy"] == pytest.approx(0.5)
+        and final["failures"] == {}
+        and final["order_flip_rate"] == 1.0
+    )
     [cost] = final["cost"].values()
     assert cost["prompt tokens"] == 10 * asked, "of both starts"
     report = (tmp_path / "run/evaluate/report.html").read_text()
@@ -61,7 +73,11 @@ def test_a_server_that_is_down_ends_the_evaluation_and_the_same_command_goes_on(
     with serve(behaviour) as server:
         done = command("evaluate", tmp_path / "run", server.url)
         assert done.returncode == 2
-        assert "failed" in done.stderr and "the same command goes on from there" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            "failed" in done.stderr
+            and "the same command goes on from there" in done.stderr
+            and "Traceback" not in done.stderr
+        )
         up["limit"] = 10**9
         before = len(server.bodies)
         done = command("evaluate", tmp_path / "run", server.url)

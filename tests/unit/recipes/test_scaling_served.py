@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import completion, serve
 
-from eval.harness import PredictionStore, ask
-from eval.scaling_study import Similar, Study, cells, sample_pool
-from pgenrm_train.backends import endpoint as limits
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.endpoint_generator import EndpointGenerator
-from pgenrm_train.chains import write_chain
+from eval.ask.harness import PredictionStore, ask
+from eval.studies.scaling_study import Similar, Study, cells, sample_pool
+from pgenrm_train.backends.api import endpoint as limits
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompts import chat_messages, split_prompt
-from pgenrm_train.records import HistoryItem, Message, PreferencePair
+from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
-PAIRS = [PreferencePair(f"p{i}", f"u{i % 4}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}") for i in range(12)]
+PAIRS = [
+    PreferencePair(f"p{i}", f"u{i % 4}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}")
+    for i in range(12)
+]
 HISTORIES = {p.pair_id: (HistoryItem("earlier", "mine", "other"),) for p in PAIRS}
 STUDY = Study("scaling", (4,), (3,))
 SAMPLES = len(PAIRS) * 2 * (4 + 3)
@@ -39,13 +38,19 @@ def chains(body, _number=0):
     sections = dict(split_prompt(body["messages"][-1]["content"]))
     good, bad = (9, 2) if sections["<chosen>"] == "theirs" else (4, 5)
     scores = [[good if sections[f"<response_{i}>"].startswith("good") else bad] for i in (1, 2)]
-    texts = [write_chain(f"likes it {body['seed'] + i}", [("taste", 100)], scores) for i in range(body.get("n", 1))]
-    choices = [{"index": i, "finish_reason": "stop", "message": {"content": text}} for i, text in enumerate(texts)]
+    texts = [
+        write_chain(f"likes it {body['seed'] + i}", [("taste", 100)], scores) for i in range(body.get("n", 1))
+    ]
+    choices = [
+        {"index": i, "finish_reason": "stop", "message": {"content": text}} for i, text in enumerate(texts)
+    ]
     return {"completion": completion("") | {"choices": choices}}
 
 
 def pool_of(server, folder) -> pd.DataFrame:
-    settings = EndpointConfig("endpoint", server.url, "served-name", max_in_flight=8, attempts=2, give_up_after=4)
+    settings = EndpointConfig(
+        "endpoint", server.url, "served-name", max_in_flight=8, attempts=2, give_up_after=4
+    )
     generator = EndpointGenerator(Endpoint(settings))
 
     def answer(questions):
@@ -55,7 +60,10 @@ def pool_of(server, folder) -> pd.DataFrame:
         )  # fmt: skip
 
     def find(analyses, users, n):
-        return [[Similar(f"other{rank}", (HistoryItem("theirs", "theirs", "x"),)) for rank in range(n)] for _ in users]
+        return [
+            [Similar(f"other{rank}", (HistoryItem("theirs", "theirs", "x"),)) for rank in range(n)]
+            for _ in users
+        ]
 
     try:
         return sample_pool(STUDY, PAIRS, HISTORIES, answer, find)

@@ -4,18 +4,20 @@ import json
 
 import pytest
 
-from eval.scaling_study import Similar
-from pgenrm_train.backends.base import Generation
-from pgenrm_train.chains import write_chain
+from eval.studies.scaling_study import Similar
+from pgenrm_train.backends.protocols import Generation
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import Example, HistoryItem, Message
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import Example, HistoryItem, Message
 from recipes import score
 
 MINE, THEIRS = (HistoryItem("earlier", "mine", "x"),), (HistoryItem("earlier", "theirs", "x"),)
 EXAMPLE = Example("q", "ann", (Message("user", "q"),), ("a", "b"), 0, MINE)
-OWN = write_chain("x", [("taste", 100)], [[8], [4]]).replace('"response_1": 8', '"response_1": 2')  # declares 2 for 8
+OWN = write_chain("x", [("taste", 100)], [[8], [4]]).replace(
+    '"response_1": 8', '"response_1": 2'
+)  # declares 2 for 8
 OTHER = write_chain("x", [("taste", 100)], [[5], [7]])
 
 
@@ -31,7 +33,9 @@ def said(capsys, monkeypatch, own=OWN, **settings):
             text = own if "mine" in request.messages[-1]["content"] else OTHER
             yield from (Generation(request.key, sample, text) for sample in range(request.samples))
 
-    score._say_mean(config, EXAMPLE, lambda examples, n: score._chains(config, model, chat_messages, 2, examples, n))
+    score._say_mean(
+        config, EXAMPLE, lambda examples, n: score._chains(config, model, chat_messages, 2, examples, n)
+    )
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -47,7 +51,12 @@ def said(capsys, monkeypatch, own=OWN, **settings):
 def test_scores_are_declared_or_verified_and_weighted(capsys, monkeypatch, settings, expected):
     found = said(capsys, monkeypatch, **settings)
     assert tuple(found["scores"].values()) == expected
-    assert found["own"]["used"] == 2 and found["similar"] == {"used": 1, "failures": {}, "asked": 1, "users": ["bob"]}
+    assert found["own"]["used"] == 2 and found["similar"] == {
+        "used": 1,
+        "failures": {},
+        "asked": 1,
+        "users": ["bob"],
+    }
 
 
 def test_a_chain_without_a_rubric_has_no_verified_score(capsys, monkeypatch):

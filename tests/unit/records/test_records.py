@@ -11,13 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.artifacts import write_table
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import ExplicitSignals, Message, PreferencePair, pair_to_row, read_pairs, row_to_pair
+from pgenrm_train.files import write_table
+from pgenrm_train.records.pairs import (
+    ExplicitSignals,
+    Message,
+    PreferencePair,
+    pair_to_row,
+    read_pairs,
+    row_to_pair,
+)
 
 
 def a_pair(number: int = 0, **changes) -> PreferencePair:
-    explicit = ExplicitSignals("short please", "a nurse", "kind", (("fluency", 80.0), ("wit", 0.5)), synthetic=True)
+    explicit = ExplicitSignals(
+        "short please", "a nurse", "kind", (("fluency", 80.0), ("wit", 0.5)), synthetic=True
+    )
     given = {
         "pair_id": f"p{number}",
         "user_id": "u",
@@ -56,7 +65,9 @@ def a_row(**changes) -> dict:
 
 def write_jsonl(folder: Path, *rows) -> Path:
     path = folder / "votes.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -103,7 +114,9 @@ def test_a_parquet_timestamp_is_a_time(tmp_path):
 
 
 def test_a_time_that_is_none_is_told(tmp_path):
-    assert "row 1, field 'timestamp': expected seconds since 1970" in problem(write_jsonl(tmp_path, a_row(timestamp="yesterday")))
+    assert "row 1, field 'timestamp': expected seconds since 1970" in problem(
+        write_jsonl(tmp_path, a_row(timestamp="yesterday"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,8 +152,9 @@ def test_pretty_printed_json_is_read_as_an_array_and_told_as_an_object(tmp_path)
     path.write_text(json.dumps(a_row()), encoding="utf-8-sig")
     assert len(list(read_pairs(path))) == 1
     path.write_text(json.dumps(a_row(), indent=2))
-    assert "row 1: expected one JSON object a line, or one array of them, got an object that goes over several lines" in problem(
-        path
+    assert (
+        "row 1: expected one JSON object a line, or one array of them, got an object that goes over several lines"
+        in problem(path)
     )
 
 
@@ -151,7 +165,11 @@ def test_more_rows_than_one_batch_of_parquet(tmp_path):
 
 def test_the_least_row_and_the_names_of_the_published_sets(tmp_path):
     row = a_row(
-        context=[{"role": "user", "content": "a"}, {"role": "model", "content": "b"}, {"role": "user", "content": "c"}],
+        context=[
+            {"role": "user", "content": "a"},
+            {"role": "model", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
         split="validation",
     )
     (pair,) = read_pairs(write_jsonl(tmp_path, row))
@@ -167,7 +185,16 @@ def test_a_text_context_is_one_user_turn_and_plain_texts_are_responses(tmp_path)
 
 @pytest.mark.parametrize("absent", [None, "", "  ", float("nan")])
 def test_optional_columns_may_be_absent_in_every_way(tmp_path, absent):
-    names = ("criteria", "self_description", "style", "attributes", "type", "scenario", "cohort", "user_split")
+    names = (
+        "criteria",
+        "self_description",
+        "style",
+        "attributes",
+        "type",
+        "scenario",
+        "cohort",
+        "user_split",
+    )
     (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**dict.fromkeys(names, absent))))
     assert pair.explicit == ExplicitSignals() and pair.kind is pair.scenario is pair.cohort is None
 
@@ -348,7 +375,8 @@ PAIRS = st.builds(
     pair_id=FILLED,
     user_id=FILLED,
     context=st.tuples(
-        st.builds(Message, st.sampled_from(("user", "assistant", "system")), TEXT), st.builds(Message, st.just("user"), TEXT)
+        st.builds(Message, st.sampled_from(("user", "assistant", "system")), TEXT),
+        st.builds(Message, st.just("user"), TEXT),
     ),
     chosen=FILLED,
     rejected=FILLED,

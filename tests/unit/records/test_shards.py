@@ -4,10 +4,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from pgenrm_train.artifacts import sha256_file
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import Message, PreferencePair, pair_schema, pair_to_row, read_pairs
-from pgenrm_train.shards import BATCH, ShardWriter, digest, parts, tables
+from pgenrm_train.files import sha256_file
+from pgenrm_train.records.pairs import Message, PreferencePair, pair_schema, pair_to_row, read_pairs
+from pgenrm_train.records.shards import BATCH, ShardWriter, digest, parts, tables
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
 
@@ -62,7 +62,9 @@ def test_a_cut_off_shard_is_one_sentence(tmp_path, share):
     path = write(tmp_path / "t.parquet", 3 * BATCH)
     last = parts(path)[2]
     last.write_bytes(last.read_bytes()[: int(last.stat().st_size * share)])
-    with pytest.raises(DataError, match=r"part-00002-of-00003.parquet cannot be read as parquet: it was cut off") as error:
+    with pytest.raises(
+        DataError, match=r"part-00002-of-00003.parquet cannot be read as parquet: it was cut off"
+    ) as error:
         numbers(path)
     assert "\n" not in str(error.value) and error.value.__suppress_context__
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pgenrm_train.backends.verl_progress import validation_metrics
-from pgenrm_train.reward_hacking import signs
+from pgenrm_train.backends.grpo.progress import validation_metrics
+from pgenrm_train.rewards.hacking_signs import signs
 
 
 def chain(criteria: tuple[str, ...] = ("formal", "brief"), **more: Any) -> dict[str, Any]:
@@ -31,7 +31,8 @@ def test_a_template_is_seen_whatever_the_case_and_order_of_its_criteria() -> Non
 
 
 @pytest.mark.parametrize(
-    ("declared", "verified", "expected"), [(3.0, -2.0, 1), (0.0, 2.0, 1), (3.0, 0.5, 0), (0.0, 0.05, 0), (-0.1, 0.1, 1)]
+    ("declared", "verified", "expected"),
+    [(3.0, -2.0, 1), (0.0, 2.0, 1), (3.0, 0.5, 0), (0.0, 0.05, 0), (-0.1, 0.1, 1)],
 )
 def test_another_winner_by_ones_own_sums_is_a_disagreement_unless_it_is_rounding(
     declared: float, verified: float, expected: float
@@ -40,7 +41,9 @@ def test_another_winner_by_ones_own_sums_is_a_disagreement_unless_it_is_rounding
 
 
 def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
-    found = signs([UNREADABLE, chain(verified_margin=None, criteria=[]), chain(margin=1.0, verified_margin=-1.0)])
+    found = signs(
+        [UNREADABLE, chain(verified_margin=None, criteria=[]), chain(margin=1.0, verified_margin=-1.0)]
+    )
     assert found["verified_disagreement"] == 1 and found["unverifiable_share"] == 0.5
     assert all(value is None for value in signs([UNREADABLE]).values())
 
@@ -48,7 +51,9 @@ def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
 # ---- validation ----
 
 
-def asked(pair: str, order: int, won: bool, probe: str | None = None, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def asked(
+    pair: str, order: int, won: bool, probe: str | None = None, **more: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     info = chain() | {
         "outcome": float(won), "total": float(won), "process": None, "failure": None, "null_verdict": False, "length": 10,
     }  # fmt: skip
@@ -63,12 +68,17 @@ def test_validation_tells_orders_apart_and_counts_flips() -> None:
     """One pair won in both orders, one only where the chosen response comes first."""
     found = metrics(asked("a", 0, True), asked("a", 1, True), asked("b", 0, True), asked("b", 1, False))
     assert (found["validation/accuracy"], found["validation/order_flip_rate"]) == (0.75, 0.5)
-    assert (found["validation/accuracy_chosen_first"], found["validation/accuracy_chosen_second"]) == (1.0, 0.5)
+    assert (found["validation/accuracy_chosen_first"], found["validation/accuracy_chosen_second"]) == (
+        1.0,
+        0.5,
+    )
 
 
 def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:
     own = [asked("a", order, True, "own", length=30) for order in (0, 1)]
-    swapped = [asked("a", order, False, "swapped_history", failure="no_markers", **UNREADABLE) for order in (0, 1)]
+    swapped = [
+        asked("a", order, False, "swapped_history", failure="no_markers", **UNREADABLE) for order in (0, 1)
+    ]
     found = metrics(*own, *swapped, first_length=20.0)
     assert found["validation/accuracy"] == 1 and found["validation/probe/swapped_history_accuracy"] == 0
     assert found["validation/format_error_share"] == 0 and found["validation/length_drift"] == 1.5

@@ -1,20 +1,16 @@
 """The LLM judge: a chain cannot forge its verdict, a failure is never a score, and the verdict has one shape."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve
 
-from pgenrm_train.backends import endpoint as endpoint_module
-from pgenrm_train.backends.llm import judge_for_rewards
-from pgenrm_train.judging import judge_messages, read_verdict, signals
-from pgenrm_train.records import ExplicitSignals
+from pgenrm_train.backends.api import endpoint as endpoint_module
+from pgenrm_train.backends.api.roles import judge_for_rewards
+from pgenrm_train.records.pairs import ExplicitSignals
+from pgenrm_train.rewards.judging import judge_messages, read_verdict, signals
 
 SAID = {"criteria": "short answers"}
 GOOD = '{"reason": "names it", "covered": 0.8, "unsupported": 0.25}'
@@ -86,7 +82,13 @@ def test_to_name_everything_earns_no_more_than_to_name_little():
 
 
 def judge(server, tmp_path=None, **more):
-    settings = {"kind": "endpoint", "base_url": server.url, "name": "stub", "attempts": 2, "timeout_seconds": 0.5} | more
+    settings = {
+        "kind": "endpoint",
+        "base_url": server.url,
+        "name": "stub",
+        "attempts": 2,
+        "timeout_seconds": 0.5,
+    } | more
     return judge_for_rewards(settings, str(tmp_path) if tmp_path else None)
 
 
@@ -100,12 +102,17 @@ def test_a_chain_is_scored_with_the_signals_of_its_user(tmp_path):
         assert rate("one chain", row()) == pytest.approx(0.6)
         assert rate("one chain", row()) == pytest.approx(0.6) and len(server.bodies) == 1, "an answer is kept"
         body = server.bodies[0]
-        assert body["response_format"]["json_schema"]["schema"]["required"] == ["reason", "covered", "unsupported"]
+        assert body["response_format"]["json_schema"]["schema"]["required"] == [
+            "reason",
+            "covered",
+            "unsupported",
+        ]
         assert json.loads(body["messages"][1]["content"]) == {"signals": SAID, "chain": "one chain"}
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"), [({"status": 500}, "http_500"), ({"raw": b"?"}, "malformed"), ("great, 1.0!", "unreadable")]
+    ("answer", "kind"),
+    [({"status": 500}, "http_500"), ({"raw": b"?"}, "malformed"), ("great, 1.0!", "unreadable")],
 )
 def test_a_failed_judgement_is_none_and_counted(answer, kind, monkeypatch):
     monkeypatch.setattr(endpoint_module, "MAX_WAIT_SECONDS", 0.01)
@@ -145,10 +152,18 @@ def test_a_budget_holds_over_processes_that_share_a_cache(tmp_path):
 
 
 def test_samplers_share_the_limits_of_a_run():
-    from pgenrm_train.backends.verl_rewards import RewardSpec, share_of
+    from pgenrm_train.backends.grpo.scoring import RewardSpec, share_of
 
-    settings = {"requests_per_minute": 600.0, "tokens_per_minute": None, "max_dollars": 10.0, "max_in_flight": 64}
-    kept, alone = (RewardSpec(judge_kwargs={"settings": settings, "cache": cache}, judge_in_flight=64) for cache in ("c", None))
+    settings = {
+        "requests_per_minute": 600.0,
+        "tokens_per_minute": None,
+        "max_dollars": 10.0,
+        "max_in_flight": 64,
+    }
+    kept, alone = (
+        RewardSpec(judge_kwargs={"settings": settings, "cache": cache}, judge_in_flight=64)
+        for cache in ("c", None)
+    )
     each = share_of(kept, 4)
     assert each.judge_in_flight == each.judge_kwargs["settings"]["max_in_flight"] == 16
     assert each.judge_kwargs["settings"]["requests_per_minute"] == 150

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgenrm_train.chains import Chain, write_chain
-from pgenrm_train.rewards import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.chains.chain import Chain, write_chain
+from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward, group_advantages
 
 CRITERIA = [("formal", 60), ("brief", 40)]
 FIRST_WINS = write_chain("analysis", CRITERIA, [[9, 8], [3, 2]])
@@ -49,7 +49,9 @@ def test_agreement_with_ones_own_sums_is_a_part_where_it_is_asked_for():
         assert "verified" not in chain_reward(text, 0).parts
 
 
-@pytest.mark.parametrize("text", ["", "no chain", "<JSON_START>{<JSON_END>", FIRST_WINS.replace("<JSON_END>", "")])
+@pytest.mark.parametrize(
+    "text", ["", "no chain", "<JSON_START>{<JSON_END>", FIRST_WINS.replace("<JSON_END>", "")]
+)
 def test_a_format_error_costs_and_asks_no_judge(text):
     for process in (never_asked, None, 0.9):
         reward = chain_reward(text, 0, process=process)
@@ -111,7 +113,11 @@ def test_advantages_sum_to_zero_and_keep_the_order(totals):
     advantages = group_advantages(totals)
     assert len(advantages) == len(totals)
     assert math.isclose(sum(advantages), 0.0, abs_tol=1e-6)
-    assert all((a <= b) for (s, a), (t, b) in zip(sorted(zip(totals, advantages)), sorted(zip(totals, advantages))[1:]) if s < t)
+    assert all(
+        (a <= b)
+        for (s, a), (t, b) in zip(sorted(zip(totals, advantages)), sorted(zip(totals, advantages))[1:])
+        if s < t
+    )
 
 
 @given(st.text(max_size=200), st.integers(0, 1), st.one_of(st.none(), st.floats(0, 1)))
@@ -135,6 +141,8 @@ def test_the_core_imports_nothing_heavy():
         "wandb",
         "deepspeed",
     ]
-    program = f"import sys, pgenrm_train.rewards; print([m for m in {heavy} if m in sys.modules])"
+    program = (
+        f"import sys, pgenrm_train.rewards.chain_reward; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

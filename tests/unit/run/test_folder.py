@@ -11,23 +11,21 @@ import pandas as pd
 import pytest
 import yaml
 
-from pgenrm_train import artifacts
-from pgenrm_train.artifacts import (
-    StageFolder,
+from pgenrm_train.config import ROOT, Config, to_dict
+from pgenrm_train.errors import ArtifactError
+from pgenrm_train.files import (
     atomic,
     fingerprint,
     publish_folder,
     read_json,
-    set_aside,
     sha256_file,
-    weights_digest,
     write_json,
     write_table,
     write_text,
 )
-from pgenrm_train.config import ROOT, Config, to_dict
-from pgenrm_train.errors import ArtifactError
-from recipes.run import prepare
+from pgenrm_train.run import folder as artifacts
+from pgenrm_train.run.folder import StageFolder, set_aside, weights_digest
+from pgenrm_train.stages.stage import prepare
 
 # ---- files ----
 
@@ -94,9 +92,11 @@ def test_fingerprints_are_stable_over_key_order_processes_and_versions():
     settings = {"b": [1, 2.5, None], "a": {"y": True, "x": "ü"}}
     turned = {"a": {"x": "ü", "y": True}, "b": [1, 2.5, None]}
     assert fingerprint(settings, {}) == fingerprint(turned, {}) == "29c98950ff01b00e"
-    code = f"from pgenrm_train.artifacts import fingerprint; print(fingerprint({settings!r}, {{}}))"
+    code = f"from pgenrm_train.run.folder import fingerprint; print(fingerprint({settings!r}, {{}}))"
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.strip() == fingerprint(settings, {})
 
 
@@ -126,12 +126,19 @@ def test_an_absent_folder_is_read_without_being_made(tmp_path):
 def test_begin_and_finish(tmp_path):
     folder = begun(tmp_path)
     running = read_json(tmp_path / "psi" / "manifest.json")
-    assert (running["status"], running["stage"], running["starts"], running["seed"]) == ("running", "psi", 1, 0)
+    assert (running["status"], running["stage"], running["starts"], running["seed"]) == (
+        "running",
+        "psi",
+        1,
+        0,
+    )
     assert yaml.safe_load((tmp_path / "psi" / "config.yaml").read_text()) == {"seed": 0}
     folder.finish(steps=7)
     found = StageFolder.read(tmp_path, "psi")
     assert found.complete and found.made_from(SETTINGS, INPUTS) and found.manifest["steps"] == 7
-    assert not found.made_from({**SETTINGS, "seed": 1}, INPUTS) and not found.made_from(SETTINGS, {"build_sec": "def"})
+    assert not found.made_from({**SETTINGS, "seed": 1}, INPUTS) and not found.made_from(
+        SETTINGS, {"build_sec": "def"}
+    )
 
 
 def test_an_interrupted_stage_continues_and_its_seconds_add_up(tmp_path, monkeypatch):
@@ -141,7 +148,11 @@ def test_an_interrupted_stage_continues_and_its_seconds_add_up(tmp_path, monkeyp
     now[0] += 20
     first.interrupted("KeyboardInterrupt")
     found = StageFolder.read(tmp_path, "psi")
-    assert not found.complete and found.manifest["reason"] == "KeyboardInterrupt" and found.manifest["wall_seconds"] == 20
+    assert (
+        not found.complete
+        and found.manifest["reason"] == "KeyboardInterrupt"
+        and found.manifest["wall_seconds"] == 20
+    )
     now[0] += 1000
     again = begun(tmp_path)
     assert again.manifest["starts"] == 2 and "reason" not in again.manifest
@@ -214,12 +225,16 @@ def test_resume_false_twice_within_a_second_loses_nothing(tmp_path):
 
 def test_a_run_folder_is_one_process_s(tmp_path):
     """A second start is told who is at work, and may go on as soon as that process is gone, even by kill -9."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     config = Config(recipe="psi", run_dir=str(tmp_path / "run"))
     for resume in (True, False):
         config.resume = resume
-        with pytest.raises(ArtifactError, match=f"run_dir={tmp_path}/run is in use by process {holder.pid}; wait for it"):
+        with pytest.raises(
+            ArtifactError, match=f"run_dir={tmp_path}/run is in use by process {holder.pid}; wait for it"
+        ):
             prepare(config)
     assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing was set aside"
     holder.kill()
@@ -231,7 +246,7 @@ def test_a_run_folder_is_one_process_s(tmp_path):
 HOLD = """
 import sys, time
 from pgenrm_train.config import Config
-from recipes.run import prepare
+from pgenrm_train.stages.stage import prepare
 prepare(Config(recipe="psi", run_dir=sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -266,7 +281,9 @@ def test_manifests_hold_no_variable_no_host_and_no_secret(tmp_path, monkeypatch)
             assert private not in written
     manifest = (tmp_path / "psi" / "manifest.json").read_text()
     node = platform.node()
-    words = set(json.dumps(json.loads(manifest)).replace('"', " ").replace("-", " ").replace(",", " ").split())
+    words = set(
+        json.dumps(json.loads(manifest)).replace('"', " ").replace("-", " ").replace(",", " ").split()
+    )
     assert len(node) < 4 or node not in manifest
     assert str(Path.home()) not in words and sys.prefix not in manifest
 
@@ -294,7 +311,8 @@ def test_a_model_path_without_a_checkpoint_is_refused_before_anything_is_touched
     config = Config(recipe="evaluate", run_dir=str(tmp_path / "run"))
     config.model.path = str(tmp_path / "nothing")
     with pytest.raises(
-        ArtifactError, match=r"^model\.path=\S+nothing is not a Hugging Face checkpoint: there is no such folder$"
+        ArtifactError,
+        match=r"^model\.path=\S+nothing is not a Hugging Face checkpoint: there is no such folder$",
     ):
         prepare(config)
     assert not (tmp_path / "run").exists()

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from store_world import content, held, machine, quick, run_at, stage, step, url
 
-from pgenrm_train import publishing, snapshots
-from pgenrm_train.artifacts import StageFolder, write_text
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.stores import MARKER, Store, StoreLost
-from recipes.run import CHILD, prepare
+from pgenrm_train.files import write_text
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.store import publisher as publishing
+from pgenrm_train.run.store import snapshots
+from pgenrm_train.run.store.objects import MARKER, Store, StoreLost
+from pgenrm_train.stages.stage import CHILD, prepare
 
 __all__ = ["quick", "url"]  # fixtures
 
@@ -25,9 +27,13 @@ __all__ = ["quick", "url"]  # fixtures
 # ---- publish and fetch ----
 
 
-def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(
+    tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = machine(tmp_path, "a", url)
-    stage(tmp_path / "a", checkpoint__model_safetensors="w", metrics_jsonl="{}\n", pairs_parquet__part_0="rows")
+    stage(
+        tmp_path / "a", checkpoint__model_safetensors="w", metrics_jsonl="{}\n", pairs_parquet__part_0="rows"
+    )
     (tmp_path / "a" / "psi" / "wandb").mkdir()
     write_text(tmp_path / "a" / "psi" / "wandb" / "log", "x")
     step(tmp_path / "a", 3)
@@ -35,11 +41,15 @@ def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(tmp_path: Path, url:
     assert f"{url} gets what it lacks: psi\npublished psi (complete): {url}/psi/" in capsys.readouterr().out
     machine(tmp_path, "b", url)
     here = content(tmp_path / "a" / "psi")
-    assert content(tmp_path / "b" / "psi") == {k: v for k, v in here.items() if not k.startswith(("wandb/", "steps/"))}
+    assert content(tmp_path / "b" / "psi") == {
+        k: v for k, v in here.items() if not k.startswith(("wandb/", "steps/"))
+    }
     assert StageFolder.read(tmp_path / "b", "psi").complete
 
 
-def test_what_did_not_change_is_sent_once_and_what_counts_no_more_is_removed(tmp_path: Path, url: str) -> None:
+def test_what_did_not_change_is_sent_once_and_what_counts_no_more_is_removed(
+    tmp_path: Path, url: str
+) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", complete=False, rows_parquet="many rows", metrics_jsonl="1\n")
     step(tmp_path / "a", 2, best=2)
@@ -68,7 +78,13 @@ def test_what_did_not_change_is_sent_once_and_what_counts_no_more_is_removed(tmp
 
 def test_a_half_written_step_and_an_open_database_stay_at_home(tmp_path: Path, url: str) -> None:
     first = machine(tmp_path, "a", url)
-    stage(tmp_path / "a", complete=False, judge__cache_db="sqlite", judge__cache_db_wal="sqlite", rows_parquet_tmp="half")
+    stage(
+        tmp_path / "a",
+        complete=False,
+        judge__cache_db="sqlite",
+        judge__cache_db_wal="sqlite",
+        rows_parquet_tmp="half",
+    )
     write_text(tmp_path / "a" / "psi" / "steps" / "checkpoint-2" / "model.safetensors", "half")
     assert first.round() and held(url) == {"config.yaml"}, "nothing to go on from"
     step(tmp_path / "a", 1)
@@ -89,7 +105,9 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_published(
     step(tmp_path / "a", 1, best=1)
     step(tmp_path / "a", 2, best=1)
     monkeypatch.setattr(
-        snapshots.time, "sleep", lambda _: (tmp_path / "a/psi/steps/checkpoint-1/model.safetensors").unlink(missing_ok=True)
+        snapshots.time,
+        "sleep",
+        lambda _: (tmp_path / "a/psi/steps/checkpoint-1/model.safetensors").unlink(missing_ok=True),
     )
     assert not first.round() and held(url) == {"config.yaml"} and first.lost is None
     shutil.rmtree(tmp_path / "a" / "psi" / "steps" / "checkpoint-1")
@@ -103,7 +121,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from pgenrm_train import artifacts, publishing, stores
-from pgenrm_train.publishing import Publisher
+from pgenrm_train.run.store.publisher import Publisher
 put = stores.Store.put
 def put_or_die(self, name, content):
     if name.endswith(stores.MARKER):
@@ -126,7 +144,9 @@ def test_a_kill_between_the_files_and_the_marker_leaves_what_counted_before(
     assert first.close() == []
     step(tmp_path / "a", 4)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, url, str(tmp_path / "a")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", KILLED, url, str(tmp_path / "a")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == -9
     (cut_off,) = Store(url).left_over("psi")
@@ -137,17 +157,23 @@ def test_a_kill_between_the_files_and_the_marker_leaves_what_counted_before(
     again = machine(tmp_path, "a", url)  # the machine that was killed: nobody else's
     assert f"removing {url}/psi/{cut_off}" in capsys.readouterr().out and Store(url).left_over("psi") == {}
     assert (tmp_path / "a" / "psi" / "steps" / "checkpoint-4").exists(), "ahead of the store, and kept"
-    assert again.close() == [] and any(at.at.endswith("checkpoint-4/model.safetensors") for at in again.published["psi"].files)  # type: ignore[union-attr]
+    assert again.close() == [] and any(
+        at.at.endswith("checkpoint-4/model.safetensors") for at in again.published["psi"].files
+    )  # type: ignore[union-attr]
 
 
-def test_a_kill_right_after_the_marker_does_not_make_ones_own_work_a_stranger_s(tmp_path: Path, url: str) -> None:
+def test_a_kill_right_after_the_marker_does_not_make_ones_own_work_a_stranger_s(
+    tmp_path: Path, url: str
+) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", complete=False)
     step(tmp_path / "a", 2)
     first.round()
     step(tmp_path / "a", 4)
     machine(tmp_path, "a", url)
-    assert (tmp_path / "a" / "psi" / "steps" / "checkpoint-4").exists() and not list((tmp_path / "a").glob("*.bak"))
+    assert (tmp_path / "a" / "psi" / "steps" / "checkpoint-4").exists() and not list(
+        (tmp_path / "a").glob("*.bak")
+    )
 
 
 # ---- two machines ----
@@ -186,7 +212,9 @@ def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(
     step(tmp_path / "a", 3)
     assert first.close() == ["psi"] and "another machine has published psi" in str(first.lost)
     monkeypatch.setattr(publishing, "_OPEN", {tmp_path / "a": first})
-    told = pytest.raises(ArtifactError, match=r"another machine has published psi .* a new start sets it aside")
+    told = pytest.raises(
+        ArtifactError, match=r"another machine has published psi .* a new start sets it aside"
+    )
     with told as error, publishing.kept():
         pass
     assert "publishes it" not in str(error.value)
@@ -310,11 +338,16 @@ def test_a_name_like_a_pattern_is_a_name(tmp_path: Path, url: str) -> None:
     for name in ("ind=[1]*.json", "ind=1.json"):
         write_text(folder.path / name, "{}")
     folder.finish()
-    assert first.round() and {path.rpartition("/")[2] for path in held(url)} >= {"ind=1.json", "ind=[1]*.json"}
+    assert first.round() and {path.rpartition("/")[2] for path in held(url)} >= {
+        "ind=1.json",
+        "ind=[1]*.json",
+    }
     (folder.path / "ind=[1]*.json").unlink()
     folder.finish(again=True)
     assert first.round()
-    assert "ind=1.json" in {path.rpartition("/")[2] for path in held(url)} and not any("[1]" in path for path in held(url))
+    assert "ind=1.json" in {path.rpartition("/")[2] for path in held(url)} and not any(
+        "[1]" in path for path in held(url)
+    )
     machine(tmp_path, "b", url)
 
 
@@ -332,18 +365,24 @@ def test_a_phase_of_grpo_goes_on_elsewhere(tmp_path: Path, url: str) -> None:
     }  # fmt: skip
 
 
-def test_later_stages_wait_for_the_earlier_ones(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_stages_wait_for_the_earlier_ones(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", "build_sec", rows="x")
     stage(tmp_path / "a", "psi", rows="x")
     send = first.store._send
     monkeypatch.setattr(
-        first.store, "_send", lambda p, s, f: (_ for _ in ()).throw(StoreLost("lost")) if s == "build_sec" else send(p, s, f)
+        first.store,
+        "_send",
+        lambda p, s, f: (_ for _ in ()).throw(StoreLost("lost")) if s == "build_sec" else send(p, s, f),
     )
     assert not first.round() and first.close() == ["build_sec", "psi"] and held(url) == {"config.yaml"}
 
 
-def test_a_child_of_a_pipeline_leaves_the_store_to_its_parent(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_of_a_pipeline_leaves_the_store_to_its_parent(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = run_at(url, tmp_path)
     with publishing.kept():
         prepare(config)

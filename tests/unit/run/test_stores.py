@@ -12,12 +12,14 @@ import fsspec
 import pytest
 from store_world import held, machine, quick, run_at, stage, url
 
-from pgenrm_train import publishing, stores
-from pgenrm_train.artifacts import StageFolder, write_text
+from pgenrm_train.cluster.preflight.reach import check_store
 from pgenrm_train.config import ROOT, Config, load, parse, to_dict
 from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
-from pgenrm_train.preflight.reach import check_store
-from pgenrm_train.stores import MARKER, Store, StoreLost
+from pgenrm_train.files import write_text
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.store import objects as stores
+from pgenrm_train.run.store import publisher as publishing
+from pgenrm_train.run.store.objects import MARKER, Store, StoreLost
 
 __all__ = ["quick", "url"]  # fixtures
 
@@ -83,14 +85,17 @@ def test_a_store_that_cannot_be_written_is_said_at_the_start_with_the_way_round_
     ("foo://bucket/x", ConfigError, "fsspec cannot open .*Protocol not known: foo"),
     ("gs://bucket/x", PreflightError, "needs a package that is not installed: .*gcsfs"),
 ])  # fmt: skip
-def test_a_protocol_that_is_unknown_or_not_installed_is_one_sentence(url: str, error: type[Exception], said: str) -> None:
+def test_a_protocol_that_is_unknown_or_not_installed_is_one_sentence(
+    url: str, error: type[Exception], said: str
+) -> None:
     with pytest.raises(error, match=said) as found:
         Store(url)
     assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(
-    "place,said", [("file/run", "NotADirectoryError"), ("gs://bucket/x", "needs a package that is not installed")]
+    "place,said",
+    [("file/run", "NotADirectoryError"), ("gs://bucket/x", "needs a package that is not installed")],
 )
 def test_preflight_tries_the_store_out(tmp_path: Path, place: str, said: str) -> None:
     (tmp_path / "file").write_text("")
@@ -103,14 +108,20 @@ def test_preflight_tries_the_store_out(tmp_path: Path, place: str, said: str) ->
     assert list(check_store(config, "psi")) == [] and list((tmp_path / "store" / "run").iterdir()) == []
 
 
-def test_a_recipe_that_only_reads_fetches_what_is_missing_and_publishes_nothing(tmp_path: Path, url: str) -> None:
+def test_a_recipe_that_only_reads_fetches_what_is_missing_and_publishes_nothing(
+    tmp_path: Path, url: str
+) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", weights="x")
     first.close()
     before = held(url)
     config = run_at(url, tmp_path / "m")
     publishing.fetch(config)
-    assert StageFolder.read(Path(config.run_dir), "psi").complete and held(url) == before and publishing._OPEN == {}
+    assert (
+        StageFolder.read(Path(config.run_dir), "psi").complete
+        and held(url) == before
+        and publishing._OPEN == {}
+    )
     fsspec.url_to_fs(url)[0].rm(fsspec.url_to_fs(url)[1], recursive=True)
     publishing.fetch(config)  # what is here is not asked for
 
@@ -122,7 +133,9 @@ def test_a_secret_of_the_endpoint_is_not_repeated(tmp_path: Path, monkeypatch: p
         raise ConnectionError("no answer from http://me:hidden@host:1/bucket,\nnor from http://host")
 
     monkeypatch.setattr(store.fs, "cat_file", unreachable)
-    with pytest.raises(StoreLost, match=r"^ConnectionError: no answer from http://…@host:1/bucket, nor from http://host$"):
+    with pytest.raises(
+        StoreLost, match=r"^ConnectionError: no answer from http://…@host:1/bucket, nor from http://host$"
+    ):
         store.read("psi")
 
 
@@ -154,7 +167,10 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     ("changes", "said"),
     [
         ({"run_dir": "s3:/bucket/x"}, r"did you mean s3://bucket/x\?"),
-        ({"run_dir": "s3://bucket/x", "mirror": "s3://bucket/m"}, "mirror=s3://bucket/m must be a folder of this machine"),
+        (
+            {"run_dir": "s3://bucket/x", "mirror": "s3://bucket/m"},
+            "mirror=s3://bucket/m must be a folder of this machine",
+        ),
     ],
 )
 def test_a_mistyped_place_is_told(changes: dict[str, str], said: str) -> None:

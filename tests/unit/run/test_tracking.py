@@ -11,9 +11,9 @@ import time
 import pytest
 from wandb_server import serve
 
-from pgenrm_train.artifacts import write_table
 from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
-from pgenrm_train.tracking import Tracker, _public, samples_file
+from pgenrm_train.files import write_table
+from pgenrm_train.run.tracking import Tracker, _public, samples_file
 
 
 def lines(path) -> list[dict]:
@@ -98,7 +98,9 @@ def test_lines_of_another_process_are_forwarded_once_and_whole(tmp_path):
     with tracker.follow(engine, every=0.02):
         for step in range(3):
             with engine.open("a") as file:
-                file.write(json.dumps({"step": step, "stage": "cre", "cre/reward": 0.5, "cre/kl": None}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "stage": "cre", "cre/reward": 0.5, "cre/kl": None}) + "\n"
+                )
             time.sleep(0.05)
         with engine.open("a") as file:
             file.write('{"step": 3, "half a li')
@@ -109,7 +111,10 @@ def test_a_validation_of_the_same_step_is_forwarded_too_with_its_sample_chains(t
     tracker, engine = silent(tmp_path / "psi", "psi"), tmp_path / "engine.jsonl"
     tracker._wandb = service = Service()
     write_table(samples_file(engine, 50), [{"pair_id": "a", "text": "a chain"}])
-    records = [{"step": 50, "stage": "psi", "psi/loss": 0.5}, {"step": 50, "stage": "psi", "eval/accuracy": 0.7}]
+    records = [
+        {"step": 50, "stage": "psi", "psi/loss": 0.5},
+        {"step": 50, "stage": "psi", "eval/accuracy": 0.7},
+    ]
     with tracker.follow(engine, every=0.02):
         engine.write_text("".join(json.dumps(record) + "\n" for record in records))
         time.sleep(0.2)
@@ -142,7 +147,7 @@ TRACK = """
 import sys
 from pathlib import Path
 from pgenrm_train.config import Config, TrackingConfig
-from pgenrm_train.tracking import Tracker
+from pgenrm_train.run.tracking import Tracker
 tracker = Tracker(Config(recipe="psi", run_dir="run", tracking=TrackingConfig(kind={kind!r})), "psi", Path({folder!r}))
 tracker.log(1, {{"psi/loss": 1.0, "psi/nan": float("nan")}})
 tracker.close()
@@ -158,7 +163,9 @@ def test_no_tracking_imports_no_wandb(tmp_path):
 
 def test_offline_tracking_leaves_files_and_says_nothing(tmp_path):
     done = python(TRACK.format(kind="offline", folder=str(tmp_path)))
-    assert done.returncode == 0 and done.stdout.strip() == "True" and "warning" not in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stdout.strip() == "True" and "warning" not in done.stderr, (
+        done.stderr
+    )
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -196,7 +203,9 @@ def tracked(folder, server, kind="wandb", link=True) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder.parent), **server.environment}
     code = ONLINE.format(kind=kind, folder=str(folder), link=link)
     pipe = subprocess.PIPE
-    found = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    found = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
     assert found.stdout.readline() == "logged\n", found.stderr.read()
     return found
 
@@ -205,7 +214,12 @@ def sync(command: str, home, server) -> None:
     """The command that the warning names."""
     environment = {**os.environ, "HOME": str(home), **server.environment}
     done = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=home, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", *command.split()],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
@@ -227,7 +241,12 @@ def test_a_run_arrives_with_its_group_its_accuracy_and_what_was_made(tmp_path):
         _, err = tracked(tmp_path / "psi", server).communicate("\n", timeout=60)
         assert "warning" not in err
         (run, *_) = server.runs
-        assert (run["project"], run["groupName"], run["jobType"], run["displayName"]) == ("ours", "mine", "psi", "mine/psi")
+        assert (run["project"], run["groupName"], run["jobType"], run["displayName"]) == (
+            "ours",
+            "mine",
+            "psi",
+            "mine/psi",
+        )
         assert "password" not in json.dumps(server.runs) and "learning_rate" in run["config"]
         assert [row["eval/accuracy"] for row in server.history] == [0.75, 0.5]
         assert server.summary["eval/accuracy"] == 0.75, "of the published checkpoint"
@@ -240,7 +259,9 @@ def test_without_the_network_a_run_starts_offline_and_is_sent_later(tmp_path):
         pass
     _, err = tracked(tmp_path / "psi", server).communicate("\n", timeout=60)
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
-    command = re.search(r"W&B is not reached .*; tracking goes on offline, and (wandb sync \S+) sends it later", warning)
+    command = re.search(
+        r"W&B is not reached .*; tracking goes on offline, and (wandb sync \S+) sends it later", warning
+    )
     assert command and len(lines(tmp_path / "psi" / "metrics.jsonl")) == 2
     with serve(server.port) as server:
         sync(command[1], tmp_path, server)

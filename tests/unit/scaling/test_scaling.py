@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pgenrm_train.errors import ConfigError, DataError
-from pgenrm_train.scaling import COLUMNS, grid, scale
+from pgenrm_train.scaling.combine import COLUMNS, grid, scale
 
 NAN = np.nan
 NOTHING = np.zeros((0, 2))
@@ -65,7 +65,19 @@ def make_pool(pairs=3, seeds=(0, 5), own=4, similar=2, fail=0.25, seed=0) -> pd.
                 chosen, rejected = (NAN, NAN) if failed else rng.integers(1, 11, 2).astype(float)
                 neighbour, failure = f"n{sample}" if source == "pro" else None, "length" if failed else None
                 kind = "hard" if pair else "easy"
-                row = (f"p{pair}", order, s, f"u{pair % 2}", sample, source, neighbour, chosen, rejected, failure, kind)
+                row = (
+                    f"p{pair}",
+                    order,
+                    s,
+                    f"u{pair % 2}",
+                    sample,
+                    source,
+                    neighbour,
+                    chosen,
+                    rejected,
+                    failure,
+                    kind,
+                )
                 rows.append(dict(zip(COLUMNS, row)))
     return pd.DataFrame(rows).sample(frac=1, random_state=1)
 
@@ -106,7 +118,9 @@ def test_ind_1_averages_over_all_samples():
     pool = make_pool(pairs=40, own=8, similar=0, fail=0)
     cell = grid(pool, [1], [0])
     assert len(cell) == len(pool)
-    assert (cell.score_chosen > cell.score_rejected).mean() == (pool.score_chosen > pool.score_rejected).mean()
+    assert (cell.score_chosen > cell.score_rejected).mean() == (
+        pool.score_chosen > pool.score_rejected
+    ).mean()
 
 
 def test_pro_n_takes_the_most_similar_users():
@@ -118,7 +132,17 @@ def test_pro_n_takes_the_most_similar_users():
 
 def test_grid_rows_feed_an_accuracy_report():
     cells = grid(make_pool(), [0, 1, 4], [0, 2])
-    report_columns = {"pair_id", "user_id", "order", "seed", "sample", "score_chosen", "score_rejected", "failure", "kind"}
+    report_columns = {
+        "pair_id",
+        "user_id",
+        "order",
+        "seed",
+        "sample",
+        "score_chosen",
+        "score_rejected",
+        "failure",
+        "kind",
+    }
     assert report_columns <= set(cells.columns)
     assert set(zip(cells["ind"], cells["pro"])) == {(0, 2), (1, 0), (1, 2), (4, 0), (4, 2)}
     for _, cell in cells.groupby(["ind", "pro"]):

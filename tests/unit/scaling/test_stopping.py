@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.stopping import looks, replay, settled, stops
+from pgenrm_train.scaling.stopping import looks, replay, settled, stops
 
 MARGINS = arrays(
-    float, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.sampled_from([-2.0, -0.5, 0.0, 1.0, np.nan])
+    float,
+    st.tuples(st.integers(1, 6), st.integers(1, 20)),
+    elements=st.sampled_from([-2.0, -0.5, 0.0, 1.0, np.nan]),
 )
 
 
@@ -20,7 +22,10 @@ MARGINS = arrays(
 def test_the_budget_is_never_exceeded_and_some_chain_is_always_drawn(margins, alpha):
     used = replay(margins, alpha)
     assert ((used >= 1) & (used <= margins.shape[1])).all()
-    assert set(used) <= set(looks(margins.shape[1], alpha)) and looks(margins.shape[1], alpha)[-1] == margins.shape[1]
+    assert (
+        set(used) <= set(looks(margins.shape[1], alpha))
+        and looks(margins.shape[1], alpha)[-1] == margins.shape[1]
+    )
 
 
 @given(MARGINS, st.sampled_from([0.05, 0.3]))

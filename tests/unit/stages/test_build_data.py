@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_builders import pairs as pairs_builder
-from data_builders import personaworld
-from pgenrm_train.artifacts import StageFolder
+from data_builders.sources import pairs as pairs_builder
+from data_builders.sources import personaworld
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.raw_rows import SKIPPED, LeftOut
-from pgenrm_train.records import Message, PreferencePair, pair_to_row
-from pgenrm_train.shards import digest, parts
+from pgenrm_train.prompts.writer import asked, load_pairs
+from pgenrm_train.records.pairs import Message, PreferencePair, pair_to_row
+from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
+from pgenrm_train.records.shards import digest, parts
+from pgenrm_train.records.vote_index import VoteIndex
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
-from pgenrm_train.stages.inputs import asked, load_pairs
-from pgenrm_train.stages.vote_index import VoteIndex
 from recipes.build_data import builder
 
 
@@ -53,7 +53,12 @@ def test_ids_that_name_a_question_become_ids_of_votes(tmp_path):
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from(("a", "a/u", "a/u/2", "a/u/3")), st.sampled_from(("u", "v", "u/2"))), max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(("a", "a/u", "a/u/2", "a/u/3")), st.sampled_from(("u", "v", "u/2"))),
+        max_size=8,
+    )
+)
 def test_ids_are_unique_whatever_the_source_calls_its_votes(drawn):
     index = indexed([vote(pair_id, user) for pair_id, user in drawn])
     index.name_votes()
@@ -76,7 +81,12 @@ def test_train_votes_that_return_in_test_are_dropped_and_counted(tmp_path):
 
 def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
     index = indexed(
-        [vote(1, "a", split="test"), vote(2, "a", split="val"), vote(3, "a", split="test"), vote(4, "b", split="val")]
+        [
+            vote(1, "a", split="test"),
+            vote(2, "a", split="val"),
+            vote(3, "a", split="test"),
+            vote(4, "b", split="val"),
+        ]
     )
     assert index.drop_overlap() == {"train": 0, "val": 1}
     assert [kept for *_, kept in index.decisions()] == [1, 0, 1, 1]
@@ -85,7 +95,8 @@ def test_a_vote_of_val_that_returns_in_test_goes_and_test_stays_whole():
 def test_overlap_within_a_user_fails_the_build(tmp_path):
     votes = [vote(1, "a"), vote(2, "a", split="test")]
     with pytest.raises(
-        DataError, match=r"1 votes of the source are cast again .* e\.g\. 1 as 2 by user a.* data\.on_overlap=drop"
+        DataError,
+        match=r"1 votes of the source are cast again .* e\.g\. 1 as 2 by user a.* data\.on_overlap=drop",
     ):
         build(tmp_path, votes)
     assert not (tmp_path / "build_data" / "pairs.parquet").exists()
@@ -93,11 +104,14 @@ def test_overlap_within_a_user_fails_the_build(tmp_path):
 
 
 def test_splits_made_here_do_without_what_overlaps(tmp_path):
-    votes = [vote(n, "a", query=f"question {n // 2}") for n in range(40)]  # each vote twice, in two conversations
+    votes = [
+        vote(n, "a", query=f"question {n // 2}") for n in range(40)
+    ]  # each vote twice, in two conversations
     made, card = build(tmp_path, votes, split_by="within_user")
     assert (
         len(votes) - len(made)
-        == card["train_votes_dropped_as_repeated_in_val_or_test"] + card["val_votes_dropped_as_repeated_in_test"]
+        == card["train_votes_dropped_as_repeated_in_val_or_test"]
+        + card["val_votes_dropped_as_repeated_in_test"]
         > 0
     )
 
@@ -120,12 +134,17 @@ def test_the_card_counts(tmp_path):
 def test_a_word_that_may_have_meant_a_held_out_user_is_told(tmp_path, capsys):
     build(tmp_path, [vote(1, "a"), vote(2, "b", user_split="dev"), vote(3, "c", user_split="heldout")])
     said = capsys.readouterr().out
-    assert "warning: 1 users have user_split='heldout', which is not val or test, and train" in said and "'dev'" not in said
+    assert (
+        "warning: 1 users have user_split='heldout', which is not val or test, and train" in said
+        and "'dev'" not in said
+    )
 
 
 def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
     votes = [vote(f"{user}{n}", user, f"good {n}") for user in "abcd" for n in range(3)]
-    votes += [vote(f"t{n}", "t", f"good {n}", user_split="test", split=("train", "test")[n % 2]) for n in range(4)]
+    votes += [
+        vote(f"t{n}", "t", f"good {n}", user_split="test", split=("train", "test")[n % 2]) for n in range(4)
+    ]
     made, card = build(tmp_path, votes, max_train_pairs=4)
     assert Counter(p.user_id for p in made) == {"a": 3, "b": 3, "t": 4}
     assert card["pairs"] == 10
@@ -141,7 +160,9 @@ def test_personaworld_goes_through_whole(tmp_path):
     votes = list(personaworld.build(DataConfig(users=20, heldout_users=8), 0))
     made, card = build(tmp_path, votes, on_overlap="drop")
     assert made == [p for p in votes if p in made] and card["with_stated_criteria"] == len(made)
-    assert len(votes) - len(made) == card["train_votes_dropped_as_repeated_in_val_or_test"] < 0.02 * len(votes)
+    assert (
+        len(votes) - len(made) == card["train_votes_dropped_as_repeated_in_val_or_test"] < 0.02 * len(votes)
+    )
 
 
 def test_pairs_are_asked_for_by_name_of_the_stage_that_makes_them(tmp_path):
@@ -153,7 +174,12 @@ def test_pairs_are_asked_for_by_name_of_the_stage_that_makes_them(tmp_path):
 
 
 def test_asked_train_leaves_out_held_out_users():
-    votes = [vote(1), vote(2, user_split="test"), vote(3, split="val"), vote(4, split="test", user_split="test")]
+    votes = [
+        vote(1),
+        vote(2, user_split="test"),
+        vote(3, split="val"),
+        vote(4, split="test", user_split="test"),
+    ]
     assert [p.pair_id for p in asked(votes, "train")] == ["1"]
     assert [p.pair_id for p in asked(votes, "val")] == ["3"]
     assert [p.pair_id for p in asked(votes, "test")] == ["4"]
@@ -182,7 +208,10 @@ def write_votes(tmp_path, rows):
 
 
 def rows(count=4):
-    return [pair_to_row(vote(n)) | {"shared_context": n % 2 == 0, "language": ("en", "de")[n % 2]} for n in range(count)]
+    return [
+        pair_to_row(vote(n)) | {"shared_context": n % 2 == 0, "language": ("en", "de")[n % 2]}
+        for n in range(count)
+    ]
 
 
 def test_only_keeps_the_rows_that_have_the_value(tmp_path):
@@ -217,7 +246,9 @@ def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
 
 def test_every_skipped_row_is_named_in_a_file_that_goes_when_all_fit(tmp_path):
     halves = [row | {"chosen": "cut \ud83d"} for row in rows(60)]
-    data = write_votes(tmp_path, [*rows(), *halves, {key: value for key, value in rows()[0].items() if key != "language"}])
+    data = write_votes(
+        tmp_path, [*rows(), *halves, {key: value for key, value in rows()[0].items() if key != "language"}]
+    )
     data.on_bad_row, data.only = "skip", {"language": "en"}
     folder = StageFolder(tmp_path / "build_data", "build_data")
     card = build_data.run(Config(data=data), folder, pairs_builder.build)
@@ -239,7 +270,9 @@ def test_skipping_everything_is_an_error(tmp_path):
 
 def test_parquet_of_pandas_is_read(tmp_path):
     pd.DataFrame(rows()).to_parquet(tmp_path / "votes.parquet")
-    made = list(pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0, LeftOut()))
+    made = list(
+        pairs_builder.build(DataConfig(name="pairs", path=str(tmp_path / "votes.parquet")), 0, LeftOut())
+    )
     assert [p.pair_id for p in made] == ["0", "1", "2", "3"]
 
 
@@ -256,7 +289,9 @@ def test_every_data_name_has_its_builder_and_another_is_told():
 def write_shards(folder, count=6, shard=2):
     folder.mkdir()
     for n in range(0, count, shard):
-        pd.DataFrame(rows(count)[n : n + shard]).to_parquet(folder / f"part-{n // shard:05d}-of-{count // shard:05d}.parquet")
+        pd.DataFrame(rows(count)[n : n + shard]).to_parquet(
+            folder / f"part-{n // shard:05d}-of-{count // shard:05d}.parquet"
+        )
     return DataConfig(name="pairs", path=str(folder))
 
 
@@ -273,7 +308,9 @@ def test_a_shard_that_is_cut_off_lost_or_bad_is_named(tmp_path):
     second = tmp_path / "votes" / "part-00001-of-00003.parquet"
     whole = second.read_bytes()
     second.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"part-00001-of-00003\.parquet cannot be read as parquet: it was cut off"):
+    with pytest.raises(
+        DataError, match=r"part-00001-of-00003\.parquet cannot be read as parquet: it was cut off"
+    ):
         ids(data)
     second.unlink()
     with pytest.raises(DataError, match=r"votes holds 2 of the 3 files part-\*-of-00003"):
@@ -300,7 +337,7 @@ def test_a_build_that_fails_leaves_no_pairs_and_keeps_those_of_before(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from pgenrm_train.artifacts import StageFolder
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.stages import build_data
 from data_builders import personaworld
@@ -329,14 +366,22 @@ def test_a_killed_build_is_not_read_and_the_next_one_is_as_if_nothing_had_been(t
 def test_what_a_builder_left_out_is_in_the_card_and_told(tmp_path, capsys):
     data = write_votes(tmp_path, [*rows(), {"user_id": "u"}])
     data.on_bad_row = "skip"
-    card = build_data.run(Config(data=data), StageFolder(tmp_path / "build_data", "build_data"), pairs_builder.build)
+    card = build_data.run(
+        Config(data=data), StageFolder(tmp_path / "build_data", "build_data"), pairs_builder.build
+    )
     assert card["left_out"] == {"rows that do not fit": 1} and card["pairs"] == 4
-    assert (tmp_path / "build_data" / SKIPPED).read_text().startswith(f"{data.path}, row 5, field 'context': expected a value")
+    assert (
+        (tmp_path / "build_data" / SKIPPED)
+        .read_text()
+        .startswith(f"{data.path}, row 5, field 'context': expected a value")
+    )
     assert "left out 1 rows that do not fit" in capsys.readouterr().out
 
 
 def test_many_shards_hold_what_the_builder_gave(tmp_path):
-    votes = [vote(n, f"u{n % 7}", f"good {n}", f"bad {n}", split=("train", "test")[n % 2]) for n in range(40_000)]
+    votes = [
+        vote(n, f"u{n % 7}", f"good {n}", f"bad {n}", split=("train", "test")[n % 2]) for n in range(40_000)
+    ]
     card = build(tmp_path, votes)[1]
     assert len(parts(tmp_path / "build_data" / "pairs.parquet")) == 3 and card["pairs_by_split"] == {
         "train": 20_000,
@@ -350,7 +395,11 @@ def test_many_shards_hold_what_the_builder_gave(tmp_path):
 
 @pytest.mark.parametrize("by", ["within_user", "user_disjoint", "pair"])
 def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(by):
-    votes = [vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n // 2}") for u in range(30) for n in range(12)]
+    votes = [
+        vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n // 2}")
+        for u in range(30)
+        for n in range(12)
+    ]
 
     def split(given, seed):
         index = indexed(given)
@@ -362,9 +411,17 @@ def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(by):
     assert {user for _, user in first.values()} <= {"train", "val", "test"}
 
 
-@pytest.mark.parametrize(("users", "held_out"), [(1, {}), (2, {"test": 1}), (9, {"test": 1}), (40, {"test": 4, "val": 2})])
+@pytest.mark.parametrize(
+    ("users", "held_out"), [(1, {}), (2, {"test": 1}), (9, {"test": 1}), (40, {"test": 4, "val": 2})]
+)
 def test_a_share_of_the_users_is_held_out_and_one_wherever_another_can_train(users, held_out):
-    index = indexed([vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}") for u in range(users) for n in range(4)])
+    index = indexed(
+        [
+            vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}")
+            for u in range(users)
+            for n in range(4)
+        ]
+    )
     index.split("user_disjoint", 0)
     rows = Counter((split, of) for _, split, of, _ in index.decisions())
     expected = Counter({("train", "train"): 4 * (users - sum(held_out.values()))})
@@ -378,6 +435,10 @@ def test_users_of_few_conversations_have_their_share_of_val():
     index = indexed(votes)
     index.split("within_user", 0)
     counts = index.counts("split")
-    assert 0.6 < counts["train"] / 1200 < 0.8 and 0.05 < counts["val"] / 1200 < 0.15 and 0.1 < counts["test"] / 1200 < 0.3
+    assert (
+        0.6 < counts["train"] / 1200 < 0.8
+        and 0.05 < counts["val"] / 1200 < 0.15
+        and 0.1 < counts["test"] / 1200 < 0.3
+    )
     with_history = {v.user_id for v, (_, split, *_) in zip(votes, index.decisions()) if split == "train"}
     assert len(with_history) == 300

@@ -1,22 +1,18 @@
 """build_sec balances orders, records every rejected chain, keeps no chain twice, and leaks no criteria."""
 
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from sec_world import Prefers, Says, chain, run, vote
 
-from data_builders.oracle import OracleTeacher
-from data_builders.personaworld import build
-from pgenrm_train.backends.base import Generation
-from pgenrm_train.chains import parse_chain
+from data_builders.sources.personaworld import build
+from data_builders.teachers.oracle import OracleTeacher
+from pgenrm_train.backends.protocols import Generation
+from pgenrm_train.chains.chain import parse_chain
 from pgenrm_train.config import DataConfig, MaskingConfig, SecConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import Example
+from pgenrm_train.records.pairs import Example
 from recipes.build_sec import yield_table
 
 
@@ -28,13 +24,19 @@ def test_orders_alternate_and_both_are_equally_frequent(tmp_path):
     assert len({row["pair_id"] for row in rows}) == 20
     for row in rows:  # the chosen response stands where the order says
         prompt = row["messages"][-2]["content"]
-        assert (prompt.index("<response_1>good") > 0) if row["order"] == 0 else (prompt.index("<response_2>good") > 0)
+        assert (
+            (prompt.index("<response_1>good") > 0)
+            if row["order"] == 0
+            else (prompt.index("<response_2>good") > 0)
+        )
 
 
 def test_two_orders_a_pair_ask_both(tmp_path):
     _, rows, _ = run(tmp_path, Prefers(), sec=SecConfig(orders_per_pair=2))
     assert Counter(Counter(row["pair_id"] for row in rows).values()) == {2: 20}
-    assert {(row["pair_id"], row["order"]) for row in rows} == {(f"p{n}", order) for n in range(20) for order in (0, 1)}
+    assert {(row["pair_id"], row["order"]) for row in rows} == {
+        (f"p{n}", order) for n in range(20) for order in (0, 1)
+    }
 
 
 def test_a_rejected_chain_is_recorded_and_another_is_asked_for(tmp_path):
@@ -42,7 +44,9 @@ def test_a_rejected_chain_is_recorded_and_another_is_asked_for(tmp_path):
     facts, rows, rejected = run(tmp_path, teacher)
     assert len(teacher.asked) == 60 and {row["attempt"] for row in rows} == {2}
     assert (
-        facts["rejected"] == {"wrong_ranking": 40} and facts["asked"] == 60 and facts["yield"] == pytest.approx(1 / 3, abs=1e-4)
+        facts["rejected"] == {"wrong_ranking": 40}
+        and facts["asked"] == 60
+        and facts["yield"] == pytest.approx(1 / 3, abs=1e-4)
     )
     assert len(rejected) == 40 and set(rejected["reason"]) == {"wrong_ranking"}
     assert list(rejected["attempt"][:2]) == [0, 1] and rejected["text"].str.contains("JSON_START").all()
@@ -55,12 +59,16 @@ def test_the_yield_is_a_table_of_reasons(tmp_path):
 
 def test_no_more_samples_than_allowed(tmp_path):
     teacher = Prefers(wrong=9)
-    with pytest.raises(DataError, match=r"no chain passed rejection sampling; reasons: \{'wrong_ranking': 60\}"):
+    with pytest.raises(
+        DataError, match=r"no chain passed rejection sampling; reasons: \{'wrong_ranking': 60\}"
+    ):
         run(tmp_path, teacher, sec=SecConfig(samples_per_pair=3))
     assert len(teacher.asked) == 60
 
 
-@pytest.mark.parametrize("text,reasons", [(chain(5, 5), "tie"), ("I cannot say.", "parse:no_markers"), ("", "parse:no_markers")])
+@pytest.mark.parametrize(
+    "text,reasons", [(chain(5, 5), "tie"), ("I cannot say.", "parse:no_markers"), ("", "parse:no_markers")]
+)
 def test_a_teacher_that_never_succeeds_ends_the_stage_in_one_sentence(tmp_path, text, reasons):
     with pytest.raises(DataError, match=reasons) as error:
         run(tmp_path, Says(text))
@@ -71,7 +79,9 @@ def test_the_same_text_is_learnt_once_a_user(tmp_path):
     votes = [vote(n, f"u{n % 2}") for n in range(12)]
     _, rows, rejected = run(tmp_path, Says(chain(8, 3)), votes)
     assert len(rows) == 2 and {row["user_id"] for row in rows} == {"u0", "u1"}
-    assert len(rows) + len(rejected[rejected["reason"] == "duplicate"]) == 6, "orders alternate: half rank the other way"
+    assert len(rows) + len(rejected[rejected["reason"] == "duplicate"]) == 6, (
+        "orders alternate: half rank the other way"
+    )
     assert set(rejected["reason"]) == {"duplicate", "wrong_ranking"}
 
 
@@ -98,7 +108,9 @@ class Repeats(Prefers):
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
         text = (
-            super().write(example, attempt).replace(f"About {example.pair_id} in order", f"{self.said} Case {example.pair_id},")
+            super()
+            .write(example, attempt)
+            .replace(f"About {example.pair_id} in order", f"{self.said} Case {example.pair_id},")
         )
         return Generation(example.pair_id, attempt, text)
 
@@ -143,7 +155,11 @@ def test_a_chain_that_the_model_may_not_write_is_over_length(tmp_path):
             return f"{more}{super().write(example, attempt)}"
 
     facts, rows, rejected = run(tmp_path, Rambles(), words=100)
-    assert facts["rejected"] == {"over_length": 2} and set(rejected["pair_id"]) == {"p3", "p4"} and len(rows) == 18
+    assert (
+        facts["rejected"] == {"over_length": 2}
+        and set(rejected["pair_id"]) == {"p3", "p4"}
+        and len(rows) == 18
+    )
     with pytest.raises(DataError, match=r"reasons: \{'over_length': 20\}"):
         run(tmp_path / "none", Prefers(), words=3)
 
@@ -165,7 +181,10 @@ def test_a_limit_on_chains_is_kept_and_stays_balanced(tmp_path):
 
 
 def test_the_seed_orders_the_questions(tmp_path):
-    orders = [[row["pair_id"] for row in run(tmp_path / str(n), Prefers(), seed=seed)[1]] for n, seed in enumerate((0, 0, 1))]
+    orders = [
+        [row["pair_id"] for row in run(tmp_path / str(n), Prefers(), seed=seed)[1]]
+        for n, seed in enumerate((0, 0, 1))
+    ]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
 
 

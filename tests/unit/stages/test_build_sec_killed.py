@@ -10,11 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve, slowly
 
-from pgenrm_train.chains import write_chain
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import ROOT
 
 VOTES, IN_FLIGHT = 30, 8
@@ -60,12 +58,15 @@ def command(folder: Path, url: str) -> list[str]:
 
 def test_a_killed_factory_goes_on_and_pays_twice_for_nothing_but_what_was_in_flight(tmp_path):
     rows = [
-        {"user_id": f"u{n % 6}", "context": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(VOTES)
+        {"user_id": f"u{n % 6}", "context": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}"}
+        for n in range(VOTES)
     ]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     teacher = Teacher()
     with serve(teacher) as server:
-        first = subprocess.Popen(command(tmp_path, server.url), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        first = subprocess.Popen(
+            command(tmp_path, server.url), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 200
         while len(teacher.paid) < QUESTIONS // 2 and first.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -73,18 +74,26 @@ def test_a_killed_factory_goes_on_and_pays_twice_for_nothing_but_what_was_in_fli
         first.wait()
         known = len(teacher.paid)
         assert QUESTIONS // 2 <= known < QUESTIONS, "killed in the middle"
-        done = subprocess.run(command(tmp_path, server.url), cwd=ROOT, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(
+            command(tmp_path, server.url), cwd=ROOT, capture_output=True, text=True, timeout=400
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         asked = len(server.bodies)
-        again = subprocess.run(command(tmp_path, server.url), cwd=ROOT, capture_output=True, text=True, timeout=400)
+        again = subprocess.run(
+            command(tmp_path, server.url), cwd=ROOT, capture_output=True, text=True, timeout=400
+        )
         assert again.returncode == 0 and len(server.bodies) == asked, "a complete stage asks nothing"
     assert teacher.paid_again <= IN_FLIGHT, "only what was in flight is paid twice"
     folder = tmp_path / "run/build_sec"
     kept = pq.read_table(folder / "sec.parquet").to_pylist()
     rejected = pq.read_table(folder / "rejected.parquet").to_pylist()
     asked_about = {(row["pair_id"], row["order"]) for row in [*kept, *rejected] if row["pair_id"]}
-    assert len(kept) == len({(row["pair_id"], row["order"]) for row in kept}) and len(asked_about) == QUESTIONS, "nothing is lost"
-    assert all(row["reason"].startswith("teacher:") for row in rejected if row["reason"]), "nothing was wrong with what came back"
+    assert (
+        len(kept) == len({(row["pair_id"], row["order"]) for row in kept}) and len(asked_about) == QUESTIONS
+    ), "nothing is lost"
+    assert all(row["reason"].startswith("teacher:") for row in rejected if row["reason"]), (
+        "nothing was wrong with what came back"
+    )
     facts = json.loads((folder / "yield.json").read_text())
     assert facts["chains"] == len(kept) >= 0.9 * QUESTIONS
     # what the kill cut off was paid to nobody's knowledge; all else is in the report

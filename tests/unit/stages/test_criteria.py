@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve
 
-from pgenrm_train.artifacts import StageFolder
-from pgenrm_train.backends import endpoint as endpoint_module
+from pgenrm_train.backends.api import endpoint as endpoint_module
 from pgenrm_train.config import ROOT, Config, EndpointConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
-from pgenrm_train.judging import judge_messages, signals
-from pgenrm_train.prompts import chat_messages
-from pgenrm_train.records import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.prompts.messages import chat_messages
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.rewards.judging import judge_messages, signals
+from pgenrm_train.rewards.synthetic_criteria import (
+    MAX_TEXT,
+    read_criteria,
+    synthesis_messages,
+    write_criteria,
+)
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import criteria, grpo
-from pgenrm_train.synthesis import MAX_TEXT, read_criteria, synthesis_messages, write_criteria
 from recipes.criteria import FeatureCriteria, writer
 
 STATED = ExplicitSignals(criteria="STATED-BY-THE-USER")
@@ -29,7 +32,9 @@ WANTS = "I want SYNTHETIC-BREVITY (70%) and wit (30%)."
 
 def vote(number: int, user: str = "u0", **more) -> PreferencePair:
     context = (Message("user", f"question {number}"),)
-    return PreferencePair(f"p{number}", user, context, f"good {number}", f"bad {number}, and longer than the other", **more)
+    return PreferencePair(
+        f"p{number}", user, context, f"good {number}", f"bad {number}, and longer than the other", **more
+    )
 
 
 def progress(items, _what, _total):
@@ -40,7 +45,9 @@ def progress(items, _what, _total):
 
 
 def test_an_answer_is_the_asked_object_and_is_marked_as_synthetic():
-    assert read_criteria(json.dumps({"criteria": f" {WANTS} "})) == ExplicitSignals(criteria=WANTS, synthetic=True)
+    assert read_criteria(json.dumps({"criteria": f" {WANTS} "})) == ExplicitSignals(
+        criteria=WANTS, synthetic=True
+    )
     assert read_criteria(f'```json\n{{"criteria": "{WANTS}"}}\n```').criteria == WANTS
 
 
@@ -59,7 +66,9 @@ def test_votes_travel_as_json_and_criteria_without_our_tags():
     [shown] = json.loads(user["content"])
     assert set(shown) == {"query", "preferred", "passed_over"} and "<JSON_START>" not in user["content"]
     assert len(shown["preferred"]) < MAX_TEXT + 30 and shown["preferred"].endswith("words)")
-    assert "<query>" not in read_criteria(json.dumps({"criteria": "I like <query> tags and brevity."})).criteria
+    assert (
+        "<query>" not in read_criteria(json.dumps({"criteria": "I like <query> tags and brevity."})).criteria
+    )
 
 
 def test_a_rule_writes_what_is_read():
@@ -84,14 +93,20 @@ def test_only_training_votes_of_users_who_stated_nothing_are_read():
     [(user, votes)] = criteria.votes_of_silent_users(pairs, seed=0)
     assert user == "silent" and len(votes) == len(set(votes)) == criteria.VOTES
     assert all(int(v.query.split()[1]) < 20 for v in votes)
-    assert criteria.votes_of_silent_users(pairs, 0) == [(user, votes)] != criteria.votes_of_silent_users(pairs, 1)
+    assert (
+        criteria.votes_of_silent_users(pairs, 0)
+        == [(user, votes)]
+        != criteria.votes_of_silent_users(pairs, 1)
+    )
 
 
 # ---- the stage ----
 
 
 def settings_for(server, **more) -> EndpointConfig:
-    return EndpointConfig("endpoint", server.url, "stub", timeout_seconds=2.0, attempts=2, max_in_flight=4, **more)
+    return EndpointConfig(
+        "endpoint", server.url, "stub", timeout_seconds=2.0, attempts=2, max_in_flight=4, **more
+    )
 
 
 def run(tmp_path, server, pairs, **more):
@@ -114,7 +129,10 @@ def test_failures_stay_in_the_table_and_a_second_start_pays_for_nothing(tmp_path
 
     with serve(behaviour) as server:
         facts, rows = run(tmp_path, server, pairs)
-        assert (facts["users"], facts["inferred"]) == (5, 3) and facts["failures"] == {"unreadable": 1, "teacher:http_500": 1}
+        assert (facts["users"], facts["inferred"]) == (5, 3) and facts["failures"] == {
+            "unreadable": 1,
+            "teacher:http_500": 1,
+        }
         assert {row["user_id"]: row["failure"] for row in rows} == {
             "u0": None,
             "u1": "unreadable",
@@ -122,19 +140,32 @@ def test_failures_stay_in_the_table_and_a_second_start_pays_for_nothing(tmp_path
             "u3": None,
             "u4": None,
         }
-        assert all(row["votes"] == 3 for row in rows) and server.bodies[0]["response_format"]["type"] == "json_schema"
+        assert (
+            all(row["votes"] == 3 for row in rows)
+            and server.bodies[0]["response_format"]["type"] == "json_schema"
+        )
         paid = len([b for b in server.bodies if "question 2" + '"' not in b["messages"][1]["content"]])
         again, rows_again = run(tmp_path, server, pairs)
         assert rows_again == rows and again["teacher"]["dollars"] == facts["teacher"]["dollars"]
-        assert len([b for b in server.bodies if "question 2" + '"' not in b["messages"][1]["content"]]) == paid
-    assert criteria.load(tmp_path) == {u: ExplicitSignals(criteria=WANTS, synthetic=True) for u in ("u0", "u3", "u4")}
+        assert (
+            len([b for b in server.bodies if "question 2" + '"' not in b["messages"][1]["content"]]) == paid
+        )
+    assert criteria.load(tmp_path) == {
+        u: ExplicitSignals(criteria=WANTS, synthetic=True) for u in ("u0", "u3", "u4")
+    }
 
 
 def test_nothing_inferred_and_a_spent_budget_end_the_stage_in_one_sentence(tmp_path):
     pairs = [vote(n, f"u{n % 5}") for n in range(15)]
-    with serve(lambda body, n: "no JSON") as server, pytest.raises(DataError, match=r"no user's criteria .* \{'unreadable': 5\}"):
+    with (
+        serve(lambda body, n: "no JSON") as server,
+        pytest.raises(DataError, match=r"no user's criteria .* \{'unreadable': 5\}"),
+    ):
         run(tmp_path / "a", server, pairs)
-    with serve(lambda body, n: "no JSON") as server, pytest.raises(BackendError, match=r"teacher: the budget of stub is spent"):
+    with (
+        serve(lambda body, n: "no JSON") as server,
+        pytest.raises(BackendError, match=r"teacher: the budget of stub is spent"),
+    ):
         run(tmp_path / "b", server, pairs, max_total_tokens=30)
 
 
@@ -147,7 +178,10 @@ def test_users_who_all_stated_something_need_nobody(tmp_path):
 def test_the_features_rule_infers_offline():
     """One user votes for the short, the other for the long; the rule tells them apart."""
     pairs = [vote(n, "short") for n in range(40)]
-    pairs += [replace(vote(n, "long"), pair_id=f"l{n}", chosen=vote(n).rejected, rejected=vote(n).chosen) for n in range(40)]
+    pairs += [
+        replace(vote(n, "long"), pair_id=f"l{n}", chosen=vote(n).rejected, rejected=vote(n).chosen)
+        for n in range(40)
+    ]
     rule = FeatureCriteria(pairs)
     found = {user: read_criteria(rule.infer(user, (), 0).text).criteria for user in ("short", "long")}
     assert "shorter" in found["short"] and "longer" in found["long"]
@@ -174,13 +208,17 @@ def test_synthetic_criteria_are_judged_by_and_never_shown(tmp_path, policy):
         extra = row["extra_info"]
         silent = extra["user_id"] == "silent"
         assert extra["synthetic"] is silent and extra["criteria"] == (WANTS if silent else STATED.criteria)
-        assert json.loads(extra["explicit"]) == ({"inferred_criteria": WANTS} if silent else {"criteria": STATED.criteria})
+        assert json.loads(extra["explicit"]) == (
+            {"inferred_criteria": WANTS} if silent else {"criteria": STATED.criteria}
+        )
 
 
 def test_without_synthesis_who_stated_nothing_is_not_judged(tmp_path):
     config = Config()
     config.cre.prompts_per_step = 4
-    grpo.write_rows(config, "cre", tmp_path / "rows.parquet", [vote(n) for n in range(8)], chat_messages, progress)
+    grpo.write_rows(
+        config, "cre", tmp_path / "rows.parquet", [vote(n) for n in range(8)], chat_messages, progress
+    )
     extra = pq.read_table(tmp_path / "rows.parquet").to_pylist()[0]["extra_info"]
     assert extra["explicit"] == "{}" and extra["criteria"] is None and extra["synthetic"] is False
 
@@ -195,7 +233,12 @@ def test_a_judge_is_told_that_nobody_said_them():
 
 def test_the_recipe_runs_offline_and_says_what_it_made(tmp_path):
     rows = [
-        {"user_id": f"u{n % 4}", "context": f"question {n}", "chosen": f"Good. {n}", "rejected": f"Bad, very long {n}! " * 4}
+        {
+            "user_id": f"u{n % 4}",
+            "context": f"question {n}",
+            "chosen": f"Good. {n}",
+            "rejected": f"Bad, very long {n}! " * 4,
+        }
         for n in range(48)
     ]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pgenrm_train.config import Config
+from pgenrm_train.curriculum.hard_negatives import GIVEN, NEAR_TIE, PROTOTYPE_FLIP
 from pgenrm_train.errors import DataError
-from pgenrm_train.hard_negatives import GIVEN, NEAR_TIE, PROTOTYPE_FLIP
-from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.stages.grpo import MIRROR, ROWS, SIGNALS, training_pairs, write_rows
 
 
@@ -24,7 +24,13 @@ def pairs(count: int = 12) -> list[PreferencePair]:
             context = (Message("user", f"question {n}"),)
             found.append(
                 PreferencePair(
-                    f"p{n}{chosen}", f"u{n}", context, f"{chosen} {n}", f"gamma {n}", chosen_score=score, rejected_score=40.0
+                    f"p{n}{chosen}",
+                    f"u{n}",
+                    context,
+                    f"{chosen} {n}",
+                    f"gamma {n}",
+                    chosen_score=score,
+                    rejected_score=40.0,
                 )
             )
     return found
@@ -38,11 +44,15 @@ def config(**changed: Any) -> Config:
     return found
 
 
-def written(folder: Path, section: str = "curriculum", embed: Any = None, **changed: Any) -> list[dict[str, Any]]:
+def written(
+    folder: Path, section: str = "curriculum", embed: Any = None, **changed: Any
+) -> list[dict[str, Any]]:
     def writer(view: Any) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"{view.query}: {' | '.join(view.responses)}"}]
 
-    write_rows(config(**changed), section, folder / ROWS, pairs(), writer, lambda items, *_: items, embed=embed)  # type: ignore[arg-type]
+    write_rows(
+        config(**changed), section, folder / ROWS, pairs(), writer, lambda items, *_: items, embed=embed
+    )  # type: ignore[arg-type]
     return list(pq.read_table(folder / ROWS).to_pylist())
 
 
@@ -70,13 +80,20 @@ def test_the_mirror_is_the_same_rows_in_the_other_order(tmp_path: Path) -> None:
         ({"schedule": "anti"}, {ROWS, SIGNALS, MIRROR}),
     ],
 )
-def test_only_what_the_schedule_asks_for_is_written(tmp_path: Path, changed: dict[str, Any], files: set[str]) -> None:
+def test_only_what_the_schedule_asks_for_is_written(
+    tmp_path: Path, changed: dict[str, Any], files: set[str]
+) -> None:
     written(tmp_path, **changed)
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
 def test_similarity_is_that_of_the_embedder_where_one_is_given(tmp_path: Path) -> None:
-    written(tmp_path, embed=lambda texts: np.array([[1.0, 0.0] if text.startswith("alpha") else [0.0, 1.0] for text in texts]))
+    written(
+        tmp_path,
+        embed=lambda texts: np.array(
+            [[1.0, 0.0] if text.startswith("alpha") else [0.0, 1.0] for text in texts]
+        ),
+    )
     found = {row["pair_id"][2:]: row["similarity"] for row in pq.read_table(tmp_path / SIGNALS).to_pylist()}
     assert found == {"alpha": 0.0, "beta": 1.0}
 
@@ -85,7 +102,10 @@ def test_prototypes_tell_more_hard_negatives() -> None:
     """Two camps of three users over one question; the larger is the majority."""
     votes = [("ann", 0), ("fay", 0), ("gil", 0), ("bob", 1), ("cyd", 1)]
     texts = ("x", "y")
-    asked = [PreferencePair(user, user, (Message("user", "q"),), texts[camp], texts[1 - camp]) for user, camp in votes]
+    asked = [
+        PreferencePair(user, user, (Message("user", "q"),), texts[camp], texts[1 - camp])
+        for user, camp in votes
+    ]
     settings = config(construct=True, rows=10)
     assert training_pairs(settings, "curriculum", asked)[1].count(PROTOTYPE_FLIP) == 0
     assert training_pairs(settings, "curriculum", asked, dict(votes))[1].count(PROTOTYPE_FLIP) == 3
@@ -96,7 +116,9 @@ def test_constructed_pairs_take_up_to_half_of_the_rows() -> None:
     assert len(found) == 8 and origins.count(NEAR_TIE) == 4 and origins.count(GIVEN) == 4
     for pair, origin in zip(found, origins, strict=True):
         if origin == NEAR_TIE:
-            assert (pair.chosen.split()[0], pair.rejected.split()[0]) == ("alpha", "beta"), "as the user rated them"
+            assert (pair.chosen.split()[0], pair.rejected.split()[0]) == ("alpha", "beta"), (
+                "as the user rated them"
+            )
             assert (pair.chosen_score, pair.rejected_score) == (80, 75)
     assert training_pairs(config(construct=True), "curriculum", pairs()) == (found, origins), "seeded"
 

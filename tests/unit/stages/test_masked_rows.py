@@ -17,11 +17,11 @@ import pytest
 from test_prism import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
-from pgenrm_train.raw_rows import LeftOut
-from pgenrm_train.records import ExplicitSignals, Message, PreferencePair, pair_to_row
+from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair, pair_to_row
+from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.stages.grpo import ROWS, write_rows
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
-from pgenrm_train.stages.inputs import PromptWriter
 from recipes.build_data import builder
 
 # Words of no other text: a leak cannot hide behind a coincidence.
@@ -43,11 +43,17 @@ def votes(folder: Path) -> str:
 def prism(folder: Path) -> str:
     conversations, survey = [], []
     for u in range(4):
-        survey.append(SURVEY | {"user_id": f"user{u}", "self_description": "zebraself", "system_string": "zebrastyle"})
+        survey.append(
+            SURVEY | {"user_id": f"user{u}", "self_description": "zebraself", "system_string": "zebrastyle"}
+        )
         for c in range(4):
             row = copy.deepcopy(CONVERSATION) | {"conversation_id": f"c{u}{c}", "user_id": f"user{u}"}
             row["choice_attributes"] = {"zebraattribute": 60}
-            row["conversation_history"] = [user(0, f"Hi {c}"), model(0, f"A{u}{c}", 90, True), model(0, f"B{u}{c}", 40)]
+            row["conversation_history"] = [
+                user(0, f"Hi {c}"),
+                model(0, f"A{u}{c}", 90, True),
+                model(0, f"B{u}{c}", 40),
+            ]
             conversations.append(row)
     for name, rows in (("survey", survey), ("conversations", conversations)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,7 +73,9 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module", params=list(SOURCES))
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[PreferencePair]]:
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], list[PreferencePair]]:
     """(overrides, pairs) of one builder."""
     make = SOURCES[request.param]
     more = ["data.users=12", "data.heldout_users=2"] if make is None else []
@@ -81,10 +89,17 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return overrides, pairs
 
 
-def rows(tokenizer: Any, overrides: list[str], pairs: list[PreferencePair], folder: Path, **more: Any) -> list[dict[str, Any]]:
+def rows(
+    tokenizer: Any, overrides: list[str], pairs: list[PreferencePair], folder: Path, **more: Any
+) -> list[dict[str, Any]]:
     folder.mkdir()
     config = load(
-        "recipe=cre", *overrides, "cre.prompts_per_step=4", "cre.mini_batch_prompts=4", "cre.rows=24", "cre.validate_pairs=3"
+        "recipe=cre",
+        *overrides,
+        "cre.prompts_per_step=4",
+        "cre.mini_batch_prompts=4",
+        "cre.rows=24",
+        "cre.validate_pairs=3",
     )
     write = PromptWriter(config, tokenizer)
     assert write_validation(config, "cre", folder / VALIDATION, pairs, write) > 0
@@ -101,7 +116,9 @@ def said_by(pair: PreferencePair) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("policy", "share"), MASKED)
-def test_nothing_withheld_is_in_a_prompt(tokenizer: Any, source: Any, policy: str, share: float, tmp_path: Path) -> None:
+def test_nothing_withheld_is_in_a_prompt(
+    tokenizer: Any, source: Any, policy: str, share: float, tmp_path: Path
+) -> None:
     overrides, pairs = source
     overrides = [*overrides, f"masking={policy}", f"masking.show_probability={share}"]
     found = rows(tokenizer, overrides, pairs, tmp_path / "said")
@@ -115,15 +132,24 @@ def test_nothing_withheld_is_in_a_prompt(tokenizer: Any, source: Any, policy: st
         assert withheld and not any(text in row["text"].casefold() for text in withheld)
         assert "zebra" not in row["text"]
     assert any(row["extra_info"]["explicit"] != "{}" for row in found), "it rides in extra_info"
-    assert any("zebrainferred" in row["extra_info"]["explicit"] for row in other), "and so do inferred criteria"
+    assert any("zebrainferred" in row["extra_info"]["explicit"] for row in other), (
+        "and so do inferred criteria"
+    )
 
 
 def test_mixed_shows_whole_signals_or_none(tokenizer: Any, source: Any, tmp_path: Path) -> None:
     overrides, pairs = source
     mixed, hidden, shown = (
-        rows(tokenizer, [*overrides, "masking=mixed", f"masking.show_probability={share}"], pairs, tmp_path / str(share))
+        rows(
+            tokenizer,
+            [*overrides, "masking=mixed", f"masking.show_probability={share}"],
+            pairs,
+            tmp_path / str(share),
+        )
         for share in (0.5, 0.0, 1.0)
     )
     told = [row for row in zip(mixed, hidden, shown) if "probe" not in row[0]["extra_info"]]
     kinds = {(row["prompt"] == one["prompt"], row["prompt"] == other["prompt"]) for row, one, other in told}
-    assert kinds == {(True, False), (False, True)}, "each prompt is the hidden or the shown one, and both occur"
+    assert kinds == {(True, False), (False, True)}, (
+        "each prompt is the hidden or the shown one, and both occur"
+    )

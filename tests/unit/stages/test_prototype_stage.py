@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from data_builders.oracle import OracleTeacher
-from data_builders.personaworld import build
-from eval.prototype_report import prototype_curves, prototype_maps, prototype_sections
-from eval.report import Report, write_report
-from pgenrm_train import prototypes as core
-from pgenrm_train.artifacts import StageFolder
-from pgenrm_train.chains import write_chain
+from data_builders.sources.personaworld import build
+from data_builders.teachers.oracle import OracleTeacher
+from eval.report.prototype_section import prototype_curves, prototype_maps, prototype_sections
+from eval.report.report import Report, write_report
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.masking import present
+from pgenrm_train.prompts.masking import present
+from pgenrm_train.prompts.writer import asked, histories
+from pgenrm_train.prototypes import clusters as core
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.inputs import asked, histories
 from recipes.prototypes import of_users, remarks, reopen_damaged
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
@@ -36,7 +36,12 @@ class Words:
 
     def __call__(self, texts):
         self.texts += texts
-        return HashingVectorizer(n_features=96, norm="l2", ngram_range=(1, 2)).transform(texts).toarray().astype(np.float32)
+        return (
+            HashingVectorizer(n_features=96, norm="l2", ngram_range=(1, 2))
+            .transform(texts)
+            .toarray()
+            .astype(np.float32)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,10 @@ def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = prototypes.run(config, stage, first, shown, Words(), HASHES)
     assert facts["k"] == 1
-    assert next(remarks(config, facts)) == "prototypes.k=12, but the 270 analyses hold only 1 distinct preferences"
+    assert (
+        next(remarks(config, facts))
+        == "prototypes.k=12, but the 270 analyses hold only 1 distinct preferences"
+    )
     assert list(remarks(config, facts | {"k": 12, "recovery": None})) == []
 
 
@@ -100,15 +108,22 @@ def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
     assert alone == {"recovery": 1.0, "recovery_of_users": 1.0}
     outvoted = prototypes.recovery(pairs * 3, np.concatenate([right, right, wrong]))
     assert outvoted["recovery"] < 0.7 and outvoted["recovery_of_users"] == 1.0
-    unsaid = dataclasses.replace(pairs[0], explicit=dataclasses.replace(pairs[0].explicit, self_description=None))
-    assert prototypes.recovery([unsaid, *pairs], np.append(right, 0)) == {"recovery": None, "recovery_of_users": None}
+    unsaid = dataclasses.replace(
+        pairs[0], explicit=dataclasses.replace(pairs[0].explicit, self_description=None)
+    )
+    assert prototypes.recovery([unsaid, *pairs], np.append(right, 0)) == {
+        "recovery": None,
+        "recovery_of_users": None,
+    }
 
 
 def test_refinement_is_reported_against_the_unrefined_centroids(run):
     metrics = run[1]["refinement"]
     assert metrics["holdout_users"] == 9 and metrics["loss"] == sorted(metrics["loss"], reverse=True)
     assert metrics["train_accuracy"] > metrics["train_accuracy_centroids"]
-    assert metrics["holdout_pairs"] == 27 and all(0 <= metrics[f"holdout_accuracy{x}"] <= 1 for x in ("", "_centroids"))
+    assert metrics["holdout_pairs"] == 27 and all(
+        0 <= metrics[f"holdout_accuracy{x}"] <= 1 for x in ("", "_centroids")
+    )
 
 
 def test_users_of_a_finished_run_have_the_prototype_of_most_of_their_analyses(tmp_path):
@@ -154,7 +169,11 @@ def test_cards_say_what_a_prototype_stands_for(run):
     refined = core.load(stage.path, HASHES)
     for card in cards:
         members = table[table["prototype"] == card["prototype"]]
-        assert card["users"] == members["user_id"].nunique() and card["typical"] and 0 < max(card["criteria"].values()) <= 100
+        assert (
+            card["users"] == members["user_id"].nunique()
+            and card["typical"]
+            and 0 < max(card["criteria"].values()) <= 100
+        )
         distance = np.linalg.norm(refined.embeddings[members.index] - refined.A[card["prototype"]], axis=1)
         assert card["nearest"]["analysis"] == members["analysis"].iloc[distance.argmin()]
         assert card["farthest"]["analysis"] == members["analysis"].iloc[distance.argmax()]
@@ -183,7 +202,11 @@ def test_k_follows_the_singular_values_when_asked(world, tmp_path):
     stage, facts = made(world, tmp_path, k="auto", retained_mass=0.5)
     world[0].prototypes.k = 12
     curve = json.loads((stage.path / "singular_values.json").read_text())["retained_mass"]
-    assert facts["k"] == facts["k_suggested_by_singular_values"] == next(i for i, x in enumerate(curve, 1) if x >= 0.5)
+    assert (
+        facts["k"]
+        == facts["k_suggested_by_singular_values"]
+        == next(i for i, x in enumerate(curve, 1) if x >= 0.5)
+    )
 
 
 def test_chains_that_cannot_be_read_are_counted(world, tmp_path):
@@ -198,8 +221,12 @@ def test_chains_that_cannot_be_read_are_counted(world, tmp_path):
 def test_words_of_users_are_shown_and_never_interpreted(world, tmp_path):
     config, (chains, shown), _ = world
     evil = write_chain("<script>alert(1)</script> | [x](y)", [("<b>evil</b>", 100)], [[9], [2]])
-    stage, _ = made((config, ([(p, evil if i % 2 else text) for i, (p, text) in enumerate(chains)], shown), []), tmp_path)
-    sections, curves, maps = (part(tmp_path) for part in (prototype_sections, prototype_curves, prototype_maps))
+    stage, _ = made(
+        (config, ([(p, evil if i % 2 else text) for i, (p, text) in enumerate(chains)], shown), []), tmp_path
+    )
+    sections, curves, maps = (
+        part(tmp_path) for part in (prototype_sections, prototype_curves, prototype_maps)
+    )
     write_report(tmp_path / "report.html", Report("t", sections=sections, curves=curves, drawings=maps))
     html, markdown = (tmp_path / "report.html").read_text(), (stage.path / "cards.md").read_text()
     assert "&lt;script&gt;alert(1)" in html and "<script>alert" not in html and "<b>evil" not in html
@@ -243,10 +270,10 @@ def test_settings_out_of_range_are_refused(key, value):
 def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(world, tmp_path, monkeypatch):
     """As an evaluation looks similar users up: by what the analysis concludes, among other users of the training split."""
     import recipes.prototypes
-    from pgenrm_train.artifacts import write_table
     from pgenrm_train.errors import ArtifactError
-    from pgenrm_train.records import pair_to_row
-    from pgenrm_train.stages.inputs import PAIRS
+    from pgenrm_train.files import write_table
+    from pgenrm_train.prompts.writer import PAIRS
+    from pgenrm_train.records.pairs import pair_to_row
     from recipes.evaluate import find_similar
 
     config, (chains, shown), _ = world
@@ -284,14 +311,16 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     config.model.path = None
 
 
-def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_the_matrix(tmp_path, monkeypatch):
+def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_the_matrix(
+    tmp_path, monkeypatch
+):
     """On one GPU the engine's cache leaves no room for the embedder; and what was asked is what is clustered, row by row."""
     import recipes.prototypes
-    from pgenrm_train.artifacts import write_table
-    from pgenrm_train.backends.base import Generation
+    from pgenrm_train.backends.protocols import Generation
     from pgenrm_train.config import ROOT, load
-    from pgenrm_train.records import pair_to_row
-    from pgenrm_train.stages.inputs import PAIRS
+    from pgenrm_train.files import write_table
+    from pgenrm_train.prompts.writer import PAIRS
+    from pgenrm_train.records.pairs import pair_to_row
 
     overrides = ("data.users=6", "data.heldout_users=4", "prototypes.k=3", "prototypes.refine_epochs=1")
     config = load("recipe=prototypes", "model=nano", "data=personaworld", f"run_dir={tmp_path}", *overrides)
@@ -305,7 +334,9 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     class Engine:
         def __call__(self, requests, *, temperature):
             for n, request in enumerate(requests):
-                yield Generation(request.key, 0, write_chain(f"This one wants {n}.", [("taste", 100)], [[9], [2]]))
+                yield Generation(
+                    request.key, 0, write_chain(f"This one wants {n}.", [("taste", 100)], [[9], [2]])
+                )
 
         def close(self):
             told.append("closed")
@@ -330,7 +361,11 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     assert told.index("closed") < told.index("ended") < told.index("embeds") and told.count("closed") == 1
     asked_for = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
-    assert len(core.load(stage.path).labels) == len(pd.read_parquet(stage.path / "analyses.parquet")) == len(asked_for)
+    assert (
+        len(core.load(stage.path).labels)
+        == len(pd.read_parquet(stage.path / "analyses.parquet"))
+        == len(asked_for)
+    )
 
 
 def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
@@ -345,7 +380,7 @@ def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
 
 
 def test_large_sets_are_refined_by_all_processes_of_the_node():
-    from pgenrm_train.refinement import refine
+    from pgenrm_train.prototypes.refinement import refine
     from recipes.prototypes import LARGE, refiner
 
     config = Config(recipe="prototypes")

@@ -1,19 +1,15 @@
 """Teachers by name, and a language model as the teacher: shown no label, told no label, failing, restarted, out of budget."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import serve, slowly
 from sec_world import EXAMPLE, chain, run, vote
 
-from data_builders.oracle import OracleTeacher
-from pgenrm_train.backends import endpoint as endpoint_module
-from pgenrm_train.backends.vllm_server import _check_cluster, _split_gpus
-from pgenrm_train.chains import parse_chain
+from data_builders.teachers.oracle import OracleTeacher
+from pgenrm_train.backends.api import endpoint as endpoint_module
+from pgenrm_train.backends.vllm.server import _check_cluster, _split_gpus
+from pgenrm_train.chains.chain import parse_chain
 from pgenrm_train.config import ClusterConfig, Config, EndpointConfig, RayConfig, SecConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from recipes.build_sec import teacher
@@ -26,7 +22,10 @@ def test_teachers_by_name(tmp_path):
     with teacher(Config(teacher=EndpointConfig("features")), votes, tmp_path) as rule:
         first, again, other = (rule.write(EXAMPLE, attempt).text for attempt in (0, 0, 1))
     assert first == again and parse_chain(first).issues == () and parse_chain(other).issues == ()
-    with pytest.raises(ConfigError, match="base_url"), teacher(Config(teacher=EndpointConfig("endpoint")), votes, tmp_path):
+    with (
+        pytest.raises(ConfigError, match="base_url"),
+        teacher(Config(teacher=EndpointConfig("endpoint")), votes, tmp_path),
+    ):
         pass
 
 
@@ -41,11 +40,16 @@ def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_training_its_own
 
 
 def test_a_cluster_that_could_never_hold_server_and_training_is_told():
-    gpu = Config(cluster=ClusterConfig(device="cuda", nodes=2, processes_per_node=8), ray=RayConfig(address="head:6379"))
+    gpu = Config(
+        cluster=ClusterConfig(device="cuda", nodes=2, processes_per_node=8),
+        ray=RayConfig(address="head:6379"),
+    )
     settings = EndpointConfig("vllm", name="m", gpus=4)
     _check_cluster(gpu, settings, True, 20)
     _check_cluster(gpu, settings, False, 4)
-    with pytest.raises(BackendError, match="needs 4 GPUs and training 16, and the cluster at head:6379 has 16"):
+    with pytest.raises(
+        BackendError, match="needs 4 GPUs and training 16, and the cluster at head:6379 has 16"
+    ):
         _check_cluster(gpu, settings, True, 16)
 
 
@@ -53,14 +57,18 @@ def test_a_cluster_that_could_never_hold_server_and_training_is_told():
 
 
 def settings_for(server, **more) -> EndpointConfig:
-    return EndpointConfig("endpoint", server.url, "stub", timeout_seconds=0.5, attempts=2, max_in_flight=8, **more)
+    return EndpointConfig(
+        "endpoint", server.url, "stub", timeout_seconds=0.5, attempts=2, max_in_flight=8, **more
+    )
 
 
 def written(body, wrong_form=False) -> str:
     """What a model answers that prefers responses which begin with `good`."""
     first = "<response_1>good" in body["messages"][1]["content"]
     text = (
-        chain(8, 3, f"About {hash(str(body['messages'][1]))}.") if first else chain(3, 8, f"On {hash(str(body['messages'][1]))}.")
+        chain(8, 3, f"About {hash(str(body['messages'][1]))}.")
+        if first
+        else chain(3, 8, f"On {hash(str(body['messages'][1]))}.")
     )
     return text.replace("<JSON_END>", "") if wrong_form else text
 
@@ -86,7 +94,9 @@ def test_the_llm_teacher_is_shown_everything_but_the_label(tmp_path):
         assert "chosen_index" not in user and user.count("<chosen>") == 3, "of the history alone"
 
 
-def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothing_paid_twice(tmp_path, short_waits):
+def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothing_paid_twice(
+    tmp_path, short_waits
+):
     """Errors, hangs, dropped connections and garbage; then the same command again, and a third time from the cache alone."""
     troubles = [{"status": 500}, {"status": 429}, {"reset": True}, {"raw": b"garbage"}, {"hang": True}]
 
@@ -129,7 +139,9 @@ def test_a_second_chance_is_told_about_the_form(tmp_path):
         facts, rows, _ = asked_with(server, tmp_path)
     assert len(rows) == 20 and set(facts["rejected"]) == {"parse:no_markers"}
     assert len(told(server)) == 20 and all("parse:no_markers" in text for text in told(server))
-    assert not any("could not be used" in json.dumps(row["messages"]) for row in rows), "what was told is not learnt"
+    assert not any("could not be used" in json.dumps(row["messages"]) for row in rows), (
+        "what was told is not learnt"
+    )
 
 
 def test_without_a_second_chance_the_question_is_asked_again_as_it_was(tmp_path):
@@ -148,7 +160,9 @@ def test_what_a_second_chance_is_told_is_the_same_whatever_the_label(tmp_path):
     assert facts["rejected"]["wrong_ranking"] and told(server) == []
     with serve(lambda body, n: chain(8, 3) + " And more.") as server, pytest.raises(DataError):
         asked_with(server, tmp_path / "form", sec=SecConfig(samples_per_pair=2))
-    assert len(told(server)) == 20 and len(set(told(server))) == 1 and "issue:trailing_text" in told(server)[0]
+    assert (
+        len(told(server)) == 20 and len(set(told(server))) == 1 and "issue:trailing_text" in told(server)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +172,9 @@ def test_what_a_second_chance_is_told_is_the_same_whatever_the_label(tmp_path):
         ({"max_total_tokens": 30}, None, "the budget of stub is spent"),
     ],
 )
-def test_a_dead_server_and_a_spent_budget_stop_the_stage_in_one_sentence(tmp_path, short_waits, more, trouble, said):
+def test_a_dead_server_and_a_spent_budget_stop_the_stage_in_one_sentence(
+    tmp_path, short_waits, more, trouble, said
+):
     with (
         serve(lambda body, n: trouble or written(body)) as server,
         teacher(Config(teacher=settings_for(server, **more)), [], tmp_path) as llm,

@@ -7,26 +7,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.sections import cost_section, yield_section
-from pgenrm_train.backends.answers import Answers, Reply
-from pgenrm_train.backends.costs import announce, characters, estimate
+from eval.report.sections import cost_section, yield_section
+from pgenrm_train.backends.api.answers import Answers, Reply
+from pgenrm_train.backends.api.costs import announce, characters, estimate
 from pgenrm_train.config import Config, EndpointConfig
-from recipes.costs import judge_cost, tell_judge
+from recipes.wiring.costs import judge_cost, tell_judge
 
 SETTINGS = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "name": "stub"}
 
 
 def test_tokens_calls_and_dollars_follow_from_the_rates():
-    settings = EndpointConfig(**SETTINGS, max_tokens=1000, dollars_per_million_in=2.0, dollars_per_million_out=8.0)
+    settings = EndpointConfig(
+        **SETTINGS, max_tokens=1000, dollars_per_million_in=2.0, dollars_per_million_out=8.0
+    )
     found = estimate(settings, 1200.0, 100, tries=4)
     assert found.calls == (100, 400)
-    assert found.prompt_tokens == (100 * 300, 400 * 400) and found.completion_tokens == (100 * 700, 400 * 1000)
+    assert found.prompt_tokens == (100 * 300, 400 * 400) and found.completion_tokens == (
+        100 * 700,
+        400 * 1000,
+    )
     assert found.dollars == pytest.approx((30_000 * 2e-6 + 70_000 * 8e-6, 160_000 * 2e-6 + 400_000 * 8e-6))
 
 
 def test_what_is_known_costs_nothing_and_no_price_is_no_price():
     found = estimate(EndpointConfig(**SETTINGS), 400.0, 10, known_share=1.0)
-    assert found.calls == (0, 0) and found.prompt_tokens == (0, 0) and found.dollars is None and "dollars" not in found.facts()
+    assert (
+        found.calls == (0, 0)
+        and found.prompt_tokens == (0, 0)
+        and found.dollars is None
+        and "dollars" not in found.facts()
+    )
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,9 @@ def test_minutes_follow_from_the_slowest_of_the_stated_paces(pace, minutes):
     assert estimate(EndpointConfig(**SETTINGS, **pace), 1200.0, 600).minutes[0] == pytest.approx(minutes)
 
 
-@pytest.mark.parametrize(("limit", "said"), [(None, None), (1e9, None), (1.0, "may be spent"), (0.01, "will be spent")])
+@pytest.mark.parametrize(
+    ("limit", "said"), [(None, None), (1e9, None), (1.0, "may be spent"), (0.01, "will be spent")]
+)
 def test_a_budget_that_will_not_do_is_told_before_the_start(capsys, limit, said):
     settings = EndpointConfig(**SETTINGS, dollars_per_million_out=8.0, max_tokens=1000, max_dollars=limit)
     announce("teacher", settings, estimate(settings, 100.0, 100, tries=4))
@@ -56,7 +68,10 @@ def test_a_budget_that_will_not_do_is_told_before_the_start(capsys, limit, said)
 def test_characters_are_of_whole_chats():
     assert (
         characters(
-            [[{"role": "system", "content": "ab"}, {"role": "user", "content": "cd"}], [{"role": "user", "content": "efgh"}]]
+            [
+                [{"role": "system", "content": "ab"}, {"role": "user", "content": "cd"}],
+                [{"role": "user", "content": "efgh"}],
+            ]
         )
         == 4
     )
@@ -74,7 +89,10 @@ def test_a_judge_reads_every_chain_of_users_who_said_something(tmp_path, capsys)
     pq.write_table(pa.Table.from_pylist(probes), tmp_path / "validation.parquet")
     config.cre.validate_every = 4  # at the start and after every fourth step
     asked = 160 + 1 + -(-config.cre.steps // 4)
-    assert tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})["calls"] == [asked, asked]
+    assert tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})["calls"] == [
+        asked,
+        asked,
+    ]
 
 
 def test_what_a_judge_was_paid_is_summed_over_starts_and_stages(tmp_path):

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import Server, completion, serve, slowly
 
-from pgenrm_train.backends import endpoint as module
-from pgenrm_train.backends.answers import Reply
-from pgenrm_train.backends.chat_api import refusal
-from pgenrm_train.backends.endpoint import Endpoint, dollars
-from pgenrm_train.concurrency import concurrently
+from pgenrm_train.backends.api import endpoint as module
+from pgenrm_train.backends.api.answers import Reply
+from pgenrm_train.backends.api.chat_api import refusal
+from pgenrm_train.backends.api.endpoint import Endpoint, dollars
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.run.concurrency import concurrently
 
 ASK = [{"role": "user", "content": "hello"}]
 
 
 def to(server: Server, **more) -> EndpointConfig:
-    settings = {"kind": "endpoint", "base_url": server.url, "name": "stub", "timeout_seconds": 1.0, "attempts": 3} | more
+    settings = {
+        "kind": "endpoint",
+        "base_url": server.url,
+        "name": "stub",
+        "timeout_seconds": 1.0,
+        "attempts": 3,
+    } | more
     return EndpointConfig(**settings)
 
 
@@ -37,7 +39,12 @@ def test_an_answer_is_text_and_its_cost():
     with serve(lambda body, n: "hi") as server:
         one = Endpoint(to(server, dollars_per_million_in=1.0, dollars_per_million_out=2.0))
         reply = one.ask(ASK, sample=3)
-        assert (reply.text, reply.failure, reply.prompt_tokens, reply.completion_tokens) == ("hi", None, 10, 5)
+        assert (reply.text, reply.failure, reply.prompt_tokens, reply.completion_tokens) == (
+            "hi",
+            None,
+            10,
+            5,
+        )
         assert server.bodies[0]["messages"] == ASK and server.bodies[0]["seed"] == 3
         assert dollars(one.settings, *one.usage.paid) == pytest.approx(20e-6)
 
@@ -49,7 +56,13 @@ def test_half_an_emoji_in_an_answer_is_a_mark_that_files_can_hold():
 
 @pytest.mark.parametrize(
     "trouble",
-    [{"status": 429, "headers": {"retry-after": "0"}}, {"status": 500}, {"status": 503}, {"status": 408}, {"reset": True}],
+    [
+        {"status": 429, "headers": {"retry-after": "0"}},
+        {"status": 500},
+        {"status": 503},
+        {"status": 408},
+        {"reset": True},
+    ],
 )
 def test_passing_trouble_is_retried(trouble):
     with serve(lambda body, n: trouble if n < 2 else "at last") as server:
@@ -120,7 +133,9 @@ def test_a_dead_server_opens_the_circuit_and_a_rest_closes_it(monkeypatch):
         assert [one.ask(ASK).failure for _ in range(6)] == ["http_500"] * 4 + ["circuit_open"] * 2
         assert len(server.bodies) == 4
         last = "4 × http_500, 2 × circuit_open; it said: no"
-        assert one.stopped.startswith(f"stub at {server.url} failed 4 calls in a row ({last}); what was answered is kept")
+        assert one.stopped.startswith(
+            f"stub at {server.url} failed 4 calls in a row ({last}); what was answered is kept"
+        )
         rested = time.monotonic() + 31
         monkeypatch.setattr(module.time, "monotonic", lambda: rested)
         assert one.ask(ASK).text == "back" and one.stopped is None
@@ -174,7 +189,11 @@ def test_a_spent_budget_stops_everything(tmp_path):
 def test_a_budget_holds_over_restarts_and_a_higher_one_goes_on(tmp_path):
     price = {"dollars_per_million_in": 1e5}  # one dollar a call
     with serve(lambda body, n: "hi") as server:
-        for limit, failures in ((2, [None, None, "budget"]), (2, [None, None, "budget"]), (3, [None, None, None])):
+        for limit, failures in (
+            (2, [None, None, "budget"]),
+            (2, [None, None, "budget"]),
+            (3, [None, None, None]),
+        ):
             one = Endpoint(to(server, max_dollars=limit, **price), tmp_path)
             assert [one.ask(ASK, sample=i).failure for i in range(3)] == failures
             one.close()
@@ -193,7 +212,9 @@ def test_what_was_paid_for_and_is_no_answer_is_not_bought_again(tmp_path, answer
             assert reply.text is None and reply.failure in ("length", "empty")
             one.close()
         assert len(server.bodies) == 1 and reply.cached and one.usage.paid == (10, 5)
-        assert Endpoint(to(server, max_tokens=9999), tmp_path).ask(ASK).cached is False, "a higher limit is another question"
+        assert Endpoint(to(server, max_tokens=9999), tmp_path).ask(ASK).cached is False, (
+            "a higher limit is another question"
+        )
 
 
 def test_closing_waits_for_what_is_in_flight_and_keeps_it(tmp_path):
@@ -201,7 +222,9 @@ def test_closing_waits_for_what_is_in_flight_and_keeps_it(tmp_path):
     with serve(lambda body, n: "paid" if release.wait(20) else "late") as server:
         one = Endpoint(to(server, max_in_flight=4, timeout_seconds=20), tmp_path)
         replies = []
-        threads = [threading.Thread(target=lambda i=i: replies.append(one.ask(ASK, sample=i))) for i in range(8)]
+        threads = [
+            threading.Thread(target=lambda i=i: replies.append(one.ask(ASK, sample=i))) for i in range(8)
+        ]
         for thread in threads:
             thread.start()
         while len(server.bodies) < 4:

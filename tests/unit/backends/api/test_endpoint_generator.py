@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from itertools import count
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import completion, serve, slowly
 
-from pgenrm_train.backends import endpoint as limits
-from pgenrm_train.backends.base import GenerationRequest
-from pgenrm_train.backends.endpoint import Endpoint
-from pgenrm_train.backends.endpoint_generator import EndpointGenerator
+from pgenrm_train.backends.api import endpoint as limits
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
 
@@ -26,7 +22,10 @@ def short_waits(monkeypatch):
 
 
 def requests(number: int, samples: int = 1, seed: int = 0):
-    return [GenerationRequest(f"k{i}", ({"role": "user", "content": f"q{i}"},), samples, seed) for i in range(number)]
+    return [
+        GenerationRequest(f"k{i}", ({"role": "user", "content": f"q{i}"},), samples, seed)
+        for i in range(number)
+    ]
 
 
 def generator(server, **more) -> EndpointGenerator:
@@ -44,9 +43,12 @@ def generator(server, **more) -> EndpointGenerator:
 def several(body, number):
     """A server that takes n: choice i says who asked and which sample it is."""
     texts = [f"{body['messages'][0]['content']}/{body['seed'] + i}" for i in range(body.get("n", 1))]
-    choices = [{"index": i, "finish_reason": "stop", "message": {"content": text}} for i, text in enumerate(texts)]
+    choices = [
+        {"index": i, "finish_reason": "stop", "message": {"content": text}} for i, text in enumerate(texts)
+    ]
     return {
-        "completion": completion("") | {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 4 * len(texts)}}
+        "completion": completion("")
+        | {"choices": choices, "usage": {"prompt_tokens": 7, "completion_tokens": 4 * len(texts)}}
     }
 
 
@@ -61,8 +63,16 @@ def test_all_samples_of_a_prompt_are_one_call():
     with serve(several) as server:
         one = generator(server)
         answers = list(one(requests(5, 4, seed=40), temperature=0.7))
-        assert told(answers) == EXPECTED and len(server.bodies) == 5 and {body["n"] for body in server.bodies} == {4}
-        assert (one.endpoint.usage.calls, one.endpoint.usage.prompt_tokens, one.endpoint.usage.completion_tokens) == (5, 35, 80)
+        assert (
+            told(answers) == EXPECTED
+            and len(server.bodies) == 5
+            and {body["n"] for body in server.bodies} == {4}
+        )
+        assert (
+            one.endpoint.usage.calls,
+            one.endpoint.usage.prompt_tokens,
+            one.endpoint.usage.completion_tokens,
+        ) == (5, 35, 80)
         assert {a.tokens for a in answers} == {4}
 
 
@@ -86,7 +96,9 @@ def test_a_server_without_n_is_asked_sample_by_sample(refusal):
 
 
 def test_a_refused_prompt_is_no_reason_to_give_n_up():
-    with serve(lambda body, n: {"status": 400} if body["messages"][0]["content"] == "q0" else several(body, n)) as server:
+    with serve(
+        lambda body, n: {"status": 400} if body["messages"][0]["content"] == "q0" else several(body, n)
+    ) as server:
         answers = list(generator(server, max_in_flight=4)(requests(5, 4), temperature=0.7))
         assert {a.failure for a in answers if a.key == "k0"} == {"engine:http_400"} and len(answers) == 20
         assert sum("n" in body for body in server.bodies) == 5
@@ -97,12 +109,16 @@ def until_it_ends(answers):
         yield from answers
 
 
-@pytest.mark.parametrize(("trouble", "ends"), [({"status": 500}, True), ({"raw": b"log in"}, True), ({"status": 400}, False)])
+@pytest.mark.parametrize(
+    ("trouble", "ends"), [({"status": 500}, True), ({"raw": b"log in"}, True), ({"status": 400}, False)]
+)
 def test_a_queue_that_found_no_api_at_all_ends_in_a_sentence(trouble, ends):
     """However short it is: an evaluation made of nothing but such failures must not count as made."""
     with serve(lambda body, n: trouble) as server:
         answers = generator(server, attempts=1)(requests(3), temperature=0.7)
-        with pytest.raises(BackendError, match="failed 3 calls in a row") if ends else contextlib.nullcontext():
+        with (
+            pytest.raises(BackendError, match="failed 3 calls in a row") if ends else contextlib.nullcontext()
+        ):
             assert len(list(answers)) == 3
 
 
@@ -129,7 +145,9 @@ def test_a_sample_that_could_not_be_had_is_a_failure_with_its_reason(trouble, fa
 
 
 def test_slow_answers_time_out_and_passing_trouble_passes():
-    with serve(lambda body, n: slowly(1.0, "late") if n < 1 else {"status": 503} if n < 2 else several(body, n)) as server:
+    with serve(
+        lambda body, n: slowly(1.0, "late") if n < 1 else {"status": 503} if n < 2 else several(body, n)
+    ) as server:
         answers = list(generator(server, timeout_seconds=0.3)(requests(1), temperature=0.7))
         assert told(answers) == [("k0", 0, "q0/0", None)] and len(server.bodies) == 3
 
@@ -137,7 +155,9 @@ def test_slow_answers_time_out_and_passing_trouble_passes():
 def test_requests_are_taken_only_as_there_is_room():
     """A caller that reads slowly holds the queue back: memory holds what is in flight, not the whole evaluation."""
     taken = count()
-    endless = (GenerationRequest(f"k{next(taken)}", ({"role": "user", "content": "q"},), 2) for _ in iter(int, 1))
+    endless = (
+        GenerationRequest(f"k{next(taken)}", ({"role": "user", "content": "q"},), 2) for _ in iter(int, 1)
+    )
     with serve(several) as server:
         answers = generator(server)(endless, temperature=0.7)
         for _ in range(6):

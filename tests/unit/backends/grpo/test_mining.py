@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pgenrm_train.backends.verl_grpo import Phase, environment, train
-from pgenrm_train.backends.verl_mining import hardness, summary
-from pgenrm_train.backends.verl_progress import chain_metrics, mix_metrics, tried
+from pgenrm_train.backends.grpo.engine import Phase, environment, train
+from pgenrm_train.backends.grpo.mining import hardness, summary
+from pgenrm_train.backends.grpo.progress import chain_metrics, mix_metrics, tried
 from pgenrm_train.config import Config
-from pgenrm_train.curriculum import CurriculumSampler
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError
 
 BAND = (0.25, 0.75)
@@ -32,7 +32,9 @@ class Measured:
         self.stage, self.work_dir, self.pair_ids = "curriculum", folder, ["p0", "p1", "p2"]
         self.table = pa.table({"i": [0, 1, 2]})
 
-    def measure(self, table: pa.Table, samples: int, purpose: str, *, places: range) -> list[list[dict[str, Any]]]:
+    def measure(
+        self, table: pa.Table, samples: int, purpose: str, *, places: range
+    ) -> list[list[dict[str, Any]]]:
         self.calls += 1
         outcomes = {"mine": [1, 0, 1], "turned": [1, 0, 0]}[purpose]
         return [[info(outcomes[i], 2.0 if outcomes[i] else -2.0)] * samples for i in places]
@@ -51,18 +53,29 @@ def test_both_orders_are_asked_and_the_record_is_left(
     trainer, mirror = Measured(tmp_path), tmp_path / "mirror.parquet"
     pq.write_table(trainer.table, mirror)
     record = hardness(trainer, checkpoint, 4, mirror, None, BAND)
-    assert record["pass_rate"] == [1.0, 0.0, 0.5] and record["order_gap"] == [0.0, 0.0, 1.0] and record["samples"] == [4, 4, 4]
+    assert (
+        record["pass_rate"] == [1.0, 0.0, 0.5]
+        and record["order_gap"] == [0.0, 0.0, 1.0]
+        and record["samples"] == [4, 4, 4]
+    )
     assert record["hard"] == [False, False, True] and record["suspect"] == [False, True, False]
     assert pq.read_table(tmp_path / "suspect.parquet")["pair_id"].to_pylist() == ["p1"]
     assert pq.read_table(tmp_path / "hardness.parquet").to_pydict() == record
-    assert json.loads((tmp_path / "hardness.json").read_text()) == {"pairs": 3, "hard": 1, "suspect": 1, "measured_by": "model"}
+    assert json.loads((tmp_path / "hardness.json").read_text()) == {
+        "pairs": 3,
+        "hard": 1,
+        "suspect": 1,
+        "measured_by": "model",
+    }
     assert "curriculum: 1 of 3 pairs are hard, 1 suspect (down-weighted" in capsys.readouterr().out
     assert hardness(trainer, checkpoint, 4, mirror, None, BAND) == record
     assert trainer.calls == 2, "measured once"
 
 
-def test_a_killed_mining_goes_on_after_its_last_block(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgenrm_train.backends.verl_mining.BLOCK", 1)
+def test_a_killed_mining_goes_on_after_its_last_block(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgenrm_train.backends.grpo.mining.BLOCK", 1)
     (tmp_path / "whole").mkdir()
     expected = hardness(Measured(tmp_path / "whole"), checkpoint, 4, None, None, BAND)
     trainer = Measured(tmp_path)
@@ -102,7 +115,9 @@ def test_a_cold_start_asks_no_model(tmp_path: Path, checkpoint: Path) -> None:
         ("pairs", "other pairs"),
     ],
 )
-def test_a_foreign_cache_is_refused_before_training(tmp_path: Path, checkpoint: Path, change: str, said: str) -> None:
+def test_a_foreign_cache_is_refused_before_training(
+    tmp_path: Path, checkpoint: Path, change: str, said: str
+) -> None:
     trainer = Measured(tmp_path)
     hardness(trainer, checkpoint, 4, None, None, BAND)
     if change == "weights":
@@ -119,11 +134,15 @@ def test_a_foreign_cache_is_refused_before_an_engine_is_started(
     config, trainer = Config(recipe="curriculum"), Measured(tmp_path)
     for name, value in environment(config).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pgenrm_train.backends.verl_session.Session", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        "pgenrm_train.backends.grpo.session.Session", lambda *_: pytest.fail("an engine was started")
+    )
     hardness(trainer, checkpoint, 4, None, None, BAND)
     (checkpoint / "config.json").write_text("{}")
     (checkpoint / "model.safetensors").write_bytes(b"other weights")
-    pq.write_table(pa.table({"extra_info": [{"pair_id": name} for name in trainer.pair_ids]}), tmp_path / "rows.parquet")
+    pq.write_table(
+        pa.table({"extra_info": [{"pair_id": name} for name in trainer.pair_ids]}), tmp_path / "rows.parquet"
+    )
     phase = Phase("curriculum", checkpoint, tmp_path / "rows.parquet", tmp_path, 3, mining_samples=4)
     with pytest.raises(ArtifactError, match="was measured with another checkpoint than"):
         train(config, [phase])
@@ -151,7 +170,14 @@ def test_discarded_groups_count_as_evidence_and_as_cost() -> None:
 
 def test_the_mix_and_what_its_parts_are_worth_are_in_the_metrics() -> None:
     sampler = CurriculumSampler(
-        8, prompts_per_step=4, steps=2, seed=0, schedule="linear", hard=[True] * 4 + [False] * 4, start=0.5, end=0.5
+        8,
+        prompts_per_step=4,
+        steps=2,
+        seed=0,
+        schedule="linear",
+        hard=[True] * 4 + [False] * 4,
+        start=0.5,
+        end=0.5,
     )
     drawn = sampler.next_batch(1)
     found = mix_metrics({i: [chain(float(i >= 4))] * 2 for i in drawn}, sampler)
@@ -159,4 +185,7 @@ def test_the_mix_and_what_its_parts_are_worth_are_in_the_metrics() -> None:
     assert (found["curriculum/hard_pass_rate"], found["curriculum/rest_pass_rate"]) == (0.0, 1.0)
     assert (found["curriculum/hard_pairs"], found["curriculum/rest_pairs"]) == (4, 4)
     plain = CurriculumSampler(8, prompts_per_step=4, steps=2, seed=0)
-    assert mix_metrics({}, plain) == {"curriculum/target_hard_share": None, "curriculum/realised_hard_share": None}
+    assert mix_metrics({}, plain) == {
+        "curriculum/target_hard_share": None,
+        "curriculum/realised_hard_share": None,
+    }

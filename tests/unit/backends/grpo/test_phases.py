@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pgenrm_train.backends.verl_grpo import Phase, _phase
+from pgenrm_train.backends.grpo.engine import Phase, _phase
 from pgenrm_train.config import Config
 
 
 def phase(**settings: object) -> Phase:
-    return Phase("curriculum", Path("cre/checkpoint"), Path("rows.parquet"), Path("arm"), 3, settings=settings)
+    return Phase(
+        "curriculum", Path("cre/checkpoint"), Path("rows.parquet"), Path("arm"), 3, settings=settings
+    )
 
 
 def test_an_arm_has_settings_of_its_own_and_the_session_keeps_its() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pgenrm_train.backends.base import Trained
-from pgenrm_train.backends.verl_grpo import _died, _read, with_restarts
-from pgenrm_train.backends.verl_progress import chain_metrics, hopeless
+from pgenrm_train.backends.grpo.engine import _died, _read, with_restarts
+from pgenrm_train.backends.grpo.progress import chain_metrics, hopeless
+from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.errors import BackendError, ConfigError, EngineLostError, NodeLostError
 
 DONE = [Trained(3, Path("checkpoint"))]
@@ -31,21 +31,32 @@ def scripted(*outcomes: Any) -> Any:
 
 def test_a_lost_engine_is_started_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "restarts.jsonl"
-    assert with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, log) == DONE
+    assert (
+        with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, log) == DONE
+    )
     assert [json.loads(line)["reason"] for line in log.read_text().splitlines()] == ["it hung", "it died"]
     assert "it hung\nstarting again from the newest checkpoint (1 of 2)" in capsys.readouterr().out
 
 
 def test_restarts_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(EngineLostError, match="third"):
-        with_restarts(scripted(*(EngineLostError(n) for n in ("first", "second", "third")), DONE), 2, tmp_path / "log")
+        with_restarts(
+            scripted(*(EngineLostError(n) for n in ("first", "second", "third")), DONE), 2, tmp_path / "log"
+        )
 
 
 def test_a_lost_node_is_a_lost_engine(tmp_path: Path) -> None:
-    assert with_restarts(scripted(NodeLostError("a node"), EngineLostError("it hung"), DONE), 2, tmp_path / "log") == DONE
+    assert (
+        with_restarts(
+            scripted(NodeLostError("a node"), EngineLostError("it hung"), DONE), 2, tmp_path / "log"
+        )
+        == DONE
+    )
 
 
-@pytest.mark.parametrize("error", [BackendError("the judge gave no verdict"), ConfigError("a key"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error", [BackendError("the judge gave no verdict"), ConfigError("a key"), OSError("disk full")]
+)
 def test_what_would_fail_again_is_not_tried_again(error: Exception, tmp_path: Path) -> None:
     with pytest.raises(type(error)):
         with_restarts(scripted(error, DONE), 5, tmp_path / "log")
@@ -53,7 +64,13 @@ def test_what_would_fail_again_is_not_tried_again(error: Exception, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("code", "lost"),
-    [(-signal.SIGKILL, True), (-signal.SIGSEGV, True), (-signal.SIGTERM, False), (-signal.SIGINT, False), (1, False)],
+    [
+        (-signal.SIGKILL, True),
+        (-signal.SIGSEGV, True),
+        (-signal.SIGTERM, False),
+        (-signal.SIGINT, False),
+        (1, False),
+    ],
 )
 def test_a_child_without_a_report_was_lost_if_it_was_killed(code: int, lost: bool, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=f"code {code} and no report") as error:
@@ -72,7 +89,15 @@ def test_a_dead_actor_is_a_lost_engine_and_a_failed_task_is_not() -> None:
 
 
 def chain(**more: Any) -> dict[str, Any]:
-    parts = {"total": 1.0, "outcome": 1.0, "process": 0.5, "format": 0.0, "margin": 1.0, "verified_margin": None, "spread": 1.0}
+    parts = {
+        "total": 1.0,
+        "outcome": 1.0,
+        "process": 0.5,
+        "format": 0.0,
+        "margin": 1.0,
+        "verified_margin": None,
+        "spread": 1.0,
+    }
     counts = {"length": 5, "order": 0, "discarded_passes": 0, "discarded_chains": 0}
     return parts | counts | {"criteria": [], "failure": None, "null_verdict": False, "error": None} | more
 
@@ -90,7 +115,9 @@ UNSCORED = dict.fromkeys(("total", "outcome", "process", "format", "margin")) | 
         ([UNSCORED], 0.5, "reward code failed for 25% of its chains, first with OSError: gone"),
     ],
 )
-def test_too_many_nulls_or_errors_end_a_run(bad: list[dict[str, Any]], share: float, said: str | None) -> None:
+def test_too_many_nulls_or_errors_end_a_run(
+    bad: list[dict[str, Any]], share: float, said: str | None
+) -> None:
     groups = [[chain(**more) for more in [*bad, *({} for _ in range(4 - len(bad)))]]]
     assert hopeless(chain_metrics(groups), groups, share) == said
 

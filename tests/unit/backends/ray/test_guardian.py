@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from pgenrm_train.backends import guardian
+from pgenrm_train.backends.ray import guardian
 
 DRIVER = """
 import subprocess, sys, time

@@ -7,7 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from pgenrm_train.backends.ray_cluster import ALL_BUT_CODE, CODE
+from pgenrm_train.backends.ray.cluster import ALL_BUT_CODE, CODE
 from pgenrm_train.config import ROOT
 
 
@@ -17,16 +17,21 @@ def test_the_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True, excludes=ALL_BUT_CODE)
     names = zipfile.ZipFile(tmp_path / "package.zip").namelist()
     assert {name.split("/")[0] for name in names} == set(CODE)
-    assert {"pgenrm_train/backends/verl_cpu.py", "recipes/psi.py", "configs/config.yaml", "eval/validation.py"} <= set(names)
+    assert {
+        "pgenrm_train/backends/grpo/cpu.py",
+        "recipes/psi.py",
+        "configs/config.yaml",
+        "eval/studies/validation.py",
+    } <= set(names)
     assert not any("__pycache__" in name for name in names)
 
 
 def test_a_process_that_uses_ray_hears_sigterm_as_before() -> None:
     program = (
         "import os, signal, time\n"
-        "from pgenrm_train.backends.ray_cluster import connect\n"
+        "from pgenrm_train.backends.ray.cluster import connect\n"
         "from pgenrm_train.config import load\n"
-        "from pgenrm_train.ending import Terminated, end_on_sigterm\n"
+        "from pgenrm_train.run.process import Terminated, end_on_sigterm\n"
         "end_on_sigterm()\n"
         "close = connect(load('recipe=evaluate'), 1, {})\n"
         "try:\n"
@@ -36,5 +41,7 @@ def test_a_process_that_uses_ray_hears_sigterm_as_before() -> None:
         "    print('heard')\n"
         "close()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["heard"]), done.stderr

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pgenrm_train.backends import ray_train
-from pgenrm_train.backends.sft_checkpoints import COMPLETE
+from pgenrm_train.backends.sft import ray_train
+from pgenrm_train.backends.sft.checkpoints import COMPLETE
 
 
-def test_a_lost_rank_is_told_with_where_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_rank_is_told_with_where_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from ray import cloudpickle
 
     on_the_controller = cloudpickle.loads(cloudpickle.dumps(ray_train.teller(tmp_path)))

@@ -7,10 +7,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from pgenrm_train.backends.packed_attention import register
-from pgenrm_train.backends.sft_batches import LAYOUTS, Chats, Encoded, StepOrder, arrange, collate, layout_of, write_chats
-from pgenrm_train.backends.sft_loss import train_in_pieces, weighted_loss
-from pgenrm_train.backends.shared_sequence import share_of
+from pgenrm_train.backends.sft.batches import (
+    LAYOUTS,
+    Chats,
+    Encoded,
+    StepOrder,
+    arrange,
+    collate,
+    layout_of,
+    write_chats,
+)
+from pgenrm_train.backends.sft.loss import train_in_pieces, weighted_loss
+from pgenrm_train.backends.sft.packed_attention import register
+from pgenrm_train.backends.sft.shared_sequence import share_of
 from pgenrm_train.config import ClusterConfig, Config, PsiConfig
 
 SHAPE = {
@@ -22,7 +31,11 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
-CHATS = [Encoded(tuple(range(3, 23)), 12, 18), Encoded(tuple(range(30, 41)), 9, 10), Encoded((7, 8, 9, 10, 11, 12, 13), 1, 7)]
+CHATS = [
+    Encoded(tuple(range(3, 23)), 12, 18),
+    Encoded(tuple(range(30, 41)), 9, 10),
+    Encoded((7, 8, 9, 10, 11, 12, 13), 1, 7),
+]
 
 
 def random_chats(count, seed=0):
@@ -30,7 +43,11 @@ def random_chats(count, seed=0):
     found = []
     for _ in range(count):
         length, loss_from = rng.randint(6, 40), rng.randint(1, 4)
-        found.append(Encoded(tuple(rng.randrange(1, 50) for _ in range(length)), loss_from, rng.randint(loss_from, length)))
+        found.append(
+            Encoded(
+                tuple(rng.randrange(1, 50) for _ in range(length)), loss_from, rng.randint(loss_from, length)
+            )
+        )
     return found
 
 
@@ -38,7 +55,9 @@ def random_chats(count, seed=0):
 
 
 def test_padding_stands_on_the_right_and_bears_no_loss():
-    batch = collate([Encoded((5, 6, 7, 8), 2, 3), Encoded((5, 9), 1, 2)], pad=0, packed=False, score_weight=3.0)
+    batch = collate(
+        [Encoded((5, 6, 7, 8), 2, 3), Encoded((5, 9), 1, 2)], pad=0, packed=False, score_weight=3.0
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert batch["predicts"].tolist() == [1, 2, 4] and batch["labels"].tolist() == [7, 8, 9]
     assert batch["weights"].tolist() == [1.0, 3.0, 1.0]
@@ -64,7 +83,11 @@ def test_chats_survive_their_file(tmp_path):
     chats = Chats(tmp_path / "chats.parquet")
     assert chats.lengths == [20, 11, 7] and len(chats) == 3
     for chat, read in zip(CHATS, (chats[i] for i in range(3)), strict=True):
-        assert (tuple(read.ids), read.loss_from, read.score_from) == (chat.ids, chat.loss_from, chat.score_from)
+        assert (tuple(read.ids), read.loss_from, read.score_from) == (
+            chat.ids,
+            chat.loss_from,
+            chat.score_from,
+        )
 
 
 # ---- what a model makes of it ----
@@ -74,7 +97,11 @@ def model_of(family, attention):
     torch.manual_seed(0)
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=attention))
-    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1} if family == "windowed" else {}
+    window = (
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+        if family == "windowed"
+        else {}
+    )
     return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **window, attn_implementation=attention))
 
 
@@ -122,7 +149,9 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
     train_in_pieces(model)
     order = arrange([len(c.ids) for c in chats], layout, 4)
     batches = [
-        collate([chats[i] for i in order[first : first + 4]], pad=0, packed=layout == "packed", score_weight=2.0)
+        collate(
+            [chats[i] for i in order[first : first + 4]], pad=0, packed=layout == "packed", score_weight=2.0
+        )
         for first in range(0, 13, 4)
     ]
     total = sum(batch["weights"].sum() for batch in batches)
@@ -138,7 +167,11 @@ def test_packed_attention_generates_like_sdpa_and_leaves_no_trace_in_a_checkpoin
     said = []
     for attention in ("sdpa", register()):
         model = model_of("qwen2", attention).eval()
-        said.append(model.generate(input_ids=ids, attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=0))
+        said.append(
+            model.generate(
+                input_ids=ids, attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=0
+            )
+        )
     assert said[0].tolist() == said[1].tolist()
     model.save_pretrained(tmp_path)
     assert "sdpa_packed" not in (tmp_path / "config.json").read_text()
@@ -162,11 +195,15 @@ def test_cross_entropy_in_pieces_is_exact(piece):
     head = torch.nn.Linear(16, 100, bias=False, dtype=torch.float64)
     hidden = torch.randn(57, 16, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.randint(0, 100, (57,)), torch.rand(57, dtype=torch.float64)
-    whole = (torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()
+    whole = (
+        torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="none") * weights
+    ).sum()
     pieces = weighted_loss(head, hidden, labels, weights, 100, piece)
     torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=0)
     for one, other in zip(
-        torch.autograd.grad(pieces, [hidden, head.weight]), torch.autograd.grad(whole, [hidden, head.weight]), strict=True
+        torch.autograd.grad(pieces, [hidden, head.weight]),
+        torch.autograd.grad(whole, [hidden, head.weight]),
+        strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
@@ -193,7 +230,7 @@ def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     batch = collate(CHATS, pad=0, packed=False)
     whole = model(**batch).loss
-    monkeypatch.setattr("pgenrm_train.backends.sft_loss.PIECE", 100)  # two tokens
+    monkeypatch.setattr("pgenrm_train.backends.sft.loss.PIECE", 100)  # two tokens
     pieces = model(**batch).loss
     torch.testing.assert_close(pieces, whole)
     pieces.backward()
@@ -218,7 +255,9 @@ def test_grouping_pads_less_and_packing_evens_out_the_tokens():
         order = arrange(lengths, layout, 8)
         return [[lengths[i] for i in order[first : first + 8]] for first in range(0, 128, 8)]
 
-    padded, grouped = (sum(8 * max(batch) for batch in micro_batches(layout)) for layout in ("padded", "grouped"))
+    padded, grouped = (
+        sum(8 * max(batch) for batch in micro_batches(layout)) for layout in ("padded", "grouped")
+    )
     assert grouped < 0.6 * padded
     dealt = [sum(batch) for batch in micro_batches("packed")]
     assert max(dealt) < 1.15 * min(dealt) and max(dealt) < 1.1 * sum(lengths) / 16
@@ -227,7 +266,10 @@ def test_grouping_pads_less_and_packing_evens_out_the_tokens():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
     lengths = [len(c.ids) for c in random_chats(50)]
-    order, plain = (list(StepOrder(lengths, name, batch_size=16, micro_batch_size=4, seed=3)) for name in (layout, "padded"))
+    order, plain = (
+        list(StepOrder(lengths, name, batch_size=16, micro_batch_size=4, seed=3))
+        for name in (layout, "padded")
+    )
     for first in range(0, 50, 16):
         assert sorted(order[first : first + 16]) == sorted(plain[first : first + 16])
     assert sorted(order) == list(range(50))

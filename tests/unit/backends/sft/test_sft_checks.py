@@ -7,23 +7,24 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from data_builders.personaworld import build
-from eval.validation import Validation
-from pgenrm_train.artifacts import StageFolder, write_table
-from pgenrm_train.backends.base import GenerationRequest
-from pgenrm_train.backends.deepspeed_sft import _merge
-from pgenrm_train.backends.sft_checks import check_libraries, encode_rows, inspect_start
-from pgenrm_train.backends.sft_generate import TrainingGenerator
-from pgenrm_train.chains import Chain, parse_chain
+from data_builders.sources.personaworld import build
+from eval.studies.validation import Validation
+from pgenrm_train.backends.protocols import GenerationRequest
+from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
+from pgenrm_train.backends.sft.engine import _merge
+from pgenrm_train.backends.sft.generate import TrainingGenerator
+from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError, PGenRMError
-from pgenrm_train.history import HistorySampler
+from pgenrm_train.files import write_table
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.grpo import reads
-from pgenrm_train.stages.inputs import PromptWriter
+from pgenrm_train.stages.model_card import write_card
 from pgenrm_train.stages.psi import READS
 from recipes import psi
 from recipes.build_sec import load_tokenizer
-from recipes.card import write_card
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 
@@ -70,7 +71,13 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
         psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
     assert not (tmp_path / "run" / "build_data").exists()
     shutil.copytree(NANO, tmp_path / "base")
-    asked = (*asked[:2], f"model.path={tmp_path / 'base'}", *asked[3:], "model.lora.rank=4", "model.lora.target_modules=[nope]")
+    asked = (
+        *asked[:2],
+        f"model.path={tmp_path / 'base'}",
+        *asked[3:],
+        "model.lora.rank=4",
+        "model.lora.target_modules=[nope]",
+    )
     with pytest.raises(ConfigError, match="target_modules=nope names no linear layer"):
         psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
     assert not (tmp_path / "run" / "build_data").exists()
@@ -102,7 +109,8 @@ def test_an_unknown_lora_target_is_said_with_what_there_is():
     config = load("recipe=psi")
     config.model.lora = LoraConfig(rank=4, target_modules=["q_proj", "qkv"])
     with pytest.raises(
-        ConfigError, match=r"target_modules=qkv names no linear layer of the model; it has down_proj, gate_proj, k_proj"
+        ConfigError,
+        match=r"target_modules=qkv names no linear layer of the model; it has down_proj, gate_proj, k_proj",
     ):
         inspect_start(config, NANO)
 
@@ -113,7 +121,9 @@ def test_heads_that_processes_cannot_share_are_said():
     config.psi.sequence_parallel = heads
     inspect_start(config, NANO)
     config.psi.sequence_parallel = heads + 1
-    with pytest.raises(ConfigError, match=rf"psi.sequence_parallel={heads + 1} does not divide the model's {heads} heads"):
+    with pytest.raises(
+        ConfigError, match=rf"psi.sequence_parallel={heads + 1} does not divide the model's {heads} heads"
+    ):
         inspect_start(config, NANO)
 
 
@@ -137,7 +147,8 @@ def test_chats_that_are_too_long_are_counted_and_the_first_is_named(tmp_path):
     write_table(rows, [chat("short"), chat("long " * 90), chat("longer " * 200), chat("short")])
     sizes = [len(c.ids) for c in encode_rows(tokenizer, rows, 10_000)]
     with pytest.raises(
-        DataError, match=rf"2 of 4 chats are longer than the model's limit of 80 tokens, the first in row 1 with {sizes[1]}"
+        DataError,
+        match=rf"2 of 4 chats are longer than the model's limit of 80 tokens, the first in row 1 with {sizes[1]}",
     ):
         encode_rows(tokenizer, rows, 80)
 
@@ -171,7 +182,8 @@ def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(tmp_path):
     config = load("recipe=psi")
     base = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
     model = get_peft_model(
-        base, Adapter(r=4, lora_alpha=8, target_modules=config.model.lora.target_modules, task_type="CAUSAL_LM")
+        base,
+        Adapter(r=4, lora_alpha=8, target_modules=config.model.lora.target_modules, task_type="CAUSAL_LM"),
     )
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # zero before training

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from pgenrm_train.artifacts import write_json
-from pgenrm_train.backends.deepspeed_sft import Job, _publish, deepspeed_settings, environment
-from pgenrm_train.backends.nano import CHAT_TEMPLATE, train_tokenizer
-from pgenrm_train.backends.sft_batches import encode_chat
-from pgenrm_train.backends.sft_checkpoints import COMPLETE, check_resumable, is_over, newest_complete
-from pgenrm_train.chains import JSON_START, write_chain
+from pgenrm_train.backends.sft.batches import encode_chat
+from pgenrm_train.backends.sft.checkpoints import COMPLETE, check_resumable, is_over, newest_complete
+from pgenrm_train.backends.sft.engine import Job, _publish, deepspeed_settings, environment
+from pgenrm_train.backends.sft.nano import CHAT_TEMPLATE, train_tokenizer
+from pgenrm_train.chains.chain import JSON_START, write_chain
 from pgenrm_train.config import ROOT, ClusterConfig, Config, NanoConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
+from pgenrm_train.files import write_json
 
 # Shaped like the published templates in what matters here: headers, a default system message, stripped contents, empty thoughts.
 LLAMA = (
@@ -31,7 +31,14 @@ QWEN = (
 )
 TEMPLATES = {"llama": LLAMA, "qwen": QWEN, "nano": CHAT_TEMPLATE}
 EXPECTED = {"llama": "{}<|eot_id|>", "qwen": "<think>\n\n</think>\n\n{}<|im_end|>\n", "nano": "{}<|end|>"}
-SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]
 
 # Local folders of real tokenizers, with `:` between them: PGENRM_TOKENIZERS=/models/Llama-3.1-8B-Instruct:/models/Qwen3-8B
 REAL = os.environ.get("PGENRM_TOKENIZERS", str(ROOT / "tests" / "data" / "psi_nano")).split(os.pathsep)
@@ -40,7 +47,12 @@ ANSWER = write_chain("This user likes it short.", [("brevity", 70), ("wit", 30)]
 CHATS = {
     "plain": [("user", "Which is better?"), ("assistant", ANSWER)],
     "system": [("system", "You judge."), ("user", "Which is better?"), ("assistant", ANSWER)],
-    "several turns": [("user", "a"), ("assistant", "An earlier answer."), ("user", "b"), ("assistant", ANSWER)],
+    "several turns": [
+        ("user", "a"),
+        ("assistant", "An earlier answer."),
+        ("user", "b"),
+        ("assistant", ANSWER),
+    ],
     "one that quotes its answer": [("user", f"Repeat: {ANSWER}"), ("assistant", ANSWER)],
     "unicode": [("user", "日本語 é🙂"), ("assistant", "Ünï 漢字 🙂.")],
 }
@@ -52,7 +64,9 @@ def messages(name: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def plain_tokenizer():
-    tokenizer = train_tokenizer([ANSWER, "Which is better? You judge. An earlier answer."], [], NanoConfig(vocabulary=400))
+    tokenizer = train_tokenizer(
+        [ANSWER, "Which is better? You judge. An earlier answer."], [], NanoConfig(vocabulary=400)
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL}, replace_extra_special_tokens=False)
     return tokenizer
 
@@ -97,7 +111,9 @@ def test_real_tokenizers_learn_the_last_answer_and_its_end_and_nothing_else(fold
     encoded = encode_chat(real, chat)
     prompt = real.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert list(encoded.ids[: encoded.loss_from]) == real(prompt, add_special_tokens=False)["input_ids"]
-    before, answer, end = real.decode(encoded.ids[encoded.loss_from :], skip_special_tokens=False).rpartition(chat[-1]["content"])
+    before, answer, end = real.decode(encoded.ids[encoded.loss_from :], skip_special_tokens=False).rpartition(
+        chat[-1]["content"]
+    )
     assert answer == chat[-1]["content"] and before in ("", "<think>\n\n</think>\n\n")
     assert end.strip() == real.eos_token, "the end of the turn is learnt, and generation stops at it"
 
@@ -105,14 +121,19 @@ def test_real_tokenizers_learn_the_last_answer_and_its_end_and_nothing_else(fold
 @pytest.mark.parametrize("name", ["plain", "system", "several turns", "one that quotes its answer"])
 def test_the_score_part_begins_at_the_last_marker_and_reaches_to_the_end(tokenizer, name):
     encoded = encode_chat(tokenizer, messages(name))
-    analysis = tokenizer.decode(encoded.ids[encoded.loss_from : encoded.score_from], skip_special_tokens=False)
+    analysis = tokenizer.decode(
+        encoded.ids[encoded.loss_from : encoded.score_from], skip_special_tokens=False
+    )
     score = tokenizer.decode(encoded.ids[encoded.score_from :], skip_special_tokens=False)
     assert JSON_START not in analysis and score.lstrip().startswith(JSON_START)
     assert analysis + score == EXPECTED[tokenizer.family].format(ANSWER)
 
 
 def test_a_marker_that_the_analysis_quotes_does_not_open_the_score_part(tokenizer):
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"I write {JSON_START} now. {ANSWER}"}]
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": f"I write {JSON_START} now. {ANSWER}"},
+    ]
     encoded = encode_chat(tokenizer, chat)
     assert JSON_START in tokenizer.decode(encoded.ids[encoded.loss_from : encoded.score_from])
 
@@ -124,7 +145,9 @@ def test_an_answer_without_a_marker_has_no_score_part(tokenizer):
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(plain_tokenizer):
     """Some templates open a thought in the generation prompt that they leave out of a finished answer."""
-    plain_tokenizer.chat_template = QWEN.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\nHm'")
+    plain_tokenizer.chat_template = QWEN.replace(
+        "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\nHm'"
+    )
     with pytest.raises(DataError, match="not a prefix"):
         encode_chat(plain_tokenizer, messages("plain"))
 
@@ -188,7 +211,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, key, value, sentence):
 
 
 @pytest.mark.parametrize(
-    ("step", "best", "over"), [(100, 100, False), (150, 100, False), (200, 100, True), (1000, 990, True), (200, None, False)]
+    ("step", "best", "over"),
+    [(100, 100, False), (150, 100, False), (200, 100, True), (1000, 990, True), (200, None, False)],
 )
 def test_training_is_over_after_the_last_step_or_when_patience_is_out(step, best, over):
     from transformers import TrainerState
@@ -227,7 +251,9 @@ def test_zero_follows_the_cluster():
     three = deepspeed_settings(Config(cluster=ClusterConfig(device="cuda", zero_stage=3)))
     assert three["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert three["bf16"] == {"enabled": True}
-    offload = deepspeed_settings(Config(cluster=ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True)))
+    offload = deepspeed_settings(
+        Config(cluster=ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True))
+    )
     assert offload["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     assert deepspeed_settings(Config())["bf16"] == {"enabled": False}
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from eval.baselines import BASELINES, Random, fit_baseline
-from eval.metrics import accuracy_report
-from eval.scored import score_pairs
+from eval.ask.baselines import BASELINES, Random, fit_baseline
+from eval.ask.scored import score_pairs
+from eval.metrics.accuracy import accuracy_report
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.records import Message, PreferencePair
+from pgenrm_train.records.pairs import Message, PreferencePair
 
 
 def vote(pair_id, user, chosen, rejected, query="q", **fields):
@@ -21,7 +21,11 @@ def accuracy(name, test, train=(), everything=None):
 
 
 def test_lengths_by_hand():
-    test = [vote("1", "a", "long text", "short"), vote("2", "b", "ab", "abcd"), vote("3", "b", "same", "size")]
+    test = [
+        vote("1", "a", "long text", "short"),
+        vote("2", "b", "ab", "abcd"),
+        vote("3", "b", "same", "size"),
+    ]
     assert accuracy("longer", test)["accuracy"] == pytest.approx(1 / 3)
     assert accuracy("shorter", test)["accuracy"] == pytest.approx(1 / 3)
     assert accuracy("longer", test)["ties"] == 2  # pair 3 in both orders
@@ -104,7 +108,11 @@ def test_random_depends_on_the_pair_and_seed_only():
     forward = score_pairs(Random().score, test)
     backward = score_pairs(Random().score, test[::-1])
     key = ["pair_id", "order"]
-    assert forward.sort_values(key).reset_index(drop=True).equals(backward.sort_values(key).reset_index(drop=True))
+    assert (
+        forward.sort_values(key)
+        .reset_index(drop=True)
+        .equals(backward.sort_values(key).reset_index(drop=True))
+    )
     report = accuracy_report(forward, draws=20)
     assert report["order_flip_rate"] == 0.0
     assert 0.42 < report["accuracy"] < 0.58

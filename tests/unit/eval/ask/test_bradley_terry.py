@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from scipy.special import log_expit
 
-from eval.bradley_terry import BradleyTerry, map_weights
-from eval.metrics import accuracy_report
-from eval.scored import score_pairs
-from pgenrm_train.records import Example, HistoryItem, Message, PreferencePair
+from eval.ask.bradley_terry import BradleyTerry, map_weights
+from eval.ask.scored import score_pairs
+from eval.metrics.accuracy import accuracy_report
+from pgenrm_train.records.pairs import Example, HistoryItem, Message, PreferencePair
 
 WORDS = ("warm", "brief", "formal", "exact")
 
 
 def embed(texts):
     """A text of the words above as their counts, length 1."""
-    counts = np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=float).reshape(-1, len(WORDS))
+    counts = np.array([[text.split().count(word) for word in WORDS] for text in texts], dtype=float).reshape(
+        -1, len(WORDS)
+    )
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
 
 
@@ -27,7 +29,11 @@ def votes(user, likes, n, seed=0, **fields):
         if gap:
             name = f"{user}-{seed}-{len(found)}"
             chosen, rejected = (a, b) if gap > 0 else (b, a)
-            found.append(PreferencePair(name, user, (Message("user", name),), chosen, rejected, conversation_id=name, **fields))
+            found.append(
+                PreferencePair(
+                    name, user, (Message("user", name),), chosen, rejected, conversation_id=name, **fields
+                )
+            )
     return found
 
 
@@ -90,7 +96,9 @@ def test_each_text_is_embedded_once_and_votes_of_the_test_split_are_not_learnt()
     scorer = BradleyTerry(counted).fit(train, [*train, *test])
     score_pairs(scorer.score, test)
     assert len(asked) == len(set(asked))
-    turned = [PreferencePair(p.pair_id, p.user_id, p.context, p.rejected, p.chosen, split="test") for p in test]
+    turned = [
+        PreferencePair(p.pair_id, p.user_id, p.context, p.rejected, p.chosen, split="test") for p in test
+    ]
     again = BradleyTerry(embed).fit(train, [*train, *turned])
     assert np.array_equal(scorer.weights, again.weights)
 

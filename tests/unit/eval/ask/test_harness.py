@@ -8,28 +8,32 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from eval import harness
-from eval.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
-from eval.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
-from eval.metrics import accuracy_report
-from eval.outcomes import COLUMNS
-from eval.scored import one_by_one, score_pairs, scored
-from eval.sections import reader_notes
-from eval.summary import narrow
-from pgenrm_train.backends.base import Generation
-from pgenrm_train.chains import write_chain
+from eval.ask import harness
+from eval.ask.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
+from eval.ask.scored import one_by_one, score_pairs, scored
+from eval.metrics.accuracy import accuracy_report
+from eval.metrics.outcomes import COLUMNS
+from eval.report.sections import reader_notes
+from eval.report.summary import narrow
+from eval.studies.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
+from pgenrm_train.backends.protocols import Generation
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.prompts import chat_messages, split_prompt
-from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair
-from recipes.run import progress as bar
+from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.stages.stage import progress as bar
 
 CRITERIA = [("likeness", 100)]
 
 
-def vote(number: int, user: str = "u", chosen: str = "tea", rejected: str = "coffee", **more) -> PreferencePair:
+def vote(
+    number: int, user: str = "u", chosen: str = "tea", rejected: str = "coffee", **more
+) -> PreferencePair:
     explicit = ExplicitSignals(criteria="SECRET")
-    return PreferencePair(f"p{number}", user, (Message("user", f"q{number}"),), chosen, rejected, explicit=explicit, **more)
+    return PreferencePair(
+        f"p{number}", user, (Message("user", f"q{number}"),), chosen, rejected, explicit=explicit, **more
+    )
 
 
 def liked(text: str) -> tuple[HistoryItem, ...]:
@@ -89,7 +93,9 @@ def test_every_pair_is_asked_in_both_orders_and_scores_follow_the_chosen_respons
     generator = LikesHistory()
     frame = answer(tmp_path, generator)
     assert len(frame) == 16 and generator.temperatures == [0.5]
-    assert set(zip(frame["pair_id"], frame["order"], strict=True)) == {(p.pair_id, order) for p in PAIRS for order in (0, 1)}
+    assert set(zip(frame["pair_id"], frame["order"], strict=True)) == {
+        (p.pair_id, order) for p in PAIRS for order in (0, 1)
+    }
     assert set(frame["score_chosen"]) == set(frame["verified_chosen"]) == {8.0}
     assert set(frame["score_rejected"]) == {3.0} and frame["failure"].isna().all()
     for prompt in generator.prompts:
@@ -98,7 +104,9 @@ def test_every_pair_is_asked_in_both_orders_and_scores_follow_the_chosen_respons
 
 def test_prompts_with_the_same_history_stand_next_to_each_other_and_begin_alike():
     """A server encodes a prefix once: the users' votes alternate here, their histories must not."""
-    prompts = [request.messages[-1]["content"] for request in harness.requests(QUESTIONS, chat_messages, "masked")]
+    prompts = [
+        request.messages[-1]["content"] for request in harness.requests(QUESTIONS, chat_messages, "masked")
+    ]
     beginnings = [prompt[: prompt.index("<current>")] for prompt in prompts]
     assert len(set(beginnings)) == 2 and len([1 for a, b in itertools.pairwise(beginnings) if a != b]) == 1
     assert all("earlier" in beginning and "q1" not in beginning for beginning in beginnings)
@@ -111,7 +119,10 @@ def test_prompts_hold_criteria_only_when_masking_shows_them(tmp_path):
 
 
 def test_the_order_of_completion_does_not_matter(tmp_path):
-    frames = [answer(tmp_path / str(seed), LikesHistory(seed), own_questions(PAIRS, HISTORIES, samples=3)) for seed in range(3)]
+    frames = [
+        answer(tmp_path / str(seed), LikesHistory(seed), own_questions(PAIRS, HISTORIES, samples=3))
+        for seed in range(3)
+    ]
     assert table(frames[0]) == table(frames[1]) == table(frames[2])
     assert frames[0]["key"].tolist() != frames[1]["key"].tolist()  # they did finish in another order
 
@@ -120,7 +131,13 @@ def test_the_table_is_what_the_metrics_read(tmp_path):
     frame = answer(tmp_path, LikesHistory(), own_questions(PAIRS, HISTORIES, seeds=2, samples=3))
     assert set(COLUMNS) <= set(frame.columns) and len(frame) == 8 * 2 * 2 * 3
     report = accuracy_report(frame, draws=20)
-    assert (report["accuracy"], report["n_pairs"], report["n_users"], report["seeds"], report["ind"]) == (1.0, 8, 3, [0, 1], 3)
+    assert (report["accuracy"], report["n_pairs"], report["n_users"], report["seeds"], report["ind"]) == (
+        1.0,
+        8,
+        3,
+        [0, 1],
+        3,
+    )
 
 
 BROKEN = {
@@ -129,7 +146,9 @@ BROKEN = {
     "engine:RuntimeError": Generation("", 0, None, "engine:RuntimeError"),
     "parse:no_markers": Generation("", 0, "I prefer tea.", None, 5),
     "parse:bad_json": Generation("", 0, "<JSON_START>{tea<JSON_END>", None, 5),
-    "parse:scores_count": Generation("", 0, '<JSON_START>{"better_response": {"response_1": 3}}<JSON_END>', None, 5),
+    "parse:scores_count": Generation(
+        "", 0, '<JSON_START>{"better_response": {"response_1": 3}}<JSON_END>', None, 5
+    ),
 }
 
 
@@ -137,21 +156,33 @@ BROKEN = {
 def test_a_failure_stays_in_the_table_with_its_reason(tmp_path, failure):
     def broken(request, sample):
         given = BROKEN[failure]
-        return Generation(request.key, sample, given.text, given.failure, given.tokens) if '"p3"' in request.key else None
+        return (
+            Generation(request.key, sample, given.text, given.failure, given.tokens)
+            if '"p3"' in request.key
+            else None
+        )
 
     frame = answer(tmp_path, LikesHistory(broken=broken))
     bad = frame[frame["pair_id"] == "p3"]
-    assert set(bad["failure"]) == {failure} and bad[["score_chosen", "score_rejected", "verified_chosen"]].isna().all(axis=None)
+    assert set(bad["failure"]) == {failure} and bad[
+        ["score_chosen", "score_rejected", "verified_chosen"]
+    ].isna().all(axis=None)
     assert (bad["text"].dropna() == BROKEN[failure].text).all()
     report = accuracy_report(frame, draws=20)
-    assert report["failures"] == {failure: 2} and report["accuracy"] == pytest.approx(7 / 8) and report["n_pairs"] == 8
+    assert (
+        report["failures"] == {failure: 2}
+        and report["accuracy"] == pytest.approx(7 / 8)
+        and report["n_pairs"] == 8
+    )
 
 
 def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
     text = '<JSON_START>{"rationale": "a 100%. Response 1: a 8 = 8.0. Response 2: a 3 = 3.0.", "better_response": {"response_1": 2, "response_2": 9}}<JSON_END>'
     row = prediction(Question(PAIRS[0], 0, ()), Generation("k", 0, text))
     assert (row["score_chosen"], row["score_rejected"]) == (2.0, 9.0)
-    assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row["issues"] == "declared_differs"
+    assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row[
+        "issues"
+    ] == "declared_differs"
     turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text))
     assert (turned["score_chosen"], turned["verified_chosen"]) == (9.0, 3.0)
 
@@ -247,7 +278,9 @@ def test_more_samples_ask_for_the_further_ones_and_get_what_one_start_would_have
     more = Seeded()
     frame = answer(tmp_path, more, own_questions(PAIRS, HISTORIES, samples=5))
     assert len(first.asked) == 16 and len(more.asked) == 16 and len(frame) == 16 * 5
-    assert table(frame) == table(answer(tmp_path / "whole", Seeded(), own_questions(PAIRS, HISTORIES, samples=5)))
+    assert table(frame) == table(
+        answer(tmp_path / "whole", Seeded(), own_questions(PAIRS, HISTORIES, samples=5))
+    )
     fewer = answer(tmp_path, LikesHistory(), own_questions(PAIRS, HISTORIES, samples=3))
     assert len(fewer) == 16 * 3, "samples that nobody asked for are left out"
 
@@ -286,7 +319,12 @@ def test_the_progress_bar_says_the_accuracy_so_far(capsys):
     running, samples = Running(), []
     for _ in bar(range(4), "evaluate me", 4, running):
         row = {"set": "own", "failure": None, "score_chosen": 2.0, "score_rejected": 1.0}
-        change = ({}, {"failure": "length", "score_chosen": None}, {"score_rejected": 2.0}, {"set": "swapped"})[len(samples)]
+        change = (
+            {},
+            {"failure": "length", "score_chosen": None},
+            {"score_rejected": 2.0},
+            {"set": "swapped"},
+        )[len(samples)]
         running.add(row | change)
         samples.append(str(running))
     assert samples == ["accuracy 1.000", "accuracy 0.500", "accuracy 0.333", "accuracy 0.333"]
@@ -403,8 +441,14 @@ class LikesTea(LikesHistory):
     """Not personal at all."""
 
     def answer(self, request, sample):
-        texts = [text for tag, text in split_prompt(request.messages[-1]["content"]) if tag.startswith("<response_")]
-        return Generation(request.key, sample, write_chain("x", CRITERIA, [[8.0] if t == "tea" else [3.0] for t in texts]))
+        texts = [
+            text
+            for tag, text in split_prompt(request.messages[-1]["content"])
+            if tag.startswith("<response_")
+        ]
+        return Generation(
+            request.key, sample, write_chain("x", CRITERIA, [[8.0] if t == "tea" else [3.0] for t in texts])
+        )
 
 
 def run(tmp_path, generator, **settings):
@@ -416,7 +460,11 @@ def test_a_personal_model_falls_with_swapped_histories(tmp_path):
     generator = LikesHistory()
     tested = run(tmp_path, generator)
     assert len(generator.asked) == 40 * 2 * (5 + 1)  # five evaluation seeds, and the probe once
-    assert tested.report["accuracy"] == 1.0 and tested.report["model"] == "psi" and tested.report["n_pairs"] == 40
+    assert (
+        tested.report["accuracy"] == 1.0
+        and tested.report["model"] == "psi"
+        and tested.report["n_pairs"] == 40
+    )
     assert (tested.probe["own"]["accuracy"], tested.probe["swapped"]["accuracy"]) == (1.0, 0.0)
     assert tested.probe["n_pairs"] == 40 and tested.probe["difference"]["ci95"][0] > 0
 
@@ -427,7 +475,12 @@ def test_a_report_calls_a_model_personal_only_where_there_are_users_enough(users
         return [8.0 if text == example.history[0].chosen else 3.0 for text in example.responses]
 
     votes = [
-        PreferencePair(f"p{n}", f"u{n}", (Message("user", f"q{n // 2}"),), *(("tea", "coffee") if n % 2 else ("coffee", "tea")))
+        PreferencePair(
+            f"p{n}",
+            f"u{n}",
+            (Message("user", f"q{n // 2}"),),
+            *(("tea", "coffee") if n % 2 else ("coffee", "tea")),
+        )
         for n in range(users)
     ]
     tests = evaluation(votes, {p.pair_id: liked(p.chosen) for p in votes})
@@ -448,9 +501,15 @@ def test_a_rule_that_ignores_the_user_scores_one_half_on_both(tmp_path):
 
 
 def test_swapped_answers_never_count_for_the_headline(tmp_path):
-    with_probe, without = run(tmp_path / "a", LikesHistory()), run(tmp_path / "b", LikesHistory(), probes=False)
+    with_probe, without = (
+        run(tmp_path / "a", LikesHistory()),
+        run(tmp_path / "b", LikesHistory(), probes=False),
+    )
     assert without.probe is None and with_probe.report["accuracy"] == without.report["accuracy"]
-    assert set(without.predictions["set"]) == {"own"} and set(with_probe.predictions["set"]) == {"own", "swapped"}
+    assert set(without.predictions["set"]) == {"own"} and set(with_probe.predictions["set"]) == {
+        "own",
+        "swapped",
+    }
 
 
 def test_answers_to_questions_of_an_earlier_run_are_left_out(tmp_path):
@@ -479,7 +538,9 @@ def test_a_second_evaluation_asks_again_only_where_prompt_or_sampling_differ(tmp
 
 def test_runs_that_share_a_cache_ask_once(tmp_path):
     first, second = LikesHistory(), LikesHistory()
-    tested = [run(tmp_path / name, g, cache=str(tmp_path / "cache")) for name, g in (("a", first), ("b", second))]
+    tested = [
+        run(tmp_path / name, g, cache=str(tmp_path / "cache")) for name, g in (("a", first), ("b", second))
+    ]
     assert len(first.asked) > 0 and second.asked == []
     assert table(tested[0].predictions) == table(tested[1].predictions)
 
@@ -504,13 +565,27 @@ def test_several_seeds_give_an_error_of_the_mean(tmp_path):
 def test_gains_are_paired_step_by_step_and_from_first_to_last(tmp_path):
     tea, good = run(tmp_path / "a", LikesTea()), run(tmp_path / "b", LikesHistory())
     config = Config(recipe="evaluate")
-    rows = gain_rows([replace(tea, name="psi"), replace(good, name="cre"), replace(good, name="curriculum")], config)
-    assert [(row["from"], row["to"]) for row in rows] == [("psi", "cre"), ("cre", "curriculum"), ("psi", "curriculum")]
+    rows = gain_rows(
+        [replace(tea, name="psi"), replace(good, name="cre"), replace(good, name="curriculum")], config
+    )
+    assert [(row["from"], row["to"]) for row in rows] == [
+        ("psi", "cre"),
+        ("cre", "curriculum"),
+        ("psi", "curriculum"),
+    ]
     assert [row["all difference"] for row in rows] == [0.5, 0.0, 0.5]
-    assert rows[0]["hard difference"] == rows[0]["medium difference"] == 0.5 and rows[0]["all difference ci95"][0] > 0
+    assert (
+        rows[0]["hard difference"] == rows[0]["medium difference"] == 0.5
+        and rows[0]["all difference ci95"][0] > 0
+    )
     assert list(rows[1]["all difference ci95"]) == [0.0, 0.0]
     assert gain_rows([tea], config) == []
-    assert narrow(rows) == rows and list(narrow(rows, columns=4)[0]) == ["from", "to", "all difference", "all difference ci95"]
+    assert narrow(rows) == rows and list(narrow(rows, columns=4)[0]) == [
+        "from",
+        "to",
+        "all difference",
+        "all difference ci95",
+    ]
 
 
 def test_rows_of_the_tables(tmp_path):
@@ -546,7 +621,10 @@ def test_without_disagreement_there_is_no_probe(tmp_path):
 def test_one_failure_among_many_hides_no_other_chain(tmp_path):
     """A column of texts with one missing value comes back from parquet with NaN where None was written."""
     store = PredictionStore(tmp_path, "x")
-    rows = [{"key": str(n), "sample": 0, "text": "chain" if n else None, "failure": None if n else "length"} for n in range(3)]
+    rows = [
+        {"key": str(n), "sample": 0, "text": "chain" if n else None, "failure": None if n else "length"}
+        for n in range(3)
+    ]
     store.add(rows)
     store.flush()
     assert [readable_text(row) for _, row in store.read().iterrows()] == [None, "chain", "chain"]

@@ -9,17 +9,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.evaluation import Evaluation, ScoredCandidate
-from eval.harness import PredictionStore, own_questions
-from eval.metrics import accuracy_report
-from eval.scored import ask_scores, checked, one_by_one, score_pairs
-from pgenrm_train.backends.reward_head import RewardHead, _batches
+from eval.ask.harness import PredictionStore, own_questions
+from eval.ask.scored import ask_scores, checked, one_by_one, score_pairs
+from eval.metrics.accuracy import accuracy_report
+from eval.studies.evaluation import Evaluation, ScoredCandidate
+from pgenrm_train.backends.vllm.reward_head import RewardHead, _batches
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.history import HistorySampler
-from pgenrm_train.records import ExplicitSignals, HistoryItem, Message, PreferencePair, pair_to_row, read_pairs
-from recipes.candidates import candidates
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.records.pairs import (
+    ExplicitSignals,
+    HistoryItem,
+    Message,
+    PreferencePair,
+    pair_to_row,
+    read_pairs,
+)
 from recipes.evaluate import check_split
+from recipes.wiring.candidates import candidates
 
 PAIRS = [
     PreferencePair(f"p{n}", f"u{n % 3}", (Message("user", f"q{n}"),), "tea" * (1 + n % 2), "coffee", split="test",
@@ -73,7 +80,11 @@ def test_what_is_no_score_is_a_failure_of_its_kind(returned, kind):
 
 
 def test_scores_of_other_libraries_are_numbers():
-    assert checked(np.array([1, 2], dtype=np.float32), 2) == (1.0, 2.0) and checked(iter((1, 2.5, 3)), 3) == (1.0, 2.5, 3.0)
+    assert checked(np.array([1, 2], dtype=np.float32), 2) == (1.0, 2.0) and checked(iter((1, 2.5, 3)), 3) == (
+        1.0,
+        2.5,
+        3.0,
+    )
 
 
 def test_an_exception_is_one_questions_failure_and_told_once(capsys):
@@ -99,7 +110,9 @@ def progress(items, _what, _total, _told):
 
 
 def ask(folder, score, questions):
-    return ask_scores(questions, lambda: one_by_one(score), PredictionStore(folder, "x"), progress=progress, what="test")
+    return ask_scores(
+        questions, lambda: one_by_one(score), PredictionStore(folder, "x"), progress=progress, what="test"
+    )
 
 
 def test_a_second_start_asks_what_is_missing_and_what_raised(tmp_path):
@@ -137,7 +150,9 @@ def test_users_who_train_are_not_called_held_out():
     check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train")])
     config.eval.protocol = "user_disjoint"
     check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train", user_split="test")])
-    with pytest.raises(DataError, match=r"1 of the users who are asked about also train; use data\.split_by=user_disjoint"):
+    with pytest.raises(
+        DataError, match=r"1 of the users who are asked about also train; use data\.split_by=user_disjoint"
+    ):
         check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train")])
 
 
@@ -146,13 +161,18 @@ MODULE = "def score(example):\n    return [-len(text) for text in example.respon
 
 def test_a_function_by_its_name_is_evaluated_by_the_recipe(tmp_path):
     (tmp_path / "mine.py").write_text(MODULE)
-    votes = [*PAIRS, *(PreferencePair(f"t{n}", f"u{n % 3}", (Message("user", f"t{n}"),), "a", "b") for n in range(9))]
+    votes = [
+        *PAIRS,
+        *(PreferencePair(f"t{n}", f"u{n % 3}", (Message("user", f"t{n}"),), "a", "b") for n in range(9)),
+    ]
     pd.DataFrame([pair_to_row(p) for p in votes]).to_parquet(tmp_path / "votes.parquet")
     command = [
         sys.executable, "-m", "pgenrm_train", "recipe=evaluate", "model=callable", "model.name=mine:score", "data=pairs",
         f"data.path={tmp_path / 'votes.parquet'}", f"run_dir={tmp_path / 'run'}", "tracking=none", "eval.baselines=[longer]",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
     assert (results["accuracy"], results["model"], results["ties"]) == (0.5, "callable", 6)
@@ -177,7 +197,9 @@ def test_a_function_that_is_not_there_is_named(tmp_path, monkeypatch, name, sent
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=sentence):
-        candidates(load("recipe=evaluate", "model=callable", f"model.name={name}"), [], tmp_path, no_checkpoint)
+        candidates(
+            load("recipe=evaluate", "model=callable", f"model.name={name}"), [], tmp_path, no_checkpoint
+        )
 
 
 def no_checkpoint(path):
@@ -203,7 +225,9 @@ def tiny_head(folder, labels=1, template=None):
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
     }
-    settings = Qwen2Config(**sizes, vocab_size=len(tokenizer), num_labels=labels, pad_token_id=tokenizer.pad_token_id)
+    settings = Qwen2Config(
+        **sizes, vocab_size=len(tokenizer), num_labels=labels, pad_token_id=tokenizer.pad_token_id
+    )
     Qwen2ForSequenceClassification(settings).save_pretrained(folder)
     return folder
 
@@ -229,20 +253,22 @@ def test_a_reward_head_scores_each_response_by_itself(tmp_path, template):
 
     model = head(tiny_head(tmp_path, template=template))
     pairs = [one("tea", "coffee milk tea"), one("coffee", "tea " * 30)]
-    from eval.scored import blind
+    from eval.ask.scored import blind
 
     examples = [blind(q) for p in pairs for q in own_questions([p], {"p": ()})]
     scores = list(model(examples))
     assert scores[0] == scores[1][::-1] and scores[2] == scores[3][::-1], "presentation order is irrelevant"
     with torch.inference_mode():
         text = model.text(examples[0], "coffee milk tea")
-        alone = model.model(**model.tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits.item()
+        alone = model.model(
+            **model.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        ).logits.item()
     assert scores[0][1] == pytest.approx(alone, abs=1e-5), "padding is irrelevant"
     assert text.split()[-3:] == ["coffee", "milk", "tea"] and (template is None or text.split()[0] == "user")
 
 
 def test_a_text_that_is_too_long_keeps_its_end_and_is_counted(tmp_path):
-    from eval.scored import blind
+    from eval.ask.scored import blind
 
     model = head(tiny_head(tmp_path), max_prompt_tokens=4, max_response_tokens=4)
     [question] = own_questions([one("tea " * 25_000, "milk " * 3)], {"p": ()})[:1]
@@ -260,9 +286,16 @@ def test_batches_hold_all_texts_once_within_the_budget():
 
 
 def test_other_checkpoints_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="Qwen2ForSequenceClassification with 2 labels; model=reward_head needs"):
+    with pytest.raises(
+        ArtifactError, match="Qwen2ForSequenceClassification with 2 labels; model=reward_head needs"
+    ):
         head(tiny_head(tmp_path, labels=2))
     with pytest.raises(ArtifactError, match="Qwen2ForCausalLM"):
         head(NANO)
     with pytest.raises(ArtifactError, match="not a Hugging Face checkpoint"):
-        candidates(load("recipe=evaluate", "model=reward_head", f"model.path={tmp_path / 'none'}"), [], tmp_path, no_checkpoint)
+        candidates(
+            load("recipe=evaluate", "model=reward_head", f"model.path={tmp_path / 'none'}"),
+            [],
+            tmp_path,
+            no_checkpoint,
+        )

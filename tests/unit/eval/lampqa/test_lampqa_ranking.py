@@ -1,28 +1,23 @@
 """Rankings on LaMP-QA: correlations by hand, failures that stay in the denominator, and a rubric that no reward model ever reads."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import fields, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from llm_server import serve
 from scipy.stats import spearmanr
 
-sys.path.insert(0, str(Path(__file__).parent))
-from llm_server import serve
-
-from eval import lampqa
-from eval.lampqa import report, rotated, score_tasks, spearman, tasks, view_of
-from eval.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
-from pgenrm_train.artifacts import StageFolder
-from pgenrm_train.backends.vllm_replicas import local_engines
+from eval.lampqa import ranking as lampqa
+from eval.lampqa.ranking import report, rotated, score_tasks, spearman, tasks, view_of
+from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
+from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, ConfigError
-from pgenrm_train.prompts import chat_messages, split_prompt
-from pgenrm_train.questions import (
+from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.records.questions import (
     Answer,
     Aspect,
     ProfileItem,
@@ -32,8 +27,9 @@ from pgenrm_train.questions import (
     write_questions,
     write_secrets,
 )
-from recipes.candidates import candidates
-from recipes.lampqa import evaluate
+from pgenrm_train.run.folder import StageFolder
+from recipes.wiring.candidates import candidates
+from recipes.wiring.lampqa import evaluate
 
 MODELS = ("a", "b", "c", "d")
 
@@ -83,14 +79,18 @@ def test_agreement_and_its_reverse():
     assert found["average"]["spearman_answers_ci95"] == pytest.approx([1.0, 1.0])
     assert {name: s["n_questions"] for name, s in found["subsets"].items()} == {"arts": 3, "society": 3}
     turned = report(QUESTIONS, {k: -v for k, v in RISING.items()}, table, draws=50)
-    assert turned["average"]["spearman_models"] == turned["average"]["spearman_answers"] == pytest.approx(-1.0)
+    assert (
+        turned["average"]["spearman_models"] == turned["average"]["spearman_answers"] == pytest.approx(-1.0)
+    )
 
 
 def test_ties_take_average_ranks():
     one = [question("q")]
     table = score_tasks(asked(one, answers(one, lambda q, m: {"a": 1, "b": 2, "c": 2, "d": 3}[m])), longer)
     found = report(one, {("q", m): float(i) for i, m in enumerate(MODELS)}, table, draws=10)
-    assert found["average"]["spearman_answers"] == pytest.approx(spearmanr([0, 1, 2, 3], [1, 2, 2, 3]).statistic)
+    assert found["average"]["spearman_answers"] == pytest.approx(
+        spearmanr([0, 1, 2, 3], [1, 2, 2, 3]).statistic
+    )
 
 
 def test_what_was_not_ranked_counts_zero_and_what_cannot_be_is_left_out_and_counted():
@@ -113,10 +113,19 @@ def test_what_was_not_ranked_counts_zero_and_what_cannot_be_is_left_out_and_coun
 def test_a_model_that_answered_easy_questions_only_is_not_favoured():
     """c is the worst on each question, but answered only where everybody scores high."""
     both = [question("easy"), question("hard")]
-    grades = {("easy", "a"): 0.9, ("easy", "b"): 0.95, ("easy", "c"): 0.8, ("hard", "a"): 0.1, ("hard", "b"): 0.2}
+    grades = {
+        ("easy", "a"): 0.9,
+        ("easy", "b"): 0.95,
+        ("easy", "c"): 0.8,
+        ("hard", "a"): 0.1,
+        ("hard", "b"): 0.2,
+    }
     given = [Answer(q, m, "x " * round(100 * score), None) for (q, m), score in grades.items()]
     found = report(
-        both, grades, score_tasks(asked(both, given), lambda es: [[1.0 * len(r) for r in e.responses] for e in es]), draws=10
+        both,
+        grades,
+        score_tasks(asked(both, given), lambda es: [[1.0 * len(r) for r in e.responses] for e in es]),
+        draws=10,
     )
     assert found["subsets"]["arts"]["spearman_models"] == pytest.approx(1.0)
     rows, _ = lampqa._matrices(both, grades, grades, list("abc"))
@@ -152,8 +161,16 @@ def test_a_prompt_holds_three_texts_of_the_profile_and_all_answers():
     [task] = asked([question("q", profile=9)])
     prompt = chat_messages(task.view)[1]["content"]
     tags = [tag for tag, _ in split_prompt(prompt)]
-    assert tags == ["<history>", *["<query>"] * 3, "<current>", "<query>", *(f"<response_{i}>" for i in range(1, 5))]
-    assert [text for tag, text in split_prompt(prompt) if tag.startswith("<resp")] == list(task.view.responses)
+    assert tags == [
+        "<history>",
+        *["<query>"] * 3,
+        "<current>",
+        "<query>",
+        *(f"<response_{i}>" for i in range(1, 5)),
+    ]
+    assert [text for tag, text in split_prompt(prompt) if tag.startswith("<resp")] == list(
+        task.view.responses
+    )
     assert view_of(question("q", profile=1), ["x", "y"], 3, 0).history[0].query == "earlier q0"
 
 
@@ -161,12 +178,17 @@ def test_rubric_and_narrative_have_no_field_to_ride_in():
     secret_names = {f.name for f in fields(QuestionSecret)} - {"question_id"}
     assert secret_names == {"rubric_aspects", "narrative"}
     assert not secret_names & {f.name for f in (*fields(Question), *fields(Answer), *fields(lampqa.Task))}
-    assert view_of.__annotations__["question"] == "Question" and view_of.__annotations__["answers"] == "Sequence[str]"
+    assert (
+        view_of.__annotations__["question"] == "Question"
+        and view_of.__annotations__["answers"] == "Sequence[str]"
+    )
 
 
 # ---- the judge
 
-SECRET = QuestionSecret("q", (Aspect("SECRET aspect", "why", "how"), Aspect("SECRET two", "", "")), "SECRET story")
+SECRET = QuestionSecret(
+    "q", (Aspect("SECRET aspect", "why", "how"), Aspect("SECRET two", "", "")), "SECRET story"
+)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +280,20 @@ def test_judge_and_model_over_an_api_from_answers_to_report(tmp_path):
         asked_first = len(server.bodies)
         model_prompts = [b for b in server.bodies if "You grade" not in b["messages"][0]["content"]]
         assert len(model_prompts) == 6 * 8 and asked_first == 6 * 8 + 24
-        assert not any("SECRET" in json.dumps(b) for b in model_prompts), "rubric and narrative reach the judge alone"
+        assert not any("SECRET" in json.dumps(b) for b in model_prompts), (
+            "rubric and narrative reach the judge alone"
+        )
         go(tmp_path, folder, *endpoints(server.url))
         assert len(server.bodies) == asked_first + 1, "only the failed grade is asked again"
     assert results["failures"] == {"parse:no_markers": 8} and results["ungraded_answers"] == {"http_400": 1}
     assert results["subsets"]["arts"]["unranked"] == 1 and results["subsets"]["arts"]["n_questions"] == 3
-    assert results["subsets"]["society"]["spearman_answers"] > 0.9 > 0.7 > results["subsets"]["arts"]["spearman_answers"] > 0.5
+    assert (
+        results["subsets"]["society"]["spearman_answers"]
+        > 0.9
+        > 0.7
+        > results["subsets"]["arts"]["spearman_answers"]
+        > 0.5
+    )
     assert set(results["models"]) == {"random", "longer", "shorter", facts["model"]}
     assert results["models"]["shorter"]["average"]["spearman_models"] < -0.9
     assert log.metrics["eval/spearman_models"] == results["average"]["spearman_models"]
@@ -288,22 +318,37 @@ def test_kept_scores_are_of_the_same_answers_and_the_same_prompt(tmp_path):
         go(tmp_path, folder, *keys)
         assert len(server.bodies) == first + 2, "other answers under the same ids are scored anew"
         go(tmp_path, folder, *keys, "model.max_response_tokens=99")
-        assert len(server.bodies) == first + 2 + first, "other settings of prompt and answer make another question"
+        assert len(server.bodies) == first + 2 + first, (
+            "other settings of prompt and answer make another question"
+        )
 
 
 def test_given_grades_need_no_judge(tmp_path):
-    folder = run_folder(tmp_path, given=[replace(a, rubric_score=RISING[a.question_id, a.model]) for a in answers(QUESTIONS)])
+    folder = run_folder(
+        tmp_path, given=[replace(a, rubric_score=RISING[a.question_id, a.model]) for a in answers(QUESTIONS)]
+    )
     facts, results, _ = go(tmp_path, folder, "model=baseline", "model.name=longer")
-    assert (facts["model"], facts["spearman"], results["reference"]) == ("longer", 1.0, "grades that came with the answers")
+    assert (facts["model"], facts["spearman"], results["reference"]) == (
+        "longer",
+        1.0,
+        "grades that came with the answers",
+    )
     row = results["leaderboard_row"]
-    assert (row["model"], row["spearman models"], row["questions"], row["answer models"]) == ("longer (Ind-8)", 1.0, 6, 4)
+    assert (row["model"], row["spearman models"], row["questions"], row["answer models"]) == (
+        "longer (Ind-8)",
+        1.0,
+        6,
+        4,
+    )
     report = (folder.path / "report.md").read_text()
     assert "Published figures" in report and "0.714" in report and "Leaderboard row" in report
 
 
 def test_without_grades_and_judge_one_sentence_says_so(tmp_path):
     folder = run_folder(tmp_path)
-    with pytest.raises(ConfigError, match="24 of 24 answers have no rubric_score, and judge=none grades none"):
+    with pytest.raises(
+        ConfigError, match="24 of 24 answers have no rubric_score, and judge=none grades none"
+    ):
         go(tmp_path, folder, "model=baseline", "model.name=longer")
     with pytest.raises(ConfigError, match="majority learns from votes"):
         graded = [replace(a, rubric_score=0.5) for a in answers(QUESTIONS)]

@@ -6,12 +6,14 @@ import pytest
 from prediction_tables import consistent, row
 from scipy.special import expit
 
-from eval.calibration import calibration, fit_temperature
+from eval.metrics.calibration import calibration, fit_temperature
 
 
 def votes(margins, users=40):
     """A pair for each margin (chosen − rejected), shown alike in both orders."""
-    return pd.DataFrame([row(f"p{i}", f"u{i % users}", order, m, 0.0) for i, m in enumerate(margins) for order in (0, 1)])
+    return pd.DataFrame(
+        [row(f"p{i}", f"u{i % users}", order, m, 0.0) for i, m in enumerate(margins) for order in (0, 1)]
+    )
 
 
 def drawn(n, unit=1.0, seed=0):
@@ -25,7 +27,9 @@ def test_by_hand():
     """Margin 2 is right three times of four, and its confidence is σ(2)."""
     found = calibration(votes([2, 2, 2, -2], users=4), draws=50, seed=0)
     assert found["ece"] == pytest.approx(expit(2) - 0.75)
-    assert [(r["confidence"], r["accuracy"], r["verdicts"]) for r in found["curve"]] == [(pytest.approx(expit(2)), 0.75, 8)]
+    assert [(r["confidence"], r["accuracy"], r["verdicts"]) for r in found["curve"]] == [
+        (pytest.approx(expit(2)), 0.75, 8)
+    ]
     assert (found["n"], found["n_failed"]) == (8, 0)
 
 
@@ -33,7 +37,11 @@ def test_true_log_odds_are_calibrated_and_another_unit_is_found():
     right = calibration(votes(drawn(3000)), draws=50, seed=0)
     assert right["ece"] < 0.04 and right["temperature"] == pytest.approx(1.0, rel=0.15)
     wrong = calibration(votes(drawn(3000, unit=20.0)), draws=50, seed=0)
-    assert wrong["ece"] > 0.1 and wrong["ece_scaled"] < 0.04 and wrong["temperature"] == pytest.approx(20.0, rel=0.15)
+    assert (
+        wrong["ece"] > 0.1
+        and wrong["ece_scaled"] < 0.04
+        and wrong["temperature"] == pytest.approx(20.0, rel=0.15)
+    )
     accuracies = [r["accuracy"] for r in right["curve"]]
     assert len(accuracies) == 10 and accuracies[0] < 0.6 < 0.9 < accuracies[-1]
 

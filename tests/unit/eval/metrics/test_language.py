@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.language import UNTOLD, language, languages, script
+from eval.metrics.language import UNTOLD, language, languages, script
 
 
 @pytest.mark.parametrize(

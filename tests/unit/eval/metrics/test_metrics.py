@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prediction_tables import consistent, row
 
-from eval.metrics import accuracy_report, pair_accuracy, paired_difference
+from eval.metrics.accuracy import accuracy_report, pair_accuracy, paired_difference
 from pgenrm_train.errors import ConfigError, DataError
 
 
@@ -40,7 +40,9 @@ def test_strict_by_hand():
     assert report["ties"] == 1
     assert report["failures"] == {"length": 1, "no_marker": 2}
     assert report["failed_orders"] == 3
-    assert report["order_flip_rate"] == pytest.approx(2 / 3)  # of p1, p2, p3: p2 turns round, p3 ties in one order only
+    assert report["order_flip_rate"] == pytest.approx(
+        2 / 3
+    )  # of p1, p2, p3: p2 turns round, p3 ties in one order only
     assert report["stderr"] is None
     assert (report["protocol"], report["seeds"], report["ind"]) == ("strict", [0], 1)
 
@@ -49,7 +51,12 @@ def test_failures_stay_in_the_strict_denominator_and_leave_the_others():
     table = accuracy_report(hand_table())["protocols"]
     assert table["strict"]["accuracy"] == pytest.approx(0.5)
     both = table["both_orders"]
-    assert (both["accuracy"], both["stderr"], both["n_counted"], both["n_dropped"]) == (pytest.approx(0.75), None, 4, 1)
+    assert (both["accuracy"], both["stderr"], both["n_counted"], both["n_dropped"]) == (
+        pytest.approx(0.75),
+        None,
+        4,
+        1,
+    )
     assert [table[name]["n_counted"] + table[name]["n_dropped"] for name in table] == [5, 5, 5]
     assert table["release"]["n_dropped"] >= 1  # p5 at least; p3 and p4 when the failed or tied order is drawn
 
@@ -81,7 +88,9 @@ def test_scores_are_compared_as_numbers():
 def test_samples_are_averaged_over_the_valid_ones():
     rows = [row("p", "u", order, 9, 5, sample=0) for order in (0, 1)]
     rows += [row("p", "u", order, 4, 6, sample=1) for order in (0, 1)]  # means 6.5 and 5.5
-    rows += [row("p", "u", order, -99, 99, "not_finite", sample=2) for order in (0, 1)]  # its scores must not count
+    rows += [
+        row("p", "u", order, -99, 99, "not_finite", sample=2) for order in (0, 1)
+    ]  # its scores must not count
     report = accuracy_report(pd.DataFrame(rows))
     assert (report["accuracy"], report["ind"], report["failures"]) == (1.0, 3, {"not_finite": 2})
 
@@ -145,7 +154,11 @@ def test_everything_dropped_gives_no_accuracy():
         ("order", None, "row 3, column 'order'"),
         ("seed", -1, "column 'seed'.*whole number"),
         ("sample", 0.5, "column 'sample'.*whole number"),
-        ("score_chosen", float("nan"), "column 'score_chosen': expected a finite number where 'failure' is null, got nan"),
+        (
+            "score_chosen",
+            float("nan"),
+            "column 'score_chosen': expected a finite number where 'failure' is null, got nan",
+        ),
         ("score_rejected", float("inf"), "column 'score_rejected'"),
         ("score_rejected", "n/a", "column 'score_rejected'.*'n/a'"),
         ("score_rejected", True, "column 'score_rejected'.*True"),
@@ -185,7 +198,13 @@ def test_the_input_is_left_alone_and_row_order_does_not_matter():
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 4), min_size=4, max_size=4)), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 4), min_size=4, max_size=4)),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_any_table_keeps_the_bounds(votes):
     rows = []
     for i, (user, (c0, r0, c1, r1)) in enumerate(votes):
@@ -197,7 +216,10 @@ def test_any_table_keeps_the_bounds(votes):
     assert 0 <= low <= high <= 1
     assert report["n_pairs"] == len(votes)
     table = report["protocols"]
-    assert table["both_orders"]["accuracy"] is None or table["strict"]["accuracy"] <= table["both_orders"]["accuracy"]
+    assert (
+        table["both_orders"]["accuracy"] is None
+        or table["strict"]["accuracy"] <= table["both_orders"]["accuracy"]
+    )
     hits = sum((a > b and a != 4) / 2 for _, (c0, r0, c1, r1) in votes for a, b in [(c0, r0), (c1, r1)])
     assert report["accuracy"] == pytest.approx(hits / len(votes))
 
@@ -212,7 +234,9 @@ def test_one_user_says_nothing_about_others_and_a_reader_is_told():
 
 
 def test_pair_accuracy_averages_orders_and_seeds():
-    frame = pd.concat([hand_table(), hand_table().assign(seed=1, score_chosen=1, score_rejected=2, failure=None)])
+    frame = pd.concat(
+        [hand_table(), hand_table().assign(seed=1, score_chosen=1, score_rejected=2, failure=None)]
+    )
     hits = pair_accuracy(frame).set_index("pair_id")["hit"]
     assert hits.to_dict() == {"p1": 0.5, "p2": 0.25, "p3": 0.25, "p4": 0.25, "p5": 0.0}
 
@@ -222,9 +246,19 @@ def test_paired_difference_by_hand():
     a, b = consistent([1, 1, 1, 1, 0, 1], users), consistent([0, 1, 0, 0, 0, 0], users)
     result = paired_difference(a, b)
     assert result["difference"] == pytest.approx(4 / 6)
-    assert (result["better"], result["worse"], result["equal"], result["n_pairs"], result["n_users"]) == (4, 0, 2, 6, 3)
+    assert (result["better"], result["worse"], result["equal"], result["n_pairs"], result["n_users"]) == (
+        4,
+        0,
+        2,
+        6,
+        3,
+    )
     assert result["p_value"] == pytest.approx(2 / 2**4)  # four pairs better, none worse
-    assert (result["users_better"], result["users_worse"], result["p_value_users"]) == (3, 0, pytest.approx(2 / 2**3))
+    assert (result["users_better"], result["users_worse"], result["p_value_users"]) == (
+        3,
+        0,
+        pytest.approx(2 / 2**3),
+    )
     assert result["ci95"][0] > 0
     mirrored = paired_difference(b, a)
     assert (mirrored["difference"], mirrored["p_value"]) == (pytest.approx(-4 / 6), result["p_value"])

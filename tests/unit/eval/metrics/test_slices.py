@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from prediction_tables import consistent
 
-from eval.slices import history_label, length_label, prototype_macro, slice_labels, slice_rows
-from pgenrm_train.records import Message, PreferencePair
+from eval.metrics.slices import history_label, length_label, prototype_macro, slice_labels, slice_rows
+from pgenrm_train.records.pairs import Message, PreferencePair
 
 
-def vote(number: int, chosen: str = "tea", rejected: str = "coffee", turns: int = 1, **more) -> PreferencePair:
+def vote(
+    number: int, chosen: str = "tea", rejected: str = "coffee", turns: int = 1, **more
+) -> PreferencePair:
     context = tuple(Message(("user", "assistant")[i % 2], f"turn {i}") for i in range(2 * turns - 1))
     return PreferencePair(f"p{number}", f"u{number}", context, chosen, rejected, **more)
 
@@ -17,7 +19,13 @@ def test_length_and_history_labels():
     labels = [length_label("a" * n, "b" * 100) for n in (10, 50, 51, 79, 81, 100, 125, 126, 200, 201)]
     assert [labels.index(label) for label in dict.fromkeys(labels)] == [0, 2, 4, 7, 9]
     assert length_label("", "") == "alike (4/5–5/4)"
-    assert [history_label(n) for n in (0, 1, 3, 4, 8)] == ["0 votes", "1 vote", "3 votes", "4–7 votes", "8 votes or more"]
+    assert [history_label(n) for n in (0, 1, 3, 4, 8)] == [
+        "0 votes",
+        "1 vote",
+        "3 votes",
+        "4–7 votes",
+        "8 votes or more",
+    ]
 
 
 def test_rows_by_hand_and_dimensions_without_difference_are_left_out():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from prediction_tables import consistent
 
-from eval.compare import compare, headline_predictions, publish_comparison
+from eval.report.compare import compare, headline_predictions, publish_comparison
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError, DataError
 
@@ -34,8 +34,13 @@ def test_by_hand_overall_and_by_slice(tmp_path):
     a, b = a_run(tmp_path / "a", [1, 1, 1, 1, 0, 1]), a_run(tmp_path / "b", [0, 1, 0, 0, 0, 0], inside=".")
     found = compare((a, b), draws=200, seed=0)
     overall = found["overall"]
-    assert overall["difference"] == pytest.approx(4 / 6) and (overall["accuracy_a"], overall["accuracy_b"]) == (5 / 6, 1 / 6)
-    assert overall["p_value"] == pytest.approx(2 / 2**4) and overall["p_value_users"] == pytest.approx(2 / 2**3)
+    assert overall["difference"] == pytest.approx(4 / 6) and (
+        overall["accuracy_a"],
+        overall["accuracy_b"],
+    ) == (5 / 6, 1 / 6)
+    assert overall["p_value"] == pytest.approx(2 / 2**4) and overall["p_value_users"] == pytest.approx(
+        2 / 2**3
+    )
     slices = {(s["slice"], s["value"]): s for s in found["slices"]}
     assert set(slices) == {("scenario", "home"), ("scenario", "work")}  # one language only: no slice
     assert slices["scenario", "home"]["difference"] == pytest.approx(2 / 3)
@@ -74,7 +79,9 @@ def test_unlike_runs_are_refused(tmp_path, changed, words):
 
 def test_runs_of_other_pairs_are_refused(tmp_path):
     a, b = a_run(tmp_path / "a", [1, 0, 1, 1, 0, 1]), a_run(tmp_path / "b", [1, 0, 0, 1], users=USERS[:4])
-    with pytest.raises(DataError, match=r"different data: pair_id 'p4' of user 'c' is in .*a only \(2 such pairs\)"):
+    with pytest.raises(
+        DataError, match=r"different data: pair_id 'p4' of user 'c' is in .*a only \(2 such pairs\)"
+    ):
         compare((a, b), draws=50, seed=0)
 
 
@@ -100,7 +107,10 @@ def test_what_is_no_finished_run_is_named(tmp_path):
 def test_the_headline_of_a_scaled_run_is_its_cell():
     """Ind-2: the mean of two samples, not the first one."""
     own = consistent([1, 0]).assign(set="own", model="m", source=None, study=None, neighbour=None)
-    pool = [own.assign(set="scaling/own", source="ind", study="scaling", sample=i, score_chosen=c) for i, c in enumerate((9, 0))]
+    pool = [
+        own.assign(set="scaling/own", source="ind", study="scaling", sample=i, score_chosen=c)
+        for i, c in enumerate((9, 0))
+    ]
     other = [own.assign(set="one_pair/own", source="ind", study="one_pair", sample=i) for i in (0, 1)]
     table = pd.concat([own, *pool, *other], ignore_index=True)
     cell = headline_predictions(table, {"model": "m", "ind": 2, "pro": 0})

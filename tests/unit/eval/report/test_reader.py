@@ -5,15 +5,23 @@ import random
 import pandas as pd
 from test_summary import Judge, evaluate, odd_pairs
 
-from eval.evaluation import Evaluation, ScoredCandidate
-from eval.reader import chain_views, shown_rows
-from eval.scored import one_by_one
+from eval.ask.scored import one_by_one
+from eval.report.reader import chain_views, shown_rows
+from eval.studies.evaluation import Evaluation, ScoredCandidate
 from pgenrm_train.config import Config
 
 
 def table(rows):
     keys = ("pair_id", "kind", "score_chosen", "score_rejected")
-    shared = {"user_id": "u", "order": 0, "seed": 0, "sample": 0, "set": "own", "text": "chain", "failure": None}
+    shared = {
+        "user_id": "u",
+        "order": 0,
+        "seed": 0,
+        "sample": 0,
+        "set": "own",
+        "text": "chain",
+        "failure": None,
+    }
     return pd.DataFrame([shared | dict(zip(keys, row, strict=True)) for row in rows])
 
 
@@ -53,7 +61,9 @@ def test_a_model_that_gives_scores_is_read_by_its_scores(tmp_path):
         assert view.text == "" and (view.failure == "scores:none") == (view.kind == "hostile")
         if view.failure is None:
             sign = -1 if view.kind == "plain" else 1
-            assert view.declared == tuple(sign * len(text) for text in view.responses), "in the order in which they are shown"
+            assert view.declared == tuple(sign * len(text) for text in view.responses), (
+                "in the order in which they are shown"
+            )
 
 
 def test_the_page_of_a_pair_says_what_the_predictions_say(tmp_path):
@@ -61,5 +71,7 @@ def test_the_page_of_a_pair_says_what_the_predictions_say(tmp_path):
     results, files = evaluate(tmp_path, Judge(), pairs, histories, chains_in_report=12)
     stored = pd.read_parquet(tmp_path / "predictions.parquet")
     assert len(shown_rows(stored, 12)) == files["report.html"].count('<article class="chain"') == 12
-    assert files["report.html"].count('<span class="badge tie">') == 6, "identical responses, whatever is preferred by place"
+    assert files["report.html"].count('<span class="badge tie">') == 6, (
+        "identical responses, whatever is preferred by place"
+    )
     assert results["ties"] > 0

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.report import ChainView, Curve, Report, Section, write_markdown, write_report
-from pgenrm_train.records import HistoryItem
+from eval.report.report import ChainView, Curve, Report, Section, write_markdown, write_report
+from pgenrm_train.records.pairs import HistoryItem
 
 ATTACK = '</pre></script><script>alert("owned")</script><img src=x onerror=alert(1)> {{ 7*7 }} "\'>'
 
@@ -47,12 +47,37 @@ def full_report(text="plain"):
         title=f"Report {text}",
         run={"model": text, "seeds": [0, 1], "versions": {"torch": "2.9", "none": None}},
         stages=[
-            {"stage": f"psi {text}", "accuracy": 0.6676, "stderr": 0.0123, "ci95": [0.61, 0.72], "ties": 1200, "seconds": 3.25},
-            {"stage": "cre", "accuracy": 0.7, "stderr": None, "ci95": [0.65, 0.75], "hard_accuracy": 0.5, "ties": 0},
+            {
+                "stage": f"psi {text}",
+                "accuracy": 0.6676,
+                "stderr": 0.0123,
+                "ci95": [0.61, 0.72],
+                "ties": 1200,
+                "seconds": 3.25,
+            },
+            {
+                "stage": "cre",
+                "accuracy": 0.7,
+                "stderr": None,
+                "ci95": [0.65, 0.75],
+                "hard_accuracy": 0.5,
+                "ties": 0,
+            },
         ],
         comparisons=[{"baseline": "majority", "accuracy": 0.55, "ci95": None, "failures": {"length": 2}}],
-        sections=[Section("By kind", text, pd.DataFrame({"kind": [text], "pairs": [np.int64(3)]})), ("Empty", "", [])],
-        curves=[Curve(f"Reward {text}", [0, 1, 2], {f"mean {text}": [0.1, None, 0.4], "$x": [0.0, 0.1, 0.2]}, text, "reward")],
+        sections=[
+            Section("By kind", text, pd.DataFrame({"kind": [text], "pairs": [np.int64(3)]})),
+            ("Empty", "", []),
+        ],
+        curves=[
+            Curve(
+                f"Reward {text}",
+                [0, 1, 2],
+                {f"mean {text}": [0.1, None, 0.4], "$x": [0.0, 0.1, 0.2]},
+                text,
+                "reward",
+            )
+        ],
         notes=["judge=none: no process reward", text],
         chains=[hostile, chain(failure="no_marker", declared=None, text=text)],
     )
@@ -96,7 +121,9 @@ def test_the_page_is_self_contained(tmp_path):
     for tag, attrs in page.tags:
         for name in ("src", "href", "xlink:href"):
             assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
-    policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert "default-src 'none'" in policy
     assert "script-src 'sha256-" in policy
 
@@ -148,7 +175,9 @@ def test_outcome_of_a_chain(fields, outcome, verdict):
 
 def test_an_empty_report_and_odd_text_can_be_written(tmp_path):
     assert "No stage has been evaluated yet" in render(tmp_path, Report("Nothing"))
-    html = render(tmp_path, Report("Odd \ud800 \x00 text", chains=[chain(text="\udfff", criteria=(("a", 50.0),))]))
+    html = render(
+        tmp_path, Report("Odd \ud800 \x00 text", chains=[chain(text="\udfff", criteria=(("a", 50.0),))])
+    )
     assert "Odd ?" in html
 
 
@@ -169,7 +198,7 @@ def test_markdown_holds_the_tables_and_escapes_text(tmp_path):
 
 
 def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
-    from eval.summary import training_curves
+    from eval.report.summary import training_curves
 
     (tmp_path / "curriculum").mkdir()
     lines = [
@@ -190,11 +219,16 @@ def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
 
 
 def test_validation_and_its_probes_are_a_curve_beside_the_rewards(tmp_path):
-    from eval.summary import training_curves
+    from eval.report.summary import training_curves
 
     (tmp_path / "cre").mkdir()
     lines = [
-        {"step": 0, "eval/accuracy": 0.5, "cre/validation/accuracy": 0.5, "cre/validation/probe/swapped_history_accuracy": 0.25},
+        {
+            "step": 0,
+            "eval/accuracy": 0.5,
+            "cre/validation/accuracy": 0.5,
+            "cre/validation/probe/swapped_history_accuracy": 0.25,
+        },
         *({"step": n, "cre/reward/outcome": 0.5} for n in (1, 2)),
         {
             "step": 2,

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.baselines import fit_baseline
-from eval.metrics import accuracy_report
-from eval.probes import disagreement_twins, swapped_histories
-from eval.scored import score_pairs
+from eval.ask.baselines import fit_baseline
+from eval.ask.scored import score_pairs
+from eval.metrics.accuracy import accuracy_report
+from eval.studies.probes import disagreement_twins, swapped_histories
 from pgenrm_train.errors import DataError
-from pgenrm_train.records import HistoryItem, Message, PreferencePair
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
 
 def vote(pair_id, user, chosen, rejected, query="q"):
@@ -35,9 +35,17 @@ def test_opposite_votes_on_the_same_content_are_matched():
 
 def test_as_many_twins_as_different_users_allow():
     # a greedy first-come match takes u2 for u1 and leaves u3 alone with itself
-    pairs = [vote(1, "u1", "yes", "no"), vote(2, "u3", "yes", "no"), vote(3, "u2", "no", "yes"), vote(4, "u3", "no", "yes")]
+    pairs = [
+        vote(1, "u1", "yes", "no"),
+        vote(2, "u3", "yes", "no"),
+        vote(3, "u2", "no", "yes"),
+        vote(4, "u3", "no", "yes"),
+    ]
     twins = disagreement_twins(pairs)
-    assert {frozenset((a.user_id, b.user_id)) for a, b in twins} == {frozenset(("u1", "u3")), frozenset(("u2", "u3"))}
+    assert {frozenset((a.user_id, b.user_id)) for a, b in twins} == {
+        frozenset(("u1", "u3")),
+        frozenset(("u2", "u3")),
+    }
 
 
 def test_a_user_is_no_twin_of_themselves_and_equal_responses_are_left_out():
@@ -77,14 +85,21 @@ class FollowsHistory:
 
 
 def test_own_histories_score_above_and_swapped_ones_below_one_half():
-    pairs = [vote(1, "a", "yes", "no"), vote(2, "b", "no", "yes"), vote(3, "c", "yes", "no"), vote(4, "d", "no", "yes")]
+    pairs = [
+        vote(1, "a", "yes", "no"),
+        vote(2, "b", "no", "yes"),
+        vote(3, "c", "yes", "no"),
+        vote(4, "d", "no", "yes"),
+    ]
     twins = disagreement_twins(pairs)
     own = {p.pair_id: (HistoryItem("earlier", p.chosen, p.rejected),) for p in pairs}
     swapped = swapped_histories(twins, own)
     assert set(swapped) == {p.pair_id for p in flat(twins)}
     for a, b in twins:
         assert swapped[a.pair_id] == own[b.pair_id]
-    reports = [accuracy_report(score_pairs(FollowsHistory().score, flat(twins), h), draws=5) for h in (own, swapped)]
+    reports = [
+        accuracy_report(score_pairs(FollowsHistory().score, flat(twins), h), draws=5) for h in (own, swapped)
+    ]
     assert [r["accuracy"] for r in reports] == [1.0, 0.0]
 
 

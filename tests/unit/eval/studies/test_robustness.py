@@ -3,19 +3,23 @@
 import pandas as pd
 import pytest
 
-from eval.baselines import fit_baseline
-from eval.perturb import inject, pad, paraphrase
-from eval.robustness import KINDS, probe_questions, probe_rows, probe_slice
-from eval.scored import one_by_one, score_pairs, scored
+from eval.ask.baselines import fit_baseline
+from eval.ask.scored import one_by_one, score_pairs, scored
+from eval.studies.perturb import inject, pad, paraphrase
+from eval.studies.robustness import KINDS, probe_questions, probe_rows, probe_slice
 from pgenrm_train.config import Config
 from pgenrm_train.config.schema import PROBES
-from pgenrm_train.masking import MaskedView
-from pgenrm_train.prompts import chat_messages, neutralise, split_prompt
-from pgenrm_train.records import HistoryItem, Message, PreferencePair
+from pgenrm_train.prompts.masking import MaskedView
+from pgenrm_train.prompts.messages import chat_messages, neutralise, split_prompt
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
 
-def vote(number: int, chosen: str = "I do not know.", rejected: str = "I really do not know that.") -> PreferencePair:
-    return PreferencePair(f"p{number}", f"u{number % 4}", (Message("user", f"question {number}"),), chosen, rejected)
+def vote(
+    number: int, chosen: str = "I do not know.", rejected: str = "I really do not know that."
+) -> PreferencePair:
+    return PreferencePair(
+        f"p{number}", f"u{number % 4}", (Message("user", f"question {number}"),), chosen, rejected
+    )
 
 
 def item(text: str) -> HistoryItem:
@@ -50,7 +54,9 @@ def test_every_configured_kind_exists():
 def test_questions_change_one_thing_only():
     asked = {kind: probe_questions([kind], PAIRS, HISTORIES) for kind in PROBES}
     for kind, questions in asked.items():
-        assert [(q.pair.pair_id, q.order) for q in questions] == [(p.pair_id, o) for p in PAIRS for o in (0, 1)], kind
+        assert [(q.pair.pair_id, q.order) for q in questions] == [
+            (p.pair_id, o) for p in PAIRS for o in (0, 1)
+        ], kind
         for q in questions:
             original = next(p for p in PAIRS if p.pair_id == q.pair.pair_id)
             history = HISTORIES[q.pair.pair_id]
@@ -58,7 +64,9 @@ def test_questions_change_one_thing_only():
             assert (q.history != history) == ("history" in kind)
     assert all(set(q.history) == set(HISTORIES[q.pair.pair_id]) for q in asked["shuffled_history"])
     assert all(q.history in HISTORIES.values() for q in asked["swapped_history"])
-    assert [q.key for q in probe_questions(PROBES, PAIRS, HISTORIES)] == [q.key for kind in PROBES for q in asked[kind]]
+    assert [q.key for q in probe_questions(PROBES, PAIRS, HISTORIES)] == [
+        q.key for kind in PROBES for q in asked[kind]
+    ]
 
 
 def test_the_slice_does_not_depend_on_the_order_of_the_pairs():
@@ -68,25 +76,34 @@ def test_the_slice_does_not_depend_on_the_order_of_the_pairs():
 def test_a_length_rule_falls_by_padding_and_by_nothing_else():
     shorter = probed(fit_baseline("shorter", [], []), PROBES)
     longer = probed(fit_baseline("longer", [], []), PROBES)
-    assert (longer["padded"]["as asked accuracy"], longer["padded"]["drop"]) == (0.0, 0.0)  # the rejected one is longer already
+    assert (longer["padded"]["as asked accuracy"], longer["padded"]["drop"]) == (
+        0.0,
+        0.0,
+    )  # the rejected one is longer already
     assert (shorter["padded"]["drop"], shorter["padded"]["flip rate"]) == (0.0, 0.0)
     other_way = [vote(n, chosen="I really do not know that.", rejected="I do not know.") for n in range(12)]
     fallen = probed(fit_baseline("longer", [], []), PROBES, other_way)
-    assert (fallen["padded"]["drop"], fallen["padded"]["drop ci95"], fallen["padded"]["flip rate"]) == (1.0, [1.0, 1.0], 1.0)
+    assert (fallen["padded"]["drop"], fallen["padded"]["drop ci95"], fallen["padded"]["flip rate"]) == (
+        1.0,
+        [1.0, 1.0],
+        1.0,
+    )
     for kind in ("swapped_history", "empty_history", "shuffled_history", "paraphrased"):
         assert (fallen[kind]["drop"], fallen[kind]["flip rate"]) == (0.0, 0.0), kind
 
 
 def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
     """It gains accuracy by what should change nothing, which no drop shows."""
-    from eval.evaluation import Evaluation
-    from eval.sections import reader_notes
+    from eval.report.sections import reader_notes
+    from eval.studies.evaluation import Evaluation
 
     config, notes = Config(recipe="evaluate"), {}
     config.eval.draws = 50
     other_way = [vote(n, chosen="I really do not know that.", rejected="I do not know.") for n in range(12)]
     for name in ("shorter", "longer", "random"):
-        tested = Evaluation(config, other_way, HISTORIES).baseline(name, fit_baseline(name, [], []), final=True)
+        tested = Evaluation(config, other_way, HISTORIES).baseline(
+            name, fit_baseline(name, [], []), final=True
+        )
         notes[name] = " ".join(reader_notes(tested))
     assert "no loss of accuracy is proven" in notes["shorter"]
     assert "turns verdicts there all the same: padded (100.0% of presentations)" in notes["shorter"]
@@ -96,7 +113,9 @@ def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
 
 def test_a_scorer_that_reads_the_history_flips_where_it_is_taken_away():
     rows = probed(ReadsHistory({"a0", "a1", "a2", "a3"}), PROBES)
-    assert rows["empty_history"]["flip rate"] == 1.0 and rows["empty_history"]["drop"] == 0.0  # wrong in one order either way
+    assert (
+        rows["empty_history"]["flip rate"] == 1.0 and rows["empty_history"]["drop"] == 0.0
+    )  # wrong in one order either way
     assert rows["swapped_history"]["flip rate"] == 0.0  # the other's first choice is wanted too
     assert 0 < rows["shuffled_history"]["flip rate"] < 1
     assert rows["padded"]["note"].startswith("4 users: too few")
@@ -120,7 +139,9 @@ def test_asked_again_shows_how_often_sampling_alone_flips():
     own = score_pairs(fit_baseline("longer", [], []).score, PAIRS, HISTORIES).assign(set="own")
     turned = own.assign(seed=1)
     mine = turned["pair_id"].isin(["p0", "p1", "p2"])
-    turned.loc[mine, ["score_chosen", "score_rejected"]] = turned.loc[mine, ["score_rejected", "score_chosen"]].to_numpy()
+    turned.loc[mine, ["score_chosen", "score_rejected"]] = turned.loc[
+        mine, ["score_rejected", "score_chosen"]
+    ].to_numpy()
     rows = probe_rows(pd.concat([own, turned]), [], PAIRS, draws=50, seed=0)
     assert [(row["probe"], row["flip rate"]) for row in rows] == [("asked again", 3 / 12)]
     assert probe_rows(own, [], PAIRS, draws=50, seed=0) == []
@@ -172,7 +193,10 @@ def test_an_injection_names_its_own_place_and_is_harmless_in_a_prompt(position):
         ("Since it begins, it's late.", "Since it begins, it's late."),
         ("Hello there", "Hi there"),
         ("Check first. Act now.", "Act now. Check first."),
-        ("A long first sentence with numerous words that stays. Yes.", "A long first sentence with many words that stays. Yes."),
+        (
+            "A long first sentence with numerous words that stays. Yes.",
+            "A long first sentence with many words that stays. Yes.",
+        ),
         ("This sentence has five words. Yes.", "This sentence has five words. Yes."),
         ("旅行の計画", "旅行の計画"),
         ("behelped biggest", "behelped biggest"),

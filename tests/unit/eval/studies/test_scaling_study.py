@@ -7,18 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval import evaluation
-from eval.harness import PredictionStore, ask
-from eval.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_pool
-from eval.summary import headline
-from pgenrm_train.backends.base import Generation
-from pgenrm_train.chains import write_chain
+from eval.ask.harness import PredictionStore, ask
+from eval.report.summary import headline
+from eval.studies import evaluation
+from eval.studies.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_pool
+from pgenrm_train.backends.protocols import Generation
+from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, load, seeds_of_grid
-from pgenrm_train.prompts import chat_messages, split_prompt
-from pgenrm_train.records import HistoryItem, Message, PreferencePair
-from recipes.costs import evaluation_calls
+from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
+from recipes.wiring.costs import evaluation_calls
 
-PAIRS = [PreferencePair(f"p{i}", f"u{i % 5}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}") for i in range(20)]
+PAIRS = [
+    PreferencePair(f"p{i}", f"u{i % 5}", (Message("user", f"q{i}"),), f"good {i}", f"bad {i}")
+    for i in range(20)
+]
 HISTORIES = {p.pair_id: (HistoryItem("earlier", "mine", "other"),) for p in PAIRS}
 
 
@@ -37,7 +40,11 @@ class Model:
                 right = np.random.default_rng(request.seed + sample).random() < self.share
                 scores = [[s] for s in (good if right else reversed(good))]
                 broken = self.broken(request, sample)
-                text = "no chain" if broken else write_chain(f"likes {sections['<query>']}", [("taste", 100)], scores)
+                text = (
+                    "no chain"
+                    if broken
+                    else write_chain(f"likes {sections['<query>']}", [("taste", 100)], scores)
+                )
                 yield Generation(request.key, sample, text)
 
     def close(self): ...
@@ -46,7 +53,11 @@ class Model:
 def find(analyses, users, n):
     """Up to 4 similar users, named by rank."""
     return [
-        [Similar(f"other{rank}", (HistoryItem("theirs", f"theirs {rank}", "x"),)) for rank in range(min(n, 4))] for _ in users
+        [
+            Similar(f"other{rank}", (HistoryItem("theirs", f"theirs {rank}", "x"),))
+            for rank in range(min(n, 4))
+        ]
+        for _ in users
     ]
 
 
@@ -75,7 +86,9 @@ def test_the_whole_grid_costs_no_more_than_its_largest_cell(tmp_path):
     pool = pool_of(tmp_path / "grid", whole, study)
     assert whole.samples == one.samples and sum(one.samples.values()) == 20 * 2 * (16 + 4)
     rows = cells(pool, study, config())
-    assert [(r["ind"], r["pro"]) for r in rows] == [(m, n) for m in (0, 1, 4, 8, 16) for n in (0, 4) if m or n]
+    assert [(r["ind"], r["pro"]) for r in rows] == [
+        (m, n) for m in (0, 1, 4, 8, 16) for n in (0, 4) if m or n
+    ]
     assert all(r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] and r["pairs"] == 20 for r in rows)
     assert all("paired difference ci95" in r for r in rows[1:])
 
@@ -88,7 +101,9 @@ def test_every_seed_of_a_grid_has_samples_of_its_own_and_the_standard_error_is_o
     one, three = cells(pool[pool["seed"] == 0], alone, config())[0], cells(pool, study, config())[0]
     means = [cells(pool[pool["seed"] == seed], study, config())[0]["accuracy"] for seed in range(3)]
     assert len(set(means)) > 1 and "stderr" not in one
-    assert three["accuracy"] == pytest.approx(np.mean(means)) and three["stderr"] == pytest.approx(np.std(means, ddof=1) / 3**0.5)
+    assert three["accuracy"] == pytest.approx(np.mean(means)) and three["stderr"] == pytest.approx(
+        np.std(means, ddof=1) / 3**0.5
+    )
 
 
 def test_a_larger_grid_asks_for_what_is_new(tmp_path):
@@ -102,7 +117,9 @@ def test_similar_users_are_asked_by_their_own_history_and_ranked(tmp_path):
     pool = pool_of(tmp_path, model, Study("scaling", (1,), (3,)))
     assert model.samples == {"mine": 40, "theirs 0": 40, "theirs 1": 40, "theirs 2": 40}
     similar = pool[pool["source"] == "pro"]
-    assert set(zip(similar["sample"], similar["neighbour"])) == {(rank, f"{rank}/other{rank}") for rank in range(3)}
+    assert set(zip(similar["sample"], similar["neighbour"])) == {
+        (rank, f"{rank}/other{rank}") for rank in range(3)
+    }
 
 
 def test_too_few_similar_users_reduce_n_visibly(tmp_path):
@@ -141,7 +158,9 @@ def test_adaptive_sampling_draws_less_and_decides_the_same(tmp_path):
     assert sum(full.samples.values()) == 640 and sum(fewer.samples.values()) < 0.65 * 640
     assert (pool["failure"] == SETTLED).sum() + sum(fewer.samples.values()) == 640
     row = cells(pool, study, config(adaptive=0.1))[0]
-    assert row["saved share"] == pytest.approx(1 - sum(fewer.samples.values()) / 640) and row["accuracy"] == 1.0
+    assert (
+        row["saved share"] == pytest.approx(1 - sum(fewer.samples.values()) / 640) and row["accuracy"] == 1.0
+    )
 
 
 def test_adaptive_sampling_draws_what_a_replay_on_the_full_pool_says(tmp_path):
@@ -167,7 +186,9 @@ def test_only_a_study_of_one_cell_stops_early(ind, stops, tmp_path):
     """In a grid the smaller cells are made of the samples that the largest one could do without."""
     tests = evaluation.Evaluation(config(probes=False, adaptive=0.1), PAIRS, HISTORIES)
     candidate = evaluation.Candidate("psi", "m", lambda: Model(0.9), lambda: chat_messages, lambda: None)
-    grid = tests.study(Study("one_pair", ind, (0,)), candidate, HISTORIES, tmp_path, lambda items, *_: items, None)
+    grid = tests.study(
+        Study("one_pair", ind, (0,)), candidate, HISTORIES, tmp_path, lambda items, *_: items, None
+    )
     assert (grid.pool["failure"] == SETTLED).any() == stops
     assert all(row["samples used"] == pytest.approx(row["ind"]) for row in grid.rows) or stops
 
@@ -192,20 +213,24 @@ def test_weights_count_in_every_cell_and_in_what_stops_sampling(tmp_path):
 
 
 def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
-    from eval.evaluation import Grid
-    from eval.summary import grid_heat_map
+    from eval.report.summary import grid_heat_map
+    from eval.studies.evaluation import Grid
 
     study = Study("scaling", (0, 1), (0, 2))
     pool = pool_of(tmp_path, Model(), study, PAIRS[:4])
     [(title, svg)] = grid_heat_map(Grid(study, pool, cells(pool, study, config())))
     assert (
-        "m own samples" in title and all(name in svg for name in ("Ind-0", "Ind-1", "Pro-0", "Pro-2")) and svg.count("100.0") == 3
+        "m own samples" in title
+        and all(name in svg for name in ("Ind-0", "Ind-1", "Pro-0", "Pro-2"))
+        and svg.count("100.0") == 3
     )
     assert grid_heat_map(Grid(Study("scaling", (0, 1), (0,)), pool, [])) == []
 
 
 def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
-    one, grid = (load("recipe=evaluate", f"eval.ind={ind}", "eval.pro=2", "eval.seeds=2") for ind in ("4", "[4]"))
+    one, grid = (
+        load("recipe=evaluate", f"eval.ind={ind}", "eval.pro=2", "eval.seeds=2") for ind in ("4", "[4]")
+    )
     assert (seeds_of_grid(one.eval), seeds_of_grid(grid.eval)) == (2, 1)
     study, model = Study("scaling", (4,), (2,), seeds=3), Model(share=0.7)
     pool = pool_of(tmp_path, model, study)

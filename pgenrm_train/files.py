@@ -1,0 +1,89 @@
+"""Atomic writes, hashes and links: the file habits that every stage shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.errors import ArtifactError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes its place only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON.  Raises ArtifactError when the file is missing or half-written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
+    """Rows (list of dicts or a DataFrame) → parquet, atomically."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = (
+        pa.Table.from_pandas(rows, preserve_index=False)
+        if isinstance(rows, pd.DataFrame)
+        else pa.Table.from_pylist(list(rows))
+    )
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def publish_folder(staging: Path, final: Path) -> None:
+    """Replace `final` by `staging`; a kill leaves either the old or the new folder, or `staging` whole."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link(target: Path, place: Path) -> None:
+    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
+    place.unlink(missing_ok=True)
+    place.symlink_to(os.path.relpath(target, place.parent))
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short hash of JSON-able values; equal settings give equal fingerprints on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
