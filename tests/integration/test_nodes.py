@@ -131,7 +131,7 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
 
 TRAVELS = """
 import ray
-from pgenrm_train.backends import ray_cluster
+from pgenrm_train.backends.ray import cluster as ray_cluster
 
 def where():
     import os, recipes.psi

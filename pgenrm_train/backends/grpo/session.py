@@ -22,7 +22,14 @@ from typing import Any
 import psutil
 
 from pgenrm_train.backends.ray import guardian
-from pgenrm_train.backends.ray.cluster import NOTICE_SECONDS, await_gpus, join, loss, lost, nodes_of
+from pgenrm_train.backends.ray.cluster import (
+    NOTICE_SECONDS,
+    await_gpus,
+    dead_node,
+    join,
+    node_lost_error,
+    nodes_of,
+)
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
 from pgenrm_train.files import write_json
@@ -143,13 +150,13 @@ class Session:
 
     def _watch_nodes(self) -> None:
         while not self.watchdog.stopped.wait(1.0):
-            if gone := lost(self.nodes):
+            if gone := dead_node(self.nodes):
                 if not self.watchdog.stopped.wait(GRACE_SECONDS):
                     self.watchdog.on_stall(self._loss(gone))
                 return
 
     def _loss(self, address: str) -> PGenRMError:
-        return loss(address, self.watchdog.stage, self.watchdog.step)
+        return node_lost_error(address, self.watchdog.stage, self.watchdog.step)
 
     def __enter__(self) -> Session:
         return self
@@ -160,7 +167,7 @@ class Session:
         engine_s = isinstance(error, Exception) and (
             isinstance(error, BackendError) or not isinstance(error, PGenRMError)
         )
-        gone = lost(self.nodes, NOTICE_SECONDS) if engine_s and self.nodes else None
+        gone = dead_node(self.nodes, NOTICE_SECONDS) if engine_s and self.nodes else None
         self.close()
         if gone:
             raise self._loss(gone) from error

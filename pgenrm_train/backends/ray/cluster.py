@@ -1,7 +1,7 @@
-"""Ray for our own actors: the cluster that runs at `ray.address`, or one of this machine that ends with what started it.
+"""Ray for our own actors: the cluster at `ray.address`, or a local one that ends with its parent.
 
-A cluster is joined, its nodes are waited for, and the loss of one is noticed.  `python -m pgenrm_train.backends.ray.cluster ADDRESS`
-prints what each living node has, as preflight asks for it.
+This module joins a cluster, waits for its nodes and notices the loss of one.
+`python -m pgenrm_train.backends.ray.cluster ADDRESS` prints the resources of each living node for preflight.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from pgenrm_train.errors import BackendError, ConfigError, NodeLostError
 from pgenrm_train.run.process import sigterm_kept
 
 CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
-# In gitignore's grammar.  "!." comes first: a pattern that matches the root leaves an empty package, and nobody says so.  Run folders
-# may lie in the checkout, and Ray refuses packages above 500 MiB.
+# In gitignore's grammar.  "!." comes first: a pattern that matches the root silently leaves an empty package.
+# Run folders may be inside the checkout, and Ray refuses packages above 500 MiB.
 ALL_BUT_CODE = ["/*", "!.", *(f"!/{folder}" for folder in CODE), "__pycache__"]
-BACK_SECONDS = 3600.0  # how long a run waits for nodes that are gone or busy
-NOTICE_SECONDS = 45.0  # Ray takes a node for lost after half a minute without a sign of life
+BACK_SECONDS = 3600.0  # how long a run waits for absent or busy nodes
+NOTICE_SECONDS = 45.0  # Ray declares a node dead after 30 silent seconds
 
 
-def join(address: str, variables: Mapping[str, str], *, workers_speak: bool = False) -> Any:
-    """Connect; workers inherit nothing from us, so the checkout and the environment variables travel with the job.
+def join(address: str, variables: Mapping[str, str], *, show_output: bool = False) -> Any:
+    """Connect to the cluster, and ship the checkout and the environment variables to its workers.
 
-    Every node needs the same Python environment and must see `run_dir` (a shared file system).  No secret belongs in `variables`:
-    Ray shows them in its dashboard.  `workers_speak`: their output appears here.
+    Workers inherit nothing from this process.  Every node needs the same Python environment and must see
+    `run_dir` (a shared file system).  Put no secret in `variables`: Ray shows them in its dashboard.
+    `show_output`: print the workers' output here.
     """
     import ray
 
-    travels = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": ALL_BUT_CODE}
+    shipped = {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": ALL_BUT_CODE}
     with sigterm_kept():
-        return ray.init(address=address, runtime_env=travels, log_to_driver=workers_speak)
+        return ray.init(address=address, runtime_env=shipped, log_to_driver=show_output)
 
 
 def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Callable[[], None]:
-    """Join the cluster at `ray.address`, or start a Ray of our own with a CPU a worker; returns what ends it.
+    """Join the cluster at `ray.address`, or start a local Ray with one CPU per worker; return its closer.
 
     Raises ConfigError for several nodes without `ray.address`.
     """
@@ -57,7 +58,7 @@ def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Calla
     if config.ray.address is not None:
         join(config.ray.address, variables)
         return ray.shutdown
-    folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # short: AF_UNIX paths end at 107 bytes
     watch = guardian.watch_over(folder)
 
     def close() -> None:
@@ -86,33 +87,35 @@ def last_line(error: Exception) -> str:
 
 
 def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_SECONDS) -> None:
-    """Return once `cluster.nodes` nodes have `cluster.processes_per_node` free GPUs each: a node may be away, or still busy with
-    what a former start left.  Raises BackendError after `seconds`."""
+    """Wait until `cluster.nodes` nodes have `cluster.processes_per_node` free GPUs each.
+
+    A node may be away, or still busy with the processes of a former start.  Raises BackendError after `seconds`.
+    """
     import ray
 
-    wanted, gpus, told = config.cluster.nodes, config.cluster.processes_per_node, -1
+    wanted, gpus, reported = config.cluster.nodes, config.cluster.processes_per_node, -1
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         free = ray._private.state.available_resources_per_node()
         ready = sum(int(node.get("GPU", 0) // gpus) for node in free.values())
         if ready >= wanted:
             return
-        if ready != told:
+        if ready != reported:
             print(
                 f"cluster: {ready} of {wanted} nodes have {gpus} free GPUs each; waiting for the others",
                 flush=True,
             )
-        told = ready
+        reported = ready
         beat()
         time.sleep(1.0)
     raise BackendError(
-        f"{ready} of {wanted} nodes of the Ray cluster had {gpus} free GPUs each after {seconds:.0f} s; the same command goes on "
-        "once they are there (ray status shows them)"
+        f"{ready} of {wanted} nodes of the Ray cluster had {gpus} free GPUs each after {seconds:.0f} s; "
+        "check the nodes with ray status, then repeat the command to continue"
     )
 
 
 def nodes_of(groups: Collection[Any]) -> dict[str, str]:
-    """Node id → address of the nodes that hold these placement groups."""
+    """Map id to address of the nodes that hold these placement groups."""
     import ray
 
     tables = [ray.util.placement_group_table(group) for group in groups]
@@ -120,21 +123,21 @@ def nodes_of(groups: Collection[Any]) -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in used}
 
 
-def lost(nodes: Mapping[str, str], seconds: float = 0.0) -> str | None:
-    """The address of a node that Ray takes for dead, waiting up to `seconds` for Ray to notice; None when all are alive."""
+def dead_node(nodes: Mapping[str, str], seconds: float = 0.0) -> str | None:
+    """Address of a node that Ray has declared dead within `seconds`; None while all are alive."""
     import ray
 
     end = time.monotonic() + seconds
     while True:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if gone := next((address for node, address in nodes.items() if node not in alive), None):
-            return gone
+        if dead := next((address for node, address in nodes.items() if node not in alive), None):
+            return dead
         if time.monotonic() >= end:
             return None
         time.sleep(0.5)
 
 
-def loss(address: str, stage: str, step: int) -> NodeLostError:
+def node_lost_error(address: str, stage: str, step: int) -> NodeLostError:
     return NodeLostError(f"{stage}: node {address} of the Ray cluster was lost at step {step}")
 
 

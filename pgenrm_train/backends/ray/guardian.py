@@ -1,8 +1,8 @@
-"""A process that outlives a killed veRL driver just long enough to end what Ray leaves behind.
+"""A process that outlives a killed Ray driver just long enough to clean up after it.
 
-Linux ends the raylet with its driver, but not the raylet's agents: they try for a minute to report to a server that is gone.  The
-driver holds the other end of this process's standard input; when that closes without a word, every process that still has a file of
-the session's folder open is killed, and the folder is removed.
+Linux ends the raylet with its driver, but not the raylet's agents: for a minute they try to report to a
+dead server.  The driver holds the other end of this process's standard input.  When that end closes, the
+guardian kills every process that still has a file of the session's folder open, and removes the folder.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import psutil
 
-SECONDS = 10.0  # how long processes may go on appearing after the driver's death
+SECONDS = 10.0  # how long new processes may appear after the driver's death
 
 
 def watch_over(folder: Path) -> subprocess.Popen[bytes]:
-    """Start the guardian of `folder` for the life of the calling process.  In a session of its own: Ctrl-C is not for it."""
+    """Start the guardian of `folder`, in a session of its own so that Ctrl-C does not reach it."""
     return subprocess.Popen(
         [sys.executable, "-m", __name__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
     )
 
 
 def dismiss(guardian: subprocess.Popen[bytes]) -> None:
-    """The driver has cleaned up itself."""
+    """Stop the guardian after the driver has cleaned up itself."""
     guardian.kill()
     guardian.wait()
     if guardian.stdin:
@@ -37,14 +37,14 @@ def dismiss(guardian: subprocess.Popen[bytes]) -> None:
 
 def holders(folder: Path) -> list[psutil.Process]:
     """Processes that have a file below `folder` open."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
-                found.append(process)
+                processes.append(process)
         except psutil.Error:  # gone, or another user's
             continue
-    return found
+    return processes
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:

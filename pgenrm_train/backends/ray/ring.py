@@ -1,4 +1,4 @@
-"""One all-reduce over all processes, as preflight asks for it: of this node, or of every node of a Ray cluster.
+"""One all-reduce over the processes of this node, or over every node of a Ray cluster, for preflight.
 
 torchrun … -m pgenrm_train.backends.ray.ring nccl|gloo
 python -m pgenrm_train.backends.ray.ring nccl|gloo ADDRESS RANKS
@@ -14,8 +14,8 @@ from datetime import timedelta
 TIMEOUT = timedelta(seconds=120)
 
 
-def right_sum(backend: str, local: int) -> bool:
-    """Sum the ranks over the process group; True when every element is 0 + 1 + … + (N − 1)."""
+def sums_correctly(backend: str, local: int) -> bool:
+    """Sum the ranks over the process group, and check that every element is 0 + 1 + … + (N − 1)."""
     import torch
     from torch import distributed
 
@@ -25,21 +25,21 @@ def right_sum(backend: str, local: int) -> bool:
     world = distributed.get_world_size()
     total = torch.full((1024,), float(distributed.get_rank()), device=device)
     distributed.all_reduce(total)
-    right = bool((total == world * (world - 1) / 2).all())
+    correct = bool((total == world * (world - 1) / 2).all())
     distributed.destroy_process_group()
-    return right
+    return correct
 
 
 def here(backend: str) -> bool:
-    """As one of torchrun's processes."""
+    """Check the ring as one of torchrun's processes."""
     from torch import distributed
 
     distributed.init_process_group(backend, timeout=TIMEOUT)
-    return right_sum(backend, int(os.environ["LOCAL_RANK"]))
+    return sums_correctly(backend, int(os.environ["LOCAL_RANK"]))
 
 
 class Rank:
-    """The actor that is one rank on a cluster; Ray shows it its GPU as the only one."""
+    """Actor that is one rank on a cluster; Ray makes its GPU the only visible one."""
 
     def address(self) -> str:
         import ray
@@ -54,11 +54,14 @@ class Rank:
         distributed.init_process_group(
             backend, init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT
         )
-        return right_sum(backend, 0)
+        return sums_correctly(backend, 0)
 
 
 def over_cluster(backend: str, address: str, ranks: int) -> bool:
-    """As many ranks as training will have, placed as Ray places them: a GPU each with NCCL, spread over the nodes with gloo."""
+    """Check the ring with as many ranks as training will have.
+
+    Ray places them as it will place training: one GPU per rank with NCCL, spread over the nodes with gloo.
+    """
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -77,9 +80,9 @@ def over_cluster(backend: str, address: str, ranks: int) -> bool:
         PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=n)
         for n in range(ranks)
     ]
-    found = [actor.options(scheduling_strategy=place).remote() for place in places]
-    meeting = ray.get(found[0].address.remote())
-    return all(ray.get([one.ring.remote(backend, meeting, rank, ranks) for rank, one in enumerate(found)]))
+    actors = [actor.options(scheduling_strategy=place).remote() for place in places]
+    meeting = ray.get(actors[0].address.remote())
+    return all(ray.get([a.ring.remote(backend, meeting, rank, ranks) for rank, a in enumerate(actors)]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def run(config: Config, job: Path, variables: dict[str, str]) -> None:
             f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster (ray start --head there, "
             "ray start --address=HOST:PORT on the other nodes)"
         )
-    join(config.ray.address, variables | {"RAY_TRAIN_V2_ENABLED": "1"}, workers_speak=True)
+    join(config.ray.address, variables | {"RAY_TRAIN_V2_ENABLED": "1"}, show_output=True)
     try:
         _fit(config, job)
     finally:

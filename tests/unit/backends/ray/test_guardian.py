@@ -1,4 +1,4 @@
-"""What a driver that is killed leaves behind is ended, also when it is no longer its child."""
+"""The guardian ends the leftovers of a killed driver, even processes that are no longer its children."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pgenrm_train.backends.ray import guardian
 DRIVER = """
 import subprocess, sys, time
 from pathlib import Path
-from pgenrm_train.backends import guardian
+from pgenrm_train.backends.ray import guardian
 folder = Path(sys.argv[1])
 guardian.watch_over(folder)
 agent = "import sys, time; log = open(sys.argv[1], 'w'); print('ready', flush=True); time.sleep(600)"
-child = subprocess.Popen([sys.executable, "-c", agent, str(folder / "agent.log")], stdout=subprocess.PIPE, start_new_session=True)
+command = [sys.executable, "-c", agent, str(folder / "agent.log")]
+child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
 child.stdout.readline()
 print(child.pid, flush=True)
 time.sleep(600)

@@ -1,4 +1,4 @@
-"""What travels to a cluster; nodes that are really lost are in tests/integration/test_nodes.py."""
+"""The package for a cluster; tests/integration/test_nodes.py loses real nodes."""
 
 from __future__ import annotations
 
