@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from data_builders.teachers.features import FeatureTeacher
-from pgenrm_train.records.pairs import Example, PreferencePair, read_pairs
+from pgenrm_train.records.pairs import Example, PreferencePair
+from pgenrm_train.records.rows import read_pairs
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"
 SLICES = (

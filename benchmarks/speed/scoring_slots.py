@@ -27,7 +27,8 @@ from factory_slots import WORDS
 
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import load
-from pgenrm_train.records.pairs import Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import Message, PreferencePair
+from pgenrm_train.records.rows import pair_to_row
 
 ENOUGH = 0.95
 

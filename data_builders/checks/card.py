@@ -17,7 +17,8 @@ from data_builders.checks.leaks import LeakReport
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_text
-from pgenrm_train.records.pairs import PreferencePair, read_pairs
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.rows import read_pairs
 from pgenrm_train.records.shards import digest, parts
 
 SOURCES = {

@@ -13,8 +13,9 @@ from typing import Any
 from data_builders.sources import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.pairs import PreferencePair, row_to_pair
+from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
+from pgenrm_train.records.rows import row_to_pair
 
 LISTED = 20  # skipped rows that are printed one by one
 

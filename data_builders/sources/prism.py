@@ -20,8 +20,9 @@ from data_builders.sources import hub
 from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.pairs import WHOLE, ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut, check_texts
+from pgenrm_train.records.rows import WHOLE
 
 HUB = "HannahRoseKirk/prism-alignment"
 EMPTY = "EMPTY STRING"  # PRISM's word for a response or a field without text

@@ -15,7 +15,8 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.styles import styled_messages
-from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair, read_pairs
+from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
+from pgenrm_train.records.rows import read_pairs
 
 PAIRS = "pairs.parquet"
 Messages = list[dict[str, str]]

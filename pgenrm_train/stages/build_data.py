@@ -19,8 +19,9 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import PAIRS
-from pgenrm_train.records.pairs import PreferencePair, pair_schema, pair_to_row
+from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.records.rows import pair_schema, pair_to_row
 from pgenrm_train.records.shards import ShardWriter, digest, tables
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 from pgenrm_train.run.folder import StageFolder

@@ -18,7 +18,8 @@ from pgenrm_train.backends.api.roles import LlmJudge
 from pgenrm_train.backends.sft.nano import make_nano
 from pgenrm_train.backends.vllm.server import served
 from pgenrm_train.config import ROOT, Config, DataConfig, EndpointConfig, NanoConfig
-from pgenrm_train.records.pairs import ExplicitSignals, pair_to_row
+from pgenrm_train.records.pairs import ExplicitSignals
+from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.rewards.judging import INSTRUCTIONS
 
 

@@ -15,7 +15,8 @@ from pgenrm_train.chains.near_duplicates import PLACES, shingles
 from pgenrm_train.config import Config, DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
-from pgenrm_train.records.pairs import Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import Message, PreferencePair
+from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
 from recipes.build_data import build as build_and_describe

@@ -16,7 +16,8 @@ from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.messages import chat_messages, split_prompt
 from pgenrm_train.prompts.styles import persona_messages, styled_messages, with_persona
-from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.records.rows import pair_to_row
 from recipes import evaluate
 from recipes.wiring.llm import shown_histories
 

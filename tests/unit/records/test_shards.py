@@ -6,7 +6,8 @@ import pytest
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import sha256_file
-from pgenrm_train.records.pairs import Message, PreferencePair, pair_schema, pair_to_row, read_pairs
+from pgenrm_train.records.pairs import Message, PreferencePair
+from pgenrm_train.records.rows import pair_schema, pair_to_row, read_pairs
 from pgenrm_train.records.shards import BATCH, ShardWriter, digest, parts, tables
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])

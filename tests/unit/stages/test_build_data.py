@@ -15,8 +15,9 @@ from data_builders.sources import personaworld
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.prompts.writer import asked, load_pairs
-from pgenrm_train.records.pairs import Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
+from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.records.shards import digest, parts
 from pgenrm_train.records.vote_index import VoteIndex
 from pgenrm_train.run.folder import StageFolder

@@ -18,8 +18,9 @@ from test_prism import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
 from pgenrm_train.prompts.writer import PromptWriter
-from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair, pair_to_row
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.stages.grpo import ROWS, write_rows
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from recipes.build_data import builder

@@ -273,7 +273,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     from pgenrm_train.errors import ArtifactError
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
-    from pgenrm_train.records.pairs import pair_to_row
+    from pgenrm_train.records.rows import pair_to_row
     from recipes.evaluate import find_similar
 
     config, (chains, shown), _ = world
@@ -320,7 +320,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     from pgenrm_train.config import ROOT, load
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
-    from pgenrm_train.records.pairs import pair_to_row
+    from pgenrm_train.records.rows import pair_to_row
 
     overrides = ("data.users=6", "data.heldout_users=4", "prototypes.k=3", "prototypes.refine_epochs=1")
     config = load("recipe=prototypes", "model=nano", "data=personaworld", f"run_dir={tmp_path}", *overrides)

@@ -17,14 +17,8 @@ from pgenrm_train.backends.vllm.reward_head import RewardHead, _batches
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.prompts.history import HistorySampler
-from pgenrm_train.records.pairs import (
-    ExplicitSignals,
-    HistoryItem,
-    Message,
-    PreferencePair,
-    pair_to_row,
-    read_pairs,
-)
+from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.records.rows import pair_to_row, read_pairs
 from recipes.evaluate import check_split
 from recipes.wiring.candidates import candidates
 

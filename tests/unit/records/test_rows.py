@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
-from pgenrm_train.records.pairs import (
-    ExplicitSignals,
-    Message,
-    PreferencePair,
-    pair_to_row,
-    read_pairs,
-    row_to_pair,
-)
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.rows import pair_to_row, read_pairs, row_to_pair
 
 
 def a_pair(number: int = 0, **changes) -> PreferencePair:

@@ -1,0 +1,297 @@
+"""Rows of votes: the one reader of pairs, the validation of a raw row, and the flat row of a pair.
+
+Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_personalized_0125`) plus optional columns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from pgenrm_train.errors import DataError
+from pgenrm_train.records import shards
+from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
+from pgenrm_train.records.raw_rows import check_texts, read_rows
+
+SPLITS = ("train", "val", "test")
+WHOLE = 2**53  # whole numbers below it are exact in every file format
+_REQUIRED = ("user_id", "context", "chosen", "rejected")
+_TEXTS = (  # columns whose texts are kept
+    *_REQUIRED, "pair_id", "conversation_id", "type", "scenario", "user_split", "cohort",
+    "criteria", "self_description", "style", "attributes",
+)  # fmt: skip
+_POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
+_DATE = "seconds since 1970 or a date in ISO 8601"
+_MAX_SHOWN = 80  # characters of a bad value in an error
+
+
+def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
+    """Stream pairs from a parquet or JSONL file, or from a folder of them in the order of their names.
+
+    Raises DataError with file, row, field and expectation at the first row that does not fit.  Also raises it for a missing, empty
+    or truncated file.  Rows are counted from 1 in each file.
+    """
+    path = Path(path)
+    empty = True
+    for file in shards.parts(path):
+        for number, row in enumerate(read_rows(file), start=1):
+            empty = False
+            yield row_to_pair(row, file, number)
+    if empty:
+        raise DataError(f"{path} holds no rows; expected at least one preference pair")
+
+
+def pair_to_row(pair: PreferencePair) -> dict[str, object]:
+    """The flat row of a pair, as `read_pairs` reads it back."""
+    return {
+        "pair_id": pair.pair_id,
+        "conversation_id": pair.conversation_id,
+        "user_id": pair.user_id,
+        "context": [{"role": m.role, "content": m.content} for m in pair.context],
+        "chosen": {"role": "assistant", "content": pair.chosen},
+        "rejected": {"role": "assistant", "content": pair.rejected},
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+        "turn": pair.turn,
+        "type": pair.kind,
+        "scenario": pair.scenario,
+        "split": pair.split,
+        "user_split": pair.user_split,
+        "cohort": pair.cohort,
+        "time": pair.time,
+        "position": pair.position,
+        "n_other_agree": pair.others[0] if pair.others else None,
+        "n_other_disagree": pair.others[1] if pair.others else None,
+        "criteria": pair.explicit.criteria,
+        "self_description": pair.explicit.self_description,
+        "style": pair.explicit.style,
+        "attributes": json.dumps(dict(pair.explicit.attributes)) if pair.explicit.attributes else None,
+        "synthetic_criteria": pair.explicit.synthetic,
+    }
+
+
+def pair_schema() -> Any:
+    """The Arrow schema of `pair_to_row`'s rows."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    kinds = {
+        "context": pa.list_(message),
+        "chosen": message,
+        "rejected": message,
+        "synthetic_criteria": pa.bool_(),
+        **dict.fromkeys(("turn", "position", "n_other_agree", "n_other_disagree"), pa.int64()),
+        **dict.fromkeys(("chosen_score", "rejected_score", "time"), pa.float64()),
+    }
+    example = PreferencePair("", "", (Message("user", ""),), "", "")
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in pair_to_row(example)])
+
+
+def row_to_pair(row: Mapping[str, object], path: Path, number: int) -> PreferencePair:
+    """One raw row → a pair.  Raises DataError naming file, row, field and expectation."""
+    fields = _Fields(row, f"{path}, row {number}")
+    for name in _REQUIRED:
+        if fields.value(name) is None:
+            raise fields.error(name, "a value", None)
+    check_texts(row, fields.where, _TEXTS)
+    user_id = fields.label("user_id")
+    if not user_id.strip():
+        raise fields.error("user_id", "a value", user_id)
+    conversation_id = fields.label("conversation_id")
+    return PreferencePair(
+        pair_id=fields.label("pair_id") or conversation_id or f"{path.stem}-{number}",
+        user_id=user_id,
+        context=fields.context(),
+        chosen=fields.response("chosen"),
+        rejected=fields.response("rejected"),
+        conversation_id=conversation_id,
+        chosen_score=fields.number("chosen_score"),
+        rejected_score=fields.number("rejected_score"),
+        turn=fields.turn(),
+        kind=fields.text("type"),
+        scenario=fields.text("scenario"),
+        split=fields.split(),
+        user_split=fields.text("user_split") or "train",
+        cohort=fields.text("cohort"),
+        time=fields.time(),
+        position=fields.position(),
+        others=fields.others(),
+        explicit=ExplicitSignals(
+            criteria=fields.text("criteria"),
+            self_description=fields.text("self_description"),
+            style=fields.text("style"),
+            attributes=fields.attributes(),
+            synthetic=fields.flag("synthetic_criteria"),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """Readers of a raw row's fields; each raises DataError for a value that does not fit."""
+
+    row: Mapping[str, object]
+    where: str  # file and row number
+
+    def error(self, name: str, expected: str, value: object) -> DataError:
+        """The error of a field that holds `value`."""
+        got = "nothing (missing or null)" if value is None else repr(value)
+        got = got if len(got) <= _MAX_SHOWN else f"{got[: _MAX_SHOWN - 3]}…"
+        return DataError(f"{self.where}, field '{name}': expected {expected}, got {got}")
+
+    def value(self, name: str) -> object:
+        """The raw value; None for null and for the NaN that pandas writes in its place."""
+        value = self.row.get(name)
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    def label(self, name: str) -> str:
+        """A text, or a number as text; empty if absent."""
+        value = self.value(name)
+        if value is None:
+            return ""
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self.error(name, "a text or a number", value)
+        return str(value)
+
+    def text(self, name: str) -> str | None:
+        """A text that may be absent, stripped; None if empty."""
+        value = self.value(name)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise self.error(name, "a text or null", value)
+        return value.strip() or None
+
+    def number(self, name: str, expected: str = "a number or null") -> float | None:
+        """A finite number that may be absent."""
+        value = self.value(name)
+        if value is None:
+            return None
+        if not _finite(value):
+            raise self.error(name, expected, value)
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """A boolean; False if absent."""
+        value = self.value(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(name, "true, false or null", value)
+        return value is True
+
+    def response(self, name: str) -> str:
+        """A response: a text, or a message whose content is one."""
+        value = self.value(name)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if not isinstance(text, str) or not text.strip():
+            raise self.error(name, "a non-empty text or {role, content}", text)
+        return text
+
+    def context(self) -> tuple[Message, ...]:
+        """The conversation; a text alone is one user turn, and the role `model` is read as `assistant`."""
+        value = self.value("context")
+        if isinstance(value, str):
+            value = [{"role": "user", "content": value}]
+        if not isinstance(value, list) or not value:
+            raise self.error("context", "a non-empty list of {role, content}", value)
+        messages = tuple(self._message(f"context[{i}]", turn) for i, turn in enumerate(value))
+        if messages[-1].role != "user":
+            expected = "a conversation that ends with a user turn"
+            raise self.error("context", expected, f"a last turn of role {messages[-1].role}")
+        return messages
+
+    def _message(self, name: str, turn: object) -> Message:
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise self.error(name, "{role, content} with two texts", turn)
+        role = "assistant" if role == "model" else role
+        if role not in ("user", "assistant", "system"):
+            raise self.error(f"{name}.role", "user, assistant, model or system", role)
+        return Message(role, content)
+
+    def split(self) -> str:
+        """The split within the user; `validation` is read as `val`, and an absent one as `train`."""
+        value = self.value("split")
+        value = "train" if value in (None, "") else "val" if value == "validation" else value
+        if value not in SPLITS:
+            raise self.error("split", "train, val or test", value)
+        return str(value)
+
+    def turn(self) -> int:
+        """The number of the turn, from the column `turn` or `turns`; 0 if absent."""
+        expected = "a whole number or null"
+        turn = self.number("turn", expected) or self.number("turns", expected) or 0.0
+        if not turn.is_integer() or abs(turn) >= WHOLE:
+            raise self.error("turn", expected, turn)
+        return int(turn)
+
+    def others(self) -> tuple[int, int] | None:
+        """Votes of all other users, for chosen and for rejected; None where a column is absent.
+
+        Columns are `n_other_agree` and `n_other_disagree`; `n_other_judges` and `n_other_tie` may replace the second.
+        """
+        stated = self.value("n_other_disagree") is not None
+        names = ("n_other_agree", *(("n_other_disagree",) if stated else ("n_other_judges", "n_other_tie")))
+        values = [self.value(name) for name in names]
+        if None in values:
+            return None
+        counts = [self._count(name, value) for name, value in zip(names, values, strict=True)]
+        disagree = counts[1] if stated else counts[1] - counts[2] - counts[0]
+        if disagree < 0:
+            raise self.error("n_other_judges", "at least n_other_agree + n_other_tie", counts[1])
+        return counts[0], disagree
+
+    def _count(self, name: str, value: object) -> int:
+        if not _finite(value) or not 0 <= value < WHOLE or not float(value).is_integer():
+            raise self.error(name, "a whole number from 0 or null", value)
+        return int(value)
+
+    def attributes(self) -> tuple[tuple[str, float], ...]:
+        """Attributes of a user and their weights, from an object or its JSON text; null weights are left out."""
+        value = self.value("attributes")
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return ()
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.error("attributes", "a JSON object of name → weight", value) from None
+        if not isinstance(value, Mapping):
+            raise self.error("attributes", "an object of name → weight", value)
+        weights = _Fields(value, self.where)
+        stated = [name for name in value if weights.value(name) is not None]
+        if not all(_finite(value[name]) for name in stated):
+            raise self.error("attributes", "numbers as weights", value)
+        return tuple((str(name), float(value[name])) for name in stated)
+
+    def time(self) -> float | None:
+        """Time of the vote, from the column `time` or `timestamp`: seconds, a date or ISO 8601, by default in UTC."""
+        name = "timestamp" if self.value("time") is None else "time"
+        value = self.value(name)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = datetime.fromisoformat(value.strip())
+            except ValueError:
+                raise self.error(name, _DATE, value) from None
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        return None if value == "" else self.number(name, _DATE)
+
+    def position(self) -> int | None:
+        """Where the user saw the chosen response; None for words of other meaning in `position_of_chosen`."""
+        value = self.value("position_of_chosen" if self.value("position") is None else "position")
+        if isinstance(value, float) and value.is_integer():  # pandas turns integers with nulls into floats
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value if 0 <= value < WHOLE else None
+        return _POSITIONS.get(value.lower()) if isinstance(value, str) else None
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    """Whether a file can hold the number; JSON knows Infinity and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
