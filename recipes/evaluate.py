@@ -103,7 +103,7 @@ def evaluate(
         for name, scorer in fitted.items()
     ]
     if config.model.kind == "endpoint":
-        folder.manifest["estimate"] = tell_evaluation(config, evaluation, model_endpoint(config))
+        folder.note(estimate=tell_evaluation(config, evaluation, model_endpoint(config)))
     for candidate in everyone:
         last = candidate is everyone[-1]
         tested.append(evaluation.test(candidate, folder.path / candidate.name, progress, final=last))
@@ -260,6 +260,6 @@ def notes(config: Config, tested: Sequence[str]) -> list[str]:
             "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real text. "
             "This run shows the machinery on real data, not what an 8B model would reach."
         )
-    built = StageFolder.read(Path(config.run_dir), "build_data").manifest
+    built = StageFolder.read(Path(config.run_dir), "build_data").manifest.facts
     lost = [f"{n} {what} were left out" for what, n in built.get("left_out", {}).items() if n]
     return [*notes, *(f"Data: {finding}." for finding in (*lost, *built.get("findings", [])))]

@@ -63,4 +63,6 @@ def publish(config: Config, seconds: float) -> None:
 
 
 def _brief(folder: StageFolder) -> dict[str, object]:
-    return {key: folder.manifest.get(key) for key in ("status", "wall_seconds", "fingerprint", "starts")}
+    return {
+        key: folder.manifest.as_json().get(key) for key in ("status", "wall_seconds", "fingerprint", "starts")
+    }

@@ -152,5 +152,5 @@ def of_users(folder: Path) -> dict[str, int]:
 
 
 def hashes(config: Config, checkpoint: Path, embedder: Any) -> Mapping[str, str]:
-    data = StageFolder.read(Path(config.run_dir), "build_data").manifest["sha256"]
+    data = StageFolder.read(Path(config.run_dir), "build_data").manifest.facts["sha256"]
     return prototypes.read_hashes(config, checkpoint, embedder.fingerprint, data)

@@ -28,7 +28,9 @@ def run(config: Config) -> None:
     def body(folder, tracker):  # type: ignore[no-untyped-def]
         from pgenrm_train.backends.sft import engine as deepspeed_sft
 
-        os.environ.update({k: v for k, v in deepspeed_sft.environment(config).items() if k not in os.environ})
+        os.environ.update(
+            {k: v for k, v in deepspeed_sft.deepspeed_variables(config).items() if k not in os.environ}
+        )
         sec = Path(config.run_dir) / "build_sec"
         start = build_sec.base_model(config)
         if config.psi.evaluate_every:

@@ -75,7 +75,7 @@ def measure(case: str, folder: Path) -> None:
     from pgenrm_train.backends.sft import engine as deepspeed_sft
     from pgenrm_train.backends.sft.nano import make_nano
 
-    os.environ.update(deepspeed_sft.environment(config))
+    os.environ.update(deepspeed_sft.deepspeed_variables(config))
     import deepspeed  # noqa: F401
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -176,7 +176,7 @@ def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
     folders = (str(ROOT), str(ROOT / "benchmarks"))
     env = (
         os.environ
-        | verl_grpo.environment(config)
+        | verl_grpo.verl_variables(config)
         | {"VERL_FILE_LOGGER_ROOT": str(args.out.resolve() / "times")}
     )
     env["PYTHONPATH"] = os.pathsep.join((*folders, env["PYTHONPATH"]))

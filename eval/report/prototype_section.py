@@ -33,7 +33,7 @@ def prototype_sections(run_dir: Path) -> list[Section]:
     """Cards, held-out accuracy of the refinement, and the cold start as tables."""
     if (folder := _folder(run_dir)) is None:
         return []
-    facts = folder.manifest
+    facts = folder.manifest.facts
     refinement = {
         "prototypes": facts["k"],
         "suggested by singular values": facts["k_suggested_by_singular_values"],
@@ -64,7 +64,7 @@ def prototype_curves(run_dir: Path) -> list[Curve]:
     if (folder := _folder(run_dir)) is None:
         return []
     mass = read_json(folder.path / "singular_values.json")["retained_mass"]
-    loss, start = folder.manifest["refinement"]["loss"], folder.manifest.get("cold_start") or []
+    loss, start = folder.manifest.facts["refinement"]["loss"], folder.manifest.facts.get("cold_start") or []
     curves = [
         Curve(
             "Prototypes: retained singular-value mass",
@@ -91,7 +91,7 @@ def prototype_maps(run_dir: Path) -> list[tuple[str, Markup]]:
     if (folder := _folder(run_dir)) is None:
         return []
     table = pd.read_parquet(folder.path / "analyses.parquet")
-    names = [str(j) for j in range(folder.manifest["k"])]
+    names = [str(j) for j in range(folder.manifest.facts["k"])]
     x, y, label = (table[name].to_numpy() for name in ("x", "y", "prototype"))
     return [
         ("Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map"))

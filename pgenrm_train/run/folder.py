@@ -1,8 +1,8 @@
-"""The run folder: atomic writes, hashes, manifests, and the rule by which a run continues.
+"""The folder of one stage: its manifest, its configuration, and the rule by which a run continues.
 
-A stage's folder holds `config.yaml`, `manifest.json` and what the stage makes.  The manifest's `fingerprint` covers the settings
-that the stage reads and the fingerprints of its inputs: a complete stage with the same fingerprint is kept, one with another
-fingerprint is never silently reused, and an incomplete one continues.
+A stage's folder holds `config.yaml`, `manifest.json` and the stage's products.  The manifest's `fingerprint` covers the
+settings that the stage reads and the fingerprints of its inputs.  A complete stage with the same fingerprint is kept.
+One with another fingerprint is never silently reused.  An incomplete one continues.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import fingerprint, read_json, sha256_file, write_json, write_text
@@ -38,7 +39,7 @@ PACKAGES = (
 
 
 def check_checkpoint(folder: Path) -> Path:
-    """The folder that `model.path` names.  Raises ArtifactError where it holds no Hugging Face checkpoint."""
+    """The folder that `model.path` names.  Raises ArtifactError if it holds no Hugging Face checkpoint."""
     if not (folder / "config.json").exists():
         reason = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise ArtifactError(f"model.path={folder} is not a Hugging Face checkpoint: {reason}")
@@ -46,28 +47,47 @@ def check_checkpoint(folder: Path) -> Path:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """Tells one checkpoint's weights from another's.  Every byte counts: fine-tuning may leave most of a file as it was."""
+    """Hash of a checkpoint's weights.  Every byte counts: fine-tuning may leave most of a file unchanged."""
     return fingerprint([(path.name, sha256_file(path)) for path in sorted(checkpoint.glob("*.safetensors"))])
 
 
-def environment_facts() -> dict[str, Any]:
-    """Versions, machine and git state, for the manifest.  No user name, no host name, no path, no variable."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+class GitState(TypedDict):
+    """Commit of the checkout, and whether files differ from it."""
+
+    commit: str
+    dirty: bool
+
+
+class EnvironmentFacts(TypedDict):
+    """Versions, machine and git state."""
+
+    python: str
+    platform: str
+    cpus: int | None
+    packages: dict[str, str | None]
+    git: GitState | None
+
+
+def environment_facts() -> EnvironmentFacts:
+    """Versions, machine and git state for a manifest: no user name, host name, path or variable."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "cpus": os.cpu_count(),
-        "packages": versions,
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "git": _git_state(),
     }
 
 
-def _git_state() -> dict[str, Any] | None:
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, with its local label; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> GitState | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments],
@@ -84,118 +104,158 @@ def _git_state() -> dict[str, Any] | None:
         return None
 
 
+class Status(StrEnum):
+    """State of a stage."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass
+class Manifest:
+    """Content of `manifest.json`; every key without a field of its own is kept in `facts`."""
+
+    stage: str | None = None
+    status: str | None = None
+    fingerprint: str | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    wall_seconds: float = 0.0  # over all starts
+    starts: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, record: Mapping[str, object]) -> Manifest:
+        """A manifest of any version: missing keys get defaults, unknown ones become facts."""
+        names = {item.name for item in fields(cls)} - {"facts"}
+        facts = {key: value for key, value in record.items() if key not in names}
+        return cls(**{key: record[key] for key in record.keys() & names}, facts=facts)  # type: ignore[arg-type]
+
+    def as_json(self) -> dict[str, object]:
+        """The keys in the order of the file."""
+        known = {key: value for key, value in vars(self).items() if key != "facts" and value is not None}
+        return {**known, **self.facts}
+
+
 @dataclass
 class StageFolder:
     """One stage's folder inside a run."""
 
     path: Path
     stage: str
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
     _started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def read(cls, run_dir: Path, stage: str) -> StageFolder:
         """Open without changing anything; an absent folder has an empty manifest."""
         path = run_dir / stage
-        manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
-        return cls(path, stage, manifest)
+        file = path / MANIFEST
+        return cls(path, stage, Manifest.parse(read_json(file)) if file.exists() else Manifest())
 
     @property
     def complete(self) -> bool:
-        return self.manifest.get("status") == "complete"
+        return self.manifest.status == Status.COMPLETE
 
-    def made_from(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        """True when the folder's fingerprint is the one that these settings and inputs give."""
-        return self.manifest.get("fingerprint") == fingerprint(settings, inputs)
+    def made_from(self, settings: Mapping[str, object], inputs: Mapping[str, str]) -> bool:
+        """True if the folder's fingerprint is that of these settings and inputs."""
+        return self.manifest.fingerprint == fingerprint(settings, inputs)
 
     def begin(
-        self, *, config: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str], seed: int
+        self,
+        *,
+        config: Mapping[str, object],
+        settings: Mapping[str, object],
+        inputs: Mapping[str, str],
+        seed: int,
     ) -> None:
-        """Start or continue the stage.  Raises ArtifactError when the folder was made with other settings or inputs."""
-        found = self.manifest.get("fingerprint")
-        wanted = fingerprint(settings, inputs)
-        if found not in (None, wanted):
+        """Start or continue the stage.  Raises ArtifactError if other settings or inputs made the folder."""
+        before = self.manifest
+        if before.fingerprint is not None and not self.made_from(settings, inputs):
             if self._holds_work():
                 raise ArtifactError(
                     f"{self.path} was made with other settings ({self._difference(settings, inputs)}); "
-                    "use another run_dir=, or resume=false to set the old run aside and start anew"
+                    "use another run_dir=, or resume=false to set the old run aside and start again"
                 )
-            self.manifest = {}
+            before = Manifest()
         self._started = time.monotonic()
-        self.manifest = {
-            "stage": self.stage,
-            "status": "running",
-            "fingerprint": wanted,
-            "settings": settings,
-            "inputs": inputs,
-            "seed": seed,
-            "wall_seconds": self.manifest.get("wall_seconds", 0.0),
-            "starts": self.manifest.get("starts", 0) + 1,
-            **environment_facts(),
-        }
+        self.manifest = Manifest(
+            self.stage,
+            Status.RUNNING,
+            fingerprint(settings, inputs),
+            settings,
+            inputs,
+            seed,
+            before.wall_seconds,
+            before.starts + 1,
+            {**environment_facts()},
+        )
         write_config(self.path / "config.yaml", config)
         self.save()
 
     def _holds_work(self) -> bool:
-        """Whether something was made: a start that failed on a mistyped path does not bind the folder to the mistake."""
+        """True if there is any product: a start that failed on a mistyped path does not bind the folder to it."""
         return self.complete or any(
             path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir()
         )
 
     def beat(self, every: float = 10.0) -> None:
-        """Note the time spent so far, so that a killed stage has not spent it for nothing in the table."""
+        """Save the time spent so far, so that the table also counts the time of a killed start."""
         if time.monotonic() - self._started > every:
             self._count_time()
             self.save()
 
-    def finish(self, *, seconds_shift: float = 0.0, **facts: Any) -> None:
-        """Mark complete, with the facts that a table shows; wall seconds add up over restarts.
+    def finish(self, *, seconds_shift: float = 0.0, **facts: object) -> None:
+        """Mark complete and add facts for the tables; wall seconds add up over restarts.
 
         `seconds_shift`: time that another stage's process spent for this one, or this one's for another (negative).
         """
-        self._count_time()
-        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + seconds_shift, 1)
-        self.manifest |= {"status": "complete", **facts}
-        self.save()
+        self._count_time(seconds_shift)
+        self.manifest.status = Status.COMPLETE
+        self.note(**facts)
 
     def interrupted(self, reason: str) -> None:
+        """Mark interrupted, with the reason."""
         self._count_time()
-        self.manifest |= {"status": "interrupted", "reason": reason}
+        self.manifest.status = Status.INTERRUPTED
+        self.note(reason=reason)
+
+    def note(self, **facts: object) -> None:
+        """Add facts to the manifest and save it."""
+        self.manifest.facts |= facts
         self.save()
 
-    def _count_time(self) -> None:
+    def _count_time(self, shift: float = 0.0) -> None:
         now = time.monotonic()
-        self.manifest["wall_seconds"] = round(self.manifest["wall_seconds"] + now - self._started, 1)
+        self.manifest.wall_seconds = round(self.manifest.wall_seconds + now - self._started + shift, 1)
         self._started = now
 
     def save(self) -> None:
-        write_json(self.path / MANIFEST, self.manifest)
+        write_json(self.path / MANIFEST, self.manifest.as_json())
 
-    def _difference(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-        before = {
-            **_flat(self.manifest.get("settings", {})),
-            **_flat(self.manifest.get("inputs", {}), "input "),
-        }
-        after = {**_flat(json.loads(json.dumps(settings, default=str))), **_flat(inputs, "input ")}
+    def _difference(self, settings: Mapping[str, object], inputs: Mapping[str, str]) -> str:
+        """The first three keys that changed, each with its old and new value."""
+        before = _flat(self.manifest.settings) | _flat(self.manifest.inputs, "input ")
+        after = _flat(json.loads(json.dumps(settings, default=str))) | _flat(inputs, "input ")
         changed = [
-            f"{k}: {before.get(k)} → {after.get(k)}"
-            for k in sorted({*before, *after})
-            if str(before.get(k)) != str(after.get(k))
+            f"{key}: {before.get(key)} → {after.get(key)}"
+            for key in sorted({*before, *after})
+            if str(before.get(key)) != str(after.get(key))
         ]
-        return (
-            "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-            or "unreadable settings"
-        )
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return "; ".join(changed[:3]) + more or "unreadable settings"
 
 
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
+def write_config(path: Path, config: Mapping[str, object]) -> None:
     import yaml
 
     write_text(path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def set_aside(run_dir: Path) -> Path | None:
-    """Move an existing run folder out of the way (never delete what a user made); returns where it went."""
+    """Rename an existing run folder, never delete it; returns its new path."""
     if not run_dir.exists():
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -205,11 +265,9 @@ def set_aside(run_dir: Path) -> Path | None:
     return target
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, object] = {}
     for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = item
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
     return flat

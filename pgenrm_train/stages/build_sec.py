@@ -96,8 +96,7 @@ def run(
 ) -> dict[str, Any]:
     """Write chains, filter, render prompts; returns the yield.  Raises DataError when nothing was kept."""
     if expected := _expected(config, pairs, teacher):
-        folder.manifest["estimate"] = expected
-        folder.save()
+        folder.note(estimate=expected)
     kept, rejected = without_repetitions(
         config, *sample_chains(config, pairs, teacher, progress), by_rule=teacher.by_rule
     )

@@ -40,8 +40,7 @@ def run(
     """Infer and write; returns counts and cost.  Raises DataError when no user's criteria could be inferred."""
     users = votes_of_silent_users(pairs, config.seed)
     if expected := writer.expect([votes for _, votes in users], config.sec.samples_per_pair):
-        folder.manifest["estimate"] = dict(expected)
-        folder.save()
+        folder.note(estimate=dict(expected))
     found = concurrently(
         lambda user: _infer(*user, writer, config.sec.samples_per_pair), users, writer.in_flight
     )

@@ -85,10 +85,11 @@ def _facts(config: Config, folder: StageFolder, steps: int) -> dict[str, Any]:
         "optimiser steps": steps,
         "learning rate": settings.learning_rate,
         "LoRA rank (merged)": config.model.lora.rank or "full parameters",
-        "seed": manifest["seed"],
+        "seed": manifest.seed,
         "packages": ", ".join(
-            f"{name} {manifest['packages'][name]}" for name in ("torch", "transformers", "deepspeed", "verl")
+            f"{name} {manifest.facts['packages'][name]}"
+            for name in ("torch", "transformers", "deepspeed", "verl")
         ),
-        "code": (manifest.get("git") or {}).get("commit", "not from a git checkout"),
-        "fingerprint": manifest["fingerprint"],
+        "code": (manifest.facts.get("git") or {}).get("commit", "not from a git checkout"),
+        "fingerprint": manifest.fingerprint,
     }

@@ -19,7 +19,7 @@ from pgenrm_train.cluster.preflight import check_machine, findings, still_to_do
 from pgenrm_train.config import ROOT, Config, get, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError, PreflightError
 from pgenrm_train.records.shards import digest
-from pgenrm_train.run.folder import StageFolder, check_checkpoint, set_aside, write_config
+from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.process import Terminated, die_with_parent
 from pgenrm_train.run.store import publisher as publishing
 from pgenrm_train.run.tracking import Tracker
@@ -47,7 +47,7 @@ def run_stage(
     """
     run_dir = Path(config.run_dir)
     folder = StageFolder.read(run_dir, stage)
-    made_from = {name: StageFolder.read(run_dir, name).manifest.get("fingerprint", "") for name in inputs}
+    made_from = {name: StageFolder.read(run_dir, name).manifest.fingerprint or "" for name in inputs}
     settings = {key: _plain(get(config, key)) for key in reads} | _source(config)
     if folder.complete and folder.made_from(settings, made_from):
         if stage == config.recipe:
@@ -55,7 +55,7 @@ def run_stage(
         return folder
     check_machine(config, stage)
     if renew and not folder.made_from(settings, made_from):
-        folder.manifest = {}
+        folder.manifest = Manifest()
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
     tracker = Tracker(config, stage, folder.path)
     tracker.after_log = folder.beat
@@ -73,7 +73,7 @@ def run_stage(
     finally:
         tracker.close()
     folder.finish(**facts)
-    print(f"[{stage}] " + say.format(**folder.manifest), flush=True)
+    print(f"[{stage}] " + say.format(**folder.manifest.as_json()), flush=True)
     return folder
 
 

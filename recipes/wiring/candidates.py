@@ -45,7 +45,7 @@ def candidates(
             config,
             stage,
             run_dir / stage / "checkpoint",
-            StageFolder.read(run_dir, stage).manifest["wall_seconds"],
+            StageFolder.read(run_dir, stage).manifest.wall_seconds,
             load,
         )
         for stage in made

@@ -78,10 +78,9 @@ def train(
         phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
         judged_by_model = [p for p in phases if p.judge == JUDGES["endpoint"]]
         if judged_by_model:
-            folder.manifest["estimate"] = tell_judge(
-                config, judge, {p.work_dir.name: p.rows for p in judged_by_model}
+            folder.note(
+                estimate=tell_judge(config, judge, {p.work_dir.name: p.rows for p in judged_by_model})
             )
-            folder.save()
         said = [p.work_dir / verl_grpo.TRAINED for p in phases]
         known = [path.exists() for path in said]
         with tracker.follow(folder.path / METRICS):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import verl_world
 
-from pgenrm_train.backends.grpo.config import environment
+from pgenrm_train.backends.grpo.config import verl_variables
 from pgenrm_train.config import ROOT, Config, load
 
 SETTINGS = [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
@@ -24,7 +24,7 @@ def test_the_shipped_verl_settings_take_a_real_step(model: str, cluster: str, tm
 
     verl_world.write_checkpoint(tmp_path / "start", sft_steps=120)
     verl_world.write_rows(tmp_path / "rows.parquet", 8)
-    env = {**os.environ, **environment(Config(recipe="cre"))}
+    env = {**os.environ, **verl_variables(Config(recipe="cre"))}
     command = [sys.executable, str(ROOT / "tests/support/gpu_on_cpu.py"), str(tmp_path), model, cluster]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -63,7 +63,7 @@ def test_the_shipped_vllm_settings_generate(model: str, cluster: str, tmp_path: 
     settings = vllm_engine.engine_settings(shipped)
     assert settings["dtype"] == "bfloat16" and settings["max_model_len"] == 12288
     verl_world.write_checkpoint(tmp_path / "start", sft_steps=1)
-    env = {**os.environ, **vllm_engine.environment(Config(recipe="evaluate"))}
+    env = {**os.environ, **vllm_engine.vllm_variables(Config(recipe="evaluate"))}
     command = [sys.executable, "-c", VLLM, str(tmp_path / "start"), json.dumps(settings | ON_CPU)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

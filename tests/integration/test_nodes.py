@@ -21,7 +21,7 @@ import pytest
 import verl_world
 from test_psi import CHANGED, NANO, rows
 
-from pgenrm_train.backends.grpo.config import environment
+from pgenrm_train.backends.grpo.config import verl_variables
 from pgenrm_train.backends.grpo.engine import Phase, launch
 from pgenrm_train.backends.ray import cluster as ray_cluster
 from pgenrm_train.backends.sft import engine as deepspeed_sft
@@ -93,7 +93,7 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
 ) -> None:
     start, table = verl_world.write_checkpoint(tmp_path / "start", sft_steps=60), tmp_path / "rows.parquet"
     verl_world.write_rows(table, 16)
-    for name, value in environment(Config(recipe="cre")).items():
+    for name, value in verl_variables(Config(recipe="cre")).items():
         if name.startswith("RAY_"):  # no idle processes: of the nodes' daemons too
             monkeypatch.setenv(name, value)
     phase = Phase("cre", start, table, tmp_path / "cre", GRPO_STEPS)

@@ -20,7 +20,7 @@ import pytest
 import verl_world
 from llm_server import serve, slowly
 
-from pgenrm_train.backends.grpo.config import check, environment, to_verl
+from pgenrm_train.backends.grpo.config import check, to_verl, verl_variables
 from pgenrm_train.backends.grpo.engine import Phase, launch
 from pgenrm_train.config import Config
 from pgenrm_train.curriculum.sampler import CurriculumSampler
@@ -716,6 +716,6 @@ if layer.weight.numel():
 
 
 def test_the_environment_reaches_every_worker() -> None:
-    found = environment(Config(recipe="cre"))
+    found = verl_variables(Config(recipe="cre"))
     assert found["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.grpo.cpu"
     assert all(isinstance(value, str) for value in found.values())

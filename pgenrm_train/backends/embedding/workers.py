@@ -29,7 +29,7 @@ class EmbedderWorkers:
         import ray
         from ray.util import ActorPool
 
-        close = connect(self.config, self.workers, _environment())
+        close = connect(self.config, self.workers, _worker_variables())
         try:
             gpus = 1 if self.config.cluster.device == "cuda" else 0
             actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
@@ -53,7 +53,7 @@ class _Worker:
         return number, self._embedder.encode(texts)
 
 
-def _environment() -> dict[str, str]:
+def _worker_variables() -> dict[str, str]:
     """What decides where a model is looked for, and what a worker of another node would not inherit."""
     passed = {
         name: value for name in ("HF_HUB_OFFLINE", "HF_HOME") if (value := os.environ.get(name)) is not None

@@ -22,7 +22,7 @@ TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is r
 MODULE = "pgenrm_train.backends.grpo.cpu"
 
 
-def environment(config: Config) -> dict[str, str]:
+def verl_variables(config: Config) -> dict[str, str]:
     """Variables that must be set *before* verl, vLLM or Ray are imported, for the driver and for every Ray worker."""
     inherited = [
         path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pgenrm_train import errors
-from pgenrm_train.backends.grpo.config import environment, to_verl
+from pgenrm_train.backends.grpo.config import to_verl, verl_variables
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, seed_of
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, EngineLostError, NothingTrainedError
@@ -37,7 +37,7 @@ from pgenrm_train.run.process import die_with_parent
 from pgenrm_train.run.tracking import append
 
 TRAINED, ENGINE_LOG, RESTARTS = "trained.json", "engine.log", "restarts.jsonl"
-__all__ = ["Phase", "environment", "launch", "to_verl", "train"]
+__all__ = ["Phase", "launch", "to_verl", "train", "verl_variables"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
             "report": str(report),
         },
     )
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment(config)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | verl_variables(config)
     command = [sys.executable, "-m", "pgenrm_train.backends.grpo.engine", str(job)]
     child = subprocess.Popen(
         command,
@@ -169,7 +169,7 @@ def _read(report: Path, code: int, folder: Path) -> list[Trained]:
 def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -> list[Trained]:
     """Run the phases that are not complete, in order, on one session (with LoRA: a session each, for the adapter is merged between).
 
-    Must run in the environment of `environment(config)`.  report: where the watchdog leaves its message.
+    Must run in the environment of `verl_variables(config)`.  report: where the watchdog leaves its message.
     """
     _check_environment(config)
     starts = _starts(phases)
@@ -332,7 +332,7 @@ def _starts(phases: Sequence[Phase]) -> list[Path]:
 
 
 def _check_environment(config: Config) -> None:
-    needed = environment(config)
+    needed = verl_variables(config)
     wrong = [
         name
         for name in ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE")
@@ -340,7 +340,7 @@ def _check_environment(config: Config) -> None:
     ]
     if wrong:
         raise BackendError(
-            f"{', '.join(wrong)} must be set by environment(config) before verl is imported; use launch()"
+            f"{', '.join(wrong)} must be set by verl_variables(config) before verl is imported; use launch()"
         )
 
 

@@ -109,9 +109,9 @@ class Session:
         variables = get_ppo_ray_runtime_env(verl)["env_vars"]
         address = self.config.ray.address
         if address is not None:
-            from pgenrm_train.backends.grpo.config import environment
+            from pgenrm_train.backends.grpo.config import verl_variables
 
-            variables |= environment(self.config)
+            variables |= verl_variables(self.config)
             variables.pop("PYTHONPATH")
             join(address, variables)
             await_gpus(self.config, lambda: self.watchdog.beat("start-up", 0, "waiting for nodes"))

@@ -67,7 +67,7 @@ class Job:
         )
 
 
-def environment(config: Config) -> dict[str, str]:
+def deepspeed_variables(config: Config) -> dict[str, str]:
     """What must be set before torch and DeepSpeed are imported."""
     single = {
         "RANK": "0",
@@ -92,7 +92,7 @@ def train(
     Raises ConfigError, DataError or ArtifactError for what cannot be trained on, before any weight is loaded, and
     NothingTrainedError when fewer optimiser steps were made than planned.
     """
-    os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
+    os.environ.update({k: v for k, v in deepspeed_variables(config).items() if k not in os.environ})
     check_libraries(config)
     found = inspect_start(config, start)
     write_chats(work_dir / CHATS, encode_rows(found.tokenizer, rows, found.limit))
@@ -118,7 +118,7 @@ def _run(job: Job) -> None:
     elif job.config.cluster.nodes == 1:
         _torchrun(job.config, job.write())
     else:
-        ray_train.run(job.config, job.write(), environment(job.config))
+        ray_train.run(job.config, job.write(), deepspeed_variables(job.config))
 
 
 def _torchrun(config: Config, job: Path) -> None:
@@ -126,7 +126,7 @@ def _torchrun(config: Config, job: Path) -> None:
     command = ["torchrun", "--standalone", ranks, "-m", "pgenrm_train.backends.sft.engine", str(job)]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        env={**os.environ, **environment(config)},
+        env={**os.environ, **deepspeed_variables(config)},
         preexec_fn=die_with_parent,
     )
     if done.returncode:
@@ -139,7 +139,7 @@ def _train_here(job: Job) -> None:
     """One process's part.  Each finds the checkpoint to go on from by itself: a launcher may start processes anew after a loss."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    os.environ.update({k: v for k, v in environment(job.config).items() if k not in os.environ})
+    os.environ.update({k: v for k, v in deepspeed_variables(job.config).items() if k not in os.environ})
     _join_processes(job.config)
     trainer = _trainer(job)
     first = trainer.is_world_process_zero()

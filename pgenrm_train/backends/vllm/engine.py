@@ -15,7 +15,7 @@ from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.config import Config
 
 
-def environment(config: Config) -> dict[str, str]:
+def vllm_variables(config: Config) -> dict[str, str]:
     """What must be set before vLLM is imported."""
     if config.cluster.device != "cpu":
         return {"VLLM_NO_USAGE_STATS": "1"}
@@ -52,7 +52,7 @@ class VllmGenerator:
     """A `Generator` over a local checkpoint.  Seeded per request, so results do not depend on the order of the queue."""
 
     def __init__(self, config: Config, checkpoint: Path | str) -> None:
-        os.environ.update({k: v for k, v in environment(config).items() if k not in os.environ})
+        os.environ.update({k: v for k, v in vllm_variables(config).items() if k not in os.environ})
         from transformers import AutoTokenizer
         from vllm import LLM
 

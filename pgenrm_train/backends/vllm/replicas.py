@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.backends.ray.cluster import connect, last_line
-from pgenrm_train.backends.vllm.engine import VllmGenerator, environment
+from pgenrm_train.backends.vllm.engine import VllmGenerator, vllm_variables
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 
@@ -41,7 +41,7 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
 
 def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[Any]:
     """Raises ConfigError for several nodes without `ray.address`."""
-    stack.callback(connect(config, engines, environment(config)))
+    stack.callback(connect(config, engines, vllm_variables(config)))
     import ray
 
     gpus = config.cluster.tensor_parallel if config.cluster.device == "cuda" else 0

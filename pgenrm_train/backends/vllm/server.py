@@ -161,9 +161,9 @@ def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    from pgenrm_train.backends.vllm.engine import environment
+    from pgenrm_train.backends.vllm.engine import vllm_variables
 
-    return environment(config)
+    return vllm_variables(config)
 
 
 def _split_gpus(

@@ -32,7 +32,7 @@ def state_of(folder: Path) -> str | None:
     """What there is to publish in a few words, which differ when it does; None for nothing."""
     stage = StageFolder.read(folder.parent, folder.name)
     if stage.complete:
-        return f"complete {fingerprint(stage.manifest)}"
+        return f"complete {fingerprint(stage.manifest.as_json())}"
     steps = [str(path.relative_to(folder)) for path in resumable(folder)]
     trained = (
         ["trained.json"] if (folder / "trained.json").exists() else []

@@ -135,7 +135,7 @@ def test_begin_and_finish(tmp_path):
     assert yaml.safe_load((tmp_path / "psi" / "config.yaml").read_text()) == {"seed": 0}
     folder.finish(steps=7)
     found = StageFolder.read(tmp_path, "psi")
-    assert found.complete and found.made_from(SETTINGS, INPUTS) and found.manifest["steps"] == 7
+    assert found.complete and found.made_from(SETTINGS, INPUTS) and found.manifest.facts["steps"] == 7
     assert not found.made_from({**SETTINGS, "seed": 1}, INPUTS) and not found.made_from(
         SETTINGS, {"build_sec": "def"}
     )
@@ -150,15 +150,15 @@ def test_an_interrupted_stage_continues_and_its_seconds_add_up(tmp_path, monkeyp
     found = StageFolder.read(tmp_path, "psi")
     assert (
         not found.complete
-        and found.manifest["reason"] == "KeyboardInterrupt"
-        and found.manifest["wall_seconds"] == 20
+        and found.manifest.facts["reason"] == "KeyboardInterrupt"
+        and found.manifest.wall_seconds == 20
     )
     now[0] += 1000
     again = begun(tmp_path)
-    assert again.manifest["starts"] == 2 and "reason" not in again.manifest
+    assert again.manifest.starts == 2 and "reason" not in again.manifest.facts
     now[0] += 5
     again.finish()
-    assert StageFolder.read(tmp_path, "psi").manifest["wall_seconds"] == 25
+    assert StageFolder.read(tmp_path, "psi").manifest.wall_seconds == 25
 
 
 @pytest.mark.parametrize("settings,inputs,said", [
@@ -187,7 +187,7 @@ def test_a_start_that_made_nothing_binds_the_folder_to_nothing(tmp_path, end):
     if end == "interrupted":
         first.interrupted("DataError: typo.jsonl does not exist")
     again = begun(tmp_path)
-    assert again.manifest["settings"] == SETTINGS and again.manifest["starts"] == 1
+    assert again.manifest.settings == SETTINGS and again.manifest.starts == 1
     again.finish()
     with pytest.raises(ArtifactError, match=r"data\.path"):  # a complete stage is work, whatever it left
         begun(tmp_path, {**SETTINGS, "data.path": "other.jsonl"})
@@ -291,8 +291,8 @@ def test_manifests_hold_no_variable_no_host_and_no_secret(tmp_path, monkeypatch)
 def test_manifests_hold_versions_and_git_state(tmp_path):
     folder = begun(tmp_path)
     for key in ("python", "platform", "cpus", "packages", "git"):
-        assert key in folder.manifest
-    assert folder.manifest["packages"]["transformers"]
+        assert key in folder.manifest.facts
+    assert folder.manifest.facts["packages"]["transformers"]
 
 
 def test_weights_of_one_size_are_told_apart_and_copies_are_not(tmp_path):

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_published(
 KILLED = """
 import os, sys
 from pathlib import Path
-from pgenrm_train import artifacts, publishing, stores
+from pgenrm_train.run.store import objects as stores
 from pgenrm_train.run.store.publisher import Publisher
 put = stores.Store.put
 def put_or_die(self, name, content):

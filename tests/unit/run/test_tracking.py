@@ -182,7 +182,7 @@ def test_a_wandb_that_cannot_start_does_not_stop_the_run(tmp_path):
 ONLINE = """
 import sys
 from pathlib import Path
-from pgenrm_train import tracking
+from pgenrm_train.run import tracking
 from pgenrm_train.config import Config, TrackingConfig
 tracking.START_SECONDS = tracking.FINISH_SECONDS = 4.0
 config = Config(recipe="psi", run_dir="runs/mine", tracking=TrackingConfig(kind={kind!r}, project="ours"))

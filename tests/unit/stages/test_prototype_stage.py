@@ -133,7 +133,7 @@ def test_users_of_a_finished_run_have_the_prototype_of_most_of_their_analyses(tm
     pd.DataFrame(rows, columns=["user_id", "prototype"]).to_parquet(folder.path / "analyses.parquet")
     with pytest.raises(ArtifactError, match=r"curriculum\.prototypes=.* holds no finished prototypes"):
         of_users(folder.path)
-    folder.manifest = {"status": "complete"}
+    folder.manifest.status = "complete"
     folder.save()
     assert of_users(folder.path) == {"ann": 2, "bob": 1}
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pgenrm_train.backends.grpo.engine import Phase, environment, train
+from pgenrm_train.backends.grpo.engine import Phase, train, verl_variables
 from pgenrm_train.backends.grpo.mining import hardness, summary
 from pgenrm_train.backends.grpo.progress import chain_metrics, mix_metrics, tried
 from pgenrm_train.config import Config
@@ -132,7 +132,7 @@ def test_a_foreign_cache_is_refused_before_an_engine_is_started(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, trainer = Config(recipe="curriculum"), Measured(tmp_path)
-    for name, value in environment(config).items():
+    for name, value in verl_variables(config).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(
         "pgenrm_train.backends.grpo.session.Session", lambda *_: pytest.fail("an engine was started")

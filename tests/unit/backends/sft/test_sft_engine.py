@@ -7,7 +7,7 @@ import pytest
 
 from pgenrm_train.backends.sft.batches import encode_chat
 from pgenrm_train.backends.sft.checkpoints import COMPLETE, check_resumable, is_over, newest_complete
-from pgenrm_train.backends.sft.engine import Job, _publish, deepspeed_settings, environment
+from pgenrm_train.backends.sft.engine import Job, _publish, deepspeed_settings, deepspeed_variables
 from pgenrm_train.backends.sft.nano import CHAT_TEMPLATE, train_tokenizer
 from pgenrm_train.chains.chain import JSON_START, write_chain
 from pgenrm_train.config import ROOT, ClusterConfig, Config, NanoConfig, PsiConfig, load
@@ -259,6 +259,9 @@ def test_zero_follows_the_cluster():
 
 
 def test_a_single_process_needs_no_launcher_and_several_are_left_to_it():
-    assert environment(Config())["WORLD_SIZE"] == "1" and environment(Config())["DS_ACCELERATOR"] == "cpu"
-    many = environment(Config(cluster=ClusterConfig(device="cuda", processes_per_node=8)))
+    assert (
+        deepspeed_variables(Config())["WORLD_SIZE"] == "1"
+        and deepspeed_variables(Config())["DS_ACCELERATOR"] == "cpu"
+    )
+    many = deepspeed_variables(Config(cluster=ClusterConfig(device="cuda", processes_per_node=8)))
     assert "WORLD_SIZE" not in many and "DS_ACCELERATOR" not in many
