@@ -50,3 +50,13 @@ class NodeLostError(EngineLostError):
 
 class NothingTrainedError(PGenRMError):
     """A training stage made fewer optimiser steps than it planned."""
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_line(error: Exception) -> str:
+    """Last line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from eval.studies.validation import Validation
@@ -27,10 +26,9 @@ def run(config: Config) -> None:
 
     def body(folder, tracker):  # type: ignore[no-untyped-def]
         from pgenrm_train.backends.sft import engine as deepspeed_sft
+        from pgenrm_train.backends.sft.settings import set_variables
 
-        os.environ.update(
-            {k: v for k, v in deepspeed_sft.deepspeed_variables(config).items() if k not in os.environ}
-        )
+        set_variables(config)
         sec = Path(config.run_dir) / "build_sec"
         start = build_sec.base_model(config)
         if config.psi.evaluate_every:
@@ -50,7 +48,7 @@ def check_start(config: Config) -> None:
 
     if not still_to_do(config, ["psi"]) or config.model.kind != "hf":  # a nano may be made of the chains
         return
-    check_libraries(config)
+    check_libraries(config.psi)
     inspect_start(config, build_sec.base_model(config))
 
 

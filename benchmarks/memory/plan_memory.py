@@ -74,8 +74,10 @@ def measure(case: str, folder: Path) -> None:
     config = config_of(case, folder)
     from pgenrm_train.backends.sft import engine as deepspeed_sft
     from pgenrm_train.backends.sft.nano import make_nano
+    from pgenrm_train.backends.sft.rank import join_processes
+    from pgenrm_train.backends.sft.settings import set_variables
 
-    os.environ.update(deepspeed_sft.deepspeed_variables(config))
+    set_variables(config)
     import deepspeed  # noqa: F401
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -87,7 +89,7 @@ def measure(case: str, folder: Path) -> None:
     ] * 2000
     make_nano(folder / "base", texts, [f" {w}" for w in WORDS], config.model.nano, seed=0)
     pq.write_table(pa.table({"messages": chats(config)}), folder / "sec.parquet")
-    deepspeed_sft._join_processes(config)
+    join_processes(config.cluster)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     deepspeed_sft.train(config, folder / "sec.parquet", start=folder / "base", work_dir=folder / "psi")

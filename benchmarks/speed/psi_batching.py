@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from pgenrm_train.backends.sft.batches import LAYOUTS, Encoded, StepOrder, collate, encode_chat
+from pgenrm_train.backends.sft.attention import register_packed
+from pgenrm_train.backends.sft.batches import Encoded, Layout, StepOrder, collate, encode_chat
 from pgenrm_train.backends.sft.loss import train_in_pieces
-from pgenrm_train.backends.sft.packed_attention import register
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def load(folder: Path, count: int, spread: bool) -> tuple[Any, list[Encoded], in
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(
-        folder / "base", dtype=torch.float32, attn_implementation=register()
+        folder / "base", dtype=torch.float32, attn_implementation=register_packed()
     )
     train_in_pieces(model)
     rows = pq.read_table(folder / "sec.parquet", columns=["messages"])["messages"][:count].to_pylist()
@@ -88,11 +88,11 @@ def main() -> None:
     model, chats, pad = load(args.folder, args.chats, args.spread)
     lengths = [len(chat.ids) for chat in chats]
     orders = {
-        n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in LAYOUTS
+        n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in Layout
     }
-    totals = {layout: [0.0, 0, 0] for layout in LAYOUTS}
+    totals = {layout: [0.0, 0, 0] for layout in Layout}
     for step in range(args.steps + 1):
-        for layout in LAYOUTS:
+        for layout in Layout:
             found = run_step(model, chats, micro_batches(orders[layout], step), layout, pad)
             if step:  # the first warms up
                 totals[layout] = [a + b for a, b in zip(totals[layout], found, strict=True)]

@@ -30,6 +30,7 @@ from pgenrm_train.cluster.preflight.reach import check_ray
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.run.checkpoints import COMPLETE
 from pgenrm_train.run.tracking import METRICS
 
 __all__ = ["rows"]  # the fixture
@@ -63,7 +64,7 @@ def test_a_lost_node_costs_what_was_not_saved(
     assert list(check_ring(config, "psi")) == [], "an all-reduce over both nodes"
     back: list[subprocess.Popen[bytes]] = []
     saved = tmp_path / "nodes" / "steps"
-    where = (cluster, lost, saved, f"checkpoint-*/{deepspeed_sft.COMPLETE}")
+    where = (cluster, lost, saved, f"checkpoint-*/{COMPLETE}")
     accident = threading.Thread(target=_lose_a_node, args=(*where, back, ["--num-cpus=1"]), daemon=True)
     accident.start()
     trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path / "nodes")

@@ -162,7 +162,10 @@ def _said_alone(config: Config) -> list[str | None]:
     from pgenrm_train.backends.sft.generate import TrainingGenerator
 
     whole = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32, attn_implementation="sdpa").eval()
-    said = TrainingGenerator(config, whole, AutoTokenizer.from_pretrained(NANO))(ASKED, temperature=0.0)
+    generator = TrainingGenerator(
+        config.model, whole, AutoTokenizer.from_pretrained(NANO), 8 * config.psi.micro_batch_size
+    )
+    said = generator(ASKED, temperature=0.0)
     found = {answer.key: answer.text for answer in said}
     return [found[request.key] for request in ASKED]
 

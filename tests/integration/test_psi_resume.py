@@ -16,10 +16,10 @@ import pytest
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Validated
 from pgenrm_train.backends.sft import engine as deepspeed_sft
-from pgenrm_train.backends.sft.checkpoints import COMPLETE, step_of
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError, BackendError
 from pgenrm_train.files import write_table
+from pgenrm_train.run.checkpoints import COMPLETE, step_of
 from pgenrm_train.run.folder import weights_digest
 from pgenrm_train.run.tracking import METRICS
 

@@ -12,24 +12,19 @@ import numpy as np
 
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.rewards.hacking_signs import OWN, signs
+from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
 
-MARKER = "complete.json"
+CHECKPOINTS = "global_step_*"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 LENGTH = "validation/response_length"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders `global_step_N` that hold a marker, oldest first."""
-    found = [path.parent for path in folder.glob(f"global_step_*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
-
-
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
     """(folder, step, sampler state) of the newest complete checkpoint, (None, 0, {}) without one.
     Half-written ones are reported and removed, for verl would write into them again."""
-    complete = complete_checkpoints(folder)
-    for path in folder.glob("global_step_*"):
+    complete = complete_checkpoints(folder, CHECKPOINTS)
+    for path in folder.glob(CHECKPOINTS):
         if path not in complete:
             print(
                 f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True
@@ -37,7 +32,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
             shutil.rmtree(path)
     if not complete:
         return None, 0, {}
-    marker = json.loads((complete[-1] / MARKER).read_text())
+    marker = json.loads((complete[-1] / COMPLETE).read_text())
     return complete[-1], int(marker["step"]), marker["sampler"]
 
 

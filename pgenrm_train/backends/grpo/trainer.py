@@ -15,7 +15,6 @@ a phase, `fit` is verl's own loop.  What differs from stock verl and why:
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +34,9 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from pgenrm_train.backends.grpo.config import TRAINER
 from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
+    CHECKPOINTS,
     LENGTH,
-    MARKER,
     chain_metrics,
-    complete_checkpoints,
     hopeless,
     mix_metrics,
     newest_checkpoint,
@@ -52,6 +50,8 @@ from pgenrm_train.backends.grpo.scoring import RewardSpec
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
+from pgenrm_train.files import write_json
+from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
 from pgenrm_train.run.tracking import METRICS, append, read, trim
 
 PROMPTS_AT_ONCE = 64  # of a measurement
@@ -358,11 +358,9 @@ class ChainTrainer(PPOTrainerSync):
         run, step = self.run, self.global_steps
         run.beat(run.stage, step, "saving a checkpoint")
         super()._save_checkpoint()
-        folder = run.work_dir / "verl" / f"global_step_{step}"
-        draft = folder / (MARKER + ".tmp")
-        draft.write_text(json.dumps({"step": step, "sampler": run.state_dict()}))
-        draft.rename(folder / MARKER)
-        for old in complete_checkpoints(run.work_dir / "verl")[: -run.keep_checkpoints]:
+        marker = run.work_dir / "verl" / f"global_step_{step}" / COMPLETE
+        write_json(marker, {"step": step, "sampler": run.state_dict()})
+        for old in complete_checkpoints(run.work_dir / "verl", CHECKPOINTS)[: -run.keep_checkpoints]:
             shutil.rmtree(old)
 
 

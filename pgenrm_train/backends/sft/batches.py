@@ -1,14 +1,14 @@
-"""Chats → token ids → micro-batches: which tokens bear loss, which sequences lie together, and how they are laid out.
+"""Chats → token ids → micro-batches: the tokens that bear loss, the sequences of a micro-batch, and their layout.
 
-A step's sequences are the next `psi.batch_size` of the epoch's permutation, and its loss is the weighted mean over the step's
-trained tokens, whatever the layout:
+A step's sequences are the next `psi.batch_size` of the epoch's permutation.  Its loss is the weighted mean over the
+step's trained tokens under every layout:
 
     padded     micro-batches in the permutation's order, each row padded to the longest
-    grouped    the step's sequences sorted by length first, so that a micro-batch holds sequences of like length
-    packed     the step's sequences dealt to micro-batches of like token counts, each laid out as one row without padding
+    grouped    the step's sequences first sorted by length: a micro-batch holds sequences of similar length
+    packed     the step's sequences dealt to micro-batches of similar token counts, each one row without padding
 
-So the three give the same gradient (up to rounding): a layout is a matter of speed and never of what is learnt.  This is *our
-choice*; grouping or packing across the whole epoch pads a little less, but makes the sequences of a step alike.
+So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is *our
+choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step similar.
 """
 
 from __future__ import annotations
@@ -16,21 +16,35 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import DataError
+from pgenrm_train.files import atomic
 from pgenrm_train.prompts.messages import JSON_START
 
-LAYOUTS = ("padded", "grouped", "packed")
+if TYPE_CHECKING:
+    import torch
+
+    MicroBatch = dict[str, torch.Tensor | int]
+
+
+class Layout(StrEnum):
+    PADDED = "padded"
+    GROUPED = "grouped"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one chat; the first that bears loss; the first of the score part (`len(ids)` when the answer has none)."""
+    """Token ids of one chat, with the index of the first that bears loss and of the first of the score part.
+
+    `score_from` is `len(ids)` if the answer has no score part.
+    """
 
     ids: Sequence[int] | np.ndarray
     loss_from: int
@@ -38,31 +52,40 @@ class Encoded:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Encoded:
-    """Ids of a chat whose last message is the assistant's; loss starts where the generation prompt ends.
+    """Encode a chat that ends with the assistant; loss starts where the generation prompt ends.
 
-    The same ids result from tokenising prompt and answer apart, which is what generation sees: the template's text before the
-    answer must be a prefix of the whole, or DataError is raised.  The score part starts at the token that holds the first
+    Prompt and answer are tokenised apart, as in generation.  Raises DataError if the template's text before the
+    answer is not a prefix of the text with the answer.  The score part starts at the token that holds the first
     character of the last `<JSON_START>`.
     """
     render: Callable[..., str] = tokenizer.apply_chat_template
     prompt = render(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-    whole = render(list(messages), tokenize=False)
-    if not whole.startswith(prompt):
+    text = render(list(messages), tokenize=False)
+    if not text.startswith(prompt):
         raise DataError(
-            "the chat template renders a prompt that is not a prefix of prompt and answer; loss could not be placed"
+            "the chat template renders a prompt that is not a prefix of prompt and answer, so the place of the loss "
+            "is unknown; use another tokenizer or mend chat_template.jinja"
         )
-    answer = whole[len(prompt) :]
+    answer = text[len(prompt) :]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     start = answer.rfind(JSON_START)
-    analysis = (
-        sum(end <= start for _, end in encoded["offset_mapping"]) if start >= 0 else len(encoded["input_ids"])
-    )
+    ends = [end for _, end in encoded["offset_mapping"]]
+    analysis = sum(end <= start for end in ends) if start >= 0 else len(ends)
     return Encoded((*prompt_ids, *encoded["input_ids"]), len(prompt_ids), len(prompt_ids) + analysis)
 
 
+def pad_of(tokenizer: Any) -> int:
+    """Id that pads a row: the tokenizer's, or its end token."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 class Chats:
-    """A map-style dataset over the encoded chats of a parquet file: one flat array of ids, which processes can share."""
+    """Map-style dataset over the encoded chats of a parquet file.
+
+    The ids are one flat array that processes can share.
+    """
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
@@ -82,11 +105,9 @@ class Chats:
 
 
 def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
-    """The file that `Chats` reads."""
+    """Write the file that `Chats` reads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from pgenrm_train.files import atomic
 
     table = pa.table(
         {
@@ -99,27 +120,28 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
         pq.write_table(table, temporary)
 
 
-def layout_of(config: Config) -> str:
-    """`psi.packing`, by default true on GPUs; on a CPU padding costs little where a step's lengths are alike, as nano's are.
+def layout_of(psi: PsiConfig, device: str) -> Layout:
+    """Layout by `psi.packing`, which is true by default on GPUs.
 
-    A sequence that processes share has a row of its own.
+    On a CPU padding costs little if the lengths of a step are similar, as those of nano.  A sequence that processes
+    share has a row of its own.
     """
-    by_default = config.cluster.device == "cuda" and config.psi.sequence_parallel == 1
-    packing = by_default if config.psi.packing is None else config.psi.packing
-    return "packed" if packing else "grouped"
+    by_default = device == "cuda" and psi.sequence_parallel == 1
+    packing = by_default if psi.packing is None else psi.packing
+    return Layout.PACKED if packing else Layout.GROUPED
 
 
 class StepOrder:
-    """A sampler: the order in which an epoch's sequences are cut into micro-batches of `micro_batch_size`.
+    """Sampler: the order in which an epoch's sequences are cut into micro-batches of `micro_batch_size`.
 
-    The permutation depends on seed and epoch only, so that a resumed run goes on in the same order.  Micro-batches go to the
-    processes in turn; a sequence that `copies` neighbours share comes once for each.
+    The permutation depends on seed and epoch only, so a resumed run continues in the same order.  Processes take
+    micro-batches in turn.  A sequence that `copies` neighbours share appears once for each.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
-        layout: str,
+        layout: Layout,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -150,19 +172,19 @@ class StepOrder:
                 yield from [step[index]] * self.copies
 
 
-def arrange(lengths: Sequence[int], layout: str, size: int) -> list[int]:
-    """The order of one step's sequences whose consecutive chunks of `size` are its micro-batches.
+def arrange(lengths: Sequence[int], layout: Layout, size: int) -> list[int]:
+    """Order of one step's sequences; its consecutive chunks of `size` are the micro-batches.
 
-    Micro-batches that different processes work on at a time stand side by side, and are of like size under both layouts.
+    Micro-batches that processes work on at the same time are neighbours, and of similar size unless padded.
     """
-    if layout == "padded" or len(lengths) <= size:
+    if layout is Layout.PADDED or len(lengths) <= size:
         return list(range(len(lengths)))
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return longest_first if layout == "grouped" else _deal(lengths, longest_first, size)
+    return longest_first if layout is Layout.GROUPED else _deal(lengths, longest_first, size)
 
 
 def _deal(lengths: Sequence[int], longest_first: Sequence[int], size: int) -> list[int]:
-    """Each sequence goes to the micro-batch that has the fewest tokens and still room; all but the last hold `size`."""
+    """Deal each sequence to the micro-batch with the fewest tokens that has room; all but the last hold `size`."""
     bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // size))]
     last_room = len(lengths) - size * (len(bins) - 1)
     fewest = [(0, number) for number in range(len(bins))]
@@ -171,16 +193,17 @@ def _deal(lengths: Sequence[int], longest_first: Sequence[int], size: int) -> li
         bins[number].append(index)
         if len(bins[number]) < (size if number < len(bins) - 1 else last_room):
             heapq.heappush(fewest, (tokens + lengths[index], number))
-    return [index for chosen in bins for index in chosen]
+    return [index for one in bins for index in one]
 
 
-def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: float = 1.0) -> dict[str, Any]:
-    """One micro-batch; K is the number of trained tokens.
+def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: float = 1.0) -> MicroBatch:
+    """Lay out one micro-batch of K trained tokens.
 
-    `input_ids` (rows, width); `predicts` (K,) the flat places whose hidden states predict the trained tokens, `labels` (K,) those
-    tokens, `weights` (K,) 1 in the analysis and `score_weight` in the score part.  Rows are padded on the right, which a causal
-    model needs no mask for.  A packed row has `position_ids` that start anew with each sequence, and the boundaries that FlashAttention and
-    `packed_attention` take; another attention makes a block-diagonal mask of the positions.
+    `input_ids` (rows, width); `predicts` (K,): flat places whose hidden states predict the trained tokens;
+    `labels` (K,): those tokens; `weights` (K,): 1 in the analysis and `score_weight` in the score part.
+    Rows are padded on the right, for which a causal model needs no mask.  A packed row also has `position_ids` that
+    restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any other
+    attention makes a block-diagonal mask of the positions.
     """
     import torch
 
@@ -196,16 +219,16 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
         weight[chat.score_from - chat.loss_from :] = score_weight
         weights.append(weight)
     places = torch.cat(predicts)
-    found = {
+    laid_out: MicroBatch = {
         "input_ids": ids.view(-1, width),
         "predicts": places,
         "labels": ids[places + 1],
         "weights": torch.cat(weights),
     }
-    return found | (_boundaries(lengths) if packed else {})
+    return laid_out | (_boundaries(lengths) if packed else {})
 
 
-def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
+def _boundaries(lengths: Sequence[int]) -> MicroBatch:
     import torch
 
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -1,64 +1,67 @@
-"""Checkpoints of SFT on disk: which are whole, whose they are, and whether training is over."""
+"""Checkpoints of SFT on disk: which are usable, which run they belong to, and whether training is over."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import ArtifactError
+from pgenrm_train.files import read_json, write_json
+from pgenrm_train.run.checkpoints import COMPLETE, step_of
 
-COMPLETE = "complete.json"  # the last file written into a checkpoint
+MARKS = {"ranks": "number of processes", "zero_stage": "ZeRO stage", "model": "model or adapter"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Written into each checkpoint; training resumes only from a checkpoint with an equal mark."""
+
+    ranks: int
+    zero_stage: int
+    model: str
 
 
 def newest_complete(steps: Path, *, clean: bool = True) -> Path | None:
-    """The newest checkpoint that is whole; newer ones, half-written or damaged since, are reported and removed (`clean`)."""
+    """Return the newest usable checkpoint; report and remove (`clean`) newer ones that are not usable."""
     for folder in sorted(steps.glob("checkpoint-*"), key=step_of, reverse=True):
-        wrong = (
-            "half-written" if not (folder / COMPLETE).exists() else "damaged" if _damaged(folder) else None
-        )
-        if wrong is None:
+        complete = (folder / COMPLETE).exists()
+        if complete and not _damaged(folder):
             return folder
         if clean:
-            print(f"ignoring {wrong} checkpoint {folder}", flush=True)
+            print(f"ignoring {'damaged' if complete else 'half-written'} checkpoint {folder}", flush=True)
             shutil.rmtree(folder)
     return None
 
 
-def sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file."""
-    return {
-        str(file.relative_to(checkpoint)): file.stat().st_size
-        for file in checkpoint.rglob("*")
-        if file.is_file()
-    }
+def mark_complete(checkpoint: Path, mark: Mark) -> None:
+    """Write the marker, with the size of every file.  It must be the last file of the checkpoint."""
+    marker = {"step": step_of(checkpoint), **asdict(mark), "bytes": _sizes(checkpoint)}
+    write_json(checkpoint / COMPLETE, marker)
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Size of every file in bytes."""
+    files = (file for file in checkpoint.rglob("*") if file.is_file())
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
 
 
 def _damaged(checkpoint: Path) -> bool:
-    """Whether a file that the marker counts is gone or has another size, as a full or failing disk leaves it."""
-    noted = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("bytes", {})
-    return bool(noted.items() - sizes(checkpoint).items())
+    """Whether a file of the marker is missing or has another size, as after a disk failure."""
+    marker = read_json(checkpoint / COMPLETE)
+    return bool(marker.get("bytes", {}).items() - _sizes(checkpoint).items())
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def check_resumable(checkpoint: Path, mark: Mapping[str, Any]) -> None:
-    """A checkpoint continues with the processes, the ZeRO stage and the model that wrote it.  Raises ArtifactError otherwise."""
-    found = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    for key, what in (
-        ("ranks", "number of processes"),
-        ("zero_stage", "ZeRO stage"),
-        ("model", "model or adapter"),
-    ):
-        if found.get(key) != mark[key]:
+def check_resumable(checkpoint: Path, mark: Mark) -> None:
+    """Raise ArtifactError unless `mark` is the one that the checkpoint was written with."""
+    marker = read_json(checkpoint / COMPLETE)
+    for key, value in asdict(mark).items():
+        if marker.get(key) != value:
             raise ArtifactError(
-                f"{checkpoint} was written with another {what} ({found.get(key)}, now {mark[key]}); "
-                "go on as it was, or use another run_dir="
+                f"{checkpoint} was written with another {MARKS[key]} ({marker.get(key)}, now {value}); "
+                "restore the old setting, or use another run_dir="
             )
 
 
@@ -68,14 +71,13 @@ def state_of(checkpoint: Path) -> Any:
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
-def is_over(config: Config, state: Any) -> bool:
-    """All planned steps are made, or validation has ended training."""
-    return bool(state.global_step >= state.max_steps > 0) or stopped_early(config, state)
+def is_over(psi: PsiConfig, state: Any) -> bool:
+    """Whether all planned steps are made, or validation has ended training."""
+    return bool(state.global_step >= state.max_steps > 0) or stopped_early(psi, state)
 
 
-def stopped_early(config: Config, state: Any) -> bool:
-    """Whether `psi.patience` validations have passed since the best one.  Nothing but the state is asked: a resume decides alike."""
-    psi = config.psi
+def stopped_early(psi: PsiConfig, state: Any) -> bool:
+    """Whether `psi.patience` validations have passed since the best one; depends on the state alone."""
     if not psi.patience or not psi.evaluate_every or not state.best_global_step:
         return False
     return bool(state.global_step - state.best_global_step >= psi.patience * psi.evaluate_every)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with an SFT run before a weight is loaded or a GPU is touched, said in one sentence each."""
+"""Checks of an SFT run before a weight is loaded or a GPU is touched; each failure is one sentence."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from typing import Any
 import numpy as np
 
 from pgenrm_train.backends.sft.batches import Encoded, encode_chat
-from pgenrm_train.config import Config
-from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.config import Config, LoraConfig, PsiConfig
+from pgenrm_train.errors import ArtifactError, ConfigError, DataError, first_line
 from pgenrm_train.files import fingerprint
 
 HEADS = {"lm_head", "embed_out"}
-CHANGES_LOGITS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-)  # our loss knows a plain head only
+# settings of models that change the logits after the head, which our loss does not
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass(frozen=True)
 class Start:
-    """A model that can be trained: its tokenizer, the longest chat it takes (tokens), and what tells its shape from another's."""
+    """A model that can be trained."""
 
     tokenizer: Any
-    limit: int
-    identity: str
+    limit: int  # tokens of the longest chat
+    identity: str  # hash of the names and shapes of its weights
 
 
-def check_libraries(config: Config) -> None:
-    """Optional kernels are there where they are asked for.  Raises ConfigError."""
-    if config.psi.liger:
+def check_libraries(psi: PsiConfig) -> None:
+    """Raise ConfigError if optional kernels are set but not installed."""
+    if psi.liger:
         from transformers.utils import is_liger_kernel_available
 
         if not is_liger_kernel_available():
@@ -43,35 +40,36 @@ def check_libraries(config: Config) -> None:
 
 
 def inspect_start(config: Config, start: Path | str) -> Start:
-    """Look at configuration, tokenizer and module names of `start`, not at its weights."""
+    """Check the configuration, tokenizer and module names of `start`, without its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         shape = AutoConfig.from_pretrained(start)
         tokenizer = AutoTokenizer.from_pretrained(start)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{start} is not a model that PSI can start from: {_first_line(error)}") from None
+        raise ArtifactError(f"{start} is not a model that PSI can start from: {first_line(error)}") from None
     check_template(tokenizer, start)
-    if odd := [name for name in CHANGES_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]:
+    if changes := [name for name in CHANGES_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]:
         raise ConfigError(
-            f"{start} changes its logits after the head ({odd[0]}), which the loss of PSI does not do; use another model"
+            f"{start} changes its logits after the head ({changes[0]}), which the loss of PSI does not do; "
+            "use another model"
         )
-    _check_heads(config, shape)
-    asked = config.model.max_prompt_tokens + config.model.max_response_tokens
-    limit = min(asked, getattr(shape, "max_position_embeddings", None) or asked)
-    return Start(tokenizer, limit, _identity(config, shape))
+    _check_heads(config.psi.sequence_parallel, shape)
+    wanted = config.model.max_prompt_tokens + config.model.max_response_tokens
+    limit = min(wanted, getattr(shape, "max_position_embeddings", None) or wanted)
+    return Start(tokenizer, limit, _identity(config.model.lora, shape))
 
 
 def check_template(tokenizer: Any, model: Path | str) -> None:
     if not tokenizer.chat_template:
         raise DataError(
-            f"the tokenizer of {model} has no chat template; start from an instruct model or add chat_template.jinja"
+            f"the tokenizer of {model} has no chat template; start from an instruct model or add "
+            "chat_template.jinja"
         )
 
 
-def _check_heads(config: Config, shape: Any) -> None:
-    """Processes that share a sequence share out its heads.  Raises ConfigError."""
-    parts = config.psi.sequence_parallel
+def _check_heads(parts: int, shape: Any) -> None:
+    """Raise ConfigError unless `parts` processes can share a sequence and divide its heads."""
     if parts == 1:
         return
     heads = shape.num_attention_heads
@@ -82,18 +80,18 @@ def _check_heads(config: Config, shape: Any) -> None:
         )
     if "sliding_attention" in (getattr(shape, "layer_types", None) or ()):
         raise ConfigError(
-            f"psi.sequence_parallel={parts} is for models whose layers all see the whole text; this one has windows"
+            f"psi.sequence_parallel={parts} needs full attention in every layer, and this model has sliding windows; "
+            "set psi.sequence_parallel=1"
         )
 
 
-def _identity(config: Config, shape: Any) -> str:
-    """Names and shapes of all weights.  Raises ConfigError when a LoRA target names no module."""
+def _identity(lora: LoraConfig, shape: Any) -> str:
+    """Hash names and shapes of all weights.  Raises ConfigError if a LoRA target names no module."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(shape)
-    lora = config.model.lora
     if lora.rank:
         _check_targets(lora.target_modules, skeleton)
     weights = {name: list(weight.shape) for name, weight in skeleton.named_parameters()}
@@ -101,24 +99,25 @@ def _identity(config: Config, shape: Any) -> str:
 
 
 def _check_targets(targets: Sequence[str], model: Any) -> None:
-    """As peft matches them: a module's whole name, or its end after a dot."""
+    """Match targets as peft does: by a module's full name, or by its end after a dot."""
     from torch.nn import Linear
 
     names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:
-        there = sorted({name.rsplit(".", 1)[-1] for name in names} - HEADS)
+        layers = sorted({name.rsplit(".", 1)[-1] for name in names} - HEADS)
         raise ConfigError(
-            f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; it has {', '.join(there)}"
+            f"model.lora.target_modules={','.join(unknown) or '[]'} names no linear layer of the model; "
+            f"it has {', '.join(layers)}"
         )
     if set(targets) & HEADS:
         raise ConfigError(
-            "model.lora.target_modules must not name the output head: the loss of PSI is made inside it"
+            "model.lora.target_modules must not name the output head: the loss of PSI is computed inside it"
         )
 
 
 def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
-    """All chats of a parquet file as ids.  Raises DataError that names the first row where one cannot be learnt from."""
+    """Encode all chats of a parquet file.  Raises DataError that names the first row that cannot be trained on."""
     import pyarrow.parquet as pq
 
     chats = []
@@ -127,19 +126,14 @@ def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
             chat = encode_chat(tokenizer, messages)
         except DataError as error:
             raise DataError(f"{rows}, row {number}: {error}") from None
-        chats.append(
-            replace(chat, ids=np.array(chat.ids, dtype=np.int32))
-        )  # a tuple takes ten times the memory
+        # a tuple takes ten times the memory
+        chats.append(replace(chat, ids=np.array(chat.ids, dtype=np.int32)))
     if not chats:
         raise DataError(f"{rows} holds no chains to train on")
     if long := [number for number, chat in enumerate(chats) if len(chat.ids) > limit]:
         raise DataError(
-            f"{rows}: {len(long)} of {len(chats)} chats are longer than the model's limit of {limit} tokens, the first in row {long[0]} "
-            f"with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and build again, or raise model.max_response_tokens "
-            "if the two add up to less than the model's positions"
+            f"{rows}: {len(long)} of {len(chats)} chats are longer than the model's limit of {limit} tokens, "
+            f"the first in row {long[0]} with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and build "
+            "again, or raise model.max_response_tokens if the two add up to less than the model's positions"
         )
     return chats
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -1,11 +1,11 @@
-"""The loss of PSI, in pieces, so that a large vocabulary does not own the memory.
+"""The loss of PSI, computed in pieces, so that a large vocabulary does not fill the memory.
 
     L = Σ_t w_t · −log p(x_t | x_<t) / Σ_t w_t        t over the step's assistant tokens
 
-w_t is 1 in the analysis and `psi.score_weight` from `<JSON_START>` on; 1 everywhere is METHOD §3, another weight *our choice*.
-Logits are made for the tokens that predict a trained one only, and where they would be many, piece by piece: a piece's logits
-are thrown away after the forward pass and made again in the backward pass.  The head then runs three times instead of twice, and
-memory is that of one piece.
+w_t is 1 in the analysis and `psi.score_weight` from `<JSON_START>` on.  A weight of 1 everywhere is METHOD §3,
+another weight is *our choice*.  Only tokens that predict a trained one get logits.  If these are many, they are
+computed piece by piece: the logits of a piece are dropped after the forward pass and computed again in the backward
+pass.  The head then runs three times instead of twice, and the memory is that of one piece.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pgenrm_train.cluster.planning.memory import PIECE
+from pgenrm_train.cluster.sizes import PIECE
 
 
 def weighted_loss(
@@ -30,7 +30,10 @@ def weighted_loss(
     vocabulary: int,
     piece: int,
 ) -> torch.Tensor:
-    """Σ_t w_t · cross entropy of `head(hidden)`: hidden (K, d), labels and weights (K,).  Exact for every `piece`."""
+    """Σ_t w_t · cross entropy of `head(hidden)`, exact for every `piece`.
+
+    hidden (K, d), labels and weights (K,).
+    """
     size = max(1, piece // vocabulary)
     if len(labels) <= size:
         return _piece(head, hidden, labels, weights)
@@ -48,11 +51,11 @@ def _piece(
 
 
 def train_in_pieces(model: Any) -> None:
-    """Make `model(input_ids, predicts, labels, weights, …)` (see `sft_batches.collate`) return the loss without the logits.
+    """Make `model(input_ids, predicts, labels, weights, …)` (`batches.collate`) return the loss without logits.
 
-    The pieces are made inside one call of the head: ZeRO-3 gathers a module's weights whenever it is called, all processes
-    together, and their micro-batches may have different numbers of pieces.  Without `predicts`, as in generation, the model answers
-    as before.  `num_items_in_batch` is Σ w_t over the optimiser step; null: this batch's.
+    One call of the head computes all pieces.  ZeRO-3 gathers a module's weights at each call, on all processes
+    together, and their micro-batches may have different numbers of pieces.  Without `predicts`, as in generation,
+    the model answers as before.  `num_items_in_batch` is Σ w_t over the optimiser step; null: over this batch.
     """
     head, plain = model.get_output_embeddings(), model.forward
     logits = head.forward

@@ -1,7 +1,7 @@
-"""The from-scratch model of the CPU default: a tiny Qwen2 and a byte-level BPE tokenizer trained on the run's own texts.
+"""The from-scratch model of the CPU default: a tiny Qwen2, and a byte-level BPE tokenizer of the run's own texts.
 
-`AutoTokenizer` loads `Qwen2Tokenizer` for model type `qwen2` whatever the files say, and that class brings its own
-pre-tokeniser; so the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the same ids.
+`AutoTokenizer` always loads `Qwen2Tokenizer` for model type `qwen2`, and that class brings its own pre-tokeniser.
+So the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the same ids.
 The vocabulary equals `len(tokenizer)`: veRL masks ids beyond it in vLLM but not in the actor.
 """
 
@@ -15,12 +15,11 @@ from pathlib import Path
 from pgenrm_train.config import NanoConfig
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
-DIGITS = tuple(
-    f" {digit}" for digit in range(10)
-)  # Qwen2's pre-tokeniser would part the space from the digit
+# Qwen2's pre-tokeniser would separate the space from the digit
+DIGITS = tuple(f" {digit}" for digit in range(10))
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}{% generation %}{{ m['content'] + '<|end|>' }}"
-    "{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+    "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -60,7 +59,7 @@ def make_nano(
 
 
 def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], config: NanoConfig):  # type: ignore[no-untyped-def]
-    """A `Qwen2Tokenizer` whose merges come from `texts`."""
+    """Train the merges of a `Qwen2Tokenizer` on `texts`."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import AddedToken, Qwen2Tokenizer
 
@@ -73,7 +72,7 @@ def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], config: NanoConf
     )
     bpe = blank.backend_tokenizer
     fixed = [*fixed, *DIGITS]
-    # The fixed strings are cut out first: merges must be learnt on what the tokenizer will be left with.
+    # The fixed strings are cut out first: merges must be learnt on the text that remains between them.
     cuts = re.compile("|".join(re.escape(text) for text in sorted(fixed, key=len, reverse=True)))
     bpe.train_from_iterator((piece for text in texts for piece in cuts.split(text) if piece), trainer=trainer)
     state = json.loads(bpe.to_str())["model"]

@@ -1,7 +1,8 @@
-"""PSI over several nodes: Ray Train places the ranks, and starts all of them again when one is lost.
+"""PSI over several nodes: Ray Train places the ranks, and restarts all of them when one is lost.
 
-A rank runs the code that torchrun runs on one node.  Each attempt goes on from the newest complete checkpoint in the run folder,
-which every node sees, and not from what Ray Train was told of: a worker that dies right after a save has not told it yet.
+A rank runs the same code as under torchrun.  Each attempt resumes from the newest complete checkpoint in the run
+folder, which every node sees.  Ray Train's own record would be late: a worker that dies right after a save has not
+reported it yet.
 """
 
 from __future__ import annotations
@@ -11,85 +12,83 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.ray.cluster import join
-from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.backends.sft.checkpoints import newest_complete
+from pgenrm_train.backends.sft.settings import rank_count
+from pgenrm_train.config import ClusterConfig, Config
+from pgenrm_train.errors import BackendError, ConfigError, last_line
 
 
-def run(config: Config, job: Path, variables: dict[str, str]) -> None:
-    """Run the job file's training on `nodes × processes_per_node` ranks of the cluster at `ray.address`.
+def run(config: Config, job_file: Path, variables: dict[str, str]) -> None:
+    """Train the job on `nodes × processes_per_node` ranks of the cluster at `ray.address`.
 
-    Raises ConfigError without an address, BackendError when a rank failed more than `cluster.max_failures` times.
+    Raises ConfigError without an address, BackendError if a rank failed more than `cluster.max_failures` times.
     """
     import ray
 
     if config.ray.address is None:
         raise ConfigError(
-            f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster (ray start --head there, "
-            "ray start --address=HOST:PORT on the other nodes)"
+            f"cluster.nodes={config.cluster.nodes} needs ray.address=HOST:PORT of a running Ray cluster "
+            "(ray start --head there, ray start --address=HOST:PORT on the other nodes)"
         )
     join(config.ray.address, variables | {"RAY_TRAIN_V2_ENABLED": "1"}, show_output=True)
     try:
-        _fit(config, job)
+        _fit(config.cluster, job_file)
     finally:
         ray.shutdown()
 
 
-def _fit(config: Config, job: Path) -> None:
+def _fit(cluster: ClusterConfig, job_file: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    cluster, cuda = config.cluster, config.cluster.device == "cuda"
+    cuda = cluster.device == "cuda"
     trainer = TorchTrainer(
-        _rank,
-        train_loop_config={"job": str(job)},
+        _train_rank,
+        train_loop_config={"job": str(job_file)},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.nodes * cluster.processes_per_node,
+            num_workers=rank_count(cluster),
             use_gpu=cuda,
-            placement_strategy="PACK"
-            if cuda
-            else "SPREAD",  # a node's GPUs together; logical CPU nodes one rank each
+            # PACK keeps a node's GPUs together; SPREAD gives logical CPU nodes one rank each
+            placement_strategy="PACK" if cuda else "SPREAD",
         ),
         run_config=RunConfig(
             name="psi",
-            storage_path=str(job.parent / "ray_train"),
+            storage_path=str(job_file.parent / "ray_train"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[teller(job.parent / "steps")],
+            callbacks=[lost_rank_reporter(job_file.parent / "steps")],
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise BackendError(
-            f"PSI failed more than cluster.max_failures={cluster.max_failures} times on the cluster; its last words: "
-            f"{str(error).strip().splitlines()[-1]}"
+            f"PSI failed more than cluster.max_failures={cluster.max_failures} times on the cluster; "
+            f"last error: {last_line(error)}"
         ) from error
 
 
-def teller(steps: Path) -> Any:
-    """Ray Train's callback, which it takes to its controller; what is printed there appears here."""
+def lost_rank_reporter(steps: Path) -> Any:
+    """Ray Train's callback that reports lost ranks: it runs in Ray's controller, whose output appears here."""
     from ray.train import UserCallback
 
-    class Teller(UserCallback):  # type: ignore[misc]
+    class LostRankReporter(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            print(lost_sentence(worker_exceptions, steps), flush=True)
+            print(_format_lost_ranks(worker_exceptions, steps), flush=True)
 
-    return Teller()
+    return LostRankReporter()
 
 
-def lost_sentence(errors: Mapping[int, Exception], steps: Path) -> str:
-    """What a user reads when ranks of PSI are gone, with their node or by themselves."""
-    from pgenrm_train.backends.sft.checkpoints import newest_complete
-
+def _format_lost_ranks(errors: Mapping[int, Exception], steps: Path) -> str:
     newest = newest_complete(steps, clean=False)
-    return (
-        f"psi: rank {', '.join(map(str, sorted(errors)))} of the cluster was lost ({type(errors[min(errors)]).__name__}); all start again "
-        f"{f'from {newest}' if newest else 'from the beginning'} once enough nodes are there"
-    )
+    ranks, kind = ", ".join(map(str, sorted(errors))), type(errors[min(errors)]).__name__
+    start = f"from {newest}" if newest else "from the beginning"
+    return f"psi: rank {ranks} of the cluster was lost ({kind}); all start again {start} once enough nodes are there"
 
 
-def _rank(settings: dict[str, str]) -> None:
-    from pgenrm_train.backends.sft.engine import train_rank
+def _train_rank(settings: dict[str, str]) -> None:
+    from pgenrm_train.backends.sft.job import Job
+    from pgenrm_train.backends.sft.rank import train_rank
 
-    train_rank(settings["job"])
+    train_rank(Job.read(Path(settings["job"])))

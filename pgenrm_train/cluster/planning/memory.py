@@ -28,6 +28,7 @@ import math
 from dataclasses import dataclass, field
 
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
+from pgenrm_train.cluster.sizes import PIECE
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig
 from pgenrm_train.errors import ConfigError
 
@@ -36,9 +37,6 @@ BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_si
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
-PIECE = (
-    2**26
-)  # logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, where it has the GPU to itself
 CPU_PROCESSES_GIB = {

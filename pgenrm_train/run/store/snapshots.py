@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import fingerprint, read_json
+from pgenrm_train.run.checkpoints import complete_checkpoints, step_of
 from pgenrm_train.run.folder import StageFolder
 
-COMPLETE = "complete.json"  # in a step checkpoint: the last file that an engine writes into it
 STEPS = ("steps/checkpoint-*", "verl/global_step_*")  # of PSI; of CRE and the curriculum
 LEFT_OUT = ("steps", "verl", "wandb", "ray_logs", "ray_train")
 OPEN_DATABASE = "cache.db"  # answers of a model: SQLite's files make sense together only, so they travel when the stage is complete
@@ -44,10 +44,9 @@ def resumable(folder: Path) -> list[Path]:
     """The step checkpoints that a start goes on from or publishes: the newest complete one, and the one that validation likes best."""
     found = []
     for pattern in STEPS:
-        whole = sorted((path.parent for path in folder.glob(f"{pattern}/{COMPLETE}")), key=_step)
-        if whole:
-            newest, best = whole[-1], _best(whole[-1])
-            found += [path for path in whole if path == newest or _step(path) == best]
+        if complete := complete_checkpoints(folder, pattern):
+            newest, best = complete[-1], _best(complete[-1])
+            found += [path for path in complete if path == newest or step_of(path) == best]
     return found
 
 
@@ -109,10 +108,6 @@ def _hold(path: Path, to: Path) -> None:
         except OSError:  # a file system without hard links
             pass
     shutil.copy2(path, to)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2].rpartition("_")[2])
 
 
 def _best(checkpoint: Path) -> int | None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from pgenrm_train.backends.sft.attention import part_of, register_packed
 from pgenrm_train.backends.sft.batches import (
-    LAYOUTS,
     Chats,
     Encoded,
+    Layout,
     StepOrder,
     arrange,
     collate,
@@ -18,9 +19,7 @@ from pgenrm_train.backends.sft.batches import (
     write_chats,
 )
 from pgenrm_train.backends.sft.loss import train_in_pieces, weighted_loss
-from pgenrm_train.backends.sft.packed_attention import register
-from pgenrm_train.backends.sft.shared_sequence import share_of
-from pgenrm_train.config import ClusterConfig, Config, PsiConfig
+from pgenrm_train.config import PsiConfig
 
 SHAPE = {
     "vocab_size": 50,
@@ -125,9 +124,9 @@ def alone(model, chats, score_weight):
         ("qwen2", "sdpa"),
         ("qwen2", "eager"),
         ("llama", "sdpa"),
-        ("qwen2", register()),
-        ("llama", register()),
-        ("windowed", register()),
+        ("qwen2", register_packed()),
+        ("llama", register_packed()),
+        ("windowed", register_packed()),
     ],
 )
 def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, attention, packed, score_weight):
@@ -141,7 +140,7 @@ def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, atten
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", Layout)
 def test_a_step_has_the_same_gradient_under_every_layout(layout):
     chats = random_chats(13)
     model = model_of("qwen2", "sdpa")
@@ -150,7 +149,10 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
     order = arrange([len(c.ids) for c in chats], layout, 4)
     batches = [
         collate(
-            [chats[i] for i in order[first : first + 4]], pad=0, packed=layout == "packed", score_weight=2.0
+            [chats[i] for i in order[first : first + 4]],
+            pad=0,
+            packed=layout is Layout.PACKED,
+            score_weight=2.0,
         )
         for first in range(0, 13, 4)
     ]
@@ -165,7 +167,7 @@ def test_packed_attention_generates_like_sdpa_and_leaves_no_trace_in_a_checkpoin
     ids = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 3]])
     seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # as prompts of unequal length are generated from
     said = []
-    for attention in ("sdpa", register()):
+    for attention in ("sdpa", register_packed()):
         model = model_of("qwen2", attention).eval()
         said.append(
             model.generate(
@@ -240,7 +242,7 @@ def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
 # ---- which sequences lie together ----
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize(("count", "size"), [(8, 8), (32, 4), (13, 4), (3, 4), (17, 16), (1, 1)])
 def test_every_sequence_of_a_step_is_in_it_once(layout, count, size):
     rng = random.Random(count)
@@ -256,19 +258,19 @@ def test_grouping_pads_less_and_packing_evens_out_the_tokens():
         return [[lengths[i] for i in order[first : first + 8]] for first in range(0, 128, 8)]
 
     padded, grouped = (
-        sum(8 * max(batch) for batch in micro_batches(layout)) for layout in ("padded", "grouped")
+        sum(8 * max(batch) for batch in micro_batches(layout)) for layout in (Layout.PADDED, Layout.GROUPED)
     )
     assert grouped < 0.6 * padded
-    dealt = [sum(batch) for batch in micro_batches("packed")]
+    dealt = [sum(batch) for batch in micro_batches(Layout.PACKED)]
     assert max(dealt) < 1.15 * min(dealt) and max(dealt) < 1.1 * sum(lengths) / 16
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", Layout)
 def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
     lengths = [len(c.ids) for c in random_chats(50)]
     order, plain = (
         list(StepOrder(lengths, name, batch_size=16, micro_batch_size=4, seed=3))
-        for name in (layout, "padded")
+        for name in (layout, Layout.PADDED)
     )
     for first in range(0, 50, 16):
         assert sorted(order[first : first + 16]) == sorted(plain[first : first + 16])
@@ -278,26 +280,25 @@ def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
 def test_the_order_depends_on_seed_and_epoch_only():
     lengths = [len(c.ids) for c in random_chats(50)]
     settings = {"batch_size": 16, "micro_batch_size": 4}
-    first = StepOrder(lengths, "packed", seed=3, **settings)
+    first = StepOrder(lengths, Layout.PACKED, seed=3, **settings)
     epochs = []
     for epoch in range(3):
         first.set_epoch(epoch)
         epochs.append(list(first))
     assert all(a != b for a, b in itertools.combinations(epochs, 2))
-    resumed = StepOrder(lengths, "packed", seed=3, **settings)
+    resumed = StepOrder(lengths, Layout.PACKED, seed=3, **settings)
     resumed.set_epoch(resumed.epoch_of(8))  # 4 steps an epoch
     assert list(resumed) == epochs[2]
     assert [resumed.epoch_of(step) for step in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
-    assert list(StepOrder(lengths, "packed", seed=4, **settings)) != epochs[0]
+    assert list(StepOrder(lengths, Layout.PACKED, seed=4, **settings)) != epochs[0]
 
 
 def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
-    cuda = ClusterConfig(device="cuda")
-    assert layout_of(Config()) == "grouped"
-    assert layout_of(Config(cluster=cuda)) == "packed"
-    assert layout_of(Config(cluster=cuda, psi=PsiConfig(packing=False))) == "grouped"
-    assert layout_of(Config(psi=PsiConfig(packing=True))) == "packed"
-    assert layout_of(Config(cluster=cuda, psi=PsiConfig(sequence_parallel=2))) == "grouped"
+    assert layout_of(PsiConfig(), "cpu") is Layout.GROUPED
+    assert layout_of(PsiConfig(), "cuda") is Layout.PACKED
+    assert layout_of(PsiConfig(packing=False), "cuda") is Layout.GROUPED
+    assert layout_of(PsiConfig(packing=True), "cpu") is Layout.PACKED
+    assert layout_of(PsiConfig(sequence_parallel=2), "cuda") is Layout.GROUPED
 
 
 # ---- sequences that processes share ----
@@ -307,7 +308,7 @@ def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
 def test_the_parts_of_a_sequence_make_it_up_again_and_each_trained_token_is_in_one(parts):
     chat = CHATS[0]
     whole = collate([chat], pad=0, packed=False, score_weight=3.0)
-    shares = [share_of(whole, part, parts, pad=0) for part in range(parts)]
+    shares = [part_of(whole, part, parts, pad=0) for part in range(parts)]
     ids = torch.cat([share["input_ids"] for share in shares], 1)[0].tolist()
     assert tuple(ids[: len(chat.ids)]) == chat.ids and not any(ids[len(chat.ids) :])
     assert torch.cat([share["position_ids"] for share in shares], 1)[0].tolist() == list(range(len(ids)))
@@ -321,7 +322,7 @@ def test_the_parts_of_a_sequence_make_it_up_again_and_each_trained_token_is_in_o
 
 def test_neighbours_take_the_same_sequence_and_a_step_stays_the_same():
     settings = {"batch_size": 4, "micro_batch_size": 1, "seed": 3}
-    alone, shared = (StepOrder([9] * 10, "grouped", copies=copies, **settings) for copies in (1, 2))
+    alone, shared = (StepOrder([9] * 10, Layout.GROUPED, copies=copies, **settings) for copies in (1, 2))
     assert len(shared) == 2 * len(alone) == len(list(shared))
     assert list(shared)[::2] == list(alone) == list(shared)[1::2]
     assert shared.epoch_of(3) == alone.epoch_of(3) == 1

@@ -11,8 +11,8 @@ from data_builders.sources.personaworld import build
 from eval.studies.validation import Validation
 from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
-from pgenrm_train.backends.sft.engine import _merge
 from pgenrm_train.backends.sft.generate import TrainingGenerator
+from pgenrm_train.backends.sft.publishing import merge_adapter
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError, PGenRMError
@@ -166,8 +166,8 @@ def test_no_chats_are_said(tmp_path):
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 def test_a_missing_kernel_library_is_said():
     with pytest.raises(ConfigError, match=r"psi.liger=true needs the package liger-kernel"):
-        check_libraries(Config(psi=PsiConfig(liger=True)))
-    check_libraries(Config())
+        check_libraries(PsiConfig(liger=True))
+    check_libraries(PsiConfig())
 
 
 # ---- what is published ----
@@ -192,7 +192,7 @@ def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(tmp_path):
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         model.save_pretrained(tmp_path / "adapter")
-        _merge(NANO, tmp_path / "adapter", tmp_path / "merged", config)
+        merge_adapter(NANO, tmp_path / "adapter", tmp_path / "merged", config)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         plain = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
@@ -207,9 +207,8 @@ def training():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = load("recipe=psi", "pipeline.budget=smoke")
-    config.psi.micro_batch_size = 1
     model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval()
-    return config, TrainingGenerator(config, model, AutoTokenizer.from_pretrained(NANO))
+    return config, TrainingGenerator(config.model, model, AutoTokenizer.from_pretrained(NANO), batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +233,7 @@ def test_a_trained_model_is_scored_by_generation(training, validation):
 
 def test_answers_do_not_depend_on_the_batch(training, validation):
     config, generator = training
-    one_by_one = TrainingGenerator(config, generator.model, generator.tokenizer)
-    one_by_one.batch_size = 1
+    one_by_one = TrainingGenerator(config.model, generator.model, generator.tokenizer, batch_size=1)
     requests = validation.requests[:3]
     texts = [{a.key: a.text for a in g(requests, temperature=0.0)} for g in (generator, one_by_one)]
     assert texts[0] == texts[1] and len(texts[0]) == 3

@@ -1,18 +1,22 @@
 """What SFT learns from: only the assistant's tokens, under the chat templates of the families we train, and whole checkpoints."""
 
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from pgenrm_train.backends.sft.batches import encode_chat
-from pgenrm_train.backends.sft.checkpoints import COMPLETE, check_resumable, is_over, newest_complete
-from pgenrm_train.backends.sft.engine import Job, _publish, deepspeed_settings, deepspeed_variables
+from pgenrm_train.backends.sft.checkpoints import Mark, check_resumable, is_over, newest_complete
+from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.nano import CHAT_TEMPLATE, train_tokenizer
+from pgenrm_train.backends.sft.publishing import publish
+from pgenrm_train.backends.sft.settings import deepspeed_settings, deepspeed_variables
 from pgenrm_train.chains.chain import JSON_START, write_chain
-from pgenrm_train.config import ROOT, ClusterConfig, Config, NanoConfig, PsiConfig, load
+from pgenrm_train.config import ROOT, ClusterConfig, Config, ModelConfig, NanoConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
 from pgenrm_train.files import write_json
+from pgenrm_train.run.checkpoints import COMPLETE
 
 # Shaped like the published templates in what matters here: headers, a default system message, stripped contents, empty thoughts.
 LLAMA = (
@@ -186,12 +190,12 @@ def test_only_half_written_ones_mean_a_new_start(tmp_path):
     assert newest_complete(tmp_path) is None and not list(tmp_path.iterdir())
 
 
-MARK = {"ranks": 8, "zero_stage": 3, "model": "abc"}
+MARK = Mark(ranks=8, zero_stage=3, model="abc")
 
 
 def test_a_checkpoint_goes_on_as_it_was_written(tmp_path):
     folder = checkpoint(tmp_path, 100)
-    write_json(folder / COMPLETE, {"step": 100, **MARK})
+    write_json(folder / COMPLETE, {"step": 100, **asdict(MARK)})
     check_resumable(folder, MARK)
 
 
@@ -205,9 +209,9 @@ def test_a_checkpoint_goes_on_as_it_was_written(tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, key, value, sentence):
     folder = checkpoint(tmp_path, 100)
-    write_json(folder / COMPLETE, {"step": 100, **MARK})
+    write_json(folder / COMPLETE, {"step": 100, **asdict(MARK)})
     with pytest.raises(ArtifactError, match=sentence):
-        check_resumable(folder, MARK | {key: value})
+        check_resumable(folder, replace(MARK, **{key: value}))
 
 
 @pytest.mark.parametrize(
@@ -217,26 +221,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, key, value, sentence):
 def test_training_is_over_after_the_last_step_or_when_patience_is_out(step, best, over):
     from transformers import TrainerState
 
-    config = Config(psi=PsiConfig(evaluate_every=50, patience=2))
-    assert is_over(config, TrainerState(global_step=step, max_steps=1000, best_global_step=best)) is over
+    psi = PsiConfig(evaluate_every=50, patience=2)
+    assert is_over(psi, TrainerState(global_step=step, max_steps=1000, best_global_step=best)) is over
 
 
 def test_a_training_that_left_too_few_steps_fails_and_publishes_nothing(tmp_path):
     job = Job(Config(), "base", tmp_path, MARK, None)
     with pytest.raises(NothingTrainedError, match="PSI made 0 of the planned optimiser steps"):
-        _publish(job, None)
+        publish(job, None)
     folder = checkpoint(tmp_path / "steps", 100)
     write_json(folder / "trainer_state.json", {"global_step": 100, "max_steps": 200})
     with pytest.raises(NothingTrainedError, match="PSI made 100 of 200 planned optimiser steps"):
-        _publish(job, None)
+        publish(job, None)
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_best_checkpoint_that_is_gone_is_said(tmp_path):
     folder = checkpoint(tmp_path / "steps", 200)
     write_json(folder / "trainer_state.json", {"global_step": 200, "max_steps": 200, "best_global_step": 100})
-    with pytest.raises(ArtifactError, match="checkpoint-100, which validation liked best, is gone"):
-        _publish(Job(Config(), "base", tmp_path, MARK, "a:b"), None)
+    with pytest.raises(ArtifactError, match="checkpoint-100, the best checkpoint by validation, is missing"):
+        publish(Job(Config(), "base", tmp_path, MARK, "a:b"), None)
 
 
 def test_a_job_survives_its_file(tmp_path):
@@ -248,20 +252,18 @@ def test_a_job_survives_its_file(tmp_path):
 
 
 def test_zero_follows_the_cluster():
-    three = deepspeed_settings(Config(cluster=ClusterConfig(device="cuda", zero_stage=3)))
+    three = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=3), ModelConfig())
     assert three["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert three["bf16"] == {"enabled": True}
     offload = deepspeed_settings(
-        Config(cluster=ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True))
+        ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True), ModelConfig()
     )
     assert offload["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    assert deepspeed_settings(Config())["bf16"] == {"enabled": False}
+    assert deepspeed_settings(ClusterConfig(), ModelConfig())["bf16"] == {"enabled": False}
 
 
 def test_a_single_process_needs_no_launcher_and_several_are_left_to_it():
-    assert (
-        deepspeed_variables(Config())["WORLD_SIZE"] == "1"
-        and deepspeed_variables(Config())["DS_ACCELERATOR"] == "cpu"
-    )
+    single = deepspeed_variables(Config())
+    assert single["WORLD_SIZE"] == "1" and single["DS_ACCELERATOR"] == "cpu"
     many = deepspeed_variables(Config(cluster=ClusterConfig(device="cuda", processes_per_node=8)))
     assert "WORLD_SIZE" not in many and "DS_ACCELERATOR" not in many

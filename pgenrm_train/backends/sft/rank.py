@@ -1,0 +1,160 @@
+"""Training in one process: the program of each rank, whether started in place, by torchrun or by Ray Train."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pgenrm_train.backends.sft.batches import Chats, Encoded, Layout, StepOrder, collate, layout_of, pad_of
+from pgenrm_train.backends.sft.checkpoints import newest_complete
+from pgenrm_train.backends.sft.job import Job
+from pgenrm_train.backends.sft.settings import rank_count, set_variables, training_arguments
+from pgenrm_train.config import ClusterConfig, Config, LoraConfig
+from pgenrm_train.run.checkpoints import step_of
+from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.tracking import trim
+
+if TYPE_CHECKING:
+    from pgenrm_train.backends.sft.batches import MicroBatch
+
+
+def train_rank(job: Job) -> None:
+    """Train until the planned steps are made, from the newest complete checkpoint.
+
+    Each process finds that checkpoint by itself: a launcher may start processes again after a loss.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    set_variables(job.config)
+    join_processes(job.config.cluster)
+    trainer = _trainer(job)
+    first = trainer.is_world_process_zero()
+    resume = newest_complete(job.steps, clean=first)
+    if first:
+        trim(job.metrics, step_of(resume) if resume else 0)
+        if resume:
+            print(f"resuming from {resume}", flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        unset_hf_deepspeed_config()  # or ZeRO-3 would shard the next model of this process
+
+
+def join_processes(cluster: ClusterConfig) -> None:
+    """Start the process group now, because ZeRO-3 needs the world size while the weights load."""
+    import deepspeed
+
+    on_cpu = cluster.device == "cpu"
+    if on_cpu:
+        # gloo's start would compile an op for minutes, and a killed compile leaves a lock that blocks the next run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if rank_count(cluster) > 1:
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
+
+
+def _trainer(job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    from pgenrm_train.backends.sft.generate import TrainingGenerator
+    from pgenrm_train.backends.sft.trainer import Follower, SftTrainer
+
+    psi = job.config.psi
+    # Trainer must have DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
+    arguments = training_arguments(job.config, job.steps)
+    model = _model(job)
+    tokenizer, chats = AutoTokenizer.from_pretrained(job.start), Chats(job.chats)
+    order = StepOrder(
+        chats.lengths,
+        layout_of(psi, job.config.cluster.device),
+        batch_size=psi.batch_size,
+        micro_batch_size=psi.micro_batch_size,
+        seed=job.config.seed,
+        copies=psi.sequence_parallel,
+    )
+    validate = None
+    if job.validator:
+        # without gradients and optimiser a batch may be larger
+        generator = TrainingGenerator(job.config.model, model, tokenizer, 8 * psi.micro_batch_size)
+        validate = functools.partial(_imported(job.validator)(job.config), generator)
+    return SftTrainer(
+        psi,
+        order=order,
+        validate=validate,
+        metrics=job.metrics,
+        model=model,
+        args=arguments,
+        train_dataset=chats,
+        data_collator=functools.partial(_collate, job.config, tokenizer),
+        callbacks=[Follower(psi, order, job.metrics, job.mark)],
+    )
+
+
+def _model(job: Job) -> Any:
+    """The model to train, with its adapter, its attention and our loss."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pgenrm_train.backends.sft import attention
+    from pgenrm_train.backends.sft.loss import train_in_pieces
+
+    psi, settings, device = job.config.psi, job.config.model, job.config.cluster.device
+    kernel = "sdpa" if device == "cpu" else settings.attention
+    if layout_of(psi, device) is Layout.PACKED and not kernel.startswith("flash_attention"):
+        kernel = attention.register_packed()
+    if psi.sequence_parallel > 1:
+        attention.share_heads(AutoConfig.from_pretrained(job.start), kernel, psi.sequence_parallel)
+    dtype = torch.float32 if device == "cpu" else getattr(torch, settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.start, dtype=dtype, attn_implementation=kernel)
+    train_in_pieces(model)
+    return _with_adapter(settings.lora, model) if settings.lora.rank else model
+
+
+def _collate(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> MicroBatch:
+    """This rank's micro-batch, or its part of the sequence that it shares with its neighbours."""
+    from pgenrm_train.backends.sft.attention import part_of
+
+    psi, pad = config.psi, pad_of(tokenizer)
+    packed = layout_of(psi, config.cluster.device) is Layout.PACKED
+    batch = collate(chats, pad=pad, packed=packed, score_weight=psi.score_weight)
+    if psi.sequence_parallel == 1:
+        return batch
+    return part_of(batch, int(os.environ["RANK"]) % psi.sequence_parallel, psi.sequence_parallel, pad)
+
+
+def _imported(name: str) -> Any:
+    """The function of a name `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _with_adapter(lora: LoraConfig, model: Any) -> Any:
+    from peft import LoraConfig as Adapter
+    from peft import get_peft_model
+
+    adapter = Adapter(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapter)
+
+
+def main(job_file: str) -> None:
+    # ranks that outlive a killed run would hold the GPUs, and write into the files of its successor
+    die_with_parent()
+    train_rank(Job.read(Path(job_file)))
+    from torch import distributed
+
+    # a rank that exits with its threads running may abort, and torchrun would end the others
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

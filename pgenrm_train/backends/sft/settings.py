@@ -1,0 +1,95 @@
+"""Settings of DeepSpeed and of transformers' Trainer, from the configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pgenrm_train.config import ClusterConfig, Config, ModelConfig
+
+
+def rank_count(cluster: ClusterConfig) -> int:
+    return cluster.nodes * cluster.processes_per_node
+
+
+def deepspeed_variables(config: Config) -> dict[str, str]:
+    """Environment variables that must be set before torch and DeepSpeed are imported."""
+    variables = {"TOKENIZERS_PARALLELISM": "false"}
+    if config.cluster.device == "cpu":
+        variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    if rank_count(config.cluster) == 1:
+        variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return variables
+
+
+def set_variables(config: Config) -> None:
+    """Set the variables above in this process; values that are already set stay."""
+    os.environ.update({k: v for k, v in deepspeed_variables(config).items() if k not in os.environ})
+
+
+def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, object]:
+    """DeepSpeed's JSON; `auto` values come from TrainingArguments."""
+    zero: dict[str, object] = {"stage": cluster.zero_stage}
+    if cluster.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if cluster.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW, even if the optimiser is offloaded
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": cluster.device == "cuda" and model.dtype == "bfloat16"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def training_arguments(config: Config, steps: Path) -> Any:
+    """Arguments of transformers' Trainer, which saves its checkpoints in `steps`."""
+    from transformers import TrainingArguments
+
+    psi, on_cpu = config.psi, config.cluster.device == "cpu"
+    sequences_per_pass = psi.micro_batch_size * rank_count(config.cluster)
+    return TrainingArguments(
+        output_dir=str(steps),
+        per_device_train_batch_size=psi.micro_batch_size,
+        gradient_accumulation_steps=psi.batch_size * psi.sequence_parallel // sequences_per_pass,
+        num_train_epochs=psi.epochs,
+        max_steps=psi.max_steps or -1,
+        learning_rate=psi.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": psi.min_learning_rate_ratio},
+        warmup_steps=psi.warmup_ratio,
+        weight_decay=psi.weight_decay,
+        adam_beta2=psi.beta2,
+        max_grad_norm=1.0,
+        gradient_checkpointing=psi.gradient_checkpointing,
+        use_cpu=on_cpu,
+        bf16=not on_cpu and config.model.dtype == "bfloat16",
+        # torch's own, also on a CPU: DeepSpeed would compile its own at the first start
+        optim="adamw_torch_fused",
+        deepspeed=deepspeed_settings(config.cluster, config.model),
+        save_strategy="steps",
+        save_steps=psi.save_every,
+        save_total_limit=psi.keep_checkpoints,
+        logging_steps=psi.log_every,
+        logging_nan_inf_filter=False,  # `SftTrainer` ends a run that diverges
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        metric_for_best_model="accuracy" if psi.evaluate_every else None,
+        greater_is_better=True,
+        use_liger_kernel=psi.liger,
+        # our own cross entropy works in pieces
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False}
+        if psi.liger
+        else None,
+        disable_tqdm=False,
+    )
