@@ -1,4 +1,4 @@
-"""Commands of the README and of docs/: all compose, those that start nothing are run as they stand; estimates are recipe=plan's."""
+"""Pages of the repository: commands compose and run, links and names exist, estimates are the planner's."""
 
 from __future__ import annotations
 
@@ -12,146 +12,173 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import pgenrm_train
 from pgenrm_train.cluster.planning import plan_of
 from pgenrm_train.cluster.planning.advice import apply
 from pgenrm_train.config import ROOT, load
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 RUN = "python -m pgenrm_train "
 STARTS_NOTHING = ("recipe=plan", "preflight.only=true", "score.dry_run=true")
+FOLDERS = "benchmarks|recipes|configs|pgenrm_train|requirements|eval|data_builders|tests|examples"
 
 
 def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def lines() -> list[str]:
-    """Every `python -m pgenrm_train` of the pages' code blocks, with the variables that its block sets before it."""
+def commands() -> list[str]:
+    """Every `python -m pgenrm_train` of the pages' code blocks, with the variables that its block sets."""
     found = []
     for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(
-            r"^ {4}(python .*)$", text, re.MULTILINE
-        )
-        for block in blocks:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             variables = "\n".join(re.findall(r'^\w+=".*?"$', block, re.DOTALL | re.MULTILINE))
-            commands = (
-                line.split("  #")[0].strip()
-                for line in block.replace("\\\n", " ").splitlines()
-                if RUN in line
-            )
-            found += [f"{variables}\n{command}".strip() for command in commands]
+            lines = (line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+            found += [f"{variables}\n{line}".strip() for line in lines if RUN in line]
     return found
 
 
-def arguments(line: str) -> list[str]:
-    """Of the recipe; `…` stands for what the reader fills in."""
-    variables = dict(re.findall(r'^(\w+)="(.*?)"$', line, re.DOTALL | re.MULTILINE))
-    text = re.sub(r"\$(\w+)", lambda m: variables[m[1]].replace("\n", " "), line.partition(RUN)[2])
+def arguments(command: str) -> list[str]:
+    """Arguments of the recipe; `…` is left to the reader."""
+    variables = dict(re.findall(r'^(\w+)="(.*?)"$', command, re.DOTALL | re.MULTILINE))
+    line = command.partition(RUN)[2]
+    text = re.sub(r"\$(\w+)", lambda match: variables[match[1]].replace("\n", " "), line)
     return [word for word in shlex.split(text.split(" > ")[0]) if word != "…"]
 
 
-def short(line: str) -> str:
-    return line.partition(RUN)[2][:70]
-
-
-@pytest.mark.parametrize("line", lines(), ids=short)
-def test_commands_of_the_pages_compose(line: str) -> None:
-    asked = arguments(line)
-    for job in jobs(asked[1:]) if asked[0] == "-m" else [asked]:
-        config = load(*job)
-        assert f"recipe={config.recipe}" in job
-
-
-def jobs(asked: list[str]) -> list[list[str]]:
-    """Of a multirun: one for each choice of values."""
+def jobs(words: list[str]) -> list[list[str]]:
+    """One job for each choice of values of a multirun."""
     choices = (
         [f"{key}={value}" for value in values.split(",")]
-        for key, _, values in (word.partition("=") for word in asked)
+        for key, _, values in (word.partition("=") for word in words)
     )
     return [list(job) for job in itertools.product(*choices)]
 
 
-def test_there_are_commands_on_the_pages() -> None:
-    assert len(lines()) >= 20 and len([line for line in lines() if runs_here(line)]) >= 8
+def starts_nothing(command: str) -> bool:
+    return any(word in command for word in STARTS_NOTHING) and "…" not in command
 
 
-def runs_here(line: str) -> bool:
-    return any(word in line for word in STARTS_NOTHING) and "…" not in line
+def short(command: str) -> str:
+    return command.partition(RUN)[2][:70]
 
 
-@pytest.mark.parametrize("line", [line for line in dict.fromkeys(lines()) if runs_here(line)], ids=short)
-def test_commands_that_start_nothing_run_as_they_stand(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", commands(), ids=short)
+def test_commands_of_the_pages_compose(command: str) -> None:
+    words = arguments(command)
+    for job in jobs(words[1:]) if words[0] == "-m" else [words]:
+        config = load(*job)
+        assert f"recipe={config.recipe}" in job
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(commands()) >= 20 and sum(map(starts_nothing, commands())) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in dict.fromkeys(commands()) if starts_nothing(c)], ids=short)
+def test_commands_that_start_nothing_run(command: str, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
-    codes = (0, 2) if "preflight" in line else (0, 1)  # 2: this machine lacks something; 1: it would not fit
+    codes = (
+        (0, 2) if "preflight" in command else (0, 1)
+    )  # 2: this machine lacks something; 1: it does not fit
     assert done.returncode in codes and "Traceback" not in done.stderr, done.stderr
-    made = [file.read_text() for file in tmp_path.iterdir() if file.is_file()]  # by a redirection alone
-    assert len(made) == line.count(" > ")
-    (told,) = made or [done.stdout]
-    assert told.startswith(expected(line)), told[:200] + done.stderr
+    redirected = [file.read_text() for file in tmp_path.iterdir() if file.is_file()]
+    assert len(redirected) == command.count(" > ")
+    (output,) = redirected or [done.stdout]
+    assert output.startswith(expected(command)), output[:200] + done.stderr
 
 
-def expected(line: str) -> tuple[str, ...]:
-    if "preflight" in line:
-        return ("┏", "+")
-    if "plan.json=true" in line:
-        return ("{",)
-    return (
-        ("#!/bin/bash",)
-        if "emit=slurm" in line
-        else ("apiVersion",)
-        if "emit=rayjob" in line
-        else ("nano:", "llama31_8b:")
-    )
+def expected(command: str) -> tuple[str, ...]:
+    """First characters of a command's output."""
+    for word, starts in (
+        ("preflight", ("┏", "+")),
+        ("dry_run", ("[",)),
+        ("plan.json=true", ("{",)),
+        ("emit=slurm", ("#!/bin/bash",)),
+        ("emit=rayjob", ("apiVersion",)),
+    ):
+        if word in command:
+            return starts
+    return ("nano:", "llama31_8b:")
 
 
-def test_benchmarks_and_make_targets_that_the_pages_name_exist() -> None:
+def test_files_and_make_targets_of_the_pages_exist() -> None:
     everything = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
-    files = set(
-        re.findall(
-            r"(?:benchmarks|recipes|configs|pgenrm_train|requirements|eval|data_builders)/[\w/]+\.\w+",
-            everything,
-        )
-    )
-    assert [name for name in sorted(files) if not (ROOT / name).exists()] == [] and len(files) > 20
+    files = set(re.findall(rf"(?<![\w./])(?:{FOLDERS})/[\w/]+\.\w+", everything))
+    missing = [name for name in sorted(files) if "NAME" not in name and not (ROOT / name).exists()]
+    assert missing == [] and len(files) > 20
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"[`\n]make (?:[A-Z]+=\S+ )?([a-z-]+)", everything))
     assert named <= targets and {"demo", "test", "gpu-check"} <= named
 
 
+def anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_of_a_page_resolve(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{path.name}: {target}"
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{path.name}: {target}"
+
+
+def test_the_reading_order_names_every_page_once() -> None:
+    linked = re.findall(r"^\d+\. \[[^]]+\]\((\w+\.md)\)", page("README"), re.MULTILINE)
+    assert sorted(linked) == [path.name for path in DOCS if path.name != "README.md"]
+
+
 def test_make_gpu_check_composes() -> None:
-    said = subprocess.run(
+    dry_run = subprocess.run(
         ["make", "-n", "gpu-check"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    config = load(
-        *arguments(
-            next(line for line in said.splitlines() if "-m pgenrm_train" in line).replace(
-                "python3 ", "python "
-            )
-        )
     )
+    line = next(line for line in dry_run.stdout.splitlines() if "-m pgenrm_train" in line)
+    config = load(*arguments(line.replace("python3 ", "python ")))
     assert (config.recipe, config.model.label, config.cluster.name) == ("gpu_check", "nano_1b", "gpu1")
-    plan = plan_of(config)
-    assert all(stage.fits for stage in plan.stages), "on the smallest card of the table it is meant for"
+    assert all(stage.fits for stage in plan_of(config).stages), "on the smallest card of the table"
 
 
-def test_the_question_of_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "question.json").write_text(text)
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=score", "score.dry_run=true", "score.input=question.json",
-               f"model.path={ROOT / 'tests/data/psi_nano'}"]  # fmt: skip
+def test_the_question_of_the_readme_is_the_example(tmp_path: Path) -> None:
+    question = json.loads((ROOT / "examples" / "question.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = question["history"][0]
+    for text in (question["query"], *question["responses"], first["chosen"], first["rejected"]):
+        assert text in readme
+    words = ["recipe=score", "score.dry_run=true", f"score.input={ROOT / 'examples' / 'question.json'}"]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-m", "pgenrm_train", *words, f"model.path={ROOT / 'tests/data/psi_nano'}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "Explain my slides?" in json.loads(done.stdout)[-1]["content"]
+    assert question["query"] in json.loads(done.stdout)[-1]["content"]
+
+
+def test_versions_agree() -> None:
+    version = pgenrm_train.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert re.search(rf"^## \[{re.escape(version)}\]", changelog, re.MULTILINE)
+    assert citation["version"] == version and citation["cff-version"] == "1.2.0"
 
 
 def test_the_estimates_are_the_planner_s() -> None:
@@ -169,8 +196,5 @@ def test_the_estimates_are_the_planner_s() -> None:
             )
         plan = plan_of(apply(configs[model, cluster], ((("plan.card", card),),)))
         assert plan.fits
-        assert (f"{plan.hours:.1f}", f"{plan.dollars:,.0f}", f"{plan.disk_gib:,.0f}") == (
-            hours,
-            dollars,
-            disk,
-        )
+        estimate = (f"{plan.hours:.1f}", f"{plan.dollars:,.0f}", f"{plan.disk_gib:,.0f}")
+        assert estimate == (hours, dollars, disk)
