@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pgenrm_train.config import DataConfig
@@ -114,9 +114,15 @@ class User:
         )
 
 
-def utility(criteria: Criteria, response: Response) -> float:
-    total = QUALITY_WEIGHT if response.quality == "good" else -QUALITY_WEIGHT
-    for pole, weight in zip(criteria, WEIGHTS):
+def utility(
+    criteria: Criteria,
+    response: Response,
+    weights: Sequence[float] = WEIGHTS,
+    quality_weight: float = QUALITY_WEIGHT,
+) -> float:
+    """Utility of a response for a user; other weights give what a chain with those weights would total."""
+    total = quality_weight if response.quality == "good" else -quality_weight
+    for pole, weight in zip(criteria, weights):
         total += weight * ((pole in response.poles) - (OPPOSITE[pole] in response.poles))
     return total
 
