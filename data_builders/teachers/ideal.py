@@ -8,8 +8,8 @@ A reader knows the generator and not the user.  With the history H, the asked sc
     E_t = Σ_d p(d | cohort, prototype, t) · L(d, H_t)
     L(c, H_s) = Π_{v ∈ H_s} p(v | c, s, medium)
 
-where p(v | c, s, kind) is the generator's own probability of a vote, normalised per criteria, scenario and
-kind.  It includes which attributes the responses talk of, because half of them talk exactly of those that the user
+where p(v | c, s, kind) is the generator's own probability of a vote, normalised per criteria, scenario
+and kind.  It includes which attributes the responses talk of, because half of them talk exactly of those that the user
 cares for.
 
 Readers, each the ceiling of something:
@@ -167,8 +167,8 @@ class Imitator:
 class _Tables:
     """Everything that a scenario fixes.
 
-    votes[c, k, i, j]: probability that under criteria c and kind k response i is chosen over the j-th response
-    about the same axes.
+    votes[c, k, i, j]: probability that under criteria c and kind k response i is chosen over response j of
+    those about the same axes.
     totals[p, c, i]: weighted sum of response i under criteria c and the teacher's weight pattern p.
     """
 
