@@ -1,6 +1,8 @@
-"""The configuration: typed defaults (`schema`), what they must satisfy (`checks`), and how a command line becomes one.
+"""The configuration: typed sections, their constraints, and how a command line becomes one.
 
-Values that depend on the size of the run use the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
+One file per section holds the settings with defaults, constraints and documents; `schema` joins them into `Config`,
+and `checks` holds the rules that span several keys.  Values that depend on the size of the run use the resolver
+`${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
 """
 
 from __future__ import annotations
@@ -8,44 +10,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config.checks import check, not_one_of
+from pgenrm_train.config.checks import check
+from pgenrm_train.config.cluster import CardConfig, ClusterConfig, RayConfig
+from pgenrm_train.config.data import DataConfig, MaskingConfig
+from pgenrm_train.config.endpoints import ANSWER_KEYS, EndpointConfig
+from pgenrm_train.config.evaluation import EvalConfig, seeds_of_grid, sizes
+from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
+from pgenrm_train.config.model import BASELINES, PROMPTS, LoraConfig, ModelConfig, NanoConfig
 from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
+from pgenrm_train.config.prototypes import PrototypesConfig
+from pgenrm_train.config.psi import PsiConfig
 from pgenrm_train.config.schema import (
-    ANSWER_KEYS,
-    BASELINES,
     BUDGETS,
-    NULL_POLICIES,
-    PROMPTS,
-    STAGES,
-    CardConfig,
-    ClusterConfig,
     Config,
-    CurriculumConfig,
-    DataConfig,
-    EndpointConfig,
-    EvalConfig,
-    GrpoConfig,
-    LoraConfig,
-    MaskingConfig,
-    ModelConfig,
-    NanoConfig,
-    PipelineConfig,
-    PlanConfig,
-    PreflightConfig,
-    PrototypesConfig,
-    PsiConfig,
-    RayConfig,
-    ScoreConfig,
-    SecConfig,
     TrackingConfig,
     get,
     gpus_per_node,
     masking_of,
     seed_of,
-    seeds_of_grid,
-    sizes,
     to_dict,
 )
+from pgenrm_train.config.sec import SecConfig
+from pgenrm_train.config.setting import not_one_of
+from pgenrm_train.config.stage_names import STAGES, StageName
 from pgenrm_train.errors import ConfigError
 
 __all__ = [
@@ -53,7 +40,6 @@ __all__ = [
     "BASELINES",
     "BUDGETS",
     "CONFIG_DIR",
-    "NULL_POLICIES",
     "PROMPTS",
     "ROOT",
     "STAGES",
@@ -69,14 +55,11 @@ __all__ = [
     "MaskingConfig",
     "ModelConfig",
     "NanoConfig",
-    "PipelineConfig",
-    "PlanConfig",
-    "PreflightConfig",
     "PrototypesConfig",
     "PsiConfig",
     "RayConfig",
-    "ScoreConfig",
     "SecConfig",
+    "StageName",
     "TrackingConfig",
     "beneath",
     "check",

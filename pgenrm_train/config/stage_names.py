@@ -1,4 +1,4 @@
-"""Names of the stages, as they are typed on the command line and as folders of a run."""
+"""Names of the stages, as on the command line and as folders of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class StageName(StrEnum):
-    """Stages in the order in which a pipeline runs them; `criteria` runs only where criteria are to be inferred."""
+    """Stages in the order of a pipeline; `criteria` runs only with sec.synthesize_criteria=true."""
 
     BUILD_DATA = "build_data"
     CRITERIA = "criteria"
@@ -16,3 +16,6 @@ class StageName(StrEnum):
     CURRICULUM = "curriculum"
     PROTOTYPES = "prototypes"
     EVALUATE = "evaluate"
+
+
+STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)  # of every pipeline

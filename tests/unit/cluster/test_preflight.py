@@ -25,7 +25,7 @@ from pgenrm_train.cluster.preflight import (
     versions,
 )
 from pgenrm_train.config import ROOT, STAGES, Config, load
-from pgenrm_train.config.checks import PREFLIGHT
+from pgenrm_train.config.cluster import PREFLIGHT
 from pgenrm_train.errors import PreflightError
 
 

@@ -418,7 +418,7 @@ def test_sizes_of_scaling():
                 "model.prompt=persona",
                 "eval.split=train",
             ],
-            "reads one history a user",
+            "reads one history per user",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from eval.ask.scored import one_by_one, score_pairs, scored
 from eval.studies.perturb import inject, pad, paraphrase
 from eval.studies.robustness import KINDS, probe_questions, probe_rows, probe_slice
 from pgenrm_train.config import Config
-from pgenrm_train.config.schema import PROBES
+from pgenrm_train.config.evaluation import PROBES
 from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.prompts.messages import chat_messages, neutralise, split_prompt
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair

@@ -1,0 +1,67 @@
+"""Settings of the data: source, history, splits and what a prompt hides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgenrm_train.config.setting import setting
+
+MASKINGS = ("full", "masked", "history_dropout", "mixed")
+HISTORY_POLICIES = ("random", "recent", "most_similar", "same_scenario")
+
+
+@dataclass
+class DataConfig:
+    """The source of votes, and how it becomes records."""
+
+    name: str = setting("personaworld", "builder in data_builders/")
+    path: str | None = setting(None, "file or folder of the raw source")
+    history_size: int = setting(3, "votes in a history; h, the paper's best (METHOD §1)", gt=0)
+    history_policy: str = setting(
+        "random",
+        "which votes enter a history; random is the paper's, most_similar compares queries, "
+        "same_scenario is PersonaWorld's",
+        choices=HISTORY_POLICIES,
+    )
+    history_kind: str | None = setting(None, "draw history only from pairs of this kind")
+    max_train_pairs: int | None = setting(None, "most training pairs; null: all")
+    max_val_pairs: int | None = setting(None, "most validation pairs that prototypes are tried on; null: all")
+    max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all")
+    on_bad_row: str = setting(
+        "fail", "a row that cannot be read; skip counts and lists it", choices=("fail", "skip")
+    )
+    on_overlap: str = setting(
+        "fail",
+        "votes that a user casts again in a later split of the source; drop counts them",
+        choices=("drop", "fail"),
+    )
+    split_by: str = setting(
+        "source",
+        "source keeps the split of the records; pair puts all voters on a pair into one split",
+        choices=("source", "within_user", "user_disjoint", "pair"),
+    )
+    near_duplicates: bool = setting(True, "search near-duplicates for the leak report; its slow part")
+    answers: str | None = setting(None, "LaMP-QA: file of the models' answers")
+    only: dict[str, str | int | float | bool | None] = setting(
+        {}, 'keep rows whose column has this value, e.g. {shared_context: "True"}'
+    )
+    min_rating_gap: float = setting(
+        10.0, "PRISM: points between two ratings that make a pair; closer ones are near-equal"
+    )
+    users: int = setting(3000, "PersonaWorld: users")
+    heldout_users: int = setting(300, "PersonaWorld: users whose votes no stage trains on")
+    pairs_per_user: int = setting(12, "PersonaWorld: pairs per user")
+
+
+@dataclass
+class MaskingConfig:
+    """Criteria and history that a prompt shows."""
+
+    policy: str | None = setting(
+        None,
+        "one policy for all stages; null: psi.masking, cre.masking, curriculum.masking and eval.masking",
+        choices=MASKINGS,
+    )
+    show_probability: float = setting(
+        0.5, "of the criteria under mixed, of the whole history under history_dropout", ge=0, le=1
+    )

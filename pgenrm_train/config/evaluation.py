@@ -1,0 +1,85 @@
+"""Settings of evaluate and score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pgenrm_train.config.data import MASKINGS
+from pgenrm_train.config.model import BASELINES
+from pgenrm_train.config.setting import setting
+
+PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
+
+
+@dataclass
+class EvalConfig:
+    """The protocol of an evaluation, its samples and its studies."""
+
+    protocol: str = setting(
+        "strict",
+        "the headline accuracy; docs/evaluation.md defines each",
+        choices=("strict", "release", "both_orders", "user_disjoint"),
+    )
+    split: str = setting("test", "split to evaluate", choices=("train", "val", "test"))
+    masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
+    seeds: int = setting(5, "evaluation seeds; the standard error is over them", gt=0)
+    ind: Any = setting(
+        1, "own samples per pair and order (Ind-m): a number, or a list for a grid next to Ind-1"
+    )
+    pro: Any = setting(0, "chains from histories of similar users (Pro-n): a number or a list")
+    weights: list[float] = setting([1.0, 1.0], "of the mean of own samples and of similar users' mean")
+    scores: str = setting(
+        "declared",
+        "of a chain; verified recomputes them from its own criteria, or the chain fails",
+        choices=("declared", "verified"),
+    )
+    adaptive: float | None = setting(
+        None, "error level at which sampling of a pair stops before eval.ind; null: draw all", gt=0, lt=1
+    )
+    one_pair_ind: list[int] = setting([], "a second grid, for users of whom one history pair is known")
+    one_pair_pro: list[int] = setting([], "similar users of that grid")
+    grid_pairs: int | None = setting(None, "pairs of the grids; null: all")
+    grid_seeds: int = setting(
+        1, "pools of the grids; each samples everything again, and the standard error is over them", gt=0
+    )
+    temperature: float = setting(
+        0.7, "sampling temperature; 0 is greedy and needs one sample per question", ge=0
+    )
+    max_in_flight: int = setting(256, "questions at the same time", gt=0)
+    draws: int = setting(2000, "draws of the bootstrap", gt=0)
+    probes: bool = setting(True, "run the robustness probes of the final model")
+    probe_kinds: list[str] = setting(list(PROBES), "probes to run", choices=PROBES)
+    probe_pairs: int = setting(200, "pairs of these probes", gt=0)
+    baselines: list[str] = setting(
+        ["random", "longer", "shorter", "majority"], "baselines next to the model", choices=BASELINES
+    )
+    compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
+    cache: str | None = setting(
+        None, "a folder of answers that several runs share; null: each run keeps its own"
+    )
+    chains_in_report: int = setting(12, "chains that the report shows")
+
+
+@dataclass
+class ScoreConfig:
+    """One user, one query, several responses."""
+
+    input: str | None = setting(None, "JSON file with user, history, query and responses")
+    ind: int = setting(
+        1, "chains from the user's own history; one is the likeliest, several are sampled", gt=0
+    )
+    pro: int = setting(0, "chains from similar users' histories, one per user", ge=0)
+    dry_run: bool = setting(False, "print the chat messages as JSON and start nothing")
+
+
+def sizes(value: int | Sequence[int]) -> tuple[int, ...]:
+    """`eval.ind` or `eval.pro` as a tuple."""
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def seeds_of_grid(settings: EvalConfig) -> int:
+    """Evaluation seeds of the Ind-m/Pro-n samples: all for one cell, `grid_seeds` for a grid."""
+    one_cell = isinstance(settings.ind, int) and isinstance(settings.pro, int)
+    return settings.seeds if one_cell else settings.grid_seeds

@@ -1,0 +1,97 @@
+"""Settings of cre and curriculum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgenrm_train.config.data import MASKINGS
+from pgenrm_train.config.setting import setting
+
+
+@dataclass
+class GrpoConfig:
+    """GRPO on veRL (METHOD §4).
+
+    8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts per step, mini-batches of 128 prompts.
+    """
+
+    masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
+    seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
+    rows: int = setting(8192, "training pairs to draw from")
+    steps: int = setting(200, "optimiser steps over prompts_per_step prompts", gt=0)
+    prompts_per_step: int = setting(128, "prompts per step", gt=0)
+    group_size: int = setting(8, "samples per prompt, which GRPO compares", ge=2)
+    mini_batch_prompts: int = setting(128, "prompts per update; divides prompts_per_step", gt=0)
+    micro_batch_size: int = setting(1, "sequences per process and forward pass")
+    learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
+    warmup_steps: int = setting(0, "steps that warm up")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    kl_coefficient: float = setting(0.001, "weight of the KL loss against the stage's start; 0: none")
+    clip_ratio: float = setting(0.2, "clip range of the importance ratio")
+    entropy_coefficient: float = setting(0.0, "weight of the entropy bonus")
+    temperature: float = setting(1.0, "sampling temperature of the rollouts")
+    outcome_weight: float = setting(1.0, "weight of the outcome reward")
+    process_weight: float = setting(0.5, "weight of the judge's process reward")
+    format_error: float = setting(-0.1, "reward of a chain that cannot be parsed")
+    verified_weight: float = setting(
+        0.0, "weight of the agreement of declared scores with the rubric's own sums; not in the paper"
+    )
+    null_policy: str = setting(
+        "drop_process_for_group",
+        "process reward where the judge gives no verdict",
+        choices=("drop_process_for_group", "group_mean", "stop"),
+    )
+    resample: int = setting(0, "times that a group with equal rewards is sampled again", ge=0)
+    max_null_share: float = setting(
+        0.5, "of a step's judged chains without a verdict; more end the run, resumably", ge=0, le=1
+    )
+    save_every: int = setting(50, "steps between checkpoints; 0: only the last step")
+    validate_every: int = setting(
+        25, "steps between validations, also at the start and the end; 0: none", ge=0
+    )
+    validate_pairs: int = setting(
+        64, "validation pairs, in both orders, with their own, another user's and no history", gt=0
+    )
+    keep_checkpoints: int = setting(2, "checkpoints to keep")
+    stall_seconds: float = setting(1800.0, "the watchdog ends a run without progress for this long")
+
+
+@dataclass
+class CurriculumConfig(GrpoConfig):
+    """Hard-negative-aware GRPO (METHOD §5): outcome and format only, the share of hard negatives grows."""
+
+    process_weight: float = setting(0.0, "weight of the judge's process reward; none in the paper")
+    schedule: str = setting(
+        "linear",
+        "how the share of hard pairs grows; uniform and anti are controls",
+        choices=("linear", "cosine", "step", "self_paced", "uniform", "anti"),
+    )
+    hard_share_start: float = setting(0.3, "share of hard pairs in the first step", ge=0, le=1)
+    hard_share_end: float = setting(0.8, "share of hard pairs in the last step", ge=0, le=1)
+    hard_by: str = setting(
+        "hardness",
+        "which pairs are hard; history: with a short one, scenario: of a rare one",
+        choices=("hardness", "history", "scenario"),
+    )
+    mine: bool = setting(True, "false: hardness from texts, ratings and other users' votes, without a model")
+    similarity: str = setting(
+        "trigrams", "of the two responses: character trigrams, or an embedder as in prototypes.embedder"
+    )
+    mining_samples: int = setting(4, "chains per pair from the CRE model, half of them in each order")
+    hard_low: float = setting(
+        0.25, "a pair is hard from this share of chains that rank chosen first; below, it may be suspect"
+    )
+    hard_high: float = setting(0.75, "a pair is hard up to this share of chains that rank chosen first")
+    suspect_weight: float = setting(
+        0.5,
+        "how often a pair whose vote the model confidently contradicts is drawn, against an easy one",
+        ge=0,
+        le=1,
+    )
+    user_balanced: bool = setting(False, "users take turns instead of pairs")
+    construct: bool = setting(
+        False, "up to half of rows: votes against the majority of other users, and near-equal ratings"
+    )
+    prototypes: str | None = setting(
+        None, "a finished prototypes folder: construct also takes votes against another prototype's majority"
+    )

@@ -1,0 +1,82 @@
+"""Settings of the model: weights, prompt limits, adapters and the from-scratch nano."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgenrm_train.config.setting import setting
+
+BASELINES = (
+    "random",
+    "longer",
+    "shorter",
+    "user_length",
+    "majority",
+    "features",
+    "bradley_terry",
+    "bradley_terry_user",
+    "oracle",
+)
+PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
+
+
+@dataclass
+class NanoConfig:
+    """The CPU default: a Qwen2 of well under a million parameters with its own tokenizer."""
+
+    layers: int = setting(3, "transformer layers", gt=0)
+    hidden: int = setting(96, "width", gt=0)
+    heads: int = setting(3, "attention heads; head_dim 32 is the least that vLLM on CPU takes")
+    intermediate: int = setting(256, "width of the feed-forward layers")
+    vocabulary: int = setting(4096, "tokens of the tokenizer")
+    positions: int = setting(1024, "longest sequence")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters."""
+
+    rank: int = setting(0, "0: full-parameter training")
+    alpha: int = setting(32, "scale of the adapters")
+    dropout: float = setting(0.0, "dropout before the adapters")
+    target_modules: list[str] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "layers that get adapters",
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The model to train or evaluate."""
+
+    kind: str = setting(
+        "nano",
+        "where chains or scores come from",
+        choices=("nano", "hf", "endpoint", "baseline", "reward_head", "callable"),
+    )
+    name: str = setting("nano", "hub id, served model name, baseline name or MODULE:FUNCTION")
+    label: str = setting("nano", "short name for folders and tables")
+    path: str | None = setting(None, "a local checkpoint; overrides the run folder's")
+    base_url: str | None = setting(
+        None, "model=endpoint: address of the server, e.g. http://localhost:8000/v1"
+    )
+    api_key_env: str | None = setting(None, "model=endpoint: environment variable that holds the key")
+    prompt: str = setting(
+        "p_genrm", "prompt of evaluate and score (prompts/styles.py); training needs p_genrm", choices=PROMPTS
+    )
+    instructions: bool = setting(
+        True, "system message with the task; nano learns the task from its chains instead"
+    )
+    max_prompt_tokens: int = setting(4096, "longest prompt; longer histories are cut to it", gt=0)
+    max_text_tokens: int | None = setting(
+        None, "longer queries and responses are cut to this and counted", ge=1
+    )
+    max_response_tokens: int = setting(8192, "longest chain", gt=0)
+    dtype: str = setting("bfloat16", "type of the weights", choices=("bfloat16", "float32"))
+    attention: str = setting(
+        "sdpa",
+        "flash_attention_2 where flash-attn is installed: packing without padding on veRL",
+        choices=("sdpa", "flash_attention_2", "eager"),
+    )
+    lora: LoraConfig = setting(LoraConfig())
+    nano: NanoConfig = setting(NanoConfig())

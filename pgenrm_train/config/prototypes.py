@@ -1,0 +1,30 @@
+"""Settings of prototypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pgenrm_train.config.setting import setting
+
+
+@dataclass
+class PrototypesConfig:
+    """User prototypes (METHOD §6; equations in prototypes/refinement.py)."""
+
+    k: Any = setting(
+        50, "number of prototypes, or auto: as many singular values as hold retained_mass of their sum"
+    )
+    retained_mass: float = setting(
+        0.8, "that share; 8 to 12 prototypes hold it in PersonaWorld, which has 12 cells", gt=0, le=1
+    )
+    embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "a sentence-transformers path or hub id, or minilm")
+    analyses_per_user: int = setting(2, "pairs per training user that are analysed", gt=0)
+    max_users: int | None = setting(None, "most training users; null: all", gt=0)
+    refine_epochs: int = setting(5, "passes of the refinement; 0: centroids as clustered")
+    learning_rate: float = setting(1e-3, "learning rate of the refinement")
+    rho: float = setting(1.0, "ρ: weight of the prototype in the attention over the history")
+    lambda_query: float = setting(0.1, "λ_q: weight of the query in z")
+    lambda_summary: float = setting(0.1, "λ_s: weight of the history's summary in z")
+    lambda_centre: float = setting(0.1, "λ_cent: pull towards the cluster's mean")
+    lambda_trajectory: float = setting(0.1, "λ_tr: pull towards the start of the epoch")

@@ -1,0 +1,51 @@
+"""Settings of psi."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pgenrm_train.config.data import MASKINGS
+from pgenrm_train.config.setting import setting
+
+
+@dataclass
+class PsiConfig:
+    """SFT on the kept chains.
+
+    The paper gives no values; 8B defaults follow RM-R1's SFT (learning rate 5e-6, batch 128, 1 epoch).
+    """
+
+    masking: str = setting("full", "masking policy of the stage", choices=MASKINGS)
+    epochs: float = setting(1.0, "passes over the chains", gt=0)
+    max_steps: int | None = setting(None, "most optimiser steps; null: as epochs gives", gt=0)
+    learning_rate: float = setting(5e-6, "peak learning rate", gt=0)
+    batch_size: int = setting(128, "sequences per optimiser step, over all processes", gt=0)
+    micro_batch_size: int = setting(1, "sequences per process and forward pass", gt=0)
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    beta2: float = setting(0.999, "AdamW's second moment")
+    min_learning_rate_ratio: float = setting(0.0, "last learning rate over the peak, on a cosine")
+    gradient_checkpointing: bool = setting(True, "recompute activations to save memory")
+    save_every: int = setting(200, "steps between checkpoints", gt=0)
+    log_every: int = setting(10, "steps between lines of metrics", gt=0)
+    keep_checkpoints: int = setting(
+        2, "checkpoints to keep, and the best validated one; a kill may leave the newest half-written", ge=2
+    )
+    packing: bool | None = setting(None, "several sequences in one row without padding; null: on GPUs")
+    sequence_parallel: int = setting(
+        1, "processes that share one sequence (Ulysses), for chats that one GPU cannot hold", gt=0
+    )
+    score_weight: float = setting(
+        1.0, "loss weight of tokens from <JSON_START> on; tokens of the analysis have 1", gt=0
+    )
+    liger: bool = setting(False, "Liger's kernels for norms, rotations and activations; needs its package")
+    evaluate_every: int = setting(
+        0, "steps between validations by generation; 0: none, and the last checkpoint is published", ge=0
+    )
+    evaluate_pairs: int = setting(64, "validation pairs, each in both orders", gt=0)
+    patience: int | None = setting(
+        None, "validations without a better accuracy that end training; null: never", gt=0
+    )
+    nano_start: str | None = setting(
+        None, "nano only: a shipped checkpoint to start from; null: random weights"
+    )
