@@ -1,4 +1,7 @@
-"""`python -m pgenrm_train.worker CONFIG.yaml RECIPE`: run one recipe from a resolved configuration, as `recipe=pipeline` does."""
+"""Run one recipe of a resolved configuration: `python -m pgenrm_train.worker CONFIG.yaml RECIPE`.
+
+`recipe=pipeline` starts each of its recipes so.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 from pgenrm_train.__main__ import run_recipe
 from pgenrm_train.config import ROOT, parse
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import PGenRMError
 from pgenrm_train.run.process import end_on_sigterm
 
@@ -19,10 +23,8 @@ def main(config_file: str, recipe: str) -> int:
     end_on_sigterm()
     try:
         config = parse(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
-        if recipe not in ("build_data", "build_sec", "psi"):
-            config.model.path = (
-                None  # it names where PSI starts; later stages start from what the run has made
-            )
+        if recipe not in [stage for stage in StageName if not stage.starts_from]:
+            config.model.path = None  # PSI starts there; later stages start from a checkpoint of the run
         return run_recipe(dataclasses.replace(config, recipe=recipe))
     except KeyboardInterrupt:
         return 130

@@ -8,6 +8,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
+from pgenrm_train.stages.registry import BUILD_DATA
 from pgenrm_train.stages.stage import prepare, run_stage
 
 
@@ -20,7 +21,7 @@ def run(config: Config) -> None:
         if config.data.name == "lampqa"
         else "{pairs} pairs of {users} users"
     )
-    run_stage(config, "build_data", build_data.READS, [], lambda folder, _: build(config, folder), say)
+    run_stage(config, BUILD_DATA, lambda folder, _: build(config, folder), say)
 
 
 def build(config: Config, folder: StageFolder) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from pgenrm_train.prompts.messages import TAGS, chat_messages
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.progress import progress
 from pgenrm_train.stages import build_sec
-from pgenrm_train.stages.stage import prepare, progress, run_stage
+from pgenrm_train.stages.registry import BUILD_SEC
+from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring.llm import endpoint
 
@@ -49,7 +51,7 @@ def run(config: Config) -> None:
     say = "{chains} chains kept of {asked} asked; teacher: {teacher}"
     # With other settings an unfinished set is begun anew in place: paid answers are known by what was asked.
     begun = not StageFolder.read(Path(config.run_dir), "build_sec").complete
-    run_stage(config, "build_sec", build_sec.READS, ["build_data"], body, say, renew=begun)
+    run_stage(config, BUILD_SEC, body, say, renew=begun)
 
 
 def yield_table(facts: Mapping[str, Any]) -> str:

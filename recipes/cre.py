@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from recipes.wiring.grpo import run_stages
 
 
 def run(config: Config) -> None:
-    run_stages(config, ["cre"])
+    run_stages(config, [StageName.CRE])

@@ -12,8 +12,10 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.prompts.writer import load_pairs
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.run.progress import progress
 from pgenrm_train.stages import criteria
-from pgenrm_train.stages.stage import prepare, progress, run_stage
+from pgenrm_train.stages.registry import CRITERIA
+from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring.llm import endpoint
 
@@ -28,7 +30,7 @@ def run(config: Config) -> None:
             return criteria.run(config, folder, pairs, infers, progress)
 
     say = "criteria of {inferred} of {users} users who stated none; failures: {failures}; teacher: {teacher}"
-    run_stage(config, "criteria", criteria.READS, ["build_data"], body, say, renew=True)
+    run_stage(config, CRITERIA, body, say, renew=True)
 
 
 @contextmanager

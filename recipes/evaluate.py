@@ -14,22 +14,21 @@ from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate
 from eval.studies.scaling_study import FindSimilar, Similar, Study
 from eval.studies.validation import headline
 from pgenrm_train.backends.vllm.replicas import local_engines
-from pgenrm_train.config import ANSWER_KEYS, Config, seeds_of_grid, sizes
+from pgenrm_train.config import Config, seeds_of_grid, sizes
+from pgenrm_train.config.stage_names import TRAINED, StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import asked, histories, load_pairs
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
+from pgenrm_train.run.progress import progress
+from pgenrm_train.stages.registry import EVALUATE, JUDGE
+from pgenrm_train.stages.stage import newest, prepare, run_stage
 from recipes import build_data
 from recipes.wiring.baselines import scorers
 from recipes.wiring.candidates import candidates
 from recipes.wiring.costs import tell_evaluation
 from recipes.wiring.llm import model_endpoint, shown_histories
-
-READS = ("data", "seed", "eval", "masking", "prototypes", "model.kind", "model.name", "model.path", "model.prompt", "model.instructions", "model.max_prompt_tokens",
-         "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
-TRAINED = ("psi", "cre", "curriculum")  # stages that make a checkpoint, in order
 
 
 def run(config: Config) -> None:
@@ -43,23 +42,20 @@ def run(config: Config) -> None:
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={config.run_dir}; train one there, or give model.path="
         )
     build_data.run(config)
-    body, reads, say = evaluate, list(READS), "accuracy {accuracy:.3f} of {model}"
+    stage, body, summary = EVALUATE, evaluate, "accuracy {accuracy:.3f} of {model}"
     if config.data.name == "lampqa":
         from recipes.wiring import lampqa
 
-        body, say = lampqa.evaluate, "Spearman {spearman} of {model}"
-        reads += [f"judge.{key}" for key in ANSWER_KEYS]  # the reference ranking may be a judge's
-    inputs = [
-        "build_data",
-        *made,
-        *(["prototypes"] if StageFolder.read(Path(config.run_dir), "prototypes").complete else []),
-    ]
+        body, summary = lampqa.evaluate, "Spearman {spearman} of {model}"
+        stage = replace(stage, reads=(*stage.reads, *JUDGE))  # the reference ranking may be a judge's
+    clustered = StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES).complete
+    inputs = (*made, *([StageName.PROTOTYPES] if clustered else []))
 
     def test(folder: StageFolder, tracker: Any) -> dict[str, Any]:
         with local_engines(config) as load:
             return body(config, folder, tracker, candidates(config, made, folder.path, load))
 
-    folder = run_stage(config, "evaluate", reads, inputs, test, say, renew=True)
+    folder = run_stage(config, stage, test, summary, inputs=inputs, renew=True)
     print((folder.path / "table.txt").read_text(), end="")
 
 
@@ -186,7 +182,7 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
 
     from pgenrm_train.prototypes import clusters as prototypes
 
-    folder = newest(config, "prototypes")
+    folder = newest(config, StageName.PROTOTYPES)
     loaded, embedder = load_prototypes(config, folder)
     neighbourhood = prototypes.Neighbourhood(loaded)
     members = pd.read_parquet(folder.path / "analyses.parquet").sort_values("row")

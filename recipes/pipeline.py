@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pgenrm_train.config import STAGES, Config
+from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import STAGES, StageName
 from pgenrm_train.files import link, write_json
 from pgenrm_train.run.folder import StageFolder, environment_facts
 from pgenrm_train.stages.stage import fail_early, launch, prepare
 from recipes import psi
 
 RECIPES = (
-    "build_data",  # raw source → pairs
-    "build_sec",  # teacher chains, rejection sampling
-    "psi",  # SFT on DeepSpeed
+    StageName.BUILD_DATA,  # raw source → pairs
+    StageName.BUILD_SEC,  # teacher chains, rejection sampling
+    StageName.PSI,  # SFT on DeepSpeed
     "cre_and_curriculum",  # GRPO on veRL: criteria masked, then hard negatives; one engine start for both
-    "prototypes",  # analyses of training users → clusters → refinement
-    "evaluate",  # every checkpoint on unseen users, both orders, vLLM; scaling of the last
+    StageName.PROTOTYPES,  # analyses of training users → clusters → refinement
+    StageName.EVALUATE,  # every checkpoint on unseen users, both orders, vLLM; scaling of the last
 )
 
 
@@ -36,7 +37,7 @@ def publish(config: Config, seconds: float) -> None:
     """Put the final files at the top of the run folder and say where they are."""
     run_dir = Path(config.run_dir)
     for name in ("results.json", "predictions.parquet", "report.html", "report.md", "table.txt"):
-        link(run_dir / "evaluate" / name, run_dir / name)
+        link(run_dir / StageName.EVALUATE / name, run_dir / name)
     trained = [stage for stage in STAGES if (run_dir / stage / "checkpoint").exists()]
     link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
     lines = [

@@ -10,14 +10,18 @@ from typing import Any
 from eval.ask.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import Config, masking_of
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
 from pgenrm_train.prototypes.clusters import load
 from pgenrm_train.prototypes.refinement import refine
 from pgenrm_train.run.folder import StageFolder, weights_digest
+from pgenrm_train.run.progress import progress
+from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
+from pgenrm_train.stages.registry import PROTOTYPES
+from pgenrm_train.stages.stage import prepare, run_stage, start_of
 from recipes import build_data
 from recipes.build_sec import load_tokenizer
 from recipes.wiring.candidates import once
@@ -28,18 +32,15 @@ LARGE = 20_000  # analyses, or texts to embed, from which on several processes p
 
 def run(config: Config) -> None:
     prepare(config)
-    made = (
-        Path(config.model.path)
-        if config.model.path
-        else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
-    )
+    start = start_of(config, StageName.PROTOTYPES.starts_from)
     build_data.run(config)
-    reopen_damaged(StageFolder.read(Path(config.run_dir), "prototypes"))
-    inputs = ["build_data"] if config.model.path else ["build_data", made.parent.name]
-    say = "k={k} from {analyses} analyses of {users} users"
-    run_stage(
-        config, "prototypes", prototypes.READS, inputs, lambda f, _: make(config, f, made), say, renew=True
-    )
+    reopen_damaged(StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES))
+    summary = "k={k} from {analyses} analyses of {users} users"
+
+    def body(folder: StageFolder, _: Tracker) -> dict[str, Any]:
+        return make(config, folder, start.checkpoint)
+
+    run_stage(config, PROTOTYPES, body, summary, inputs=start.made_by, renew=True)
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> dict[str, Any]:
@@ -152,5 +153,5 @@ def of_users(folder: Path) -> dict[str, int]:
 
 
 def hashes(config: Config, checkpoint: Path, embedder: Any) -> Mapping[str, str]:
-    data = StageFolder.read(Path(config.run_dir), "build_data").manifest.facts["sha256"]
+    data = StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA).manifest.facts["sha256"]
     return prototypes.read_hashes(config, checkpoint, embedder.fingerprint, data)

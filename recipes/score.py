@@ -25,13 +25,14 @@ from eval.studies.scaling_study import Similar
 from pgenrm_train.backends.protocols import GenerationRequest, Generator
 from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message
 from pgenrm_train.run.store import publisher as publishing
 from pgenrm_train.scaling.combine import scale
-from pgenrm_train.stages.stage import newest
+from pgenrm_train.stages.stage import start_of
 from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 
 
@@ -70,11 +71,7 @@ def _model(config: Config) -> tuple[Generator, Write]:
     if config.model.kind == "endpoint":
         settings = replace(model_endpoint(config), temperature=_temperature(config))
         return api_generator(settings, config.model.prompt, None), plain_writer(config)
-    checkpoint = (
-        Path(config.model.path)
-        if config.model.path
-        else newest(config, "curriculum", "cre", "psi").path / "checkpoint"
-    )
+    checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
     from pgenrm_train.backends.vllm.engine import VllmGenerator
 
     made = VllmGenerator(config, checkpoint)

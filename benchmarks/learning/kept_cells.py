@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import atomic
-from pgenrm_train.stages.grpo import FREE
+from pgenrm_train.stages.registry import FREE
 
 COLUMNS = ("pair_id", "user_id", "kind", "cohort", "order", "score_chosen", "score_rejected", "failure")
 Facts = Mapping[str, Any]

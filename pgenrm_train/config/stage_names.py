@@ -1,4 +1,4 @@
-"""Names of the stages, as on the command line and as folders of a run."""
+"""Names and order of the stages, as typed on the command line and as folders of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class StageName(StrEnum):
-    """Stages in the order of a pipeline; `criteria` runs only with sec.synthesize_criteria=true."""
+    """Stages in the order in which a run needs them."""
 
     BUILD_DATA = "build_data"
     CRITERIA = "criteria"
@@ -17,5 +17,15 @@ class StageName(StrEnum):
     PROTOTYPES = "prototypes"
     EVALUATE = "evaluate"
 
+    @property
+    def starts_from(self) -> tuple[StageName, ...]:
+        """Training stages before this one, the newest first: the first complete one provides the checkpoint."""
+        order = list(StageName)
+        return tuple(stage for stage in reversed(TRAINED) if order.index(stage) < order.index(self))
 
-STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)  # of every pipeline
+
+GRPO_STAGES = (StageName.CRE, StageName.CURRICULUM)
+TRAINED = (StageName.PSI, *GRPO_STAGES)
+"""Stages that make a checkpoint."""
+STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)
+"""Stages of every pipeline; CRE runs `criteria` too if `sec.synthesize_criteria` is set."""

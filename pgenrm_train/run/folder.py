@@ -153,7 +153,8 @@ class StageFolder:
         """Open without changing anything; an absent folder has an empty manifest."""
         path = run_dir / stage
         file = path / MANIFEST
-        return cls(path, stage, Manifest.parse(read_json(file)) if file.exists() else Manifest())
+        manifest = Manifest.parse(read_json(file)) if file.exists() else Manifest()
+        return cls(path, str(stage), manifest)
 
     @property
     def complete(self) -> bool:
@@ -207,12 +208,13 @@ class StageFolder:
             self._count_time()
             self.save()
 
-    def finish(self, *, seconds_shift: float = 0.0, **facts: object) -> None:
-        """Mark complete and add facts for the tables; wall seconds add up over restarts.
+    def add_seconds(self, seconds: float) -> None:
+        """Count time that another stage's process spent for this one, or negative time spent for another."""
+        self.manifest.wall_seconds += seconds
 
-        `seconds_shift`: time that another stage's process spent for this one, or this one's for another (negative).
-        """
-        self._count_time(seconds_shift)
+    def finish(self, **facts: object) -> None:
+        """Mark complete and add facts for the tables; wall seconds add up over restarts."""
+        self._count_time()
         self.manifest.status = Status.COMPLETE
         self.note(**facts)
 
@@ -227,9 +229,9 @@ class StageFolder:
         self.manifest.facts |= facts
         self.save()
 
-    def _count_time(self, shift: float = 0.0) -> None:
+    def _count_time(self) -> None:
         now = time.monotonic()
-        self.manifest.wall_seconds = round(self.manifest.wall_seconds + now - self._started + shift, 1)
+        self.manifest.wall_seconds = round(self.manifest.wall_seconds + now - self._started, 1)
         self._started = now
 
     def save(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import IO, Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,6 +36,57 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Linux: the kernel sends `number` to this process when its parent is gone, even by kill -9.  Called first thing in a child."""
     parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(parent_death_signal, number)
+
+
+def run_child(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    patience: float,
+    relay: Callable[[IO[str]], None] | None = None,
+) -> int:
+    """Run a command in a child process that dies with this one; return its exit code.
+
+    If this process is interrupted, the child has `patience` seconds to end by itself.  Without `relay`, Ctrl-C reaches the
+    child as well, and whatever it started is killed with it.  With `relay`, which reads the child's output, the child has a
+    session of its own: it gets SIGTERM and cleans up after itself.
+    """
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=relay is not None,
+        preexec_fn=die_with_parent,
+        stdout=subprocess.PIPE if relay else None,
+        stderr=subprocess.STDOUT if relay else None,
+        text=True,
+        errors="replace",
+    )
+    if relay:  # in a thread, because daemons may hold the pipe open longer than the child lives
+        threading.Thread(target=relay, args=(child.stdout,), daemon=True).start()
+    try:
+        return child.wait()
+    except BaseException as reason:
+        reached = relay is None and type(reason) is KeyboardInterrupt
+        stop_child(child, patience, terminate=not reached, family=relay is None)
+        raise
+
+
+def stop_child(
+    child: subprocess.Popen[Any], patience: float, *, terminate: bool = True, family: bool = True
+) -> None:
+    """Give a child `patience` seconds to end, then kill it and, with `family`, all that it started."""
+    import psutil
+
+    started = psutil.Process(child.pid).children(recursive=True) if family and child.poll() is None else []
+    if terminate:
+        child.terminate()
+    try:
+        child.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        child.kill()
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

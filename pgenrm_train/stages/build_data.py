@@ -26,7 +26,6 @@ from pgenrm_train.records.shards import ShardWriter, digest, tables
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 from pgenrm_train.run.folder import StageFolder
 
-READS = ("data", "seed")
 USER_SPLITS = ("train", "dev", "val", "test")
 Builder = Callable[..., Iterable[PreferencePair]]
 """(data configuration, seed, `LeftOut` that takes what was left out and why) → pairs"""

@@ -28,7 +28,7 @@ from pgenrm_train.chains.rejection import (
     form_problem,
     reason_to_reject,
 )
-from pgenrm_train.config import ANSWER_KEYS, Config, masking_of
+from pgenrm_train.config import Config, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler
@@ -38,25 +38,6 @@ from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
 
-READS = (
-    "data",
-    "seed",
-    *(f"teacher.{key}" for key in ANSWER_KEYS),
-    *(
-        f"sec.{key}"
-        for key in ("samples_per_pair", "orders_per_pair", "max_chains", "second_chance", "near_duplicate")
-    ),
-    "masking",
-    "psi.masking",
-    "psi.nano_start",
-    "model.kind",
-    "model.name",
-    "model.path",
-    "model.nano",
-    "model.instructions",
-    "model.max_prompt_tokens",
-    "model.max_text_tokens",
-)
 SEC = "sec.parquet"
 MEASURED = 200  # questions whose prompts tell what all will cost
 

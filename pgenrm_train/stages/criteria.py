@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.protocols import CriteriaWriter
-from pgenrm_train.config import ANSWER_KEYS, Config
+from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferencePair
@@ -23,7 +23,6 @@ from pgenrm_train.rewards.synthetic_criteria import read_criteria
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
 
-READS = ("data", "seed", *(f"teacher.{key}" for key in ANSWER_KEYS), "sec.samples_per_pair")
 CRITERIA = "criteria.parquet"
 VOTES = 12  # of a user, drawn at random
 

@@ -9,7 +9,6 @@ stage) of users who stated nothing: they come in after the prompt is written.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pgenrm_train.config import ANSWER_KEYS, Config, CurriculumConfig, GrpoConfig, masking_of, seed_of
+from pgenrm_train.config import Config, masking_of, seed_of
 from pgenrm_train.curriculum.hard_negatives import GIVEN, HardNegative, hard_negatives
 from pgenrm_train.curriculum.hardness import Embed, Votes
 from pgenrm_train.curriculum.hardness import signals as signals_of
@@ -30,34 +29,6 @@ from pgenrm_train.rewards.judging import signals
 from pgenrm_train.stages.grpo_rows import row_of
 
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
-MODEL_KEYS = ("model.kind", "model.name", "model.path", "model.lora", "model.instructions", "model.max_prompt_tokens",
-              "model.max_response_tokens", "model.max_text_tokens")  # fmt: skip
-
-
-FREE = (
-    "save_every",
-    "keep_checkpoints",
-    "validate_every",
-    "validate_pairs",
-    "stall_seconds",
-)  # a run may go on with others
-
-
-def reads(section: str) -> tuple[str, ...]:
-    """Configuration keys that the stage depends on."""
-    kind = CurriculumConfig if section == "curriculum" else GrpoConfig
-    own = (f"{section}.{field.name}" for field in dataclasses.fields(kind) if field.name not in FREE)
-    judge = (f"judge.{key}" for key in ANSWER_KEYS)
-    return (
-        *own,
-        "data",
-        "seed",
-        *judge,
-        "masking",
-        *MODEL_KEYS,
-        "cluster.processes_per_node",
-        "cluster.nodes",
-    )
 
 
 def write_rows(

@@ -1,26 +1,21 @@
-"""The model card of a trained checkpoint: what it is, what it was trained on, how to use it, what is not known.
+"""Model card of a trained checkpoint: its training, its use and its limits.
 
-Made from the stage's manifest alone, and without dates or machine paths, so that the same run writes the same card.
+Written from configuration and manifest, without dates or machine paths, so that the same run writes the same card.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import write_text
 from pgenrm_train.run.folder import StageFolder
-
-METHODS = {
-    "psi": "persona-guided scoring induction: supervised on a teacher's evaluation chains, loss on the chain only",
-    "cre": "criteria-based reasoning enhancement: GRPO, process and outcome reward, criteria masked from the prompt",
-    "curriculum": "hard-negative curriculum: GRPO on the outcome alone, with a growing share of hard pairs",
-}
+from pgenrm_train.stages.registry import Stage
 
 
-def write_card(config: Config, folder: StageFolder, steps: int) -> None:
-    """Write `checkpoint/README.md`, which the Hugging Face hub shows as the model's page."""
+def write_card(config: Config, stage: Stage, folder: StageFolder, steps: object) -> None:
+    """Write `checkpoint/README.md`, which the Hugging Face hub shows as the page of the model."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base = _base(config, folder.stage)
@@ -39,10 +34,10 @@ def write_card(config: Config, folder: StageFolder, steps: int) -> None:
     )
     body = f"""# {config.model.label}, {folder.stage}
 
-A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads what one user preferred before and two or more new
-responses, and writes an evaluation chain: persona, weighted criteria, a score for each response.
+A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads earlier preferences of one user and
+two or more new responses, and writes an evaluation chain: persona, weighted criteria, a score for each response.
 
-Training: {METHODS[folder.stage]}.
+Training: {stage.method}.
 
 | | |
 |---|---|
@@ -56,12 +51,13 @@ Prompts must be built as in training:
 python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_FOLDER score.input=question.json
 ```
 
-`question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`, `chosen`, `rejected`.
+`question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`, `chosen`,
+`rejected`.
 
 ## Limits
 
-This card holds no accuracy: `recipe=evaluate` measures it on users that were held out and states protocol and intervals. Training data may hold
-personal preferences; their licence is the licence of the data named above and of the base model.
+This card holds no accuracy: `recipe=evaluate` measures it on held-out users and reports protocol and intervals.
+Training data may hold personal preferences; their licence is that of the data and the base model named above.
 """
     write_text(
         folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
@@ -69,13 +65,13 @@ personal preferences; their licence is the licence of the data named above and o
 
 
 def _base(config: Config, stage: str) -> str:
-    """What training began with; the later stages' `model.path` is a checkpoint of this project."""
-    return (config.model.path if stage == "psi" else None) or config.model.name
+    """Model that training began with; later stages start from a checkpoint of this project."""
+    return (config.model.path if stage == StageName.PSI else None) or config.model.name
 
 
-def _facts(config: Config, folder: StageFolder, steps: int) -> dict[str, Any]:
+def _facts(config: Config, folder: StageFolder, steps: object) -> dict[str, object]:
     manifest, settings = folder.manifest, getattr(config, folder.stage)
-    judge = {"judge": config.judge.name or config.judge.kind} if folder.stage == "cre" else {}
+    judge = {"judge": config.judge.name or config.judge.kind} if folder.stage == StageName.CRE else {}
     return {
         "base model": Path(_base(config, folder.stage)).name,
         "data": config.data.name,

@@ -25,16 +25,6 @@ from pgenrm_train.prototypes.refinement import RefinementBatch, Rows, cold_start
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.run.folder import StageFolder, weights_digest
 
-READS = (
-    "prototypes",
-    "data",
-    "seed",
-    "masking",
-    "model.kind",
-    "model.name",
-    "model.path",
-    "model.instructions",
-)
 Embed = Callable[[Sequence[str]], np.ndarray]
 Chains = Sequence[
     tuple[PreferencePair, str | None]

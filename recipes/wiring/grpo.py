@@ -12,21 +12,23 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import METRICS, Tracker, read
 from pgenrm_train.stages import grpo
 from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
-from pgenrm_train.stages.stage import newest, prepare, progress, run_stage
+from pgenrm_train.stages.registry import REGISTRY
+from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
 from recipes import build_data, criteria
 from recipes.build_sec import load_tokenizer
 from recipes.wiring.costs import judge_cost, tell_judge
 from recipes.wiring.llm import settings_of
 
-BEFORE = {"cre": ("psi",), "curriculum": ("cre", "psi")}  # where a stage starts when model.path is not given
 JUDGES = {
     "oracle": "data_builders.teachers.oracle:judge_for_rewards",
     "endpoint": "pgenrm_train.backends.api.roles:judge_for_rewards",
@@ -34,28 +36,19 @@ JUDGES = {
 }
 
 
-def run_stages(config: Config, stages: Sequence[str]) -> None:
+def run_stages(config: Config, stages: Sequence[StageName]) -> None:
     """Train `stages` one after the other; the engine is started once for all that are still to be done."""
     prepare(config)
-    start = (
-        Path(config.model.path)
-        if config.model.path
-        else newest(config, *BEFORE[stages[0]]).path / "checkpoint"
-    )
+    start = start_of(config, stages[0].starts_from)
     build_data.run(config)
-    made_by = [] if config.model.path else [start.parent.name]
     if any(synthesized(config, stage) for stage in stages):
         criteria.run(config)
     for number, stage in enumerate(stages):
-        inputs = ["build_data", *(made_by if number == 0 else [stages[number - 1]])]
-        inputs += ["criteria"] if synthesized(config, stage) else []
-        body = functools.partial(train, config, list(stages[number:]), start)
-        start = (
-            run_stage(
-                config, stage, grpo.reads(stage), inputs, body, "{steps} optimiser steps, judge={judge}"
-            ).path
-            / "checkpoint"
-        )
+        inputs = (*start.made_by, *([StageName.CRITERIA] if synthesized(config, stage) else []))
+        body = functools.partial(train, config, stages[number:], start.checkpoint)
+        summary = "{steps} optimiser steps, judge={judge}"
+        folder = run_stage(config, REGISTRY[stage], body, summary, inputs=inputs)
+        start = Start(folder.path / "checkpoint", (stage,))
 
 
 def synthesized(config: Config, stage: str) -> bool:
@@ -103,7 +96,8 @@ def train(
     if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in judged_by_model]):
         print(f"judge was paid: {cost}", flush=True)
         facts["judge_cost"] = cost
-    return facts | {"seconds_shift": shift}
+    folder.add_seconds(shift)
+    return facts
 
 
 def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig) -> Any:

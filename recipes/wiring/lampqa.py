@@ -31,7 +31,7 @@ from pgenrm_train.records.questions import (
 )
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.stages.stage import progress
+from pgenrm_train.run.progress import progress
 from recipes.wiring.llm import endpoint
 
 RULES = ("random", "longer", "shorter")  # baselines that need no votes of the user

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pgenrm_train.config import STAGES, Config
+from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, sha256_file, write_json
 from pgenrm_train.run.folder import set_aside
 from pgenrm_train.run.store.objects import Publication, Store, StoreLost, StoreTaken
 from pgenrm_train.run.store.snapshots import Moved, freeze, state_of
 
-ORDER = (*STAGES[:2], "criteria", *STAGES[2:])  # a stage is published after what it was made from
 LOOK = 2.0  # seconds between two looks at the run's folder
 WAIT, LONGEST_WAIT = 5.0, 300.0  # seconds after a failure, doubled each time
 LAST_WAITS = (2.0, 8.0)  # between the last tries, when the run is over
@@ -46,7 +46,7 @@ class Publisher:
     def open(self) -> None:
         """Show that the store can be written, and fetch what it is ahead with."""
         self.store.put("config.yaml", self.run_dir / "config.yaml")
-        for stage in ORDER:
+        for stage in StageName:
             self._pass_over(stage)
             self.published[stage] = found = self.store.read(stage)
             if found and (found.attempt not in self._known() or not (self.run_dir / stage).exists()):
@@ -72,7 +72,7 @@ class Publisher:
 
     def fetch_missing(self) -> None:
         """The stages of which this machine has nothing, to be read only."""
-        for stage in ORDER:
+        for stage in StageName:
             if not (self.run_dir / stage).exists() and (found := self.store.read(stage)):
                 self._fetch(found)
 
@@ -81,13 +81,13 @@ class Publisher:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        if lacking := [stage for stage in ORDER if self._waits(stage)]:
+        if lacking := [stage for stage in StageName if self._waits(stage)]:
             print(f"{self.store.url} gets what it lacks: {', '.join(lacking)}", flush=True)
         for wait in (*LAST_WAITS, 0.0):
             if isinstance(self.lost, StoreTaken) or self.round():
                 break
             time.sleep(wait)
-        return [stage for stage in ORDER if self._waits(stage)]
+        return [stage for stage in StageName if self._waits(stage)]
 
     def show(self) -> None:
         """The final files at the top of the run's folder, to the top of the URL."""
@@ -97,7 +97,7 @@ class Publisher:
 
     def round(self) -> bool:
         """One look at every stage; False when a stage could not be published, and the later ones wait for it."""
-        for stage in filter(self._waits, ORDER):
+        for stage in filter(self._waits, StageName):
             try:
                 self._publish(stage)
             except Moved:
@@ -214,7 +214,7 @@ def refuse_to_replace(config: Config) -> None:
     if config.store is None:
         return
     store = Store(config.store)
-    if any(_asked(config, lambda stage=stage: store.read(stage)) for stage in ORDER):  # type: ignore[misc]
+    if any(_asked(config, lambda stage=stage: store.read(stage)) for stage in StageName):  # type: ignore[misc]
         raise ArtifactError(
             f"resume=false: {config.store} holds a run, which nothing here moves or deletes; give another run_dir="
         )

@@ -18,7 +18,7 @@ from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.stages import build_data
+from pgenrm_train.stages.registry import BUILD_DATA
 from recipes.build_data import build as build_and_describe
 from recipes.evaluate import notes
 
@@ -333,4 +333,4 @@ def test_an_evaluation_carries_the_findings(tmp_path):
 def test_lengths_are_percentiles_of_words_and_marks():
     assert card.count_tokens("Hello, world! 12.5") == 7
     assert card.percentiles({1: 90, 5: 9, 100: 1}) == {"p50": 1, "p90": 1, "p99": 5, "p100": 100}
-    assert build_data.READS == ("data", "seed"), "the report is part of the build's settings"
+    assert BUILD_DATA.reads == ("data", "seed"), "the report is part of the build's settings"

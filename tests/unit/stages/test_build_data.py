@@ -341,7 +341,7 @@ from pathlib import Path
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.stages import build_data
-from data_builders import personaworld
+from data_builders.sources import personaworld
 
 def votes(data, seed, left_out):
     for number, pair in enumerate(personaworld.build(data, seed)):

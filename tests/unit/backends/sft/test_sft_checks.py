@@ -20,9 +20,8 @@ from pgenrm_train.files import write_table
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.stages.grpo import reads
 from pgenrm_train.stages.model_card import write_card
-from pgenrm_train.stages.psi import READS
+from pgenrm_train.stages.registry import CRE, CURRICULUM, PSI
 from recipes import psi
 from recipes.build_sec import load_tokenizer
 
@@ -85,10 +84,10 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
 
 def test_a_run_may_go_on_with_another_rhythm_of_saving():
     """What no step of training depends on binds no run folder; what one depends on does."""
-    for names, free in ((READS, "psi"), (reads("cre"), "cre"), (reads("curriculum"), "curriculum")):
-        assert not {f"{free}.save_every", f"{free}.keep_checkpoints"} & set(names)
-        assert f"{free}.learning_rate" in names
-    assert "curriculum.schedule" in reads("curriculum")
+    for stage in (PSI, CRE, CURRICULUM):
+        assert not {f"{stage.name}.save_every", f"{stage.name}.keep_checkpoints"} & set(stage.reads)
+        assert f"{stage.name}.learning_rate" in stage.reads
+    assert "curriculum.schedule" in CURRICULUM.reads
 
 
 def test_a_card_says_what_training_began_with(tmp_path):
@@ -99,7 +98,7 @@ def test_a_card_says_what_training_began_with(tmp_path):
         ((), "Llama-3.1-8B-Instruct", "base_model: meta-llama/Llama-3.1-8B-Instruct"),
         ((f"model.path={tmp_path / 'mine'}",), "mine", None),
     ):
-        write_card(load("recipe=psi", "model=llama31_8b", *more), folder, 3)
+        write_card(load("recipe=psi", "model=llama31_8b", *more), PSI, folder, 3)
         card = (folder.path / "checkpoint" / "README.md").read_text()
         assert f"| base model | {base} |" in card
         assert (hub in card) if hub else ("base_model" not in card)

@@ -22,7 +22,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.messages import chat_messages, split_prompt
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
-from pgenrm_train.stages.stage import progress as bar
+from pgenrm_train.run.progress import progress as bar
 
 CRITERIA = [("likeness", 100)]
 

@@ -1,0 +1,17 @@
+"""Progress bar of a stage, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, status: object = "") -> Iterator[T]:
+    """Yield `items` and show a bar with ETA; the text of `status`, as it is by then, is shown at its end."""
+    from tqdm import tqdm
+
+    for item in (bar := tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True)):
+        yield item
+        bar.set_postfix_str(str(status), refresh=False)

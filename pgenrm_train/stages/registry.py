@@ -1,0 +1,145 @@
+"""Registry of the stages: which stages and settings each depends on.
+
+A stage's fingerprint covers the settings in `reads` and the fingerprints of the stages whose products it uses:
+`after`, and what only the configuration decides, as the stage whose checkpoint it starts from.  Recipes supply the
+bodies, since these need engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgenrm_train.config import ANSWER_KEYS, Config, CurriculumConfig, GrpoConfig, PsiConfig, get, to_dict
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.records.shards import digest
+
+FREE = (  # a run may continue with other values: they train nothing
+    "save_every",
+    "log_every",
+    "keep_checkpoints",
+    "validate_every",
+    "validate_pairs",
+    "stall_seconds",
+)
+MODEL = ("model.kind", "model.name", "model.path")
+PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
+TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
+JUDGE = tuple(f"judge.{key}" for key in ANSWER_KEYS)
+RANKS = ("cluster.processes_per_node", "cluster.nodes")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: its name, the stages that it always uses, and the settings that it depends on."""
+
+    name: StageName
+    after: tuple[StageName, ...]
+    reads: tuple[str, ...]
+    method: str | None = None
+    """Training method, for the model card; None for a stage that trains nothing."""
+
+    def settings(self, config: Config) -> dict[str, object]:
+        """Values of `reads`.  Raw data counts by content: a moved file is the same data, a changed file is not."""
+        settings = {key: _plain(get(config, key)) for key in self.reads}
+        files = {
+            key: Path(value)
+            for key, value in (("path", config.data.path), ("answers", config.data.answers))
+            if value and Path(value).exists()
+        }
+        if files:
+            settings["data"] = to_dict(config.data) | dict.fromkeys(files)
+        return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
+
+
+def _plain(value: object) -> object:
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _fields(section: StageName, settings: type[PsiConfig] | type[GrpoConfig]) -> Iterator[str]:
+    """Keys of a training section, without those that train nothing."""
+    return (f"{section}.{field.name}" for field in dataclasses.fields(settings) if field.name not in FREE)
+
+
+def _grpo(name: StageName, settings: type[GrpoConfig], method: str) -> Stage:
+    reads = (
+        *_fields(name, settings),
+        "data",
+        "seed",
+        *JUDGE,
+        "masking",
+        *MODEL,
+        "model.lora",
+        *PROMPT,
+        "model.max_response_tokens",
+        *RANKS,
+    )
+    return Stage(name, (StageName.BUILD_DATA,), reads, method)
+
+
+BUILD_DATA = Stage(StageName.BUILD_DATA, (), ("data", "seed"))
+CRITERIA = Stage(
+    StageName.CRITERIA, (StageName.BUILD_DATA,), ("data", "seed", *TEACHER, "sec.samples_per_pair")
+)
+BUILD_SEC = Stage(
+    StageName.BUILD_SEC,
+    (StageName.BUILD_DATA,),
+    (
+        "data",
+        "seed",
+        *TEACHER,
+        "sec.samples_per_pair",
+        "sec.orders_per_pair",
+        "sec.max_chains",
+        "sec.second_chance",
+        "sec.near_duplicate",
+        "masking",
+        "psi.masking",
+        "psi.nano_start",
+        *MODEL,
+        "model.nano",
+        *PROMPT,
+    ),
+)
+PSI = Stage(
+    StageName.PSI,
+    (StageName.BUILD_SEC,),
+    (*_fields(StageName.PSI, PsiConfig), "seed", *MODEL, "model.lora", "model.nano", *RANKS),
+    "persona-guided scoring induction: supervised on a teacher's evaluation chains, loss on the chain only",
+)
+CRE = _grpo(
+    StageName.CRE,
+    GrpoConfig,
+    "criteria-based reasoning enhancement: GRPO, process and outcome reward, criteria masked from the prompt",
+)
+CURRICULUM = _grpo(
+    StageName.CURRICULUM,
+    CurriculumConfig,
+    "hard-negative curriculum: GRPO on the outcome alone, with a growing share of hard pairs",
+)
+PROTOTYPES = Stage(
+    StageName.PROTOTYPES,
+    (StageName.BUILD_DATA,),
+    ("prototypes", "data", "seed", "masking", *MODEL, "model.instructions"),
+)
+EVALUATE = Stage(
+    StageName.EVALUATE,
+    (StageName.BUILD_DATA,),
+    (
+        "data",
+        "seed",
+        "eval",
+        "masking",
+        "prototypes",
+        *MODEL,
+        "model.prompt",
+        *PROMPT,
+        "model.max_response_tokens",
+    ),
+)
+REGISTRY = {
+    stage.name: stage
+    for stage in (BUILD_DATA, CRITERIA, BUILD_SEC, PSI, CRE, CURRICULUM, PROTOTYPES, EVALUATE)
+}
