@@ -1,4 +1,4 @@
-"""Many slow calls at a time, results as they come."""
+"""Many slow calls at a time, results in the order of completion."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ R = TypeVar("R")
 
 
 def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[tuple[int, R]]:
-    """(index, function(item)) in the order of completion, at most `workers` calls at a time; one worker means no thread at all.
+    """Yield (index, function(item)) in the order of completion, with at most `workers` calls at a time.
 
-    Items are taken as they are needed, so `items` may be endless.  An exception of a call is raised here and ends the rest.
+    Items are taken as they are needed, so `items` may be endless.  One worker means no thread at all.
+    An exception of a call is raised here and ends the rest.
     """
     numbered = enumerate(items)
     if workers == 1:
@@ -24,7 +25,8 @@ def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -
     running: dict[Future[R], int] = {}
     try:
         while True:
-            # as many again wait in the pool, so that no worker idles while results are consumed
+            # Twice as many calls as workers are submitted, so that no worker idles while results are
+            # consumed.
             for index, item in islice(numbered, 2 * workers - len(running)):
                 running[pool.submit(function, item)] = index
             if not running:

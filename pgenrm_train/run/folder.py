@@ -1,8 +1,8 @@
 """The folder of one stage: its manifest, its configuration, and the rule by which a run continues.
 
-A stage's folder holds `config.yaml`, `manifest.json` and the stage's products.  The manifest's `fingerprint` covers the
-settings that the stage reads and the fingerprints of its inputs.  A complete stage with the same fingerprint is kept.
-One with another fingerprint is never silently reused.  An incomplete one continues.
+A stage's folder holds `config.yaml`, `manifest.json` and the stage's products.  The manifest's `fingerprint`
+covers the settings that the stage reads and the fingerprints of its inputs.  A complete stage with the same
+fingerprint is kept. One with another fingerprint is never silently reused.  An incomplete one continues.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Manifest:
         """A manifest of any version: missing keys get defaults, unknown ones become facts."""
         names = {item.name for item in fields(cls)} - {"facts"}
         facts = {key: value for key, value in record.items() if key not in names}
-        return cls(**{key: record[key] for key in record.keys() & names}, facts=facts)  # type: ignore[arg-type]
+        known: dict[str, Any] = {key: record[key] for key in record.keys() & names}
+        return cls(**known, facts=facts)
 
     def as_json(self) -> dict[str, object]:
         """The keys in the order of the file."""
@@ -197,7 +198,7 @@ class StageFolder:
         self.save()
 
     def _holds_work(self) -> bool:
-        """True if there is any product: a start that failed on a mistyped path does not bind the folder to it."""
+        """True if there is any product: a start with a mistyped path binds the folder to nothing."""
         return self.complete or any(
             path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir()
         )

@@ -1,4 +1,4 @@
-"""How processes end: SIGTERM, with which a scheduler ends a job, as Ctrl-C does, and what we start together with us."""
+"""The end of processes: SIGTERM, with which a scheduler ends a job, acts as Ctrl-C; children die with us."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import IO, Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came.  Unlike Ctrl-C it reached this process alone."""
+    """SIGTERM arrived.  Unlike Ctrl-C it reached this process alone."""
 
 
 def end_on_sigterm() -> None:
-    """Raise Terminated in the main thread, once: a second signal must not break off what the first has begun."""
+    """Raise Terminated in the main thread at the first SIGTERM; later ones do not interrupt the clean-up."""
     signal.signal(signal.SIGTERM, _end)
 
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """SIGTERM goes to whom it went before the block: Ray takes it when it starts, and would end the process with a dump."""
+    """Restore the SIGTERM handler after the block: Ray installs one that ends the process with a dump."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -33,9 +33,12 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Linux: the kernel sends `number` to this process when its parent is gone, even by kill -9.  Called first thing in a child."""
-    parent_death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(parent_death_signal, number)
+    """Make the kernel (Linux) send `number` to this process when its parent ends, even by kill -9.
+
+    A child calls it before anything else.
+    """
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
 
 
 def run_child(

@@ -1,10 +1,12 @@
-"""Where numbers go: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
+"""Metrics of a stage: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
 
-A stage is one W&B run; those of a pipeline share a group.  `eval/accuracy` is the key of accuracy in every stage, and in the summary.
-What a stage has made is linked as artifacts: checkpoints by reference, for their weights stay where they are.  Without the network a run
-starts offline, and what W&B had not taken at the end is sent later by `wandb sync`.
+A stage is one W&B run; the stages of a pipeline share a group.  `eval/accuracy` is the key of accuracy in
+every stage and in the summary.  Products of a stage become artifacts; checkpoints only by reference, so that
+no weights are copied. Without the network a run starts offline.  `wandb sync` later sends everything that W&B
+lacks.
 
-Nothing that is sent may hold a secret: settings go without addresses and names of credential variables.
+Nothing that is sent may hold a secret: addresses and names of credential variables are removed from the
+settings.
 """
 
 from __future__ import annotations
@@ -20,52 +22,48 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgenrm_train.config import Config, to_dict
+from pgenrm_train.files import write_json, write_text
 
 METRICS = "metrics.jsonl"
-START_SECONDS, FINISH_SECONDS = 30.0, 300.0  # that a stage waits for W&B
-FILES = {
-    "predictions": "predictions.parquet",
-    "results": "results.json",
-    "report": "report.html",
-}  # artifact's type → file
+START_SECONDS, FINISH_SECONDS = 30.0, 300.0  # longest waits for W&B
+# type of an artifact → file
+FILES = {"predictions": "predictions.parquet", "results": "results.json", "report": "report.html"}
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
+def append(path: Path, record: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none when there is no file."""
+    """Lines of a metrics file; none if there is no file."""
     return (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     )
 
 
 def samples_file(metrics: Path, step: int) -> Path:
-    """Where the sample chains of a validation lie, beside the metrics file that holds its numbers."""
+    """Path of a validation's sample chains, next to the metrics file that holds its numbers."""
     return metrics.parent / "samples" / f"step-{step:06d}.parquet"
 
 
 def trim(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a half-written last one: a resumed run writes them anew."""
+    """Drop lines of steps after `step` and a half-written last line: a resumed run writes them again."""
     if not path.exists():
         return
     written = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.rename(path)
+    write_text(path, "".join(kept))
 
 
 class Tracker:
-    """Logs numbers of one stage.  A tracking service that fails is reported once and never stops training."""
+    """Log the numbers of one stage; a failing tracking service is reported once and never stops training."""
 
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
         self.stage, self.path, self.folder = stage, folder / METRICS, folder
         self.after_log: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
-        self._place = folder / "wandb"  # of W&B's own files of this run
+        self._place = folder / "wandb"  # W&B's own files of this run
         self._best: float | None = None
         self._public = _public(to_dict(config))
         self._wandb = self._start_wandb(config) if config.tracking.kind != "none" else None
@@ -79,9 +77,9 @@ class Tracker:
 
     @contextmanager
     def follow(self, path: Path, every: float = 2.0) -> Iterator[None]:
-        """Forward the lines that another process appends to `path` while the block runs: an engine's metrics.jsonl.
+        """Forward lines that another process, an engine, appends to `path` while the block runs.
 
-        The engine never talks to the tracking service itself, so that the network cannot stop training.
+        The engine never connects to the tracking service itself, so that the network cannot stop training.
         """
         ended = threading.Event()
         thread = threading.Thread(target=self._forward, args=(path, ended, every), daemon=True)
@@ -93,8 +91,8 @@ class Tracker:
             thread.join(timeout=30)
 
     def _forward(self, path: Path, ended: threading.Event, every: float) -> None:
-        # The newest step forwarded, by the names logged: a resumed engine rewrites lines, so they cannot be counted, and
-        # training and validation both write a line of the same step.
+        # The newest step forwarded, by the names logged. Lines cannot be counted, because a resumed engine
+        # rewrites them. Training and validation both write a line for the same step.
         sent: dict[frozenset[str], int] = {}
         while True:
             last_round = ended.wait(every)
@@ -121,27 +119,31 @@ class Tracker:
             except Exception as error:
                 self._give_up(error)
 
-    def link(self, facts: Mapping[str, Any]) -> None:
-        """Accuracy of what the finished stage has made into the summary: an evaluation's own, a training's best, for that checkpoint
-        is published.  Link settings, predictions and report, and where the checkpoint lies."""
+    def link(self, facts: Mapping[str, object]) -> None:
+        """Write the accuracy of a finished stage to the summary, and link its products as artifacts.
+
+        An evaluation has its own accuracy.  A training has its best one, because that checkpoint is
+        published.
+        """
         if self._wandb is None:
             return
         try:
             if (accuracy := facts.get("accuracy", self._best)) is not None:
-                self._wandb.log({}, commit=True)  # the last step is still open, and would have the last word
+                self._wandb.log({}, commit=True)  # the open last step would overwrite the summary
                 self._wandb.summary["eval/accuracy"] = accuracy
             for artifact in self._artifacts(str(self._wandb.name), facts):
                 self._wandb.log_artifact(artifact)
         except Exception as error:
-            _warn(f"W&B did not take the artifacts ({_brief(error)}); they are in {self.folder}")
+            _warn(f"W&B did not accept the artifacts ({_brief(error)}); they are in {self.folder}")
 
-    def _artifacts(self, run: str, facts: Mapping[str, Any]) -> Iterator[Any]:
+    def _artifacts(self, run: str, facts: Mapping[str, object]) -> Iterator[Any]:
         import wandb
 
         name = re.sub(r"[^\w.-]", "-", run, flags=re.ASCII)
-        own = self.folder / "wandb"  # files are read when they are sent, which may be much later
-        (own / "settings.json").write_text(json.dumps(self._public, indent=2), encoding="utf-8")
-        files = {"config": own / "settings.json"} | {kind: self.folder / file for kind, file in FILES.items()}
+        # W&B reads files when it sends them, which may be much later: these stay in the run folder.
+        settings, weights = (self.folder / "wandb" / f"{name}.json" for name in ("settings", "checkpoint"))
+        write_json(settings, self._public)
+        files = {"config": settings} | {kind: self.folder / file for kind, file in FILES.items()}
         for kind, path in files.items():
             if path.exists():
                 artifact = wandb.Artifact(f"{name}-{kind}", kind)
@@ -149,18 +151,13 @@ class Tracker:
                 yield artifact
         checkpoint = (self.folder / "checkpoint").absolute()
         if checkpoint.exists():
-            sizes = {
-                file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-                for file in sorted(checkpoint.iterdir())
-            }
-            (own / "checkpoint.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
-            artifact = wandb.Artifact(
-                f"{name}-checkpoint", "model", metadata={k: facts[k] for k in ("steps",) if k in facts}
-            )
+            stats = {file.name: file.stat() for file in sorted(checkpoint.iterdir())}
+            write_json(weights, {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
+            steps = {"steps": facts["steps"]} if "steps" in facts else {}
+            artifact = wandb.Artifact(f"{name}-checkpoint", "model", metadata=steps)
             artifact.add_reference(checkpoint.as_uri(), checksum=False)
-            artifact.add_file(
-                str(own / "checkpoint.json"), policy="immutable", skip_cache=True
-            )  # other weights: another version
+            # This file differs with the weights, and so makes another version of the artifact.
+            artifact.add_file(str(weights), policy="immutable", skip_cache=True)
             yield artifact
 
     def close(self) -> None:
@@ -169,7 +166,7 @@ class Tracker:
                 self._wandb.finish()
             except Exception as error:
                 _warn(
-                    f"W&B has not taken everything ({_brief(error)}); metrics.jsonl is whole, and "
+                    f"W&B did not receive everything ({_brief(error)}); metrics.jsonl is complete, and "
                     f"wandb sync --no-skip-online {self._place} sends the rest"
                 )
 
@@ -182,7 +179,8 @@ class Tracker:
                     raise
                 run = self._init(config, "offline")
                 _warn(
-                    f"W&B is not reached ({_brief(error)}); tracking goes on offline, and wandb sync {self._place} sends it later"
+                    f"W&B is not reached ({_brief(error)}); tracking continues offline, and "
+                    f"wandb sync {self._place} sends it later"
                 )
                 return run
         except Exception as error:  # a tracking service must never stop a run
@@ -202,15 +200,20 @@ class Tracker:
             mode=mode,
             config=self._public,
             settings=wandb.Settings(
-                silent=True, console="off", save_code=False, x_disable_stats=True,
-                init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
+                silent=True,
+                console="off",
+                save_code=False,
+                x_disable_stats=True,
+                init_timeout=START_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
             ),
-        )  # fmt: skip
+        )
         self._place = Path(run.dir).parent
         return run
 
     def _give_up(self, error: Exception) -> None:
-        _warn(f"W&B logging stopped ({_brief(error)}); metrics.jsonl goes on")
+        _warn(f"W&B logging stopped ({_brief(error)}); metrics.jsonl continues")
         self._wandb = None
 
 
@@ -222,16 +225,17 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _table(samples: Path) -> dict[str, Any]:
+def _table(samples: Path) -> dict[str, object]:
     import pandas as pd
     import wandb
 
     return {"eval/chains": wandb.Table(dataframe=pd.read_parquet(samples))}
 
 
-def _public(settings: dict[str, Any]) -> dict[str, Any]:
+def _public(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings without addresses and names of credential variables."""
     return {
-        k: _public(v) if isinstance(v, dict) else v
+        k: _public(v) if isinstance(v, Mapping) else v
         for k, v in settings.items()
         if k not in ("api_key_env", "base_url")
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 from pgenrm_train.cluster.planning.batches import grpo_problems
 from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, ConfigError
 
 TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
@@ -87,7 +88,7 @@ def to_verl(
 
 def check(config: Config, section: str, start: Path) -> None:
     """Divisibility and lengths; each failure names both keys."""
-    for problem in grpo_problems(config, section):
+    for problem in grpo_problems(config, StageName(section)):
         raise ConfigError(problem)
     model = config.model
     positions = _positions(start)

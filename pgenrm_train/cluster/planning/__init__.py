@@ -1,22 +1,23 @@
-"""What a stage needs before it starts: memory by part, batches, tokens, hours, dollars, disk, and what to change when it does not fit.
+"""Needs of a stage before it starts: memory, batches, tokens, hours, dollars, disk, and a change that fits.
 
-Pure arithmetic over the typed configuration and the model's geometry; formulas and their sources stand in the docstrings of
-`geometry` (parameters, FLOPs), `memory` (bytes), `work` (time) and in docs/plan.md, with the errors against measurements.
+Pure arithmetic over the typed configuration and the model's geometry.  Formulas and sources are in the
+docstrings of `geometry` (parameters, FLOPs), `memory` (bytes) and `work` (time).  docs/plan.md has the errors
+against measurements.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from pgenrm_train.cluster.planning.advice import nearest_fit
+from pgenrm_train.cluster.planning.advice import nearest_fit, problems_of
 from pgenrm_train.cluster.planning.batches import Batches, batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
-from pgenrm_train.cluster.planning.memory import Phase, phases_of, ranks_of
-from pgenrm_train.cluster.planning.work import Work, card_of, work_of
+from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of, ranks_of
+from pgenrm_train.cluster.planning.work import Work, work_of
 from pgenrm_train.config import Config, gpus_per_node
+from pgenrm_train.config.stage_names import StageName
 
-STAGES = ("build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
+STAGES = tuple(stage for stage in StageName if stage not in (StageName.BUILD_DATA, StageName.CRITERIA))
 __all__ = ["STAGES", "Plan", "StagePlan", "plan_of"]
 
 
@@ -24,16 +25,43 @@ __all__ = ["STAGES", "Plan", "StagePlan", "plan_of"]
 class StagePlan:
     """One stage of the plan."""
 
-    stage: str
+    stage: StageName
     phases: tuple[Phase, ...]
     batches: Batches | None
     work: Work
     problems: tuple[str, ...]
-    change: tuple[str, ...] | None  # overrides under which it fits; None: it fits, or nothing known helps
+    change: tuple[str, ...] | None  # overrides under which it fits; None: it fits, or no known change helps
 
     @property
     def fits(self) -> bool:
         return not self.problems
+
+    def as_json(self) -> dict[str, object]:
+        work = self.work
+        return {
+            "stage": self.stage,
+            "fits": self.fits,
+            "problems": self.problems,
+            "change": self.change,
+            "memory": [
+                {
+                    "phase": phase.name,
+                    "total": phase.total,
+                    "available": phase.available,
+                    "parts": phase.parts,
+                    "host_parts": phase.host_parts,
+                    "notes": phase.notes,
+                }
+                for phase in self.phases
+            ],
+            "batches": self.batches.facts if self.batches else None,
+            "counts": work.counts,
+            "tokens": work.tokens,
+            "hours": work.hours,
+            "disk": work.disk,
+            "api_dollars": work.api_dollars,
+            "assumptions": work.assumptions,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +78,12 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the stages that fit: the time of one that cannot run means nothing."""
+        """Hours of the stages that fit: the time of one that cannot run means nothing."""
         return sum(stage.work.total_hours for stage in self.stages if stage.fits)
 
     @property
     def dollars(self) -> float:
-        """GPUs by the hour, and what APIs ask."""
+        """Cost of GPUs by the hour, and of APIs."""
         node = gpus_per_node(self.config, *(stage.stage for stage in self.stages))
         gpus = self.config.cluster.nodes * node * card_of(self.config).dollars_per_hour * self.hours
         return gpus + sum(stage.work.api_dollars for stage in self.stages)
@@ -64,72 +92,46 @@ class Plan:
     def disk_gib(self) -> float:
         return sum(sum(stage.work.disk.values()) for stage in self.stages)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Everything as plain values, memory in GiB."""
-        config = self.config
+        model, cluster, plan = self.config.model, self.config.cluster, self.config.plan
         return {
-            "model": {"name": config.model.label, "parameters": self.geometry.parameters, **asdict(self.geometry)},
-            "cluster": {"name": config.cluster.name, "nodes": config.cluster.nodes, "processes": ranks_of(config),
-                        "card": "cpu" if config.cluster.device == "cpu" else config.plan.card, **asdict(card_of(config))},
+            "model": {"name": model.label, "parameters": self.geometry.parameters, **asdict(self.geometry)},
+            "cluster": {
+                "name": cluster.name,
+                "nodes": cluster.nodes,
+                "processes": ranks_of(self.config),
+                "card": card_name(self.config),
+                **asdict(card_of(self.config)),
+            },
             "fits": self.fits,
             "hours": self.hours,
             "dollars": self.dollars,
             "disk_gib": self.disk_gib,
-            "assumptions": {"mfu": config.plan.mfu, "bandwidth_use": config.plan.bandwidth_use,
-                            "prompt_tokens": config.plan.prompt_tokens, "response_tokens": config.plan.response_tokens},
-            "stages": [_stage_json(stage) for stage in self.stages],
-        }  # fmt: skip
+            "assumptions": {
+                "mfu": plan.mfu,
+                "bandwidth_use": plan.bandwidth_use,
+                "prompt_tokens": plan.prompt_tokens,
+                "response_tokens": plan.response_tokens,
+            },
+            "stages": [stage.as_json() for stage in self.stages],
+        }
 
 
 def plan_of(config: Config) -> Plan:
-    """Plan `plan.stage` of a configuration.  Raises ConfigError when the model's geometry is not known."""
+    """Plan `plan.stage` of a configuration.  Raises ConfigError if the model's geometry is unknown."""
     geometry = geometry_of(config)
-    stages = STAGES if config.plan.stage == "all" else (config.plan.stage,)
+    stages = STAGES if config.plan.stage == "all" else (StageName(config.plan.stage),)
     return Plan(config, geometry, tuple(plan_stage(config, geometry, stage) for stage in stages))
 
 
-def plan_stage(config: Config, geometry: Geometry, stage: str) -> StagePlan:
-    phases, batches = tuple(phases_of(config, geometry, stage)), batches_of(config, stage)
-    problems = [
-        *(_overfull(phase) for phase in phases if not phase.fits),
-        *(batches.problems if batches else ()),
-    ]
-    length = config.model.max_prompt_tokens + config.model.max_response_tokens
-    if stage != "build_sec" and length > geometry.positions:
-        problems.append(
-            f"model.max_prompt_tokens + model.max_response_tokens = {length} exceeds the {geometry.positions} positions"
-        )
-    if (
-        stage not in ("psi", "build_sec")
-        and config.cluster.tensor_parallel > config.cluster.processes_per_node
-    ):
-        problems.append(
-            f"{stage}: cluster.tensor_parallel={config.cluster.tensor_parallel} exceeds cluster.processes_per_node="
-            f"{config.cluster.processes_per_node}: a vLLM replica stays on one node"
-        )
-    change = nearest_fit(config, geometry, stage) if problems else None
-    return StagePlan(stage, phases, batches, work_of(config, geometry, stage), tuple(problems), change)
-
-
-def _overfull(phase: Phase) -> str:
-    if phase.problem:
-        return phase.problem
-    largest = max(phase.parts, key=lambda name: phase.parts[name])
-    return (
-        f"{phase.stage}: {phase.name} needs {phase.total:.1f} GiB of {phase.available:g} GiB; the largest part is {largest} "
-        f"with {phase.parts[largest]:.1f} GiB"
+def plan_stage(config: Config, geometry: Geometry, stage: StageName) -> StagePlan:
+    problems = problems_of(config, geometry, stage)
+    return StagePlan(
+        stage,
+        tuple(phases_of(config, geometry, stage)),
+        batches_of(config, stage),
+        work_of(config, geometry, stage),
+        tuple(problems),
+        nearest_fit(config, geometry, stage) if problems else None,
     )
-
-
-def _stage_json(stage: StagePlan) -> dict[str, Any]:
-    return {
-        "stage": stage.stage,
-        "fits": stage.fits,
-        "problems": list(stage.problems),
-        "change": list(stage.change) if stage.change else None,
-        "memory": [{"phase": p.name, "total": p.total, "available": p.available, "parts": p.parts, "host_parts": p.host_parts,
-                    "notes": list(p.notes)} for p in stage.phases],
-        "batches": stage.batches.facts if stage.batches else None,
-        **{key: getattr(stage.work, key) for key in ("counts", "tokens", "hours", "disk", "api_dollars")},
-        "assumptions": list(stage.work.assumptions),
-    }  # fmt: skip

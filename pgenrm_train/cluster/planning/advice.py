@@ -1,114 +1,136 @@
-"""The nearest change of the configuration under which a stage fits: fewest changes first, then the cheapest in time."""
+"""Problems of a stage, and the nearest change of the configuration that solves them.
+
+Fewest changes come first, then the cheapest in time.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 from pgenrm_train.cluster.planning.batches import batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry
-from pgenrm_train.cluster.planning.memory import phases_of, ranks_of
+from pgenrm_train.cluster.planning.memory import (
+    GRPO,
+    TRAINING,
+    Phase,
+    grpo_of,
+    longest,
+    phases_of,
+    ranks_of,
+)
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 
+T = TypeVar("T")
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together
 MOST_CHANGES = 3
 
 
-def nearest_fit(config: Config, geometry: Geometry, stage: str) -> tuple[str, ...] | None:
-    """Overrides under which every phase fits and every batch divides; None when no few of the known changes do it."""
+def problems_of(config: Config, geometry: Geometry, stage: StageName) -> list[str]:
+    """One sentence per reason why the stage cannot run."""
+    batches, length, cluster = batches_of(config, stage), longest(config), config.cluster
+    problems = [
+        *(_overfull(phase) for phase in phases_of(config, geometry, stage) if not phase.fits),
+        *(batches.problems if batches else ()),
+    ]
+    if stage != StageName.BUILD_SEC and length > geometry.positions:
+        problems.append(
+            f"model.max_prompt_tokens + model.max_response_tokens = {length} exceeds the "
+            f"{geometry.positions} "
+            "positions"
+        )
+    generates = stage not in (StageName.PSI, StageName.BUILD_SEC)
+    if generates and cluster.tensor_parallel > cluster.processes_per_node:
+        problems.append(
+            f"{stage}: cluster.tensor_parallel={cluster.tensor_parallel} exceeds cluster.processes_per_node="
+            f"{cluster.processes_per_node}: a vLLM replica stays on one node"
+        )
+    return problems
+
+
+def _overfull(phase: Phase) -> str:
+    if phase.problem:
+        return phase.problem
+    largest = max(phase.parts, key=lambda name: phase.parts[name])
+    return (
+        f"{phase.stage}: {phase.name} needs {phase.total:.1f} GiB of {phase.available:g} GiB; the largest "
+        "part is "
+        f"{largest} with {phase.parts[largest]:.1f} GiB"
+    )
+
+
+def nearest_fit(config: Config, geometry: Geometry, stage: StageName) -> tuple[str, ...] | None:
+    """Overrides under which the stage has no problem; None if no few known changes suffice."""
     known = list(changes(config, stage))
     for number in range(1, MOST_CHANGES + 1):
         for chosen in itertools.combinations(known, number):
             keys = [key for change in chosen for key, _ in change]
-            if len(set(keys)) < len(keys):
-                continue
-            tried = apply(config, chosen)
-            if fits(tried, geometry, stage):
+            if len(set(keys)) == len(keys) and not problems_of(apply(config, chosen), geometry, stage):
                 return tuple(f"{key}={_text(value)}" for change in chosen for key, value in change)
     return None
 
 
-def fits(config: Config, geometry: Geometry, stage: str) -> bool:
-    batches = batches_of(config, stage)
-    length = config.model.max_prompt_tokens + config.model.max_response_tokens
-    if (
-        stage not in ("psi", "build_sec")
-        and config.cluster.tensor_parallel > config.cluster.processes_per_node
-    ):
-        return False
-    return (
-        all(phase.fits for phase in phases_of(config, geometry, stage))
-        and not (batches and batches.problems)
-        and length <= geometry.positions
-    )
-
-
-def changes(config: Config, stage: str) -> Iterator[Change]:
-    """What could be changed, from what costs nothing to what costs most: other results, slower steps, more GPUs."""
+def changes(config: Config, stage: StageName) -> Iterator[Change]:
+    """Possible changes, from free ones to costly ones: other results, slower steps, more GPUs."""
     cluster, model, cuda = config.cluster, config.model, config.cluster.device == "cuda"
-    settings = getattr(config, stage, None)
-    micro = getattr(settings, "micro_batch_size", 1)
+    micro = getattr(getattr(config, stage, None), "micro_batch_size", 1)
     while micro > 1:
         micro //= 2
         yield ((f"{stage}.micro_batch_size", micro),)
-    if stage == "psi":
-        if not config.psi.gradient_checkpointing:
-            yield (("psi.gradient_checkpointing", True),)
-        yield from (
-            (("cluster.zero_stage", z),)
-            for z in range(cluster.zero_stage + 1, 4)
-            if cuda or ranks_of(config) > 1
-        )
-        yield from _psi_batches(config)
-        if cuda and not cluster.offload_optimizer:
-            stage_of_zero = {} if cluster.zero_stage else {"cluster.zero_stage": 2}
-            yield (("cluster.offload_optimizer", True), *stage_of_zero.items())
-    if stage in ("cre", "curriculum") and cuda:
-        yield from (
-            (("cluster.gpu_memory_utilization", u),)
-            for u in (0.7, 0.8, 0.5, 0.4, 0.3)
-            if u != cluster.gpu_memory_utilization
-        )
+    if stage == StageName.PSI:
+        yield from _psi_changes(config)
+    if stage in GRPO and cuda:
+        for share in (0.7, 0.8, 0.5, 0.4, 0.3):
+            if share != cluster.gpu_memory_utilization:
+                yield (("cluster.gpu_memory_utilization", share),)
         if not cluster.offload_optimizer:
             yield (("cluster.offload_optimizer", True),)
         yield from _grpo_batches(config, stage)
-    if cuda and stage != "psi":
+    if cuda and stage != StageName.PSI:
         yield from ((("cluster.tensor_parallel", tp),) for tp in (2, 4, 8) if tp > cluster.tensor_parallel)
     for response in (4096, 2048, 1024):
         if response < model.max_response_tokens:
             yield (("model.max_response_tokens", response),)
-    if cuda and stage in ("psi", "cre", "curriculum") and not model.lora.rank:
+    if cuda and stage in TRAINING and not model.lora.rank:
         yield (("model.lora.rank", 64), ("model.lora.alpha", 128))
     if cuda:
         yield from ((("cluster.processes_per_node", n),) for n in (2, 4, 8) if n > cluster.processes_per_node)
-        yield from (
-            (("cluster.nodes", cluster.nodes * n),) for n in (2, 4) if cluster.processes_per_node == 8
-        )
+        if cluster.processes_per_node == 8:
+            yield from ((("cluster.nodes", cluster.nodes * n),) for n in (2, 4))
 
 
-def _psi_batches(config: Config) -> Iterator[Change]:
-    unit = max(1, config.psi.micro_batch_size * ranks_of(config) // config.psi.sequence_parallel)
-    if config.psi.batch_size % unit:
-        yield (("psi.batch_size", max(unit, config.psi.batch_size // unit * unit)),)
+def _psi_changes(config: Config) -> Iterator[Change]:
+    cluster, psi, cuda = config.cluster, config.psi, config.cluster.device == "cuda"
+    if not psi.gradient_checkpointing:
+        yield (("psi.gradient_checkpointing", True),)
+    if cuda or ranks_of(config) > 1:
+        yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
+    unit = max(1, psi.micro_batch_size * ranks_of(config) // psi.sequence_parallel)
+    if psi.batch_size % unit:
+        yield (("psi.batch_size", max(unit, psi.batch_size // unit * unit)),)
+    if cuda and not cluster.offload_optimizer:
+        sharding = () if cluster.zero_stage else (("cluster.zero_stage", 2),)
+        yield (("cluster.offload_optimizer", True), *sharding)
 
 
-def _grpo_batches(config: Config, stage: str) -> Iterator[Change]:
-    grpo, ranks = getattr(config, stage), ranks_of(config)
+def _grpo_batches(config: Config, stage: StageName) -> Iterator[Change]:
+    grpo, ranks = grpo_of(config, stage), ranks_of(config)
     if grpo.mini_batch_prompts * grpo.group_size % ranks:
         prompts = max(ranks, grpo.mini_batch_prompts // ranks * ranks)
         yield ((f"{stage}.mini_batch_prompts", prompts), (f"{stage}.prompts_per_step", prompts))
 
 
 def apply(config: Config, chosen: tuple[Change, ...]) -> Config:
-    """A copy with other values; sections that nothing changes are shared."""
+    """A copy with other values; unchanged sections are shared."""
     for key, value in itertools.chain.from_iterable(chosen):
         config = _with(config, key, value)
     return config
 
 
-def _with(node: Any, key: str, value: object) -> Any:
+def _with(node: T, key: str, value: object) -> T:
     name, _, rest = key.partition(".")
     changed = copy.copy(node)
     setattr(changed, name, _with(getattr(node, name), rest, value) if rest else value)

@@ -1,45 +1,44 @@
-"""Batch arithmetic: what is divided by what, and where it does not divide."""
+"""Batch arithmetic: divisions of a batch, and those that leave a rest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pgenrm_train.config import Config, GrpoConfig
+from pgenrm_train.cluster.planning.memory import GRPO, grpo_of, ranks_of
+from pgenrm_train.config import Config
 from pgenrm_train.config.checks import psi_problems
+from pgenrm_train.config.stage_names import StageName
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """One optimiser step of a stage, as the engine will cut it."""
+    """One optimiser step of a stage, as the engine divides it."""
 
-    stage: str
     facts: dict[str, int]
     problems: tuple[str, ...]
 
 
-def batches_of(config: Config, stage: str) -> Batches | None:
-    if stage == "psi":
+def batches_of(config: Config, stage: StageName) -> Batches | None:
+    if stage == StageName.PSI:
         return psi_batches(config)
-    return grpo_batches(config, stage) if stage in ("cre", "curriculum") else None
+    return grpo_batches(config, stage) if stage in GRPO else None
 
 
 def psi_batches(config: Config) -> Batches:
-    """batch = micro-batch × processes × accumulation, of processes that have a sequence of their own."""
-    ranks, psi = config.cluster.nodes * config.cluster.processes_per_node, config.psi
+    """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
+    ranks, psi = ranks_of(config), config.psi
     facts = {
         "sequences a step": psi.batch_size,
         "processes": ranks,
         "micro-batch": psi.micro_batch_size,
         "accumulation": psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * ranks),
     }
-    return Batches("psi", facts, tuple(psi_problems(config)))
+    return Batches(facts, tuple(psi_problems(config)))
 
 
-def grpo_batches(config: Config, section: str) -> Batches:
-    """rollouts = prompts × group; a mini-batch of them is one optimiser update, divided over processes and micro-batches."""
-    grpo: GrpoConfig = getattr(config, section)
-    cluster = config.cluster
-    ranks = cluster.nodes * cluster.processes_per_node
+def grpo_batches(config: Config, stage: StageName) -> Batches:
+    """rollouts = prompts × group; one mini-batch is one update, divided over processes and micro-batches."""
+    grpo, ranks = grpo_of(config, stage), ranks_of(config)
     rollouts = grpo.mini_batch_prompts * grpo.group_size
     facts = {
         "prompts a step": grpo.prompts_per_step,
@@ -49,30 +48,31 @@ def grpo_batches(config: Config, section: str) -> Batches:
         "rollouts a process and update": rollouts // ranks,
         "micro-batch": grpo.micro_batch_size,
         "accumulation": rollouts // ranks // grpo.micro_batch_size,
-        "vLLM replicas": max(1, ranks // cluster.tensor_parallel),
+        "vLLM replicas": max(1, ranks // config.cluster.tensor_parallel),
     }
-    return Batches(section, facts, tuple(grpo_problems(config, section)))
+    return Batches(facts, tuple(grpo_problems(config, stage)))
 
 
-def grpo_problems(config: Config, section: str) -> list[str]:
-    """Divisibility of a GRPO step; each problem is one sentence that names its keys."""
-    grpo: GrpoConfig = getattr(config, section)
-    cluster = config.cluster
-    ranks = cluster.nodes * cluster.processes_per_node
+def grpo_problems(config: Config, stage: StageName) -> list[str]:
+    """One sentence, with its keys, per division of a GRPO step that leaves a rest."""
+    grpo, ranks, tensor_parallel = grpo_of(config, stage), ranks_of(config), config.cluster.tensor_parallel
     rollouts = grpo.mini_batch_prompts * grpo.group_size
     problems = []
     if rollouts % ranks:
         problems.append(
-            f"{section}.mini_batch_prompts × {section}.group_size = {rollouts} must be a multiple of cluster.nodes × "
+            f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
+            "cluster.nodes × "
             f"cluster.processes_per_node = {ranks}"
         )
     if (rollouts // ranks) % grpo.micro_batch_size:
         problems.append(
-            f"{section}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts of a process "
-            f"({section}.mini_batch_prompts × {section}.group_size over {ranks} processes)"
+            f"{stage}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts "
+            "of a process "
+            f"({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes)"
         )
-    if ranks % cluster.tensor_parallel:
+    if ranks % tensor_parallel:
         problems.append(
-            f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {ranks} processes of cluster.processes_per_node"
+            f"cluster.tensor_parallel={tensor_parallel} must divide the {ranks} processes of "
+            "cluster.processes_per_node"
         )
     return problems

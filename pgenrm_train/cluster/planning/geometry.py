@@ -1,7 +1,8 @@
-"""The shape of a decoder-only transformer, and what follows from it: parameters, FLOPs and bytes of KV cache a token.
+"""Shape of a decoder-only transformer; from it follow parameters, and FLOPs and bytes of KV cache per token.
 
-Counted from the shape alone, so that a plan needs neither weights nor torch.  Llama, Qwen2 and Qwen3 differ here in three things:
-biases of q, k and v (Qwen2), norms of q and k (Qwen3), and whether input and output embeddings are one matrix.
+The shape alone is enough: a plan needs neither weights nor torch.  Llama, Qwen2 and Qwen3 differ in three
+points: biases of q, k and v (Qwen2), norms of q and k (Qwen3), and whether input and output embeddings are
+one matrix.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.config import ROOT, Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 
 
@@ -66,10 +67,11 @@ class Geometry:
         return self.layers * sum(rank * sum(sizes[name]) for name in targets if name in sizes)
 
     def forward_flops(self, length: float) -> float:
-        """FLOPs a token of the forward pass at a sequence of `length` tokens: 2 a matrix weight, and attention over the tokens before.
+        """FLOPs per token of the forward pass in a sequence of `length` tokens.
 
-        PaLM (Chowdhery et al. 2022), appendix B: 2N + 4·L·(heads·head_dim)·T; half of the T positions are visible on average.
-        The input embedding is a look-up and does no arithmetic.
+        2 per matrix weight, and attention over the tokens before. PaLM (Chowdhery et al. 2022), appendix B:
+        2N + 4·L·(heads·head_dim)·T; half of the T positions are visible on average. The input embedding is a
+        look-up and does no arithmetic.
         """
         matrices = self.parameters - (0 if self.tied else self.embedding_parameters)
         return 2.0 * matrices + 2.0 * self.layers * self.query_width * length
@@ -79,7 +81,8 @@ class Geometry:
         return 2 * self.layers * self.kv_width * dtype_bytes
 
 
-# Public geometries of the shipped GPU models, from the config.json of each hub page; a local copy (model.path) is read instead.
+# Public geometries of the shipped GPU models, from the config.json on the hub. A local copy (model.path)
+# comes first.
 KNOWN: dict[str, Geometry] = {
     "meta-llama/Llama-3.1-8B-Instruct": Geometry(32, 4096, 14336, 32, 8, 128, 128256, 131072),
     "meta-llama/Llama-3.1-70B-Instruct": Geometry(80, 8192, 28672, 64, 8, 128, 128256, 131072),
@@ -88,7 +91,7 @@ KNOWN: dict[str, Geometry] = {
 
 
 def geometry_of(config: Config) -> Geometry:
-    """The geometry of the model that the configuration trains.  Raises ConfigError with one sentence when nothing tells it."""
+    """Geometry of the model that the configuration trains.  Raises ConfigError if it is unknown."""
     model = config.model
     if model.kind in ("endpoint", "baseline"):
         raise ConfigError(
@@ -100,30 +103,40 @@ def geometry_of(config: Config) -> Geometry:
     if model.path:
         raise ConfigError(f"model.path={model.path} is not a checkpoint: it has no config.json")
     if model.kind == "nano":
-        nano, made = model.nano, Path(config.run_dir) / "build_sec" / "base" / "config.json"
-        words = (
-            read_geometry(made).vocabulary if made.is_file() else nano.vocabulary
-        )  # it is known once the tokenizer is made
-        return Geometry(nano.layers, nano.hidden, nano.intermediate, nano.heads, nano.heads, nano.hidden // nano.heads,
-                        words, nano.positions, tied=True, qkv_bias=True)  # fmt: skip
+        nano, base = model.nano, Path(config.run_dir) / StageName.BUILD_SEC / "base" / "config.json"
+        return Geometry(
+            nano.layers,
+            nano.hidden,
+            nano.intermediate,
+            nano.heads,
+            nano.heads,
+            nano.hidden // nano.heads,
+            # exact once the tokenizer is trained
+            read_geometry(base).vocabulary if base.is_file() else nano.vocabulary,
+            nano.positions,
+            tied=True,
+            qkv_bias=True,
+        )
     return named_geometry(model.name, "model.name", "model.path")
 
 
 def named_geometry(name: str, key: str, instead: str) -> Geometry:
-    """The geometry of a known hub name or a local folder."""
+    """Geometry of a known hub name or of a local folder."""
     if (Path(name) / "config.json").is_file():
         return read_geometry(Path(name) / "config.json")
     if name not in KNOWN:
         raise ConfigError(
-            f"{key}={name} is not one of {', '.join(KNOWN)}; give {instead}= a folder that holds its config.json to plan for it"
+            f"{key}={name} is not one of {', '.join(KNOWN)}; "
+            f"give {instead}= a folder that holds its config.json to plan for it"
         )
     return KNOWN[name]
 
 
 def read_geometry(file: Path) -> Geometry:
-    """`config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.  Raises ConfigError naming file and field."""
+    """Read the `config.json` of a Llama, Mistral, Qwen2 or Qwen3.  ConfigError names file and field."""
+    expected = "expected the config.json of a Llama- or Qwen-like model"
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"))
         hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         kind = str(raw.get("model_type", ""))
         return Geometry(
@@ -140,10 +153,6 @@ def read_geometry(file: Path) -> Geometry:
             qk_norm=kind == "qwen3",
         )
     except KeyError as error:
-        raise ConfigError(
-            f"{file} has no field {error}; expected the config.json of a Llama- or Qwen-like model"
-        ) from None
+        raise ConfigError(f"{file} has no field {error}; {expected}") from None
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}); expected the config.json of a Llama- or Qwen-like model"
-        ) from None
+        raise ConfigError(f"{file} cannot be read ({error}); {expected}") from None

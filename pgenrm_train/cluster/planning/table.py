@@ -1,4 +1,4 @@
-"""A plan for people: one table of memory a stage, and one of work."""
+"""A plan as tables for people: memory per stage, and work."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pgenrm_train.cluster.planning import Plan, StagePlan
-from pgenrm_train.cluster.planning.memory import ranks_of
-from pgenrm_train.cluster.planning.work import card_of
+from pgenrm_train.cluster.planning.memory import card_name, card_of, ranks_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     config, card = plan.config, card_of(plan.config)
-    name = "cpu" if config.cluster.device == "cpu" else config.plan.card
     console.print(
-        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {ranks_of(config)} × {name} "
+        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {ranks_of(config)} × "
+        f"{card_name(config)} "
         f"({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
         markup=False,
     )
@@ -33,9 +32,8 @@ def memory_table(plan: Plan) -> Table:
         for phase in stage.phases:
             parts = ", ".join(f"{name} {gib:.2f}" for name, gib in phase.parts.items() if gib >= 0.005)
             if phase.host_parts:
-                parts += "; in a node's own memory: " + ", ".join(
-                    f"{k} {v:.1f}" for k, v in phase.host_parts.items()
-                )
+                host = ", ".join(f"{name} {gib:.1f}" for name, gib in phase.host_parts.items())
+                parts += f"; in a node's own memory: {host}"
             verdict = "fits" if phase.fits else "DOES NOT FIT"
             table.add_row(
                 stage.stage, phase.name, parts, f"{phase.total:.1f}", f"{phase.available:g}", verdict
@@ -61,18 +59,17 @@ def work_table(plan: Plan) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Long words are broken in a narrow terminal, not cut."""
+    """A table that breaks long words in a narrow terminal instead of cutting them."""
     return Table(*(Column(name, overflow="fold") for name in columns), title=title, title_justify="left")
 
 
 def sentences(stage: StagePlan) -> list[str]:
-    """Problems with the nearest change, then what was assumed."""
+    """Problems with the nearest change, then notes and assumptions."""
     lines = [f"✗ {problem}" for problem in stage.problems]
     if stage.problems:
-        found = " ".join(stage.change) if stage.change else None
         lines.append(
-            f"  nearest change of {stage.stage} that fits: {found}"
-            if found
+            f"  nearest change of {stage.stage} that fits: {' '.join(stage.change)}"
+            if stage.change
             else f"  no few changes make {stage.stage} fit: another cluster"
         )
     lines += [f"· {stage.stage}: {note}" for phase in stage.phases for note in phase.notes]

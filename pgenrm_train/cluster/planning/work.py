@@ -1,48 +1,60 @@
 """Tokens, hours, dollars and disk of a stage, from stated rates and mean lengths.
 
-Training: (1 + 2) forward passes a token, 1 + 1 with LoRA, whose frozen base has no weight gradients; hours = FLOPs / (mfu · peak ·
-GPUs).  MFU (PaLM, appendix B) counts the model's FLOPs only, so what checkpointing computes again is inside `plan.mfu`.
+Training: (1 + 2) forward passes per token, 1 + 1 with LoRA, whose frozen base has no weight gradients. hours
+= FLOPs / (mfu · peak · GPUs).  MFU (PaLM, appendix B) counts the model's FLOPs only, so the recomputation of
+checkpointing is inside `plan.mfu`.
 
-Generation: one step of a vLLM replica makes one token for each of its c sequences and reads weights and their KV cache once,
-    seconds = max( (weights + c · length · KV) / (bandwidth_use · bandwidth · TP),  c · forward FLOPs / (mfu · peak · TP) ),
-c bounded by vLLM's sequence limit, by what is asked, and by the KV cache.  Prompts of a group are read once (prefix caching).
+Generation: one step of a vLLM replica makes one token for each of its c sequences and reads weights and their
+KV cache once,
 
-Not counted: start-up (minutes), saving, evaluation probes, waiting for the slowest sequence of a step, calls to an API.
+    seconds = max( (weights + c · length · KV) / (bandwidth_use · bandwidth · TP),
+                   c · forward FLOPs / (mfu · peak · TP) ),
+
+c bounded by vLLM's sequence limit, by the number of requests, and by the KV cache.  Prompts of a group are
+read once (prefix caching).
+
+Not counted: start-up (minutes), saving, evaluation probes, waiting for the slowest sequence of a step, calls
+to an API.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pgenrm_train.cluster.planning.geometry import Geometry
 from pgenrm_train.cluster.planning.memory import (
     GIB,
+    GRPO,
+    VLLM_SHARE,
+    card_of,
     element_bytes,
+    grpo_of,
     kv_gib,
     ranks_of,
     trained_parameters,
-    vllm_phase,
+    vllm_parts,
 )
-from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig, seeds_of_grid, sizes
+from pgenrm_train.config import Config, EndpointConfig, seeds_of_grid, sizes
+from pgenrm_train.config.stage_names import StageName
 
-# Of the published data sets (the paper, section on evaluation): pairs of (train, test), and users.
+# Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
 PUBLISHED = {"chatbot_arena": (305, 798)}
 USERS = {"chatbot_arena": 131, "prism_personalized": 720, "prism": 1500}
 ASSUMED_PAIRS = (10_000, 1_000)
-SEQUENCES = 256  # that a vLLM replica of veRL runs at once
+SEQUENCES = 256  # concurrent sequences of a vLLM replica of veRL
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage does: counts, tokens, hours on the whole cluster, dollars, GiB of disk that stay."""
+    """Work of a stage: counts, tokens, hours on all nodes, GiB of disk at the end, dollars."""
 
-    stage: str
-    counts: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, float] = field(default_factory=dict)
-    hours: dict[str, float] = field(default_factory=dict)
-    disk: dict[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    hours: Mapping[str, float] = field(default_factory=dict)
+    disk: Mapping[str, float] = field(default_factory=dict)
     api_dollars: float = 0.0
     assumptions: tuple[str, ...] = ()
 
@@ -51,20 +63,15 @@ class Work:
         return sum(self.hours.values())
 
 
-def card_of(config: Config) -> CardConfig:
-    return config.plan.cards["cpu" if config.cluster.device == "cpu" else config.plan.card]
-
-
 def lengths(config: Config) -> tuple[int, int]:
     """Mean tokens of a prompt and of a chain."""
     plan, model = config.plan, config.model
-    return min(plan.prompt_tokens, model.max_prompt_tokens), min(
-        plan.response_tokens, model.max_response_tokens
-    )
+    prompt = min(plan.prompt_tokens, model.max_prompt_tokens)
+    return prompt, min(plan.response_tokens, model.max_response_tokens)
 
 
 def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
-    """(training pairs, test pairs, what was assumed)."""
+    """(training pairs, test pairs, assumptions)."""
     data, assumed = config.data, []
     if data.name == "personaworld":
         train, test = data.users * data.pairs_per_user, data.heldout_users * data.pairs_per_user
@@ -78,7 +85,7 @@ def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
         assumed.append(f"{train:,} training and {test:,} test pairs (plan.pairs=, plan.test_pairs=)")
     train = config.plan.pairs or min(train, data.max_train_pairs or train)
     test = config.plan.test_pairs or min(test, data.max_test_pairs or test)
-    return train, test, tuple(assumed) if not (config.plan.pairs and config.plan.test_pairs) else ()
+    return train, test, () if config.plan.pairs and config.plan.test_pairs else tuple(assumed)
 
 
 def _rows_of_file(path: str | None) -> int | None:
@@ -98,14 +105,9 @@ def _rows_of_file(path: str | None) -> int | None:
 def training_seconds(
     config: Config, geometry: Geometry, tokens: float, length: float, passes: float
 ) -> float:
-    """`passes` forward-equivalents (3: full training, 2: LoRA, 1: forward only) over `tokens` on all processes."""
-    card = card_of(config)
-    return (
-        tokens
-        * passes
-        * geometry.forward_flops(length)
-        / (config.plan.mfu * card.tflops * 1e12 * ranks_of(config))
-    )
+    """Seconds of `passes` forward-equivalents (3: full training, 2: LoRA, 1: forward) on all processes."""
+    flops = tokens * passes * geometry.forward_flops(length)
+    return flops / (config.plan.mfu * card_of(config).tflops * 1e12 * ranks_of(config))
 
 
 def passes_of(config: Config) -> float:
@@ -113,19 +115,19 @@ def passes_of(config: Config) -> float:
 
 
 def generation_rate(
-    config: Config, geometry: Geometry, utilization: float, limit: int, asked: float
+    config: Config, geometry: Geometry, utilization: float, limit: int, requests: float
 ) -> float:
-    """Tokens a second of the whole cluster while vLLM generates with at most `limit` sequences a replica."""
+    """Tokens per second of all nodes while vLLM generates with at most `limit` sequences per replica."""
     plan, card, tp = config.plan, card_of(config), config.cluster.tensor_parallel
     ranks = ranks_of(config)
     if plan.tokens_per_second:
         return plan.tokens_per_second * ranks
     prompt, response = lengths(config)
     length, b = prompt + response / 2, element_bytes(config)
-    cache = vllm_phase(config, geometry, "", "", utilization, tp, 1).parts["vLLM KV cache"]
+    cache = vllm_parts(config, geometry, StageName.EVALUATE, utilization, tp)["vLLM KV cache"]
     room = cache / (kv_gib(geometry, b, tp) * (prompt + response))
     replicas = max(1.0, ranks / tp)
-    at_once = max(1.0, min(limit, room, asked / replicas))
+    at_once = max(1.0, min(limit, room, requests / replicas))
     read = (geometry.parameters * b + at_once * length * geometry.kv_bytes(b)) / (
         plan.bandwidth_use * card.terabytes_per_second * 1e12 * tp
     )
@@ -136,112 +138,100 @@ def generation_rate(
 # ---- stages ----
 
 
-def work_of(config: Config, geometry: Geometry, stage: str) -> Work:
-    kinds = {"build_sec": sec_work, "psi": psi_work, "prototypes": prototypes_work, "evaluate": evaluate_work}
-    return (
-        grpo_work(config, geometry, stage)
-        if stage in ("cre", "curriculum")
-        else kinds[stage](config, geometry)
-    )
-
-
-def sec_work(config: Config, geometry: Geometry) -> Work:
-    train, _, assumed = pairs_of(config)
-    asked = (
-        min(train * config.sec.orders_per_pair, config.sec.max_chains or train * 2)
-        * config.sec.samples_per_pair
-    )
-    prompt, response = lengths(config)
-    language_model = config.teacher.kind in ("endpoint", "vllm")
-    tokens = {
-        "read": float(asked * prompt),
-        "written": float(asked * min(response, config.teacher.max_tokens)),
+def work_of(config: Config, geometry: Geometry, stage: StageName) -> Work:
+    if stage in GRPO:
+        return grpo_work(config, geometry, stage)
+    if stage == StageName.BUILD_SEC:
+        return sec_work(config)
+    work = {
+        StageName.PSI: psi_work,
+        StageName.PROTOTYPES: prototypes_work,
+        StageName.EVALUATE: evaluate_work,
     }
+    return work[stage](config, geometry)
+
+
+def sec_work(config: Config) -> Work:
+    train, _, assumed = pairs_of(config)
+    chains = min(train * config.sec.orders_per_pair, config.sec.max_chains or train * 2)
+    calls = chains * config.sec.samples_per_pair
+    prompt, response = lengths(config)
+    written = min(response, config.teacher.max_tokens)
+    tokens = {"read": float(calls * prompt), "written": float(calls * written)}
+    language_model = config.teacher.kind in ("endpoint", "vllm")
     return Work(
-        "build_sec",
-        {"chains asked at most": asked},
+        {"chains asked at most": calls},
         tokens if language_model else {},
         api_dollars=_api_dollars(config.teacher, tokens) if language_model else 0.0,
         assumptions=assumed,
     )
 
 
-def psi_chains(config: Config) -> tuple[int, tuple[str, ...]]:
+def psi_work(config: Config, geometry: Geometry) -> Work:
     train, _, assumed = pairs_of(config)
     chains = train * config.sec.orders_per_pair
-    return min(chains, config.sec.max_chains or chains), (*assumed, "every pair gives a kept chain")
-
-
-def psi_work(config: Config, geometry: Geometry) -> Work:
-    chains, assumed = psi_chains(config)
+    chains = min(chains, config.sec.max_chains or chains)
     psi, length = config.psi, sum(lengths(config))
     steps = psi.max_steps or math.ceil(chains * psi.epochs / psi.batch_size)
     tokens = float(steps * psi.batch_size * length)
-    trained, whole = trained_parameters(config, geometry), geometry.parameters
     b = element_bytes(config)
-    states = trained * (b + 12) if config.cluster.zero_stage or b == 2 else trained * (b + 8)
-    disk = {
-        "optimizer states and weights": psi.keep_checkpoints * states / GIB,
-        "checkpoint": whole * b / GIB,
-    }
+    states = trained_parameters(config, geometry) * (b + (12 if config.cluster.zero_stage or b == 2 else 8))
     return Work(
-        "psi",
         {"chains": chains, "optimizer steps": steps},
         {"trained on": tokens},
         {"training": training_seconds(config, geometry, tokens, length, passes_of(config)) / 3600},
-        disk,
-        assumptions=assumed,
+        {
+            "optimizer states and weights": psi.keep_checkpoints * states / GIB,
+            "checkpoint": geometry.parameters * b / GIB,
+        },
+        assumptions=(*assumed, "every pair gives a kept chain"),
     )
 
 
-def grpo_work(config: Config, geometry: Geometry, section: str) -> Work:
+def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     """Rollouts, log-probabilities of the old policy and the reference, and the update (METHOD §4)."""
-    grpo: GrpoConfig = getattr(config, section)
+    grpo = grpo_of(config, stage)
     prompt, response = lengths(config)
-    prompts = grpo.steps * grpo.prompts_per_step
+    prompts, length = grpo.steps * grpo.prompts_per_step, prompt + response
     rollouts, mined = prompts * grpo.group_size, grpo.rows * getattr(grpo, "mining_samples", 0)
-    share = config.cluster.gpu_memory_utilization
-    rate = generation_rate(config, geometry, share, SEQUENCES, grpo.prompts_per_step * grpo.group_size)
+    utilization = config.cluster.gpu_memory_utilization
+    rate = generation_rate(config, geometry, utilization, SEQUENCES, grpo.prompts_per_step * grpo.group_size)
     read = float(prompts + (grpo.rows if mined else 0)) * prompt
-    seen = float(rollouts) * (prompt + response)
-    reference = 1 if grpo.kl_coefficient else 0
-    old = 0 if config.cluster.device == "cpu" else 1  # on a CPU the sampler's own log-probabilities are used
-    length = prompt + response
+    trained_on = float(rollouts) * length
+    # On a CPU the sampler's own log-probabilities are used, so there is no pass of the old policy.
+    passes = (config.cluster.device != "cpu") + (grpo.kl_coefficient > 0)
     seconds = {
         "prefill": training_seconds(config, geometry, read, prompt, 1),
         "generation": (rollouts + mined) * response / rate,
-        "log-probabilities": training_seconds(config, geometry, seen * (old + reference), length, 1),
-        "update": training_seconds(config, geometry, seen, length, passes_of(config)),
+        "log-probabilities": training_seconds(config, geometry, trained_on * passes, length, 1),
+        "update": training_seconds(config, geometry, trained_on, length, passes_of(config)),
     }
     judged = rollouts if grpo.process_weight and config.judge.kind in ("endpoint", "vllm") else 0
-    asked = {"read": float(judged) * (response + 500), "written": judged * 50.0}
+    judge_tokens = {"read": float(judged) * (response + 500), "written": judged * 50.0}
     trained, whole = trained_parameters(config, geometry), geometry.parameters
-    saved = (4 * whole + 8 * trained) if not config.model.lora.rank else 2 * whole + 12 * trained
+    saved = 2 * whole + 12 * trained if config.model.lora.rank else 4 * whole + 8 * trained
     return Work(
-        section,
         {"steps": grpo.steps, "rollouts": rollouts, "chains for mining": mined, "calls to the judge": judged},
-        {"read": read, "generated": float(rollouts + mined) * response, "trained on": seen},
-        {name: s / 3600 for name, s in seconds.items() if s},
+        {"read": read, "generated": float(rollouts + mined) * response, "trained on": trained_on},
+        {name: spent / 3600 for name, spent in seconds.items() if spent},
         {
             "optimizer states and weights": grpo.keep_checkpoints * saved / GIB,
             "checkpoint": whole * element_bytes(config) / GIB,
         },
-        _api_dollars(config.judge, asked) if judged else 0.0,
+        _api_dollars(config.judge, judge_tokens) if judged else 0.0,
         (
-            f"vLLM generates {rate / ranks_of(config):,.0f} tokens a second and process (plan.tokens_per_second= when measured)",
+            f"vLLM generates {rate / ranks_of(config):,.0f} tokens per second and process "
+            "(plan.tokens_per_second= when measured)",
         ),
     )
 
 
 def prototypes_work(config: Config, geometry: Geometry) -> Work:
     train, _, assumed = pairs_of(config)
-    everyone = (
-        config.data.users
-        if config.data.name == "personaworld"
-        else USERS.get(config.data.name, max(1, train // 10))
-    )
-    chains = min(config.prototypes.max_users or everyone, everyone) * config.prototypes.analyses_per_user
-    return _generated("prototypes", config, geometry, chains, assumed)
+    data = config.data
+    users = data.users if data.name == "personaworld" else USERS.get(data.name, max(1, train // 10))
+    chains = min(config.prototypes.max_users or users, users) * config.prototypes.analyses_per_user
+    return _generated(config, geometry, chains, assumed)
 
 
 def evaluate_work(config: Config, geometry: Geometry) -> Work:
@@ -256,28 +246,24 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
         ev.grid_seeds * (max(ev.one_pair_ind) + max(ev.one_pair_pro, default=0)) if ev.one_pair_ind else 0
     )
     chains = 2 * (models * test * ev.seeds + grid * (more + one_pair))
-    if config.data.name == "lampqa":  # a question and all its answers at once, in another order each sample
+    if config.data.name == "lampqa":  # a question with all its answers at once, in another order per sample
         chains = models * test * ind
-    return _generated("evaluate", config, geometry, chains, assumed)
+    return _generated(config, geometry, chains, assumed)
 
 
-def _generated(stage: str, config: Config, geometry: Geometry, chains: int, assumed: tuple[str, ...]) -> Work:
-    from pgenrm_train.cluster.planning.memory import VLLM_SHARE
-
+def _generated(config: Config, geometry: Geometry, chains: int, assumed: tuple[str, ...]) -> Work:
+    """Work of a stage that only generates, on all replicas."""
     prompt, response = lengths(config)
-    rate = generation_rate(config, geometry, VLLM_SHARE, config.eval.max_in_flight, chains)  # of all replicas
-    seconds = {
-        "prefill": training_seconds(config, geometry, float(chains * prompt), prompt, 1),
-        "generation": chains * response / rate,
+    rate = generation_rate(config, geometry, VLLM_SHARE, config.eval.max_in_flight, chains)
+    read = float(chains * prompt)
+    hours = {
+        "prefill": training_seconds(config, geometry, read, prompt, 1) / 3600,
+        "generation": chains * response / rate / 3600,
     }
-    tokens = {"read": float(chains * prompt), "generated": float(chains * response)}
-    return Work(
-        stage, {"chains": chains}, tokens, {k: v / 3600 for k, v in seconds.items()}, assumptions=assumed
-    )
+    tokens = {"read": read, "generated": float(chains * response)}
+    return Work({"chains": chains}, tokens, hours, assumptions=assumed)
 
 
-def _api_dollars(settings: EndpointConfig, tokens: dict[str, float]) -> float:
-    return (
-        tokens["read"] * settings.dollars_per_million_in
-        + tokens["written"] * settings.dollars_per_million_out
-    ) / 1e6
+def _api_dollars(settings: EndpointConfig, tokens: Mapping[str, float]) -> float:
+    read = tokens["read"] * settings.dollars_per_million_in
+    return (read + tokens["written"] * settings.dollars_per_million_out) / 1e6

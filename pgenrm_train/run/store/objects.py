@@ -1,11 +1,14 @@
-"""A run's copy at an fsspec URL.  What counts there is whole, whatever is killed or lost on the way.
+"""The copy of a run at an fsspec URL.
 
-    <url>/<stage>/published.json       the publication that counts: its files, each with size, sha256 and place; one object, written last
-    <url>/<stage>/<attempt>/<file>     what one attempt brought; a file that did not change stays where an earlier attempt put it
-    <url>/report.html, …               the final files of the run, as at the top of a run folder
+A publication is always complete, whatever is killed or lost on the way.
 
-A reader believes `published.json` and checks every file against it; an attempt that it does not name was cut off, and is passed
-over.  Credentials are fsspec's business: the environment, or the machine's role.
+    <url>/<stage>/published.json     the valid publication: its files, each with size, sha256 and place.
+                                     One object, written last
+    <url>/<stage>/<attempt>/<file>   files of one attempt; an unchanged file stays in an earlier one
+    <url>/report.html, …             the final files of the run, as at the top of a run folder
+
+A reader trusts `published.json` and checks every file against it.  An attempt that it does not name was cut
+off and is ignored.  fsspec takes credentials from the environment or from the machine's role.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from pgenrm_train.files import sha256_file
 
 T = TypeVar("T")
 MARKER = "published.json"
-AT_ONCE = 4  # files under way; a store's client splits large ones by itself
+AT_ONCE = 4  # parallel transfers; a store's client splits large files by itself
 
 
 class StoreLost(Exception):
-    """The store did not answer as it should; what was asked may be tried again."""
+    """The store failed to answer; the call may be tried again."""
 
 
 class StoreTaken(ArtifactError):
@@ -37,7 +40,7 @@ class StoreTaken(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """`name` in the stage's folder; `at` in the stage's folder at the URL."""
+    """A file of a stage: `name` is its path in the local folder, `at` its path in the folder at the URL."""
 
     name: str
     size: int
@@ -47,7 +50,7 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A stage's folder as published.  `state` says what stood in it: complete, or which step checkpoints."""
+    """A stage's folder as published.  `state`: complete, or its step checkpoints."""
 
     stage: str
     attempt: str
@@ -56,27 +59,30 @@ class Publication:
 
     @classmethod
     def parse(cls, stage: str, text: bytes) -> Publication:
-        found = json.loads(text)
-        files = tuple(StoredFile(**item) for item in found["files"])
+        record = json.loads(text)
+        files = tuple(StoredFile(**item) for item in record["files"])
         for path in (PurePosixPath(p) for file in files for p in (file.name, file.at)):
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{path} leads out of the stage")
-        return cls(stage, found["attempt"], found["state"], files)
+        return cls(stage, record["attempt"], record["state"], files)
 
     def text(self) -> bytes:
         return json.dumps({"format": 1, **asdict(self)}, indent=1).encode()
 
 
 class Store:
-    """A run at a URL.  Methods raise StoreLost when the store fails, ArtifactError when what it holds is not what was published."""
+    """A run at a URL.
+
+    Methods raise StoreLost if the store fails, and ArtifactError if its content differs from the publication.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.fs, self.root = _file_system(url)
-        self._sent: set[StoredFile] = set()  # a second try of an attempt sends the rest
+        self._sent: set[StoredFile] = set()  # a second try of an attempt sends only the rest
 
     def read(self, stage: str) -> Publication | None:
-        """What counts as published of a stage."""
+        """The valid publication of a stage, if any."""
         try:
             self.fs.invalidate_cache()
             return Publication.parse(stage, self.fs.cat_file(self._path(stage, MARKER)))
@@ -84,21 +90,23 @@ class Store:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"{self.url}/{stage}/{MARKER} is not what a run writes ({error}); remove it, and the stage counts as not published"
+                f"{self.url}/{stage}/{MARKER} is not what a run writes ({error}); "
+                "remove it, and the stage counts as not published"
             ) from None
         except Exception as error:  # each store's client raises its own
             raise StoreLost(_words(error)) from error
 
     def left_over(self, stage: str) -> Mapping[str, list[str]]:
-        """Attempt → its files that no publication names: it was cut off, or what it brought counts no more."""
+        """Attempt → its files that the publication lacks: it was cut off, or a newer one replaced them."""
         published = self.read(stage)
-        known = {file.at for file in published.files} if published else set()
-        start, found = f"{self._path(stage)}/", defaultdict(list)
-        for path in self._ask(lambda: self.fs.find(self._path(stage))):
-            attempt, inside, _ = (at := str(path).partition(start)[2]).partition("/")
-            if inside and at not in known:
-                found[attempt].append(at)
-        return found
+        valid = {file.at for file in published.files} if published else set()
+        start, unnamed = f"{self._path(stage)}/", defaultdict(list)
+        for path in self._call(lambda: self.fs.find(self._path(stage))):
+            at = str(path).partition(start)[2]
+            attempt, inside, _ = at.partition("/")
+            if inside and at not in valid:
+                unnamed[attempt].append(at)
+        return unnamed
 
     def publish(
         self,
@@ -108,56 +116,62 @@ class Store:
         files: Mapping[str, tuple[Path, str]],
         before: Publication | None,
     ) -> Publication:
-        """Bring `files` (name → path, sha256) to the store and let them count in place of `before`.
+        """Send `files` (name → path, sha256) to the store and publish them in place of `before`.
 
-        Only what `before` does not hold already is sent.  Raises StoreTaken when something else than `before` is published by then.
+        Files that `before` already holds are not sent again.  Raises StoreTaken if `before` is no longer the
+        valid publication.
         """
         self._expect(stage, before)
         held = {(file.name, file.sha256): file for file in before.files} if before else {}
-        made = Publication(stage, attempt, state, tuple(
-            held.get((name, digest)) or StoredFile(name, path.stat().st_size, digest, f"{attempt}/{name}")
-            for name, (path, digest) in sorted(files.items())
-        ))  # fmt: skip
-        new = [file for file in made.files if file.at.startswith(f"{attempt}/")]
+        publication = Publication(
+            stage,
+            attempt,
+            state,
+            tuple(
+                held.get((name, digest)) or StoredFile(name, path.stat().st_size, digest, f"{attempt}/{name}")
+                for name, (path, digest) in sorted(files.items())
+            ),
+        )
+        new = [file for file in publication.files if file.at.startswith(f"{attempt}/")]
         _all(lambda file: self._send(files[file.name][0], stage, file), new)
         self._expect(stage, before)
-        self.put(f"{stage}/{MARKER}", made.text())
-        self.forget(
-            stage, {file.at for file in before.files} - {file.at for file in made.files} if before else set()
-        )
-        return made
+        self.put(f"{stage}/{MARKER}", publication.text())
+        self.forget(stage, {file.at for file in held.values()} - {file.at for file in publication.files})
+        return publication
 
     def fetch(self, published: Publication, to: Path) -> None:
-        """Download a publication into the folder `to`, every file checked."""
+        """Download a publication into the folder `to` and check every file."""
         for folder in {(to / file.name).parent for file in published.files}:
             folder.mkdir(parents=True, exist_ok=True)
         _all(lambda file: self._take(published.stage, file, to / file.name), published.files)
 
     def put(self, name: str, content: bytes | Path) -> None:
-        """One object, whole or not at all."""
+        """Write one object, completely or not at all."""
         local, path = self._local(), self._path(name)
-        target = (
-            f"{path}.tmp" if local else path
-        )  # an object appears when its last byte has come; a file grows
+        # In an object store an object appears with its last byte; a local file grows and is renamed at the
+        # end.
+        target = f"{path}.tmp" if local else path
         if local:
-            self._ask(lambda: self.fs.makedirs(self.fs._parent(path), exist_ok=True))
+            self._call(lambda: self.fs.makedirs(self.fs._parent(path), exist_ok=True))
         if isinstance(content, Path):
-            self._ask(lambda: self.fs.put_file(str(content), target))
+            self._call(lambda: self.fs.put_file(str(content), target))
         else:
-            self._ask(lambda: self.fs.pipe_file(target, content))
+            self._call(lambda: self.fs.pipe_file(target, content))
         if local:
             Path(target).replace(path)
 
     def try_out(self) -> None:
         """Write an object and remove it."""
         self.put(".tried", b"")
-        self._ask(lambda: self.fs.rm_file(self._path(".tried")))
+        self._call(lambda: self.fs.rm_file(self._path(".tried")))
 
     def _expect(self, stage: str, before: Publication | None) -> None:
-        found = self.read(stage)
-        if (found and found.attempt) != (before and before.attempt):
+        """Raise StoreTaken unless `before` is the valid publication."""
+        current = self.read(stage)
+        if (current and current.attempt) != (before and before.attempt):
             raise StoreTaken(
-                f"another machine has published {stage} in {self.url} meanwhile: a run is one machine's at a time"
+                f"another machine has published {stage} in {self.url} meanwhile: only one machine may work "
+                f"on a run"
             )
 
     def _send(self, path: Path, stage: str, file: StoredFile) -> None:
@@ -165,16 +179,16 @@ class Store:
             return
         remote = self._path(stage, file.at)
         if self._local():
-            self._ask(lambda: self.fs.makedirs(self.fs._parent(remote), exist_ok=True))
-        self._ask(lambda: self.fs.put_file(str(path), remote))
-        if (size := self._ask(lambda: self.fs.info(remote))["size"]) != file.size:
+            self._call(lambda: self.fs.makedirs(self.fs._parent(remote), exist_ok=True))
+        self._call(lambda: self.fs.put_file(str(path), remote))
+        if (size := self._call(lambda: self.fs.info(remote))["size"]) != file.size:
             raise StoreLost(f"{self.url}/{stage}/{file.at} has {size} bytes of {file.size}")
         self._sent.add(file)
 
     def _take(self, stage: str, file: StoredFile, path: Path) -> None:
         where = f"{self.url}/{stage}/{file.at}"
         try:
-            self._ask(lambda: self.fs.get_file(self._path(stage, file.at), str(path)))
+            self._call(lambda: self.fs.get_file(self._path(stage, file.at), str(path)))
         except StoreLost as lost:
             if not isinstance(lost.__cause__, FileNotFoundError):
                 raise
@@ -184,22 +198,21 @@ class Store:
             problem = "" if same else "is not the file that was published: its size or sha256 differs"
         if problem:
             raise ArtifactError(
-                f"{where} {problem}; remove {self.url}/{stage}/{MARKER}, and the stage is made again"
+                f"{where} {problem}; remove {self.url}/{stage}/{MARKER}, and the stage runs again"
             )
 
     def forget(self, stage: str, places: Iterable[str]) -> None:
-        """Remove files that no publication names.  What cannot be removed costs space and nothing else."""
+        """Remove files that no publication names.  A file that cannot be removed only costs space."""
         try:
-            _all(
-                lambda at: self.fs.rm_file(self._path(stage, at)), sorted(places)
-            )  # `rm` would take a name for a pattern
+            # `rm` would read a name as a pattern
+            _all(lambda at: self.fs.rm_file(self._path(stage, at)), sorted(places))
         except Exception as error:
             print(
-                f"warning: files of {self.url}/{stage} that count no more were not removed ({_words(error)})",
+                f"warning: outdated files of {self.url}/{stage} were not removed ({_words(error)})",
                 flush=True,
             )
 
-    def _ask(self, call: Callable[[], T]) -> T:
+    def _call(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:  # each store's client raises its own
@@ -213,7 +226,7 @@ class Store:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it.  Raises ConfigError or PreflightError."""
+    """Open a URL: fsspec's file system and the path in it.  Raises ConfigError or PreflightError."""
     import fsspec
 
     try:
@@ -234,5 +247,5 @@ def _all(do: Callable[[T], None], files: Iterable[T]) -> None:
 
 
 def _words(error: BaseException) -> str:
-    """One line; an endpoint's user name and password are not repeated."""
+    """An error as one line, without an endpoint's user name and password."""
     return re.sub(r"://[^/@\s]+@", "://…@", " ".join(f"{type(error).__name__}: {error}".split()))[:300]

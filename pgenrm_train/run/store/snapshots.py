@@ -1,7 +1,8 @@
-"""What of a stage's folder is worth publishing, and how it is held still while it travels.
+"""Snapshots of a stage's folder for publication, which the stage's own writing cannot change.
 
-A complete stage is published without what only its training needed.  One that is under way is published when an engine has left a
-step checkpoint that is complete: with it, and with what else a start on another machine goes on from.
+A complete stage is published without files that only its training needed.  A running stage is published when
+an engine has written a complete step checkpoint: with it go all files from which another machine can
+continue.
 """
 
 from __future__ import annotations
@@ -19,52 +20,51 @@ from pgenrm_train.run.folder import StageFolder
 
 STEPS = ("steps/checkpoint-*", "verl/global_step_*")  # of PSI; of CRE and the curriculum
 LEFT_OUT = ("steps", "verl", "wandb", "ray_logs", "ray_train")
-OPEN_DATABASE = "cache.db"  # answers of a model: SQLite's files make sense together only, so they travel when the stage is complete
-GROWING = (".jsonl", ".log")  # written to in place; every other file is replaced whole
-SETTLED = 0.5  # seconds in which a checkpoint that an engine is removing shows it
+# Answers of a model.  SQLite's files are valid only together, so they are published with the complete stage.
+OPEN_DATABASE = "cache.db"
+GROWING = (".jsonl", ".log")  # appended in place; every other file is replaced at once
+SETTLED = 0.5  # seconds after which a removal by an engine is visible
 
 
 class Moved(Exception):
-    """The folder changed while it was looked at; the next look finds it at rest."""
+    """The folder changed during the snapshot; the next try follows."""
 
 
 def state_of(folder: Path) -> str | None:
-    """What there is to publish in a few words, which differ when it does; None for nothing."""
+    """Short text that identifies the publishable content of a folder; None if there is none."""
     stage = StageFolder.read(folder.parent, folder.name)
     if stage.complete:
         return f"complete {fingerprint(stage.manifest.as_json())}"
     steps = [str(path.relative_to(folder)) for path in resumable(folder)]
-    trained = (
-        ["trained.json"] if (folder / "trained.json").exists() else []
-    )  # a phase that waits for its session to end
+    # of a phase that waits for its session to end
+    trained = ["trained.json"] if (folder / "trained.json").exists() else []
     return " ".join(steps + trained) or None
 
 
 def resumable(folder: Path) -> list[Path]:
-    """The step checkpoints that a start goes on from or publishes: the newest complete one, and the one that validation likes best."""
-    found = []
+    """Step checkpoints to continue from or to publish: the newest complete one and the best by validation."""
+    kept = []
     for pattern in STEPS:
         if complete := complete_checkpoints(folder, pattern):
             newest, best = complete[-1], _best(complete[-1])
-            found += [path for path in complete if path == newest or step_of(path) == best]
-    return found
+            kept += [path for path in complete if path == newest or step_of(path) == best]
+    return kept
 
 
 def freeze(folder: Path, to: Path) -> str:
-    """Fill `to` with what is to be published, as links or copies that the stage's own writing no longer touches; returns the state.
+    """Fill `to` with links or copies of the publishable files; returns the state.
 
-    Raises Moved when an engine wrote or removed a checkpoint meanwhile.
+    Raises Moved if an engine wrote or removed a checkpoint meanwhile.
     """
     state = state_of(folder)
     shutil.rmtree(to, ignore_errors=True)
     try:
-        for name in (before := sorted(_names(folder))):
+        before = set(_names(folder))
+        for name in sorted(before):
             _hold(folder / name, to / name)
         if state is not None and not state.startswith("complete "):
             time.sleep(SETTLED)
-            if [name for name in before if name.startswith(_KEPT)] != [
-                n for n in sorted(_names(folder)) if n.startswith(_KEPT)
-            ]:
+            if any(name.startswith(_KEPT) for name in before ^ set(_names(folder))):
                 raise Moved
     except FileNotFoundError:
         raise Moved from None
@@ -77,16 +77,15 @@ _KEPT = tuple(pattern.partition("/")[0] + "/" for pattern in STEPS)
 
 
 def _names(folder: Path) -> Iterator[str]:
+    """Publishable files, relative to the folder."""
     complete = StageFolder.read(folder.parent, folder.name).complete
-    for path in [
-        *_walk(folder, complete),
-        *(p for steps in ([] if complete else resumable(folder)) for p in _walk(steps, True)),
-    ]:
+    steps = [] if complete else resumable(folder)
+    for path in [*_walk(folder, complete), *(path for step in steps for path in _walk(step, True))]:
         yield path.relative_to(folder).as_posix()
 
 
 def _walk(folder: Path, everything: bool) -> Iterator[Path]:
-    """Files below, without half-written ones and, in a stage's folder, what is left out."""
+    """Files below, without half-written ones, left-out folders and, unless `everything`, open databases."""
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in LEFT_OUT and not _half_written(name)]
         if everything or OPEN_DATABASE not in files:
@@ -111,7 +110,9 @@ def _hold(path: Path, to: Path) -> None:
 
 
 def _best(checkpoint: Path) -> int | None:
+    """Step that validation likes best, as the trainer notes it."""
     try:
-        return read_json(checkpoint / "trainer_state.json").get("best_global_step")  # type: ignore[no-any-return]
-    except ArtifactError:  # CRE's and the curriculum's have none
+        best: int | None = read_json(checkpoint / "trainer_state.json").get("best_global_step")
+    except ArtifactError:  # checkpoints of CRE and the curriculum have no trainer state
         return None
+    return best

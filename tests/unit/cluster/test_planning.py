@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from pgenrm_train.cluster.planning import STAGES, memory, plan_of
-from pgenrm_train.cluster.planning.advice import apply, fits
+from pgenrm_train.cluster.planning.advice import apply, problems_of
 from pgenrm_train.cluster.planning.batches import grpo_batches, psi_batches
 from pgenrm_train.cluster.planning.geometry import KNOWN, geometry_of, read_geometry
 from pgenrm_train.cluster.planning.table import show
 from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_of
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 
 WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
@@ -155,7 +156,10 @@ def test_more_of_a_size_never_needs_less(eight: Config, key: str) -> None:
 
 def test_vllm_fills_its_share_and_more_gpus_leave_more_cache(eight: Config) -> None:
     geometry = geometry_of(eight)
-    one, two = (memory.vllm_phase(eight, geometry, "cre", "rollout", 0.6, tp, 12288) for tp in (1, 2))
+    one, two = (
+        memory.vllm_phase(eight, geometry, StageName.CRE, "rollout", memory.Serving(0.6, tp, 12288))
+        for tp in (1, 2)
+    )
     assert one.total == pytest.approx(0.6 * one.available) == two.total
     assert two.parts["vLLM KV cache"] > one.parts["vLLM KV cache"]
 
@@ -187,7 +191,7 @@ def test_every_shipped_model_is_planned_on_every_cluster(model: str, cluster: st
         assert stage.fits == (stage.problems == ()) and stage.work.total_hours >= 0
         if stage.change:
             keys = tuple((text.split("=")[0], _value(text.split("=")[1])) for text in stage.change)
-            assert fits(apply(config, (keys,)), plan.geometry, stage.stage), "the advice must hold"
+            assert not problems_of(apply(config, (keys,)), plan.geometry, stage.stage), "the advice must hold"
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONFIG_DIR / "recipe").glob("*.yaml")))
@@ -235,10 +239,10 @@ def test_the_nearest_change_has_no_needless_part() -> None:
     (psi,) = plan_of(changed(config, plan__stage="psi")).stages
     assert psi.change is not None
     parts = [(text.split("=")[0], _value(text.split("=")[1])) for text in psi.change]
-    assert fits(apply(config, (tuple(parts),)), geometry_of(config), "psi")
+    assert not problems_of(apply(config, (tuple(parts),)), geometry_of(config), StageName.PSI)
     for left_out in parts:
         rest = tuple(part for part in parts if part is not left_out)
-        assert not fits(apply(config, (rest,)), geometry_of(config), "psi")
+        assert problems_of(apply(config, (rest,)), geometry_of(config), StageName.PSI)
 
 
 def test_a_fitting_change_is_found_for_batches_that_do_not_divide() -> None:

@@ -38,7 +38,9 @@ def test_a_complete_stage_is_on_a_fresh_machine_what_it_was(
     write_text(tmp_path / "a" / "psi" / "wandb" / "log", "x")
     step(tmp_path / "a", 3)
     assert first.close() == []
-    assert f"{url} gets what it lacks: psi\npublished psi (complete): {url}/psi/" in capsys.readouterr().out
+    assert (
+        f"publishing the rest to {url}: psi\npublished psi (complete): {url}/psi/" in capsys.readouterr().out
+    )
     machine(tmp_path, "b", url)
     here = content(tmp_path / "a" / "psi")
     assert content(tmp_path / "b" / "psi") == {
@@ -259,8 +261,8 @@ def test_a_lost_network_stops_nothing_is_told_and_the_end_names_what_is_missing(
         stage(Path(config.run_dir), "psi", weights="x")
         while "next try" not in (said := capfd.readouterr().err):
             pass
-    assert "no route to host); the run goes on" in said
-    assert f"the run is whole in {config.run_dir}, but {url} lacks build_data, psi (" in str(error.value)
+    assert "no route to host); the run continues" in said
+    assert f"the run is complete in {config.run_dir}, but {url} lacks build_data, psi (" in str(error.value)
     assert StageFolder.read(Path(config.run_dir), "psi").complete
     with publishing.kept():
         publishing.begin(config)  # the same command, the network is back

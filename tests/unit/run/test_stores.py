@@ -76,7 +76,7 @@ def test_a_store_that_cannot_be_written_is_said_at_the_start_with_the_way_round_
     write_text(Path(config.run_dir) / "config.yaml", "")
     with pytest.raises(
         ArtifactError,
-        match=rf"run_dir=file://{tmp_path}/file/run cannot be used .*; mend that, or go on without it: run_dir={config.run_dir}",
+        match=rf"run_dir=file://{tmp_path}/file/run cannot be used .*; mend that, or continue without it: run_dir={config.run_dir}",
     ):
         publishing.begin(config)
 

@@ -260,7 +260,7 @@ def test_without_the_network_a_run_starts_offline_and_is_sent_later(tmp_path):
     _, err = tracked(tmp_path / "psi", server).communicate("\n", timeout=60)
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
     command = re.search(
-        r"W&B is not reached .*; tracking goes on offline, and (wandb sync \S+) sends it later", warning
+        r"W&B is not reached .*; tracking continues offline, and (wandb sync \S+) sends it later", warning
     )
     assert command and len(lines(tmp_path / "psi" / "metrics.jsonl")) == 2
     with serve(server.port) as server:
@@ -273,7 +273,7 @@ def test_a_network_that_is_lost_on_the_way_costs_nothing(tmp_path):
         stage = tracked(tmp_path / "psi", server, link=False)
     _, err = stage.communicate("\n", timeout=60)
     assert stage.returncode == 0 and len(lines(tmp_path / "psi" / "metrics.jsonl")) == 2
-    command = re.search(r"metrics.jsonl is whole, and (wandb sync .*) sends the rest", err)
+    command = re.search(r"metrics.jsonl is complete, and (wandb sync .*) sends the rest", err)
     assert command, err
     with serve(server.port) as server:
         sync(command[1], tmp_path, server)
