@@ -141,7 +141,7 @@ def used_gib(config: Config) -> float:
 
 def report_of(config: Config, seen: dict[str, Seen]) -> dict[str, Any]:
     """Numbers of every recipe beside the plan's, and the verdict."""
-    planned = {
+    planned: dict[str, float] = {
         stage.stage: max((p.total for p in stage.phases), default=0.0) for stage in plan_of(config).stages
     }
     rows = []
