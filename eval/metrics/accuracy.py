@@ -1,22 +1,25 @@
 """Accuracy of pairwise preference predictions, under named protocols (METHOD §8).
 
-What a protocol does with ties and failures is the whole difference:
+The protocols differ in their treatment of ties and failures:
 
-    strict         both orders; an order is a hit only if the chosen response scores strictly higher; a tie and an order whose
-                   samples all failed count 0.  Every pair stays in the denominator.  The default.
-    both_orders    SynthesizeMe: both orders, a tie is wrong.  METHOD §8 grants "every pair stays in the denominator" to strict
-                   alone and lists failures that leave it among the defects of the field (§11), so here an order without a
-                   valid sample leaves the mean, and a pair without a valid order leaves the denominator.
-    release        the authors' script: one random order per pair and seed, ties and failures leave the denominator.
+    strict         Both orders.  An order is a hit only if the chosen response scores strictly higher.
+                   A tie, or an order whose samples all failed, counts 0.  Every pair stays in the
+                   denominator.  The default.
+    both_orders    SynthesizeMe: both orders, a tie is wrong.  METHOD §8 grants "every pair stays in the
+                   denominator" to strict alone, and §11 lists failures that leave it among the defects of
+                   the field.  So here an order without a valid sample leaves the mean, and a pair without a
+                   valid order leaves the denominator.
+    release        The authors' script: one random order per pair and seed; ties and failures leave the
+                   denominator.
     user_disjoint  P-Check: a split of the users, not another metric; computed as strict.
 
-What leaves a denominator is counted in `n_dropped`, never lost.
+`n_dropped` counts everything that leaves a denominator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import pandas as pd
@@ -32,33 +35,89 @@ SAME_PREDICTIONS = ("strict", "both_orders", "release")  # metrics; `user_disjoi
 NO_KIND = "(none)"
 
 
+class Estimate(TypedDict):
+    """An accuracy, a fraction in [0, 1], with its interval.  None without a counted pair."""
+
+    accuracy: float | None  # mean over evaluation seeds
+    ci95: list[float]  # percentile bootstrap over users; [0, 1] for a single user
+
+
+class SliceAccuracy(Estimate):
+    n_pairs: int
+    n_users: int
+
+
+class ProtocolAccuracy(Estimate):
+    stderr: float | None
+    n_counted: int  # (pair, seed) cells in the denominator
+    n_dropped: int  # (pair, seed) cells that left it
+
+
+class AccuracyReport(Estimate):
+    """The `results.json` fields of an evaluation, ready for JSON."""
+
+    stderr: float | None  # sd/√seeds; None with one evaluation seed
+    ci95_note: str | None  # a sentence if users are too few for the interval
+    macro_accuracy: float | None  # mean over users
+    n_pairs: int  # all pairs
+    n_users: int
+    n_dropped: int
+    ties: int  # (pair, order, seed) with equal means
+    failed_orders: int  # (pair, order, seed) without a valid sample
+    failures: dict[str, int]  # failed samples by kind
+    order_flip_rate: float | None  # see `_flip_rate`
+    protocol: str
+    seeds: list[int]
+    slices: dict[str, SliceAccuracy]  # by `kind`
+    protocols: dict[str, ProtocolAccuracy]  # the same predictions under every protocol
+    ind: int
+    pro: NotRequired[int]
+    model: NotRequired[str]
+
+
+class Difference(TypedDict):
+    """Accuracy of one table minus that of another on the same pairs; see `difference`."""
+
+    difference: float | None
+    ci95: list[float]  # resamples users with all their pairs
+    ci95_note: str | None
+    p_value_users: float
+    p_value: float
+    accuracy_a: float | None
+    accuracy_b: float | None
+    better: int  # pairs, as `worse` and `equal`
+    worse: int
+    equal: int
+    users_better: int
+    users_worse: int
+    n_pairs: int
+    n_users: int
+    n_dropped: int  # pairs that the protocol drops in either table
+    only_a: NotRequired[int]
+    only_b: NotRequired[int]
+
+
 def accuracy_report(
     predictions: pd.DataFrame,
     *,
     protocol: str = "strict",
     draws: int = 2000,
     seed: int = 0,
-    extra: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The `results.json` fields of an evaluation; JSON-ready, accuracies are fractions in [0, 1].
+    extra: Mapping[str, object] | None = None,
+) -> AccuracyReport:
+    """Compute the accuracy fields of `results.json`.
 
-    predictions: one row a pair × order × seed × sample with `outcomes.COLUMNS` and, optionally, `kind`.  `order` 0 is the
-    presentation with the chosen response first; scores need to be finite only where `failure` is null; texts such as "10.0" are
-    numbers.
+    predictions: one row per pair × order × seed × sample with `outcomes.COLUMNS` and, optionally, `kind`.
+    `order` 0 presents the chosen response first.  Scores must be finite only where `failure` is null; texts
+    such as "10.0" count as numbers.
     draws, seed: bootstrap draws and their seed (`seed` also draws the orders of `release`).
     extra: facts to add (model, data, pro, …); `ind` is measured unless given here.
 
-    Fields: `accuracy` mean over evaluation seeds; `stderr` sd/√seeds (None with one); `ci95` percentile bootstrap over users, the
-    whole range [0, 1] when only one user was seen, and `ci95_note` a sentence when users are too few for it; `macro_accuracy` mean
-    over users; `n_pairs` all pairs; `n_dropped` the (pair, seed) cells that left the denominator; `ties` the (pair, order, seed)
-    with equal means; `failed_orders` those without a valid sample; `failures` failed samples by kind; `order_flip_rate` the share
-    of (pair, seed) with both orders valid whose preferred response differs between orders, a tie in one order only included (None
-    without such a cell); `slices` by `kind`; `protocols` the same predictions under every protocol.
-
-    Raises DataError for a table that does not fit, ConfigError for an unknown protocol or an `extra` that hides a measurement.
+    Raises DataError for a table that does not fit, ConfigError for an unknown protocol or an `extra` that
+    hides a measurement.
     """
-    found = outcomes(predictions)
-    values, users = protocol_values(found, protocol, seed), found.users
+    grid = outcomes(predictions)
+    values, users = protocol_values(grid, protocol, seed), grid.users
     n_users = int(users.max()) + 1
     report = {
         "accuracy": intervals.accuracy(values),
@@ -69,32 +128,31 @@ def accuracy_report(
         "n_pairs": len(values),
         "n_users": n_users,
         "n_dropped": int(np.isnan(values).sum()),
-        "ties": int((found.margin == 0).sum()),
-        "failed_orders": int(np.isnan(found.margin).sum()),
-        "failures": found.failures,
-        "order_flip_rate": _flip_rate(found.sign),
+        "ties": int((grid.margin == 0).sum()),
+        "failed_orders": int(np.isnan(grid.margin).sum()),
+        "failures": grid.failures,
+        "order_flip_rate": _flip_rate(grid.sign),
         "protocol": protocol,
-        "seeds": [int(s) for s in found.seeds],
-        "slices": _slices(found.pairs, values, users, draws, seed),
-        "protocols": _protocols(found, users, draws, seed),
+        "seeds": [int(s) for s in grid.seeds],
+        "slices": _slices(grid.pairs, values, users, draws, seed),
+        "protocols": {name: _under(name, grid, users, draws, seed) for name in SAME_PREDICTIONS},
     }
-    extra = dict(extra or {})
-    if hidden := sorted(report.keys() & extra.keys()):
+    if hidden := sorted(report.keys() & (extra or {}).keys()):
         raise ConfigError(
             f"extra holds {', '.join(hidden)}, which accuracy_report measures; expected other names"
         )
-    return {**report, "ind": found.samples, **extra}
+    return cast(AccuracyReport, {**report, "ind": grid.samples, **(extra or {})})
 
 
 def pair_accuracy(predictions: pd.DataFrame, protocol: str = "strict", seed: int = 0) -> pd.DataFrame:
-    """One row a pair: pair_id, user_id, kind and `hit` in [0, 1], its accuracy averaged over orders and seeds.
+    """One row per pair: pair_id, user_id, kind and `hit` in [0, 1], averaged over orders and seeds.
 
     NaN where the protocol drops the pair in every seed; `seed` draws the orders of `release`.
     """
-    found = outcomes(predictions)
-    sums, counts = _row_sums(protocol_values(found, protocol, seed))
+    grid = outcomes(predictions)
+    values = protocol_values(grid, protocol, seed)
     with np.errstate(invalid="ignore"):
-        return found.pairs.assign(hit=sums / counts)
+        return grid.pairs.assign(hit=np.nansum(values, axis=1) / (~np.isnan(values)).sum(axis=1))
 
 
 def paired_difference(
@@ -105,10 +163,10 @@ def paired_difference(
     seed: int = 0,
     common_only: bool = False,
     protocol: str = "strict",
-) -> dict[str, Any]:
-    """Accuracy of predictions `a` minus that of `b` on the same pairs; see `difference` for the statistics.
+) -> Difference:
+    """Accuracy of predictions `a` minus that of `b` on the same pairs; statistics as in `difference`.
 
-    Pairs that only one table holds raise DataError, unless `common_only`: then `only_a` and `only_b` count them.
+    Pairs of only one table raise DataError, unless `common_only`: then `only_a` and `only_b` count them.
     """
     both = paired_hits(a, b, protocol=protocol, seed=seed)
     alone = both[both["_merge"] != "both"]
@@ -129,20 +187,22 @@ def paired_difference(
 
 
 def paired_hits(a: pd.DataFrame, b: pd.DataFrame, *, protocol: str = "strict", seed: int = 0) -> pd.DataFrame:
-    """One row a pair of either table: pair_id, user_id, hit_a, hit_b, and `_merge` (both | left_only | right_only)."""
+    """One row per pair of either table: pair_id, user_id, hit_a, hit_b, and pandas' merge indicator.
+
+    The indicator `_merge` is both, left_only or right_only.
+    """
     hits = [pair_accuracy(table, protocol, seed).drop(columns="kind") for table in (a, b)]
     return hits[0].merge(
         hits[1], on=["pair_id", "user_id"], how="outer", suffixes=("_a", "_b"), indicator=True
     )
 
 
-def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> Difference:
     """Mean of `hit_a` − `hit_b` over the rows of `paired_hits`, with an interval and two exact tests.
 
-    `ci95` resamples users with all their pairs.  `p_value_users` is the exact sign test over users whose mean differs: users are
-    independent, so it is the one to trust.  `p_value` is the exact sign test over pairs that differ (McNemar's when hits are 0 or
-    1), which takes the pairs of one user for independent and is too sure where they are not.  `better`, `worse` and `equal` count
-    pairs, `users_better` and `users_worse` users; `n_dropped` pairs that the protocol drops in either table.
+    `p_value_users` is the exact sign test over users whose mean differs: users are independent, so trust this
+    one.  `p_value` is the exact sign test over pairs that differ (McNemar's when hits are 0 or 1).  It takes
+    the pairs of one user for independent, and is too sure where they are not.
     """
     kept = hits.dropna(subset=["hit_a", "hit_b"])
     change = _unrounded((kept["hit_a"] - kept["hit_b"]).to_numpy(dtype=float))
@@ -150,16 +210,17 @@ def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> dict[
     by_user = _unrounded(np.bincount(users, weights=change)) if len(kept) else change
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     users_better, users_worse = int((by_user > 0).sum()), int((by_user < 0).sum())
+    ci95 = (
+        interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0)) if len(kept) else [-1.0, 1.0]
+    )
     return {
         "difference": _mean(change),
-        "ci95": interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0))
-        if len(kept)
-        else [-1.0, 1.0],
+        "ci95": ci95,
         "ci95_note": few_users(len(by_user)),
         "p_value_users": _sign_test(users_better, users_worse),
         "p_value": _sign_test(better, worse),
-        "accuracy_a": _mean(kept["hit_a"]),
-        "accuracy_b": _mean(kept["hit_b"]),
+        "accuracy_a": _mean(kept["hit_a"].to_numpy()),
+        "accuracy_b": _mean(kept["hit_b"].to_numpy()),
         "better": better,
         "worse": worse,
         "equal": len(change) - better - worse,
@@ -179,18 +240,18 @@ def _unrounded(change: np.ndarray) -> np.ndarray:
     return np.where(np.abs(change) < TIE_RTOL, 0.0, change)
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
 # ---- protocols: outcomes → values, float (pairs, seeds), NaN where a cell leaves the denominator
 
 
-def protocol_values(found: Outcomes, protocol: str, seed: int) -> np.ndarray:
-    """Accuracy of every pair in every evaluation seed under `protocol`.  Raises ConfigError for an unknown one."""
+def protocol_values(grid: Outcomes, protocol: str, seed: int) -> np.ndarray:
+    """Accuracy per pair and evaluation seed under `protocol`.  Raises ConfigError for an unknown one."""
     if protocol not in PROTOCOLS:
         raise ConfigError(f"eval.protocol={protocol!r} is unknown; expected one of {', '.join(PROTOCOLS)}")
-    sign = found.sign
+    sign = grid.sign
     hit = (sign > 0).astype(float)  # a comparison with NaN is false, so a failed order is no hit
     if protocol in ("strict", "user_disjoint"):
         return hit.mean(axis=2)
@@ -198,43 +259,40 @@ def protocol_values(found: Outcomes, protocol: str, seed: int) -> np.ndarray:
         valid = ~np.isnan(sign)
         with np.errstate(invalid="ignore"):
             return hit.sum(axis=2) / valid.sum(axis=2)
-    order = _drawn_orders(found.seeds, len(sign), seed)
+    order = _drawn_orders(grid.seeds, len(sign), seed)
     drawn = np.take_along_axis(sign, order[:, :, None], axis=2)[:, :, 0]
     return np.where(np.isnan(drawn) | (drawn == 0), np.nan, drawn > 0)
 
 
 def _drawn_orders(seeds: np.ndarray, n_pairs: int, seed: int) -> np.ndarray:
-    """An order per (pair, seed), int (pairs, seeds): another draw in every evaluation seed, the same in every call."""
+    """An order for each (pair, seed), int (pairs, seeds): drawn per evaluation seed, equal in every call."""
     columns = [np.random.default_rng([seed, int(s)]).integers(0, 2, size=n_pairs) for s in seeds]
     return np.stack(columns, axis=1)
 
 
-def _protocols(found: Outcomes, users: np.ndarray, draws: int, seed: int) -> dict[str, dict[str, Any]]:
-    table = {}
-    for name in SAME_PREDICTIONS:
-        values = protocol_values(found, name, seed)
-        table[name] = {
-            "accuracy": intervals.accuracy(values),
-            "ci95": interval(values, users, draws, seed),
-            "stderr": intervals.stderr(values),
-            "n_counted": int((~np.isnan(values)).sum()),
-            "n_dropped": int(np.isnan(values).sum()),
-        }
-    return table
-
-
-def _row_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1)
+def _under(protocol: str, grid: Outcomes, users: np.ndarray, draws: int, seed: int) -> ProtocolAccuracy:
+    values = protocol_values(grid, protocol, seed)
+    return {
+        "accuracy": intervals.accuracy(values),
+        "ci95": interval(values, users, draws, seed),
+        "stderr": intervals.stderr(values),
+        "n_counted": int((~np.isnan(values)).sum()),
+        "n_dropped": int(np.isnan(values).sum()),
+    }
 
 
 def _flip_rate(sign: np.ndarray) -> float | None:
+    """Share of (pair, seed), both orders valid, whose preferred response differs between the orders.
+
+    A tie in one order only counts as a flip.  None without such a cell.
+    """
     valid = ~np.isnan(sign).any(axis=2)
     return float((sign[..., 0] != sign[..., 1])[valid].mean()) if valid.any() else None
 
 
 def _slices(
     pairs: pd.DataFrame, values: np.ndarray, users: np.ndarray, draws: int, seed: int
-) -> dict[str, Any]:
+) -> dict[str, SliceAccuracy]:
     if pairs["kind"].isna().all():
         return {}
     kinds = pairs["kind"].fillna(NO_KIND).to_numpy()
@@ -243,7 +301,7 @@ def _slices(
 
 def slice_statistics(
     values: np.ndarray, users: np.ndarray, rows: np.ndarray, draws: int, seed: int
-) -> dict[str, Any]:
+) -> SliceAccuracy:
     """Accuracy, interval and sizes of some rows of `values`."""
     return {
         "accuracy": intervals.accuracy(values[rows]),

@@ -1,22 +1,23 @@
-"""Statistics of a table of values (pairs × evaluation seeds) in which pairs of one user hang together.
+"""Statistics of a table of values (pairs × evaluation seeds) whose pairs cluster by user.
 
-A value is the accuracy of one pair in one evaluation seed, NaN where the protocol drops it.  Users, not pairs, are the unit that
-is drawn again: a user comes with all their pairs.
+A value is the accuracy of one pair in one evaluation seed, NaN where the protocol drops it.  The bootstrap
+resamples users, not pairs: a user comes with all their pairs.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-FEW_USERS = 15  # below, the percentile bootstrap covers clearly less than it says (simulated in tests/unit/eval/metrics/test_intervals.py)
+# With fewer users the percentile bootstrap covers clearly less than 95 % (simulated in test_intervals.py).
+FEW_USERS = 15
 
 
 def user_bootstrap(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of Σsums/Σcounts when users are drawn with replacement; `sums`, `counts`: float (users,).
+    """95 % percentile interval of Σsums/Σcounts, users drawn with replacement.
 
-    Users with the same sum and count are interchangeable, so where there are many of them the draw is one multinomial over the
-    kinds of users instead of one index a user: the same distribution, and cheap at any number of users.  Memory stays below
-    ~64 MB.
+    `sums` and `counts` are float (users,).  Users with the same sum and count are interchangeable.  If there
+    are many of them, one multinomial over the kinds of users replaces one index per user: the same
+    distribution, and cheap for any number of users.  Memory stays below ~64 MB.
     """
     rng = np.random.default_rng(seed)
     kinds, members = np.unique(sums + 1j * counts, return_counts=True)
@@ -44,9 +45,9 @@ def interval(
     seed: int,
     whole_range: tuple[float, float] = (0.0, 1.0),
 ) -> list[float]:
-    """95 % interval of the mean of `values` (pairs, seeds); the whole range when fewer than two users have a value."""
+    """95 % interval of the mean of `values` (pairs, seeds); the whole range for fewer than two users."""
     sums, counts = by_user(values, users)
-    if sums.size < 2:  # one user says nothing about the next one: no resampling can narrow the range
+    if sums.size < 2:  # resampling a single user cannot narrow the range
         return list(whole_range)
     return list(user_bootstrap(sums, counts, draws=draws, seed=seed))
 
@@ -59,9 +60,9 @@ def by_user(values: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def few_users(n_users: int) -> str | None:
-    """A plain word for a reader when `n_users` are too few to say much about other users; None when they are enough."""
+    """Warning for readers if `n_users` are too few for an interval over users, else None."""
     if n_users < 2:
-        return f"{n_users} user: no interval over users can be had, so the whole range stands in its place"
+        return f"{n_users} user: no interval over users is possible, so the full range is shown instead"
     if n_users < FEW_USERS:
         return f"{n_users} users: too few for an interval over users; the true one is wider"
     return None
@@ -86,6 +87,6 @@ def macro(values: np.ndarray, groups: np.ndarray) -> float | None:
 
 
 def per_seed(values: np.ndarray) -> np.ndarray:
-    """Accuracy of each evaluation seed that scored at least one pair."""
+    """Accuracy per evaluation seed that scored at least one pair."""
     scored = values[:, ~np.isnan(values).all(axis=0)]
     return np.nanmean(scored, axis=0)

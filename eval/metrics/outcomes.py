@@ -1,14 +1,13 @@
-"""The table of predictions, checked and brought to what a model preferred on the full grid of pairs × seeds × orders.
+"""Validate a table of predictions and reduce it to a grid of margins: pairs × seeds × orders.
 
-Samples of one (pair, order, evaluation seed) are averaged over the valid ones, `s = (1/m) Σ Extract(S_x)` (METHOD §7, Ind-m), and
-the two means are compared as numbers.  A *pair* is one vote, identified by (user_id, pair_id): several data sets give one `pair_id`
-to all who voted on the same two responses.
+Valid samples of one (pair, order, evaluation seed) are averaged, `s = (1/m) Σ Extract(S_x)` (METHOD §7, Ind-m),
+and the two means are compared as numbers.  A *pair* is one vote, identified by (user_id, pair_id): several data
+sets give one `pair_id` to all who voted on the same two responses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,22 +15,26 @@ import pandas as pd
 from pgenrm_train.errors import DataError
 
 COLUMNS = ("pair_id", "user_id", "order", "seed", "sample", "score_chosen", "score_rejected", "failure")
-TIE_RTOL = 1e-12  # means of the same scores summed in another order differ by rounding alone; that is a tie
+# Means of the same scores, summed in another order, differ by rounding alone: a tie.
+TIE_RTOL = 1e-12
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the model preferred on the full grid of pairs × evaluation seeds × orders."""
+    """Preferences of a model on the full grid of pairs × evaluation seeds × orders.
 
-    pairs: pd.DataFrame  # pair_id, user_id, kind (str|None); sorted, one row a pair
+    `margin`: mean score of the chosen response − that of the rejected one; 0 for a tie, NaN if every sample failed.
+    """
+
+    pairs: pd.DataFrame  # pair_id, user_id, kind (str|None); sorted, one row per pair
     seeds: np.ndarray
-    margin: np.ndarray  # float (pairs, seeds, 2): mean score of chosen − of rejected, 0 for a tie, NaN when every sample failed
+    margin: np.ndarray  # float (pairs, seeds, 2), see below
     failures: dict[str, int]
-    samples: int  # most samples that a (pair, order, seed) has
+    samples: int  # the most samples of any (pair, order, seed)
 
     @property
     def sign(self) -> np.ndarray:
-        """float (pairs, seeds, 2): +1 chosen, −1 rejected, 0 tie, NaN when every sample failed."""
+        """float (pairs, seeds, 2): +1 chosen, −1 rejected, 0 tie, NaN if every sample failed."""
         return np.sign(self.margin)
 
     @property
@@ -45,8 +48,8 @@ def user_codes(pairs: pd.DataFrame) -> np.ndarray:
 
 
 def outcomes(predictions: pd.DataFrame) -> Outcomes:
-    """The grid of a predictions table (`COLUMNS`, and optionally `kind`).  Raises DataError for a table that does not fit."""
-    frame = _checked(predictions)
+    """Compute the grid of a table with `COLUMNS` and optionally `kind`.  Raises DataError for a bad table."""
+    frame = _validated(predictions)
     pair, pairs = _pairs(frame)
     seeds, seed = np.unique(frame["seed"], return_inverse=True)
     cell = (pair * len(seeds) + seed) * 2 + frame["order"].to_numpy()
@@ -66,8 +69,8 @@ def outcomes(predictions: pd.DataFrame) -> Outcomes:
     return Outcomes(pairs, seeds, margin.reshape(shape), failures, int(counts.max()))
 
 
-def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
-    """A copy with the columns of the schema only, ids as text and numbers as numbers; DataError at the first misfit."""
+def _validated(predictions: pd.DataFrame) -> pd.DataFrame:
+    """A copy with only the schema's columns, ids as texts, numbers as numbers; DataError at the first misfit."""
     if missing := [c for c in COLUMNS if c not in predictions.columns]:
         raise DataError(f"predictions: column {missing[0]!r} is missing; expected {', '.join(COLUMNS)}")
     if predictions.empty:
@@ -90,7 +93,7 @@ def _checked(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(frame: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
-    """(code of the pair of each row, table of pairs sorted by id)."""
+    """(pair code per row, table of pairs sorted by id)."""
     code = frame.groupby(["pair_id", "user_id"], sort=True).ngroup().to_numpy()
     first = np.unique(code, return_index=True)[1]
     kind = pd.factorize(frame["kind"])[0]
@@ -99,8 +102,8 @@ def _pairs(frame: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
 
 
 def _refuse_duplicates(frame: pd.DataFrame, cell: np.ndarray) -> None:
-    again = pd.DataFrame({"cell": cell, "sample": frame["sample"]}).duplicated().to_numpy()
-    _refuse(again, frame, "sample", "one row per pair_id, user_id, order, seed and sample")
+    repeated = pd.DataFrame({"cell": cell, "sample": frame["sample"]}).duplicated()
+    _refuse(repeated, frame, "sample", "one row per pair_id, user_id, order, seed and sample")
 
 
 def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> None:
@@ -108,8 +111,8 @@ def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> 
     if len(gaps):
         pair, seed, order = gaps[0]
         raise DataError(
-            f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row with column "
-            f"'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair in both orders in every "
+            f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row with "
+            f"column 'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair in both orders in every "
             "seed, with a kind in 'failure' where a generation failed"
         )
 
@@ -134,7 +137,7 @@ def _integers(source: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def _numbers(source: pd.DataFrame, column: str) -> np.ndarray:
-    """Float values; what is not a number ("n/a", True) becomes NaN, and the caller decides whether that is allowed."""
+    """Float values; anything else ("n/a", True) becomes NaN, which the caller may refuse."""
     values = source[column]
     if values.dtype == object:
         values = values.mask(values.map(type).isin((bool, np.bool_)))
@@ -143,7 +146,7 @@ def _numbers(source: pd.DataFrame, column: str) -> np.ndarray:
     return pd.to_numeric(values, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
 
 
-def _refuse(wrong: Any, source: pd.DataFrame, column: str, expected: str) -> None:
+def _refuse(wrong: np.ndarray | pd.Series, source: pd.DataFrame, column: str, expected: str) -> None:
     rows = np.flatnonzero(np.asarray(wrong, dtype=bool))
     if rows.size:
         got = repr(source[column].iloc[rows[0]])

@@ -1,12 +1,13 @@
-"""Which pairs is a model right about?  Labels of a pair that are read off its texts, and accuracy by label.
+"""Accuracy by slice: labels derived from a pair's texts and user.
 
-    scenario       the data's own word for the situation
-    history        votes of the user in sight
-    length ratio   characters of the chosen response to those of the rejected one: a model that counts words fails on one side
-    language       as far as script and little words tell it (`language`)
-    conversation   whether earlier turns stand before the query
+    scenario       the situation as named by the data
+    history        number of the user's votes in the prompt
+    length ratio   characters of the chosen response to those of the rejected one; a model that counts words
+                   fails on one side
+    language       from script and function words (`language`)
+    conversation   whether earlier turns precede the query
     user           whether the user has votes that a model may train on
-    prototype      the nearest user prototype, where the run has prototypes (METHOD §6)
+    prototype      the nearest user prototype, if the run has prototypes (METHOD §6)
 
 The data's conversation type (`kind`) is a slice of its own in `metrics`.  Our choice; not in the paper.
 """
@@ -15,13 +16,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from eval.ask.harness import readable_text
-from eval.metrics.accuracy import protocol_values, slice_statistics
+from eval.metrics.accuracy import Estimate, protocol_values, slice_statistics
 from eval.metrics.intervals import macro
 from eval.metrics.language import languages
 from eval.metrics.outcomes import outcomes
@@ -42,18 +42,29 @@ _RATIOS = (
 )
 
 
+class SliceRow(Estimate):
+    """One label of one dimension, as a row of the report."""
+
+    slice: str
+    value: str
+    users: int
+    pairs: int
+
+
 def slice_labels(
     pairs: Iterable[PreferencePair],
     histories: Mapping[str, Sequence[HistoryItem]],
     prototypes: Mapping[str, int] | None = None,
     known_users: Set[str] | None = None,
 ) -> pd.DataFrame:
-    """One row a pair: pair_id, user_id and `DIMENSIONS`, each a text or None.
+    """One row per pair: pair_id, user_id and `DIMENSIONS`, each a text or None.
 
-    prototypes: pair_id → index.  known_users: those with votes that a model may train on; None where that is not known.
+    prototypes: pair_id → index.  known_users: users with votes that a model may train on; None if unknown.
     """
     pairs = list(pairs)
-    spoken = languages([f"{pair.query[:READ]} {pair.chosen[:READ]} {pair.rejected[:READ]}" for pair in pairs])
+    tongues = languages(
+        [f"{pair.query[:READ]} {pair.chosen[:READ]} {pair.rejected[:READ]}" for pair in pairs]
+    )
     rows = [
         {
             "pair_id": pair.pair_id,
@@ -72,7 +83,7 @@ def slice_labels(
             if prototypes is None or pair.pair_id not in prototypes
             else f"{prototypes[pair.pair_id]:03d}",
         }
-        for pair, tongue in zip(pairs, spoken, strict=True)
+        for pair, tongue in zip(pairs, tongues, strict=True)
     ]
     return pd.DataFrame(rows, columns=[*KEYS, *DIMENSIONS], dtype=object)
 
@@ -91,7 +102,7 @@ def length_label(chosen: str, rejected: str) -> str:
 def odd_inputs(
     pairs: Sequence[PreferencePair], histories: Mapping[str, Sequence[HistoryItem]]
 ) -> dict[str, int]:
-    """Counts of pairs that a reader should know of; all of them are asked and stay in the denominator."""
+    """Count unusual pairs for the reader; all of them stay in the denominator."""
     return {
         "identical responses": sum(p.chosen == p.rejected for p in pairs),
         "empty history": sum(not histories[p.pair_id] for p in pairs),
@@ -102,8 +113,8 @@ def odd_inputs(
 
 
 def first_analyses(predictions: pd.DataFrame) -> dict[str, str]:
-    """pair_id → the analysis in the first own chain of each pair, where there is a chain and it can be read."""
-    if "text" not in predictions:  # of a model that writes none
+    """pair_id → the analysis in the pair's first own chain, for readable chains."""
+    if "text" not in predictions:  # the model writes no chains
         return {}
     first = predictions[
         (predictions["set"] == "own") & (predictions["order"] == 0) & (predictions["sample"] == 0)
@@ -116,7 +127,7 @@ def first_analyses(predictions: pd.DataFrame) -> dict[str, str]:
 
 
 def data_digest(pairs: Iterable[PreferencePair]) -> str:
-    """Tells one set of votes from another by what was asked and chosen, in any order."""
+    """Hash of a set of votes, by conversations and responses, in any order."""
     votes = sorted(
         repr((p.user_id, p.pair_id, [(m.role, m.content) for m in p.context], p.chosen, p.rejected))
         for p in pairs
@@ -126,24 +137,31 @@ def data_digest(pairs: Iterable[PreferencePair]) -> str:
 
 def slice_rows(
     predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, draws: int, seed: int
-) -> list[dict[str, Any]]:
-    """A row for each label of each dimension that has several: slice, value, accuracy, ci95, users, pairs."""
-    found = outcomes(predictions)
-    values, users = protocol_values(found, protocol, seed), found.users
-    labelled = found.pairs.merge(
+) -> list[SliceRow]:
+    """One row per label, for each dimension with several labels."""
+    grid = outcomes(predictions)
+    values, users = protocol_values(grid, protocol, seed), grid.users
+    labelled = grid.pairs.merge(
         labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left", validate="one_to_one"
     )
-    rows = []
+    rows: list[SliceRow] = []
     for name, column in several(labelled):
         for label in sorted(column.unique()):
             part = slice_statistics(values, users, (column == label).to_numpy(), draws, seed)
-            rows.append({"slice": name, "value": label, "accuracy": part["accuracy"], "ci95": part["ci95"],
-                         "users": part["n_users"], "pairs": part["n_pairs"]})  # fmt: skip
+            row: SliceRow = {
+                "slice": name,
+                "value": label,
+                "accuracy": part["accuracy"],
+                "ci95": part["ci95"],
+                "users": part["n_users"],
+                "pairs": part["n_pairs"],
+            }
+            rows.append(row)
     return rows
 
 
 def several(labelled: pd.DataFrame, names: Iterable[str] = DIMENSIONS) -> Iterable[tuple[str, pd.Series]]:
-    """(name, its labels as texts) of every column in which the pairs differ; a missing label is a label of its own."""
+    """(name, labels as texts) per column in which the pairs differ; a missing label is a label too."""
     for name in names:
         if name in labelled and labelled[name].nunique(dropna=False) > 1:
             yield name, labelled[name].astype(object).where(labelled[name].notna(), "(none)")
@@ -152,12 +170,10 @@ def several(labelled: pd.DataFrame, names: Iterable[str] = DIMENSIONS) -> Iterab
 def prototype_macro(
     predictions: pd.DataFrame, labels: pd.DataFrame, *, protocol: str, seed: int
 ) -> float | None:
-    """Mean over prototypes of the accuracy on their pairs (METHOD §8); None where no pair has a prototype."""
-    found = outcomes(predictions)
-    prototypes = found.pairs.merge(labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left")["prototype"]
+    """Mean over prototypes of the accuracy on their pairs (METHOD §8); None without prototypes."""
+    grid = outcomes(predictions)
+    prototypes = grid.pairs.merge(labels.astype(dict.fromkeys(KEYS, str)), on=KEYS, how="left")["prototype"]
     known = prototypes.notna().to_numpy()
     if not known.any():
         return None
-    return macro(
-        protocol_values(found, protocol, seed)[known], np.asarray(pd.factorize(prototypes[known])[0])
-    )
+    return macro(protocol_values(grid, protocol, seed)[known], np.asarray(pd.factorize(prototypes[known])[0]))

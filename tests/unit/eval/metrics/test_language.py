@@ -1,8 +1,8 @@
-"""Scripts of all kinds, languages where little words tell, and no language where they do not."""
+"""Scripts of all kinds, languages with enough function words, and no language without them."""
 
 import pytest
 
-from eval.metrics.language import UNTOLD, language, languages, script
+from eval.metrics.language import UNKNOWN_LATIN, language, languages, script
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("name", SENTENCES)
-def test_little_words_tell_the_language(name):
+def test_function_words_give_the_language(name):
     assert language(SENTENCES[name]) == language(SENTENCES[name].upper()) == name
 
 
 @pytest.mark.parametrize("text", ["Stay strong. Partly wrong.", "Zażółć gęślą jaźń", "x = y + z", "the"])
-def test_few_little_words_tell_nothing(text):
-    assert language(text) == UNTOLD
+def test_few_function_words_give_no_language(text):
+    assert language(text) == UNKNOWN_LATIN
 
 
-def test_what_is_too_short_counts_with_the_commonest_language():
+def test_a_short_text_takes_the_commonest_language():
     texts = [SENTENCES["German"], "Tee.", SENTENCES["German"], SENTENCES["English"], "良い答えです", "?"]
     assert languages(texts) == ["German", "German", "German", "English", "Japanese", "no letters"]
-    assert languages(["Tee.", "Kaffee."]) == [UNTOLD, UNTOLD]
+    assert languages(["Tee.", "Kaffee."]) == [UNKNOWN_LATIN, UNKNOWN_LATIN]
