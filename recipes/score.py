@@ -154,7 +154,7 @@ def _say_mean(config: Config, example: Example, ask: Callable[[Sequence[Example]
 
 
 def _similar(config: Config, example: Example, analysis: str) -> list[Similar]:
-    from recipes.evaluate import find_similar
+    from recipes.wiring.similar_users import find_similar
 
     return find_similar(config, load_pairs(Path(config.run_dir)))(
         [analysis], [example.user_id], config.score.pro

@@ -1,20 +1,20 @@
-"""Scorers without a language model, run through the same harness: what a reward model must beat.
+"""Baselines without a language model, run through the same harness: a reward model must beat them.
 
     random       a uniform number per (seed, pair, response)
-    longer       characters of the response as it stands
+    longer       characters of the response, unchanged
     shorter      the same, negated
     user_length  longer or shorter, learnt per user from the training pairs and shrunk to the population
     majority     votes of the *other* users on the same two responses to the same context
 
-Two more are given to `fit_baseline` from outside, as they need other rooms: `features`, and Bradley–Terry on sentence embeddings
-(`bradley_terry`).
+A recipe passes two more to `fit_baseline`, because they need other packages: `features`, and Bradley–Terry on
+sentence embeddings (`bradley_terry`).
 
-`majority` reads labels of the evaluated split (other people's): it is a reference for how much of a vote is shared taste, not a
-competitor.  Where the source counts the other voters itself (`PreferencePair.others`), those counts are used, for they hold also
-votes that are not in the data; elsewhere it counts the votes that it is given.
+`majority` reads labels of the evaluated split (other people's).  It is a reference for how much of a vote is
+shared taste, not a competitor.  If the source counts the other voters itself (`PreferencePair.others`), those
+counts are used, because they include votes that are not in the data.  Otherwise it counts the given votes.
 
-A baseline is fitted once and yields a `Scorer`, which is asked as any other function of an example (`scored.score_pairs`): the user's
-history and everything else that a model may see is in the `Example`, the label is not.
+A baseline is fitted once and yields a function of an example (`scored.score_pairs`).  The user's history and
+everything else that a model may see is in the `Example`; the label is not.
 """
 
 from __future__ import annotations
@@ -22,161 +22,83 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import ContentKey, Example, PreferencePair, content_key
 
-
-class Scorer(Protocol):
-    """Scores the responses of an example, in presentation order; higher is better, equal is a tie."""
-
-    def score(self, example: Example) -> tuple[float, ...]: ...
-
-
-class Baseline(Protocol):
-    """What a registry entry builds (called with `seed=`): fitted on pairs, it gives a scorer.
-
-    train_pairs: what a model may learn from.  all_pairs: every vote of the data set, the evaluated ones included.
-    """
-
-    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer: ...
+Score = Callable[[Example], Sequence[float]]
+"""Scores the responses of an example, in presentation order; higher is better, equal is a tie."""
+Votes = Sequence[PreferencePair]
+Fit = Callable[[Votes, Votes, int], Score]
+"""(training pairs, every pair of the data set with the evaluated ones, seed) → a fitted baseline."""
+PRIOR = 5.0  # average votes that a user's direction starts with, for `user_length`
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A scorer that learns nothing."""
-
-    seed: int = 0
-
-    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
-        return self
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        raise NotImplementedError
+def uniform(example: Example, seed: int) -> Sequence[float]:
+    """Uniform in [0, 1) from a hash of seed, user, pair and text: independent of order and other pairs."""
+    keys = (repr((seed, example.user_id, example.pair_id, text)).encode() for text in example.responses)
+    return [int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48 for key in keys]
 
 
-class Random(_Rule):
-    """Uniform in [0, 1) from a hash of seed, user, pair and text: independent of presentation order and of the other pairs."""
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        return tuple(self._uniform(example, text) for text in example.responses)
-
-    def _uniform(self, example: Example, text: str) -> float:
-        key = repr((self.seed, example.user_id, example.pair_id, text)).encode()
-        return int.from_bytes(hashlib.sha256(key).digest()[:6]) / 2**48
+def length(example: Example, direction: float = 1.0) -> Sequence[float]:
+    """`direction` × characters per response."""
+    return [direction * len(text) for text in example.responses]
 
 
-class Longer(_Rule):
-    """Prefers the response with more characters."""
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        return tuple(float(len(text)) for text in example.responses)
-
-
-class Shorter(_Rule):
-    """Prefers the response with fewer characters."""
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        return tuple(-float(len(text)) for text in example.responses)
-
-
-@dataclass(frozen=True)
-class UserLength:
+def fit_user_length(train_pairs: Votes, _all: Votes, _seed: int) -> Score:
     """Longer or shorter, by user.
 
-    Each training pair of a user votes +1 (the longer response was chosen) or −1; the mean is shrunk to the population's mean as
-    if the user had cast `prior` more average votes: (Σ votes + prior·μ) / (n + prior).  Its sign is the user's direction; an
-    exact zero and a user without training pairs take the population's.  Without any training vote every score is a tie.
+    Each training pair of a user votes +1 (the longer response was chosen) or −1.  The mean is shrunk to the
+    population's mean, as if the user had cast `PRIOR` more average votes: (Σ votes + PRIOR·μ) / (n + PRIOR).
+    Its sign is the user's direction.  An exact zero, or a user without training pairs, takes the
+    population's.  Without any training vote every score is a tie.
     """
-
-    seed: int = 0
-    prior: float = 5.0
-
-    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
-        votes: dict[str, list[int]] = defaultdict(list)
-        for pair in train_pairs:
-            if gap := len(pair.chosen) - len(pair.rejected):
-                votes[pair.user_id].append(1 if gap > 0 else -1)
-        flat = [vote for own in votes.values() for vote in own]
-        population = sum(flat) / len(flat) if flat else 0.0
-        shrunk = {u: (sum(v) + self.prior * population) / (len(v) + self.prior) for u, v in votes.items()}
-        return UserLengthScorer(
-            _sign(population), {u: _sign(m) or _sign(population) for u, m in shrunk.items()}
-        )
+    votes: dict[str, list[int]] = defaultdict(list)
+    for pair in train_pairs:
+        if gap := len(pair.chosen) - len(pair.rejected):
+            votes[pair.user_id].append(_sign(gap))
+    flat = [vote for of_user in votes.values() for vote in of_user]
+    mean = sum(flat) / len(flat) if flat else 0.0
+    shrunk = {user: (sum(v) + PRIOR * mean) / (len(v) + PRIOR) for user, v in votes.items()}
+    return lambda example: length(example, _sign(shrunk.get(example.user_id, 0.0)) or _sign(mean))
 
 
-@dataclass(frozen=True)
-class UserLengthScorer:
-    """`direction` × characters; the direction is +1 (longer), −1 (shorter) or 0 (nothing known)."""
+def fit_majority(_train: Votes, all_pairs: Votes, _seed: int) -> Score:
+    """Score a response by the number of other users' votes for it on the same content."""
+    votes: dict[ContentKey, Counter[tuple[str, str]]] = defaultdict(Counter)
+    for pair in all_pairs:
+        votes[content_key(pair.context, (pair.chosen, pair.rejected))][pair.user_id, pair.chosen] += 1
+    by_source = {
+        (p.user_id, p.pair_id): {p.chosen: p.others[0], p.rejected: p.others[1]}
+        for p in all_pairs
+        if p.others
+    }
 
-    population: int
-    directions: Mapping[str, int]
+    def score(example: Example) -> Sequence[float]:
+        others: Mapping[str, int] = by_source.get((example.user_id, example.pair_id), {})
+        if not others.keys() >= set(example.responses):
+            others = Counter()
+            for (user, text), n in votes.get(content_key(example.context, example.responses), {}).items():
+                others[text] += n * (user != example.user_id)
+        return [float(others[text]) for text in example.responses]
 
-    def score(self, example: Example) -> tuple[float, ...]:
-        direction = self.directions.get(example.user_id, self.population)
-        return tuple(float(direction * len(text)) for text in example.responses)
-
-
-@dataclass(frozen=True)
-class Majority:
-    """Strict majority of the other users' votes on the same content; no vote, or as many each way, is a tie."""
-
-    seed: int = 0
-
-    def fit(self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]) -> Scorer:
-        votes: dict[ContentKey, Counter[tuple[str, str]]] = defaultdict(Counter)
-        for pair in all_pairs:
-            votes[content_key(pair.context, (pair.chosen, pair.rejected))][pair.user_id, pair.chosen] += 1
-        counted = {
-            (p.user_id, p.pair_id): {p.chosen: p.others[0], p.rejected: p.others[1]}
-            for p in all_pairs
-            if p.others
-        }
-        return MajorityScorer(votes, counted)
+    return score
 
 
-@dataclass(frozen=True)
-class MajorityScorer:
-    """A response scores the number of votes for it by users other than the example's.
-
-    votes: content → (user, text) → n.  counted: (user, pair_id) → text → n, as the source says; goes before `votes`.
-    """
-
-    votes: Mapping[ContentKey, Mapping[tuple[str, str], int]] = field(repr=False)
-    counted: Mapping[tuple[str, str], Mapping[str, int]] = field(default_factory=dict, repr=False)
-
-    def score(self, example: Example) -> tuple[float, ...]:
-        known = self.counted.get((example.user_id, example.pair_id), {})
-        if known.keys() >= set(example.responses):
-            return tuple(float(known[text]) for text in example.responses)
-        cast = self.votes.get(content_key(example.context, example.responses), {})
-        others: Counter[str] = Counter()
-        for (user, text), n in cast.items():
-            if user != example.user_id:
-                others[text] += n
-        return tuple(float(others[text]) for text in example.responses)
-
-
-BASELINES: dict[str, Callable[..., Baseline]] = {
-    "random": Random,
-    "longer": Longer,
-    "shorter": Shorter,
-    "user_length": UserLength,
-    "majority": Majority,
+BASELINES: dict[str, Fit] = {
+    "random": lambda _train, _all, seed: partial(uniform, seed=seed),
+    "longer": lambda _train, _all, _seed: length,
+    "shorter": lambda _train, _all, _seed: partial(length, direction=-1.0),
+    "user_length": fit_user_length,
+    "majority": fit_majority,
 }
 
 
 def fit_baseline(
-    name: str,
-    train_pairs: Sequence[PreferencePair],
-    all_pairs: Sequence[PreferencePair],
-    *,
-    seed: int = 0,
-    more: Mapping[str, Callable[..., Baseline]] | None = None,
-) -> Scorer:
-    """Build and fit the baseline called `name`; `more` adds scorers that this room does not know (a recipe's).
+    name: str, train_pairs: Votes, all_pairs: Votes, *, seed: int = 0, more: Mapping[str, Fit] | None = None
+) -> Score:
+    """Fit the baseline called `name`; `more` adds a recipe's baselines.
 
     Raises ConfigError for a name in neither.  Only `random` depends on `seed`.
     """
@@ -185,7 +107,7 @@ def fit_baseline(
         raise ConfigError(
             f"model.name={name!r} is no baseline; expected one of {', '.join(sorted(registry))}"
         )
-    return registry[name](seed=seed).fit(train_pairs, all_pairs)
+    return registry[name](train_pairs, all_pairs, seed)
 
 
 def _sign(value: float) -> int:

@@ -1,17 +1,19 @@
-"""Bradley–Terry on frozen sentence embeddings: what two texts tell without a language model that reads them.
+"""Bradley–Terry on frozen sentence embeddings: preferences from two texts without a language model.
 
     P(y⁺ ≻ y⁻ | u) = σ(w_uᵀd),   d = e(y⁺) − e(y⁻)                         e: embedding of a response, length 1
     global         w   = argmax_w Σ_all rows log σ(wᵀd) − λ/2·‖w‖²
     adapted        w_u = w + argmax_δ Σ_rows(u) log σ((w + δ)ᵀd) − τ/2·‖δ‖²      MAP under w_u ~ N(w, I/τ)
 
-A user without votes has w_u = w, and few votes move it little: partial pooling.  λ and τ have the best likelihood on held-out
-folds of whole conversations of a user; τ = ∞, nothing personal, is among the choices.  All fits are convex, and linear in votes.
-A user whose votes were not trained on is adapted to the history that the example shows, so that swapped histories matter.
+A user without votes has w_u = w, and few votes move it little: partial pooling.  λ and τ have the best
+likelihood on held-out folds of whole conversations of a user; τ = ∞, nothing personal, is among the choices.
+All fits are convex, and linear in votes.  A user without training votes is adapted to the history in the
+example, so that swapped histories matter.
 
-The utility of a response ignores its query.  Where a user's train votes are on other pairs of the *same* responses, the adapted
-model gains by transitivity: an accuracy that new responses would not show.
-The label of an asked pair is not used, unless the training split itself is evaluated.  Our choice throughout: the paper's
-Bradley–Terry models are language models with a head (`model=reward_head`).
+The utility of a response ignores its query.  If a user's train votes are on other pairs of the *same*
+responses, the adapted model gains by transitivity: an accuracy that new responses would not show.
+
+The label of an evaluated pair is not used, unless the training split itself is evaluated.  Our choice
+throughout: the paper's Bradley–Terry models are language models with a head (`model=reward_head`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import minimize
@@ -28,17 +30,18 @@ from scipy.special import expit, log_expit
 
 from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
 
+T = TypeVar("T")
 Embed = Callable[[Sequence[str]], np.ndarray]
 """texts → float (N, d), rows of length 1"""
 
 FOLDS = 3
-RIDGES = (1.0, 0.1, 10.0)  # λ; here and below the first is taken where there is nothing to try them on
+RIDGES = (1.0, 0.1, 10.0)  # λ; here and below the first is the default without folds
 PRECISIONS = (np.inf, 10.0, 3.0, 1.0, 0.3)  # τ
 
 
 @dataclass(frozen=True)
 class BradleyTerry:
-    """The baseline before it is fitted; `adapted` gives every user weights of their own."""
+    """The unfitted baseline; `adapted` fits weights per user."""
 
     embed: Embed
     adapted: bool = False
@@ -46,7 +49,7 @@ class BradleyTerry:
     def fit(
         self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]
     ) -> BradleyTerryScorer:
-        """Embeds every response of both once; learns from `train_pairs` alone, and without any votes every score is a tie."""
+        """Embed every response of both once and learn from `train_pairs` alone.  Without votes all scores tie."""
         vectors = Vectors(
             self.embed, (text for p in (*train_pairs, *all_pairs) for text in (p.chosen, p.rejected))
         )
@@ -65,15 +68,22 @@ class BradleyTerry:
             return BradleyTerryScorer(vectors, weights, {}, np.inf)
         users = [p.user_id for p in votes]
         outside = [map_weights(rows[~fold], ridge) for fold in folds]
-        precision = max(PRECISIONS, key=lambda value: sum(
-            _held_out_user_likelihood(rows, users, fold, base, value) for fold, base in zip(folds, outside, strict=True)
-        ))  # fmt: skip
+        precision = max(
+            PRECISIONS,
+            key=lambda value: sum(
+                _held_out_user_likelihood(rows, users, fold, base, value)
+                for fold, base in zip(folds, outside, strict=True)
+            ),
+        )
         return BradleyTerryScorer(vectors, weights, adapt(rows, users, weights, precision), precision)
 
 
 @dataclass(frozen=True)
 class BradleyTerryScorer:
-    """w_uᵀe(response).  `by_user` holds the adapted weights; `precision` τ adapts others to their shown history (∞: does not)."""
+    """w_uᵀe(response); `by_user` holds the adapted weights.
+
+    `precision` τ adapts other users to the history in the example; ∞ does not.
+    """
 
     vectors: Vectors
     weights: np.ndarray
@@ -99,7 +109,7 @@ class BradleyTerryScorer:
 
 
 class Vectors:
-    """Embeddings of texts, all but unforeseen ones made at once."""
+    """Embeddings of texts, computed at once except for unforeseen ones."""
 
     def __init__(self, embed: Embed, texts: Iterable[str]) -> None:
         self.embed = embed
@@ -121,11 +131,11 @@ class Vectors:
 
 
 def map_weights(rows: np.ndarray, precision: float, offset: np.ndarray | None = None) -> np.ndarray:
-    """argmax_w Σ log σ(wᵀd + offset) − precision/2·‖w‖² over `rows` (n, d); `offset` (n,) is what is known before."""
-    known = np.zeros(len(rows)) if offset is None else offset
+    """argmax_w Σ log σ(wᵀd + offset) − precision/2·‖w‖² over `rows` (n, d); `offset` (n,) is a given margin."""
+    base = np.zeros(len(rows)) if offset is None else offset
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = rows @ w + known
+        margin = rows @ w + base
         return precision / 2 * float(w @ w) - float(log_expit(margin).sum()), precision * w - expit(
             -margin
         ) @ rows
@@ -133,18 +143,16 @@ def map_weights(rows: np.ndarray, precision: float, offset: np.ndarray | None = 
     return np.asarray(minimize(loss, np.zeros(rows.shape[1]), jac=True, method="L-BFGS-B").x)
 
 
-def adapt(
-    rows: np.ndarray, users: Sequence[Any], weights: np.ndarray, precision: float
-) -> dict[Any, np.ndarray]:
-    """w_u of every user among `users`, one entry a row of `rows`."""
+def adapt(rows: np.ndarray, users: Sequence[T], weights: np.ndarray, precision: float) -> dict[T, np.ndarray]:
+    """w_u of every user; `users` has one entry per row of `rows`."""
     if np.isinf(precision):
         return dict.fromkeys(users, weights)
-    of_user: dict[Any, list[int]] = defaultdict(list)
+    of_user: dict[T, list[int]] = defaultdict(list)
     for row, user in enumerate(users):
         of_user[user].append(row)
     return {
-        user: weights + map_weights(rows[own], precision, rows[own] @ weights)
-        for user, own in of_user.items()
+        user: weights + map_weights(rows[indices], precision, rows[indices] @ weights)
+        for user, indices in of_user.items()
     }
 
 
@@ -155,17 +163,16 @@ def _held_out_likelihood(rows: np.ndarray, fold: np.ndarray, ridge: float) -> fl
 def _held_out_user_likelihood(
     rows: np.ndarray, users: Sequence[str], fold: np.ndarray, weights: np.ndarray, precision: float
 ) -> float:
-    own = adapt(
-        rows[~fold], [user for user, out in zip(users, fold, strict=True) if not out], weights, precision
-    )
-    asked = [user for user, out in zip(users, fold, strict=True) if out]
+    names = np.asarray(users, dtype=object)
+    adapted = adapt(rows[~fold], list(names[~fold]), weights, precision)
     return sum(
-        float(log_expit(own.get(user, weights) @ row)) for user, row in zip(asked, rows[fold], strict=True)
+        float(log_expit(adapted.get(user, weights) @ row))
+        for user, row in zip(names[fold], rows[fold], strict=True)
     )
 
 
 def _fold(pair: PreferencePair) -> int:
-    """Whole conversations of a user stay together: what is tried is a conversation new to the user."""
+    """Fold of a pair; conversations of a user stay whole, so each fold tests conversations new to them."""
     name = repr((pair.user_id, pair.conversation_id or pair.query)).encode("utf-8", "surrogatepass")
     return hashlib.sha256(name).digest()[0] % FOLDS
 

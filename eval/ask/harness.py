@@ -1,8 +1,8 @@
-"""Questions → one queue of generations → one prediction a sample, kept as they come and resumable.
+"""Questions → one queue of generations → one prediction per sample, stored as they arrive and resumable.
 
-A *question* is one pair in one presentation order with one history.  Every model that writes chains, every probe and every
-neighbour's history goes through the same code; what differs is the question's `set`.  A generation that fails (no end within the
-limit, unreadable chain, engine error) stays in the table with its reason.
+A *question* is one pair in one presentation order with one history.  Models that write chains, probes and
+similar users' histories share this code; only the question's `set` differs.  A failed generation (no end
+within the limit, unreadable chain, engine error) stays in the table with its reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import pandas as pd
 
@@ -24,20 +24,20 @@ from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import atomic
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
+Progress = Callable[..., Iterable[Any]]
 ROWS_PER_SHARD = 512
-SECONDS_PER_SHARD = 60.0  # what a slow model has said is on disk within a minute, however the process ends
+SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
-UNVERIFIED = "unverified"  # under `eval.scores=verified`: a chain whose own weights give no scores
-ENGINE_FAILURE = "engine:"  # how a failure begins that is the engine's and not the model's
+UNVERIFIED = "unverified"  # failure under `eval.scores=verified`: the chain's own weights give no scores
+ENGINE_FAILURE = "engine:"  # prefix of a failure of the engine, not of the model
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`set` names why it is asked: `own` (the user's history), `swapped` (the twin's), `similar` (a neighbour's)."""
+    """One pair, order and history; `set` is own (the user's history), swapped (the twin's) or similar."""
 
     pair: PreferencePair
     order: int
@@ -49,9 +49,9 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Names the question by what is asked, texts included: an answer to the same ids with other texts is none to it.
+        """Identify the question by its content, texts included: other texts under the same ids need new answers.
 
-        The same for every number of samples: those that are known already count.
+        Independent of the number of samples: stored ones already count.
         """
         names = [self.set, self.pair.pair_id, self.pair.user_id, self.order, self.seed, self.neighbour]
         return json.dumps([*names, self._content])
@@ -62,10 +62,33 @@ class Question:
         return hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-class PredictionStore:
-    """Predictions of one model in numbered parquet shards; a shard is written whole or not at all.
+class Prediction(TypedDict):
+    """One row of a predictions table: a sample of a question."""
 
-    `identity` names model, prompt and sampling settings: a store made with others is refused.
+    key: str
+    pair_id: str
+    user_id: str
+    order: int  # 0: the chosen response first
+    seed: int
+    sample: int
+    score_chosen: float | None
+    score_rejected: float | None
+    verified_chosen: float | None  # recomputed from the chain's own weights and scores
+    verified_rejected: float | None
+    failure: str | None
+    kind: str | None
+    cohort: str | None
+    set: str
+    neighbour: str | None
+    issues: str
+    tokens: int
+    text: str | None
+
+
+class PredictionStore:
+    """Predictions of one model in numbered parquet shards; each shard is written atomically.
+
+    `identity` names model, prompt and sampling settings; a store of another identity raises DataError.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -79,26 +102,26 @@ class PredictionStore:
         if not stamp.exists():
             with atomic(stamp) as temporary:
                 temporary.write_text(identity)
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[Mapping[str, object]] = []
         self._flushed = time.monotonic()
 
     def done(self) -> set[tuple[str, int]]:
-        """(key, sample) of what is answered; where the engine failed, another start asks again."""
+        """(key, sample) of stored answers, without engine failures: another start samples those again."""
         frame = self.read()
         if frame.empty:
             return set()
         failed = frame["failure"].astype("string").str.startswith(ENGINE_FAILURE).fillna(False)
         return set(zip(frame.loc[~failed, "key"], frame.loc[~failed, "sample"]))
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._pending.extend(rows)
+    def add(self, row: Mapping[str, object]) -> None:
+        self._pending.append(row)
         if len(self._pending) >= ROWS_PER_SHARD or time.monotonic() - self._flushed >= SECONDS_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
         if not self._pending:
             return
-        with (self.folder / STAMP).open() as lock:  # runs may share a store: no two take one number
+        with (self.folder / STAMP).open() as lock:  # runs may share a store; the lock keeps numbers unique
             fcntl.flock(lock, fcntl.LOCK_EX)
             number = 1 + max(
                 (int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")),
@@ -109,13 +132,19 @@ class PredictionStore:
         self._pending, self._flushed = [], time.monotonic()
 
     def read(self) -> pd.DataFrame:
+        """All rows; the newest of a question's sample."""
         shards = sorted(self.folder.glob("part-*.parquet"))
         if not shards:
             return pd.DataFrame()
         frame = pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True)
-        return frame.drop_duplicates(
-            ["key", "sample"], keep="last", ignore_index=True
-        )  # the newest answer to a question
+        return frame.drop_duplicates(["key", "sample"], keep="last", ignore_index=True)
+
+
+@runtime_checkable
+class TrimCounter(Protocol):
+    """A prompt writer that counts the texts it cut."""
+
+    def told(self, what: str) -> str: ...
 
 
 def ask(
@@ -126,58 +155,59 @@ def ask(
     *,
     masking: str,
     temperature: float,
-    progress: Callable[..., Iterable[Any]],
+    progress: Progress,
     what: str,
 ) -> pd.DataFrame:
-    """Draw every sample of every question that the store does not hold yet; returns the rows of all samples asked for.
+    """Sample what the store lacks and return the rows of all samples of all questions.
 
-    The engine is started only if something is left to ask.
+    The engine starts only if a sample is missing.
     """
-    wanted = {q.key: q.samples for q in questions}
-    if len(wanted) != len(questions):
-        raise DataError("two questions are the same: pair ids must be unique for a user")
+    samples = {q.key: q.samples for q in questions}
+    if len(samples) != len(questions):
+        raise DataError("two questions are the same: pair ids must be unique per user")
     runs = {run.key: run for run in _missing(questions, store.done())}
     if runs:
         answers = generator()(_requests(runs.values(), write, masking), temperature=temperature)
-        total = answered = sum(run.samples for run in runs.values())
+        total = unanswered = sum(run.samples for run in runs.values())
         try:
-            running = Running()
+            running = RunningAccuracy()
             bar = iter(progress(range(total), what, total, running))
             for answer, _ in zip(answers, bar):
                 run = runs[answer.key]
                 row = prediction(run.question, replace(answer, sample=run.first + answer.sample))
-                store.add([row])
+                store.add(row)
                 running.add(row)
-                answered -= 1
+                unanswered -= 1
             next(bar, None)
         finally:  # an engine that fails and Ctrl-C lose no answer
             store.flush()
-        if isinstance(write, PromptWriter) and (told := write.told(what)):
-            print(told, flush=True)
-        if answered:
-            raise DataError(f"the engine ended with {answered} of {total} samples unanswered")
+        if isinstance(write, TrimCounter) and (warning := write.told(what)):
+            print(warning, flush=True)
+        if unanswered:
+            raise DataError(f"the engine ended with {unanswered} of {total} samples unanswered")
     frame = store.read()
-    return frame[frame["sample"] < frame["key"].map(wanted)].reset_index(drop=True)
+    return frame[frame["sample"] < frame["key"].map(samples)].reset_index(drop=True)
 
 
-class Running:
-    """What the progress bar says: strict accuracy, over samples, of this start's answers with the user's own history."""
+class RunningAccuracy:
+    """Strict accuracy over this start's samples with the user's own history, for the progress bar."""
 
     def __init__(self) -> None:
-        self.hits = self.asked = 0
+        self.hits = self.total = 0
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Prediction) -> None:
         if row["set"].endswith("own"):
-            self.asked += 1
-            self.hits += row["failure"] is None and row["score_chosen"] > row["score_rejected"]
+            self.total += 1
+            chosen, rejected = row["score_chosen"], row["score_rejected"]
+            self.hits += chosen is not None and rejected is not None and chosen > rejected
 
     def __str__(self) -> str:
-        return f"accuracy {self.hits / self.asked:.3f}" if self.asked else ""
+        return f"accuracy {self.hits / self.total:.3f}" if self.total else ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Consecutive samples of one question, asked in one request."""
+    """Consecutive samples of one question, in one request."""
 
     question: Question
     first: int
@@ -189,15 +219,15 @@ class _Run:
 
 
 def _missing(questions: Sequence[Question], done: Set[tuple[str, int]]) -> list[_Run]:
-    """What is left to ask, prompts with the same beginning next to each other: a server encodes a shared prefix once."""
+    """Missing samples, prompts with a common beginning next to each other: a server encodes a prefix once."""
     runs = []
     for question in questions:
         key, start = question.key, None
         for sample in range(question.samples + 1):
-            open_end = sample < question.samples and (key, sample) not in done
-            if open_end and start is None:
+            missing = sample < question.samples and (key, sample) not in done
+            if missing and start is None:
                 start = sample
-            elif not open_end and start is not None:
+            elif not missing and start is not None:
                 runs.append(_Run(question, start, sample - start))
                 start = None
     return sorted(runs, key=lambda run: (_texts(run.question.history), run.question.pair.query))
@@ -207,42 +237,37 @@ def _texts(history: Iterable[HistoryItem]) -> tuple[str, ...]:
     return tuple(text for item in history for text in (item.query, item.chosen, item.rejected))
 
 
-def prediction(question: Question, generation: Generation) -> dict[str, Any]:
-    """One row: INTERFACES' columns plus the text, verified scores, issues and tokens."""
+def prediction(question: Question, generation: Generation) -> Prediction:
+    """Row of a generation: scores, verified scores, issues, text and tokens, or the failure."""
     chain = parse_chain(generation.text or "", 2) if generation.failure is None else None
-    failure = (
-        generation.failure
-        if chain is None
-        else f"parse:{chain.kind}"
-        if isinstance(chain, ParseFailure)
-        else None
-    )
+    failure = f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else generation.failure
     row = answer_row(
         question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text
     )
-    if failure is None and chain is not None and not isinstance(chain, ParseFailure):
-        row |= scores_of(question, chain.scores) | {"issues": ",".join(chain.issues)}
+    if chain is not None and not isinstance(chain, ParseFailure):
+        row["score_chosen"], row["score_rejected"] = by_choice(question, chain.scores)
+        row["issues"] = ",".join(chain.issues)
         if chain.verified_scores:
-            row |= scores_of(question, chain.verified_scores, "verified")
+            row["verified_chosen"], row["verified_rejected"] = by_choice(question, chain.verified_scores)
     return row
 
 
-def scores_of(question: Question, scores: Sequence[float], name: str = "score") -> dict[str, float]:
-    """`scores` in presentation order → those of the chosen and of the rejected response.
+def by_choice(question: Question, scores: Sequence[float]) -> tuple[float, float]:
+    """Scores in presentation order → (score of the chosen response, score of the rejected one).
 
-    Two identical responses are one response, shown twice: it scores the mean of both, a tie.  What a model prefers between them is
-    their place, and would count as a hit in one order.
+    Two identical responses both score the mean, a tie.  A preference between them is one of place, and would
+    count as a hit in one order.
     """
     chosen, rejected = scores[question.order], scores[1 - question.order]
     if question.pair.chosen == question.pair.rejected:
         chosen = rejected = chosen / 2 + rejected / 2
-    return {f"{name}_chosen": chosen, f"{name}_rejected": rejected}
+    return chosen, rejected
 
 
 def answer_row(
     question: Question, *, sample: int, failure: str | None, tokens: int = 0, text: str | None = None
-) -> dict[str, Any]:
-    """The row of an answer before its scores are known; every kind of model fills the same columns."""
+) -> Prediction:
+    """Row of an answer without its scores; every kind of model fills the same columns."""
     pair = question.pair
     return {
         "key": question.key,
@@ -266,19 +291,22 @@ def answer_row(
     }
 
 
-def readable_text(row: Mapping[str, Any]) -> str | None:
-    """The chain of a prediction, or None where generation or parsing failed.  A missing value may be None or NaN: parquet decides."""
+def readable_text(row: Any) -> str | None:
+    """Chain of a prediction (a mapping), None if generation or parsing failed.
+
+    After a parquet round trip a missing value may be None or NaN.
+    """
     readable = pd.isna(row["failure"]) or row["failure"] == UNVERIFIED
     return row["text"] if readable and isinstance(row["text"], str) else None
 
 
 def verified(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The same predictions, scored by what each chain's own weights and scores add up to; where they do not, it fails."""
+    """The predictions with verified scores instead of declared ones; a row without them fails."""
     scores = predictions[["verified_chosen", "verified_rejected"]].astype(float)
     failure = predictions["failure"].astype(object).where(predictions["failure"].notna(), None)
     failure[scores.isna().any(axis=1) & failure.isna()] = UNVERIFIED
-    named = dict(zip(("score_chosen", "score_rejected"), (scores[name] for name in scores)))
-    return predictions.assign(**named, failure=failure)
+    columns = dict(zip(("score_chosen", "score_rejected"), (scores[name] for name in scores)))
+    return predictions.assign(**columns, failure=failure)
 
 
 def own_questions(
@@ -290,7 +318,7 @@ def own_questions(
     set_name: str = "own",
     orders: Sequence[int] = (0, 1),
 ) -> list[Question]:
-    """Every pair in both `orders`, for every evaluation seed, with the given history."""
+    """Every pair in all `orders` and evaluation seeds, with the given history."""
     return [
         Question(pair, order, histories[pair.pair_id], set_name, seed, samples)
         for pair in pairs
@@ -300,7 +328,7 @@ def own_questions(
 
 
 def requests(questions: Sequence[Question], write: Write, masking: str) -> Iterator[GenerationRequest]:
-    """What a generator is asked: each question's prompt under the masking policy, and a seed of its own."""
+    """Requests for a generator: each question's prompt under the masking policy, with its own seed."""
     yield from _requests(_missing(questions, set()), write, masking)
 
 
@@ -309,7 +337,7 @@ def _requests(runs: Iterable[_Run], write: Write, masking: str) -> Iterator[Gene
         q = run.question
         example = present(q.pair, q.history, q.order)
         view, _ = apply_masking(example, masking, random.Random(q.key))
-        # engines seed sample i with seed + i: later samples are the same whether asked at once or afterwards
+        # Engines seed sample i with seed + i, so later samples do not depend on the first request.
         yield GenerationRequest(run.key, tuple(write(view)), run.samples, _seed(q.key) + run.first)
 
 

@@ -1,16 +1,16 @@
-"""Models that give numbers and write no chain: any Python function, or a reward model with a scalar head.
+"""Models that return numbers and write no chain: any Python function, or a reward model with a scalar head.
 
-    score(example) -> one number a response, in presentation order; higher is better, equal is a tie
+    score(example) -> one number per response, in presentation order; higher is better, equal is a tie
 
-The function sees what a masked model sees.  The label and the user's stated criteria are taken out of the example first: its
-`chosen_index` is −1.  What is not a finite number for each response is a failure of that question, with its kind, in the table:
+The function sees what a masked model sees: label and stated criteria are removed, `chosen_index` is −1.
+Anything but one finite number per response is a failure of that question, with its kind, in the table:
 
-    scores:none         nothing was returned
-    scores:count        another number of scores than responses
-    scores:not_numbers  something that is no finite number (booleans and texts are none)
-    engine:<Type>       an exception was raised; another start asks again
+    scores:none         the function returned None
+    scores:count        wrong number of scores
+    scores:not_numbers  a value that is not a finite number (nor are booleans and texts)
+    engine:<Type>       an exception; another start repeats the question
 
-Pure scores are taken to be deterministic: one evaluation seed, one sample.  Alone, without configuration or recipe:
+Pure scores count as deterministic: one evaluation seed, one sample.  Use without configuration or recipe:
 
     pairs = list(read_pairs("votes.parquet"))
     test = [p for p in pairs if p.split == "test"]
@@ -31,12 +31,14 @@ import pandas as pd
 
 from eval.ask.harness import (
     ENGINE_FAILURE,
+    Prediction,
     PredictionStore,
+    Progress,
     Question,
-    Running,
+    RunningAccuracy,
     answer_row,
+    by_choice,
     own_questions,
-    scores_of,
 )
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import present
@@ -46,7 +48,7 @@ Score = Callable[[Example], Any]
 Scored = tuple[float, ...] | str
 """The scores of one example, or the kind of its failure."""
 ScoreMany = Callable[[Sequence[Example]], Iterable[Any]]
-"""What a batched model is: for each example what a `Score` returns, or a failure as text."""
+"""A batched model: yields for each example the result of a `Score`, or a failure as text."""
 CHUNK = 256  # questions that a batched model sees at a time
 
 
@@ -55,39 +57,41 @@ def score_pairs(
     pairs: Iterable[PreferencePair],
     histories: Mapping[str, tuple[HistoryItem, ...]] | None = None,
 ) -> pd.DataFrame:
-    """The predictions table of a function, both orders of every pair; `histories`: pair_id → earlier votes, None for none.
+    """The predictions table of a function, both orders of every pair.
 
-    Raises DataError when there are no pairs or one lacks its history.
+    `histories`: pair_id → earlier votes; None for no histories.  Raises DataError without pairs, or if a pair
+    lacks its history.
     """
     pairs = list(pairs)
     if not pairs:
         raise DataError("no pairs to score; expected at least one")
-    known = dict.fromkeys((p.pair_id for p in pairs), ()) if histories is None else histories
-    if missing := [p for p in pairs if p.pair_id not in known]:
+    if histories is None:
+        histories = dict.fromkeys((p.pair_id for p in pairs), ())
+    if missing := [p for p in pairs if p.pair_id not in histories]:
         raise DataError(
             f"pair_id {missing[0].pair_id!r} of user {missing[0].user_id!r} has no history; expected an entry"
         )
-    return scored(own_questions(pairs, known), one_by_one(score))
+    return scored(own_questions(pairs, histories), one_by_one(score))
 
 
 def scored(questions: Sequence[Question], model: ScoreMany) -> pd.DataFrame:
-    """The predictions table of some questions, one row each."""
+    """The predictions table of `questions`, one row each."""
     return pd.DataFrame(list(_rows(questions, model)))
 
 
 def one_by_one(score: Score) -> ScoreMany:
-    """A function of one example as a model; the first exception of each type is told."""
-    told: set[str] = set()
+    """A batched model from a function of one example; prints the first exception of each type."""
+    printed: set[str] = set()
 
     def many(examples: Sequence[Example]) -> Iterator[Any]:
         for example in examples:
             try:
                 yield score(example)
-            except Exception as error:  # somebody else's code: whatever it raises is this question's failure
+            except Exception as error:  # user code: any exception is this question's failure
                 kind = type(error).__name__
-                if kind not in told:
+                if kind not in printed:
                     print(f"the scoring function failed: {kind}: {str(error)[:200]}", flush=True)
-                    told.add(kind)
+                    printed.add(kind)
                 yield f"{ENGINE_FAILURE}{kind}"
 
     return many
@@ -98,19 +102,19 @@ def ask_scores(
     start: Callable[[], ScoreMany],
     store: PredictionStore,
     *,
-    progress: Callable[..., Iterable[Any]],
+    progress: Progress,
     what: str,
 ) -> pd.DataFrame:
-    """Answer every question that the store does not hold yet, as `harness.ask` does; the model is started only when one is left."""
+    """Score the questions that the store lacks, as `harness.ask` does; start the model only for those."""
     done = store.done()
     todo = [q for q in questions if (q.key, 0) not in done]
     if todo:
-        model, running = start(), Running()
+        model, running = start(), RunningAccuracy()
         bar = iter(progress(range(len(todo)), what, len(todo), running))
         try:
             for at in range(0, len(todo), CHUNK):
                 for row in _rows(todo[at : at + CHUNK], model):
-                    store.add([row])
+                    store.add(row)
                     running.add(row)
                     next(bar, None)
             next(bar, None)
@@ -121,13 +125,13 @@ def ask_scores(
 
 
 def blind(question: Question) -> Example:
-    """The example of a question without its label and without what the user stated."""
+    """The example of a question, without its label and the user's statements."""
     example = present(question.pair, question.history, question.order)
     return dataclasses.replace(example, chosen_index=-1, explicit=ExplicitSignals())
 
 
-def checked(scores: Any, n_responses: int) -> Scored:
-    """What a model returned → finite floats, one a response, or the kind of failure."""
+def validate_scores(scores: Any, n_responses: int) -> Scored:
+    """A model's result → finite floats, one per response, or the kind of failure."""
     if isinstance(scores, str):
         return scores if scores.startswith(ENGINE_FAILURE) else "scores:not_numbers"
     if scores is None:
@@ -143,11 +147,11 @@ def checked(scores: Any, n_responses: int) -> Scored:
     return tuple(float(v) for v in values)
 
 
-def _rows(questions: Sequence[Question], model: ScoreMany) -> Iterator[dict[str, Any]]:
+def _rows(questions: Sequence[Question], model: ScoreMany) -> Iterator[Prediction]:
     examples = [blind(q) for q in questions]
     for question, example, raw in zip(questions, examples, model(examples), strict=True):
-        scores = checked(raw, len(example.responses))
+        scores = validate_scores(raw, len(example.responses))
         row = answer_row(question, sample=0, failure=scores if isinstance(scores, str) else None)
         if not isinstance(scores, str):
-            row |= scores_of(question, scores)
+            row["score_chosen"], row["score_rejected"] = by_choice(question, scores)
         yield row

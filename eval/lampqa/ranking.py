@@ -1,20 +1,21 @@
-"""LaMP-QA (METHOD §8): does a reward model rank several models' answers to a user's question as the user's rubric does?
+"""LaMP-QA (METHOD §8): agreement of a reward model with a user's rubric on the ranking of several models' answers.
 
     reference   rubric score of each answer (see `rubric_judge`), or the grades that came with the answers
-    ours        mean over samples of the score that the model gives the answer; it reads `history_size` texts of the user's profile
-                and all answers at once, in an order that rotates from sample to sample
+    ours        mean over samples of the model's score of the answer.  The model reads `history_size` texts of
+                the user's profile and all answers at once, in an order that rotates from sample to sample
 
 Two Spearman correlations (ties take average ranks), for each subset and as the mean of the subsets:
 
-    of models      between the two rankings of the *answering models* by mean score; scores are centred within a question first, so
-                   that a model with fewer answers is not favoured by easy questions.  The published figures are of this kind: with
-                   six models ρ = 1 − Σd²/35, and .543, .714, .657 are 1 − 16/35, 1 − 10/35, 1 − 12/35
-    of answers     within each question, averaged over questions; not bound to a few values
+    of models      between the two rankings of the *answering models* by mean score.  Scores are first centred
+                   within a question, so that easy questions do not favour a model with fewer answers.  The
+                   published figures are of this kind: with six models ρ = 1 − Σd²/35, and .543, .714, .657 are
+                   1 − 16/35, 1 − 10/35, 1 − 12/35
+    of answers     within each question, averaged over questions; not limited to a few values
 
-Intervals resample questions within their subset.  A question that the model gave no readable scores, or equal ones, ranks nothing:
-it stays with ρ = 0.  Only a question whose *reference* ranks nothing leaves the denominator, and is counted.
+Intervals resample questions within their subset.  A question with unreadable or equal scores of the model keeps
+its place, with ρ = 0.  Only a question whose *reference* ranks nothing leaves the denominator, and is counted.
 
-`view_of` takes a `Question` and texts: neither can hold a rubric or a narrative.
+`view_of` takes a `Question` and texts: neither has a field for a rubric or a narrative.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from eval.ask.harness import PredictionStore, Write
-from eval.ask.scored import ScoreMany, checked
+from eval.ask.harness import PredictionStore, Progress, Write
+from eval.ask.scored import ScoreMany, validate_scores
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.prompts.masking import MaskedView
@@ -40,13 +41,16 @@ from pgenrm_train.records.pairs import Example, HistoryItem, Message
 from pgenrm_train.records.questions import Answer, Question
 
 Grades = Mapping[tuple[str, str], float | None]
-"""(question id, answering model) → rubric score, None where there is none"""
+"""(question id, answering model) → rubric score or None"""
+Statistics = dict[str, float | list[float] | None]
+"""Both measures, their intervals as `<measure>_ci95`, and the counts of a subset"""
 MEASURES = ("spearman_models", "spearman_answers")
+COUNTS = ("n_questions", "unranked", "tied", "no_reference")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question as a reward model is asked it: profile texts as history, answers in presentation order."""
+    """One question for a reward model: profile texts as history, answers in presentation order."""
 
     question: Question
     models: tuple[str, ...]
@@ -55,10 +59,19 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Names the task by what is read, texts included: scores of other answers under the same ids are none of these."""
+        """Identify the task by its content, texts included: other answers under the same ids need new scores."""
         texts = (self.view.context, self.view.history, self.view.responses)
         content = hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return json.dumps([self.question.id, self.sample, content])
+
+
+class RankingReport(TypedDict):
+    """Rank correlations of one model."""
+
+    average: Statistics  # mean of the subsets; None if no question of a subset can be ranked
+    subsets: dict[str, Statistics]
+    failures: dict[str, int]  # failed samples by kind
+    answer_models: list[str]
 
 
 def tasks(
@@ -83,7 +96,7 @@ def tasks(
 
 
 def rotated(models: Sequence[str], seed: str, sample: int) -> tuple[str, ...]:
-    """A random order, turned by one place each sample: over b samples every answer stands once at every place."""
+    """A random order, rotated by one place per sample: over b samples every answer takes every place once."""
     order = list(models)
     random.Random(seed).shuffle(order)
     turn = sample % len(order)
@@ -91,7 +104,7 @@ def rotated(models: Sequence[str], seed: str, sample: int) -> tuple[str, ...]:
 
 
 def view_of(question: Question, answers: Sequence[str], history_size: int, seed: int) -> MaskedView:
-    """What the reward model reads: `history_size` random texts of the profile in their order, the question and the answers."""
+    """The model's view: `history_size` random profile texts in their order, the question and the answers."""
     drawn = random.Random(f"{seed}/{question.id}").sample(
         question.profile, min(history_size, len(question.profile))
     )
@@ -103,52 +116,52 @@ def view_of(question: Question, answers: Sequence[str], history_size: int, seed:
 
 
 def ask_tasks(
-    asked: Sequence[Task],
+    tasks: Sequence[Task],
     start: Callable[[], Generator],
     write: Write,
     store: PredictionStore,
     *,
     temperature: float,
-    progress: Callable[..., Iterable[Any]],
+    progress: Progress,
     what: str,
 ) -> pd.DataFrame:
-    """Chains for every task that the store does not hold yet; the whole table, a row a task."""
-    done, by_key = store.done(), {t.key: t for t in asked}
-    todo = [t for t in asked if (t.key, t.sample) not in done]
+    """Sample chains for the tasks that the store lacks; returns all rows, one per task."""
+    done, by_key = store.done(), {t.key: t for t in tasks}
+    todo = [t for t in tasks if (t.key, t.sample) not in done]
     if todo:
         seeds = (random.Random(t.key).getrandbits(31) for t in todo)
         requests = (GenerationRequest(t.key, tuple(write(t.view)), 1, seed) for t, seed in zip(todo, seeds))
         try:
             for answer in progress(start()(requests, temperature=temperature), what, len(todo)):
-                store.add([_chain_row(by_key[answer.key], answer)])
+                store.add(_chain_row(by_key[answer.key], answer))
         finally:
             store.flush()
     table = store.read()
     return table[table["key"].isin(by_key.keys())] if len(table) else table
 
 
-def score_tasks(asked: Sequence[Task], model: ScoreMany) -> pd.DataFrame:
-    """Scores of a model that writes no chains; it sees each task as an example whose user is the question's."""
+def score_tasks(tasks: Sequence[Task], model: ScoreMany) -> pd.DataFrame:
+    """Score with a model without chains; each task becomes an example whose user is the question's."""
     examples = [
         Example(t.question.id, t.question.id, t.view.context, t.view.responses, -1, t.view.history)
-        for t in asked
+        for t in tasks
     ]
     return pd.DataFrame(
         [
-            _row(task, checked(raw, len(task.models)))
-            for task, raw in zip(asked, model(examples), strict=True)
-        ],
+            _row(task, validate_scores(raw, len(task.models)))
+            for task, raw in zip(tasks, model(examples), strict=True)
+        ]
     )
 
 
-def _chain_row(task: Task, answer: Generation) -> dict[str, Any]:
+def _chain_row(task: Task, answer: Generation) -> dict[str, object]:
     if answer.failure is not None:
         return _row(task, answer.failure, answer)
     chain = parse_chain(answer.text or "", len(task.models))
     return _row(task, f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else chain.scores, answer)
 
 
-def _row(task: Task, scores: tuple[float, ...] | str, answer: Generation | None = None) -> dict[str, Any]:
+def _row(task: Task, scores: tuple[float, ...] | str, answer: Generation | None = None) -> dict[str, object]:
     failed = isinstance(scores, str)
     return {
         "key": task.key,
@@ -164,12 +177,12 @@ def _row(task: Task, scores: tuple[float, ...] | str, answer: Generation | None 
 
 
 def mean_scores(table: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """(question id, answering model) → mean over the samples that could be read; nothing for a question without any."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """(question id, answering model) → mean over readable samples; no entry without one."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in table[table["failure"].isna()].itertuples():
         for model, score in zip(row.models, row.scores, strict=True):
-            found[row.question_id, model].append(float(score))
-    return {key: float(np.mean(values)) for key, values in found.items()}
+            scores[row.question_id, model].append(float(score))
+    return {key: float(np.mean(values)) for key, values in scores.items()}
 
 
 # ---- rank correlations
@@ -177,18 +190,18 @@ def mean_scores(table: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 def report(
     questions: Sequence[Question], grades: Grades, table: pd.DataFrame, *, draws: int = 2000, seed: int = 0
-) -> dict[str, Any]:
-    """Both correlations by subset and their means, each with `_ci95`; None where no question of a subset can be ranked.
+) -> RankingReport:
+    """Both correlations by subset and their means, each with `_ci95`.
 
-    `failures` counts samples by kind.  By subset: `n_questions` in the denominator, of which `unranked` had no readable sample and
-    `tied` got equal scores; `no_reference` are those left out because fewer than two answers have a grade or all grades are equal.
+    By subset: `n_questions` in the denominator, of which `unranked` had no readable sample and `tied` got equal
+    scores.  `no_reference` counts questions left out: fewer than two answers have a grade, or all grades are equal.
     """
     ours = mean_scores(table)
     models = sorted({model for _, model in grades})
     by_subset: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         by_subset[question.subset].append(question)
-    subsets: dict[str, dict[str, Any]] = {}
+    subsets: dict[str, Statistics] = {}
     drawn: dict[str, dict[str, np.ndarray]] = {}
     for number, name in enumerate(sorted(by_subset)):
         rows, counts = _matrices(by_subset[name], grades, ours, models)
@@ -198,11 +211,10 @@ def report(
             subsets[name] |= _summary(_correlations(rows, np.ones((1, len(rows)))), drawn[name])
         else:
             subsets[name] |= dict.fromkeys([*MEASURES, *(f"{measure}_ci95" for measure in MEASURES)])
-    average: dict[str, Any] = dict.fromkeys(MEASURES)
+    average: Statistics = dict.fromkeys(MEASURES)
     if drawn:
-        found = [s for s in subsets.values() if s["spearman_answers"] is not None]
         average = _summary(
-            {m: np.array([np.mean([s[m] for s in found])]) for m in MEASURES},
+            {m: np.array([np.mean([subsets[name][m] for name in drawn])]) for m in MEASURES},
             {m: np.mean([d[m] for d in drawn.values()], axis=0) for m in MEASURES},
         )
     failures = Counter(table["failure"].dropna())
@@ -220,29 +232,29 @@ def _matrices(
     ours: Mapping[tuple[str, str], float],
     models: Sequence[str],
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Scores float (questions, 2, models), reference first, each centred within its question; NaN where there is no grade."""
-    rows, counts = [], Counter(n_questions=0, unranked=0, tied=0, no_reference=0)
+    """Scores float (questions, 2, models), reference first, centred within the question; NaN without a grade."""
+    rows, counts = [], Counter(dict.fromkeys(COUNTS, 0))
     for question in questions:
         keys = [(question.id, model) for model in models]
         reference = np.array([np.nan if grades.get(k) is None else grades[k] for k in keys], dtype=float)
-        known = ~np.isnan(reference)
-        if known.sum() < 2 or np.ptp(reference[known]) == 0:
+        graded = ~np.isnan(reference)
+        if graded.sum() < 2 or np.ptp(reference[graded]) == 0:
             counts["no_reference"] += 1
             continue
-        mine = np.array([ours.get(k, np.nan) for k in keys])
+        scores = np.array([ours.get(k, np.nan) for k in keys])
         counts["n_questions"] += 1
-        if np.isnan(mine[known]).any():
+        if np.isnan(scores[graded]).any():
             counts["unranked"] += 1
-            mine = np.zeros(len(models))
-        elif np.ptp(mine[known]) < 1e-12:
+            scores = np.zeros(len(models))
+        elif np.ptp(scores[graded]) < 1e-12:
             counts["tied"] += 1
-        pair = np.where(known, np.stack([reference, mine]), np.nan)
+        pair = np.where(graded, np.stack([reference, scores]), np.nan)
         rows.append(pair - np.nanmean(pair, axis=1, keepdims=True))
     return np.array(rows).reshape(-1, 2, len(models)), dict(counts)
 
 
 def _drawn(rows: np.ndarray, draws: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Both measures of `draws` resamples of the questions, in pieces that bound the memory."""
+    """Both measures for `draws` resamples of the questions, in pieces that bound the memory."""
     chunk = max(1, 4_000_000 // len(rows))
     pieces = [
         _correlations(
@@ -254,10 +266,10 @@ def _drawn(rows: np.ndarray, draws: int, rng: np.random.Generator) -> dict[str, 
 
 
 def _correlations(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Both measures, float (draws,), when question i counts `weights[:, i]` times."""
-    known = ~np.isnan(rows[:, 0])
+    """Both measures, float (draws,), if question i counts `weights[:, i]` times."""
+    graded = ~np.isnan(rows[:, 0])
     totals = np.einsum("dq,qkm->dkm", weights.astype(float), np.nan_to_num(rows))
-    counts = (weights @ known)[:, None]
+    counts = (weights @ graded)[:, None]
     means = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
     within = np.array([spearman(*row[:, ~np.isnan(row[0])]) for row in rows])
     of_models = np.array([spearman(*mean[:, ~np.isnan(mean[0])]) for mean in means.round(12)])
@@ -265,16 +277,16 @@ def _correlations(rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of average ranks; 0 where one side ranks nothing."""
+    """Pearson's correlation of average ranks; 0 if one side ranks nothing."""
     x, y = rankdata(a), rankdata(b)
     x, y = x - x.mean(), y - y.mean()
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 0 else 0.0
 
 
-def _summary(point: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _summary(point: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray]) -> Statistics:
+    statistics: Statistics = {}
     for measure in MEASURES:
         low, high = np.percentile(drawn[measure], [2.5, 97.5])
-        found |= {measure: float(point[measure][0]), f"{measure}_ci95": [float(low), float(high)]}
-    return found
+        statistics |= {measure: float(point[measure][0]), f"{measure}_ci95": [float(low), float(high)]}
+    return statistics

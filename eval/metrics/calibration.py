@@ -1,7 +1,7 @@
-"""Reliability curve and expected calibration error (ECE) of score margins: is a larger margin a surer verdict?
+"""Reliability curve and expected calibration error (ECE) of score margins.
 
-A margin is no probability.  It is read as the log odds of a Bradley–Terry model, the reading that training a
-reward model on pairs would give it:
+The question: is a larger margin a surer verdict?  A margin is no probability.  It is read as the log odds of
+a Bradley–Terry model, the reading that training a reward model on pairs would give it:
 
     confidence = σ(|s_chosen − s_rejected| / T) in [1/2, 1)      ECE = Σ_b n_b/n · |accuracy_b − confidence_b|
 
@@ -9,8 +9,9 @@ reward model on pairs would give it:
 half of the users for the other half.  So a model is not blamed for the unit of its scores, and the fit does
 not see the verdicts that it is judged on.
 
-Bins hold about equally many verdicts, and equal margins share a bin.  A tie counts one half right at confidence
-one half.  An order without a valid sample has no margin; `n_failed` counts them.  Our choice; not in the paper.
+Bins hold about equally many verdicts, and equal margins share a bin.  A tie counts one half right at
+confidence one half.  An order without a valid sample has no margin; `n_failed` counts them.  Our choice; not
+in the paper.
 """
 
 from __future__ import annotations

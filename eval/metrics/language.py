@@ -1,9 +1,9 @@
 """Language of a text: its main script and, for Latin script, a count of function words.
 
-A language of Latin script needs a list here, and clearly the most function words of the text.  A text too short
-for that takes the commonest of these languages in its data set.  Any other text is named by its script, so
-Russian and Ukrainian, or Hindi and Marathi, are one.  This suffices to see that a model is worse on one language
-than on another.  It does not identify a single short text.
+A language of Latin script needs a list here, and clearly the most function words of the text.  A text too
+short for that takes the commonest of these languages in its data set.  Any other text is named by its script,
+so Russian and Ukrainian, or Hindi and Marathi, are one.  This suffices to see that a model is worse on one
+language than on another.  It does not identify a single short text.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ _SCRIPTS = {"CJK": "Chinese characters", "HIRAGANA": "Japanese", "KATAKANA": "Ja
 _FUNCTION_WORDS = {
     "English": "the and of to is are was that you for with this have it my your what how can be from they i "
     "would about by which",
-    "German": "der die das und ist nicht ein eine ich zu mit auf für sie wie auch sich von dem den im es kann "
-    "ihr werden oder bei",
+    "German": "der die das und ist nicht ein eine ich zu mit auf für sie wie auch sich von dem den im es "
+    "kann ihr werden oder bei",
     "French": "le la les des et est une vous que pour dans pas je qui sur avec du ce il au sont plus ne mais "
     "nous votre aux un",
     "Spanish": "el la los las que y es una por para con no del se como su lo al más pero un sus en le mi o "
     "está son",
-    "Portuguese": "o os as não que uma para com é do da em um você mais por se dos ao como mas seu sua na no são",
-    "Italian": "il che di è una per non sono con gli della del un più le si nel alla come la ma da i lo dei anche",
-    "Dutch": "de het een en van ik niet dat je op voor met zijn is te die aan ook er maar om hoe wat kan naar uit",
+    "Portuguese": "o os as não que uma para com é do da em um você mais por se dos ao como mas seu "
+    "sua na no são",
+    "Italian": "il che di è una per non sono con gli della del un più le si nel alla come la ma da "
+    "i lo dei anche",
+    "Dutch": "de het een en van ik niet dat je op voor met zijn is te die aan ook er maar om hoe wat "
+    "kan naar uit",
 }
 _LISTS = {name: frozenset(words.split()) for name, words in _FUNCTION_WORDS.items()}
 _WORD = re.compile(r"[^\W\d_]+")

@@ -1,8 +1,8 @@
 """Validate a table of predictions and reduce it to a grid of margins: pairs × seeds × orders.
 
-Valid samples of one (pair, order, evaluation seed) are averaged, `s = (1/m) Σ Extract(S_x)` (METHOD §7, Ind-m),
-and the two means are compared as numbers.  A *pair* is one vote, identified by (user_id, pair_id): several data
-sets give one `pair_id` to all who voted on the same two responses.
+Valid samples of one (pair, order, evaluation seed) are averaged, `s = (1/m) Σ Extract(S_x)` (METHOD §7,
+Ind-m), and the two means are compared as numbers.  A *pair* is one vote, identified by (user_id, pair_id):
+several data sets give one `pair_id` to all who voted on the same two responses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ TIE_RTOL = 1e-12
 class Outcomes:
     """Preferences of a model on the full grid of pairs × evaluation seeds × orders.
 
-    `margin`: mean score of the chosen response − that of the rejected one; 0 for a tie, NaN if every sample failed.
+    `margin`: mean score of the chosen response − that of the rejected one; 0 for a tie, NaN if every sample
+    failed.
     """
 
     pairs: pd.DataFrame  # pair_id, user_id, kind (str|None); sorted, one row per pair
@@ -70,7 +71,7 @@ def outcomes(predictions: pd.DataFrame) -> Outcomes:
 
 
 def _validated(predictions: pd.DataFrame) -> pd.DataFrame:
-    """A copy with only the schema's columns, ids as texts, numbers as numbers; DataError at the first misfit."""
+    """A copy of the schema's columns, with ids as texts and numbers as numbers.  Raises DataError."""
     if missing := [c for c in COLUMNS if c not in predictions.columns]:
         raise DataError(f"predictions: column {missing[0]!r} is missing; expected {', '.join(COLUMNS)}")
     if predictions.empty:
@@ -111,9 +112,9 @@ def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> 
     if len(gaps):
         pair, seed, order = gaps[0]
         raise DataError(
-            f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row with "
-            f"column 'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair in both orders in every "
-            "seed, with a kind in 'failure' where a generation failed"
+            f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row "
+            f"with column 'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair "
+            "in both orders in every seed, with a kind in 'failure' where a generation failed"
         )
 
 

@@ -1,39 +1,59 @@
-"""Two finished evaluations side by side: what do the same pairs say of the one and of the other?
+"""Compare two finished evaluations on the same pairs.
 
-Read are the runs' `results.json` and `predictions.parquet`; no model is started.  What is compared is each run's headline: its final
-model, with the samples and similar users (Ind-m, Pro-n) of the headline.  Two accuracies with overlapping intervals may well
-differ, so the difference itself gets an interval (users resampled) and two exact tests, over all pairs and by slice:
+Reads the runs' `results.json` and `predictions.parquet`; starts no model.  It compares the headline of each
+run: its final model, with the samples and similar users (Ind-m, Pro-n) of the headline.  Two accuracies with
+overlapping intervals may still differ.  So the difference itself gets an interval (users resampled) and two
+exact tests, over all pairs and by slice:
 
-    p users   exact sign test over users whose mean differs; users are independent, so this is the one to trust
-    p pairs   exact McNemar test over pairs that differ (a sign test where a pair's accuracy is neither 0 nor 1)
+    p users   exact sign test over users whose mean differs; users are independent, so trust this one
+    p pairs   exact McNemar test over pairs that differ (a sign test if a pair's accuracy is neither 0 nor 1)
 
-Slices are many tests on the same votes, so theirs are adjusted together for the false discovery rate (Benjamini and Yekutieli, valid
-for dependent tests).  Runs of different data, protocol or evaluation seeds are refused.
+Slices are many tests on the same votes, so their p values are adjusted together for the false discovery rate
+(Benjamini and Yekutieli, valid for dependent tests).  Runs of different data, protocol or evaluation seeds
+raise DataError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from eval.metrics.accuracy import difference, paired_hits
+from eval.metrics.accuracy import Difference, Estimate, difference, paired_hits
 from eval.metrics.slices import DIMENSIONS, KEYS, several
 from eval.report.console import text_table
-from eval.report.report import Report, Section, write_markdown, write_report
+from eval.report.report import Report, Row, Section, write_markdown, write_report
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import read_json, write_json, write_text
 from pgenrm_train.scaling.combine import grid
 
 LABELS = ("kind", "cohort", *DIMENSIONS)
 READING = (
-    "Difference: the first run's accuracy minus the second's on the same pairs; intervals resample users. p users: exact sign test "
-    "over users, the one to trust; p pairs: exact McNemar (sign) test over pairs, too sure where users hold many pairs."
+    "Difference: the first run's accuracy minus the second's on the same pairs. Intervals resample users. p users: "
+    "exact sign test over users; trust this one. p pairs: exact McNemar (sign) test over pairs; too sure if users "
+    "have many pairs."
 )
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Fields of results.json that a comparison reads."""
+
+    model: str
+    data: str
+    protocol: str
+    seeds: list[int]
+    accuracy: float | None
+    ci95: list[float]
+    stderr: float | None
+    ind: int = 1
+    pro: int = 0
+    data_sha256: str | None = None  # None in results of older versions
 
 
 @dataclass(frozen=True)
@@ -41,94 +61,126 @@ class Run:
     """A finished evaluation: its results and the predictions of its headline."""
 
     name: str
-    results: Mapping[str, Any]
+    results: Headline
     predictions: pd.DataFrame
-    samples: bool  # False for a scorer that writes no chains: it gives the same scores in every seed, so one stands for all
+    samples: bool  # False for a scorer without chains: its scores are equal in every seed
 
     @property
     def scores(self) -> str:
-        """What the headline is made of, for a reader."""
-        return f"{self.results['model']} (Ind-{self.results.get('ind', 1)}, Pro-{self.results.get('pro', 0)})"
+        """The model with its samples and similar users, for a reader."""
+        return f"{self.results.model} (Ind-{self.results.ind}, Pro-{self.results.pro})"
 
 
-def compare(runs: tuple[str, str], *, draws: int, seed: int) -> dict[str, Any]:
-    """The comparison of two run folders, JSON-ready: `runs`, `protocol`, `overall` (see `metrics.difference`), `slices`, `notes`.
+class RunRow(Estimate):
+    run: str
+    model: str
+    data: str
+    stderr: float | None
 
-    Raises ArtifactError for a folder without a finished evaluation, DataError when the runs cannot be compared.
+
+class SliceDifference(Difference):
+    slice: str
+    value: str
+    p_value_users_adjusted: float
+
+
+class Comparison(TypedDict):
+    """The content of comparison.json."""
+
+    runs: list[RunRow]
+    protocol: str
+    seeds: list[int]
+    overall: Difference
+    slices: list[SliceDifference]
+    notes: list[str]
+
+
+def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
+    """Compare two run folders.
+
+    Raises ArtifactError for a folder without a finished evaluation, DataError if the runs are not comparable.
     """
     a, b = (read_run(Path(path)) for path in runs)
-    _refuse_unlike(a, b)
-    protocol = a.results["protocol"]
+    _refuse_different(a, b)
     try:
-        hits = paired_hits(a.predictions, b.predictions, protocol=protocol, seed=seed)
+        hits = paired_hits(a.predictions, b.predictions, protocol=a.results.protocol, seed=seed)
     except DataError as error:
         raise DataError(f"{a.name} and {b.name} cannot be compared: {error}") from None
     alone = hits[hits["_merge"] != "both"]
     if len(alone):
         row = alone.iloc[0]
+        only = a.name if row["_merge"] == "left_only" else b.name
         raise DataError(
-            f"{a.name} and {b.name} hold different data: pair_id {row['pair_id']!r} of user {row['user_id']!r} is in "
-            f"{a.name if row['_merge'] == 'left_only' else b.name} only ({len(alone)} such pairs); evaluate both on the same pairs"
+            f"{a.name} and {b.name} hold different data: pair_id {row['pair_id']!r} of user {row['user_id']!r} "
+            f"is in {only} only ({len(alone)} such pairs); evaluate both on the same pairs"
         )
     overall = difference(hits, draws=draws, seed=seed)
     return {
-        "runs": [{"run": r.name, "model": r.scores, "data": r.results["data"], "accuracy": r.results["accuracy"],
-                  "ci95": r.results["ci95"], "stderr": r.results["stderr"]} for r in (a, b)],
-        "protocol": protocol,
-        "seeds": a.results["seeds"],
+        "runs": [
+            {
+                "run": r.name,
+                "model": r.scores,
+                "data": r.results.data,
+                "accuracy": r.results.accuracy,
+                "ci95": r.results.ci95,
+                "stderr": r.results.stderr,
+            }
+            for r in (a, b)
+        ],
+        "protocol": a.results.protocol,
+        "seeds": a.results.seeds,
         "overall": overall,
         "slices": _by_slice(hits, a.predictions, draws, seed),
         "notes": _notes(a, b, overall),
-    }  # fmt: skip
+    }
 
 
-def publish_comparison(found: Mapping[str, Any], folder: Path) -> str:
+def publish_comparison(comparison: Comparison, folder: Path) -> str:
     """Write comparison.json, report.html, report.md and table.txt; returns the console's text."""
-    rows = difference_rows(found)
-    short = _short_names([run["run"] for run in found["runs"]])
+    overall, notes = comparison["overall"], comparison["notes"]
+    rows = [_row("all", "", overall), *(_row(s["slice"], s["value"], s) for s in comparison["slices"])]
+    short = _short_names([run["run"] for run in comparison["runs"]])
     names = " − ".join(short)
-    title = f"{names}: difference in accuracy, {found['protocol']} protocol, in % [95 % interval over users]"
+    protocol = comparison["protocol"]
+    title = f"{names}: difference in accuracy, {protocol} protocol, in % [95 % interval over users]"
     text = (
-        text_table(found["runs"], "Compared runs", 150)
+        text_table(comparison["runs"], "Compared runs", 150)
         + text_table(rows, title, 150)
-        + "".join(f"- {n}\n" for n in found["notes"])
+        + "".join(f"- {note}\n" for note in notes)
     )
     report = Report(
         title=f"Comparison: {names}",
-        run={"protocol": found["protocol"], "evaluation seeds": found["seeds"], "pairs": found["overall"]["n_pairs"],
-             "users": found["overall"]["n_users"]},
-        stages=[{**run, "run": name} for run, name in zip(found["runs"], short, strict=True)],
+        run={
+            "protocol": protocol,
+            "evaluation seeds": comparison["seeds"],
+            "pairs": overall["n_pairs"],
+            "users": overall["n_users"],
+        },
+        stages=[{**run, "run": name} for run, name in zip(comparison["runs"], short, strict=True)],
         sections=[Section("Difference on the same pairs", READING, rows)],
-        notes=found["notes"],
-    )  # fmt: skip
-    write_json(folder / "comparison.json", found)
+        notes=notes,
+    )
+    write_json(folder / "comparison.json", comparison)
     write_text(folder / "table.txt", text)
     write_report(folder / "report.html", report)
     write_markdown(folder / "report.md", report)
     return text
 
 
-def difference_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for all pairs and one a slice, for the tables."""
-    return [_row("all", "", found["overall"]), *(_row(s["slice"], s["value"], s) for s in found["slices"])]
-
-
 def read_run(path: Path) -> Run:
-    """The evaluation in a run folder, or in its folder `evaluate`.  Raises ArtifactError when there is none."""
-    folder = next((f for f in (path / "evaluate", path) if (f / "results.json").exists()), None)
+    """The evaluation in a run folder, or in its folder `evaluate`.  Raises ArtifactError if there is none."""
+    folder = next((f for f in (path / StageName.EVALUATE, path) if (f / "results.json").exists()), None)
     if folder is None or not (folder / "predictions.parquet").exists():
         raise ArtifactError(
             f"eval.compare: {path} holds no finished evaluation (results.json and predictions.parquet)"
         )
-    results = read_json(folder / "results.json")
-    if missing := [
-        name
-        for name in ("model", "data", "protocol", "seeds", "accuracy", "ci95", "stderr")
-        if name not in results
-    ]:
+    fields = read_json(folder / "results.json")
+    required = ("model", "data", "protocol", "seeds", "accuracy", "ci95", "stderr")
+    if missing := [name for name in required if name not in fields]:
         raise ArtifactError(
             f"eval.compare: {folder / 'results.json'} lacks {missing[0]!r}; evaluate this run again"
         )
+    results = Headline(**{name: fields[name] for name in Headline.__dataclass_fields__ if name in fields})
     try:
         table = pd.read_parquet(folder / "predictions.parquet")
     except (OSError, ValueError) as error:
@@ -140,87 +192,88 @@ def read_run(path: Path) -> Run:
     return Run(str(path), results, headline_predictions(table, results), samples)
 
 
-def headline_predictions(table: pd.DataFrame, results: Mapping[str, Any]) -> pd.DataFrame:
-    """The rows of a predictions table that gave the run's headline accuracy."""
-    cell = (results.get("ind", 1), results.get("pro", 0))
-    if cell == (1, 0) or "study" not in table:
+def headline_predictions(table: pd.DataFrame, results: Headline) -> pd.DataFrame:
+    """The rows of a predictions table behind the run's headline accuracy."""
+    if (results.ind, results.pro) == (1, 0) or "study" not in table:
         return _own(table, results)
-    pool = table[(table["model"] == results["model"]) & (table["study"] == "scaling")]
-    labels = pool[[*KEYS, *(name for name in LABELS if name in pool and name != "kind")]].drop_duplicates(
-        KEYS
-    )
-    return grid(pool, [cell[0]], [cell[1]]).merge(labels, on=KEYS, how="left")
+    pool = table[(table["model"] == results.model) & (table["study"] == "scaling")]
+    columns = [*KEYS, *(name for name in LABELS if name in pool and name != "kind")]
+    labels = pool[columns].drop_duplicates(KEYS)
+    return grid(pool, [results.ind], [results.pro]).merge(labels, on=KEYS, how="left")
 
 
-def _own(table: pd.DataFrame, results: Mapping[str, Any]) -> pd.DataFrame:
-    """The final model's answers with the user's own history; all rows of a table that tells neither models nor sets apart."""
-    for column, wanted in (("model", results["model"]), ("set", "own")):
+def _own(table: pd.DataFrame, results: Headline) -> pd.DataFrame:
+    """The final model's answers with the user's own history; all rows of a table without models and sets."""
+    for column, value in (("model", results.model), ("set", "own")):
         if column in table:
-            table = table[table[column] == wanted]
+            table = table[table[column] == value]
     return table
 
 
-def _refuse_unlike(a: Run, b: Run) -> None:
-    digests = [r.results.get("data_sha256") for r in (a, b)]
-    facts: list[tuple[str, Any, Any]] = [
-        ("data", a.results["data"], b.results["data"]),
-        ("protocol", a.results["protocol"], b.results["protocol"]),
+def _refuse_different(a: Run, b: Run) -> None:
+    first, second = a.results, b.results
+    facts: list[tuple[str, object, object]] = [
+        ("data", first.data, second.data),
+        ("protocol", first.protocol, second.protocol),
     ]
-    if None not in digests:
-        facts.append(("data, by content", digests[0], digests[1]))
+    if first.data_sha256 and second.data_sha256:
+        facts.append(("data, by content", first.data_sha256, second.data_sha256))
     if a.samples and b.samples:
-        facts.append(("evaluation seeds", a.results["seeds"], b.results["seeds"]))
-    for name, first, second in facts:
-        if first != second:
+        facts.append(("evaluation seeds", first.seeds, second.seeds))
+    for name, one, other in facts:
+        if one != other:
             raise DataError(
-                f"{a.name} and {b.name} cannot be compared: {name} {first} in the one and {second} in the other; "
+                f"{a.name} and {b.name} cannot be compared: {name} {one} in the first and {other} in the second; "
                 "evaluate both with the same data, protocol and seeds"
             )
 
 
-def _by_slice(hits: pd.DataFrame, predictions: pd.DataFrame, draws: int, seed: int) -> list[dict[str, Any]]:
+def _by_slice(hits: pd.DataFrame, predictions: pd.DataFrame, draws: int, seed: int) -> list[SliceDifference]:
     names = [name for name in LABELS if name in predictions]
     labels = predictions[[*KEYS, *names]].astype(dict.fromkeys(KEYS, str)).drop_duplicates(KEYS)
     labelled = hits.merge(labels, on=KEYS, how="left")
-    rows = [
-        {"slice": name, "value": label, **difference(labelled[column == label], draws=draws, seed=seed)}
+    parts = [
+        (name, label, difference(labelled[column == label], draws=draws, seed=seed))
         for name, column in several(labelled, names)
         for label in sorted(column.unique())
     ]
-    if not rows:
-        return rows
-    adjusted = false_discovery_control([row["p_value_users"] for row in rows], method="by")
-    return [row | {"p_value_users_adjusted": float(p)} for row, p in zip(rows, adjusted, strict=True)]
+    if not parts:
+        return []
+    adjusted = false_discovery_control([part["p_value_users"] for _, _, part in parts], method="by")
+    return [
+        {"slice": name, "value": label, **part, "p_value_users_adjusted": float(p)}
+        for (name, label, part), p in zip(parts, adjusted, strict=True)
+    ]
 
 
-def _row(name: str, value: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _row(name: str, value: str, part: Difference | SliceDifference) -> Row:
     return {
         "slice": name,
         "value": value,
-        "first accuracy": found["accuracy_a"],
-        "second accuracy": found["accuracy_b"],
-        "difference": found["difference"],
-        "difference ci95": found["ci95"],
-        "p users": found["p_value_users"],
-        "adjusted": found.get("p_value_users_adjusted"),
-        "p pairs": found["p_value"],
-        "users": found["n_users"],
-        "pairs": found["n_pairs"],
+        "first accuracy": part["accuracy_a"],
+        "second accuracy": part["accuracy_b"],
+        "difference": part["difference"],
+        "difference ci95": part["ci95"],
+        "p users": part["p_value_users"],
+        "adjusted": part.get("p_value_users_adjusted"),
+        "p pairs": part["p_value"],
+        "users": part["n_users"],
+        "pairs": part["n_pairs"],
     }
 
 
 def _short_names(runs: Sequence[str]) -> list[str]:
-    """Folder names where they tell the runs apart, else the paths as given."""
+    """Folder names if they differ, else the paths as given."""
     names = [Path(run).name for run in runs]
     return names if len(set(names)) == len(names) else list(runs)
 
 
-def _notes(a: Run, b: Run, overall: Mapping[str, Any]) -> list[str]:
+def _notes(a: Run, b: Run, overall: Difference) -> list[str]:
     low, high = overall["ci95"]
     verdict = "they differ" if low > 0 or high < 0 else "no difference is proven"
     notes = [
-        f"{a.scores} of {a.name} against {b.scores} of {b.name}, {overall['n_pairs']} pairs of {overall['n_users']} users: "
-        f"{overall['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; {verdict}."
+        f"{a.scores} of {a.name} against {b.scores} of {b.name}, {overall['n_pairs']} pairs of "
+        f"{overall['n_users']} users: {overall['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; {verdict}."
         if overall["difference"] is not None
         else "The protocol drops every pair in one of the runs: nothing can be compared."
     ]
@@ -228,12 +281,12 @@ def _notes(a: Run, b: Run, overall: Mapping[str, Any]) -> list[str]:
         notes.append(f"{overall['ci95_note']}.")
     if overall["n_dropped"]:
         notes.append(
-            f"{overall['n_dropped']} pairs that the protocol drops in one of the runs are in no difference."
+            f"The differences leave out {overall['n_dropped']} pairs that the protocol drops in one of the runs."
         )
-    if "data_sha256" not in a.results or "data_sha256" not in b.results:
-        notes.append("One run was evaluated by an older version: its pairs are known by id, not by content.")
+    if not (a.results.data_sha256 and b.results.data_sha256):
+        notes.append("An older version evaluated one run: its pairs are matched by id, not by content.")
     if a.samples != b.samples:
         notes.append(
-            "A scorer that samples nothing has one seed, which stands for all seeds of the other run."
+            "A scorer without sampling has one seed; it is compared with all seeds of the other run."
         )
     return notes

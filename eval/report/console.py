@@ -1,23 +1,17 @@
-"""Tables of a run for the console: the same rows as in the report."""
+"""Console tables with the rows of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
-WORDS = (
-    "stage",
-    "run",
-    "model",
-    "slice",
-    "value",
-    "protocol",
-    "probe",
-)  # columns of words; others hold numbers
+from eval.report.report import Rows
+
+WORDS = ("stage", "run", "model", "slice", "value", "protocol", "probe")  # other columns hold numbers
 
 
-def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str:
-    """A table for the console; a column `X ci95` is folded into X, which is then a fraction and shown in percent."""
+def text_table(rows: Rows, title: str, width: int) -> str:
+    """Format a table; a column `X ci95` is folded into X, a fraction shown in percent."""
     from io import StringIO
 
     from rich.console import Console
@@ -39,11 +33,14 @@ def text_table(rows: Sequence[Mapping[str, Any]], title: str, width: int) -> str
     return out.getvalue()
 
 
-def _cell(column: str, value: Any, interval: Sequence[float] | None) -> str:
-    if value is None or (isinstance(value, float) and value != value):
+def _cell(column: str, value: object, interval: object) -> str:
+    if value is None or value != value:
         return "–"
+    if not isinstance(value, int | float):
+        return str(value)
     if interval:
-        return f"{value * 100:.1f} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+        low, high = cast("Sequence[float]", interval)
+        return f"{value * 100:.1f} [{low * 100:.1f}, {high * 100:.1f}]"
     if column.endswith(("accuracy", "stderr", "flip rate")):
         return f"{value * 100:.1f}"
     if isinstance(value, float) and 0 < abs(value) < 1:

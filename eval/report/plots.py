@@ -1,7 +1,8 @@
-"""The plots of a report, as SVG that needs nothing else.
+"""The plots of a report, as inline SVG.
 
-matplotlib's SVG is made for files of its own.  To live inside HTML, next to others, it loses its prolog, metadata, namespaces
-(the HTML parser supplies them), global style rule and fixed size; its ids get a prefix, its text the page's colour.
+matplotlib writes SVG for separate files.  To share one HTML page with others, an SVG loses its prolog,
+metadata, namespaces (the HTML parser supplies them), global style rule and fixed size.  Its ids get a prefix,
+its text the page's colour.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-POINTS = 3000  # of a map: more are drawn from by a fixed seed, and the SVG stays readable
-_INK = "#010203"  # stands for the page's text colour; no series uses it
+POINTS = 3000  # of a map, subsampled by a fixed seed: the SVG stays readable
+_INK = "#010203"  # placeholder for the page's text colour; no series uses it
 _COLOURS = ("#3b82c4", "#d9772b", "#3a9d6b", "#a866c4", "#cf4f63", "#7d8a97")
 _DASHES = ("-", "--", "-.", ":")
-_HEAT = LinearSegmentedColormap.from_list(
-    "heat", ["#3b82c410", "#3b82c499"]
-)  # see-through: on paper and in the dark
+# Transparent, for light and dark pages.
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#3b82c410", "#3b82c499"])
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pgenrm",  # the same report gives the same bytes
@@ -43,7 +43,7 @@ _STYLE: Any = {
 
 
 def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]], *, prefix: str) -> Markup:
-    """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None), first on top, with a line at one half."""
+    """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None) and a line at one half."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.0, 0.75 + 0.34 * len(bars)), layout="constrained")
         axes = figure.subplots()
@@ -63,7 +63,7 @@ def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]],
 def line_plot(
     x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str
 ) -> Markup:
-    """SVG of lines over `x`; None and NaN are gaps, single points get a marker, lines differ by colour and dash."""
+    """SVG of lines over `x`; None and NaN are gaps, few points get markers, colours and dashes differ."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.0, 3.0), layout="constrained")
         axes = figure.subplots()
@@ -86,7 +86,7 @@ def line_plot(
 def heat_map(
     values: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, prefix: str
 ) -> Markup:
-    """Fractions in [0, 1] as percent, one cell a value, the best in bold; None is an empty cell."""
+    """Fractions in [0, 1] as percent, one cell per value, the best in bold; None is an empty cell."""
     grid = 100 * np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(
@@ -109,7 +109,7 @@ def heat_map(
 def point_map(
     x: np.ndarray, y: np.ndarray, label: np.ndarray, names: Sequence[str], *, prefix: str
 ) -> Markup:
-    """Points (N,) coloured by label; each label's name stands above the middle of its points."""
+    """Points (N,) coloured by label, with each label's name above the median of its points."""
     kept = np.arange(len(x))
     if len(kept) > POINTS:
         kept = np.sort(np.random.default_rng(0).choice(kept, POINTS, replace=False))
@@ -117,8 +117,8 @@ def point_map(
         figure = Figure(figsize=(5.0, 4.0), layout="constrained")
         axes = figure.subplots()
         for j, name in enumerate(names):
-            mine, shown = label == j, kept[label[kept] == j]
-            if mine.any():
+            inside, shown = label == j, kept[label[kept] == j]
+            if inside.any():
                 axes.plot(
                     x[shown],
                     y[shown],
@@ -128,7 +128,7 @@ def point_map(
                     alpha=0.6,
                     markeredgewidth=0,
                 )
-                middle = np.median(x[mine]), np.median(y[mine])
+                middle = np.median(x[inside]), np.median(y[inside])
                 axes.annotate(
                     _short(name), middle, (0, 3), textcoords="offset points", ha="center", fontsize=8
                 )

@@ -1,4 +1,4 @@
-"""What a run's report shows of its user prototypes; nothing where the run has none."""
+"""Sections, curves and maps of a run's user prototypes; empty for a run without prototypes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import pandas as pd
 from markupsafe import Markup
 
 from eval.report.plots import point_map
-from eval.report.report import Curve, Section
+from eval.report.report import Curve, Row, Section
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import read_json
 from pgenrm_train.run.folder import StageFolder
 
 CARDS = (
-    "What the members' chains weigh above everyone's, the size, and the members nearest to and farthest from the prototype. "
-    "The whole cards are in prototypes/cards.md."
+    "Typical: criteria that the members' chains weigh more than average. Nearest and farthest: members by distance from "
+    "the prototype. The full cards are in prototypes/cards.md."
 )
 REFINED = (
-    "Pairwise accuracy of z on the votes of users that the refinement has not seen, beside the unrefined centroids'; recovery is the "
-    "adjusted Rand index against what users say of themselves, by scenario, where they say it: of every analysis, and of users, who have "
-    "the prototype of most of their analyses in a scenario."
+    "Refined and centroids accuracy: pairwise accuracy of z on votes of users unseen by the refinement, with and without "
+    "refinement. Recovery: adjusted Rand index against the users' stated criteria, by scenario, if the data has them. "
+    "Recovery of users assigns each user the prototype of most of their analyses in a scenario."
 )
 COLD_START = (
-    "Newcomers of whom so many votes are known: their analysis is written from these alone, finds the nearest prototype, and z (no chain) "
-    "picks a response; without prototypes, the mean of all prototypes stands in. Intervals resample users."
+    "New users with this many known votes. The analysis is written from these votes only and selects the nearest "
+    "prototype; z picks a response without a chain. Without prototypes: the mean of all prototypes. Intervals resample "
+    "users."
 )
 
 
@@ -46,21 +48,21 @@ def prototype_sections(run_dir: Path) -> list[Section]:
         "recovery": facts["recovery"],
         "recovery of users": facts.get("recovery_of_users"),
     }
-    found = [
+    sections = [
         Section("User prototypes", REFINED, [refinement]),
         Section(
-            "What each prototype stands for",
+            "Prototype cards",
             CARDS,
             [_brief(card) for card in read_json(folder.path / "cards.json")],
         ),
     ]
     if facts.get("cold_start"):
-        found.append(Section("New users", COLD_START, facts["cold_start"]))
-    return found
+        sections.append(Section("New users", COLD_START, facts["cold_start"]))
+    return sections
 
 
 def prototype_curves(run_dir: Path) -> list[Curve]:
-    """The singular values' mass over k, the refinement's loss, and the cold start."""
+    """Singular-value mass over k, loss of the refinement, and cold start."""
     if (folder := _folder(run_dir)) is None:
         return []
     mass = read_json(folder.path / "singular_values.json")["retained_mass"]
@@ -78,11 +80,11 @@ def prototype_curves(run_dir: Path) -> list[Curve]:
         ),
     ]
     if start:
-        lines = {name: [100 * p[key] for p in start] for name, key in
-                 (("with prototypes", "accuracy"), ("without", "without prototypes accuracy"))}  # fmt: skip
+        keys = (("with prototypes", "accuracy"), ("without", "without prototypes accuracy"))
+        lines = {name: [100 * p[key] for p in start] for name, key in keys}
         known = [p["history_pairs"] for p in start]
         curves.append(
-            Curve("New users: accuracy of z by votes known", known, lines, "history pairs", "accuracy, %")
+            Curve("New users: accuracy of z by known votes", known, lines, "history pairs", "accuracy, %")
         )
     return curves
 
@@ -99,7 +101,7 @@ def prototype_maps(run_dir: Path) -> list[tuple[str, Markup]]:
 
 
 def _folder(run_dir: Path) -> StageFolder | None:
-    folder = StageFolder.read(run_dir, "prototypes")
+    folder = StageFolder.read(run_dir, StageName.PROTOTYPES)
     return (
         folder
         if folder.complete and (folder.path / "cards.json").exists() and "x" in _columns(folder.path)
@@ -113,11 +115,16 @@ def _columns(path: Path) -> list[str]:
     return list(pq.read_schema(path / "analyses.parquet").names)
 
 
-def _brief(card: Mapping[str, Any]) -> dict[str, Any]:
-    who = {
+def _brief(card: Mapping[str, Any]) -> Row:
+    members = {
         name: f"{card[name]['user_id']}: {card[name]['analysis']}"[:160]
         for name in ("nearest", "farthest")
         if name in card
     }
-    return {"prototype": str(card["prototype"]), "typical": ", ".join(card["typical"]), "analyses": card["analyses"],
-            "users": card["users"], **who}  # fmt: skip
+    return {
+        "prototype": str(card["prototype"]),
+        "typical": ", ".join(card["typical"]),
+        "analyses": card["analyses"],
+        "users": card["users"],
+        **members,
+    }

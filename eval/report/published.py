@@ -1,17 +1,21 @@
-"""Figures that papers report, for orientation.  They are not comparable with a run's: see `TEXT` and `LAMPQA_TEXT`.
+"""Published figures, for orientation.  They are not comparable with a run's: see `TEXT` and `LAMPQA_TEXT`.
 
-Source: P-GenRM (arXiv 2602.12116), tables on PersonalRewardBench: Chatbot Arena-personalised (131 users) and PRISM-personalised
-(720 users); 8B and 70B stand for Llama-3.1 models of that size.  Rank correlations on LaMP-QA from the same paper.
+Source: P-GenRM (arXiv 2602.12116), tables on PersonalRewardBench: Chatbot Arena-personalised (131 users) and
+PRISM-personalised (720 users).  8B and 70B are Llama-3.1 models of that size.  Rank correlations on LaMP-QA
+are from the same paper.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+
+from eval.report.report import Row
 
 TEXT = (
-    "Published figures for orientation only: PersonalRewardBench, mean of 5 runs, as printed in arXiv 2602.12116. Protocol: the "
-    "authors' released script shows one random order and drops ties and failures, which is the protocol release here; how each of the other "
-    "systems was counted is not said. Compare them with a run on the same data, under release, and with its interval in mind."
+    "Published figures for orientation only: PersonalRewardBench, mean of 5 runs, as printed in arXiv 2602.12116. The "
+    "authors' released script shows one random order and drops ties and failures. That is the protocol release here. "
+    "The paper does not state how the other systems were counted. Compare only with a run on the same data, under "
+    "release, and with its interval in mind."
 )
 
 _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent
@@ -27,7 +31,7 @@ _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent
     ("P-GenRM", 72.68, 73.42, 65.32, 66.21),
     ("P-GenRM, Ind-16, Pro-8", 75.92, None, 68.06, None),
 )
-_OURS = "P-GenRM"  # the one system whose script was released, and shows how it counts
+_RELEASED = "P-GenRM"  # the only system with a released script, so with a known protocol
 _COLUMNS = (
     "Chatbot Arena 8B accuracy",
     "Chatbot Arena 70B accuracy",
@@ -36,25 +40,29 @@ _COLUMNS = (
 )
 
 
-def published_rows() -> list[dict[str, Any]]:
-    """One row a system; accuracies as printed, to two decimals, and None where none is printed."""
+def published_rows() -> Sequence[Row]:
+    """One row per system; accuracies as printed, to two decimals, or None."""
     return [
-        {"published": name, "protocol": "release" if name.startswith(_OURS) else "not stated",
-         **{c: None if a is None else f"{a:.2f} %" for c, a in zip(_COLUMNS, accuracies, strict=True)}}
+        {
+            "published": name,
+            "protocol": "release" if name.startswith(_RELEASED) else "not stated",
+            **{c: None if a is None else f"{a:.2f} %" for c, a in zip(_COLUMNS, accuracies, strict=True)},
+        }
         for name, *accuracies in _ACCURACIES
-    ]  # fmt: skip
+    ]
 
 
-BENCHMARK = ("chatbot_arena", "prism_personalized")  # data whose figures these are
+BENCHMARK = ("chatbot_arena", "prism_personalized")  # the data of these figures
 LAMPQA_TEXT = (
-    "Published figures for orientation only, as printed in arXiv 2602.12116: Spearman's correlation between two rankings of six answering "
-    "models, so multiples of 1/35. Protocol: the reference comes from rubric aspects rated by three judges; the reward model reads 3 "
-    "history items and averages 8 samples. Compare them with a run's spearman models on the same answers."
+    "Published figures for orientation only, as printed in arXiv 2602.12116: Spearman's correlation between two "
+    "rankings of six answering models, so multiples of 1/35. Protocol: three judges rate rubric aspects for the "
+    "reference; the reward model reads 3 history items and averages 8 samples. Compare them with a run's spearman "
+    "models on the same answers."
 )
 
 
-def published_rankings() -> list[dict[str, Any]]:
-    """LaMP-QA, by subset; None where only the average is printed."""
+def published_rankings() -> Sequence[Row]:
+    """LaMP-QA by subset; None if only the average is printed."""
     subsets = (
         "Art and Entertainment",
         "Lifestyle and Personal Development",

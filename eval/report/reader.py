@@ -1,9 +1,10 @@
-"""What the chain reader of a report shows: some of the final model's answers, of every outcome and kind."""
+"""The chain reader of a report: a choice of the final model's answers, of every outcome and kind."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,17 @@ from pgenrm_train.records.pairs import PreferencePair
 
 
 def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[ChainView]:
-    """`eval.chains_in_report` answers to questions with the user's own history; see `shown_rows` for which."""
+    """`eval.chains_in_report` answers to questions with the user's own history, as chosen by `shown_rows`."""
     pairs = {p.pair_id: p for p in evaluation.pairs}
     rows = shown_rows(final.predictions, config.eval.chains_in_report)
     return [_view(row, pairs[row["pair_id"]], evaluation, final.name) for row in rows.to_dict("records")]
 
 
 def shown_rows(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """First samples of the first seed: outcomes take turns, and within an outcome kinds do, so that rare ones are seen too.
+    """First samples of the first seed; outcomes alternate, and kinds within an outcome, to show rare ones.
 
-    Drawn by a hash of the pair: the same pairs whatever the order of the table.  Not in proportion to how often they occur.
+    Drawn by a hash of the pair, so independent of the order of the table.  Not in proportion to their
+    frequency.
     """
     own = predictions[
         (predictions["set"] == "own") & (predictions["sample"] == 0) & (predictions["seed"] == 0)
@@ -37,46 +39,40 @@ def shown_rows(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
         hashlib.sha256(f"{key}".encode()).hexdigest()
         for key in zip(own["user_id"], own["pair_id"], own["order"])
     ]
-    named = own.assign(outcome=sign.fillna(-2.0), kind=own["kind"].fillna(""), draw=draw).sort_values("draw")
-    named["turn"] = named.groupby(["outcome", "kind"]).cumcount()
-    named = named.sort_values(["turn", "kind"], kind="stable")
-    named["turn"] = named.groupby("outcome").cumcount()
-    return named.sort_values(["turn", "outcome"], ascending=[True, False], kind="stable").head(limit)
+    rows = own.assign(outcome=sign.fillna(-2.0), kind=own["kind"].fillna(""), draw=draw).sort_values("draw")
+    rows["turn"] = rows.groupby(["outcome", "kind"]).cumcount()
+    rows = rows.sort_values(["turn", "kind"], kind="stable")
+    rows["turn"] = rows.groupby("outcome").cumcount()
+    return rows.sort_values(["turn", "outcome"], ascending=[True, False], kind="stable").head(limit)
 
 
-def _view(row: Mapping[str, Any], pair: PreferencePair, evaluation: Evaluation, name: str) -> ChainView:
+def _view(row: Mapping[Hashable, Any], pair: PreferencePair, evaluation: Evaluation, name: str) -> ChainView:
+    """A view with the parts of the chain; of a model without chains, with its scores only."""
     example = present(pair, evaluation.histories[pair.pair_id], row["order"])
-    failure = row["failure"] if isinstance(row["failure"], str) else None
-    return ChainView(
+    view = ChainView(
         pair_id=pair.pair_id,
         user_id=pair.user_id,
         query=pair.query,
         responses=example.responses,
         label=example.chosen_index,
+        text=row["text"] if isinstance(row["text"], str) else "",  # NaN without a text
         kind=pair.kind,
         stage=name,
         history=example.history,
-        failure=failure,
-        **_said(row, scored=failure is None),
+        failure=row["failure"] if isinstance(row["failure"], str) else None,
     )
-
-
-def _said(row: Mapping[str, Any], *, scored: bool) -> dict[str, Any]:
-    """The chain's parts; of a model that writes none its scores alone."""
-    text = row["text"] if isinstance(row["text"], str) else ""  # NaN where there is no text
-    chain = parse_chain(text)
-    if not isinstance(chain, Chain):
-        given = (row["score_chosen"], row["score_rejected"])
-        return {
-            "text": text,
-            "declared": given[:: -1 if row["order"] else 1] if scored and not text else None,
-        }
-    return {
-        "text": text,
-        "analysis": chain.analysis,
-        "criteria": chain.criteria,
-        "declared": chain.scores,
-        "verified": chain.verified_scores,
-        "issues": chain.issues,
-        "criterion_scores": tuple(zip(*chain.criterion_scores)) if chain.criterion_scores else (),
-    }
+    chain = parse_chain(view.text)
+    if isinstance(chain, Chain):
+        return replace(
+            view,
+            analysis=chain.analysis,
+            criteria=chain.criteria,
+            declared=chain.scores,
+            verified=chain.verified_scores,
+            issues=chain.issues,
+            criterion_scores=tuple(zip(*chain.criterion_scores)) if chain.criterion_scores else (),
+        )
+    if view.failure or view.text:
+        return view
+    scores = (row["score_chosen"], row["score_rejected"])
+    return replace(view, declared=scores[::-1] if row["order"] else scores)

@@ -1,11 +1,13 @@
 """The report of a run: one self-contained HTML file, and the same tables as Markdown.
 
-Nothing is fetched: CSS, script and SVG plots are inlined, and the page's Content-Security-Policy allows this one script alone.
-Model and user text is untrusted; it reaches the page only through jinja2's autoescape, and the SVG's only through matplotlib's
-XML writer.  Tables are generic: a row is a mapping, columns appear in the order in which the rows name them.
+The page loads nothing: CSS, script and SVG plots are inlined, and its Content-Security-Policy allows only
+this script.  Model and user text is untrusted.  It enters the page only through jinja2's autoescape, and the
+SVG only through matplotlib's XML writer.
 
-A column whose name ends in accuracy, stderr, share, difference, drop, confidence or a rate (flip, pass, failure) is a fraction and
-shown in percent; `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a dash.
+Tables are generic: a row is a mapping, and columns appear in the order of the rows' keys.  A column whose
+name ends in accuracy, stderr, share, difference, drop, confidence or a rate (flip, pass, failure) is a
+fraction, shown in percent.  `ci95` (or `X_ci95`) is folded into `accuracy` (or `X`) as an interval; None is a
+dash.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jinja2
 import numpy as np
@@ -31,7 +33,9 @@ from pgenrm_train.records.pairs import HistoryItem
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "–"
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, object]
+"""Column → value of any kind; `_cell` formats it."""
+Rows = Sequence[Row]
 
 _FRACTION = re.compile(
     r"(accuracy|stderr|share|difference|drop|confidence|flip rate|pass rate|failure rate)$"
@@ -40,7 +44,7 @@ _INTERVAL = re.compile(r"(?:^|[ _])ci95$")
 
 
 class Section(NamedTuple):
-    """A further table, under a heading and a plain text."""
+    """A table under a heading and an introduction."""
 
     title: str
     text: str
@@ -48,7 +52,7 @@ class Section(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Lines over a common `x`: name → values, as long as `x`; None and NaN are gaps."""
+    """Lines over a common `x`: name → one value per `x`; None and NaN are gaps."""
 
     title: str
     x: Sequence[float]
@@ -59,20 +63,23 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class ChainView:
-    """One evaluation chain for the chain reader.  Scores are in presentation order; an absent part is empty or None."""
+    """One evaluation chain for the chain reader.
+
+    Scores are in presentation order; an absent part is empty or None.
+    """
 
     pair_id: str
     user_id: str
     query: str
     responses: tuple[str, ...]
     label: int  # index of the response that the user preferred
-    text: str  # the chain as generated, empty for a model that gives scores alone
+    text: str  # the chain as generated, empty for a model without chains
     kind: str | None = None
     stage: str | None = None
     history: tuple[HistoryItem, ...] = ()
     analysis: str = ""
     criteria: tuple[tuple[str, float], ...] = ()  # (name, weight in percent)
-    criterion_scores: tuple[tuple[float | None, ...], ...] = ()  # one row a criterion, one score a response
+    criterion_scores: tuple[tuple[float | None, ...], ...] = ()  # per criterion, one score per response
     declared: tuple[float, ...] | None = None
     verified: tuple[float, ...] | None = None
     issues: tuple[str, ...] = ()
@@ -98,15 +105,15 @@ class ChainView:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a report shows; only `title` is required."""
+    """The content of a report; only `title` is required."""
 
     title: str
-    run: Mapping[str, Any] = field(default_factory=dict)  # facts: model, data, seeds, protocol, versions
-    stages: Rows = ()  # the headline table; `accuracy` and `ci95` are drawn as bars too
+    run: Row = field(default_factory=dict)  # facts: model, data, seeds, protocol, versions
+    stages: Rows = ()  # the headline table; `accuracy` and `ci95` are also drawn as bars
     comparisons: Rows = ()  # baselines and other references
     sections: Sequence[Section] = ()
     curves: Sequence[Curve] = ()
-    drawings: Sequence[tuple[str, Markup]] = ()  # (title, SVG) that is ready, see eval.report.plots
+    drawings: Sequence[tuple[str, Markup]] = ()  # (title, SVG), see eval.report.plots
     notes: Sequence[str] = ()  # plain sentences that qualify the figures
     chains: Sequence[ChainView] = ()
 
@@ -123,10 +130,10 @@ class Table(NamedTuple):
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write `report` as one HTML file at `path`, replacing it whole.  Needs no network to write or to read."""
+    """Write `report` as one HTML file, atomically.  Needs no network to write or to read."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,  # for every name: select_autoescape would leave out `.j2`
+        autoescape=True,  # for every name: select_autoescape would skip `.j2`
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -138,23 +145,23 @@ def write_report(path: str | Path, report: Report) -> None:
         facts=[(_heading(name), _fact(value)) for name, value in report.run.items()],
         headline=_table(report.stages),
         comparisons=_table(report.comparisons),
-        sections=[(Section(*s).title, Section(*s).text, _table(Section(*s).table)) for s in report.sections],
+        sections=[(title, text, _table(rows)) for title, text, rows in report.sections],
         plots=_plots(report),
     )
     _write(Path(path), html)
 
 
 def write_markdown(path: str | Path, report: Report) -> None:
-    """Write the facts, tables and notes of `report` as Markdown; curves and chains are named and left to the HTML."""
+    """Write facts, tables and notes as Markdown; it only counts the curves and chains of the HTML."""
     parts = [f"# {_plain(report.title)}", *(f"- {_plain(note)}" for note in report.notes)]
     if report.run:
         facts = [{"fact": _heading(name), "value": _fact(value)} for name, value in report.run.items()]
         parts += ["## Run", _markdown_table(_table(facts))]
-    for title, rows in (("Results", report.stages), ("Baselines and references", report.comparisons)):
-        if len(rows):
-            parts += [f"## {title}", _markdown_table(_table(rows))]
-    for section in (Section(*s) for s in report.sections):
-        parts += [f"## {_plain(section.title)}", _plain(section.text), _markdown_table(_table(section.table))]
+    for heading, table in (("Results", report.stages), ("Baselines and references", report.comparisons)):
+        if len(table):
+            parts += [f"## {heading}", _markdown_table(_table(table))]
+    for title, text, rows in report.sections:
+        parts += [f"## {_plain(title)}", _plain(text), _markdown_table(_table(rows))]
     if report.curves or report.chains:
         parts.append(
             f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report."
@@ -163,21 +170,21 @@ def write_markdown(path: str | Path, report: Report) -> None:
 
 
 def _plots(report: Report) -> list[tuple[str, Markup]]:
-    """(title, inline SVG); the SVG is matplotlib's own output, which escapes every label."""
+    """(title, inline SVG); matplotlib writes the SVG and escapes every label."""
     plots = []
     bars = [bar for rows in (report.stages, report.comparisons) for bar in _bars(rows)]
     if bars:
         plots.append(("Accuracy with 95 % intervals", accuracy_bars(bars, prefix="bars")))
-    for i, curve in enumerate(Curve(*c) for c in report.curves):
-        plots.append((curve.title, line_plot(*curve[1:], prefix=f"curve{i}")))
-    return [*plots, *report.drawings]
+    curves = [(c.title, line_plot(*c[1:], prefix=f"curve{i}")) for i, c in enumerate(report.curves)]
+    return [*plots, *curves, *report.drawings]
 
 
 def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:
-    """(label, accuracy, ci95) of each row that has an accuracy; the label is the row's first value."""
+    """(label, accuracy, ci95) per row with an accuracy; the label is the row's first value."""
     bars = []
     for row in rows:
-        accuracy, interval = row.get("accuracy"), row.get("ci95")
+        accuracy = cast("float | None", row.get("accuracy"))
+        interval = cast("Sequence[float] | None", row.get("ci95"))
         if accuracy is not None and math.isfinite(accuracy):
             bounds = (float(interval[0]), float(interval[1])) if interval is not None else None
             bars.append((str(next(iter(row.values()))), float(accuracy), bounds))
@@ -197,35 +204,35 @@ def _table(rows: pd.DataFrame | Rows) -> Table:
     return Table([(_heading(name), flag) for name, flag in zip(shown, numeric, strict=True)], cells)
 
 
-def _records(rows: pd.DataFrame | Rows) -> list[dict[str, Any]]:
-    if isinstance(rows, pd.DataFrame):
-        named_index = rows.index.name is not None or rows.index.nlevels > 1
-        return (rows.reset_index() if named_index else rows).to_dict("records")
-    return [dict(row) for row in rows]
+def _records(rows: pd.DataFrame | Rows) -> Rows:
+    if not isinstance(rows, pd.DataFrame):
+        return rows
+    named_index = rows.index.name is not None or rows.index.nlevels > 1
+    return cast(Rows, (rows.reset_index() if named_index else rows).to_dict("records"))
 
 
 def _measure(name: str) -> str | None:
-    """The column that an interval column belongs to; None for other columns."""
+    """The column of an interval column; None for other columns."""
     return (_INTERVAL.sub("", name) or "accuracy") if _INTERVAL.search(name) else None
 
 
-def _cell(name: str, value: Any, interval: Any = None) -> Cell:
-    fraction = bool(_FRACTION.search(_heading(name).lower()))
-    numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    text = _percent(value) if fraction and numeric else _text(value)
+def _cell(name: str, value: object, interval: object = None) -> Cell:
+    formatted = _percent if _FRACTION.search(_heading(name).lower()) else _number
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    text = formatted(float(cast(float, value))) if is_number else _text(value)
     if interval is None or isinstance(interval, float):
-        return Cell(text, "", numeric)
-    bounds = ", ".join((_percent if fraction else _number)(bound).removesuffix(" %") for bound in interval)
-    return Cell(text, f"[{bounds}]", numeric)
+        return Cell(text, "", is_number)
+    bounds = ", ".join(formatted(bound).removesuffix(" %") for bound in cast("Sequence[float]", interval))
+    return Cell(text, f"[{bounds}]", is_number)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
         return DASH
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if isinstance(value, int | float | np.number):
-        return _number(value)
+        return _number(float(value))
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items()) or DASH
     if isinstance(value, list | tuple | set | frozenset | np.ndarray):
@@ -233,26 +240,25 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _fact(value: Any) -> str:
-    return (
-        str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
-    )  # a seed is no quantity
+def _fact(value: object) -> str:
+    """A number without separators: a seed is no quantity."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
 
 
-def _percent(value: Any) -> str:
+def _percent(value: float | None) -> str:
     return DASH if value is None or math.isnan(value) else f"{100 * value:.1f} %".replace("-", "−")
 
 
-def _number(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
         return DASH
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u202f").replace("-", "−")
     return f"{value:.4g}".replace("-", "−")
 
 
-def _heading(name: Any) -> str:
-    return str(name).replace("_", " ")
+def _heading(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _markdown_table(table: Table) -> str:
@@ -266,9 +272,9 @@ def _markdown_table(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _plain(text: Any) -> str:
+def _plain(text: str) -> str:
     """One line of Markdown that shows `text` literally: no table breaks, tags, links, emphasis."""
-    return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(text.split()))
 
 
 def _join(parts: Sequence[str]) -> str:
@@ -279,11 +285,11 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def _csp_hash(script: str) -> str:
-    """The Content-Security-Policy source that allows exactly this inline script."""
+    """Content-Security-Policy source that allows only this inline script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or none of it; lone surrogates become `?`."""
+    """Write the file atomically; lone surrogates become `?`."""
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", errors="replace"))

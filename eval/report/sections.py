@@ -1,116 +1,155 @@
-"""The sections of a report: tables of an evaluation, and the plain sentences that go with them."""
+"""The sections of a report: tables of an evaluation with an introduction."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-
-from eval.metrics.calibration import calibration
-from eval.metrics.slices import prototype_macro, slice_rows
+from eval.metrics.accuracy import AccuracyReport, accuracy_report, paired_difference
+from eval.metrics.calibration import Calibration
+from eval.metrics.slices import SliceRow
 from eval.report import published
-from eval.report.report import Curve, Section
-from eval.studies.evaluation import Tested, cohort_rows
-from eval.studies.robustness import AGAIN
+from eval.report.report import Row, Section
+from eval.studies.evaluation import Tested
+from eval.studies.robustness import ProbeRow
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import read_json
 
-UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes that should change nothing
-
-PERSONAL = "A reward model that does not fall under swapped history is not personal."
 TWINS = (
-    "Votes on the same two responses by two users who disagree: a rule that ignores the user scores 50 % at best. "
-    f"With the other user's history in place of one's own, a personal model falls to 50 % or below. {PERSONAL}"
+    "Votes by two users who disagree about the same two responses. A rule that ignores the user scores at most "
+    "50 %. With the other user's history, a personal model falls to 50 % or below. A model that does not fall is "
+    "not personal."
 )
 PROBES = (
-    "One thing is changed and the same question asked again. Drop: strict accuracy as asked minus as probed, on the same pairs. Flip "
-    "rate: share of presentations whose preferred response changes; a model that samples flips by chance too (asked again). "
-    "Swapped history comes from another user, empty history is none: a personal model falls under both. Under the others a "
-    "robust model does not move: votes in another order, the rejected response padded with empty sentences, the rejected response "
-    "claiming to be better with forged delimiters and verdict, both responses in other words (by rules, in English)."
+    "Each probe changes one thing and repeats the question. Drop: strict accuracy as asked minus as probed, on the "
+    "same pairs. Flip rate: share of presentations whose preferred response changes. A model that samples also "
+    "flips by chance (asked again). A personal model falls with another user's history (swapped) and without "
+    "history (empty). A robust model does not move under the other probes: votes in another order (shuffled); the "
+    "rejected response with empty sentences added (padded); the rejected response with a claim to be better, forged "
+    "delimiters and a forged verdict (injected); both responses in other words, by rules for English (paraphrased)."
 )
 PROTOCOLS = (
-    "strict: a tie and a failure are misses, every pair counts. both orders: a failed order leaves the mean. release: one random "
-    "order, ties and failures leave. Dropped: pair × seed cells that left the denominator."
+    "strict: ties and failures are misses, and every pair counts. both orders: a failed order leaves the mean. "
+    "release: one random order; ties and failures leave. Dropped: pair × seed cells that left the denominator."
 )
 VERDICTS = (
-    "A presentation is one pair in one order and evaluation seed; all stay in the strict denominator. Order flip rate: share of pairs whose "
-    "preferred response differs between the two orders, a tie in one only included. Without verdict: every sample of the presentation "
-    "failed. Failed samples are named by kind: parse, what the text lacks; length, no end within the limit; engine, the server or a function."
+    "A presentation is one pair in one order and evaluation seed. All presentations stay in the strict denominator. "
+    "Order flip rate: share of pairs whose preferred response differs between the two orders; a tie in one order "
+    "counts as a flip. Without verdict: every sample of the presentation failed. Kinds of failed samples: parse, the "
+    "text lacks a required part; length, the text did not end within the limit; engine, an error of the server or "
+    "function."
 )
 SLICES = (
-    "Length ratio is in characters; language as far as script and little words tell it; user says whether train holds votes of theirs; prototype is the nearest user prototype. A slice of few users "
-    "has an interval that is too narrow, one of a single user the whole range."
+    "Length ratio is in characters. Language is estimated from script and function words. User: whether the user has "
+    "votes in train. Prototype: the nearest user prototype. The interval of a slice with few users is too narrow; a "
+    "single user gets the full range."
 )
-
-
-def details(config: Config, final: Tested, labels: pd.DataFrame) -> dict[str, Any]:
-    """What results.json holds of the final model beyond its accuracy: slices, calibration, probes, accuracy over prototypes."""
-    own = final.predictions[final.predictions["set"] == "own"]
-    protocol, draws, seed = config.eval.protocol, config.eval.draws, config.seed
-    return {
-        "slice_rows": slice_rows(own, labels, protocol=protocol, draws=draws, seed=seed),
-        "macro_accuracy_prototypes": prototype_macro(own, labels, protocol=protocol, seed=seed),
-        "calibration": calibration(own, draws=draws, seed=seed),
-        "probes": list(final.robustness),
-    }
 
 
 def sections(
-    config: Config, tested: Sequence[Tested], everyone: Sequence[Tested], results: Mapping[str, Any]
+    config: Config,
+    tested: Sequence[Tested],
+    everyone: Sequence[Tested],
+    slices: Sequence[SliceRow],
+    prototype_mean: float | None,
+    calibration: Calibration,
 ) -> list[Section]:
-    """Protocols side by side, accuracy by kind, cohort and slice, probes, calibration, published figures, a leaderboard row."""
-    found = [
+    """Protocols, verdicts, accuracy by kind, cohort and slice, probes, calibration and published figures."""
+    final = (tested or everyone)[-1]
+    tables = [
         Section(
             "The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone]
-        )
+        ),
+        Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]),
     ]
-    found.append(Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]))
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
-        found.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
+        tables.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
     if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
-        found.append(
-            Section(
-                "Seen and unseen personas",
-                "All test users are unseen; unseen personas also hold criteria that no training user has.",
-                cohorts,
-            )
-        )
-    if results["slice_rows"]:
-        mean = results["macro_accuracy_prototypes"]
-        over = "" if mean is None else f" Mean over prototypes: {mean:.1%}."
-        found.append(
-            Section("Accuracy by slice", f"Of {results['model']}. {SLICES}{over}", results["slice_rows"])
-        )
-    if twins := [_twins(t) for t in everyone if t.probe]:
-        found.append(Section("Is it personal? Swapped histories", TWINS, twins))
-    if results["probes"]:
-        found.append(
-            Section("Robustness probes", f"Of {results['model']}. {PROBES}", probe_table(results["probes"]))
-        )
-    found.append(
-        Section(
-            "Calibration of margins",
-            calibration_text(results["calibration"]),
-            results["calibration"]["curve"],
-        )
-    )
+        text = "All test users are unseen. Unseen personas also hold criteria that no training user has."
+        tables.append(Section("Seen and unseen personas", text, cohorts))
+    if slices:
+        mean = "" if prototype_mean is None else f" Mean over prototypes: {prototype_mean:.1%}."
+        tables.append(Section("Accuracy by slice", f"Of {final.name}. {SLICES}{mean}", slices))
+    if twins := [row for t in everyone for row in _twins(t)]:
+        tables.append(Section("Is it personal? Swapped histories", TWINS, twins))
+    if final.robustness:
+        text = f"Of {final.name}. {PROBES}"
+        tables.append(Section("Robustness probes", text, probe_table(final.robustness)))
+    tables.append(Section("Calibration of margins", calibration_text(calibration), calibration["curve"]))
     figures = Section("Published figures", published.TEXT, published.published_rows())
-    found.insert(0 if config.data.name in published.BENCHMARK else len(found), figures)
-    found.append(
-        Section(
-            "Leaderboard row",
-            "Accuracies with protocol, interval and denominator.",
-            [results["leaderboard_row"]],
-        )
-    )
-    return found
+    tables.insert(0 if config.data.name in published.BENCHMARK else len(tables), figures)
+    return tables
 
 
-def _verdicts(tested: Tested) -> dict[str, Any]:
+def stage_row(tested: Tested) -> Row:
+    """One row of the headline table."""
+    report = tested.report
+    row: dict[str, object] = {
+        "stage": tested.name,
+        "accuracy": report["accuracy"],
+        "ci95": report["ci95"],
+        "stderr": report["stderr"],
+        **_kind_cells(report, [kind for kind in ("hard", "rival") if kind in report["slices"]]),
+    }
+    if tested.probe:
+        row["swapped history accuracy"] = tested.probe["swapped"]["accuracy"]
+        row["swapped history accuracy ci95"] = tested.probe["swapped"]["ci95"]
+    failures = sum(report["failures"].values())
+    return row | {"format failures": failures, "ties": report["ties"], "seconds": tested.seconds}
+
+
+def cohort_rows(tested: Tested, config: Config) -> list[Row]:
+    """Accuracy by cohort of users, if the data defines cohorts."""
+    own, settings = tested.own, config.eval
+    if "cohort" not in own or own["cohort"].isna().all():
+        return []
+    reports = {
+        cohort: accuracy_report(part, protocol=settings.protocol, draws=settings.draws, seed=config.seed)
+        for cohort, part in own.groupby("cohort")
+    }
+    return [
+        {
+            "model": tested.name,
+            "users": cohort,
+            "accuracy": report["accuracy"],
+            "ci95": report["ci95"],
+            "pairs": report["n_pairs"],
+        }
+        for cohort, report in reports.items()
+    ]
+
+
+def gain_rows(tested: Sequence[Tested], config: Config) -> list[Row]:
+    """Paired gains in strict accuracy: each stage over the one before, and the last over the first.
+
+    One column for all pairs and, with several kinds, one per kind.  Raises DataError if the stages answered
+    different pairs.
+    """
+    steps = list(itertools.pairwise(tested))
+    if len(tested) > 2:
+        steps.append((tested[0], tested[-1]))
+    return [
+        {"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps
+    ]
+
+
+def _gains(before: Tested, after: Tested, config: Config) -> Row:
+    new, old = after.own, before.own
+    kinds = sorted(new["kind"].dropna().unique())
+    parts = {"all": (new, old)}
+    if len(kinds) > 1:
+        parts |= {kind: (new[new["kind"] == kind], old[old["kind"] == kind]) for kind in kinds}
+    row: dict[str, object] = {}
+    for name, tables in parts.items():
+        gain = paired_difference(*tables, draws=config.eval.draws, seed=config.seed)
+        row |= {f"{name} difference": gain["difference"], f"{name} difference ci95": gain["ci95"]}
+    return row
+
+
+def _verdicts(tested: Tested) -> Row:
     report = tested.report
     return {
         "model": tested.name,
@@ -122,27 +161,32 @@ def _verdicts(tested: Tested) -> dict[str, Any]:
     }
 
 
-def protocol_rows(final: Tested) -> list[dict[str, Any]]:
-    """One row a protocol for one model: the console's table."""
+def protocol_rows(final: Tested) -> list[Row]:
+    """One row per protocol for one model: the console's table."""
     return [
-        {"protocol": name, "accuracy": p["accuracy"], "ci95": p["ci95"], "stderr": p["stderr"], "counted": p["n_counted"],
-         "dropped": p["n_dropped"]}
+        {
+            "protocol": name,
+            "accuracy": p["accuracy"],
+            "ci95": p["ci95"],
+            "stderr": p["stderr"],
+            "counted": p["n_counted"],
+            "dropped": p["n_dropped"],
+        }
         for name, p in final.report["protocols"].items()
-    ]  # fmt: skip
+    ]
 
 
-def protocol_cells(tested: Tested) -> dict[str, Any]:
-    """One row a model, all protocols beside each other: the report's table."""
-    row: dict[str, Any] = {"model": tested.name}
-    for name, p in tested.report["protocols"].items():
+def protocol_cells(tested: Tested) -> Row:
+    """One row per model with all protocols: the report's table."""
+    protocols = tested.report["protocols"]
+    row: dict[str, object] = {"model": tested.name}
+    for name, p in protocols.items():
         row |= {f"{name} accuracy": p["accuracy"], f"{name} accuracy ci95": p["ci95"]}
-    return row | {
-        f"{name} dropped": p["n_dropped"] for name, p in tested.report["protocols"].items() if p["n_dropped"]
-    }
+    return row | {f"{name} dropped": p["n_dropped"] for name, p in protocols.items() if p["n_dropped"]}
 
 
-def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without their sentences, kinds in plain words."""
+def probe_table(rows: Sequence[ProbeRow]) -> list[Row]:
+    """The rows without their notes, kinds in plain words."""
     return [
         {name: value for name, value in row.items() if name != "note"}
         | {"probe": row["probe"].replace("_", " ")}
@@ -150,171 +194,53 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def leaderboard_row(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "model": f"{results['model']} (Ind-{results['ind']}, Pro-{results['pro']})",
-        "name": results["model_name"],
-        "data": results["data"],
-        "protocol": results["protocol"],
-        "accuracy": results["accuracy"],
-        "ci95": results["ci95"],
-        "stderr": results["stderr"],
-        "macro accuracy": results["macro_accuracy"],
-        "users": results["n_users"],
-        "pairs": results["n_pairs"],
-        "ties": results["ties"],
-        "failures": sum(results["failures"].values()),
-        "order flip rate": results["order_flip_rate"],
-        "seeds": len(results["seeds"]),
-    }
-
-
-def calibration_text(found: Mapping[str, Any]) -> str:
-    """What the reliability table says in words."""
-    if found["ece"] is None:
-        return "No verdict could be read, so there is no margin."
-    text = (
-        f"Confidence is σ(margin), the margin read as Bradley–Terry log odds. Expected calibration error {found['ece']:.3f} over "
-        f"{found['n']} verdicts"
-    )
-    if found["ece_scaled"] is not None:
-        text += f", {found['ece_scaled']:.3f} with a temperature fitted on other users ({found['temperature']:.3g} on all)"
-    return f"{text}; {found['n_failed']} presentations without a verdict have no margin. A tie counts one half at confidence one half."
-
-
-def calibration_curve(found: Mapping[str, Any], name: str) -> Curve:
-    """Reliability curve: measured accuracy over confidence, beside the diagonal."""
-    rows = found["curve"]
-    confidence = [100 * row["confidence"] for row in rows]
-    lines = {"measured": [100 * row["accuracy"] for row in rows], "perfectly calibrated": confidence}
-    return Curve(
-        f"{name}: accuracy over confidence of the margin",
-        confidence,
-        lines,
-        "confidence σ(margin), %",
-        "accuracy, %",
-    )
-
-
-def reader_notes(final: Tested) -> list[str]:
-    """Sentences that stand above the tables: is it personal, is it robust, are there enough users."""
-    note = final.report["ci95_note"]
-    return [*([f"{note}."] if note else []), *_personal(final), *_robust(final)]
-
-
-def input_notes(odd: Mapping[str, int]) -> list[str]:
-    """Name the unusual pairs that the accuracy includes."""
-    found = ", ".join(f"{n} with {what}" for what, n in odd.items() if n)
-    notes = [f"In the denominator are pairs that deserve a thought: {found}."] if found else []
-    if odd["identical responses"]:
-        notes.append(
-            "Of two identical responses none is better: both score the mean of what they are given, a tie, which is a miss."
+def calibration_text(calibration: Calibration) -> str:
+    """Introduction of the reliability table."""
+    if calibration["ece"] is None:
+        return "No verdict is readable, so there is no margin."
+    scaled = ""
+    if calibration["ece_scaled"] is not None:
+        scaled = (
+            f", and {calibration['ece_scaled']:.3f} with a temperature fitted on other users "
+            f"({calibration['temperature']:.3g} on all)"
         )
-    return notes
-
-
-def _unread(final: Tested) -> bool:
-    return bool(final.predictions["failure"].notna().all())
-
-
-def _personal(final: Tested) -> list[str]:
-    """Say plainly whether the final model depends on whose history it reads, or that nothing it said can be read."""
-    if _unread(final):
-        return [
-            f"{final.name}: none of its answers could be read, so no number here speaks of the model's judgement."
-        ]
-    if final.probe:
-        what = f"{final.probe['n_pairs']} votes on which two users disagree"
-        own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
-        (low, high), few = final.probe["difference"]["ci95"], final.probe["difference"]["ci95_note"]
-    elif row := _probed(final, "swapped_history"):
-        what = f"{row['pairs']} pairs with another user's history"
-        own, swapped, (low, high), few = (
-            row["as asked accuracy"],
-            row["probed accuracy"],
-            row["drop ci95"],
-            row["note"],
-        )
-    else:
-        untested = f"{final.name}: no history could be exchanged for another user's, so whether it is personal was not tested."
-        return [untested] if final.robustness else []
-    return [
-        f"{final.name}, {what}: own history {own:.1%}, swapped history "
-        f"{swapped:.1%} (difference [{low:+.1%}, {high:+.1%}]); {_depends(low, few)}."
-    ]
-
-
-def _depends(low: float, few: str | None) -> str:
-    """What the lower bound of the difference proves; of few users it proves nothing, in whichever direction."""
-    if low > 0 and not few:
-        return "it uses whose history it reads"
-    so = f" ({few})" if few else ""
-    return f"no dependence on whose history it reads is proven{so}: this model is not shown to be personal"
-
-
-def _robust(final: Tested) -> list[str]:
-    """Name the probes that cost accuracy and should not."""
-    rows = [row for kind in UNMOVED if (row := _probed(final, kind))]
-    if not rows or _unread(final):
-        return []
-    moved = [_moved(row) for row in rows if row["drop ci95"][0] > 0]
-    few = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-    lost = (
-        f"{final.name} loses accuracy where nothing that matters changed: {', '.join(moved)}{few}."
-        if moved
-        else f"{final.name}: no loss of accuracy is proven where nothing that matters changed, {len(rows)} probes{few}."
+    return (
+        "Confidence is σ(margin): the margin is read as Bradley–Terry log odds. The expected calibration error is "
+        f"{calibration['ece']:.3f} over {calibration['n']} verdicts{scaled}. {calibration['n_failed']} presentations "
+        "without a verdict have no margin. A tie counts as one half at confidence one half."
     )
-    return [lost, *_turned(final, [row for row in rows if row["drop ci95"][0] <= 0])]
 
 
-def _turned(final: Tested, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the probes that turn more verdicts than asking again does, though accuracy stays: a rule that is gamed the other way."""
-    again = _probed(final, AGAIN)
-    if (
-        again is None and final.predictions["text"].notna().any()
-    ):  # it samples, and one seed says nothing of how often it turns by chance
-        return []
-    chance = again["flip rate ci95"][1] if again and again["flip rate ci95"] else 0.0
-    found = [row for row in rows if row["flip rate ci95"] and row["flip rate ci95"][0] > chance]
-    named = ", ".join(
-        f"{row['probe'].replace('_', ' ')} ({row['flip rate']:.1%} of presentations)" for row in found
-    )
-    return [f"{final.name} turns verdicts there all the same: {named}."] if found else []
-
-
-def _moved(row: Mapping[str, Any]) -> str:
-    lost = f", {row['failures']} answers of {2 * row['pairs']} unreadable" if row["failures"] else ""
-    return f"{row['probe'].replace('_', ' ')} (drop {row['drop']:.1%}{lost})"
-
-
-def _probed(final: Tested, kind: str) -> dict[str, Any] | None:
-    """The row of a probe that changed something."""
-    return next((row for row in final.robustness if row["probe"] == kind and row["pairs"]), None)
-
-
-def _by_kind(tested: Tested, kinds: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": tested.name}
+def _kind_cells(report: AccuracyReport, kinds: Sequence[str]) -> Row:
+    row: dict[str, object] = {}
     for kind in kinds:
-        if part := tested.report["slices"].get(kind):
+        if part := report["slices"].get(kind):
             row |= {f"{kind} accuracy": part["accuracy"], f"{kind} accuracy ci95": part["ci95"]}
     return row
 
 
-def _twins(tested: Tested) -> dict[str, Any]:
-    assert tested.probe is not None
-    return {
-        "model": tested.name,
-        "own history accuracy": tested.probe["own"]["accuracy"],
-        "own history accuracy ci95": tested.probe["own"]["ci95"],
-        "swapped accuracy": tested.probe["swapped"]["accuracy"],
-        "swapped accuracy ci95": tested.probe["swapped"]["ci95"],
-        "pairs": tested.probe["n_pairs"],
-    }
+def _by_kind(tested: Tested, kinds: Sequence[str]) -> Row:
+    return {"model": tested.name, **_kind_cells(tested.report, kinds)}
+
+
+def _twins(tested: Tested) -> list[Row]:
+    if not (probe := tested.probe):
+        return []
+    return [
+        {
+            "model": tested.name,
+            "own history accuracy": probe["own"]["accuracy"],
+            "own history accuracy ci95": probe["own"]["ci95"],
+            "swapped accuracy": probe["swapped"]["accuracy"],
+            "swapped accuracy ci95": probe["swapped"]["ci95"],
+            "pairs": probe["n_pairs"],
+        }
+    ]
 
 
 def yield_section(run_dir: Path) -> Section | None:
-    """How many of the teacher's chains were kept, and why the others were not; None for a run without `build_sec`."""
-    path = run_dir / "build_sec" / "yield.json"
+    """Kept and rejected chains of the teacher; None for a run without `build_sec`."""
+    path = run_dir / StageName.BUILD_SEC / "yield.json"
     if not path.exists():
         return None
     facts = read_json(path)
@@ -323,25 +249,21 @@ def yield_section(run_dir: Path) -> Section | None:
         {"reason": reason, "chains": count, "share": count / max(1, facts["asked"])}
         for reason, count in counts.items()
     ]
-    paid = facts["teacher"]
-    cost = (
-        f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}: {paid['dollars']:.2f} dollars at "
-        "the stated rates."
-        if paid
-        else ""
-    )
-    return Section("Teacher chains and rejection sampling", f"Chains of {facts['users']} users.{cost}", rows)
+    text = f"Chains of {facts['users']} users."
+    if paid := facts["teacher"]:
+        text += (
+            f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}. Cost: "
+            f"${paid['dollars']:.2f} at the configured prices."
+        )
+    return Section("Teacher chains and rejection sampling", text, rows)
 
 
-def cost_section(cost: Mapping[str, Mapping[str, Any]]) -> Section | None:
-    """What each model under test was paid; None where none is paid for."""
+def cost_section(cost: Mapping[str, Mapping[str, object]]) -> Section | None:
+    """Cost of the answers per paid model; None without a paid model."""
     rows = [
         {"model": name, **{k: v for k, v in facts.items() if k != "failures"}}
         for name, facts in cost.items()
         if facts
     ]
-    return (
-        Section("What the answers cost", "Tokens and dollars of all starts, at the stated rates.", rows)
-        if rows
-        else None
-    )
+    text = "Tokens and dollars of all starts, at the configured prices."
+    return Section("What the answers cost", text, rows) if rows else None

@@ -1,249 +1,288 @@
-"""What an evaluation leaves behind: results.json, predictions.parquet, table.txt, report.html and report.md."""
+"""Summarise an evaluation: compute the results, then write tables, predictions and report.
+
+Files: results.json, predictions.parquet, table.txt, report.html and report.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
-from eval.metrics.accuracy import accuracy_report
-from eval.metrics.slices import KEYS, data_digest, odd_inputs, slice_labels
+from eval.metrics.accuracy import AccuracyReport, accuracy_report
+from eval.metrics.calibration import Calibration, calibration
+from eval.metrics.slices import (
+    KEYS,
+    SliceRow,
+    data_digest,
+    odd_inputs,
+    prototype_macro,
+    slice_labels,
+    slice_rows,
+)
 from eval.report.console import text_table
-from eval.report.plots import heat_map
+from eval.report.curves import calibration_curve, grid_curve, grid_heat_map, grid_title, training_curves
+from eval.report.notes import input_notes, reader_notes
 from eval.report.prototype_section import prototype_curves, prototype_maps, prototype_sections
 from eval.report.reader import chain_views
-from eval.report.report import Curve, Report, Section, write_markdown, write_report
-from eval.report.sections import (  # fmt: skip
-    calibration_curve,
+from eval.report.report import Report, Row, Section, write_markdown, write_report
+from eval.report.sections import (
     cost_section,
-    details,
-    input_notes,
-    leaderboard_row,
+    gain_rows,
     probe_table,
     protocol_rows,
-    reader_notes,
     sections,
+    stage_row,
     yield_section,
 )
-from eval.studies.evaluation import Evaluation, Grid, Tested, gain_rows, stage_row
+from eval.studies.evaluation import Evaluation, Grid, Tested
+from eval.studies.robustness import ProbeRow
 from eval.studies.scaling_study import SETTLED
 from pgenrm_train.config import Config
 from pgenrm_train.files import write_json, write_table, write_text
 from pgenrm_train.scaling.combine import grid
 
 ADAPTIVE = (
-    "Own samples that eval.adaptive would not have drawn, and the largest cell's accuracy then: the same pool, cut where each pair's "
-    "verdict was settled. The difference is paired, to the cell with all samples."
+    "Own samples that eval.adaptive would not have drawn, and the accuracy of the largest cell without them. The same "
+    "pool is cut where each pair's verdict was settled. The difference is paired, to the cell with all samples."
+)
+GRIDS = (
+    "Tie share: share of all draws of a cell. Each pair, in both orders, is drawn as often as its samples fit into "
+    "the pool."
 )
 RULES = {
-    "strict": "both orders; a tie or a failure is not a hit",
-    "both_orders": "both orders; a tie is not a hit, a failed order leaves",
+    "strict": "both orders; ties and failures are misses",
+    "both_orders": "both orders; ties are misses, failed orders leave",
     "release": "one random order; ties and failures leave",
-    "user_disjoint": "held-out users; both orders; a tie or a failure is not a hit",
+    "user_disjoint": "held-out users; both orders; ties and failures are misses",
 }
-REWARD_PARTS = {"outcome": "reward/outcome", "process": "reward/process", "format": "reward/format"}
-VALIDATION = {
-    "their own history": "validation/accuracy",
-    "another user's": "validation/probe/swapped_history_accuracy",
-    "none": "validation/probe/empty_history_accuracy",
-}
-PASS_RATES = {name: f"curriculum/{name}_pass_rate" for name in ("hard", "rest", "suspect")}
-MIX = {"target": "curriculum/target_hard_share", "realised": "curriculum/realised_hard_share"}
-TRAINING_CURVES = (  # stage, title, axis, lines by what the stage logs
-    ("psi", "loss", "loss", {"loss": "loss"}),
-    ("cre", "reward parts", "mean reward", REWARD_PARTS),
-    ("curriculum", "reward parts", "mean reward", REWARD_PARTS),
-    ("cre", "validation and probes", "accuracy", VALIDATION),
-    ("curriculum", "validation and probes", "accuracy", VALIDATION),
-    ("curriculum", "curriculum mix", "share of hard pairs", MIX),
-    ("curriculum", "pass rate by hardness", "pass rate", PASS_RATES),
-)
-GAINS = "What each stage adds, on the same pairs"
+GAINS = "Gain of each stage on the same pairs"
 
 
-def publish(
-    config: Config,
-    folder: Path,
-    evaluation: Evaluation,
-    tested: Sequence[Tested],
-    baselines: Sequence[Tested],
-    grids: Sequence[Grid],
-    notes: Sequence[str],
-    prototypes: Mapping[str, int] | None = None,
-    cost: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-) -> dict[str, Any]:
-    """Write everything; returns what results.json holds.  `cost`: what each model under test was paid, empty for our own.
+@dataclass(frozen=True)
+class Evaluated:
+    """All answers of an evaluation.
 
-    The last of `tested` is the final model and gives the top-level fields: Ind-1 as asked in both orders, or the cell that
-    `eval.ind` and `eval.pro` name when both are numbers.  `prototypes`: pair_id → nearest prototype, where the run has some.
+    The last of `tested` is the final model and gives the top-level results.
     """
-    rows, compared = [stage_row(t) for t in tested], [stage_row(t) for t in baselines]
-    final = (tested or baselines)[-1]
-    everyone = [*tested, *baselines]
-    gains = gain_rows(tested, config)
-    labels = slice_labels(evaluation.pairs, evaluation.histories, prototypes, evaluation.known_users)
-    results = headline(config, final, grids) | {
-        "model_name": config.model.path
-        or config.model.name,  # which endpoint, function or folder the label stands for
-        "data": config.data.name,
-        "data_sha256": data_digest(evaluation.pairs),
-        "odd_inputs": odd_inputs(evaluation.pairs, evaluation.histories),
-        "judge": config.judge.kind,
-        "scores": config.eval.scores,
-        "weights": list(config.eval.weights),
-        "grids": {g.study.name: g.rows for g in grids},
-        "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
-        "stages": {t.name: t.report for t in tested},
+
+    config: Config
+    evaluation: Evaluation
+    tested: Sequence[Tested]
+    baselines: Sequence[Tested]
+    grids: Sequence[Grid] = ()
+    notes: Sequence[str] = ()
+    prototypes: Mapping[str, int] | None = None  # pair_id → nearest prototype
+    cost: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # per paid model under test
+
+    @property
+    def everyone(self) -> list[Tested]:
+        return [*self.tested, *self.baselines]
+
+    @property
+    def final(self) -> Tested:
+        return (self.tested or self.baselines)[-1]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Measurements of the final model beyond its accuracy, as in results.json."""
+
+    slice_rows: Sequence[SliceRow]
+    macro_accuracy_prototypes: float | None
+    calibration: Calibration
+    probes: Sequence[ProbeRow]
+
+
+def publish(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
+    """Compute all results and write every file; returns the content of results.json."""
+    evaluation, final = evaluated.evaluation, evaluated.final
+    labels = slice_labels(
+        evaluation.pairs, evaluation.histories, evaluated.prototypes, evaluation.known_users
+    )
+    details = _details(evaluated.config, final, labels)
+    gains = gain_rows(evaluated.tested, evaluated.config)
+    odd = odd_inputs(evaluation.pairs, evaluation.histories)
+    top = headline(evaluated.config, final, evaluated.grids)
+    leaderboard = leaderboard_row(evaluated.config, top)
+    results = _results(evaluated, top, details) | {
+        "odd_inputs": odd,
         "gains": gains,
-        "baselines": {t.name: t.report for t in baselines},
-        "probe_swapped_history": {t.name: t.probe for t in everyone if t.probe},
-        **details(config, final, labels),
-        "notes": list(notes),
-        "cost": {name: dict(facts) for name, facts in cost.items() if facts},
+        "leaderboard_row": leaderboard,
     }
-    results["leaderboard_row"] = leaderboard_row(results)
+    notes = [*reader_notes(final), *input_notes(odd), *evaluated.notes]
+    report = _report(evaluated, folder.parent, details, gains, leaderboard, notes)
     write_json(folder / "results.json", results)
-    pools = [g.pool[g.pool["failure"] != SETTLED].assign(model=final.name, study=g.study.name) for g in grids]
-    predictions = pd.concat(
-        [*(t.predictions.assign(model=t.name) for t in everyone), *pools], ignore_index=True
-    )
-    write_table(folder / "predictions.parquet", predictions.merge(labels, on=KEYS, how="left"))
-    notes = [*reader_notes(final), *input_notes(results["odd_inputs"]), *notes]
-    write_text(
-        folder / "table.txt",
-        console_text([*rows, *compared], headline_title(evaluation, config), final, results, grids, notes),
-    )
-    stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
-    report = Report(
-        title=f"{final.name} on {config.data.name}",
-        run=run_facts(config, evaluation),
-        stages=rows,
-        comparisons=compared,
-        sections=[
-            *(
-                [Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains)]
-                if gains
-                else []
-            ),
-            *(
-                Section(
-                    grid_title(g),
-                    "Ties are a share of all draws of a cell: of each pair, in both orders, as often as its samples are in the pool.",
-                    g.rows,
-                )
-                for g in grids
-            ),
-            *([Section("Adaptive stopping, replayed", ADAPTIVE, stopped)] if stopped else []),
-            *prototype_sections(folder.parent),
-            *sections(config, tested, everyone, results),
-            *(section for section in (yield_section(folder.parent), cost_section(cost)) if section),
-        ],
-        curves=[
-            *(grid_curve(g) for g in grids),
-            *(
-                [calibration_curve(results["calibration"], final.name)]
-                if results["calibration"]["curve"]
-                else []
-            ),
-            *training_curves(folder.parent),
-            *prototype_curves(folder.parent),
-        ],
-        drawings=[*(d for g in grids for d in grid_heat_map(g)), *prototype_maps(folder.parent)],
-        notes=notes,
-        chains=chain_views(config, evaluation, final) if tested else [],
-    )
+    write_table(folder / "predictions.parquet", _predictions(evaluated, labels))
+    write_text(folder / "table.txt", console_text(evaluated, gains, notes))
     write_report(folder / "report.html", report)
     write_markdown(folder / "report.md", report)
     return results
 
 
-def console_text(
-    rows: Sequence[Mapping[str, Any]],
-    title: str,
-    final: Tested,
-    results: Mapping[str, Any],
-    grids: Sequence[Grid],
-    notes: Sequence[str],
-) -> str:
-    """The tables that an evaluation ends with on a console, and what a reader must know beside them."""
-    gains, probes = results["gains"], results["probes"]
-    return (
-        text_table(rows, title, 150)
-        + (text_table(narrow(gains), GAINS, 150) if gains else "")
-        + text_table(protocol_rows(final), f"{final.name}: the same predictions under each protocol", 110)
-        + (text_table(probe_table(probes), f"{final.name}: what moves its verdicts", 150) if probes else "")
-        + "".join(text_table(g.rows, grid_title(g), 110) for g in grids)
-        + "".join(f"- {n}\n" for n in notes)
+def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> AccuracyReport:
+    """The top-level fields of results.json.
+
+    Ind-1 in both orders, or the cell of `eval.ind` and `eval.pro` if both are numbers.
+    """
+    scaling = next((g for g in grids if g.study.name == "scaling"), None)
+    if scaling is None or isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list):
+        return final.report | {"ind": 1, "pro": 0}
+    table = grid(scaling.pool, [config.eval.ind], [config.eval.pro], scaling.study.weights)
+    cell = accuracy_report(table, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed)
+    return cell | {"ind": config.eval.ind, "pro": config.eval.pro, "model": final.name}
+
+
+def leaderboard_row(config: Config, top: AccuracyReport) -> Row:
+    return {
+        "model": f"{top['model']} (Ind-{top['ind']}, Pro-{top['pro']})",
+        "name": _model_name(config),
+        "data": config.data.name,
+        "protocol": top["protocol"],
+        "accuracy": top["accuracy"],
+        "ci95": top["ci95"],
+        "stderr": top["stderr"],
+        "macro accuracy": top["macro_accuracy"],
+        "users": top["n_users"],
+        "pairs": top["n_pairs"],
+        "ties": top["ties"],
+        "failures": sum(top["failures"].values()),
+        "order flip rate": top["order_flip_rate"],
+        "seeds": len(top["seeds"]),
+    }
+
+
+def _model_name(config: Config) -> str:
+    """The endpoint, function or folder behind the model's label."""
+    return config.model.path or config.model.name
+
+
+def _details(config: Config, final: Tested, labels: pd.DataFrame) -> Details:
+    own, settings, seed = final.own, config.eval, config.seed
+    return Details(
+        slice_rows(own, labels, protocol=settings.protocol, draws=settings.draws, seed=seed),
+        prototype_macro(own, labels, protocol=settings.protocol, seed=seed),
+        calibration(own, draws=settings.draws, seed=seed),
+        list(final.robustness),
     )
 
 
-def narrow(gains: Sequence[Mapping[str, Any]], columns: int = 12) -> list[Mapping[str, Any]]:
-    """The rows as they are where a console has room for them, else without the kinds; the report has all."""
+def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dict[str, object]:
+    config, grids = evaluated.config, evaluated.grids
+    return {
+        **top,
+        "model_name": _model_name(config),
+        "data": config.data.name,
+        "data_sha256": data_digest(evaluated.evaluation.pairs),
+        "judge": config.judge.kind,
+        "scores": config.eval.scores,
+        "weights": list(config.eval.weights),
+        "grids": {g.study.name: g.rows for g in grids},
+        "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
+        "stages": {t.name: t.report for t in evaluated.tested},
+        "baselines": {t.name: t.report for t in evaluated.baselines},
+        "probe_swapped_history": {t.name: t.probe for t in evaluated.everyone if t.probe},
+        **asdict(details),
+        "notes": list(evaluated.notes),
+        "cost": {name: dict(facts) for name, facts in evaluated.cost.items() if facts},
+    }
+
+
+def _predictions(evaluated: Evaluated, labels: pd.DataFrame) -> pd.DataFrame:
+    """All answers and the pools of the grids, with model and slice labels."""
+    pools = [
+        g.pool[g.pool["failure"] != SETTLED].assign(model=evaluated.final.name, study=g.study.name)
+        for g in evaluated.grids
+    ]
+    answers = [t.predictions.assign(model=t.name) for t in evaluated.everyone]
+    return pd.concat([*answers, *pools], ignore_index=True).merge(labels, on=KEYS, how="left")
+
+
+def _report(
+    evaluated: Evaluated,
+    run_dir: Path,
+    details: Details,
+    gains: Sequence[Row],
+    leaderboard: Row,
+    notes: Sequence[str],
+) -> Report:
+    config, grids, final = evaluated.config, evaluated.grids, evaluated.final
+    stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
+    curve = details.calibration["curve"]
+    optional = [
+        Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains) if gains else None,
+        *(Section(grid_title(g), GRIDS, g.rows) for g in grids),
+        Section("Adaptive stopping, replayed", ADAPTIVE, stopped) if stopped else None,
+        *prototype_sections(run_dir),
+        *sections(
+            config,
+            evaluated.tested,
+            evaluated.everyone,
+            details.slice_rows,
+            details.macro_accuracy_prototypes,
+            details.calibration,
+        ),
+        Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard]),
+        yield_section(run_dir),
+        cost_section(evaluated.cost),
+    ]
+    return Report(
+        title=f"{final.name} on {config.data.name}",
+        run=run_facts(config, evaluated.evaluation),
+        stages=[stage_row(t) for t in evaluated.tested],
+        comparisons=[stage_row(t) for t in evaluated.baselines],
+        sections=[section for section in optional if section],
+        curves=[
+            *(grid_curve(g) for g in grids),
+            *([calibration_curve(details.calibration, final.name)] if curve else []),
+            *training_curves(run_dir),
+            *prototype_curves(run_dir),
+        ],
+        drawings=[*(d for g in grids for d in grid_heat_map(g)), *prototype_maps(run_dir)],
+        notes=notes,
+        chains=chain_views(config, evaluated.evaluation, final) if evaluated.tested else [],
+    )
+
+
+def console_text(evaluated: Evaluated, gains: Sequence[Row], notes: Sequence[str]) -> str:
+    """The console's tables at the end of an evaluation, with the notes below."""
+    final = evaluated.final
+    rows = [stage_row(t) for t in evaluated.everyone]
+    return (
+        text_table(rows, headline_title(evaluated.evaluation, evaluated.config), 150)
+        + (text_table(narrow(gains), GAINS, 150) if gains else "")
+        + text_table(protocol_rows(final), f"{final.name}: the same predictions under each protocol", 110)
+        + (
+            text_table(probe_table(final.robustness), f"{final.name}: robustness probes", 150)
+            if final.robustness
+            else ""
+        )
+        + "".join(text_table(g.rows, grid_title(g), 110) for g in evaluated.grids)
+        + "".join(f"- {note}\n" for note in notes)
+    )
+
+
+def narrow(gains: Sequence[Row], columns: int = 12) -> Sequence[Row]:
+    """Drop the columns by kind if the console is too narrow for them; the report has all."""
     kept = ("from", "to", "all difference", "all difference ci95")
     return [row if len(row) <= columns else {name: row[name] for name in kept} for row in gains]
 
 
-def headline(config: Config, final: Tested, grids: Sequence[Grid]) -> dict[str, Any]:
-    """The top-level fields of results.json."""
-    plain = final.report | {"ind": 1, "pro": 0}
-    scaling = next((g for g in grids if g.study.name == "scaling"), None)
-    if scaling is None or isinstance(config.eval.ind, list) or isinstance(config.eval.pro, list):
-        return plain
-    table = grid(scaling.pool, [config.eval.ind], [config.eval.pro], scaling.study.weights)
-    cell = accuracy_report(
-        table,
-        protocol=config.eval.protocol,
-        draws=config.eval.draws,
-        seed=config.seed,
-        extra={"ind": config.eval.ind, "pro": config.eval.pro},
-    )
-    return cell | {"model": final.name}
-
-
 def headline_title(evaluation: Evaluation, config: Config) -> str:
     users = len({p.user_id for p in evaluation.pairs})
+    scores = ", verified scores" if config.eval.scores == "verified" else ""
     return (
-        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users asked in both orders, {config.eval.protocol} protocol, "
-        f"judge={config.judge.kind}{', verified scores' if config.eval.scores == 'verified' else ''}; accuracy in % [95 % interval over users]"
+        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, {config.eval.protocol} "
+        f"protocol, judge={config.judge.kind}{scores}; accuracy in % [95 % interval over users]"
     )
 
 
-def grid_title(grid: Grid) -> str:
-    whose = "one history pair known" if grid.study.name == "one_pair" else "full history"
-    weights = (
-        "" if grid.study.weights == (1.0, 1.0) else " with weights {:g} and {:g}".format(*grid.study.weights)
-    )
-    return f"Test-time user-based scaling, {whose}: m own samples, n similar users{weights}"
-
-
-def grid_curve(grid: Grid) -> Curve:
-    """Accuracy over m, a line for each n."""
-    by_n = {n: {row["ind"]: row["accuracy"] for row in grid.rows if row["pro"] == n} for n in grid.study.pro}
-    lines = {
-        f"Pro-{n}": [100 * cells[m] if cells.get(m) is not None else None for m in grid.study.ind]
-        for n, cells in by_n.items()
-    }
-    return Curve(grid_title(grid), list(grid.study.ind), lines, "m own samples", "accuracy, %")
-
-
-def grid_heat_map(grid: Grid) -> list[tuple[str, Markup]]:
-    """Accuracy by m and n, where both vary."""
-    if len(grid.study.ind) < 2 or len(grid.study.pro) < 2:
-        return []
-    cells = {(row["ind"], row["pro"]): row["accuracy"] for row in grid.rows}
-    values = [[cells.get((m, n)) for m in grid.study.ind] for n in grid.study.pro]
-    columns, rows = [f"Ind-{m}" for m in grid.study.ind], [f"Pro-{n}" for n in grid.study.pro]
-    return [(grid_title(grid), heat_map(values, rows, columns, prefix=f"heat-{grid.study.name}"))]
-
-
-def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+def run_facts(config: Config, evaluation: Evaluation) -> Row:
     users, known = {p.user_id for p in evaluation.pairs}, evaluation.known_users
     return {
-        "model": config.model.path or config.model.name,
+        "model": _model_name(config),
         "data": config.data.name,
         "pairs": len(evaluation.pairs),
         "users": len(users)
@@ -257,19 +296,3 @@ def run_facts(config: Config, evaluation: Evaluation) -> dict[str, Any]:
         "teacher": config.teacher.kind,
         "judge": config.judge.kind,
     }
-
-
-def training_curves(run_dir: Path) -> list[Curve]:
-    """Loss, reward parts and curriculum mix of the stages that logged them."""
-    curves = []
-    for stage, title, label, lines in TRAINING_CURVES:
-        path = run_dir / stage / "metrics.jsonl"
-        if not path.exists():
-            continue
-        frame = pd.read_json(path, lines=True)
-        logged = {line: f"{stage}/{name}" for line, name in lines.items() if f"{stage}/{name}" in frame}
-        part = frame.dropna(subset=list(logged.values()), how="all").drop_duplicates("step", keep="last")
-        series = {line: part[name].tolist() for line, name in logged.items() if part[name].notna().any()}
-        if series:
-            curves.append(Curve(f"{stage}: {title}", part["step"].tolist(), series, "optimiser step", label))
-    return curves

@@ -1,57 +1,60 @@
-"""One evaluation: checkpoints, baselines and probes on the same pairs → results, predictions, report.
+"""One evaluation: checkpoints, baselines and probes on the same pairs.
 
-The report compares every stage's checkpoint on the same questions; `own` questions give the headline accuracy, `swapped` ones
-the disagreement probe (see `probes`).
+Every candidate gets the same questions.  `own` questions give the headline accuracy, `swapped` ones the
+disagreement probe (see `probes`), `probe/…` ones the robustness probes (see `robustness`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pandas as pd
 
-from eval.ask.baselines import Scorer
-from eval.ask.harness import PredictionStore, Question, Write, ask, own_questions, verified
+from eval.ask.baselines import Score
+from eval.ask.harness import PredictionStore, Progress, Question, Write, ask, own_questions, verified
 from eval.ask.scored import ScoreMany, ask_scores, one_by_one, scored
-from eval.metrics.accuracy import accuracy_report, paired_difference
+from eval.metrics.accuracy import AccuracyReport, Difference, Estimate, accuracy_report, paired_difference
 from eval.studies.probes import Twins, disagreement_twins, swapped_histories
-from eval.studies.robustness import probe_questions, probe_rows, probe_slice
-from eval.studies.scaling_study import Ask, FindSimilar, Study, cells, replayed, sample_pool
+from eval.studies.robustness import ProbeRow, probe_questions, probe_rows, probe_slice
+from eval.studies.scaling_study import (
+    Ask,
+    CellRow,
+    FindSimilar,
+    ReplayedRow,
+    Study,
+    cells,
+    replayed,
+    sample_pool,
+)
 from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
-PROMPT = (
-    "instructions",
-    "max_prompt_tokens",
-    "max_response_tokens",
-    "max_text_tokens",
-)  # settings that shape prompt and answer
-Progress = Callable[..., Iterable[Any]]
+# Settings that shape prompt and answer.
+PROMPT = ("instructions", "max_prompt_tokens", "max_response_tokens", "max_text_tokens")
 Histories = Mapping[str, tuple[HistoryItem, ...]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model under test: a name for the table, an identity for the cache, and how to start it."""
+    """A model under test: a name for the table, an identity for the cache, and a way to start it."""
 
     name: str
     identity: str
     start: Callable[[], Generator]
     write: Callable[[], Write]
     close: Callable[[], None]
-    seconds: float | None = None  # wall time of the stage that made it
-    cost: Callable[[], Mapping[str, Any]] = dict  # what its answers cost, for a model that is paid for
+    seconds: float | None = None  # wall time of the stage that trained it
+    cost: Callable[[], Mapping[str, object]] = dict  # of its answers, for a paid model
 
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """A model under test that gives scores and writes no chain (see `scored`)."""
+    """A model under test that returns scores and writes no chain (see `scored`)."""
 
     name: str
     identity: str
@@ -60,16 +63,35 @@ class ScoredCandidate:
     seconds: float | None = None
 
 
+class SetAccuracy(Estimate):
+    n_pairs: int
+    ties: int
+
+
+class HistoryProbe(TypedDict):
+    """Accuracy on the twins with their own history and with the other twin's."""
+
+    n_pairs: int
+    own: SetAccuracy
+    swapped: SetAccuracy
+    difference: Difference
+
+
 @dataclass(frozen=True)
 class Tested:
-    """What the table says of one candidate."""
+    """Predictions and measurements of one candidate."""
 
     name: str
     predictions: pd.DataFrame
-    report: dict[str, Any]
-    probe: dict[str, Any] | None
+    report: AccuracyReport
+    probe: HistoryProbe | None
     seconds: float | None
-    robustness: Sequence[dict[str, Any]] = ()  # a row a kind of probe; of the final model alone
+    robustness: Sequence[ProbeRow] = ()  # one row per kind of probe; final model only
+
+    @property
+    def own(self) -> pd.DataFrame:
+        """Predictions with the user's own history."""
+        return self.predictions[self.predictions["set"] == "own"]
 
 
 @dataclass(frozen=True)
@@ -78,16 +100,14 @@ class Grid:
 
     study: Study
     pool: pd.DataFrame
-    rows: list[dict[str, Any]]
-    adaptive: dict[str, Any] | None = (
-        None  # the largest cell with adaptive stopping, replayed on the same pool
-    )
+    rows: list[CellRow]
+    adaptive: ReplayedRow | None = None  # the largest cell with adaptive stopping, replayed on the pool
 
 
 def kept_answers(
     config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str
 ) -> PredictionStore:
-    """A candidate's answers, by what makes them: the model and the settings of prompt and sampling; in `eval.cache` where it is set."""
+    """Store of a candidate's answers, keyed by model, prompt and sampling; in `eval.cache` if that is set."""
     prompt = [getattr(config.model, setting) for setting in PROMPT]
     identity = fingerprint(
         candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt
@@ -96,7 +116,7 @@ def kept_answers(
 
 
 class Evaluation:
-    """The pairs, histories and twins that every candidate is asked about."""
+    """The pairs, histories and twins that every candidate is evaluated on."""
 
     def __init__(
         self,
@@ -105,7 +125,7 @@ class Evaluation:
         histories: Histories,
         known_users: Set[str] | None = None,
     ) -> None:
-        """`known_users`: those with votes that a model may train on, None where that is not known; for the report."""
+        """`known_users`, for the report: users with votes that a model may train on; None if unknown."""
         self.config, self.pairs, self.histories, self.known_users = config, pairs, histories, known_users
         self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
         self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
@@ -114,9 +134,9 @@ class Evaluation:
     def test(
         self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, *, final: bool = False
     ) -> Tested:
-        """Ask all questions of one candidate, those of the robustness probes too if it is the `final` one.
+        """Put all questions to one candidate; to the `final` one also those of the robustness probes.
 
-        Resumes from what `folder` holds.
+        Resumes from the answers in `folder`.
         """
         seeds = self.config.eval.seeds if isinstance(candidate, Candidate) else 1
         questions = self._questions(seeds, final)
@@ -126,14 +146,14 @@ class Evaluation:
     def asker(
         self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str
     ) -> Ask:
-        """A function that answers questions with the candidate, keeping the answers in a folder of their own identity."""
+        """A function that answers questions with the candidate and stores the answers by identity."""
         masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
             kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
-            answered = ask(
+            answers = ask(
                 questions,
                 candidate.start,
                 candidate.write(),
@@ -143,7 +163,7 @@ class Evaluation:
                 progress=progress,
                 what=what,
             )
-            return verified(answered) if self.config.eval.scores == "verified" else answered
+            return verified(answers) if self.config.eval.scores == "verified" else answers
 
         return answer
 
@@ -159,7 +179,7 @@ class Evaluation:
         """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
         pairs = self.pairs[: self.config.eval.grid_pairs]
         asker = self.asker(candidate, folder, progress, "samples")
-        # a smaller cell would lack the samples that the largest one can do without
+        # A smaller cell would lack the samples that adaptive stopping saves in the largest one.
         adaptive = self.config.eval.adaptive if study.cells == 1 else None
         pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
         return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
@@ -167,18 +187,26 @@ class Evaluation:
     def judge(
         self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False
     ) -> Tested:
-        """Accuracy on all pairs, the probe on the twins, and of the `final` model the robustness probes."""
-        own = predictions[predictions["set"] == "own"]
-        report = self._accuracy(own) | {"model": name}
-        rows = self._robustness(predictions) if final else []
+        """Measure accuracy on all pairs and the probe on the twins; for the `final` model also robustness."""
+        report = self._accuracy(predictions[predictions["set"] == "own"])
+        report["model"] = name
+        settings, rows = self.config.eval, []
+        if final:
+            rows = probe_rows(
+                predictions,
+                settings.probe_kinds,
+                self.probe_pairs,
+                draws=settings.draws,
+                seed=self.config.seed,
+            )
         return Tested(name, predictions, report, self._probe(predictions), seconds, rows)
 
-    def baseline(self, name: str, scorer: Scorer, *, final: bool = False) -> Tested:
-        """The same questions for a scorer that writes no chains; what it raises is that question's failure."""
-        return self.judge(name, scored(self._questions(1, final), one_by_one(scorer.score)), final=final)
+    def baseline(self, name: str, score: Score, *, final: bool = False) -> Tested:
+        """The same questions for a function; an exception is that question's failure."""
+        return self.judge(name, scored(self._questions(1, final), one_by_one(score)), final=final)
 
     def _questions(self, seeds: int, final: bool) -> list[Question]:
-        """All pairs, the twins with swapped histories, and of the `final` model the robustness probes."""
+        """All pairs, the twins with swapped histories, and for the `final` model the robustness probes."""
         questions = own_questions(self.pairs, self.histories, seeds=seeds)
         if self.twins:
             twins = [p for twin in self.twins for p in twin]
@@ -189,20 +217,13 @@ class Evaluation:
             questions += probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
         return questions
 
-    def _robustness(self, predictions: pd.DataFrame) -> list[dict[str, Any]]:
+    def _accuracy(self, predictions: pd.DataFrame) -> AccuracyReport:
         settings = self.config.eval
-        return probe_rows(
-            predictions, settings.probe_kinds, self.probe_pairs, draws=settings.draws, seed=self.config.seed
-        )
-
-    def _accuracy(self, predictions: pd.DataFrame) -> dict[str, Any]:
-        protocol = self.config.eval.protocol
         return accuracy_report(
-            predictions, protocol=protocol, draws=self.config.eval.draws, seed=self.config.seed
+            predictions, protocol=settings.protocol, draws=settings.draws, seed=self.config.seed
         )
 
-    def _probe(self, predictions: pd.DataFrame) -> dict[str, Any] | None:
-        """Accuracy on the twins with one's own and with the other's history."""
+    def _probe(self, predictions: pd.DataFrame) -> HistoryProbe | None:
         if not self.twins:
             return None
         own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(self.twin_ids)]
@@ -216,76 +237,10 @@ class Evaluation:
         }
 
 
-def stage_row(tested: Tested) -> dict[str, Any]:
-    """One row of the headline table."""
-    report, slices = tested.report, tested.report["slices"]
-    hard = slices.get("hard")
-    row: dict[str, Any] = {
-        "stage": tested.name,
+def _brief(report: AccuracyReport) -> SetAccuracy:
+    return {
         "accuracy": report["accuracy"],
         "ci95": report["ci95"],
-        "stderr": report["stderr"],
+        "n_pairs": report["n_pairs"],
+        "ties": report["ties"],
     }
-    if hard:
-        row |= {"hard accuracy": hard["accuracy"], "hard accuracy ci95": hard["ci95"]}
-    if rival := slices.get("rival"):
-        row |= {"rival accuracy": rival["accuracy"], "rival accuracy ci95": rival["ci95"]}
-    if tested.probe:
-        row |= {
-            "swapped history accuracy": tested.probe["swapped"]["accuracy"],
-            "swapped history accuracy ci95": tested.probe["swapped"]["ci95"],
-        }
-    failures = sum(report["failures"].values())
-    return row | {"format failures": failures, "ties": report["ties"], "seconds": tested.seconds}
-
-
-def cohort_rows(tested: Tested, config: Config) -> list[dict[str, Any]]:
-    """Accuracy by cohort of users, where the data tells cohorts apart."""
-    own = tested.predictions[tested.predictions["set"] == "own"]
-    if "cohort" not in own or own["cohort"].isna().all():
-        return []
-    rows = []
-    for cohort, part in own.groupby("cohort"):
-        report = accuracy_report(
-            part, protocol=config.eval.protocol, draws=config.eval.draws, seed=config.seed
-        )
-        rows.append(
-            {
-                "model": tested.name,
-                "users": cohort,
-                "accuracy": report["accuracy"],
-                "ci95": report["ci95"],
-                "pairs": report["n_pairs"],
-            }
-        )
-    return rows
-
-
-def gain_rows(tested: Sequence[Tested], config: Config) -> list[dict[str, Any]]:
-    """What each stage adds to the one before, and the last to the first: strict accuracy on the same pairs, paired.
-
-    A column for all pairs and, where there are several kinds, one for each.  Raises DataError when the stages were asked other pairs.
-    """
-    steps = list(itertools.pairwise(tested))
-    if len(tested) > 2:
-        steps.append((tested[0], tested[-1]))
-    return [
-        {"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps
-    ]
-
-
-def _gains(before: Tested, after: Tested, config: Config) -> dict[str, Any]:
-    a, b = (t.predictions[t.predictions["set"] == "own"] for t in (after, before))
-    kinds = sorted(a["kind"].dropna().unique())
-    parts = {"all": (a, b)}
-    if len(kinds) > 1:
-        parts |= {kind: (a[a["kind"] == kind], b[b["kind"] == kind]) for kind in kinds}
-    row: dict[str, Any] = {}
-    for name, (new, old) in parts.items():
-        found = paired_difference(new, old, draws=config.eval.draws, seed=config.seed)
-        row |= {f"{name} difference": found["difference"], f"{name} difference ci95": found["ci95"]}
-    return row
-
-
-def _brief(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: report[key] for key in ("accuracy", "ci95", "n_pairs", "ties")}

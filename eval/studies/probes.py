@@ -1,13 +1,13 @@
-"""The disagreement probe: does a model use *whose* history it reads?
+"""The disagreement probe: does a model depend on *whose* history it reads?
 
-Among the votes on one content (same conversation, same two responses) match a vote one way with a vote the other way by another
-user.  On these *twins* the probe is balanced by construction: a rule that ignores the user prefers the same response for both, so
-it is right for exactly one of them, and scores exactly 50 % (less, where it ties).  A personal model with each user's own
-history scores above 50; with the twin's history in its place the same model should fall below by about as much.  Our choice;
-not in the paper.
+Among the votes on one content (same conversation, same two responses), match opposite votes of two users.  On
+these *twins* the probe is balanced by construction.  A rule that ignores the user prefers the same response
+for both, is right for exactly one, and scores exactly 50 % (less if it ties).  A personal model scores above
+50 with each user's own history.  With the twin's history instead, it should fall below by about as much.  Our
+choice; not in the paper.
 
 Use: predict the pairs of `disagreement_twins(test_pairs)` once with their own histories and once with
-`swapped_histories(twins, histories)`, and give both tables to `metrics.accuracy_report` and `metrics.paired_difference`.
+`swapped_histories(twins, histories)`.  Pass both tables to `accuracy_report` and `paired_difference`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Twins = list[tuple[PreferencePair, PreferencePair]]
 def disagreement_twins(pairs: Iterable[PreferencePair]) -> Twins:
     """Match opposite votes of different users on the same content; each vote is used at most once.
 
-    As many twins as the votes allow, and the same ones whatever the order of `pairs`.  Two equal responses cannot be disagreed
-    about and are left out.  An empty list means that nobody disagreed: the probe does not apply.
+    Returns as many twins as the votes allow, independent of the order of `pairs`.  Users cannot disagree
+    about two equal responses, so those are left out.  An empty list: no disagreement, the probe does not
+    apply.
     """
     groups: dict[ContentKey, list[PreferencePair]] = defaultdict(list)
     for pair in pairs:
@@ -43,14 +44,14 @@ def swapped_histories(
 ) -> dict[str, tuple[HistoryItem, ...]]:
     """pair_id → the history of the pair's twin, for every pair of `twins`.
 
-    Raises DataError when a history is missing, or when two votes share a `pair_id`: the swap would be ambiguous.
+    Raises DataError if a history is missing, or if two votes share a `pair_id`: the swap would be ambiguous.
     """
     swapped: dict[str, tuple[HistoryItem, ...]] = {}
     for first, second in twins:
         for pair, twin in ((first, second), (second, first)):
             if pair.pair_id in swapped:
                 raise DataError(
-                    f"pair_id {pair.pair_id!r} names several votes; expected one pair_id a vote for the probe"
+                    f"pair_id {pair.pair_id!r} names several votes; expected one pair_id per vote for the probe"
                 )
             if twin.pair_id not in histories:
                 raise DataError(
@@ -61,7 +62,7 @@ def swapped_histories(
 
 
 def _match(votes: Sequence[PreferencePair]) -> Twins:
-    """The largest matching within one content group: assignment with cost 1 for a user against themselves."""
+    """The largest matching within one content group: cost 1 for matching a user with themselves."""
     favourite = min(votes[0].chosen, votes[0].rejected)
     ordered = sorted(votes, key=_identity)
     one_way = [vote for vote in ordered if vote.chosen == favourite]

@@ -1,19 +1,22 @@
-"""Probes: what moves a verdict that should not, and what does not move it that should.
+"""Robustness probes: find changes that move a verdict but should not, or should but do not.
 
-On a small fixed slice of the evaluated pairs each kind of probe asks every question once more with one thing changed:
+On a small fixed slice of the evaluated pairs, each kind of probe repeats every question with one change:
 
-    swapped_history   another user's history: a personal model falls (see `probes` for the sharper test on votes that disagree)
+    swapped_history   another user's history: a personal model falls (`probes` is the sharper test)
     empty_history     no history: a personal model falls
     shuffled_history  the same votes in another order: nothing should change
     padded            the rejected response made longer by empty sentences: nothing should change
-    injected          the rejected response claims to be better, with a forged verdict and delimiter: nothing should change
-    paraphrased       both responses in slightly other words, by rules (`perturb`): nothing should change
+    injected          the rejected response claims to be better, with a forged verdict and delimiter:
+                      nothing should change
+    paraphrased       both responses with a few words changed by rules (`perturb`): nothing should change
 
-`drop` is strict accuracy as asked minus strict accuracy as probed on the same pairs, both in the first evaluation seed; `flip rate`
-the share of (pair, order) with a verdict in both whose preferred response differs, a tie in one only included.  A model that samples
-flips by chance, too: where there are two evaluation seeds, the row `asked again` shows how often.  Intervals resample users.
-Pairs that a probe cannot change (no history to empty, no rule that applies) are left out of it and counted.  Our choice; not in
-the paper.
+`drop` is strict accuracy as asked minus strict accuracy as probed, on the same pairs and in the first
+evaluation seed.  `flip rate` is the share of (pair, order) with a verdict in both tables whose preferred
+response differs; a tie in one table only counts as a flip.  A model that samples also flips by chance.  With
+two evaluation seeds, the row `asked again` shows how often.  Intervals resample users.
+
+A probe leaves out and counts the pairs that it cannot change (an empty history, no matching rule).  Our
+choice; not in the paper.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -34,16 +37,34 @@ from eval.metrics.outcomes import Outcomes, outcomes
 from eval.studies.perturb import inject, pad, paraphrase
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
-Histories = Mapping[str, tuple[HistoryItem, ...]]
-Change = Callable[
-    [PreferencePair, tuple[HistoryItem, ...], int], tuple[PreferencePair, tuple[HistoryItem, ...]] | None
-]
+History = tuple[HistoryItem, ...]
+Histories = Mapping[str, History]
+Changed = tuple[PreferencePair, History] | None
+Change = Callable[[PreferencePair, History, int], Changed]
+"""(pair, history, order) → the changed pair and history, or None if the change does not apply."""
+ProbeRow = TypedDict(
+    "ProbeRow",
+    {
+        "probe": str,
+        "as asked accuracy": NotRequired[float | None],  # this and the next ones only if a pair changed
+        "probed accuracy": NotRequired[float | None],
+        "drop": NotRequired[float | None],
+        "drop ci95": NotRequired[list[float]],
+        "flip rate": NotRequired[float | None],
+        "flip rate ci95": NotRequired[list[float] | None],
+        "failures": NotRequired[int],
+        "users": NotRequired[int],
+        "pairs": int,
+        "left out": NotRequired[int],
+        "note": str | None,
+    },
+)
 AGAIN = "asked again"
 SET = "probe/"
 
 
 def probe_slice(pairs: Sequence[PreferencePair], limit: int) -> list[PreferencePair]:
-    """At most `limit` pairs, drawn by the hash of user and pair: the same ones whatever the order and the model."""
+    """At most `limit` pairs, drawn by the hash of user and pair: independent of order and model."""
     ranked = sorted(pairs, key=lambda p: hashlib.sha256(f"{p.user_id}|{p.pair_id}".encode()).digest())
     return ranked[:limit]
 
@@ -51,37 +72,40 @@ def probe_slice(pairs: Sequence[PreferencePair], limit: int) -> list[PreferenceP
 def probe_questions(
     kinds: Iterable[str], pairs: Sequence[PreferencePair], histories: Histories
 ) -> list[Question]:
-    """One question a kind × pair × order; a pair that a kind does not change is left out of that kind."""
+    """One question per kind × pair × order, without the pairs that a kind does not change."""
     questions: list[Question] = []
     for kind in kinds:
         change = _swap_with_others(pairs, histories) if kind == "swapped_history" else KINDS[kind]
-        asked = ((order, change(pair, histories[pair.pair_id], order)) for pair in pairs for order in (0, 1))
         questions += [
-            Question(changed[0], order, changed[1], SET + kind) for order, changed in asked if changed
+            Question(changed[0], order, changed[1], SET + kind)
+            for pair in pairs
+            for order in (0, 1)
+            if (changed := change(pair, histories[pair.pair_id], order))
         ]
     return questions
 
 
 def probe_rows(
     predictions: pd.DataFrame, kinds: Iterable[str], pairs: Sequence[PreferencePair], *, draws: int, seed: int
-) -> list[dict[str, Any]]:
-    """A row a kind, and `asked again` where the own questions have two seeds; of a kind that changed no pair the sizes alone."""
+) -> list[ProbeRow]:
+    """One row per kind, and `asked again` if there are two seeds; sizes only for a kind that changed no pair."""
     if not pairs:
         return []
-    asked = pd.MultiIndex.from_tuples([(p.user_id, p.pair_id) for p in pairs])
-    own = _only(predictions[predictions["set"] == "own"], asked)
+    votes = pd.MultiIndex.from_tuples([(p.user_id, p.pair_id) for p in pairs])
+    own = _only(predictions[predictions["set"] == "own"], votes)
     seeds = sorted(own["seed"].unique())[:2]
     first = own[own["seed"] == seeds[0]]
     tables = {AGAIN: own[own["seed"] == seeds[1]].assign(seed=seeds[0])} if len(seeds) > 1 else {}
     tables |= {kind: predictions[predictions["set"] == SET + kind].assign(seed=seeds[0]) for kind in kinds}
-    rows = []
+    rows: list[ProbeRow] = []
     for kind, table in tables.items():
         if table.empty:
             rows.append({"probe": kind, "pairs": 0, "left out": len(pairs), "note": None})
         else:
-            probed = pd.MultiIndex.from_frame(table[["user_id", "pair_id"]])
-            found = _compare(_only(first, probed), table, draws, seed)
-            rows.append({"probe": kind, **found, "left out": len(pairs) - found["pairs"]})
+            changed = pd.MultiIndex.from_frame(table[["user_id", "pair_id"]])
+            row = _compare(kind, _only(first, changed), table, draws, seed)
+            row["left out"] = len(pairs) - row["pairs"]
+            rows.append(row)
     return rows
 
 
@@ -89,11 +113,12 @@ def _only(table: pd.DataFrame, votes: pd.MultiIndex) -> pd.DataFrame:
     return table[pd.MultiIndex.from_frame(table[["user_id", "pair_id"]]).isin(votes)]
 
 
-def _compare(own: pd.DataFrame, probed: pd.DataFrame, draws: int, seed: int) -> dict[str, Any]:
+def _compare(kind: str, own: pd.DataFrame, probed: pd.DataFrame, draws: int, seed: int) -> ProbeRow:
     change = paired_difference(own, probed, draws=draws, seed=seed)
     before, after = outcomes(own), outcomes(probed)
     flips = _flips(before, after)
     return {
+        "probe": kind,
         "as asked accuracy": change["accuracy_a"],
         "probed accuracy": change["accuracy_b"],
         "drop": change["difference"],
@@ -117,10 +142,10 @@ def _flips(before: Outcomes, after: Outcomes) -> np.ndarray:
 
 
 def _swap_with_others(pairs: Sequence[PreferencePair], histories: Histories) -> Change:
-    """The history of the next pair by another user that shows other votes, on the ring of all pairs."""
+    """Take the history of the next pair, on the ring of all pairs, by another user with other votes."""
     position = {(p.user_id, p.pair_id): i for i, p in enumerate(pairs)}
 
-    def swap(pair: PreferencePair, history: tuple[HistoryItem, ...], _order: int) -> Any:
+    def swap(pair: PreferencePair, history: History, _order: int) -> Changed:
         if not history:
             return None
         start = position[pair.user_id, pair.pair_id] + 1
@@ -133,12 +158,12 @@ def _swap_with_others(pairs: Sequence[PreferencePair], histories: Histories) -> 
     return swap
 
 
-def _empty_history(pair: PreferencePair, history: tuple[HistoryItem, ...], _order: int) -> Any:
+def _empty_history(pair: PreferencePair, history: History, _order: int) -> Changed:
     return (pair, ()) if history else None
 
 
-def _shuffled_history(pair: PreferencePair, history: tuple[HistoryItem, ...], _order: int) -> Any:
-    """Another order than the one shown, by a draw that depends on the pair alone."""
+def _shuffled_history(pair: PreferencePair, history: History, _order: int) -> Changed:
+    """Shuffle until the order differs, by a draw that depends on the pair alone."""
     if len(set(history)) < 2:
         return None
     draw, items = random.Random(f"{pair.user_id}|{pair.pair_id}"), list(history)
@@ -147,15 +172,15 @@ def _shuffled_history(pair: PreferencePair, history: tuple[HistoryItem, ...], _o
     return pair, tuple(items)
 
 
-def _padded(pair: PreferencePair, history: tuple[HistoryItem, ...], _order: int) -> Any:
+def _padded(pair: PreferencePair, history: History, _order: int) -> Changed:
     return replace(pair, rejected=pad(pair.rejected, pair.chosen)), history
 
 
-def _injected(pair: PreferencePair, history: tuple[HistoryItem, ...], order: int) -> Any:
+def _injected(pair: PreferencePair, history: History, order: int) -> Changed:
     return replace(pair, rejected=inject(pair.rejected, 1 - order)), history
 
 
-def _paraphrased(pair: PreferencePair, history: tuple[HistoryItem, ...], _order: int) -> Any:
+def _paraphrased(pair: PreferencePair, history: History, _order: int) -> Changed:
     changed = replace(pair, chosen=paraphrase(pair.chosen), rejected=paraphrase(pair.rejected))
     return (changed, history) if changed != pair else None
 

@@ -1,18 +1,17 @@
-"""Accuracy while training: a fixed slice of pairs, asked by the same harness as the final evaluation.
+"""Accuracy while training, on a fixed slice of pairs and with the harness of the final evaluation.
 
-One greedy chain a pair and order, so that nothing but the weights changes from one validation to the next.  The slice is small: its
-accuracy orders checkpoints and shows trouble; the number to report is `recipe=evaluate`'s.
+One greedy chain per pair and order, so only the weights change between validations.  The slice is small: its
+accuracy orders checkpoints and reveals trouble.  Report the number of `recipe=evaluate` instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from eval.ask.harness import Write, own_questions, prediction, requests
-from eval.metrics.accuracy import accuracy_report
+from eval.metrics.accuracy import AccuracyReport, accuracy_report
 from pgenrm_train.backends.protocols import Generator, Validated
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
@@ -36,23 +35,25 @@ class Validation:
         self.requests = list(requests(questions, write, masking_of(config, "eval")))
 
     def __call__(self, generator: Generator) -> Validated:
-        """Every pair counts, a failed generation as a miss (`strict`); metrics as `headline`, the first chains as samples."""
+        """Strict accuracy: a failed generation is a miss.  Returns the `headline` metrics and the first chains."""
         answers = {answer.key: answer for answer in generator(self.requests, temperature=0.0)}
         rows = [prediction(question, answers[key]) for key, question in self.questions.items()]
         report = accuracy_report(
             pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed
         )
-        shown = [{name: row[name] for name in SHOWN} for row in rows[: self.config.eval.chains_in_report]]
+        shown = [
+            {k: v for k, v in row.items() if k in SHOWN} for row in rows[: self.config.eval.chains_in_report]
+        ]
         return Validated(headline(report), shown)
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """What W&B and metrics.jsonl get of an accuracy report, under the same keys in every stage."""
-    found = {
+def headline(report: AccuracyReport) -> dict[str, float]:
+    """Metrics of an accuracy report for W&B and metrics.jsonl, with the same keys in every stage."""
+    metrics = {
         "eval/accuracy": report["accuracy"],
         "eval/macro_accuracy": report["macro_accuracy"],
         "eval/ties": report["ties"],
         "eval/format_failures": sum(report["failures"].values()),
         "eval/order_flip_rate": report["order_flip_rate"],
     }
-    return {k: float(v) for k, v in found.items() if v is not None}
+    return {k: float(v) for k, v in metrics.items() if v is not None}

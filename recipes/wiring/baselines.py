@@ -1,77 +1,60 @@
-"""The baselines without a language model that an evaluation asked for, fitted on training pairs (see `eval.baselines`)."""
+"""Fit the baselines that an evaluation names, on training pairs (see `eval.ask.baselines`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from eval.ask.baselines import Scorer, fit_baseline
+from eval.ask.baselines import Fit, Score, Votes, fit_baseline
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.pairs import Example, PreferencePair
+from pgenrm_train.records.pairs import Example
 
 
-def scorers(config: Config, pairs: Sequence[PreferencePair]) -> dict[str, Scorer]:
-    """Name → scorer, in the order of the table.  A `model=baseline` comes last: it is what the headline reports."""
-    own = [config.model.name] if config.model.kind == "baseline" else []
-    names = [name for name in dict.fromkeys(config.eval.baselines) if name not in own] + own
-    more: dict[str, Any] = {"features": _Features, "oracle": _Oracle, **_bradley_terry(config)}
+def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
+    """Name → fitted baseline, in the order of the table.  A `model=baseline` comes last: the headline."""
+    headline = [config.model.name] if config.model.kind == "baseline" else []
+    names = [name for name in dict.fromkeys(config.eval.baselines) if name not in headline] + headline
+    more: dict[str, Fit] = {
+        "features": _fit_features,
+        "oracle": _fit_oracle,
+        "bradley_terry": lambda train, every, _: _fit_bradley_terry(config, train, every, adapted=False),
+        "bradley_terry_user": lambda train, every, _: _fit_bradley_terry(config, train, every, adapted=True),
+    }
     train = [p for p in pairs if p.trains]
     return {name: fit_baseline(name, train, pairs, seed=config.seed, more=more) for name in names}
 
 
-def _bradley_terry(config: Config) -> dict[str, Any]:
+def _fit_bradley_terry(config: Config, train_pairs: Votes, all_pairs: Votes, *, adapted: bool) -> Score:
     from eval.ask.bradley_terry import BradleyTerry
     from recipes.prototypes import make_embedder
 
-    def make(adapted: bool) -> Callable[..., Any]:
-        return lambda *, seed=0: BradleyTerry(make_embedder(config), adapted)
-
-    return {"bradley_terry": make(False), "bradley_terry_user": make(True)}
+    return BradleyTerry(make_embedder(config), adapted).fit(train_pairs, all_pairs).score
 
 
-class _Fitted:
-    """Adapts a function of the example to the baseline protocol."""
+def _fit_features(train_pairs: Votes, _all: Votes, _seed: int) -> Score:
+    """The features teacher's rule."""
+    from data_builders.teachers.features import FeatureTeacher
 
-    def __init__(self, score: Callable[[Example], tuple[float, ...]]) -> None:
-        self.score = score
-
-
-class _Features:
-    """The features teacher's rule as a scorer."""
-
-    def __init__(self, *, seed: int = 0) -> None:
-        from data_builders.teachers.features import FeatureTeacher
-
-        self.rule = FeatureTeacher()
-
-    def fit(self, train: Sequence[PreferencePair], _all: Sequence[PreferencePair]) -> _Fitted:
-        if not train:
-            raise DataError(
-                "the baseline features learns from votes with split=train, and the data holds none; leave it out"
-            )
-        self.rule.fit(train)
-        return _Fitted(lambda e: self.rule.score(e.user_id, e.history, e.query, e.responses))
+    if not train_pairs:
+        raise DataError(
+            "the baseline features learns from votes with split=train, and the data holds none; leave it out"
+        )
+    rule = FeatureTeacher()
+    rule.fit(train_pairs)
+    return lambda e: rule.score(e.user_id, e.history, e.query, e.responses)
 
 
-class _Oracle:
-    """PersonaWorld's teacher with the stated criteria in sight: the ceiling of the table."""
+def _fit_oracle(_train: Votes, all_pairs: Votes, seed: int) -> Score:
+    """PersonaWorld's teacher, which reads the stated criteria: the ceiling of the table."""
+    from data_builders.teachers.oracle import OracleTeacher
+    from pgenrm_train.chains.chain import Chain, parse_chain
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
+    teacher, explicit = OracleTeacher(seed), {p.pair_id: p.explicit for p in all_pairs}
 
-    def fit(self, _train: Sequence[PreferencePair], asked_pairs: Sequence[PreferencePair]) -> _Fitted:
-        from data_builders.teachers.oracle import OracleTeacher
-        from pgenrm_train.chains.chain import Chain, parse_chain
+    def score(example: Example) -> Sequence[float]:
+        chain = parse_chain(teacher.write(dataclasses.replace(example, explicit=explicit[example.pair_id])))
+        assert isinstance(chain, Chain)
+        return chain.scores
 
-        teacher, explicit = OracleTeacher(self.seed), {p.pair_id: p.explicit for p in asked_pairs}
-
-        def score(example: Example) -> tuple[float, ...]:
-            chain = parse_chain(
-                teacher.write(dataclasses.replace(example, explicit=explicit[example.pair_id]))
-            )
-            assert isinstance(chain, Chain)
-            return chain.scores
-
-        return _Fitted(score)
+    return score

@@ -1,4 +1,4 @@
-"""The models under test that a configuration names, each with what starts it; nothing is loaded before it is asked something."""
+"""The models under test of a configuration; each is loaded on its first question."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from eval.ask.scored import Score, one_by_one
 from eval.studies.evaluation import Candidate, ScoredCandidate
 from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError, PreflightError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter
@@ -24,10 +25,12 @@ Load = Callable[[Path], Generator]
 
 
 def candidates(
-    config: Config, made: Sequence[str], folder: Path, load: Load
+    config: Config, made: Sequence[StageName], folder: Path, load: Load
 ) -> list[Candidate | ScoredCandidate]:
-    """In the order of the table.  `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a
-    local checkpoint."""
+    """Models under test in the order of the table.
+
+    `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a local checkpoint.
+    """
     model = config.model
     if model.kind == "baseline":
         return []
@@ -43,7 +46,7 @@ def candidates(
     return [
         _local(
             config,
-            stage,
+            stage.value,
             run_dir / stage / "checkpoint",
             StageFolder.read(run_dir, stage).manifest.wall_seconds,
             load,
@@ -69,7 +72,7 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
 
 
 def _callable(config: Config) -> ScoredCandidate:
-    """Known by its name and its module's source: an edited file is another model."""
+    """Identified by its name and its module's source: an edited file is another model."""
     name = config.model.name
     function, source = _imported(name)
     return ScoredCandidate(
@@ -91,7 +94,7 @@ def _reward_head(config: Config) -> ScoredCandidate:
 
 
 def once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(start, close): the engine is made when it is first needed, once, and closed if it was."""
+    """(start, close): `start` makes the engine once, on first use; `close` closes it if it was made."""
     start = functools.cache(make)
 
     def close() -> None:
@@ -109,21 +112,20 @@ def _from_hub(name: str) -> Path:
         return Path(
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
         )
-    except (
-        Exception
-    ) as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
+    # The hub client raises a dozen unrelated types: bad name, offline, gated, no such repository.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PreflightError(
-            f"model.name={name} cannot be had from the Hugging Face hub ({reason}); give model.path=FOLDER"
+            f"model.name={name} cannot be downloaded from the Hugging Face hub ({reason}); give model.path=FOLDER"
         ) from None
 
 
 def _imported(name: str) -> tuple[Score, str]:
-    """The function that `module:function` names, and the hash of the file it stands in."""
+    """The function of `module:function`, and the hash of its file."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever somebody else's module raises
+    except Exception as error:  # user code may raise any type
         raise ConfigError(
             f"model.name={name}: the module cannot be imported ({type(error).__name__}: {error})"
         ) from None

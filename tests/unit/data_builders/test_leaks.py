@@ -20,7 +20,7 @@ from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.registry import BUILD_DATA
 from recipes.build_data import build as build_and_describe
-from recipes.evaluate import notes
+from recipes.wiring.evaluation import notes
 
 WORDS = [f"word{i:03d}" for i in range(500)]  # of one length, so that length tells nothing
 

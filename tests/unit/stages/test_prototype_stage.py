@@ -237,7 +237,7 @@ def test_a_report_shows_prototypes_only_where_there_are_some(run, tmp_path):
     stage, _ = run
     assert [s.title for s in prototype_sections(stage.path.parent)] == [
         "User prototypes",
-        "What each prototype stands for",
+        "Prototype cards",
         "New users",
     ]
     assert len(prototype_curves(stage.path.parent)) == 3 and "<svg" in prototype_maps(stage.path.parent)[0][1]
@@ -274,7 +274,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
     from pgenrm_train.records.rows import pair_to_row
-    from recipes.evaluate import find_similar
+    from recipes.wiring.similar_users import find_similar
 
     config, (chains, shown), _ = world
     config.run_dir = str(tmp_path)

@@ -1,10 +1,10 @@
-"""Baselines on small made-up votes, run through the same harness as a model."""
+"""Baselines on small invented votes, run through the same harness as a model."""
 
 from dataclasses import replace
 
 import pytest
 
-from eval.ask.baselines import BASELINES, Random, fit_baseline
+from eval.ask.baselines import BASELINES, fit_baseline
 from eval.ask.scored import score_pairs
 from eval.metrics.accuracy import accuracy_report
 from pgenrm_train.errors import ConfigError
@@ -16,8 +16,8 @@ def vote(pair_id, user, chosen, rejected, query="q", **fields):
 
 
 def accuracy(name, test, train=(), everything=None):
-    scorer = fit_baseline(name, train, everything or [*train, *test])
-    return accuracy_report(score_pairs(scorer.score, test), draws=20)
+    score = fit_baseline(name, train, everything or [*train, *test])
+    return accuracy_report(score_pairs(score, test), draws=20)
 
 
 def test_lengths_by_hand():
@@ -68,11 +68,11 @@ def test_majority_counts_other_users_on_the_same_content_only():
         vote("4", "d", "yes", "no"),
         vote("5", "d", "no", "yes", query="another question"),
     ]
-    rows = score_pairs(fit_baseline("majority", [], everything).score, everything)
+    rows = score_pairs(fit_baseline("majority", [], everything), everything)
     first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
     assert first.loc["1"].tolist() == [2, 1]  # b and d against c; the user's own vote does not count
     assert first.loc["3"].tolist() == [0, 3]
-    assert first.loc["5"].tolist() == [0, 0]  # nobody else saw it: a tie
+    assert first.loc["5"].tolist() == [0, 0]  # no other user saw it: a tie
     report = accuracy_report(rows, draws=20)
     assert (report["accuracy"], report["ties"]) == (pytest.approx(3 / 5), 2)
 
@@ -83,17 +83,17 @@ def test_majority_goes_by_the_sources_own_count_of_the_other_voters():
         vote("2", "b", "yes", "no", others=(2, 2)),
         vote("3", "c", "yes", "no"),
     ]
-    rows = score_pairs(fit_baseline("majority", [], everything).score, everything)
+    rows = score_pairs(fit_baseline("majority", [], everything), everything)
     first = rows[rows["order"] == 0].set_index("pair_id")[["score_chosen", "score_rejected"]]
     assert first.to_numpy().tolist() == [[1, 3], [2, 2], [2, 0]]
 
 
-def test_majority_knows_nothing_of_a_text_that_nobody_voted_on():
+def test_majority_scores_a_text_without_votes_zero():
     counted = replace(vote("1", "a", "yes", "no"), others=(3, 1))
-    scorer = fit_baseline("majority", [], [counted])
+    score = fit_baseline("majority", [], [counted])
     changed = replace(counted, rejected="no, really")
     assert (
-        score_pairs(scorer.score, [counted, changed])[["score_chosen", "score_rejected"]].values.tolist()
+        score_pairs(score, [counted, changed])[["score_chosen", "score_rejected"]].values.tolist()
         == [[3, 1]] * 2 + [[0, 0]] * 2
     )
 
@@ -105,8 +105,8 @@ def test_majority_leaves_out_every_vote_of_the_same_user():
 
 def test_random_depends_on_the_pair_and_seed_only():
     test = [vote(str(i), "u", f"x{i}", f"y{i}") for i in range(400)]
-    forward = score_pairs(Random().score, test)
-    backward = score_pairs(Random().score, test[::-1])
+    forward = score_pairs(fit_baseline("random", [], []), test)
+    backward = score_pairs(fit_baseline("random", [], []), test[::-1])
     key = ["pair_id", "order"]
     assert (
         forward.sort_values(key)
@@ -116,7 +116,7 @@ def test_random_depends_on_the_pair_and_seed_only():
     report = accuracy_report(forward, draws=20)
     assert report["order_flip_rate"] == 0.0
     assert 0.42 < report["accuracy"] < 0.58
-    other = score_pairs(fit_baseline("random", [], [], seed=1).score, test)
+    other = score_pairs(fit_baseline("random", [], [], seed=1), test)
     assert not forward["score_chosen"].equals(other["score_chosen"])
 
 
@@ -125,12 +125,11 @@ def test_an_unknown_name_is_refused():
         fit_baseline("taller", [], [])
 
 
-def test_a_recipe_may_add_scorers():
-    class First(Random):
-        def score(self, example):
-            return tuple(float(-i) for i in range(len(example.responses)))
+def test_a_recipe_may_add_baselines():
+    def fit_first(_train, _all, _seed):
+        return lambda example: [float(-i) for i in range(len(example.responses))]
 
-    scorer = fit_baseline("first", [], [], more={"first": First})
-    report = accuracy_report(score_pairs(scorer.score, [vote("1", "u", "a", "b")]), draws=20)
+    score = fit_baseline("first", [], [], more={"first": fit_first})
+    report = accuracy_report(score_pairs(score, [vote("1", "u", "a", "b")]), draws=20)
     assert (report["accuracy"], report["order_flip_rate"]) == (0.5, 1.0)
     assert "first" not in BASELINES

@@ -9,13 +9,22 @@ import pandas as pd
 import pytest
 
 from eval.ask import harness
-from eval.ask.harness import PredictionStore, Question, Running, ask, own_questions, prediction, readable_text
+from eval.ask.harness import (
+    PredictionStore,
+    Question,
+    RunningAccuracy,
+    ask,
+    own_questions,
+    prediction,
+    readable_text,
+)
 from eval.ask.scored import one_by_one, score_pairs, scored
 from eval.metrics.accuracy import accuracy_report
 from eval.metrics.outcomes import COLUMNS
-from eval.report.sections import reader_notes
+from eval.report.notes import reader_notes
+from eval.report.sections import cohort_rows, gain_rows, stage_row
 from eval.report.summary import narrow
-from eval.studies.evaluation import Candidate, Evaluation, cohort_rows, gain_rows, stage_row
+from eval.studies.evaluation import Candidate, Evaluation
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
@@ -316,7 +325,7 @@ def test_two_equal_questions_are_refused(tmp_path):
 
 
 def test_the_progress_bar_says_the_accuracy_so_far(capsys):
-    running, samples = Running(), []
+    running, samples = RunningAccuracy(), []
     for _ in bar(range(4), "evaluate me", 4, running):
         row = {"set": "own", "failure": None, "score_chosen": 2.0, "score_rejected": 1.0}
         change = (
@@ -342,7 +351,7 @@ def test_shards_are_written_as_they_fill_and_add_up(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "ROWS_PER_SHARD", 4)
     store = PredictionStore(tmp_path, "x")
     for number in range(10):
-        store.add([a_row(number)])
+        store.add(a_row(number))
     assert len(list(tmp_path.glob("part-*.parquet"))) == 2 and len(store.done()) == 8
     store.flush()
     store.flush()
@@ -359,18 +368,18 @@ def test_a_slow_models_answers_are_on_disk_before_a_shard_is_full(tmp_path, monk
     monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
     store = PredictionStore(tmp_path, "x")
     for number, now[0] in enumerate((10.0, 59.0, 60.0, 61.0, 119.0, 120.0)):
-        store.add([a_row(number)])
+        store.add(a_row(number))
     assert [len(pd.read_parquet(p)) for p in sorted(tmp_path.glob("part-*"))] == [3, 3]
 
 
 def test_half_written_shards_are_not_read(tmp_path):
     store = PredictionStore(tmp_path, "x")
-    store.add([a_row(0)])
+    store.add(a_row(0))
     store.flush()
     (tmp_path / ".part-000001.parquet.123.tmp").write_bytes(b"PAR1 half a shard")
     again = PredictionStore(tmp_path, "x")
     assert again.done() == {("k0", 0)}
-    again.add([a_row(1)])
+    again.add(a_row(1))
     again.flush()
     assert again.done() == {("k0", 0), ("k1", 0)}
 
@@ -378,11 +387,11 @@ def test_half_written_shards_are_not_read(tmp_path):
 def test_a_shard_that_a_user_deleted_is_asked_again_and_overwrites_nothing(tmp_path):
     store = PredictionStore(tmp_path, "x")
     for number in range(3):
-        store.add([a_row(number)])
+        store.add(a_row(number))
         store.flush()
     (tmp_path / "part-000000.parquet").unlink()
     again = PredictionStore(tmp_path, "x")
-    again.add([a_row(0)])
+    again.add(a_row(0))
     again.flush()
     assert again.done() == {("k0", 0), ("k1", 0), ("k2", 0)}
 
@@ -548,7 +557,7 @@ def test_runs_that_share_a_cache_ask_once(tmp_path):
 def test_two_writers_of_one_store_lose_nothing(tmp_path):
     stores = [PredictionStore(tmp_path, "x") for _ in range(2)]
     for number in range(6):
-        stores[number % 2].add([a_row(number)])
+        stores[number % 2].add(a_row(number))
         stores[number % 2].flush()
     assert sorted(stores[0].read()["value"]) == list(range(6))
 
@@ -604,11 +613,10 @@ def test_rows_of_the_tables(tmp_path):
 
 
 def test_baselines_answer_the_same_pairs_and_probe():
-    class First:
-        def score(self, example):
-            return tuple(8.0 if text == example.history[0].chosen else 3.0 for text in example.responses)
+    def follows(example):
+        return tuple(8.0 if text == example.history[0].chosen else 3.0 for text in example.responses)
 
-    tested = evaluation(TWINS, TWIN_HISTORIES).baseline("follows", First())
+    tested = evaluation(TWINS, TWIN_HISTORIES).baseline("follows", follows)
     assert tested.report["accuracy"] == 1.0 and tested.probe["swapped"]["accuracy"] == 0.0
 
 
@@ -625,6 +633,7 @@ def test_one_failure_among_many_hides_no_other_chain(tmp_path):
         {"key": str(n), "sample": 0, "text": "chain" if n else None, "failure": None if n else "length"}
         for n in range(3)
     ]
-    store.add(rows)
+    for row in rows:
+        store.add(row)
     store.flush()
     assert [readable_text(row) for _, row in store.read().iterrows()] == [None, "chain", "chain"]

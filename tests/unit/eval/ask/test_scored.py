@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from eval.ask.harness import PredictionStore, own_questions
-from eval.ask.scored import ask_scores, checked, one_by_one, score_pairs
+from eval.ask.scored import ask_scores, one_by_one, score_pairs, validate_scores
 from eval.metrics.accuracy import accuracy_report
 from eval.studies.evaluation import Evaluation, ScoredCandidate
 from pgenrm_train.backends.vllm.reward_head import RewardHead, _batches
@@ -19,8 +19,8 @@ from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row, read_pairs
-from recipes.evaluate import check_split
 from recipes.wiring.candidates import candidates
+from recipes.wiring.evaluation import check_split
 
 PAIRS = [
     PreferencePair(f"p{n}", f"u{n % 3}", (Message("user", f"q{n}"),), "tea" * (1 + n % 2), "coffee", split="test",
@@ -74,7 +74,9 @@ def test_what_is_no_score_is_a_failure_of_its_kind(returned, kind):
 
 
 def test_scores_of_other_libraries_are_numbers():
-    assert checked(np.array([1, 2], dtype=np.float32), 2) == (1.0, 2.0) and checked(iter((1, 2.5, 3)), 3) == (
+    assert validate_scores(np.array([1, 2], dtype=np.float32), 2) == (1.0, 2.0) and validate_scores(
+        iter((1, 2.5, 3)), 3
+    ) == (
         1.0,
         2.5,
         3.0,
@@ -145,7 +147,7 @@ def test_users_who_train_are_not_called_held_out():
     config.eval.protocol = "user_disjoint"
     check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train", user_split="test")])
     with pytest.raises(
-        DataError, match=r"1 of the users who are asked about also train; use data\.split_by=user_disjoint"
+        DataError, match=r"1 of the evaluated users also train; use data\.split_by=user_disjoint"
     ):
         check_split(config, PAIRS, [*PAIRS, replace(PAIRS[0], split="train")])
 

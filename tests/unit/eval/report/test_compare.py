@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from prediction_tables import consistent
 
-from eval.report.compare import compare, headline_predictions, publish_comparison
+from eval.report.compare import Headline, compare, headline_predictions, publish_comparison
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError, DataError
 
@@ -65,10 +65,10 @@ def test_everything_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"data": "prism"}, "cannot be compared: data pairs in the one and prism in the other"),
-        ({"data_sha256": "d2"}, "cannot be compared: data, by content d1 in the one and d2"),
-        ({"protocol": "release"}, "cannot be compared: protocol strict in the one and release"),
-        ({"seeds": [0, 1]}, r"cannot be compared: evaluation seeds \[0\] in the one and \[0, 1\]"),
+        ({"data": "prism"}, "cannot be compared: data pairs in the first and prism in the second"),
+        ({"data_sha256": "d2"}, "cannot be compared: data, by content d1 in the first and d2"),
+        ({"protocol": "release"}, "cannot be compared: protocol strict in the first and release"),
+        ({"seeds": [0, 1]}, r"cannot be compared: evaluation seeds \[0\] in the first and \[0, 1\]"),
     ],
 )
 def test_unlike_runs_are_refused(tmp_path, changed, words):
@@ -89,7 +89,7 @@ def test_a_scorer_without_sampling_meets_a_model_with_several_seeds(tmp_path):
     a = a_run(tmp_path / "a", [1, 0, 1, 1, 0, 1], seeds=[0, 1])
     b = a_run(tmp_path / "b", [1, 0, 0, 1, 0, 1], text=None)
     found = compare((a, b), draws=50, seed=0)
-    assert any("stands for all seeds" in note for note in found["notes"])
+    assert any("all seeds of the other run" in note for note in found["notes"])
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):
@@ -113,9 +113,9 @@ def test_the_headline_of_a_scaled_run_is_its_cell():
     ]
     other = [own.assign(set="one_pair/own", source="ind", study="one_pair", sample=i) for i in (0, 1)]
     table = pd.concat([own, *pool, *other], ignore_index=True)
-    cell = headline_predictions(table, {"model": "m", "ind": 2, "pro": 0})
+    cell = headline_predictions(table, Headline(**FACTS | {"ind": 2}))
     assert set(cell["score_chosen"]) == {4.5} and len(cell) == 4
-    assert len(headline_predictions(table, {"model": "m", "ind": 1, "pro": 0})) == 4
+    assert len(headline_predictions(table, Headline(**FACTS | {"ind": 1}))) == 4
 
 
 def test_the_command_starts_no_model_and_leaves_the_runs_alone(tmp_path):

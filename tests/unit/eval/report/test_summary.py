@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from eval.report.compare import compare
-from eval.report.summary import publish
+from eval.report.summary import Evaluated, publish
 from eval.studies.evaluation import Candidate, Evaluation
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
@@ -72,16 +72,9 @@ def evaluate(folder, judge, pairs, histories, **settings):
     evaluation = Evaluation(config, pairs, histories, {p.user_id for p in pairs} - {"u3", "u5", "u7"})
     candidate = Candidate("judge", "sha", lambda: judge, lambda: chat_messages, lambda: None)
     tested = evaluation.test(candidate, folder / "judge", progress, final=True)
-    results = publish(
-        config,
-        folder,
-        evaluation,
-        [tested],
-        [],
-        [],
-        ["a note"],
-        {p.pair_id: i % 3 for i, p in enumerate(pairs)},
-    )
+    prototypes = {p.pair_id: i % 3 for i, p in enumerate(pairs)}
+    evaluated = Evaluated(config, evaluation, [tested], [], notes=["a note"], prototypes=prototypes)
+    results = publish(evaluated, folder)
     return results, {name: (folder / name).read_text() for name in ("report.html", "report.md", "table.txt")}
 
 
@@ -128,7 +121,7 @@ def test_every_part_of_the_report_is_there(tmp_path):
     )
     assert (
         "the same predictions under each protocol" in files["table.txt"]
-        and "what moves its verdicts" in files["table.txt"]
+        and "robustness probes" in files["table.txt"]
     )
     assert "is not shown to be personal" in " ".join(files["table.txt"].split())  # the judge reads no history
     assert {row["probe"] for row in results["probes"]} == {"asked again", *Config().eval.probe_kinds}
@@ -154,7 +147,7 @@ def test_a_model_that_returns_nothing(tmp_path, answer):
     for text in files.values():
         said = " ".join(text.split())
         assert (
-            "none of its answers could be read" in said
+            "no answer is readable" in said
             and "to be personal" not in said
             and "nothing that matters" not in said
         )

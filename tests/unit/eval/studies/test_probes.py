@@ -73,7 +73,7 @@ def test_balance_and_determinism(drawn, random):
     random.shuffle(shuffled)
     assert disagreement_twins(shuffled) == twins
     if twins:  # a rule that ignores the user is right for one of two, always
-        scores = score_pairs(fit_baseline("longer", [], []).score, flat(twins))
+        scores = score_pairs(fit_baseline("longer", [], []), flat(twins))
         assert accuracy_report(scores, draws=5)["accuracy"] == 0.5
 
 

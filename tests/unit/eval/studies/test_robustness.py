@@ -36,13 +36,13 @@ class ReadsHistory:
     def __init__(self, wanted: set[str]) -> None:
         self.wanted = wanted
 
-    def score(self, example):
+    def __call__(self, example):
         return (1.0, 0.0) if example.history and example.history[0].chosen in self.wanted else (0.0, 1.0)
 
 
 def probed(scorer, kinds, pairs=PAIRS, histories=HISTORIES, draws=50):
-    own = score_pairs(scorer.score, pairs, histories).assign(set="own")
-    tables = [own, scored(probe_questions(kinds, pairs, histories), one_by_one(scorer.score))]
+    own = score_pairs(scorer, pairs, histories).assign(set="own")
+    tables = [own, scored(probe_questions(kinds, pairs, histories), one_by_one(scorer))]
     rows = probe_rows(pd.concat(tables, ignore_index=True), kinds, pairs, draws=draws, seed=0)
     return {row["probe"]: row for row in rows}
 
@@ -94,7 +94,7 @@ def test_a_length_rule_falls_by_padding_and_by_nothing_else():
 
 def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
     """It gains accuracy by what should change nothing, which no drop shows."""
-    from eval.report.sections import reader_notes
+    from eval.report.notes import reader_notes
     from eval.studies.evaluation import Evaluation
 
     config, notes = Config(recipe="evaluate"), {}
@@ -106,7 +106,9 @@ def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
         )
         notes[name] = " ".join(reader_notes(tested))
     assert "no loss of accuracy is proven" in notes["shorter"]
-    assert "turns verdicts there all the same: padded (100.0% of presentations)" in notes["shorter"]
+    assert (
+        "still turns verdicts under irrelevant changes: padded (100.0% of presentations)" in notes["shorter"]
+    )
     assert "loses accuracy" in notes["longer"] and "turns verdicts" not in notes["longer"]
     assert "paraphrased" in notes["random"].split("turns verdicts")[1]
 
@@ -136,7 +138,7 @@ def test_what_cannot_be_changed_is_left_out_and_counted():
 
 
 def test_asked_again_shows_how_often_sampling_alone_flips():
-    own = score_pairs(fit_baseline("longer", [], []).score, PAIRS, HISTORIES).assign(set="own")
+    own = score_pairs(fit_baseline("longer", [], []), PAIRS, HISTORIES).assign(set="own")
     turned = own.assign(seed=1)
     mine = turned["pair_id"].isin(["p0", "p1", "p2"])
     turned.loc[mine, ["score_chosen", "score_rejected"]] = turned.loc[
@@ -149,10 +151,10 @@ def test_asked_again_shows_how_often_sampling_alone_flips():
 
 def test_a_rule_that_cannot_read_a_changed_text_fails_and_is_counted():
     class KnowsItsTextsOnly(ReadsHistory):
-        def score(self, example):
+        def __call__(self, example):
             if not set(example.responses) <= {"I do not know.", "I really do not know that."}:
                 raise ValueError("unknown text")
-            return super().score(example)
+            return super().__call__(example)
 
     rows = probed(KnowsItsTextsOnly({"a0"}), ["padded", "empty_history"])
     assert (rows["padded"]["failures"], rows["padded"]["probed accuracy"]) == (24, 0.0)
@@ -160,7 +162,7 @@ def test_a_rule_that_cannot_read_a_changed_text_fails_and_is_counted():
 
 
 def test_a_probe_that_fails_is_counted_and_is_no_flip():
-    own = score_pairs(fit_baseline("longer", [], []).score, PAIRS, HISTORIES).assign(set="own")
+    own = score_pairs(fit_baseline("longer", [], []), PAIRS, HISTORIES).assign(set="own")
     lost = own.assign(set="probe/padded", failure="length", score_chosen=None, score_rejected=None)
     (row,) = probe_rows(pd.concat([own, lost]), ["padded"], PAIRS, draws=50, seed=0)
     assert (row["failures"], row["flip rate"], row["probed accuracy"]) == (24, None, 0.0)

@@ -1,0 +1,157 @@
+"""Evaluate candidates and baselines on a run's votes: questions, test-time scaling, notes, results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from eval.report.summary import Evaluated, publish
+from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate
+from eval.studies.scaling_study import FindSimilar, Study
+from eval.studies.validation import headline
+from pgenrm_train.config import Config, seeds_of_grid, sizes
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.errors import ArtifactError, DataError
+from pgenrm_train.prompts.writer import asked, histories, load_pairs
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.progress import progress
+from pgenrm_train.run.tracking import Tracker
+from recipes.wiring.baselines import scorers
+from recipes.wiring.costs import tell_evaluation
+from recipes.wiring.llm import model_endpoint, shown_histories
+from recipes.wiring.similar_users import find_similar, nearest_prototypes
+
+
+def evaluate(
+    config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
+) -> Mapping[str, object]:
+    """Test every candidate and baseline on the same pairs and publish the results."""
+    scaling_notes: list[str] = []
+    if any(isinstance(candidate, Candidate) for candidate in everyone):
+        config, scaling_notes = without_prototypes(config)
+    pairs = load_pairs(Path(config.run_dir))
+    split = asked(pairs, config.eval.split, config.data.max_test_pairs)
+    if not split:
+        raise DataError(
+            f"no pair has split={config.eval.split}, so there is nothing to evaluate; the column split must name "
+            "train, val or test"
+        )
+    check_split(config, split, pairs)
+    sampler = histories(config, pairs)
+    evaluation = Evaluation(
+        config, split, shown_histories(config, sampler, split), {p.user_id for p in pairs if p.trains}
+    )
+    tested, cost = [], {}
+    grids: list[Grid] = []
+    fitted = scorers(config, pairs)
+    # Prototypes of another model raise here, before any question.
+    find = find_similar(config, pairs) if needs_similar_users(config) else None
+    baselines = [
+        evaluation.baseline(name, score, final=not everyone and name == list(fitted)[-1])
+        for name, score in fitted.items()
+    ]
+    if config.model.kind == "endpoint":
+        folder.manifest.facts["estimate"] = tell_evaluation(config, evaluation, model_endpoint(config))
+    for candidate in everyone:
+        answers, last = folder.path / candidate.name, candidate is everyone[-1]
+        tested.append(evaluation.test(candidate, answers, progress, final=last))
+        if last and isinstance(candidate, Candidate):  # pure scores do not vary by sample
+            grids = scale(config, evaluation, candidate, answers, pairs, find)
+            cost[candidate.name] = dict(candidate.cost())
+        candidate.close()
+    for step, result in enumerate(tested):
+        tracker.log(step, headline(result.report))
+    nearest = nearest_prototypes(config, tested[-1]) if tested else None
+    run_notes = [*scaling_notes, *notes(config, [candidate.name for candidate in everyone])]
+    evaluated = Evaluated(config, evaluation, tested, baselines, grids, run_notes, nearest, cost)
+    results = publish(evaluated, folder.path)
+    for name, facts in cost.items():
+        if facts:
+            print(f"{name} cost: {facts}", flush=True)
+    return {key: results[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
+
+
+def without_prototypes(config: Config) -> tuple[Config, list[str]]:
+    """For a run without prototypes: the configuration with grids without similar users, and a note on it.
+
+    Raises ArtifactError, before any question, if the headline needs similar users.
+    """
+    pro, one_pair = sizes(config.eval.pro), config.eval.one_pair_pro if config.eval.one_pair_ind else []
+    folder = StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES)
+    if not max(*pro, *one_pair, 0, 0) or folder.complete:
+        return config, []
+    if max(pro) and not isinstance(config.eval.pro, list):
+        raise ArtifactError(
+            f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds none; "
+            "run recipe=prototypes there first, or use eval.pro=0"
+        )
+    note = (
+        "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
+    )
+    return replace(config, eval=replace(config.eval, pro=[0], one_pair_pro=[])), [note]
+
+
+def check_split(config: Config, evaluated: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
+    """Raise DataError if `user_disjoint` would name accuracy on users with training votes."""
+    if config.eval.protocol == "user_disjoint" and (
+        known := {p.user_id for p in evaluated} & {p.user_id for p in pairs if p.trains}
+    ):
+        raise DataError(
+            f"eval.protocol=user_disjoint: {len(known)} of the evaluated users also train; "
+            "use data.split_by=user_disjoint, or eval.protocol=strict, which counts in the same way"
+        )
+
+
+def needs_similar_users(config: Config) -> bool:
+    """Whether any cell uses similar users' histories, and the model under test writes chains."""
+    most = max(sizes(config.eval.pro)) or (config.eval.one_pair_ind and max(config.eval.one_pair_pro or [0]))
+    return bool(most) and config.model.kind in ("nano", "hf", "endpoint")
+
+
+def scale(
+    config: Config,
+    evaluation: Evaluation,
+    candidate: Candidate,
+    folder: Path,
+    pairs: Sequence[PreferencePair],
+    find: FindSimilar | None,
+) -> list[Grid]:
+    """Test-time user-based scaling of one model, for the grids with more than one sample."""
+    settings, sampler = config.eval, histories(config, pairs)
+    ind, pro = sizes(settings.ind), sizes(settings.pro)
+    weights = (settings.weights[0], settings.weights[1])
+    studies = []
+    if max(ind) > 1 or max(pro) > 0:
+        scaling = Study("scaling", ind, pro, weights, seeds_of_grid(settings))
+        studies.append((scaling, config.data.history_size))
+    if settings.one_pair_ind:
+        one_pair = tuple(settings.one_pair_ind), tuple(settings.one_pair_pro or [0])
+        studies.append((Study("one_pair", *one_pair, weights, settings.grid_seeds), 1))
+    return [
+        evaluation.study(
+            study,
+            candidate,
+            shown_histories(config, sampler, evaluation.pairs, size),
+            folder,
+            progress,
+            find if study.n else None,
+        )
+        for study, size in studies
+    ]
+
+
+def notes(config: Config, tested: Sequence[str]) -> list[str]:
+    """Notes on the run that a reader of the figures needs."""
+    run_notes = []
+    if config.judge.kind == "none" and StageName.CRE in tested:
+        run_notes.append("judge=none: no process reward in CRE; outcome and format only.")
+    if config.data.name != "personaworld" and config.model.kind == "nano" and StageName.PSI in tested:
+        run_notes.append(
+            "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real "
+            "text. This run tests the machinery on real data, not the accuracy of an 8B model."
+        )
+    facts = StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA).manifest.facts
+    lost = [f"{n} {what} were left out" for what, n in facts.get("left_out", {}).items() if n]
+    return [*run_notes, *(f"Data: {finding}." for finding in (*lost, *facts.get("findings", [])))]
