@@ -19,7 +19,7 @@ from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import BASELINES, PROMPTS, LoraConfig, ModelConfig, NanoConfig
 from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
 from pgenrm_train.config.prototypes import PrototypesConfig
-from pgenrm_train.config.psi import PsiConfig
+from pgenrm_train.config.psi import PsiConfig, SecConfig
 from pgenrm_train.config.schema import (
     BUDGETS,
     Config,
@@ -30,7 +30,6 @@ from pgenrm_train.config.schema import (
     seed_of,
     to_dict,
 )
-from pgenrm_train.config.sec import SecConfig
 from pgenrm_train.config.setting import not_one_of
 from pgenrm_train.config.stage_names import STAGES, StageName
 from pgenrm_train.errors import ConfigError

@@ -1,7 +1,5 @@
 """Settings of the machines: cluster, preflight and the planner's assumptions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.config.setting import REQUIRED, setting
@@ -28,9 +26,7 @@ PREFLIGHT = (
 
 @dataclass
 class ClusterConfig:
-    """The machines of a run."""
-
-    name: str = setting("cpu", "the group's name")
+    name: str = setting("cpu", "name of the group in configs/cluster/")
     device: str = setting("cpu", "device of training and generation", choices=("cpu", "cuda"))
     nodes: int = setting(1, "machines", gt=0)
     processes_per_node: int = setting(1, "ranks of FSDP and DeepSpeed; on cuda: GPUs", gt=0)
@@ -43,22 +39,18 @@ class ClusterConfig:
     engines: int | None = setting(
         None, "vLLM replicas that evaluate; null: as many as the processes hold", gt=0
     )
-    gpu_memory_utilization: float = setting(0.6, "of vLLM while it shares a GPU with the actor")
+    gpu_memory_utilization: float = setting(0.6, "vLLM's share of a GPU that it shares with the actor")
     min_free_memory_gib: float = setting(6.0, "preflight: host memory that must be free")
     min_free_disk_gib: float = setting(3.0, "preflight: disk space that must be free")
 
 
 @dataclass
 class RayConfig:
-    """An existing Ray cluster."""
-
     address: str | None = setting(None, "its address; null: start Ray on this machine")
 
 
 @dataclass
 class PreflightConfig:
-    """Checks of the machine before a stage starts."""
-
     only: bool = setting(False, "check, print a table, start nothing")
     skip: list[str] = setting([], "checks to leave out (docs/troubleshooting.md)", choices=PREFLIGHT)
     ring: bool | None = setting(
@@ -68,8 +60,6 @@ class PreflightConfig:
 
 @dataclass
 class CardConfig:
-    """One accelerator: memory and peaks of its data sheet; replace the assumed price with yours."""
-
     memory_gib: float = setting(REQUIRED, "memory")
     tflops: float = setting(REQUIRED, "dense bf16 peak")
     terabytes_per_second: float = setting(REQUIRED, "memory bandwidth")
@@ -87,15 +77,15 @@ CARDS = {
 
 @dataclass
 class PlanConfig:
-    """recipe=plan: memory, hours and cost of a run; the assumptions are printed with each plan."""
-
     stage: str = setting("all", "stage to plan", choices=(*STAGES[1:], "all"))
     emit: str | None = setting(
         None, "print a launch file for the stage instead of the table", choices=("slurm", "rayjob")
     )
     json: bool = setting(False, "print plan.json instead of the table")
     card: str = setting("h100", "a key of plan.cards; cluster=cpu takes cpu")
-    cards: dict[str, CardConfig] = setting(CARDS, "accelerators: memory, peaks and price per hour")
+    cards: dict[str, CardConfig] = setting(
+        CARDS, "accelerators with the peaks of their data sheets; replace the assumed prices with yours"
+    )
     mfu: float = setting(0.35, "model FLOPs of training and prefill over the card's peak", gt=0, le=1)
     bandwidth_use: float = setting(0.5, "used share of the memory bandwidth during generation", gt=0, le=1)
     tokens_per_second: float | None = setting(

@@ -1,7 +1,5 @@
 """Settings of the data: source, history, splits and what a prompt hides."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.config.setting import setting
@@ -12,9 +10,7 @@ HISTORY_POLICIES = ("random", "recent", "most_similar", "same_scenario")
 
 @dataclass
 class DataConfig:
-    """The source of votes, and how it becomes records."""
-
-    name: str = setting("personaworld", "builder in data_builders/")
+    name: str = setting("personaworld", "source in data_builders/sources/")
     path: str | None = setting(None, "file or folder of the raw source")
     history_size: int = setting(3, "votes in a history; h, the paper's best (METHOD §1)", gt=0)
     history_policy: str = setting(
@@ -28,11 +24,13 @@ class DataConfig:
     max_val_pairs: int | None = setting(None, "most validation pairs that prototypes are tried on; null: all")
     max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all")
     on_bad_row: str = setting(
-        "fail", "a row that cannot be read; skip counts and lists it", choices=("fail", "skip")
+        "fail",
+        "what happens to a row that cannot be read; skip counts and lists it",
+        choices=("fail", "skip"),
     )
     on_overlap: str = setting(
         "fail",
-        "votes that a user casts again in a later split of the source; drop counts them",
+        "what happens to a vote that its user casts again in a later split; drop counts it",
         choices=("drop", "fail"),
     )
     split_by: str = setting(
@@ -55,13 +53,14 @@ class DataConfig:
 
 @dataclass
 class MaskingConfig:
-    """Criteria and history that a prompt shows."""
-
     policy: str | None = setting(
         None,
         "one policy for all stages; null: psi.masking, cre.masking, curriculum.masking and eval.masking",
         choices=MASKINGS,
     )
     show_probability: float = setting(
-        0.5, "of the criteria under mixed, of the whole history under history_dropout", ge=0, le=1
+        0.5,
+        "probability of showing the criteria under mixed, or the whole history under history_dropout",
+        ge=0,
+        le=1,
     )

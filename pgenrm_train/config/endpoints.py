@@ -1,7 +1,5 @@
 """Settings of teacher and judge: a rule, a model behind an OpenAI-compatible API, or none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.config.setting import setting
@@ -12,8 +10,6 @@ ANSWER_KEYS = ("kind", "name", "max_tokens", "temperature", "structured", "instr
 
 @dataclass
 class EndpointConfig:
-    """The source of chains (teacher) or of their ratings (judge)."""
-
     kind: str = setting(
         "none", "oracle and features are rules; endpoint is an API; vllm is served by the run"
     )
@@ -50,10 +46,8 @@ class EndpointConfig:
 
 @dataclass
 class TeacherConfig(EndpointConfig):
-    """The writer of chains, and of criteria that users did not state."""
-
     kind: str = setting(
-        "none",
+        "oracle",
         "oracle knows PersonaWorld's users; features is a rule on texts; endpoint is an API; vllm is served by the run",
         choices=("oracle", "features", "endpoint", "vllm"),
     )
@@ -61,8 +55,6 @@ class TeacherConfig(EndpointConfig):
 
 @dataclass
 class JudgeConfig(EndpointConfig):
-    """The rater of chains for the process reward."""
-
     kind: str = setting(
         "none",
         "none: no process reward; oracle knows PersonaWorld's users; endpoint is an API; vllm is served by the run",

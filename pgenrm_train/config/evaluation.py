@@ -1,7 +1,5 @@
 """Settings of evaluate and score."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +13,6 @@ PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "inj
 
 @dataclass
 class EvalConfig:
-    """The protocol of an evaluation, its samples and its studies."""
-
     protocol: str = setting(
         "strict",
         "the headline accuracy; docs/evaluation.md defines each",
@@ -26,20 +22,22 @@ class EvalConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seeds: int = setting(5, "evaluation seeds; the standard error is over them", gt=0)
     ind: Any = setting(
-        1, "own samples per pair and order (Ind-m): a number, or a list for a grid next to Ind-1"
+        1, "own samples per pair and order (Ind-m): a number from 0, or a list for a grid next to Ind-1"
     )
-    pro: Any = setting(0, "chains from histories of similar users (Pro-n): a number or a list")
-    weights: list[float] = setting([1.0, 1.0], "of the mean of own samples and of similar users' mean")
+    pro: Any = setting(0, "chains from histories of similar users (Pro-n): a number from 0, or a list")
+    weights: list[float] = setting(
+        [1.0, 1.0], "weights of the means over own samples and over similar users' chains"
+    )
     scores: str = setting(
         "declared",
-        "of a chain; verified recomputes them from its own criteria, or the chain fails",
+        "which scores of a chain count; verified recomputes them from its criteria, or the chain fails",
         choices=("declared", "verified"),
     )
     adaptive: float | None = setting(
         None, "error level at which sampling of a pair stops before eval.ind; null: draw all", gt=0, lt=1
     )
     one_pair_ind: list[int] = setting([], "a second grid, for users of whom one history pair is known")
-    one_pair_pro: list[int] = setting([], "similar users of that grid")
+    one_pair_pro: list[int] = setting([], "similar users' chains of that grid")
     grid_pairs: int | None = setting(None, "pairs of the grids; null: all")
     grid_seeds: int = setting(
         1, "pools of the grids; each samples everything again, and the standard error is over them", gt=0
@@ -64,8 +62,6 @@ class EvalConfig:
 
 @dataclass
 class ScoreConfig:
-    """One user, one query, several responses."""
-
     input: str | None = setting(None, "JSON file with user, history, query and responses")
     ind: int = setting(
         1, "chains from the user's own history; one is the likeliest, several are sampled", gt=0

@@ -1,7 +1,5 @@
 """Settings of cre and curriculum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.config.data import MASKINGS
@@ -18,7 +16,7 @@ class GrpoConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
     rows: int = setting(8192, "training pairs to draw from")
-    steps: int = setting(200, "optimiser steps over prompts_per_step prompts", gt=0)
+    steps: int = setting(200, "steps of the stage", gt=0)
     prompts_per_step: int = setting(128, "prompts per step", gt=0)
     group_size: int = setting(8, "samples per prompt, which GRPO compares", ge=2)
     mini_batch_prompts: int = setting(128, "prompts per update; divides prompts_per_step", gt=0)
@@ -43,7 +41,10 @@ class GrpoConfig:
     )
     resample: int = setting(0, "times that a group with equal rewards is sampled again", ge=0)
     max_null_share: float = setting(
-        0.5, "of a step's judged chains without a verdict; more end the run, resumably", ge=0, le=1
+        0.5,
+        "largest share of a step's judged chains without a verdict; above it the run ends, resumably",
+        ge=0,
+        le=1,
     )
     save_every: int = setting(50, "steps between checkpoints; 0: only the last step")
     validate_every: int = setting(
@@ -58,8 +59,6 @@ class GrpoConfig:
 
 @dataclass
 class CurriculumConfig(GrpoConfig):
-    """Hard-negative-aware GRPO (METHOD §5): outcome and format only, the share of hard negatives grows."""
-
     process_weight: float = setting(0.0, "weight of the judge's process reward; none in the paper")
     schedule: str = setting(
         "linear",
@@ -70,12 +69,13 @@ class CurriculumConfig(GrpoConfig):
     hard_share_end: float = setting(0.8, "share of hard pairs in the last step", ge=0, le=1)
     hard_by: str = setting(
         "hardness",
-        "which pairs are hard; history: with a short one, scenario: of a rare one",
+        "what makes a pair hard: measured hardness, a short history, or a rare scenario",
         choices=("hardness", "history", "scenario"),
     )
     mine: bool = setting(True, "false: hardness from texts, ratings and other users' votes, without a model")
     similarity: str = setting(
-        "trigrams", "of the two responses: character trigrams, or an embedder as in prototypes.embedder"
+        "trigrams",
+        "what compares the two responses: trigrams of characters, or an embedder as in prototypes.embedder",
     )
     mining_samples: int = setting(4, "chains per pair from the CRE model, half of them in each order")
     hard_low: float = setting(

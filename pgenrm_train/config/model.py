@@ -1,7 +1,5 @@
 """Settings of the model: weights, prompt limits, adapters and the from-scratch nano."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.config.setting import setting
@@ -22,8 +20,6 @@ PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
 
 @dataclass
 class NanoConfig:
-    """The CPU default: a Qwen2 of well under a million parameters with its own tokenizer."""
-
     layers: int = setting(3, "transformer layers", gt=0)
     hidden: int = setting(96, "width", gt=0)
     heads: int = setting(3, "attention heads; head_dim 32 is the least that vLLM on CPU takes")
@@ -34,8 +30,6 @@ class NanoConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters."""
-
     rank: int = setting(0, "0: full-parameter training")
     alpha: int = setting(32, "scale of the adapters")
     dropout: float = setting(0.0, "dropout before the adapters")
@@ -47,8 +41,6 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The model to train or evaluate."""
-
     kind: str = setting(
         "nano",
         "where chains or scores come from",
@@ -78,5 +70,7 @@ class ModelConfig:
         "flash_attention_2 where flash-attn is installed: packing without padding on veRL",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
-    lora: LoraConfig = setting(LoraConfig())
-    nano: NanoConfig = setting(NanoConfig())
+    lora: LoraConfig = setting(LoraConfig(), "low-rank adapters")
+    nano: NanoConfig = setting(
+        NanoConfig(), "the CPU default: a Qwen2 of well under a million parameters with its own tokenizer"
+    )

@@ -1,7 +1,5 @@
 """Settings of prototypes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +8,14 @@ from pgenrm_train.config.setting import setting
 
 @dataclass
 class PrototypesConfig:
-    """User prototypes (METHOD §6; equations in prototypes/refinement.py)."""
-
     k: Any = setting(
-        50, "number of prototypes, or auto: as many singular values as hold retained_mass of their sum"
+        50, "number of prototypes from 1, or auto: as many as singular values that hold retained_mass"
     )
     retained_mass: float = setting(
-        0.8, "that share; 8 to 12 prototypes hold it in PersonaWorld, which has 12 cells", gt=0, le=1
+        0.8,
+        "share of the singular values' sum for k=auto; 8 to 12 prototypes hold 0.8 in PersonaWorld, which has 12 cells",
+        gt=0,
+        le=1,
     )
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "a sentence-transformers path or hub id, or minilm")
     analyses_per_user: int = setting(2, "pairs per training user that are analysed", gt=0)

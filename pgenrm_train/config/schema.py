@@ -3,8 +3,6 @@
 YAML files under `configs/` hold sparse overrides of these dataclasses.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +14,7 @@ from pgenrm_train.config.evaluation import EvalConfig, ScoreConfig
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import ModelConfig
 from pgenrm_train.config.prototypes import PrototypesConfig
-from pgenrm_train.config.psi import PsiConfig
-from pgenrm_train.config.sec import SecConfig
+from pgenrm_train.config.psi import PsiConfig, SecConfig
 from pgenrm_train.config.setting import setting
 from pgenrm_train.config.stage_names import StageName
 
@@ -26,8 +23,6 @@ BUDGETS = ("smoke", "demo", "full")
 
 @dataclass
 class PipelineConfig:
-    """The size of a run."""
-
     budget: str = setting(
         "demo",
         "smoke: minutes, from a shipped checkpoint; demo: the README's run; full: everything",
@@ -37,8 +32,6 @@ class PipelineConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases; offline keeps its files on disk."""
-
     kind: str = setting(
         "offline", "where metrics go, next to metrics.jsonl", choices=("offline", "wandb", "none")
     )
@@ -49,8 +42,6 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """Keys of all recipes."""
-
     recipe: str = setting("???", "what to run; must be given")
     run_dir: str = setting(
         "runs/${data.name}-${model.label}-${pipeline.budget}", "a folder, or any fsspec URL (s3://…, gs://…)"
@@ -59,24 +50,32 @@ class Config:
     store: str | None = setting(None, "the URL; follows from run_dir, which then is the mirror's folder")
     seed: int = setting(0, "seed of data, training and evaluation")
     resume: bool = setting(True, "false sets an existing run folder aside and starts again")
-    pipeline: PipelineConfig = setting(PipelineConfig())
-    data: DataConfig = setting(DataConfig())
-    model: ModelConfig = setting(ModelConfig())
-    cluster: ClusterConfig = setting(ClusterConfig())
-    teacher: TeacherConfig = setting(TeacherConfig())
-    judge: JudgeConfig = setting(JudgeConfig())
-    masking: MaskingConfig = setting(MaskingConfig())
-    tracking: TrackingConfig = setting(TrackingConfig())
-    sec: SecConfig = setting(SecConfig())
-    psi: PsiConfig = setting(PsiConfig())
-    cre: GrpoConfig = setting(GrpoConfig())
-    curriculum: CurriculumConfig = setting(CurriculumConfig())
-    prototypes: PrototypesConfig = setting(PrototypesConfig())
-    eval: EvalConfig = setting(EvalConfig())
-    score: ScoreConfig = setting(ScoreConfig())
-    preflight: PreflightConfig = setting(PreflightConfig())
-    plan: PlanConfig = setting(PlanConfig())
-    ray: RayConfig = setting(RayConfig())
+    pipeline: PipelineConfig = setting(PipelineConfig(), "the size of a run")
+    data: DataConfig = setting(DataConfig(), "the source of votes, and how it becomes records")
+    model: ModelConfig = setting(ModelConfig(), "the model to train or evaluate")
+    cluster: ClusterConfig = setting(ClusterConfig(), "the machines of a run")
+    teacher: TeacherConfig = setting(
+        TeacherConfig(), "the writer of chains, and of criteria that users did not state"
+    )
+    judge: JudgeConfig = setting(JudgeConfig(), "the rater of chains for the process reward")
+    masking: MaskingConfig = setting(MaskingConfig(), "criteria and history that a prompt shows")
+    tracking: TrackingConfig = setting(TrackingConfig(), "Weights & Biases; offline keeps its files on disk")
+    sec: SecConfig = setting(SecConfig(), "chains by a teacher, filtered by rejection sampling (METHOD §3)")
+    psi: PsiConfig = setting(PsiConfig(), "SFT on the kept chains; 8B defaults follow RM-R1's SFT")
+    cre: GrpoConfig = setting(GrpoConfig(), "GRPO on veRL (METHOD §4); 8B defaults follow RM-R1 on verl")
+    curriculum: CurriculumConfig = setting(
+        CurriculumConfig(), "GRPO on more and more hard negatives, by outcome and format only (METHOD §5)"
+    )
+    prototypes: PrototypesConfig = setting(
+        PrototypesConfig(), "user prototypes (METHOD §6; equations in prototypes/refinement.py)"
+    )
+    eval: EvalConfig = setting(EvalConfig(), "the protocol of an evaluation, its samples and its studies")
+    score: ScoreConfig = setting(ScoreConfig(), "one user, one query, several responses")
+    preflight: PreflightConfig = setting(PreflightConfig(), "checks of the machine before a stage starts")
+    plan: PlanConfig = setting(
+        PlanConfig(), "memory, hours and cost of a run; each plan prints these assumptions"
+    )
+    ray: RayConfig = setting(RayConfig(), "an existing Ray cluster")
 
 
 def gpus_per_node(config: Config, *stages: str) -> int:

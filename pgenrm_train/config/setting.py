@@ -4,73 +4,57 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 REQUIRED: Any = dataclasses.MISSING  # a default for fields that must be given
+BOUNDS = {
+    "gt": ("above", operator.gt),
+    "ge": ("at least", operator.ge),
+    "lt": ("below", operator.lt),
+    "le": ("at most", operator.le),
+}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Bounds or choices of a value; a list follows its rule item by item."""
+def setting(default: T, document: str = "", choices: Iterable[str | int] = (), **bounds: float) -> T:
+    """A dataclass field with document and constraint: `choices`, or `bounds` named as in `BOUNDS`.
 
-    document: str
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-    choices: tuple[str | int, ...] = ()
-
-    def allows(self, value: Any) -> bool:
-        """Whether `value` is one of the choices and within the bounds."""
-        return (
-            (not self.choices or value in self.choices)
-            and (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
-
-    def bounds(self) -> str:
-        """The valid range in words, e.g. "above 0 and at most 1"."""
-        if self.ge is not None and self.le is not None:
-            return f"within {self.ge:g} and {self.le:g}"
-        words = {"above": self.gt, "at least": self.ge, "below": self.lt, "at most": self.le}
-        return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
-
-
-def setting(default: T, document: str = "", **rule: Any) -> T:
-    """A dataclass field with its document and the constraints of `Rule`; a mutable default is copied."""
+    A list follows its constraint item by item; a mutable default is copied.
+    """
     mutable = isinstance(default, list | dict) or dataclasses.is_dataclass(default)
     value: Any = {"default_factory": lambda: copy.deepcopy(default)} if mutable else {"default": default}
-    return cast(T, dataclasses.field(metadata={"rule": Rule(document, **rule)}, **value))
+    metadata = {"document": document, "choices": tuple(choices), "bounds": bounds}
+    return cast(T, dataclasses.field(metadata=metadata, **value))
 
 
 def nullable(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field's type allows null."""
-    return "None" in str(field.type)
+    """Whether the field may be null."""
+    return str(field.type).endswith("None")
+
+
+def valid_values(field: dataclasses.Field[Any]) -> str:
+    """The constraint in words, e.g. "above 0 and at most 1"; empty without one."""
+    bounds = [f"{BOUNDS[name][0]} {limit:g}" for name, limit in field.metadata["bounds"].items()]
+    words = " and ".join(bounds) or ", ".join(map(str, field.metadata["choices"]))
+    return f"{words}, or null" if words and nullable(field) else words
 
 
 def violations(section: Any, prefix: str = "") -> Iterator[str]:
-    """One sentence per value of a section, or of its own sections, that breaks the rule of its field."""
+    """One sentence per value of a section, or of the sections in it, that breaks its constraint."""
     for field in dataclasses.fields(section):
         key, value = prefix + field.name, getattr(section, field.name)
-        rule: Rule = field.metadata["rule"]
+        choices, bounds = field.metadata["choices"], field.metadata["bounds"]
         if dataclasses.is_dataclass(value):
             yield from violations(value, f"{key}.")
-            continue
         for item in value if isinstance(value, list) else [value]:
-            if item is None or rule.allows(item):
-                continue
-            if rule.choices:
-                yield not_one_of(key, item, (*rule.choices, *["null"] * nullable(field)))
-            else:
-                null = ", or null" if nullable(field) else ""
-                yield f"{key}={item} must be {rule.bounds()}{null}: {rule.document}"
+            if item is not None and choices and item not in choices:
+                yield f"{key}={item} is not one of {valid_values(field)}"
+            if item is not None and not all(BOUNDS[name][1](item, limit) for name, limit in bounds.items()):
+                yield f"{key}={item} must be {valid_values(field)}: {field.metadata['document']}"
 
 
-def not_one_of(key: str, value: object, valid: Iterable[object]) -> str:
+def not_one_of(key: str, value: object, valid: Iterable[str]) -> str:
     """The sentence for a value that is none of the valid ones."""
-    return f"{key}={value} is not one of {', '.join(map(str, valid))}"
+    return f"{key}={value} is not one of {', '.join(valid)}"

@@ -1,0 +1,36 @@
+"""docs/configuration.md is the reference that the schema generates, and every setting has a document."""
+
+import dataclasses
+
+import pytest
+
+from pgenrm_train.config import ROOT, Config
+from pgenrm_train.config.reference import reference
+
+
+def fields(section, prefix=""):
+    for field in dataclasses.fields(section):
+        yield prefix + field.name, field
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{prefix}{field.name}.")
+
+
+def test_the_page_is_not_stale():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == reference(), "run python -m pgenrm_train.config.reference > docs/configuration.md"
+
+
+@pytest.mark.parametrize(
+    "key,field", list(fields(Config())), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_setting_has_one_line_of_document(key, field):
+    document = field.metadata["document"]
+    assert document and "\n" not in document and "|" not in document, key
+
+
+def test_a_row_has_key_default_constraint_and_meaning():
+    page = reference()
+    assert "| `cre.group_size` | `8` | int at least 2 | samples per prompt, which GRPO compares |" in page
+    assert "| `psi.max_steps` | `null` | int above 0, or null |" in page
+    assert "| `plan.emit` | `null` | slurm, rayjob, or null |" in page
