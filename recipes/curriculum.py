@@ -1,4 +1,4 @@
-"""curriculum: GRPO on veRL from the CRE checkpoint; outcome and format only, with a growing share of hard negatives."""
+"""curriculum: GRPO on veRL from CRE; outcome and format only, with a growing share of hard negatives."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from proof_report import publish
 from training_seeds import ROOT, Cells, arguments
 
 from pgenrm_train.config import Config, load, to_dict
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import PGenRMError
 from pgenrm_train.files import link, read_json
 from pgenrm_train.run.folder import StageFolder, environment_facts, weights_digest
@@ -147,15 +148,15 @@ class Proof(Cells):
 
     def train(self, methods: Sequence[str], seed: int) -> None:
         """Train the cells of a seed that are not, and the CRE that they start from, in one session."""
-        from pgenrm_train.backends.grpo import engine as verl_grpo
+        from pgenrm_train.backends.grpo.supervisor import launch
 
         phases = [self.phase(method, seed) for method in METHODS[1:] if method in methods or method == "cre"]
         self.share_mining(seed)
-        if any(not (phase.work_dir / verl_grpo.TRAINED).exists() for phase in phases):
+        if any(phase.seconds() is None for phase in phases):
             print(
                 f"one session for seed {seed}:", " ".join(str(phase.work_dir) for phase in phases), flush=True
             )
-            verl_grpo.launch(self.config("cre"), phases)
+            launch(self.config("cre"), phases)
 
     def phase(self, method: str, seed: int) -> Any:
         """The cell for the engine, with its rows on disk; PSI's tokenizer is that of every checkpoint."""
@@ -167,7 +168,7 @@ class Proof(Cells):
         folder.mkdir(parents=True, exist_ok=True)
         link(data, folder / data.name)
         config = self.config(method, f"run_dir={folder}", *self.own(method, seed))
-        made = grpo.phase(config, self.section(method), self.psi, config.judge)
+        made = grpo.phase(config, StageName(self.section(method)), self.psi, config.judge)
         return dataclasses.replace(
             made, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method)))
         )

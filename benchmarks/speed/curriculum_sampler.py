@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pgenrm_train.curriculum.sampler import CurriculumSampler
+from pgenrm_train.curriculum.sampler import CurriculumSampler, PairFacts, Schedule
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -36,8 +36,14 @@ def ours(
     naive_rate: float,
 ) -> None:
     def build() -> CurriculumSampler:
-        shape = {"prompts_per_step": args.batch, "steps": args.steps, "seed": 0, "schedule": "self_paced"}
-        return CurriculumSampler(args.pairs, hard=hard, suspect=suspect, users=users, **shape)
+        return CurriculumSampler(
+            args.pairs,
+            prompts_per_step=args.batch,
+            steps=args.steps,
+            seed=0,
+            schedule=Schedule("self_paced"),
+            facts=PairFacts(hard, suspect, users),
+        )
 
     tracemalloc.start()
     seconds, sampler = timed(build)

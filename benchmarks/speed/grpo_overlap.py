@@ -31,14 +31,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.backends.grpo import engine as verl_grpo
-from pgenrm_train.backends.grpo.session import Session, Watchdog, exit_on_terminate
+from pgenrm_train.backends.grpo import engine
+from pgenrm_train.backends.grpo.phase import Phase
+from pgenrm_train.backends.grpo.scoring import JudgeSpec
+from pgenrm_train.backends.grpo.session import Session, exit_on_terminate
 from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.rewards.chain_reward import chain_reward
 from pgenrm_train.run.process import die_with_parent
 
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
 ROLLOUT = "actor_rollout_ref.rollout"
+TIMES = "VERL_FILE_LOGGER_ROOT"  # folder of veRL's file logger
 STOCK: dict[str, Any] = {
     "trainer.v1.trainer_mode": "sync",
     "reward.num_workers": 1,
@@ -56,11 +60,12 @@ def compute_score(
     return chain_reward(solution_str, int(ground_truth), n_responses=int(extra_info["n_responses"])).total
 
 
-def stub_judge(times: str) -> Any:
-    """The judge of `ours`: its latency is that of the step under way, of which `times` has the ones before."""
+def stub_judge() -> Any:
+    """The judge of `ours`, with the latency of the current step; veRL's log has the times of the steps before."""
+    times = times_of(Path(os.environ[TIMES]).parent, "ours")
 
     def judge(chain_text: str, example: Mapping[str, Any]) -> float:
-        done = read_times(Path(times))
+        done = read_times(times)
         if share := share_of(len(done) + 1):
             time.sleep(share * statistics.median(of_share(done, 0.0, "timing_s/gen")))
         return 0.5
@@ -111,13 +116,13 @@ def configuration(args: argparse.Namespace) -> Config:
                 *args.overrides)  # fmt: skip
 
 
-def base_phase(config: Config) -> Any:
+def base_phase(config: Config) -> Phase:
     """CRE's rows as the recipe makes them."""
     from recipes import build_data
     from recipes.wiring import grpo
 
     build_data.run(config)
-    return grpo.phase(config, "cre", Path(config.model.path or ""), config.judge)
+    return grpo.phase(config, StageName.CRE, Path(config.model.path or ""), config.judge)
 
 
 def timed(config: Config, section: str, **where: Any) -> Any:
@@ -130,17 +135,14 @@ def timed(config: Config, section: str, **where: Any) -> Any:
     return composed
 
 
-to_verl = verl_grpo.to_verl
+to_verl = engine.to_verl
 
 
 def ours(config: Config, out: Path) -> None:
-    verl_grpo.to_verl = timed  # type: ignore[assignment]
-    judge = {"judge": "grpo_overlap:stub_judge", "judge_kwargs": {"times": str(times_of(out, "ours"))}}
+    engine.to_verl = timed  # type: ignore[assignment]
     in_flight = config.cre.prompts_per_step * config.cre.group_size
-    verl_grpo.train(
-        config,
-        [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge_in_flight=in_flight, **judge)],
-    )
+    judge = JudgeSpec("grpo_overlap:stub_judge", in_flight=in_flight)
+    engine.train(config, [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge=judge)])
 
 
 def stock(config: Config, out: Path) -> None:
@@ -162,7 +164,7 @@ def stock(config: Config, out: Path) -> None:
     )
     for key, value in STOCK.items():
         OmegaConf.update(verl, key, value, force_add=True)
-    with StockSession(config, verl, Watchdog(1800.0, print)) as session:
+    with StockSession(config, verl, 1800.0, out / "stock" / "report.json") as session:
         trainer = session.trainer
         trainer.fit(
             AgentLoopManagerTQ.create(
@@ -174,11 +176,7 @@ def stock(config: Config, out: Path) -> None:
 
 def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
     folders = (str(ROOT), str(ROOT / "benchmarks"))
-    env = (
-        os.environ
-        | verl_grpo.verl_variables(config)
-        | {"VERL_FILE_LOGGER_ROOT": str(args.out.resolve() / "times")}
-    )
+    env = os.environ | engine.verl_variables(config) | {TIMES: str(args.out.resolve() / "times")}
     env["PYTHONPATH"] = os.pathsep.join((*folders, env["PYTHONPATH"]))
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / f"{which}.log").open("w") as log:

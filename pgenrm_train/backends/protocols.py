@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pgenrm_train.records.pairs import Example, HistoryItem
+from pgenrm_train.rewards.training_rows import RowExtra
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class CriteriaWriter(Protocol):
 class Judge(Protocol):
     """Process reward: how well a chain covers the withheld criteria, in [0, 1]; None when no verdict could be had."""
 
-    def __call__(self, chain_text: str, example: Mapping[str, Any]) -> float | None: ...
+    def __call__(self, chain_text: str, example: RowExtra) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)

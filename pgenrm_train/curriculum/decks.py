@@ -1,24 +1,33 @@
-"""Decks that deal each of their cards once, in random order, before any twice, while cards come and go.  Every operation is O(1).
+"""Decks that deal each card once, in random order, before any twice, while cards come and go; all in O(1).
 
-Cards are the integers 0..N−1; each belongs to one deck, of which it is a member or set aside.  All decks lie in one array:
+Cards are the integers 0..N−1.  Each belongs to one deck, of which it is a member or set aside.  One array
+holds all decks:
 
-    order   … | fresh  dealt  aside | fresh  dealt  aside | …        a deck is a slice, its three regions are in this order
+    order   … | fresh  dealt  aside | fresh  dealt  aside | …   a deck is a slice with these three regions
     place   card → position in `order`
 
-To deal is to swap a random fresh card to the end of the fresh region and to move the border: a Fisher–Yates shuffle, one swap at a
-time.  When no card is fresh, all that were dealt are.  To add or remove a card is a swap with the border of its region.  The state
-lists the positions that ever changed, so it grows with what was dealt and not with N.
+To deal is to swap a random fresh card to the end of the fresh region and to move the border: a Fisher–Yates
+shuffle, one swap at a time.  When no card is fresh, all dealt ones become fresh.  To add or remove a card is
+a swap with the border of its region.  The state lists the positions that ever changed, so it grows with the
+deals and not with N.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 
+class DecksState(TypedDict):
+    """JSON-able state: [position, card] per moved card, [deck, end of fresh, end of dealt] per used deck."""
+
+    order: list[list[int]]
+    borders: list[list[int]]
+
+
 class Decks:
-    """`deck_of`: shape (N,), the deck of each card; `members`: shape (N,), False where a card starts set aside."""
+    """`deck_of`: shape (N,), the deck of each card.  `members`: shape (N,), False for cards set aside."""
 
     def __init__(self, deck_of: np.ndarray, members: np.ndarray) -> None:
         size = int(deck_of.max()) + 1 if len(deck_of) else 0
@@ -30,13 +39,10 @@ class Decks:
         held = first + np.bincount(deck_of[members], minlength=size).astype(np.int32)
         self._order, self._place, self._first = _numbers(order), _numbers(place), _numbers(first)
         self._deck = _numbers(np.ascontiguousarray(deck_of, dtype=np.int32))
-        self._fresh, self._held = (
-            _numbers(held.copy()),
-            _numbers(held),
-        )  # ends of the fresh and of the dealt region
-        self._order_before: dict[
-            int, int
-        ] = {}  # position → card, and deck → borders, as they were at the start
+        # Ends of the fresh and of the dealt region.
+        self._fresh, self._held = _numbers(held.copy()), _numbers(held)
+        # Position → card and deck → borders, as they were at the start.
+        self._order_before: dict[int, int] = {}
         self._borders_before: dict[int, tuple[int, int]] = {}
 
     def size(self, deck: int) -> int:
@@ -46,7 +52,7 @@ class Decks:
         return self._place[card] < self._held[self._deck[card]]
 
     def deal(self, deck: int, uniform: float) -> int:
-        """A card; `uniform` in [0, 1) is the caller's random number.  Raises IndexError for a deck without members."""
+        """Deal a card by a random number `uniform` in [0, 1).  Raises IndexError for an empty deck."""
         first = self._first[deck]
         self._note(deck)
         if self._fresh[deck] == first:
@@ -60,7 +66,7 @@ class Decks:
         return self._order[last]
 
     def add(self, card: int) -> None:
-        """A card that was set aside comes back, as one dealt in this round."""
+        """Return a card that was set aside, as one dealt in this round."""
         deck = self._deck[card]
         self._note(deck)
         self._swap(self._place[card], self._held[deck])
@@ -76,14 +82,14 @@ class Decks:
         self._held[deck] -= 1
         self._swap(self._place[card], self._held[deck])
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able: what changed since the decks were made from the same arguments."""
+    def state_dict(self) -> DecksState:
+        """Changes since the decks were built from the same arguments."""
         return {
             "order": [[i, self._order[i]] for i in sorted(self._order_before)],
             "borders": [[d, self._fresh[d], self._held[d]] for d in sorted(self._borders_before)],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: DecksState) -> None:
         for position, card in self._order_before.items():
             self._order[position], self._place[card] = card, position
         for deck, borders in self._borders_before.items():
@@ -112,5 +118,5 @@ class Decks:
 
 
 def _numbers(array: Any) -> memoryview:
-    """The same memory, read and written as Python integers: several times as fast as an array for one number at a time."""
+    """The same memory as Python integers: several times as fast as an array, one number at a time."""
     return memoryview(array)

@@ -1,13 +1,15 @@
-"""Hard negatives beyond a random draw of the given pairs.  No label is invented: each rests on votes or ratings of its own user.
+"""Hard negatives beyond a random draw of the given pairs; each rests on votes or ratings of its own user.
 
-    cross_user_flip  a given pair whose user went against the others: the strict majority of the other users who voted on the same
-                     two responses to the same context prefers the rejected one
+    cross_user_flip  a given pair whose user went against the others: the strict majority of the other users
+                     who voted on the same two responses to the same context prefers the rejected one
     prototype_flip   as cross_user_flip, with the voters of one other prototype of users instead of all others
-    near_tie         two answers to the same context that this user rated, unequally but too close for the data builder to make a
-                     pair of them (N-way data such as PRISM); the higher rated one is chosen
+    near_tie         two answers to the same context that this user rated, unequally but too close for the
+                     data builder to make a pair of them (N-way data such as PRISM); the higher rated one is
+                     chosen
 
-Only training pairs count, as sources and as votes, so nothing of a held-out vote shows.  Near ties join neighbours in a user's
-order of ratings: linear in the rated answers, and no rating between the two could tell them apart more easily.
+No label is invented.  Only training pairs count, as sources and as votes, so no held-out vote shows.  Near
+ties join neighbours in a user's order of ratings: they are linear in number, and no rating lies between the
+two.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from types import MappingProxyType
 from pgenrm_train.curriculum.hardness import Votes, key_of
 from pgenrm_train.records.pairs import ContentKey, Message, PreferencePair
 
+Place = tuple[str, str, tuple[Message, ...]]  # user, conversation, context
 FLIP, PROTOTYPE_FLIP, NEAR_TIE, GIVEN = "cross_user_flip", "prototype_flip", "near_tie", "given"
 
 
@@ -36,23 +39,23 @@ class HardNegative:
 def hard_negatives(
     pairs: Sequence[PreferencePair], *, near: float, prototype_of: Mapping[str, int] = MappingProxyType({})
 ) -> list[HardNegative]:
-    """All of the training pairs among `pairs`, near ties first.  `near`: points of rating below which a gap is a near tie.
+    """All hard negatives of the training pairs among `pairs`, near ties first.
 
-    pairs: every pair of the data; those that do not train are only checked against, so that no held-out question is built anew.
-    prototype_of: user → prototype, of the users that have one.
+    `pairs`: every pair of the data; the others only exclude held-out questions.  `near`: rating gap below
+    which two answers are a near tie.  `prototype_of`: user → prototype, of the users that have one.
     """
     train = [pair for pair in pairs if pair.trains]
     votes, camps = Votes(train), _camps(train, prototype_of)
-    made = [HardNegative(pair, NEAR_TIE) for pair in near_ties(pairs, near)]
+    negatives = [HardNegative(pair, NEAR_TIE) for pair in near_ties(pairs, near)]
     for pair in train:
-        own = prototype_of.get(pair.user_id)
+        prototype = prototype_of.get(pair.user_id)
         if _against(pair, votes):
-            made.append(HardNegative(pair, FLIP))
-        elif own is not None and any(
-            _against(pair, camp) for prototype, camp in camps.items() if prototype != own
+            negatives.append(HardNegative(pair, FLIP))
+        elif prototype is not None and any(
+            _against(pair, camp) for other, camp in camps.items() if other != prototype
         ):
-            made.append(HardNegative(pair, PROTOTYPE_FLIP))
-    return made
+            negatives.append(HardNegative(pair, PROTOTYPE_FLIP))
+    return negatives
 
 
 def _camps(train: Sequence[PreferencePair], prototype_of: Mapping[str, int]) -> dict[int, Votes]:
@@ -73,33 +76,31 @@ def near_ties(pairs: Iterable[PreferencePair], near: float) -> list[PreferencePa
     """New pairs of neighbouring ratings of one user and context, less than `near` apart and not equal."""
     pairs = list(pairs)
     given: set[tuple[str, ContentKey]] = {(pair.user_id, key_of(pair)) for pair in pairs}
-    made = []
+    ties = []
     for source, rated in _rated(pair for pair in pairs if pair.trains):
         for (low, worse), (high, better) in pairwise(sorted((score, text) for text, score in rated.items())):
             tie = replace(source, chosen=better, rejected=worse, chosen_score=high, rejected_score=low)
             if 0 < high - low < near and (tie.user_id, key_of(tie)) not in given:
-                made.append(replace(tie, pair_id=_name(tie)))
-    return made
+                ties.append(replace(tie, pair_id=_name(tie)))
+    return ties
 
 
 def _rated(pairs: Iterable[PreferencePair]) -> list[tuple[PreferencePair, dict[str, float]]]:
-    """For each user and context, one of its pairs and text → rating; a text rated twice and differently is left out."""
-    sources: dict[tuple[str, str, tuple[Message, ...]], PreferencePair] = {}
-    ratings: dict[tuple[str, str, tuple[Message, ...]], dict[str, set[float]]] = defaultdict(
-        lambda: defaultdict(set)
-    )
+    """Per user and context, one of its pairs and text → rating; a text with two ratings is left out."""
+    sources: dict[Place, PreferencePair] = {}
+    ratings: dict[Place, dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
     for pair in pairs:
-        where = (pair.user_id, pair.conversation_id, pair.context)
-        sources.setdefault(where, pair)
+        place = (pair.user_id, pair.conversation_id, pair.context)
+        sources.setdefault(place, pair)
         for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
             if score is not None:
-                ratings[where][text].add(score)
+                ratings[place][text].add(score)
     agreed = {
-        where: {text: min(s) for text, s in texts.items() if len(s) == 1} for where, texts in ratings.items()
+        place: {text: min(s) for text, s in texts.items() if len(s) == 1} for place, texts in ratings.items()
     }
-    return [(sources[where], texts) for where, texts in agreed.items()]
+    return [(sources[place], texts) for place, texts in agreed.items()]
 
 
 def _name(pair: PreferencePair) -> str:
-    said = repr((pair.user_id, pair.conversation_id, pair.context, pair.chosen, pair.rejected))
-    return f"near-tie-{sha256(said.encode()).hexdigest()[:16]}"
+    content = repr((pair.user_id, pair.conversation_id, pair.context, pair.chosen, pair.rejected))
+    return f"near-tie-{sha256(content.encode()).hexdigest()[:16]}"

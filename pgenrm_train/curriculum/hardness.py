@@ -1,34 +1,36 @@
-"""How hard a pair is, why, and whether its label is to be trusted (METHOD §5; the paper defines none of this, so it is ours).
+"""How hard a pair is, why, and whether its label can be trusted (METHOD §5; the paper defines none of this).
 
-Measured, from K chains of the model a pair, half of them in each presentation order:
+Measured, from K chains of the model per pair, half of them in each presentation order:
 
     pass rate  r = share of the chains that rank chosen above rejected; a failed chain ranks nothing
     hard       low ≤ r ≤ high: the model wavers
-    suspect    r < low, mean declared margin ≤ −1 point, both orders agree (order gap < ½), half of the chains parsed:
-               it contradicts the vote confidently and consistently, as it would a mistaken vote
+    suspect    r < low, mean declared margin ≤ −1 point, both orders agree (order gap < ½), half of the chains
+               parsed: the model contradicts the vote confidently and consistently, as it would a mistaken one
 
-Why a band and not "the lowest pass rates": those are chosen by the *label*.  A batch full of pairs that the model gets wrong is a
-batch in which its evidence points the wrong way, and to learn from that mix is to learn to distrust one's own reading
-(docs/curriculum.md has the measurement).  To waver does not depend on which response was chosen.
+Why a band and not "the lowest pass rates": those are chosen by the *label*.  In a batch of pairs that the
+model gets wrong, its evidence points the wrong way, and the model learns from it to distrust its own reading
+(docs/curriculum.md has the measurement).  Wavering does not depend on which response was chosen.
 
-Before any model, from the texts and votes (a cold start): each signal that the data hold is turned into the pair's rank among those
-that have it, in [0, 1], and the hardness is the mean of these ranks.  The harder half is hard, nothing is suspect.
+Before any model, from the texts and votes (a cold start): each signal that the data hold is turned into the
+pair's rank among those that have it, in [0, 1].  The hardness is the mean of these ranks.  The harder half is
+hard, and none is suspect.
 
-    similarity    Dice coefficient of the responses' sets of character trigrams, or the   alike is hard
-                  cosine of their embeddings where an embedder is given
-    length_ratio  characters of the shorter by those of the longer                        alike is hard
-    rating_gap    chosen_score − rejected_score                                           small is hard
-    disagreement  share of the other users who voted on the same two responses to the     near ½ is hard: by the distance to ½,
-                  same context and chose the other one                                    which no label turns
+    similarity    Dice coefficient of the responses' sets of character trigrams, or the cosine of their
+                  embeddings if an embedder is given; similar responses are hard
+    length_ratio  characters of the shorter by those of the longer; equal lengths are hard
+    rating_gap    chosen_score − rejected_score; small gaps are hard
+    disagreement  share of the other users who voted on the same two responses to the same context and chose
+                  the other one; near ½ is hard, by the distance to ½, which no label turns
 
-`curriculum.hard_by` orders by something else instead: `history` calls the pairs of shorter-than-median histories hard (users of whom
-little is known), `scenario` those of rarer-than-median scenarios.
+`curriculum.hard_by` orders by something else instead.  `history` makes the pairs of shorter-than-median
+histories hard (users with few votes), `scenario` those of rarer-than-median scenarios.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,51 +44,76 @@ MEASURED = ("pass_rate", "margin", "verified_margin", "order_gap", "samples", "f
 CONFIDENT = 1.0  # points of the 1–10 scale
 ORDERS_DIFFER = 0.5  # order gap from which the verdict follows the order rather than the content
 PREFIX = 20_000  # characters that the trigrams read
+STRIKING = 0.75  # rank from which a signal is given as a reason
+# Orders by a value that makes a pair hard if it is small, and the reason to give.
 ORDERS = {
     "history": "short history ({:g} items)",
     "scenario": "rare scenario ({:.1%} of the pairs)",
-}  # hard when small
-STRIKING = 0.75  # rank from which a signal is given as a reason
+}
+REASONS = {
+    "similarity": "responses alike ({:.2f})",
+    "length_ratio": "lengths alike ({:.2f})",
+    "rating_gap": "ratings close ({:g} apart)",
+    "disagreement": "other users are split ({:.0%} disagree)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MinedPair:
+    """Measurement of one pair; None where no chain provides the value.
+
+    `pass_rate`: share of the chains that rank chosen first.  `margin` and `verified_margin`: means of chosen
+    score minus the best other.  `order_gap`: difference of the pass rates in the two orders, None if one
+    order was sampled.
+    """
+
+    index: int
+    pair_id: str
+    pass_rate: float
+    margin: float | None
+    verified_margin: float | None
+    order_gap: float | None
+    samples: int
+    failures: int
 
 
 class Votes:
-    """Who chose what: content → text → users.  Counts each user once, by their latest vote."""
+    """Votes per content and text.  Counts each user once, by their latest vote."""
 
     def __init__(self, pairs: Iterable[PreferencePair]) -> None:
-        latest = {(key_of(pair), pair.user_id): pair.chosen for pair in pairs}
+        self._latest = {(key_of(pair), pair.user_id): pair.chosen for pair in pairs}
         self._counts: dict[ContentKey, Counter[str]] = defaultdict(Counter)
-        self._own = latest
-        for (key, _), chosen in latest.items():
+        for (key, _), chosen in self._latest.items():
             self._counts[key][chosen] += 1
 
     def others(self, pair: PreferencePair) -> tuple[int, int]:
-        """(for the pair's chosen, for its rejected) among users other than its own."""
+        """Votes of users other than the pair's own (for its chosen response, for its rejected one)."""
         key = key_of(pair)
-        counts, own = self._counts.get(key, Counter()), self._own.get((key, pair.user_id))
-        return counts[pair.chosen] - (own == pair.chosen), counts[pair.rejected] - (own == pair.rejected)
+        counts, vote = self._counts.get(key, Counter()), self._latest.get((key, pair.user_id))
+        return counts[pair.chosen] - (vote == pair.chosen), counts[pair.rejected] - (vote == pair.rejected)
 
     def disagreement(self, pair: PreferencePair) -> float:
-        """Share of the other voters who chose the other response; NaN without any."""
+        """Share of the other voters who chose the rejected response; NaN without any."""
         agree, disagree = self.others(pair)
         return disagree / (agree + disagree) if agree + disagree else np.nan
 
 
 def key_of(pair: PreferencePair) -> ContentKey:
-    """What was judged, whoever judged it and whichever won."""
+    """The judged content, independent of the judge and the winner."""
     return content_key(pair.context, (pair.chosen, pair.rejected))
 
 
 def signals(
     pairs: Sequence[PreferencePair], votes: Votes, embed: Embed | None = None
 ) -> dict[str, np.ndarray]:
-    """The model-free signals, one array of shape (N,) each, NaN where the data hold nothing.
+    """The model-free signals, one array of shape (N,) each, NaN where the data lack the value.
 
-    embed: texts → (N, d), rows of length 1; None compares trigrams.
+    `embed`: texts → (N, d), rows of length 1; None compares trigrams.
     """
-    alike = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
+    similarities = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
     rows = [
-        (like, _length_ratio(p), _rating_gap(p), votes.disagreement(p))
-        for like, p in zip(alike, pairs, strict=True)
+        (similar, _length_ratio(p), _rating_gap(p), votes.disagreement(p))
+        for similar, p in zip(similarities, pairs, strict=True)
     ]
     columns = np.array(rows, dtype=float).reshape(len(rows), len(SIGNALS))
     return dict(zip(SIGNALS, columns.T, strict=True))
@@ -120,13 +147,16 @@ def _rating_gap(pair: PreferencePair) -> float:
     return pair.chosen_score - pair.rejected_score
 
 
-def ranks(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each signal as a rank in [0, 1], 1 the hardest, equal values equal; NaN where unknown and where all values are one."""
+def ranks(signals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each signal as a rank in [0, 1], 1 the hardest; equal values have equal ranks.
+
+    NaN where a value is unknown, and everywhere if all values are equal.
+    """
     harder = {
-        "similarity": found["similarity"],
-        "length_ratio": found["length_ratio"],
-        "rating_gap": -found["rating_gap"],
-        "disagreement": -np.abs(found["disagreement"] - 0.5),
+        "similarity": signals["similarity"],
+        "length_ratio": signals["length_ratio"],
+        "rating_gap": -signals["rating_gap"],
+        "disagreement": -np.abs(signals["disagreement"] - 0.5),
     }
     return {name: _rank(values) for name, values in harder.items()}
 
@@ -141,13 +171,17 @@ def _rank(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def model_free(found: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Hardness in [0, 1], shape (N,): the mean rank over the signals that a pair has.  Raises ConfigError when none tells pairs apart."""
-    table = np.array(list(ranks(found).values()))
+def model_free(signals: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Hardness in [0, 1], shape (N,): the mean rank over the signals that a pair has.
+
+    Raises ConfigError if no signal differs between pairs.
+    """
+    table = np.array(list(ranks(signals).values()))
     known = np.isfinite(table)
     if not known.any():
         raise ConfigError(
-            "curriculum.mine=false needs a signal that tells pairs apart, and these data hold none; use mine=true"
+            "curriculum.mine=false needs a signal that differs between pairs, and these data hold none; "
+            "use mine=true"
         )
     counts = known.sum(axis=0)
     mean = np.where(known, table, 0.0).sum(axis=0) / np.maximum(counts, 1)
@@ -162,7 +196,7 @@ def harder_half(score: np.ndarray) -> np.ndarray:
 
 
 def by_order(values: np.ndarray, name: str) -> np.ndarray:
-    """True where a value is small: its mid-rank is below the median's.  Raises ConfigError when all values are one."""
+    """True for values whose mid-rank is below the median's.  Raises ConfigError if all values are equal."""
     rank = _rank(-values)
     if not np.isfinite(rank).any():
         raise ConfigError(
@@ -179,9 +213,9 @@ def wavers(pass_rates: np.ndarray, low: float, high: float) -> np.ndarray:
 def is_suspect(
     pass_rates: np.ndarray, margins: np.ndarray, order_gaps: np.ndarray, parsed: np.ndarray, low: float
 ) -> np.ndarray:
-    """True where the model contradicts the vote confidently and consistently; an unknown order gap (NaN) contradicts nothing.
+    """True where the model contradicts the vote confidently and consistently.
 
-    parsed: share of the chains that could be read.
+    `parsed`: share of the chains that could be read.  An unknown order gap (NaN) counts as consistent.
     """
     contradicts = (pass_rates < low) & (margins <= -CONFIDENT) & (parsed >= 0.5)
     return np.asarray(contradicts & ~(order_gaps >= ORDERS_DIFFER))
@@ -189,47 +223,45 @@ def is_suspect(
 
 def records(
     ids: Sequence[str],
-    mined: Sequence[Mapping[str, Any]] | None,
-    found: Mapping[str, np.ndarray] | None,
+    mined: Sequence[MinedPair] | None,
+    signals: Mapping[str, np.ndarray] | None,
     low: float,
     high: float,
     by: str = "hardness",
 ) -> dict[str, list[Any]]:
-    """The hardness record, a column a name: what was measured, `hard`, `suspect` and `why`, of N pairs.
+    """The hardness record of N pairs by column: measurements, signals, `hard`, `suspect` and `why`.
 
-    mined: a row a pair with pass_rate, margin, verified_margin, order_gap, samples, failures (null where unknown), or None for a
-    cold start; found: `signals`, or None.  `by` another order, found holds its column too.  Raises ConfigError when there is neither.
+    `mined`: None for a cold start.  `signals`: see `signals`, or None; for another order, `by` is a column of
+    it too. Raises ConfigError without both.
     """
-    if mined is None and found is None:
+    if mined is None and signals is None:
         raise ConfigError("hardness needs measured pass rates (curriculum.mine=true) or model-free signals")
     size = len(ids)
     out: dict[str, list[Any]] = {"index": list(range(size)), "pair_id": list(ids)}
+    suspect, reasons = np.zeros(size, dtype=bool), [""] * size
     if mined is not None:
-        rates, margins, gaps, samples = (
-            column(mined, name) for name in ("pass_rate", "margin", "order_gap", "samples")
+        measured = {name: [getattr(pair, name) for pair in mined] for name in MEASURED}
+        rates, margins, gaps, failures, samples = (
+            np.array(measured[name], dtype=float)
+            for name in ("pass_rate", "margin", "order_gap", "failures", "samples")
         )
-        parsed = 1 - column(mined, "failures") / samples
-        hard, suspect = wavers(rates, low, high), is_suspect(rates, margins, gaps, parsed, low)
-        out |= {name: [row[name] for row in mined] for name in MEASURED}
-    if found is not None:
-        out |= {name: [None if np.isnan(v) else float(v) for v in found[name]] for name in SIGNALS}
-    if found is not None and by in ORDERS:
-        hard, suspect = by_order(found[by], by), np.zeros(size, dtype=bool)
-        out[by] = found[by].tolist()
-    elif mined is None and found is not None:
-        score = model_free(found)
-        hard, suspect = harder_half(score), np.zeros(size, dtype=bool)
-        out["model_free_hardness"] = score.tolist()
-    telling = (
-        [""] * size
-        if found is None
-        else _striking(found)
-        if by not in ORDERS
-        else [*map(ORDERS[by].format, found[by])]
-    )
+        hard = wavers(rates, low, high)
+        suspect = is_suspect(rates, margins, gaps, 1 - failures / samples, low)
+        out |= measured
+    if signals is not None:
+        out |= {name: [None if np.isnan(v) else float(v) for v in signals[name]] for name in SIGNALS}
+        reasons = _striking(signals)
+        if by in ORDERS:
+            hard, suspect = by_order(signals[by], by), np.zeros(size, dtype=bool)
+            out[by] = signals[by].tolist()
+            reasons = [ORDERS[by].format(value) for value in signals[by]]
+        elif mined is None:
+            score = model_free(signals)
+            hard = harder_half(score)
+            out["model_free_hardness"] = score.tolist()
     out["hard"], out["suspect"] = hard.tolist(), suspect.tolist()
     out["why"] = [
-        _why(mined[i] if mined is not None else None, telling[i], bool(suspect[i]))
+        _why(mined[i] if mined is not None else None, reasons[i], bool(suspect[i]))
         if hard[i] or suspect[i]
         else ""
         for i in range(size)
@@ -237,33 +269,24 @@ def records(
     return out
 
 
-def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """A column of numbers, NaN for null."""
-    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
-
-
-def _striking(found: Mapping[str, np.ndarray]) -> list[str]:
+def _striking(signals: Mapping[str, np.ndarray]) -> list[str]:
     """The signals of each pair whose rank is high, in words."""
-    words = {
-        "similarity": "responses alike ({:.2f})", "length_ratio": "lengths alike ({:.2f})",
-        "rating_gap": "ratings close ({:g} apart)", "disagreement": "other users are split ({:.0%} disagree)",
-    }  # fmt: skip
-    free = ranks(found)
+    rank = ranks(signals)
     return [
-        "; ".join(text.format(found[name][i]) for name, text in words.items() if free[name][i] >= STRIKING)
-        for i in range(len(found["similarity"]))
+        "; ".join(
+            text.format(signals[name][i]) for name, text in REASONS.items() if rank[name][i] >= STRIKING
+        )
+        for i in range(len(signals["similarity"]))
     ]
 
 
-def _why(row: Mapping[str, Any] | None, telling: str, suspect: bool) -> str:
-    if row is None:
-        return telling or "harder than most by all signals together"
-    passed = f"{row['pass_rate']:.0%} of {row['samples']} chains rank the chosen response first"
-    said = [
-        f"contradicted: {passed}, by {row['margin']:+.1f} points on average"
-        if suspect
-        else f"wavers: {passed}"
-    ]
-    if row["order_gap"] is not None and row["order_gap"] >= ORDERS_DIFFER:
-        said.append("the verdict follows the order")
-    return "; ".join([*said, telling] if telling else said)
+def _why(pair: MinedPair | None, reason: str, suspect: bool) -> str:
+    if pair is None:
+        return reason or "harder than most by all signals together"
+    passed = f"{pair.pass_rate:.0%} of {pair.samples} chains rank the chosen response first"
+    parts = [f"wavers: {passed}"]
+    if suspect:
+        parts = [f"contradicted: {passed}, by {pair.margin:+.1f} points on average"]
+    if pair.order_gap is not None and pair.order_gap >= ORDERS_DIFFER:
+        parts.append("the verdict follows the order")
+    return "; ".join([*parts, reason] if reason else parts)

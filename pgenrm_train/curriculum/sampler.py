@@ -1,16 +1,20 @@
-"""The hard-negative curriculum: schedules and the sampler that every rank can repeat (METHOD §5; hardness itself: `hardness`).
+"""The hard-negative curriculum: schedules, and the sampler that every rank can repeat (METHOD §5).
 
-The paper says that the share of hard negatives grows and gives no schedule.  Ours, with progress p = (t − 1)/(T − 1) at step t of T:
+Hardness itself is in `hardness`.  The paper lets the share of hard negatives grow and gives no schedule.
+Ours, with progress p = (t − 1)/(T − 1) at step t of T:
 
-    target     h(t) = h0 + (h1 − h0)·f(p),  f = p (linear), (1 − cos πp)/2 (cosine), 1{p ≥ ½} (step), 1 − p (anti, a control)
-    self_paced h(t) = h1, and hard is what lies in the band of pass rates *now*: each group of chains that was trained on updates
-               its pair, r ← Σ γᵃ·passes / Σ γᵃ·chains with γ = ½ and a the number of later groups
+    target     h(t) = h0 + (h1 − h0)·f(p),  f = p (linear), (1 − cos πp)/2 (cosine), 1{p ≥ ½} (step),
+               1 − p (anti, a control)
+    self_paced h(t) = h1, and the hard pairs are those in the band of pass rates *now*: each trained group of
+               chains updates its pair, r ← Σ γᵃ·passes / Σ γᵃ·chains, with γ = ½ and a the number of later
+               groups
     uniform    hardness ignored (the control)
     others     of the remaining draws suspect pairs get w·n_suspect / (n_rest + w·n_suspect)
 
-Deviations from a plain draw: inside a bucket the pairs come in shuffled rounds, so each is seen once before any is seen twice;
-user-balanced, the users of a bucket come in rounds and each user's pairs in rounds of their own.  The fractional part of a batch's
-target is carried to the next, so small batches hold the shares on average.
+Deviations from a plain draw: inside a bucket the pairs come in shuffled rounds, so each is drawn once before
+any is drawn twice.  User-balanced, the users of a bucket come in rounds, and each user's pairs in rounds of
+their own.  The fractional part of a batch's target is carried to the next, so small batches have the shares
+on average.
 """
 
 from __future__ import annotations
@@ -18,50 +22,100 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
-from pgenrm_train.curriculum.decks import Decks
+from pgenrm_train.curriculum.decks import Decks, DecksState
 from pgenrm_train.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
 HARD, REST, SUSPECT = "hard", "rest", "suspect"
-MEMORY = 0.5  # γ: what an older group counts against the newest
+MEMORY = 0.5  # γ: weight of an older group against the newest
 
 
-def hard_share(schedule: str, progress: float, start: float, end: float) -> float:
-    """Target share of hard pairs at `progress` in [0, 1] of the stage.  Raises ConfigError for an unknown schedule."""
-    progress = min(max(progress, 0.0), 1.0)
-    shapes = {
-        "linear": progress,
-        "cosine": (1.0 - math.cos(math.pi * progress)) / 2.0,
-        "step": float(progress >= 0.5),
-        "self_paced": 1.0,
-        "uniform": 0.0,
-        "anti": 1.0 - progress,
-    }
-    if schedule not in shapes:
-        raise ConfigError(f"curriculum.schedule={schedule} is not one of {', '.join(SCHEDULES)}")
-    return start + (end - start) * shapes[schedule]
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule of hard pairs: h0 (`start`), h1 (`end`) and w (`suspect_weight`).
+
+    `band`: pass rates, both ends included, that make a pair hard under `self_paced`.
+    """
+
+    name: str = "uniform"
+    start: float = 0.3
+    end: float = 0.8
+    band: tuple[float, float] = (0.25, 0.75)
+    suspect_weight: float = 1.0
+
+    def hard_share(self, progress: float) -> float:
+        """Target share of hard pairs at `progress` in [0, 1].  Raises ConfigError for an unknown schedule."""
+        progress = min(max(progress, 0.0), 1.0)
+        shapes = {
+            "linear": progress,
+            "cosine": (1.0 - math.cos(math.pi * progress)) / 2.0,
+            "step": float(progress >= 0.5),
+            "self_paced": 1.0,
+            "uniform": 0.0,
+            "anti": 1.0 - progress,
+        }
+        if self.name not in shapes:
+            raise ConfigError(f"curriculum.schedule={self.name} is not one of {', '.join(SCHEDULES)}")
+        return self.start + (self.end - self.start) * shapes[self.name]
+
+    def warning(self, hard: Sequence[bool] | np.ndarray) -> str | None:
+        """Warning if the schedule would draw fewer hard pairs than a uniform draw, else None."""
+        natural = float(np.mean(hard))
+        scheduled = float(np.mean([self.hard_share(progress) for progress in np.linspace(0, 1, 101)]))
+        if self.name == "uniform" or natural <= scheduled + 1e-9:
+            return None
+        return (
+            f"{natural:.0%} of the pairs are hard and curriculum.schedule={self.name} draws {scheduled:.0%} "
+            "on average, fewer than without a schedule: narrow the band curriculum.hard_low … "
+            "curriculum.hard_high, or raise curriculum.hard_share_start and curriculum.hard_share_end"
+        )
 
 
-def too_common(schedule: str, hard: Sequence[bool] | np.ndarray, start: float, end: float) -> str | None:
-    """A sentence when more pairs are hard than the schedule asks for on average, so that it draws fewer of them than none would."""
-    natural, asked = (
-        float(np.mean(hard)),
-        float(np.mean([hard_share(schedule, p, start, end) for p in np.linspace(0, 1, 101)])),
-    )
-    if schedule == "uniform" or natural <= asked + 1e-9:
-        return None
-    return (
-        f"{natural:.0%} of the pairs are hard and curriculum.schedule={schedule} draws {asked:.0%} on average, fewer than without a schedule: "
-        "narrow the band curriculum.hard_low … curriculum.hard_high, or raise curriculum.hard_share_start and curriculum.hard_share_end"
-    )
+@dataclass(frozen=True, slots=True)
+class PairFacts:
+    """Facts about N pairs, arrays of shape (N,) or None.
+
+    `hard` and `suspect`: `hard` is needed by every schedule but `uniform`.  `users`: the user of each pair,
+    for user-balanced draws.  `pass_rates` from `chains` chains each (NaN or None where unknown) start the
+    online estimates.
+    """
+
+    hard: Sequence[bool] | np.ndarray | None = None
+    suspect: Sequence[bool] | np.ndarray | None = None
+    users: Sequence[str] | np.ndarray | None = None
+    pass_rates: Sequence[float | None] | np.ndarray | None = None
+    chains: int = 0
+
+
+class BucketState(TypedDict):
+    """JSON-able state of a bucket."""
+
+    pairs: DecksState
+    users: DecksState
+    count: int
+
+
+class SamplerState(TypedDict):
+    """JSON-able state of a sampler; `evidence` is [pair, passes, chains] per observed pair."""
+
+    buckets: dict[str, BucketState]
+    evidence: list[tuple[int, float, float]]
+    carry: dict[str, float]
+    target: float | None
+    realised: float | None
+    drawn: dict[str, int]
 
 
 class Bucket:
-    """Pairs that are drawn alike: users in rounds, and each user's pairs in rounds.  One user for all makes it plain rounds."""
+    """Pairs that are drawn in the same way: users in rounds, and each user's pairs in rounds.
+
+    One user for all pairs makes it plain rounds.
+    """
 
     def __init__(self, user_of: np.ndarray, members: np.ndarray) -> None:
         self.user_of, self.count = user_of, int(members.sum())
@@ -87,25 +141,22 @@ class Bucket:
         if not self.pairs.size(user):
             self.users.remove(user)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> BucketState:
         return {"pairs": self.pairs.state_dict(), "users": self.users.state_dict(), "count": self.count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: BucketState) -> None:
         self.pairs.load_state_dict(state["pairs"])
         self.users.load_state_dict(state["users"])
-        self.count = int(state["count"])
+        self.count = state["count"]
 
 
 class CurriculumSampler:
-    """Batches of pair indices with a scheduled share of hard ones; O(1) a draw after a set-up of O(N log N).
+    """Batches of pair indices with a scheduled share of hard ones.
 
-    hard, suspect: shape (N,), needed by every schedule but `uniform`.  users: shape (N,), the user of each pair, for user-balanced
-    draws.  pass_rates with `chains` behind each (NaN where unknown) start the online estimates.  band: pass rates, both ends
-    included, that make a pair hard under `self_paced`.
-
-    The sampler is a function of its arguments, the steps asked and the observations made, so ranks that build it alike agree.
-    `target` and `realised` hold the shares of hard pairs in the latest batch (None under `uniform`), `drawn` the totals.
-    Raises ConfigError, before anything is drawn, for a bucket too small for the schedule.
+    Set-up takes O(N log N), a draw O(1).  The sampler is a function of its arguments, the steps requested and the observations, so ranks with equal
+    arguments agree.  `target` and `realised` are the shares of hard pairs in the latest batch (None under
+    `uniform`), `drawn` the totals per bucket.  Raises ConfigError, before anything is drawn, for a bucket too
+    small for the schedule.
     """
 
     def __init__(
@@ -115,87 +166,81 @@ class CurriculumSampler:
         prompts_per_step: int,
         steps: int,
         seed: int,
-        schedule: str = "uniform",
-        hard: Sequence[bool] | np.ndarray | None = None,
-        suspect: Sequence[bool] | np.ndarray | None = None,
-        suspect_weight: float = 1.0,
-        users: Sequence[Any] | np.ndarray | None = None,
-        pass_rates: Sequence[float | None] | np.ndarray | None = None,
-        chains: int = 0,
-        band: tuple[float, float] = (0.25, 0.75),
-        start: float = 0.3,
-        end: float = 0.8,
+        schedule: Schedule = Schedule(),
+        facts: PairFacts = PairFacts(),
     ) -> None:
         if pairs < 1 or prompts_per_step < 1:
             raise ConfigError(
                 f"a sampler needs pairs and prompts_per_step, got {pairs} and {prompts_per_step}"
             )
-        hard_share(schedule, 0.0, start, end)  # an unknown schedule fails here, before training
+        schedule.hard_share(0.0)  # an unknown schedule fails here, before training
         self.pairs, self.prompts_per_step, self.steps, self.seed = pairs, prompts_per_step, steps, seed
-        self.schedule, self.start, self.end, self.band = schedule, start, end, band
-        self.suspect_weight = suspect_weight
-        self.buckets = self._buckets(hard, suspect, users)
+        self.schedule, self.uniform = schedule, schedule.name == "uniform"
+        self.self_paced = schedule.name == "self_paced"
+        self.buckets = self._buckets(facts)
         self._check()
-        self.chains, self.passes = self._evidence(pass_rates, chains)
+        self.chains, self.passes = self._evidence(facts)
         self.before: dict[int, tuple[float, float]] = {}  # observed pair → its evidence at the start
         self.carry = {HARD: 0.0, SUSPECT: 0.0}
         self.target: float | None = None
         self.realised: float | None = None
         self.drawn = dict.fromkeys(self.buckets, 0)
 
-    def _buckets(self, hard: Any, suspect: Any, users: Any) -> dict[str, Bucket]:
+    def _buckets(self, facts: PairFacts) -> dict[str, Bucket]:
         user_of = np.zeros(self.pairs, dtype=np.int32)
-        if users is not None:
-            user_of = np.unique(np.asarray(users), return_inverse=True)[1].astype(np.int32)
-        if self.schedule == "uniform":
+        if facts.users is not None:
+            user_of = np.unique(np.asarray(facts.users), return_inverse=True)[1].astype(np.int32)
+        if self.uniform:
             return {REST: Bucket(user_of, np.ones(self.pairs, dtype=bool))}
-        if hard is None or len(hard) != self.pairs:
-            got = "none" if hard is None else str(len(hard))
+        if facts.hard is None or len(facts.hard) != self.pairs:
+            given = "none" if facts.hard is None else len(facts.hard)
             raise ConfigError(
-                f"curriculum.schedule={self.schedule} needs the hardness of each of {self.pairs} pairs, got {got}"
+                f"curriculum.schedule={self.schedule.name} needs the hardness of each of {self.pairs} pairs, "
+                f"got {given}"
             )
-        is_hard = np.asarray(hard, dtype=bool)
-        is_suspect = (
-            np.zeros(self.pairs, dtype=bool) if suspect is None else np.asarray(suspect, dtype=bool)
-        ) & ~is_hard
-        found = {HARD: Bucket(user_of, is_hard), REST: Bucket(user_of, ~is_hard & ~is_suspect)}
-        return found | ({SUSPECT: Bucket(user_of, is_suspect)} if is_suspect.any() else {})
+        hard = np.asarray(facts.hard, dtype=bool)
+        suspect = np.zeros(self.pairs, dtype=bool)
+        if facts.suspect is not None:
+            suspect = np.asarray(facts.suspect, dtype=bool) & ~hard
+        buckets = {HARD: Bucket(user_of, hard), REST: Bucket(user_of, ~hard & ~suspect)}
+        return buckets | ({SUSPECT: Bucket(user_of, suspect)} if suspect.any() else {})
 
     def _check(self) -> None:
-        if self.schedule == "uniform":
+        if self.uniform:
             return
-        ends = {"hard_share_start": self.start, "hard_share_end": self.end}
-        for key, share in (ends | {"suspect_weight": self.suspect_weight}).items():
+        ends = {"hard_share_start": self.schedule.start, "hard_share_end": self.schedule.end}
+        for key, share in (ends | {"suspect_weight": self.schedule.suspect_weight}).items():
             if not 0.0 <= share <= 1.0:
                 raise ConfigError(f"curriculum.{key}={share} must lie in [0, 1]")
-        if self.schedule == "self_paced":
+        if self.self_paced:
             del ends["hard_share_start"]
-        others = self.buckets[REST].count + (self._count(SUSPECT) if self.suspect_weight else 0)
+        others = self.buckets[REST].count + (self._count(SUSPECT) if self.schedule.suspect_weight else 0)
         most, least = max(ends, key=ends.__getitem__), min(ends, key=ends.__getitem__)
         self._check_bucket(HARD, self.buckets[HARD].count, ends[most], "widen", f"lower curriculum.{most}")
         self._check_bucket("other", others, 1 - ends[least], "narrow", f"raise curriculum.{least}")
 
     def _check_bucket(self, name: str, have: int, share: float, widen: str, change: str) -> None:
-        """A batch must not need a pair twice."""
-        needed = math.ceil(share * self.prompts_per_step - 1e-9)
+        """Refuse a bucket from which a batch would need a pair twice."""
+        needed, (low, high) = math.ceil(share * self.prompts_per_step - 1e-9), self.schedule.band
         if have < needed:
             raise ConfigError(
-                f"{have} of {self.pairs} pairs are {name} and a batch of curriculum.schedule={self.schedule} needs {needed}: {widen} the "
-                f"band curriculum.hard_low={self.band[0]:g} … curriculum.hard_high={self.band[1]:g}, raise curriculum.rows, {change}, "
+                f"{have} of {self.pairs} pairs are {name} and a batch of "
+                f"curriculum.schedule={self.schedule.name} needs {needed}: {widen} the band "
+                f"curriculum.hard_low={low:g} … curriculum.hard_high={high:g}, raise curriculum.rows, {change}, "
                 "or use curriculum.schedule=uniform"
             )
 
-    def _evidence(self, pass_rates: Any, chains: int) -> tuple[np.ndarray, np.ndarray]:
+    def _evidence(self, facts: PairFacts) -> tuple[np.ndarray, np.ndarray]:
         """(chains, passes) behind each estimate, decayed counts of shape (N,)."""
         counts, passes = np.zeros(self.pairs, dtype=np.float32), np.zeros(self.pairs, dtype=np.float32)
-        if pass_rates is not None:
-            rates = np.array([np.nan if rate is None else rate for rate in pass_rates], dtype=float)
+        if facts.pass_rates is not None:
+            rates = np.array(facts.pass_rates, dtype=float)  # None becomes NaN
             if np.any((rates < 0) | (rates > 1)):
                 raise ConfigError(
                     f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}"
                 )
             known = np.isfinite(rates)
-            counts[known], passes[known] = chains, chains * rates[known]
+            counts[known], passes[known] = facts.chains, facts.chains * rates[known]
         return counts, passes
 
     def _count(self, name: str) -> int:
@@ -219,21 +264,21 @@ class CurriculumSampler:
         return batch
 
     def _mix(self, step: int) -> dict[str, int]:
-        """How many pairs of each bucket the batch of `step` takes."""
+        """Number of pairs per bucket in the batch of `step`."""
         size = self.prompts_per_step
-        if self.schedule == "uniform":
+        if self.uniform:
             return {REST: size}
         progress = (step - 1) / max(self.steps - 1, 1)
-        self.target = hard_share(self.schedule, progress, self.start, self.end)
-        weighted = self.suspect_weight * self._count(SUSPECT)
+        self.target = self.schedule.hard_share(progress)
+        weighted = self.schedule.suspect_weight * self._count(SUSPECT)
         others = self._count(REST) + weighted
         available = self.buckets[HARD].count
         if not others:
             hard = size if available else 0
-        else:  # a moving band may hold fewer pairs than the target asks for
-            hard = self._whole(
-                HARD, self.target * size, min(size, available) if self.schedule == "self_paced" else size
-            )
+        else:
+            # A moving band may hold fewer pairs than the target needs.
+            limit = min(size, available) if self.self_paced else size
+            hard = self._whole(HARD, self.target * size, limit)
         self.realised = hard / size
         doubtful = self._whole(SUSPECT, (size - hard) * weighted / others, size - hard) if weighted else 0
         if not self._count(REST):
@@ -248,28 +293,31 @@ class CurriculumSampler:
         return count
 
     def observe(self, groups: Iterable[tuple[int, float, int]]) -> None:
-        """Learn from the groups just rolled out, (pair, passes, chains) in the batch's order; `self_paced` re-sorts their pairs."""
+        """Update the estimates from new groups, (pair, passes, chains) in the batch's order.
+
+        `self_paced` moves their pairs to other buckets.
+        """
         for pair, passes, chains in groups:
             self.before.setdefault(pair, (float(self.passes[pair]), float(self.chains[pair])))
             self.passes[pair] = MEMORY * self.passes[pair] + passes
             self.chains[pair] = MEMORY * self.chains[pair] + chains
-            if self.schedule == "self_paced":
+            if self.self_paced:
                 self._resort(pair)
 
     def _resort(self, pair: int) -> None:
         before, rate = self.bucket_of(pair), self.passes[pair] / self.chains[pair]
-        low, high = self.band
+        low, high = self.schedule.band
         after = HARD if low <= rate <= high else SUSPECT if before == SUSPECT and rate < low else REST
         if after != before:
             self.buckets[before].remove(pair)
             self.buckets[after].add(pair)
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able; what `load_state_dict` needs to draw the next batch as if nothing had happened."""
+    def state_dict(self) -> SamplerState:
+        """The state from which `load_state_dict` continues as if uninterrupted."""
         return {
             "buckets": {name: bucket.state_dict() for name, bucket in self.buckets.items()},
             "evidence": [
-                [pair, float(self.passes[pair]), float(self.chains[pair])] for pair in sorted(self.before)
+                (pair, float(self.passes[pair]), float(self.chains[pair])) for pair in sorted(self.before)
             ],
             "carry": dict(self.carry),
             "target": self.target,
@@ -277,11 +325,15 @@ class CurriculumSampler:
             "drawn": dict(self.drawn),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, which a sampler of the same arguments gave.  Raises ConfigError when its buckets are others."""
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Continue from the state of a sampler with the same arguments.
+
+        Raises ConfigError if its buckets differ.
+        """
         if set(state["buckets"]) != set(self.buckets):
             raise ConfigError(
-                f"the sampler's state has buckets {sorted(state['buckets'])}, and this one {sorted(self.buckets)}"
+                f"the saved sampler has buckets {sorted(state['buckets'])} and this one {sorted(self.buckets)}; "
+                "the hardness of the pairs has changed, so use another run_dir"
             )
         for name, bucket in self.buckets.items():
             bucket.load_state_dict(state["buckets"][name])

@@ -6,25 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgenrm_train.rewards.chain_reward import (
-        Reward as Reward,
-    )
-    from pgenrm_train.rewards.chain_reward import (
-        RewardWeights as RewardWeights,
-    )
-    from pgenrm_train.rewards.chain_reward import (
-        chain_reward as chain_reward,
-    )
+    from pgenrm_train.rewards.chain_reward import Reward, RewardWeights, chain_reward
 
-_HOMES = {
-    "Reward": "pgenrm_train.rewards.chain_reward",
-    "RewardWeights": "pgenrm_train.rewards.chain_reward",
-    "chain_reward": "pgenrm_train.rewards.chain_reward",
-}
+__all__ = ["Reward", "RewardWeights", "chain_reward"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name not in _HOMES:
+    """Import a public name on first use, so that importing the package stays light."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module("pgenrm_train.rewards.chain_reward"), name)

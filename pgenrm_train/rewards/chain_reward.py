@@ -1,11 +1,14 @@
-"""The reward of one evaluation chain, pure; what a training backend calls in its reward hook.
+"""The reward of one evaluation chain; training backends call it in their reward hook.
 
-    R = α·PR + β·OR + γ·VR,   OR = 1{s_chosen > s_j for every other response j},   PR ∈ [0, 1] from a judge      (METHOD §4)
+    R = α·PR + β·OR + γ·VR      (METHOD §4)
+    OR = 1{s_chosen > s_j for every other response j},   PR ∈ [0, 1] from a judge
 
-α = 0.5, β = 1.0 are the paper's best; a chain that cannot be parsed earns −0.1 and is shown to no judge.  The declared scores
-decide OR, as in the paper.  A tie earns nothing: the paper's indicator is strict.  *Our choice*: where no process score exists
-(no judge, a judge that failed) PR adds nothing rather than lowering the reward, and the breakdown says NaN; and VR = 1 for a chain whose
-declared scores are the weighted sums of its own rubric, γ = 0 unless asked for.
+α = 0.5 and β = 1.0 are the paper's best.  A chain that cannot be parsed earns −0.1 and no judge sees it.  The
+declared scores decide OR, as in the paper.  A tie earns nothing, because the paper's indicator is strict.
+
+*Our choice*: without a process score (no judge, or a judge that failed) PR adds nothing instead of lowering
+the reward, and the breakdown holds NaN.  VR = 1 for a chain whose declared scores are the weighted sums of
+its own rubric; γ = 0 by default.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ ProcessScore = float | Callable[[Chain], float | None] | None
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:
-    """β (`outcome`), α (`process`), the reward of a chain that cannot be parsed (`format_error`) and γ (`verified`)."""
+    """β (`outcome`), α (`process`), γ (`verified`) and the reward of an unparseable chain."""
 
     outcome: float = 1.0
     process: float = 0.5
@@ -32,8 +35,11 @@ class RewardWeights:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """The scalar that trains and its raw, unweighted parts: `outcome` 0 | 1, `process` 0..1 or NaN, `format` 0 | format_error;
-    `verified` 0 | 1 where it has a weight."""
+    """The scalar that trains, and its unweighted parts.
+
+    Parts: `outcome` 0 | 1, `process` 0..1 or NaN, `format` 0 | format_error, and `verified` 0 | 1 if it has a
+    weight.
+    """
 
     total: float
     parts: dict[str, float]
@@ -50,33 +56,41 @@ def chain_reward(
     weights: RewardWeights = DEFAULT_WEIGHTS,
     n_responses: int = 2,
 ) -> Reward:
-    """Reward of the chain in `text` when `responses[chosen_index]` is the one that the user preferred.
+    """Parse `text` and compute its reward; the user preferred `responses[chosen_index]`.
 
-    `process` is a score in [0, 1], None, or a judge that is asked once, with the parsed chain, and may answer None.
-    Raises ValueError for an index outside the responses and a process score outside [0, 1].
+    Raises ValueError for an index outside the responses, and as `reward_of` does.
     """
     if not 0 <= chosen_index < n_responses:
         raise ValueError(
             f"chosen_index: {chosen_index} is not one of the {n_responses} responses, 0..{n_responses - 1}"
         )
+    return reward_of(parse_chain(text, n_responses), chosen_index, process=process, weights=weights)
+
+
+def reward_of(
+    chain: Chain | ParseFailure,
+    chosen_index: int,
+    *,
+    process: ProcessScore = None,
+    weights: RewardWeights = DEFAULT_WEIGHTS,
+) -> Reward:
+    """Reward of a parsed chain.
+
+    `process` is a score in [0, 1], None, or a judge.  A judge is called once, with the chain, and may return
+    None. Raises ValueError for a process score outside [0, 1].
+    """
     given = None if callable(process) else _checked(process)
-    chain = parse_chain(text, n_responses)
     verified = {"verified": _agrees(chain)} if weights.verified else {}
     if isinstance(chain, ParseFailure):
-        return Reward(
-            weights.format_error,
-            {"outcome": 0.0, "process": math.nan, "format": weights.format_error} | verified,
-        )
+        parts = {"outcome": 0.0, "process": math.nan, "format": weights.format_error}
+        return Reward(weights.format_error, parts | verified)
     judged = _checked(process(chain)) if callable(process) else given
-    outcome = float(
-        all(chain.scores[chosen_index] > s for i, s in enumerate(chain.scores) if i != chosen_index)
-    )
+    others = (score for i, score in enumerate(chain.scores) if i != chosen_index)
+    outcome = float(all(chain.scores[chosen_index] > score for score in others))
     total = weights.outcome * outcome + (0.0 if judged is None else weights.process * judged)
     total += weights.verified * verified.get("verified", 0.0)
-    return Reward(
-        total,
-        {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0} | verified,
-    )
+    parts = {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0}
+    return Reward(total, parts | verified)
 
 
 def _agrees(chain: Chain | ParseFailure) -> float:
@@ -100,7 +114,7 @@ def group_advantages(totals: Sequence[float], *, epsilon: float = 1e-6) -> list[
 
 
 def _checked(process: float | None) -> float | None:
-    """The process score, None when there is none (None or NaN)."""
+    """The process score, or None if there is none (None or NaN).  Raises ValueError outside [0, 1]."""
     if process is None or math.isnan(process):
         return None
     if not 0.0 <= process <= 1.0:

@@ -1,59 +1,88 @@
-"""Signs that a policy has learnt to please its reward rather than to judge better: numbers over the chains of a step, pure.
+"""Signs that a policy has learnt to please its reward instead of judging better.
 
-A chain is the `info` of a reward: `criteria` (names), `spread` (best − worst declared score), `margin` and `verified_margin` (of the
-chosen response, declared and recomputed from the rubric); all None where the chain could not be read.  *Our choice*, all of it.
+All of them are *our choice*:
 
-    verified_disagreement   share of chains with a rubric whose own weighted sums rank the chosen response otherwise than declared
+    verified_disagreement   share of chains with a rubric whose own sums rank the chosen response differently
     unverifiable_share      share of readable chains without a complete rubric
-    criterion_kinds         effective number of criterion names: the exponential of the entropy of their shares
-    commonest_criteria      share of chains with the commonest set of criteria: 1 is a template, whoever the user is
-    score_spread            mean distance of the best from the worst score; towards 0 every response is the same, towards 9 none is
+    criterion_kinds         effective number of criterion names: exponential of the entropy of their shares
+    commonest_criteria      share of chains with the commonest set of criteria; 1 is a template for all users
+    score_spread            mean of best minus worst score; near 0 the chain separates no responses
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-OWN, SWAPPED, EMPTY = (
-    "own",
-    "swapped_history",
-    "empty_history",
-)  # whose history the questions of a validation show
-ROUNDING = 0.1 + 1e-6  # of the difference of two totals that are given to one decimal
+from pgenrm_train.chains.chain import Chain, ParseFailure
+
+# Whose history a validation question shows.
+OWN, SWAPPED, EMPTY = "own", "swapped_history", "empty_history"
+ROUNDING = 0.1 + 1e-6  # of the difference of two totals with one decimal
 
 
-def signs(infos: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The numbers above; null where no chain tells anything of it."""
-    chains = [info for info in infos if info["margin"] is not None]
-    verified = [info for info in chains if info["verified_margin"] is not None]
-    sets = [
-        tuple(sorted({name.casefold() for name in info["criteria"]})) for info in chains if info["criteria"]
-    ]
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How a readable chain ranks the chosen response, and by which criteria.
+
+    `margin`: score of the chosen response minus the best other.  `verified_margin`: the same from the totals
+    recomputed from the rubric, None without a complete rubric.  `spread`: best minus worst declared score.
+    """
+
+    margin: float
+    verified_margin: float | None
+    spread: float
+    criteria: tuple[str, ...]
+
+    @property
+    def contradicts_itself(self) -> bool:
+        """Whether the rubric's own sums name another winner, by more than rounding."""
+        if self.verified_margin is None:
+            return False
+        differs = _sign(self.margin) != _sign(self.verified_margin)
+        return differs and abs(self.margin - self.verified_margin) > ROUNDING
+
+
+def ranking_of(chain: Chain | ParseFailure, chosen_index: int) -> Ranking | None:
+    """The chain's ranking; None for a chain that cannot be read."""
+    if isinstance(chain, ParseFailure):
+        return None
+    verified = chain.verified_scores
+    return Ranking(
+        margin=_margin(chain.scores, chosen_index),
+        verified_margin=None if verified is None else _margin(verified, chosen_index),
+        spread=max(chain.scores) - min(chain.scores),
+        criteria=tuple(name for name, _ in chain.criteria),
+    )
+
+
+def _margin(scores: Sequence[float], chosen_index: int) -> float:
+    """Score of the chosen response minus the best other score."""
+    return scores[chosen_index] - max(score for i, score in enumerate(scores) if i != chosen_index)
+
+
+def signs(rankings: Iterable[Ranking | None]) -> dict[str, float | None]:
+    """The numbers above over the chains of a step; null if no chain provides the value."""
+    readable = [ranking for ranking in rankings if ranking is not None]
+    verified = [ranking for ranking in readable if ranking.verified_margin is not None]
+    sets = [tuple(sorted({name.casefold() for name in r.criteria})) for r in readable if r.criteria]
     return {
-        "verified_disagreement": _share(
-            [_disagrees(info["margin"], info["verified_margin"]) for info in verified]
-        ),
-        "unverifiable_share": _share([info["verified_margin"] is None for info in chains]),
+        "verified_disagreement": _mean([ranking.contradicts_itself for ranking in verified]),
+        "unverifiable_share": _mean([ranking.verified_margin is None for ranking in readable]),
         "criterion_kinds": _effective_number([name for names in sets for name in names]),
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
-        "score_spread": sum(info["spread"] for info in chains) / len(chains) if chains else None,
+        "score_spread": _mean([ranking.spread for ranking in readable]),
     }
-
-
-def _disagrees(declared: float, verified: float) -> bool:
-    """Another winner, and not by rounding."""
-    return _sign(declared) != _sign(verified) and abs(declared - verified) > ROUNDING
 
 
 def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _share(flags: Sequence[bool]) -> float | None:
-    return sum(flags) / len(flags) if flags else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _effective_number(names: Sequence[str]) -> float | None:

@@ -13,6 +13,7 @@ from eval.studies.evaluation import Evaluation
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
 from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
+from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.stages.build_sec import MEASURED, SEC
 from pgenrm_train.stages.grpo_validation import VALIDATION
 from recipes.wiring.llm import plain_writer
@@ -53,24 +54,17 @@ def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]
     """The estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
     from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 
-    calls, said = 0.0, "{}"
+    calls, longest = 0.0, ""
     for stage, rows in judged.items():
         settings = getattr(config, stage)
-        stated = [
-            extra["explicit"]
-            for extra in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
-        ]
-        with_signals = [text for text in stated if text != "{}"]
-        calls += (
-            settings.steps
-            * settings.prompts_per_step
-            * settings.group_size
-            * len(with_signals)
-            / max(1, len(stated))
+        extras = read_extras(rows)
+        stated = [extra["explicit"] for extra in extras if withheld_signals(extra)]
+        chains = settings.steps * settings.prompts_per_step * settings.group_size
+        calls += chains * len(stated) / max(1, len(extras)) + _validation_calls(
+            settings, rows.with_name(VALIDATION)
         )
-        calls += _validation_calls(settings, rows.with_name(VALIDATION))
-        said = max([said, *with_signals], key=len)
-    task = characters([judge_messages("", {"signals": said})])
+        longest = max([longest, *stated], key=len)
+    task = characters([judge_messages("", {"signals": longest})])
     chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(
         ANSWER_TOKENS, config.model.max_response_tokens
     )
@@ -82,11 +76,7 @@ def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
     """Rows of the validation slice that a judge is asked about, as often as it is validated."""
     if not rows.exists():
         return 0
-    judged = [
-        x
-        for x in pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
-        if x["explicit"] != "{}"
-    ]
+    judged = [extra for extra in read_extras(rows) if withheld_signals(extra)]
     return len(judged) * (1 + -(-settings.steps // settings.validate_every))
 
 

@@ -1,26 +1,35 @@
-"""What `cre` and `curriculum` share: GRPO on veRL, both stages in one warm session when the pipeline asks for both."""
+"""Shared by `cre` and `curriculum`: GRPO on veRL, both stages in one warm session if both are requested."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-
-from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
+from pgenrm_train.backends.grpo.scoring import JudgeSpec
+from pgenrm_train.backends.grpo.supervisor import RESTARTS, launch
+from pgenrm_train.config import Config, EndpointConfig, GrpoConfig
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.rewards.chain_reward import RewardWeights
+from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import METRICS, Tracker, read
-from pgenrm_train.stages import grpo
 from pgenrm_train.stages.criteria import load as load_criteria
+from pgenrm_train.stages.grpo import (
+    MIRROR,
+    ROWS,
+    SIGNALS,
+    HardnessInputs,
+    RowBuilder,
+    mines,
+    write_rows,
+)
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
@@ -29,15 +38,12 @@ from recipes.build_sec import load_tokenizer
 from recipes.wiring.costs import judge_cost, tell_judge
 from recipes.wiring.llm import settings_of
 
-JUDGES = {
-    "oracle": "data_builders.teachers.oracle:judge_for_rewards",
-    "endpoint": "pgenrm_train.backends.api.roles:judge_for_rewards",
-    "none": None,
-}
+RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
+LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
 
 
 def run_stages(config: Config, stages: Sequence[StageName]) -> None:
-    """Train `stages` one after the other; the engine is started once for all that are still to be done."""
+    """Train `stages` one after the other; the engine is started once for all incomplete ones."""
     prepare(config)
     start = start_of(config, stages[0].starts_from)
     build_data.run(config)
@@ -51,124 +57,118 @@ def run_stages(config: Config, stages: Sequence[StageName]) -> None:
         start = Start(folder.path / "checkpoint", (stage,))
 
 
-def synthesized(config: Config, stage: str) -> bool:
-    """Whether a stage is judged by synthetic criteria where users stated none."""
+def synthesized(config: Config, stage: StageName) -> bool:
+    """Whether a stage is judged by synthetic criteria of users who stated none."""
     return config.sec.synthesize_criteria and bool(getattr(config, stage).process_weight)
 
 
 def train(
-    config: Config, stages: Sequence[str], start: Path, folder: StageFolder, tracker: Tracker
-) -> dict[str, Any]:
+    config: Config, stages: Sequence[StageName], start: Path, folder: StageFolder, tracker: Tracker
+) -> dict[str, object]:
     """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
-    from pgenrm_train.backends.grpo import engine as verl_grpo
-
     judged = any(getattr(config, stage).process_weight for stage in stages)
-    with (
-        settings_of(config, "judge", folder.path / "judge_server.log")
-        if judged
-        else nullcontext(config.judge) as judge
-    ):
-        phases = [phase(config, stage, start if n == 0 else None, judge) for n, stage in enumerate(stages)]
-        judged_by_model = [p for p in phases if p.judge == JUDGES["endpoint"]]
-        if judged_by_model:
-            folder.note(
-                estimate=tell_judge(config, judge, {p.work_dir.name: p.rows for p in judged_by_model})
-            )
-        said = [p.work_dir / verl_grpo.TRAINED for p in phases]
-        known = [path.exists() for path in said]
+    log = folder.path / "judge_server.log"
+    with settings_of(config, "judge", log) if judged else nullcontext(config.judge) as judge:
+        phases = [phase(config, stage, None if n else start, judge) for n, stage in enumerate(stages)]
+        paid = [p for p in phases if p.judge is not None and p.judge.settings is not None]
+        if paid:
+            folder.note(estimate=tell_judge(config, judge, {p.section: p.rows for p in paid}))
+        earlier = [p.seconds() for p in phases]
         with tracker.follow(folder.path / METRICS):
-            trained = verl_grpo.launch(config, phases)[0]
-    # One session serves several stages: each stage's time goes to its own row of the table.
-    seconds = [read_json(path)["seconds"] for path in said]
-    shift = (seconds[0] if known[0] else 0.0) - sum(
-        s for s, before in zip(seconds[1:], known[1:]) if not before
-    )
-    counted = folder.path / "hardness.json"
-    facts: dict[str, Any] = {
+            trained = launch(config, phases)[0]
+    facts: dict[str, object] = {
         "steps": trained.steps,
         "metrics": dict(trained.metrics),
         "judge": config.judge.kind,
     }
-    if lost := read(folder.path / verl_grpo.RESTARTS):
-        facts["restarts"] = [line["reason"] for line in lost]
-    if counted.exists():
-        facts["hardness"] = read_json(counted)
-    if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in judged_by_model]):
-        print(f"judge was paid: {cost}", flush=True)
+    if restarts := read(folder.path / RESTARTS):
+        facts["restarts"] = [line["reason"] for line in restarts]
+    if (counts := folder.path / "hardness.json").exists():
+        facts["hardness"] = read_json(counts)
+    if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in paid]):
+        print(f"judge cost: {cost}", flush=True)
         facts["judge_cost"] = cost
-    folder.add_seconds(shift)
+    # One session serves several stages: each stage's time goes to its own row of the table.
+    others = sum(p.seconds() or 0.0 for p, before in zip(phases[1:], earlier[1:]) if before is None)
+    folder.add_seconds((earlier[0] or 0.0) - others)
     return facts
 
 
-def phase(config: Config, stage: str, start: Path | None, judge: EndpointConfig) -> Any:
-    """The engine's description of one stage, with its rows on disk; judge: as it answers now, a served one included."""
-    from pgenrm_train.backends.grpo import engine as verl_grpo
-
-    settings, work_dir = getattr(config, stage), Path(config.run_dir) / stage
-    rows, validation = work_dir / grpo.ROWS, work_dir / VALIDATION
+def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointConfig) -> Phase:
+    """The engine's description of one stage, with its rows on disk; `judge`: settings of a running judge."""
+    settings: GrpoConfig = getattr(config, stage)
+    work_dir = Path(config.run_dir) / stage
+    rows, validation = work_dir / ROWS, work_dir / VALIDATION
     if not rows.exists():
-        make_rows(config, stage, start or Path(config.run_dir) / "psi" / "checkpoint")
-    weights = {"outcome": settings.outcome_weight, "process": settings.process_weight, "format_error": settings.format_error,
-               "verified": settings.verified_weight}  # fmt: skip
-    return verl_grpo.Phase(
-        stage, start, rows, work_dir, settings.steps, weights=weights, validation=validation if validation.exists() else None,
-        **hardness_of(config, stage, work_dir), **(judged_by(config, judge, rows) if settings.process_weight else {}),
-    )  # fmt: skip
+        make_rows(config, stage, start or Path(config.run_dir) / StageName.PSI / "checkpoint")
+    weights = RewardWeights(
+        outcome=settings.outcome_weight,
+        process=settings.process_weight,
+        format_error=settings.format_error,
+        verified=settings.verified_weight,
+    )
+    return Phase(
+        section=stage,
+        start=start,
+        rows=rows,
+        work_dir=work_dir,
+        steps=settings.steps,
+        weights=weights,
+        judge=judge_spec(config, judge, rows) if settings.process_weight else None,
+        hardness=hardness_source(config, work_dir) if stage == StageName.CURRICULUM else None,
+        validation=validation if validation.exists() else None,
+    )
 
 
-def make_rows(config: Config, stage: str, tokenizer: Path) -> None:
-    """The prompts of a stage, and those that it is validated on."""
-    work_dir, pairs = Path(config.run_dir) / stage, load_pairs(Path(config.run_dir))
-    write = PromptWriter(config, load_tokenizer(tokenizer))
-    synthetic = load_criteria(Path(config.run_dir)) if synthesized(config, stage) else {}
-    if (
-        not write_validation(config, stage, work_dir / VALIDATION, pairs, write)
-        and getattr(config, stage).validate_every
-    ):
-        print(f"{stage}: no pair has split=val, so nothing is validated while it trains", flush=True)
-    known = known_of_pairs(config) if stage == "curriculum" else {}
-    grpo.write_rows(config, stage, work_dir / grpo.ROWS, pairs, write, progress, synthetic, **known)
-    write_json(work_dir / "trimmed.json", dict(write.trimmed))
+def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
+    """Write a stage's rows, and those of its validation."""
+    run_dir = Path(config.run_dir)
+    pairs, write = load_pairs(run_dir), PromptWriter(config, load_tokenizer(tokenizer))
+    synthetic = load_criteria(run_dir) if synthesized(config, stage) else {}
+    builder, folder = RowBuilder(config, stage, write, synthetic), run_dir / stage
+    validated = write_validation(builder, folder, pairs)
+    if not validated and getattr(config, stage).validate_every:
+        print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
+    hardness = hardness_inputs(config) if stage == StageName.CURRICULUM else HardnessInputs()
+    write_rows(builder, folder, pairs, progress, hardness)
+    write_json(folder / "trimmed.json", dict(write.trimmed))
     if told := write.told(f"{stage} prompts"):
         print(told, flush=True)
 
 
-def known_of_pairs(config: Config) -> dict[str, Any]:
-    """What tells hard pairs beside the data: an embedder of responses, and the prototypes of users."""
+def hardness_inputs(config: Config) -> HardnessInputs:
+    """The embedder of responses and the prototypes of users that the curriculum's settings name."""
     from recipes import prototypes
 
-    settings, found = config.curriculum, {}
+    settings, embed = config.curriculum, None
     if settings.similarity != "trigrams" and settings.schedule != "uniform":
-        found["embed"] = prototypes.make_embedder(config, settings.similarity)
-    if settings.prototypes:
-        found["prototype_of"] = prototypes.of_users(Path(settings.prototypes))
-    return found
-
-
-def hardness_of(config: Config, stage: str, work_dir: Path) -> dict[str, Any]:
-    """From what the engine knows which pairs are hard; nothing where no schedule asks."""
-    settings = config.curriculum
-    if stage != "curriculum" or settings.schedule == "uniform":
-        return {}
-    mined = (
-        {"mining_samples": settings.mining_samples, "mirror": work_dir / grpo.MIRROR}
-        if grpo.mines(config)
-        else {}
+        embed = prototypes.make_embedder(config, settings.similarity)
+    return HardnessInputs(
+        embed, prototypes.of_users(Path(settings.prototypes)) if settings.prototypes else {}
     )
-    return {"signals": work_dir / grpo.SIGNALS, **mined}
 
 
-def judged_by(config: Config, judge: EndpointConfig, rows: Path) -> dict[str, Any]:
-    """Who rates the process; ConfigError when a language model would have nothing to judge by."""
-    if judge.kind != "endpoint":
-        return {"judge": JUDGES[judge.kind]}
-    said = pq.read_table(rows, columns=["extra_info"])["extra_info"].to_pylist()
-    if not any(extra["explicit"] != "{}" for extra in said):
+def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:
+    """Files and samples from which the engine learns hardness; None for a uniform draw."""
+    if config.curriculum.schedule == "uniform":
+        return None
+    if not mines(config):
+        return HardnessSource(work_dir / SIGNALS)
+    return HardnessSource(work_dir / SIGNALS, config.curriculum.mining_samples, work_dir / MIRROR)
+
+
+def judge_spec(config: Config, judge: EndpointConfig, rows: Path) -> JudgeSpec | None:
+    """The judge of a stage.  Raises ConfigError if a language model would have nothing to judge by."""
+    if judge.kind == "none":
+        return None
+    if judge.kind == "oracle":
+        return JudgeSpec(RULE_JUDGE)
+    if not any(withheld_signals(extra) for extra in read_extras(rows)):
         raise ConfigError(
-            f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} states criteria, style, "
-            "attributes or a self-description; use judge=none, or sec.synthesize_criteria=true to infer criteria from their votes"
+            f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} "
+            "states criteria, style, attributes or a self-description; use judge=none, or "
+            "sec.synthesize_criteria=true to infer criteria from their votes"
         )
-    # several nodes share no file that SQLite can lock
-    cache = str(rows.parent / "judge_cache") if config.cluster.nodes == 1 else None
-    kwargs = {"settings": dataclasses.asdict(judge), "cache": cache}
-    return {"judge": JUDGES["endpoint"], "judge_kwargs": kwargs, "judge_in_flight": judge.max_in_flight}
+    # Several nodes share no file that SQLite can lock.
+    cache = rows.parent / "judge_cache" if config.cluster.nodes == 1 else None
+    return JudgeSpec(LLM_JUDGE, judge, cache, judge.max_in_flight)

@@ -22,12 +22,14 @@ import verl_world
 from test_psi import CHANGED, NANO, rows
 
 from pgenrm_train.backends.grpo.config import verl_variables
-from pgenrm_train.backends.grpo.engine import Phase, launch
+from pgenrm_train.backends.grpo.phase import Phase
+from pgenrm_train.backends.grpo.supervisor import launch
 from pgenrm_train.backends.ray import cluster as ray_cluster
 from pgenrm_train.backends.sft import engine as deepspeed_sft
 from pgenrm_train.cluster.preflight.machine import check_ring
 from pgenrm_train.cluster.preflight.reach import check_ray
 from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.run.checkpoints import COMPLETE
@@ -97,7 +99,7 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     for name, value in verl_variables(Config(recipe="cre")).items():
         if name.startswith("RAY_"):  # no idle processes: of the nodes' daemons too
             monkeypatch.setenv(name, value)
-    phase = Phase("cre", start, table, tmp_path / "cre", GRPO_STEPS)
+    phase = Phase(StageName.CRE, start, table, tmp_path / "cre", GRPO_STEPS)
     back: list[subprocess.Popen[bytes]] = []
     places: dict[str, set[str]] = {}
     with started(**LOGICAL) as cluster:

@@ -1,4 +1,4 @@
-"""The real thing on a CPU: verl, vLLM and Ray train a model of 100k parameters through both phases, are killed, and go on."""
+"""verl, vLLM and Ray on a CPU train a model of 100k parameters in both phases, are killed, and resume."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ import verl_world
 from llm_server import serve, slowly
 
 from pgenrm_train.backends.grpo.config import check, to_verl, verl_variables
-from pgenrm_train.backends.grpo.engine import Phase, launch
-from pgenrm_train.config import Config
+from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
+from pgenrm_train.backends.grpo.scoring import JudgeSpec, Sample
+from pgenrm_train.backends.grpo.supervisor import launch
+from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
+from pgenrm_train.rewards.chain_reward import RewardWeights
 
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
+CHILD = "backends.grpo.child"  # in the command line of the training process
 
 
 def config(run_dir: Path, max_failures: int = 0, **changed: Any) -> Config:
@@ -64,18 +69,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Phase:
-    kwargs = {"broken_every": broken_every}
-    rows, judge = world / "rows.parquet", "verl_world:trait_judge"
+def cre(world: Path, run: Path, steps: int = STEPS) -> Phase:
     return Phase(
-        "cre",
+        StageName.CRE,
         world / "start",
-        rows,
+        world / "rows.parquet",
         run / "cre",
         steps,
-        {},
-        judge,
-        kwargs,
+        judge=JudgeSpec("verl_world:unreliable_judge"),
         validation=world / "validation.parquet",
     )
 
@@ -83,9 +84,14 @@ def cre(world: Path, run: Path, steps: int = STEPS, broken_every: int = 6) -> Ph
 def curriculum(world: Path, run: Path) -> Phase:
     """Self-paced, with hardness from one chain in each order."""
     return Phase(
-        "curriculum", None, world / "rows.parquet", run / "curriculum", CURRICULUM_STEPS, {"process": 0.0}, mining_samples=2,
-        mirror=world / "mirror.parquet",
-    )  # fmt: skip
+        StageName.CURRICULUM,
+        None,
+        world / "rows.parquet",
+        run / "curriculum",
+        CURRICULUM_STEPS,
+        weights=RewardWeights(process=0.0),
+        hardness=HardnessSource(samples=2, mirror=world / "mirror.parquet"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
     arm = Phase(
-        "curriculum",
+        StageName.CURRICULUM,
         run / "cre/checkpoint",
         world / "rows.parquet",
         run / "arm",
@@ -102,18 +108,19 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings={"schedule": "uniform"},
     )
     with serve(unreliable_judge()) as server:
-        settings = {
-            "kind": "endpoint",
-            "base_url": server.url,
-            "name": "stub",
-            "attempts": 1,
-            "timeout_seconds": 1.0,
-            "give_up_after": 99,
-        }
+        settings = EndpointConfig(
+            "endpoint", server.url, "stub", attempts=1, timeout_seconds=1.0, give_up_after=99
+        )
         third = Phase(
-            "cre", world / "start", world / "rows.parquet", run / "judged", 2, {}, "pgenrm_train.backends.api.roles:judge_for_rewards",
-            {"settings": settings, "cache": str(run / "judge_cache")},
-        )  # fmt: skip
+            StageName.CRE,
+            world / "start",
+            world / "rows.parquet",
+            run / "judged",
+            2,
+            judge=JudgeSpec(
+                "pgenrm_train.backends.api.roles:judge_for_rewards", settings, run / "judge_cache"
+            ),
+        )
         done = launch(config(run), [cre(world, run), second, arm, third])
     assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2]
     assert not children_of_ray()
@@ -121,7 +128,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unreliable_judge() -> Any:
-    """A judge behind HTTP that always says 0.8 · (1 − 0.25) = 0.6, except that three calls in ten fail, hang or are garbage."""
+    """A judge behind HTTP that always answers 0.8 · (1 − 0.25) = 0.6, but three calls in ten fail, hang or are garbage."""
     troubles = {0: {"status": 500}, 3: {"raw": b"<html>"}, 6: "I would say 1.0!"}
 
     def behaviour(body: dict[str, Any], number: int) -> Any:
@@ -137,7 +144,7 @@ def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: P
     assert len(steps) == 2
     for line in steps:
         assert 0 < line["cre/reward/process_null_share"] < 1
-        # No verdict for one chain: no process reward in its group.  So every process reward that counts is a whole verdict.
+        # Without a verdict for one chain its group has no process reward, so those that count are complete.
         assert line["cre/reward/process"] is None or line["cre/reward/process"] == pytest.approx(0.6)
         assert line["cre/time/verdicts"] > 0 and math.isfinite(line["cre/actor/grad_norm"]), (
             "the update waits for verdicts"
@@ -167,7 +174,7 @@ def children_of_ray() -> list[str]:
             line = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-        if any(name in line for name in ("raylet", "ray::", "EngineCore", "gcs_server", "verl_grpo")):
+        if any(name in line for name in ("raylet", "ray::", "EngineCore", "gcs_server", CHILD)):
             found.append(line)
     return found
 
@@ -197,7 +204,7 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 
-def test_validation_is_asked_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
+def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
     """The fixed slice: 10 pairs in both orders with their own history, and as many rows of a probe with another prompt."""
     found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
     assert [line["step"] for line in found] == [0, 3, STEPS]
@@ -257,7 +264,7 @@ def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> 
     steps = training(trained, "curriculum")
     assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
     assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0, (
-        "groups without advantage were asked again"
+        "groups without advantage were sampled again"
     )
     for line in steps:
         assert line["curriculum/curriculum/hard_pairs"] + line["curriculum/curriculum/rest_pairs"] + line.get(
@@ -317,13 +324,13 @@ def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
         launch(config(trained), [cre(world, trained, steps=5)])
 
 
-def wait_for(condition: Any, seconds: float, said: str) -> Any:
+def wait_for(condition: Any, seconds: float, event: str) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds:.0f} s for {said}")
+    raise AssertionError(f"waited {seconds:.0f} s for {event}")
 
 
 def in_background(work: Any) -> tuple[threading.Thread, list[Any]]:
@@ -345,7 +352,7 @@ def processes(name: str) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(
+def test_killed_and_stalled_runs_resume_as_if_uninterrupted(
     world: Path, trained: Path, tmp_path: Path
 ) -> None:
     """kill -9 of the driver after step 1, a frozen engine after step 3, and to the end: same batches, rewards and weights."""
@@ -356,7 +363,7 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(
 
     thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
     wait_for(lambda: (saved / "global_step_1/complete.json").exists(), 240, "the first checkpoint")
-    driver = processes("verl_grpo")[0]
+    driver = processes(CHILD)[0]
     followers = driver.children(recursive=True)
     assert any("EngineCore" in " ".join(p.cmdline()) for p in followers)
     driver.send_signal(signal.SIGKILL)
@@ -390,8 +397,8 @@ def test_killed_and_stalled_runs_go_on_as_if_uninterrupted(
 
 
 @pytest.mark.slow
-def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: Path, tmp_path: Path) -> None:
-    """kill -9 after the first step of a self-paced curriculum: what it drew next hangs on what it had seen."""
+def test_a_killed_curriculum_resumes_with_the_same_pairs(world: Path, trained: Path, tmp_path: Path) -> None:
+    """kill -9 after the first step of a self-paced curriculum: its next draw depends on its observations."""
     first = cre(world, trained)
     phase = dataclasses.replace(curriculum(world, tmp_path), start=first.checkpoint)
     thread, killed = in_background(lambda: launch(config(tmp_path), [phase]))
@@ -400,7 +407,7 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
         300,
         "the first checkpoint",
     )
-    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    processes(CHILD)[0].send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
     wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
@@ -409,10 +416,10 @@ def test_a_killed_curriculum_goes_on_with_the_same_pairs(world: Path, trained: P
 
 
 @pytest.mark.slow
-def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(
+def test_two_ranks_with_lora_are_killed_resume_and_export_the_trained_model(
     world: Path, tmp_path: Path
 ) -> None:
-    """kill -9 after the first of three steps: the data, vLLM's adapters and the optimiser go on, and the merged export is the actor."""
+    """kill -9 after step 1 of 3: data, vLLM's adapters and optimiser resume; the merged export is the actor."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -423,7 +430,7 @@ def test_two_ranks_with_lora_are_killed_go_on_and_export_what_they_trained(
     wait_for(
         lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint"
     )
-    processes("verl_grpo")[0].send_signal(signal.SIGKILL)
+    processes(CHILD)[0].send_signal(signal.SIGKILL)
     thread.join(timeout=60)
     assert "code -9" in str(killed[0])
     wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
@@ -481,7 +488,7 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         (
             {"cre.mini_batch_prompts": 6, "cluster.processes_per_node": 5},
@@ -495,101 +502,97 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
         ),
     ],
 )
-def test_conflicts_name_both_keys(world: Path, change: dict[str, int], said: str) -> None:
+def test_conflicts_name_both_keys(world: Path, change: dict[str, int], text: str) -> None:
     found = Config(recipe="cre")
     for key, value in change.items():
         section, name = key.split(".")
         setattr(getattr(found, section), name, value)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=text):
         check(found, "cre", world / "start")
 
 
-def sample(text: str, finished: bool = True) -> Any:
-    from pgenrm_train.backends.grpo.scoring import Sample
-
+def sample(text: str, finished: bool = True) -> Sample:
     return Sample([1], [2], [0.0], text, finished, 0)
 
 
 def test_scores_of_a_group() -> None:
-    from pgenrm_train.backends.grpo.scoring import scored, settle
-    from pgenrm_train.rewards.chain_reward import RewardWeights
+    from pgenrm_train.backends.grpo.scoring import score, settle
 
     row, weights = verl_world.example(0), RewardWeights()
     chosen = int(row["reward_model"]["ground_truth"])
     right = verl_world.chain("warm", (8, 2) if chosen == 0 else (2, 8))
-    group = [sample(right), sample(right, finished=False), sample("no chain"), sample(right)]
+    samples = [sample(right), sample(right, finished=False), sample("no chain"), sample(right)]
     verdicts = iter([1.0, None])
 
     def judge(text: str, example: Any) -> float | None:
         return next(verdicts)
 
-    for one in group:
-        one.info = scored(one, row, weights, judge)
-    settle(group, row, weights, "group_mean")
-    assert [one.score for one in group] == [1.5, -0.1, -0.1, 1.5], "the mean of the verdicts that there are"
-    settle(group, row, weights, "drop_process_for_group")
-    assert [one.info["failure"] for one in group][1] == "length"
-    assert [one.score for one in group] == [1.0, -0.1, -0.1, 1.0], (
+    group = [score(one, row, weights, judge) for one in samples]
+    settled = settle(group, weights.process, "group_mean")
+    assert [one.score for one in settled] == [1.5, -0.1, -0.1, 1.5], "the mean of the existing verdicts"
+    settled = settle(group, weights.process, "drop_process_for_group")
+    assert settled[1].failure == "length"
+    assert [one.score for one in settled] == [1.0, -0.1, -0.1, 1.0], (
         "no verdict for one: no process reward in its group"
     )
-    assert [one.info["process"] for one in group] == [1.0, None, None, None]
+    assert [one.process for one in settled] == [1.0, None, None, None]
 
 
 def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
-    from pgenrm_train.backends.grpo.scoring import scored, settle
-    from pgenrm_train.rewards.chain_reward import RewardWeights
+    from pgenrm_train.backends.grpo.scoring import score, settle
 
     row, weights = verl_world.example(0), RewardWeights()
-    wrong = verl_world.chain("warm", (5, 5))
 
     def judge(text: str, example: Any) -> float | None:
         raise OSError("connection lost")
 
-    group = [sample(wrong), sample("no chain")]
-    for one in group:
-        one.info = scored(one, row, weights, judge)
-    settle(group, row, weights, "drop_process_for_group")
-    assert group[0].info["error"] == "OSError: connection lost"
-    assert group[0].score == group[1].score == pytest.approx(-0.1)
+    samples = [sample(verl_world.chain("warm", (5, 5))), sample("no chain")]
+    group = [score(one, row, weights, judge) for one in samples]
+    first, second = settle(group, weights.process, "drop_process_for_group")
+    assert first.error == "OSError: connection lost"
+    assert first.score == second.score == pytest.approx(-0.1)
 
 
-def test_a_group_without_advantage_is_asked_again_and_its_chains_are_counted() -> None:
+def test_a_group_without_advantage_is_sampled_again_and_its_chains_are_counted() -> None:
     import asyncio
 
     from pgenrm_train.backends.grpo.rollout import ChainSampler, Group, Prompt
+    from pgenrm_train.backends.grpo.scoring import ScoredChain
 
-    def group(*outcomes: float) -> list[Any]:
-        found = [sample("chain") for _ in outcomes]
-        for one, outcome in zip(found, outcomes, strict=True):
-            one.score, one.info = outcome, {"outcome": outcome}
-        return found
+    def group(*outcomes: float) -> list[ScoredChain]:
+        return [ScoredChain(1, outcome=outcome, score=outcome) for outcome in outcomes]
 
     class Scripted(ChainSampler):
-        def __init__(self, *groups: list[Any]) -> None:
-            self.groups, self.asked = groups, 0
+        def __init__(self, *groups: list[ScoredChain]) -> None:
+            self.groups, self.calls = groups, 0
 
         async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
-            assert attempt == self.asked
-            self.asked += 1
-            return Group(prompt, self.groups[attempt], asyncio.create_task(asyncio.sleep(0)))
+            assert attempt == self.calls
+            self.calls += 1
+            return Group(prompt, [], asyncio.create_task(asyncio.sleep(0, self.groups[attempt])))
 
-    def ask(resample: int, *groups: list[Any]) -> tuple[list[float], dict[str, int], int]:
+    def resample(limit: int, *groups: list[ScoredChain]) -> tuple[list[float], tuple[int, int], int]:
         sampler = Scripted(*groups)
-        kept = asyncio.run(sampler._with_advantage(Prompt("s1p00000", {}, 1, "0", 2, 1.0, resample)))
-        return [one.score for one in kept.samples], kept.discarded, sampler.asked
+
+        async def run() -> tuple[list[float], tuple[int, int], int]:
+            prompt = Prompt("s1p00000", verl_world.example(0), 1, "0", 2, 1.0, limit)
+            kept = await sampler._with_advantage(prompt)
+            chains = [chain.score for chain in await kept.scoring]
+            return chains, (kept.discarded_passes, kept.discarded_chains), sampler.calls
+
+        return asyncio.run(run())
 
     same, other = group(1, 1), group(1, 0)
-    assert ask(0, same) == ([1, 1], {"discarded_passes": 0, "discarded_chains": 0}, 1)
-    assert ask(2, other, same) == ([1, 0], {"discarded_passes": 0, "discarded_chains": 0}, 1)
-    assert ask(2, same, other) == ([1, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2)
-    assert ask(1, same, group(0, 0)) == ([0, 0], {"discarded_passes": 2, "discarded_chains": 2}, 2), (
-        "bounded: the last is kept"
-    )
+    assert resample(0, same) == ([1, 1], (0, 0), 1)
+    assert resample(2, other, same) == ([1, 0], (0, 0), 1)
+    assert resample(2, same, other) == ([1, 0], (2, 2), 2)
+    assert resample(1, same, group(0, 0)) == ([0, 0], (2, 2), 2), "bounded: the last is kept"
 
 
 def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not_wait(world: Path) -> None:
-    """Four chains that end one after the other, and go to the actor before the last verdict is there."""
+    """Four chains that end one after the other, and reach the actor before the last verdict."""
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
     from types import SimpleNamespace
 
     from omegaconf import OmegaConf
@@ -600,40 +603,39 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
     start = str(world / "start")
 
     class Server:
-        """Stands where a vLLM server's handle stands."""
+        """Stand-in for the handle of a vLLM server."""
 
         def __init__(self) -> None:
-            self.generate, self.asked = SimpleNamespace(remote=self.answer), 0
+            self.generate, self.calls = SimpleNamespace(remote=self.answer), 0
 
         async def answer(self, **_: Any) -> Any:
-            self.asked += 1
-            await asyncio.sleep(0.3 * self.asked)
+            self.calls += 1
+            await asyncio.sleep(0.3 * self.calls)
             events.append("ended")
             return SimpleNamespace(
                 token_ids=tokens, log_probs=[0.0] * len(tokens), extra_fields={}, stop_reason=None
             )
 
     def judge(text: str, example: Any) -> float:
-        events.append("asked")
+        events.append("judged")
         time.sleep(0.3)
         return 0.5
 
-    async def ask() -> list[Any]:
+    async def sample_group() -> list[Any]:
         group = await sampler._sampled(Prompt("s1p0", row, 1, "0", 4, 1.0))
-        assert not group.scoring.done() and not group.samples[-1].info
-        await group.scoring
-        return group.samples
+        assert not group.scoring.done()
+        return await group.scoring
 
     found = OmegaConf.create(
         {"data": {"max_prompt_length": 64, "max_response_length": 128}, "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}}}
     )  # fmt: skip
     sampler = ChainSampler(found, [Server()])
-    sampler.judge = judge
+    sampler.judge, sampler.threads = judge, ThreadPoolExecutor(4)
     tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [
         sampler.tokenizer.eos_token_id
     ]
-    assert [one.info["process"] for one in asyncio.run(ask())] == [0.5] * 4
-    assert events == ["ended", "asked"] * 4, "each verdict is asked for when its chain ends"
+    assert [chain.process for chain in asyncio.run(sample_group())] == [0.5] * 4
+    assert events == ["ended", "judged"] * 4, "each chain is judged when it ends"
 
 
 def test_half_written_checkpoints_and_lines_are_dropped(
@@ -645,11 +647,10 @@ def test_half_written_checkpoints_and_lines_are_dropped(
     for step, complete in ((2, True), (4, True), (6, False)):
         (tmp_path / f"global_step_{step}").mkdir()
         if complete:
-            (tmp_path / f"global_step_{step}/complete.json").write_text(
-                json.dumps({"step": step, "sampler": {"at": step}})
-            )
-    folder, step, state = newest_checkpoint(tmp_path)
-    assert (folder, step, state) == (tmp_path / "global_step_4", 4, {"at": 4})
+            marker = json.dumps({"step": step, "sampler": {"at": step}})
+            (tmp_path / f"global_step_{step}/complete.json").write_text(marker)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "global_step_4", 4, {"at": 4})
+    assert newest_checkpoint(tmp_path / "none") is None
     assert "global_step_6 was left half-written" in capsys.readouterr().out
     (tmp_path / "m.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"ste')
     trim(tmp_path / "m.jsonl", 4)
@@ -676,7 +677,7 @@ def test_logprobs_in_chunks_are_those_that_verl_takes_token_by_token() -> None:
 
 
 def test_the_cpu_patches_are_still_needed() -> None:
-    """When one of these fails, a patch in verl_cpu.py or a setting in verl_config.cpu_keys can go."""
+    """If one of these fails, a patch in grpo/cpu.py or a setting in `config.cpu_keys` can go."""
     from verl.model_merger import fsdp_model_merger
     from verl.workers.engine.fsdp import transformer_impl
 

@@ -1,7 +1,7 @@
-"""Child of test_gpu_settings.py: veRL with the settings that ship for GPUs, apart from the switches below, on this CPU.
+"""Child of test_gpu_settings.py: veRL with the settings that ship for GPUs, and the switches below, on this CPU.
 
-`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `verl_config.environment` for a CPU.  FOLDER holds start/ and
-rows.parquet of `verl_world`.
+`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `grpo.config.verl_variables` for a CPU.  FOLDER
+holds start/ and rows.parquet of `verl_world`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pgenrm_train.backends.grpo import engine as verl_grpo
+from pgenrm_train.backends.grpo import engine
+from pgenrm_train.backends.grpo.phase import Phase
 from pgenrm_train.config import Config, load
+from pgenrm_train.config.stage_names import StageName
 
 ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", "rollout"))
 # Our configuration: sizes alone.
@@ -59,17 +61,15 @@ def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:
     return composed
 
 
-to_verl = verl_grpo.to_verl
+to_verl = engine.to_verl
 
 
 def main(folder: Path, model: str, cluster: str) -> None:
     config = gpu_config(folder, model, cluster)
     config.cluster.device = "cpu"  # how Ray and the processes start
-    verl_grpo.to_verl = shipped_with_switches
-    phase = verl_grpo.Phase(
-        "cre", folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps
-    )
-    print(verl_grpo.train(config, [phase]))
+    engine.to_verl = shipped_with_switches
+    phase = Phase(StageName.CRE, folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps)
+    print(engine.train(config, [phase]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A world small enough to teach in seconds: which of two responses names the trait that the user likes?
+"""A world small enough to learn in seconds: which of two responses names the trait that the user likes?
 
 Used by the veRL tests and by hand for timing: `python tests/support/verl_world.py FOLDER` writes a checkpoint and rows.
 """
@@ -29,9 +29,15 @@ def example(number: int, seed: int = 0) -> dict[str, Any]:
     texts = [liked, other] if chosen == 0 else [other, liked]
     prompt = f"user likes {liked} .\nresponse_1 is {texts[0]} .\nresponse_2 is {texts[1]} ."
     extra = {
-        "index": number, "pair_id": f"p{number}", "user_id": f"u{number % 7}", "order": order, "kind": "easy", "n_responses": 2,
-        "criteria": json.dumps({"trait": liked}), "explicit": json.dumps({"criteria": f"likes {liked}"}),
-    }  # fmt: skip
+        "index": number,
+        "pair_id": f"p{number}",
+        "user_id": f"u{number % 7}",
+        "order": order,
+        "kind": "easy",
+        "n_responses": 2,
+        "criteria": json.dumps({"trait": liked}),
+        "explicit": json.dumps({"criteria": f"likes {liked}"}),
+    }
     return {
         "data_source": "verl_world",
         "prompt": [{"role": "user", "content": prompt}],
@@ -48,11 +54,11 @@ def chain(trait: str, scores: tuple[int, int]) -> str:
     return f"user likes {trait} . <JSON_START>{json.dumps(body)}<JSON_END>"
 
 
-def trait_judge(broken_every: int = 0) -> Any:
-    """A judge: 1 when the chain names the withheld trait, else 0; null for every n-th pair when asked to be unreliable."""
+def unreliable_judge() -> Any:
+    """A judge: 1 if the chain names the withheld trait, else 0; null for every sixth pair."""
 
     def judge(chain_text: str, example: Mapping[str, Any]) -> float | None:
-        if broken_every and example["index"] % broken_every == 0:
+        if example["index"] % 6 == 0:
             return None
         return float(json.loads(example["criteria"])["trait"] in chain_text)
 
@@ -72,12 +78,12 @@ def swapped(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def misled(row: dict[str, Any]) -> dict[str, Any]:
-    """The same question with another user's taste in the prompt: what a probe of the validation slice asks."""
+    """The same question with another user's taste in the prompt, as a probe of the validation slice."""
     prompt, extra = row["prompt"][0]["content"], row["extra_info"]
     other = next(trait for trait in TRAITS if trait not in prompt)
-    told = prompt.replace(f"user likes {json.loads(extra['criteria'])['trait']} ", f"user likes {other} ", 1)
+    text = prompt.replace(f"user likes {json.loads(extra['criteria'])['trait']} ", f"user likes {other} ", 1)
     return row | {
-        "prompt": [{"role": "user", "content": told}],
+        "prompt": [{"role": "user", "content": text}],
         "extra_info": extra | {"probe": "swapped_history", "explicit": "{}"},
     }
 
@@ -85,7 +91,7 @@ def misled(row: dict[str, Any]) -> dict[str, Any]:
 def write_rows(
     path: Path, count: int, seed: int = 0, both_orders: bool = False, turned: bool = False
 ) -> Path:
-    """`turned`: every pair in the other order than without it.  `both_orders`: in both, and each once more as a probe."""
+    """Write rows; `turned`: in the other order; `both_orders`: in both, and each once more as a probe."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,7 +182,7 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
 
 
 def merged_by_verl(checkpoint: Path, out: Path) -> Any:
-    """The model that veRL's own merger makes of one of its FSDP checkpoints; with LoRA, its base under peft, not merged."""
+    """The model that veRL's own merger makes of an FSDP checkpoint; with LoRA, unmerged under peft."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -132,6 +132,6 @@ class LlmJudge:
         return verdict.score
 
 
-def judge_for_rewards(settings: Mapping[str, Any], cache: str | None) -> LlmJudge:
-    """Factory named by the GRPO backend; settings: fields of `EndpointConfig`."""
-    return LlmJudge(Endpoint(EndpointConfig(**settings), Path(cache) if cache else None))
+def judge_for_rewards(settings: EndpointConfig, cache: Path | None) -> LlmJudge:
+    """Factory that the GRPO backend loads by name; `cache` is the folder of the judge's answers."""
+    return LlmJudge(Endpoint(settings, cache))

@@ -1,10 +1,11 @@
 """Our typed configuration → verl 0.9.1's `ppo_trainer`, checked before anything starts.
 
-GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a prompt's group, std with ddof 1; token-mean loss; clipped
-ratio; KL as a loss term (low-variance estimator) to a frozen reference; constant learning rate; AdamW .9/.999; gradient norm 1.
+GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a prompt's group, std with ddof 1;
+token-mean loss; clipped ratio; KL as a loss term (low-variance estimator) to a frozen reference; constant
+learning rate; AdamW .9/.999; gradient norm 1.
 
-`grpo_keys` is one flat table of verl keys; `cpu_keys` and `gpu_keys` hold what depends on the device, so a test can take a GPU
-table, change an allow-listed few and run it on a CPU.
+`grpo_keys` is one flat table of verl keys; `cpu_keys` and `gpu_keys` hold what depends on the device, so a
+test can take a GPU table, change an allow-listed few and run it on a CPU.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, ConfigError
 
-TRAINER = "pgenrm_sync"  # the name under which `verl_trainer.ChainTrainer` is registered
+TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
 MODULE = "pgenrm_train.backends.grpo.cpu"
 
 
 def verl_variables(config: Config) -> dict[str, str]:
-    """Variables that must be set *before* verl, vLLM or Ray are imported, for the driver and for every Ray worker."""
+    """Environment variables of driver and Ray workers, to be set *before* verl, vLLM or Ray are imported."""
     inherited = [
         path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)
     ]
     env = {
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), *inherited]
-        ),  # recipes, data_builders and eval import in workers
+        # So that recipes, data_builders and eval can be imported in workers.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]),
         "VERL_USE_EXTERNAL_MODULES": "",
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",  # a stage hands over local folders only
+        "HF_HUB_OFFLINE": "1",  # stages pass local folders only
         "TRANSFORMERS_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_METRICS_COLLECTION": "1",
@@ -52,12 +52,14 @@ def verl_variables(config: Config) -> dict[str, str]:
             "VERL_ENGINE_DEVICE": "cuda",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # with the `uni` executor: engine and server in one process
+            # With the `uni` executor: engine and server in one process.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": "2",
             "GLOO_SOCKET_IFNAME": "lo",
-            "RAY_enable_worker_prestart": "0",  # one idle Python a logical CPU costs seconds of a small machine
+            "RAY_enable_worker_prestart": "0",  # an idle Python per logical CPU costs seconds
             "RAY_prestart_worker_first_driver": "0",
-            "RAY_worker_niceness": "0",  # Ray's default of 15 starves the workers on a machine that does anything else
+            # Ray's default of 15 starves the workers on a machine with any other load.
+            "RAY_worker_niceness": "0",
         }
     return env
 
@@ -65,10 +67,10 @@ def verl_variables(config: Config) -> dict[str, str]:
 def to_verl(
     config: Config, section: str, *, start: Path, rows: Path, work_dir: Path, total_steps: int
 ) -> Any:
-    """verl's complete configuration (an OmegaConf DictConfig) for `section` ("cre" or "curriculum").
+    """verl's complete configuration (an OmegaConf DictConfig) for `section` (cre or curriculum).
 
-    start: checkpoint in Hugging Face format; rows: parquet of prompts; work_dir: where veRL's own checkpoints go.
-    Raises ConfigError or ArtifactError, naming our keys, before verl would fail in a worker.
+    `start`: checkpoint in Hugging Face format.  `rows`: parquet of prompts.  `work_dir`: folder of veRL's own
+    checkpoints. Raises ConfigError or ArtifactError, naming our keys, before verl would fail in a worker.
     """
     import verl.trainer.config as verl_config
     from hydra import compose, initialize_config_dir
@@ -95,7 +97,8 @@ def check(config: Config, section: str, start: Path) -> None:
     needed = model.max_prompt_tokens + model.max_response_tokens
     if positions is not None and needed > positions:
         raise ConfigError(
-            f"model.max_prompt_tokens + model.max_response_tokens = {needed} exceeds the {positions} positions of {start}"
+            f"model.max_prompt_tokens + model.max_response_tokens = {needed} exceeds the {positions} "
+            f"positions of {start}"
         )
 
 
@@ -106,8 +109,8 @@ def _positions(start: Path) -> int | None:
     return json.loads(description.read_text()).get("max_position_embeddings")
 
 
-def grpo_keys(config: Config, section: str) -> dict[str, Any]:
-    """What does not depend on the device."""
+def grpo_keys(config: Config, section: str) -> dict[str, object]:
+    """Keys that do not depend on the device."""
     grpo: GrpoConfig = getattr(config, section)
     model, cluster, seed = config.model, config.cluster, seed_of(config, section)
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -156,12 +159,11 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
         "trainer.device": cluster.device,
         "trainer.val_before_train": False,
         "trainer.test_freq": -1,
-        "trainer.save_freq": grpo.save_every
-        if grpo.save_every > 0
-        else grpo.steps,  # the last step is always saved
+        # The last step is always saved.
+        "trainer.save_freq": grpo.save_every if grpo.save_every > 0 else grpo.steps,
         "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
-        "trainer.resume_mode": "disable",  # `verl_trainer` resumes from the newest complete checkpoint itself
-        "trainer.logger": [],  # the trainer writes metrics.jsonl; `tracking.Tracker.follow` forwards it
+        "trainer.resume_mode": "disable",  # `trainer` resumes from the newest complete checkpoint
+        "trainer.logger": [],  # metrics.jsonl is ours; `tracking.Tracker.follow` forwards it
         "trainer.project_name": config.tracking.project,
         "trainer.experiment_name": f"{Path(config.run_dir).name}-{section}",
         "trainer.v1.trainer_mode": TRAINER,
@@ -169,7 +171,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, Any]:
     }
 
 
-def paths(start: Path, rows: Path, work_dir: Path, total_steps: int) -> dict[str, Any]:
+def paths(start: Path, rows: Path, work_dir: Path, total_steps: int) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.path": str(start),
         "data.train_files": str(rows),
@@ -180,10 +182,14 @@ def paths(start: Path, rows: Path, work_dir: Path, total_steps: int) -> dict[str
     }
 
 
-def cpu_keys(config: Config, section: str) -> dict[str, Any]:
-    """fp32 without fused kernels; engine and server in one process; sampling log-probs equal the actor's, so they are not redone."""
+def cpu_keys(config: Config, section: str) -> dict[str, object]:
+    """fp32 without fused kernels; engine and server in one process.
+
+    The log-probabilities of sampling equal the actor's, so they are not computed again.
+    """
     grpo: GrpoConfig = getattr(config, section)
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    executor = "uni" if config.cluster.tensor_parallel == 1 else "mp"
     fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     length = config.model.max_prompt_tokens + config.model.max_response_tokens
     return {
@@ -205,19 +211,20 @@ def cpu_keys(config: Config, section: str) -> dict[str, Any]:
         f"{rollout}.load_format": "auto",
         f"{rollout}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
         f"{rollout}.max_num_batched_tokens": max(8192, length),
-        # vLLM 0.28 rewinds the generator of a seeded request after a partial prefill, which a CPU generator cannot do
+        # vLLM 0.28 rewinds the generator of a seeded request after a partial prefill: no CPU generator can.
         f"{rollout}.enable_chunked_prefill": False,
         f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
-        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni"
-        if config.cluster.tensor_parallel == 1
-        else "mp",
-        f"{rollout}.agent.num_workers": 0,  # chains are collected on a thread of the driver: one process less to start
+        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": executor,
+        f"{rollout}.agent.num_workers": 0,  # a thread of the driver collects chains: one process less
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
     }
 
 
-def gpu_keys(config: Config, section: str) -> dict[str, Any]:
-    """bf16 with FlashAttention over packed sequences; vLLM shares the GPUs and sleeps during updates; NCCL is verl's default."""
+def gpu_keys(config: Config, section: str) -> dict[str, object]:
+    """bf16, with FlashAttention over packed sequences; NCCL is verl's default.
+
+    vLLM shares the GPUs and sleeps during updates.
+    """
     model, cluster = config.model, config.cluster
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     offload = cluster.offload_optimizer
@@ -228,9 +235,8 @@ def gpu_keys(config: Config, section: str) -> dict[str, Any]:
         f"{actor}.fsdp_config.dtype": model.dtype,
         f"{actor}.fsdp_config.param_offload": offload,
         f"{actor}.fsdp_config.optimizer_offload": offload,
-        f"{actor}.fsdp_config.model_dtype": "bf16"
-        if model.lora.rank
-        else "fp32",  # fp32 master weights unless the base is frozen
+        # fp32 master weights, unless the base is frozen.
+        f"{actor}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
         f"{rollout}.dtype": model.dtype,
         f"{rollout}.gpu_memory_utilization": cluster.gpu_memory_utilization,

@@ -1,13 +1,18 @@
 """veRL on a CPU: the platform that verl 0.9.1 does not ship, and three patches to libraries under it.
 
-Loaded by `verl/__init__` in every process when `VERL_USE_EXTERNAL_MODULES=pgenrm_train.backends.grpo.cpu`; never imported on a GPU.
-verl registers its engines for cuda and npu only, so a run also sets `VERL_ENGINE_DEVICE=cuda` (verl's own override).
+Loaded by `verl/__init__` in every process when `VERL_USE_EXTERNAL_MODULES=pgenrm_train.backends.grpo.cpu`;
+never imported on a GPU.  verl registers its engines for cuda and npu only, so a run also sets
+`VERL_ENGINE_DEVICE=cuda` (verl's own override).
 
-| patch                    | upstream cause                                                                     | goes when |
-|--------------------------|------------------------------------------------------------------------------------|-----------|
-| `use_gloo`               | verl asks torch for `cpu:gloo,cpu:gloo`; torch refuses a device named twice        | verl names one backend where device and host are the same |
-| `allow_unpinned_offload` | FSDP2's reference policy hard-codes `CPUOffloadPolicy(pin_memory=True)`; pinning needs an accelerator | verl passes pin_memory by platform |
-| `keep_linear_weights`    | vLLM packs Linear weights for oneDNN at load and frees `layer.weight`, so a weight sync has nothing to write to | vLLM re-packs on `load_weights` |
+`use_gloo`
+    Cause: verl requests `cpu:gloo,cpu:gloo` from torch, which refuses a device named twice.
+    Goes when verl names one backend where device and host are the same.
+`allow_unpinned_offload`
+    Cause: FSDP2's reference policy hard-codes `CPUOffloadPolicy(pin_memory=True)`, which needs a GPU.
+    Goes when verl passes pin_memory by platform.
+`keep_linear_weights`
+    Cause: vLLM packs Linear weights for oneDNN at load and frees `layer.weight`, the target of a weight sync.
+    Goes when vLLM packs them again on `load_weights`.
 
 `tests/integration/test_verl.py` asserts that the pinned versions still need each of them.
 """
@@ -16,7 +21,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +31,7 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
 def _device_module() -> types.ModuleType:
-    """`torch.cpu` with the memory and cache calls that verl makes on any device module; on a CPU they have no effect."""
+    """`torch.cpu` with the memory and cache calls that verl makes on any device module, without effect."""
     module = types.ModuleType("pgenrm_cpu_device")
     for name in dir(torch.cpu):
         if not name.startswith("_"):
@@ -34,11 +39,17 @@ def _device_module() -> types.ModuleType:
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         setattr(module, name, lambda *_, **__: 0)
     for name in (
-        "empty_cache", "ipc_collect", "synchronize", "set_device", "reset_peak_memory_stats",
-        "set_per_process_memory_fraction", "manual_seed", "manual_seed_all",
-    ):  # fmt: skip
+        "empty_cache",
+        "ipc_collect",
+        "synchronize",
+        "set_device",
+        "reset_peak_memory_stats",
+        "set_per_process_memory_fraction",
+        "manual_seed",
+        "manual_seed_all",
+    ):
         setattr(module, name, lambda *_, **__: None)
-    calls: dict[str, Any] = {
+    calls: dict[str, Callable[..., object]] = {
         "mem_get_info": lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
         "is_available": lambda: False,
         "current_device": lambda: "cpu",
@@ -136,8 +147,11 @@ def allow_unpinned_offload() -> None:
 
 
 def keep_linear_weights() -> None:
-    """Keep vLLM's Linear weights plain, so that they can be overwritten.  vLLM's engine process imports verl through
-    `worker_extension_cls` before it loads the model; processes that have not imported vLLM are left alone."""
+    """Keep vLLM's Linear weights plain, so that they can be overwritten.
+
+    vLLM's engine process imports verl through `worker_extension_cls` before it loads the model.  Processes
+    that have not imported vLLM are not changed.
+    """
     if "vllm" not in sys.modules:
         return
     import vllm.model_executor.layers.utils as layers

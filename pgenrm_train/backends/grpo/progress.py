@@ -1,4 +1,4 @@
-"""What a GRPO phase leaves on disk while it runs, and what it says: metrics, batches, complete checkpoints.  No veRL in here."""
+"""Metrics, progress lines and complete checkpoints of a running GRPO phase.  No veRL in here."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from pgenrm_train.curriculum.sampler import CurriculumSampler
+from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
+from pgenrm_train.curriculum.sampler import CurriculumSampler, SamplerState
 from pgenrm_train.rewards.hacking_signs import OWN, signs
+from pgenrm_train.rewards.training_rows import RowExtra
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
 
 CHECKPOINTS = "global_step_*"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 LENGTH = "validation/response_length"
+Metrics = dict[str, float | None]
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
-    """(folder, step, sampler state) of the newest complete checkpoint, (None, 0, {}) without one.
-    Half-written ones are reported and removed, for verl would write into them again."""
+class Checkpoint(NamedTuple):
+    """A complete checkpoint of veRL; its marker holds `step` and `sampler`."""
+
+    folder: Path
+    step: int
+    sampler: SamplerState
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint, or None.
+
+    Half-written ones are reported and removed, because verl would write into them again.
+    """
     complete = complete_checkpoints(folder, CHECKPOINTS)
     for path in folder.glob(CHECKPOINTS):
         if path not in complete:
@@ -31,157 +44,155 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int, dict[str, Any]]:
             )
             shutil.rmtree(path)
     if not complete:
-        return None, 0, {}
-    marker = json.loads((complete[-1] / COMPLETE).read_text())
-    return complete[-1], int(marker["step"]), marker["sampler"]
+        return None
+    return Checkpoint(complete[-1], **json.loads((complete[-1] / COMPLETE).read_text()))
 
 
-def chain_metrics(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def chain_metrics(groups: Sequence[ScoredGroup]) -> Metrics:
     """Every reward part of a step; a part that no chain has is null."""
-    infos = [info for group in groups for info in group]
-    judged = [info for info in infos if info["process"] is not None or info["null_verdict"]]
-    found: dict[str, Any] = {}
+    chains = [chain for group in groups for chain in group.chains]
+    judged = [chain.null_verdict for chain in chains if chain.process is not None or chain.null_verdict]
+    metrics: Metrics = {}
     for part in ("total", "outcome", "process", "format", "margin", "verified"):
-        values = [info[part] for info in infos if info.get(part) is not None]
-        if part == "verified" and not values:  # a part only where it has a weight
+        values = _values(chains, part)
+        if part == "verified" and not values:  # a part only if it has a weight
             continue
-        found[f"reward/{part}"] = float(np.mean(values)) if values else None
-        found[f"reward/{part}_std"] = float(np.std(values)) if values else None
-    kinds = [info["failure"] for info in infos]
-    spreads = [
-        np.ptp([info["total"] if info["total"] is not None else 0.0 for info in group]) for group in groups
-    ]
-    return found | {
-        "reward/process_null_share": sum(info["null_verdict"] for info in judged) / len(judged)
-        if judged
-        else None,
-        "reward/error_share": sum(info["error"] is not None for info in infos) / len(infos),
-        "pass_rate": sum((info["outcome"] or 0.0) > 0 for info in infos) / len(infos),
-        "format_error_share": sum(kind is not None for kind in kinds) / len(infos),
-        "length_cut_share": kinds.count("length") / len(infos),
-        "response_length": float(np.mean([info["length"] for info in infos])),
-        "response_length_max": max(info["length"] for info in infos),
+        metrics[f"reward/{part}"] = _mean(values)
+        metrics[f"reward/{part}_std"] = float(np.std(values)) if values else None
+    spreads = [np.ptp([chain.total or 0.0 for chain in group.chains]) for group in groups]
+    return metrics | {
+        "reward/process_null_share": sum(judged) / len(judged) if judged else None,
+        "reward/error_share": sum(chain.error is not None for chain in chains) / len(chains),
+        "pass_rate": sum(chain.passed for chain in chains) / len(chains),
+        "format_error_share": sum(chain.failure is not None for chain in chains) / len(chains),
+        "length_cut_share": sum(chain.failure == "length" for chain in chains) / len(chains),
+        "response_length": float(np.mean([chain.length for chain in chains])),
+        "response_length_max": max(chain.length for chain in chains),
         "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
-        "groups/discarded_chains": sum(group[0]["discarded_chains"] for group in groups),
-        "order_first_share": float(np.mean([group[0]["order"] == 0 for group in groups])),
-        **{f"signs/{name}": value for name, value in signs(infos).items()},
+        "groups/discarded_chains": sum(group.discarded_chains for group in groups),
+        "order_first_share": float(np.mean([group.order == 0 for group in groups])),
+        **_signs(chains),
     }
 
 
-def hopeless(
-    found: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]], max_null_share: float
-) -> str | None:
-    """Why a step's rewards are no ground to go on, in words; None when they are.  found: its `chain_metrics`."""
-    if found["reward/error_share"] > MAX_ERROR_SHARE:
-        reason = next(info["error"] for group in groups for info in group if info["error"])
-        return f"reward code failed for {found['reward/error_share']:.0%} of its chains, first with {reason}"
-    nulls = found["reward/process_null_share"] or 0.0
-    return (
-        f"the judge gave no verdict for {nulls:.0%} of the chains that it saw"
-        if nulls > max_null_share
-        else None
-    )
+def _values(chains: Sequence[ScoredChain], part: str) -> list[float]:
+    """A part of the reward, or the margin, of the chains that have it."""
+    owners = [chain.ranking if part == "margin" else chain for chain in chains]
+    return [value for owner in owners if (value := getattr(owner, part, None)) is not None]
 
 
-def tried(group: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """(passes, chains) of all that was sampled for a prompt, discarded groups included: what was kept alone would be a selection."""
-    passes = sum((info["outcome"] or 0.0) > 0 for info in group)
-    return passes + group[0]["discarded_passes"], len(group) + group[0]["discarded_chains"]
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
-def mix_metrics(
-    drawn: Mapping[int, Sequence[Mapping[str, Any]]], sampler: CurriculumSampler
-) -> dict[str, Any]:
-    """Target and realised share of hard pairs, and what the step's chains say of the hard, the suspect and the rest.
+def _signs(chains: Sequence[ScoredChain]) -> Metrics:
+    return {f"signs/{name}": value for name, value in signs(chain.ranking for chain in chains).items()}
 
-    drawn: pair → its group.  To be read before `sampler.observe`, which may move the pairs.
+
+def rewards_problem(groups: Sequence[ScoredGroup], metrics: Metrics, max_null_share: float) -> str | None:
+    """Reason to stop because a step's rewards are unusable, or None; `metrics` are its `chain_metrics`."""
+    errors = metrics["reward/error_share"] or 0.0
+    if errors > MAX_ERROR_SHARE:
+        reason = next(chain.error for group in groups for chain in group.chains if chain.error)
+        return f"reward code failed for {errors:.0%} of its chains, first with {reason}"
+    nulls = metrics["reward/process_null_share"] or 0.0
+    if nulls > max_null_share:
+        return f"the judge gave no verdict for {nulls:.0%} of the chains that it saw"
+    return None
+
+
+def mix_metrics(drawn: Mapping[int, ScoredGroup], sampler: CurriculumSampler) -> Metrics:
+    """Target and realised share of hard pairs, and pass rates of the hard, the suspect and the rest.
+
+    `drawn`: pair → its group.  Call it before `sampler.observe`, which may move the pairs.
     """
-    found: dict[str, Any] = {
+    metrics: Metrics = {
         "curriculum/target_hard_share": sampler.target,
         "curriculum/realised_hard_share": sampler.realised,
     }
     if len(sampler.buckets) == 1:
-        return found
+        return metrics
     rates: dict[str, list[float]] = {name: [] for name in sampler.buckets}
     for pair, group in drawn.items():
-        passes, chains = tried(group)
+        passes, chains = group.evidence()
         rates[sampler.bucket_of(pair)].append(passes / chains)
     for name, bucket in sampler.buckets.items():
-        found[f"curriculum/{name}_pairs"] = bucket.count
-        found[f"curriculum/{name}_pass_rate"] = float(np.mean(rates[name])) if rates[name] else None
-    return found
+        metrics[f"curriculum/{name}_pairs"] = bucket.count
+        metrics[f"curriculum/{name}_pass_rate"] = _mean(rates[name])
+    return metrics
 
 
 def validation_metrics(
-    groups: Sequence[Sequence[Mapping[str, Any]]],
-    extras: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[ScoredChain]],
+    extras: Sequence[RowExtra],
     first_length: float | None = None,
-) -> dict[str, Any]:
-    """What the fixed slice says: accuracy in both orders, reward parts and signs of reward hacking.
+) -> Metrics:
+    """Accuracy in both orders, reward parts and signs of reward hacking on the fixed slice.
 
-    groups: the chains of each row, extras: its `extra_info`; `probe` tells rows with another history from those with the user's own.
-    first_length: mean length at the first validation, which the drift is measured against.
+    `groups`: the chains of each row; `extras`: its `extra_info`, whose `probe` marks rows that do not show
+    the user's own history.  `first_length`: mean length at the first validation, the reference of the drift.
     """
-    asked: dict[str, list[tuple[Any, Any]]] = {}
+    by_probe: dict[str, list[tuple[Sequence[ScoredChain], RowExtra]]] = {}
     for group, extra in zip(groups, extras, strict=True):
-        asked.setdefault(extra.get("probe") or OWN, []).append((group, extra))
-    own = asked.pop(OWN)
-    infos = [info for group, _ in own for info in group]
-    length = float(np.mean([info["length"] for info in infos]))
-    found: dict[str, Any] = {
+        by_probe.setdefault(extra.get("probe") or OWN, []).append((group, extra))
+    own = by_probe.pop(OWN)
+    chains = [chain for group, _ in own for chain in group]
+    length = float(np.mean([chain.length for chain in chains]))
+    return {
         **_accuracies(own),
-        "validation/format_error_share": float(np.mean([info["failure"] is not None for info in infos])),
-        "validation/null_verdict_share": float(np.mean([info["null_verdict"] for info in infos])),
+        "validation/format_error_share": float(np.mean([chain.failure is not None for chain in chains])),
+        "validation/null_verdict_share": float(np.mean([chain.null_verdict for chain in chains])),
         LENGTH: length,
         "validation/length_drift": length / (first_length or length),
-    }
-    for part in ("total", "outcome", "process"):
-        values = [info[part] for info in infos if info[part] is not None]
-        found[f"validation/reward/{part}"] = float(np.mean(values)) if values else None
-    found |= {f"validation/signs/{name}": value for name, value in signs(infos).items()}
-    return found | {
-        f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"]
-        for name, rows in asked.items()
-    }
-
-
-def _accuracies(
-    rows: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]],
-) -> dict[str, float | None]:
-    """Accuracy as the mean over pairs of the mean over their orders, in each order, and the share of pairs won in one order only."""
-    hits: dict[str, dict[int, float]] = {}
-    for group, extra in rows:
-        won = float(np.mean([(info["outcome"] or 0.0) > 0 for info in group]))
-        hits.setdefault(extra["pair_id"], {})[extra["order"]] = won
-    both = [won for won in hits.values() if len(won) == 2]
-    orders = {
-        name: [won[order] for won in hits.values() if order in won]
-        for order, name in enumerate(("first", "second"))
-    }
-    return {
-        "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
-        "validation/order_flip_rate": float(np.mean([won[0] != won[1] for won in both])) if both else None,
         **{
-            f"validation/accuracy_chosen_{name}": float(np.mean(won)) if won else None
-            for name, won in orders.items()
+            f"validation/reward/{part}": _mean(_values(chains, part))
+            for part in ("total", "outcome", "process")
+        },
+        **{f"validation/{name}": value for name, value in _signs(chains).items()},
+        **{
+            f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"]
+            for name, rows in by_probe.items()
         },
     }
 
 
-def progress_line(stage: str, step: int, steps: int, last: Mapping[str, Any], seconds: float) -> str:
-    """One line for the console: where the phase stands and, at `seconds` a step, how long it will take."""
+def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metrics:
+    """Accuracy over pairs and per order, and the share of pairs won in one order only.
+
+    Accuracy is the mean over pairs of the mean over their orders.
+    """
+    hits: dict[str, dict[int, float]] = {}
+    for group, extra in rows:
+        won = float(np.mean([chain.passed for chain in group]))
+        hits.setdefault(extra["pair_id"], {})[extra["order"]] = won
+    both = [won for won in hits.values() if len(won) == 2]
+    first, second = ([won[order] for won in hits.values() if order in won] for order in (0, 1))
+    return {
+        "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
+        "validation/order_flip_rate": _mean([won[0] != won[1] for won in both]),
+        "validation/accuracy_chosen_first": _mean(first),
+        "validation/accuracy_chosen_second": _mean(second),
+    }
+
+
+def progress_line(stage: str, step: int, steps: int, metrics: Metrics, seconds: float) -> str:
+    """One console line: step, rewards, and the time left at `seconds` per step."""
 
     def show(name: str) -> str:
-        value = last[f"reward/{name}"]
+        value = metrics[f"reward/{name}"]
         return "–" if value is None else f"{value:.3f}"
 
     left = seconds * (steps - step) / 60
     return (
-        f"{stage} {step}/{steps} · reward {show('total')} (outcome {show('outcome')}, process {show('process')}, format errors "
-        f"{last['format_error_share']:.1%}) · {last['time/step']:.1f} s · {left:.1f} min left"
+        f"{stage} {step}/{steps} · reward {show('total')} (outcome {show('outcome')}, "
+        f"process {show('process')}, format errors {metrics['format_error_share']:.1%}) · "
+        f"{metrics['time/step']:.1f} s · {left:.1f} min left"
     )
 
 
-def under_stage(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """`name` → `stage/name`, with NaN as null: JSON has no NaN."""
-    return {f"{stage}/{k}": (None if isinstance(v, float) and np.isnan(v) else v) for k, v in found.items()}
+def under_stage(stage: str, metrics: Metrics) -> Metrics:
+    """`name` → `stage/name`, with NaN as null, because JSON has no NaN."""
+    return {
+        f"{stage}/{name}": None if value is None or np.isnan(value) else value
+        for name, value in metrics.items()
+    }

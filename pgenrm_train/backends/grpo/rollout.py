@@ -1,12 +1,13 @@
 """Sampling and scoring of chains inside veRL: prompt → group of chains → rewards → TransferQueue.
 
-verl's stock agent loop builds objects and makes several remote calls a *sample*; here a prompt is tokenised once, each of its
-samples is one request to a vLLM server, its reward is asked for as soon as it is finished (so judge calls overlap generation),
-and the group is written with one put once it is sampled.  Rewards follow when the last is known, so a judge that is still reading
-holds up neither the sleep of vLLM nor the log-probabilities, only the advantages (`Rollout.settled`).  Requests carry seeds derived
-from (run, stage, step, place in the batch, sample), so a resumed run samples the chains that the interrupted one would have sampled.
+verl's stock agent loop builds objects and makes several remote calls per *sample*.  Here a prompt is
+tokenised once, and each of its samples is one request to a vLLM server.  A sample is scored as soon as it
+ends, so judge calls overlap generation.  One put writes the group once it is sampled; rewards follow when the
+last is known.  A slow judge therefore delays neither the sleep of vLLM nor the log-probabilities, only the
+advantages (`Rollout.settled`).
 
-What a chain earns is `verl_rewards`'.
+Requests carry seeds derived from (run, stage, step, place in the batch, sample), so a resumed run samples the
+chains that the interrupted one would have sampled.  The rewards themselves are in `scoring`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -26,43 +27,54 @@ import transfer_queue as tq
 from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from pgenrm_train.backends.grpo.scoring import RewardSpec, Sample, load_judge, scored, settle, share_of
+from pgenrm_train.backends.grpo.scoring import RewardSpec, Sample, ScoredChain, ScoredGroup, score, settle
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards.chain_reward import RewardWeights
+from pgenrm_train.rewards.training_rows import Row
 
-UNKNOWN = float("nan")  # a reward that is not written yet: an update that did not wait for it would show
+# A reward that is not written yet: it would show in an update that did not wait for it.
+UNKNOWN = float("nan")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to sample from: `row` as in the rows parquet (prompt, reward_model, extra_info, data_source)."""
+    """One row to sample from.
 
-    uid: str  # unique within the step, no underscore: verl splits trajectory keys at it
-    row: Mapping[str, Any]
+    `uid` is unique within the step and has no underscore, where verl splits trajectory keys.  `resample`: how
+    often a group without advantage is sampled again.
+    """
+
+    uid: str
+    row: Row
     step: int
     seed: str
     samples: int
     temperature: float
-    resample: int = 0  # times that a group without advantage is sampled anew
+    resample: int = 0
 
 
 @dataclass
 class Group:
-    """The chains of a prompt.  Their `info` and `score` are there once `scoring` is done."""
+    """The chains of a prompt; `scoring` returns their rewards."""
 
     prompt: Prompt
     samples: list[Sample]
-    scoring: asyncio.Task[None]
-    discarded: dict[str, int] = field(default_factory=dict)
+    scoring: asyncio.Task[list[ScoredChain]]
+    discarded_passes: int = 0
+    discarded_chains: int = 0
 
     @property
     def trajectories(self) -> list[str]:
         """verl's keys: prompt, sample, turn."""
         return [f"{self.prompt.uid}_{number}_0" for number in range(len(self.samples))]
 
+    def scored(self) -> ScoredGroup:
+        """The group with its rewards, once `scoring` is done."""
+        order = self.prompt.row["extra_info"]["order"]
+        return ScoredGroup(self.scoring.result(), order, self.discarded_passes, self.discarded_chains)
+
 
 class ChainSampler:
-    """Samples and scores groups against vLLM servers.  Lives on a thread of the driver or in Ray actors (`Rollout`)."""
+    """Sample and score groups with vLLM servers, on a thread of the driver or in Ray actors."""
 
     def __init__(self, config: Any, servers: Sequence[Any]) -> None:
         self.config, self.servers = config, list(servers)
@@ -76,24 +88,30 @@ class ChainSampler:
         self.use_rewards(RewardSpec())
 
     def use_rewards(self, spec: RewardSpec) -> None:
-        self.null_policy = spec.null_policy
-        self.weights, self.judge = RewardWeights(**spec.weights), load_judge(spec.judge, spec.judge_kwargs)
-        self.threads = ThreadPoolExecutor(max_workers=spec.judge_in_flight, thread_name_prefix="reward")
+        self.rewards = spec
+        self.judge = None if spec.judge is None else spec.judge.build()
+        if spec.judge is not None:
+            self.threads = ThreadPoolExecutor(spec.judge.in_flight, thread_name_prefix="reward")
 
     async def train(self, prompts: Sequence[Prompt]) -> None:
-        """Write every group to TransferQueue when it is sampled, and all rewards when they are known; a prompt that fails is marked
-        so, with its reason kept."""
+        """Write every group to TransferQueue when it is sampled, and all rewards when they are known.
+
+        A prompt that fails is marked as such, and its reason is kept.
+        """
         groups = await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
         if written := [group for group in groups if group is not None]:
             await asyncio.to_thread(_put_rewards, written)
 
-    async def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
-        """The `info` of every sample of every prompt, without training on it (mining, validation).  Raises on engine failure."""
-        groups = await asyncio.gather(*(self.group(prompt) for prompt in prompts))
-        return [[sample.info for sample in group] for group in groups]
+    async def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
+        """Scored chains per prompt that no training uses (mining, validation).  Raises on engine failure."""
+
+        async def measure_one(prompt: Prompt) -> list[ScoredChain]:
+            return await (await self._sampled(prompt)).scoring
+
+        return await asyncio.gather(*(measure_one(prompt) for prompt in prompts))
 
     async def judge_metrics(self) -> dict[str, float]:
-        """What the judge says of itself (calls, cost, missing verdicts), summed since the start; empty for a rule."""
+        """The judge's own counts (calls, cost, missing verdicts) since the start; empty for a rule."""
         metrics = getattr(self.judge, "metrics", dict)
         return dict(metrics())
 
@@ -107,9 +125,10 @@ class ChainSampler:
         try:
             group = await self._with_advantage(prompt)
             await asyncio.to_thread(_put_group, group)
-        except Exception as error:  # an engine failure of one prompt must not strand the others; the trainer counts and judges
+        except Exception as error:
+            # An engine failure of one prompt must not strand the others; the trainer counts them.
             self.failures.append(
-                f"{prompt.row['extra_info'].get('pair_id')}: {type(error).__name__}: {error}"[:300]
+                f"{prompt.row['extra_info']['pair_id']}: {type(error).__name__}: {error}"[:300]
             )
             status, group = "failure", None
         tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
@@ -119,48 +138,36 @@ class ChainSampler:
         return group
 
     async def _with_advantage(self, prompt: Prompt) -> Group:
-        """The first group whose rewards differ, else the last of `1 + prompt.resample`, with a count of what was discarded before.
+        """The first group whose rewards differ, else the last of `1 + prompt.resample`.
 
-        The same prompt is asked again, not another: which groups end first is chance, and the sampler's draws must not hang on it.
+        The same prompt is sampled again, not another one: which groups end first is chance, and the sampler's
+        draws must not depend on it.
         """
-        passes = chains = 0
+        discarded: list[ScoredChain] = []
         for attempt in range(prompt.resample):
             group = await self._sampled(prompt, attempt)
-            await group.scoring
-            if len({sample.score for sample in group.samples}) > 1:
+            chains = await group.scoring
+            if len({chain.score for chain in chains}) > 1:
                 break
-            passes += sum((sample.info["outcome"] or 0.0) > 0 for sample in group.samples)
-            chains += len(group.samples)
+            discarded += chains
         else:
-            group = await self._sampled(
-                prompt, prompt.resample
-            )  # kept whatever its rewards are, so they are not waited for
-        group.discarded = {"discarded_passes": passes, "discarded_chains": chains}
+            # Kept whatever its rewards are, so they are not waited for.
+            group = await self._sampled(prompt, prompt.resample)
+        group.discarded_passes = sum(chain.passed for chain in discarded)
+        group.discarded_chains = len(discarded)
         return group
 
-    async def group(self, prompt: Prompt) -> list[Sample]:
-        """All samples of one prompt, scored."""
-        group = await self._sampled(prompt)
-        await group.scoring
-        return group.samples
-
     async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
-        """All samples of one prompt, their scores under way since each ended; each attempt has seeds of its own."""
+        """All samples of one prompt, each being scored since it ended; each attempt has seeds of its own."""
         ids = self._prompt_ids(prompt)
         numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
         pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
-        samples = [sample for sample, _ in pairs]
-        return Group(
-            prompt,
-            samples,
-            asyncio.create_task(self._score(prompt, samples, [scoring for _, scoring in pairs])),
-        )
+        samples, scored = [sample for sample, _ in pairs], [task for _, task in pairs]
+        return Group(prompt, samples, asyncio.create_task(self._settle(scored)))
 
-    async def _score(
-        self, prompt: Prompt, samples: Sequence[Sample], scoring: Sequence[asyncio.Task[None]]
-    ) -> None:
-        await asyncio.gather(*scoring)
-        settle(samples, prompt.row, self.weights, self.null_policy)
+    async def _settle(self, scored: Sequence[asyncio.Task[ScoredChain]]) -> list[ScoredChain]:
+        chains = await asyncio.gather(*scored)
+        return settle(chains, self.rewards.weights.process, self.rewards.null_policy)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
@@ -171,13 +178,21 @@ class ChainSampler:
             raise ConfigError(f"the prompt has {len(ids)} tokens and model.max_prompt_tokens={limit}")
         return list(ids)
 
-    async def _sample(self, prompt: Prompt, ids: list[int], number: int) -> tuple[Sample, asyncio.Task[None]]:
-        """One chain, and the task that fills in its `info`."""
+    async def _sample(
+        self, prompt: Prompt, ids: list[int], number: int
+    ) -> tuple[Sample, asyncio.Task[ScoredChain]]:
+        """One chain, and the task that scores it."""
         limit = self.config.data.max_response_length
         parameters = {
-            "temperature": prompt.temperature, "top_p": 1.0, "top_k": -1, "logprobs": True, "detokenize": False,
-            "max_tokens": limit, "seed": _seed(prompt, number), "output_kind": _final_only(),
-        }  # fmt: skip
+            "temperature": prompt.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "logprobs": True,
+            "detokenize": False,
+            "max_tokens": limit,
+            "seed": _seed(prompt, number),
+            "output_kind": _final_only(),
+        }
         place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
         self.in_flight[place] += 1
         try:
@@ -190,26 +205,28 @@ class ChainSampler:
         if not tokens:
             raise RuntimeError(f"the engine returned no tokens (stop reason {output.stop_reason})")
         sample = Sample(
-            ids, tokens, list(output.log_probs[:limit]), self.tokenizer.decode(tokens, skip_special_tokens=True),
-            tokens[-1] in self.ends, int(output.extra_fields.get("global_steps") or 0),
-        )  # fmt: skip
-        return sample, asyncio.create_task(self._inform(sample, prompt.row))
+            prompt_ids=ids,
+            token_ids=tokens,
+            log_probs=list(output.log_probs[:limit]),
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            finished=tokens[-1] in self.ends,
+            weights_version=int(output.extra_fields.get("global_steps") or 0),
+        )
+        return sample, asyncio.create_task(self._score(sample, prompt.row))
 
-    async def _inform(self, sample: Sample, row: Mapping[str, Any]) -> None:
-        arguments = (sample, row, self.weights, self.judge)
+    async def _score(self, sample: Sample, row: Row) -> ScoredChain:
+        arguments = (sample, row, self.rewards.weights, self.judge)
         if self.judge is None:
-            info = scored(*arguments)
-        else:
-            info = await asyncio.get_running_loop().run_in_executor(self.threads, scored, *arguments)
-        sample.info = info | {"length": len(sample.token_ids)}
+            return score(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, score, *arguments)
 
 
 class Rollout:
-    """The samplers behind one call: a thread of this process when `agent.num_workers` is 0, else that many Ray actors."""
+    """The samplers behind one call: `agent.num_workers` Ray actors, or a thread of this process for 0."""
 
     def __init__(self, config: Any, servers: Sequence[Any]) -> None:
         self.actors: list[Any] = []
-        self.training: list[Any] = []  # what `train` started
+        self.training: list[Any] = []  # started by `train`
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         if workers == 0:
             self.sampler = ChainSampler(config, servers)
@@ -222,43 +239,42 @@ class Rollout:
             ]
 
     def use_rewards(self, spec: RewardSpec) -> None:
-        if self.actors:
-            ray.get([actor.use_rewards.remote(share_of(spec, len(self.actors))) for actor in self.actors])
-        else:
+        if not self.actors:
             self.sampler.use_rewards(spec)
+            return
+        if spec.judge is not None:
+            spec = replace(spec, judge=spec.judge.share(len(self.actors)))
+        ray.get([actor.use_rewards.remote(spec) for actor in self.actors])
 
     def train(self, prompts: Sequence[Prompt]) -> None:
         """Start sampling and return; results arrive in TransferQueue."""
         self.training = self._start("train", prompts)
 
     def settled(self) -> None:
-        """Wait until the rewards of what `train` started are in TransferQueue."""
+        """Wait until the rewards of all groups that `train` started are in TransferQueue."""
         self._wait(self.training)
 
-    def measure(self, prompts: Sequence[Prompt]) -> list[list[dict[str, Any]]]:
-        """One list of infos a prompt, in order."""
+    def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
+        """Scored chains per prompt, in order."""
         return [group for part in self._wait(self._start("measure", prompts)) for group in part]
 
     def take_failures(self) -> list[str]:
-        if self.actors:
-            return [
-                line for lines in ray.get([a.take_failures.remote() for a in self.actors]) for line in lines
-            ]
-        return asyncio.run_coroutine_threadsafe(self.sampler.take_failures(), self.loop).result()
+        return [line for lines in self._call("take_failures") for line in lines]
 
     def judge_metrics(self) -> dict[str, float]:
-        """Summed over samplers."""
-        if self.actors:
-            found = ray.get([a.judge_metrics.remote() for a in self.actors])
-        else:
-            found = [asyncio.run_coroutine_threadsafe(self.sampler.judge_metrics(), self.loop).result()]
-        sums = {
-            f"judge/{name}": sum(f.get(name, 0.0) for f in found)
-            for name in {name for f in found for name in f}
-        }
+        """The judges' counts, summed over samplers."""
+        counts = self._call("judge_metrics")
+        names = {name for count in counts for name in count}
+        sums = {f"judge/{name}": sum(count.get(name, 0.0) for count in counts) for name in names}
         if twice := sums.get("judge/judged_twice"):
             sums["judge/repeat_difference"] = sums["judge/judged_twice_difference"] / twice
         return sums
+
+    def _call(self, call: str) -> list[Any]:
+        """The results of a method of every sampler."""
+        if self.actors:
+            return self._wait([getattr(actor, call).remote() for actor in self.actors])
+        return self._wait([asyncio.run_coroutine_threadsafe(getattr(self.sampler, call)(), self.loop)])
 
     def _start(self, call: str, prompts: Sequence[Prompt]) -> list[Any]:
         if not self.actors:
@@ -286,16 +302,14 @@ def _put_group(group: Group) -> None:
 
 
 def _put_rewards(groups: Sequence[Group]) -> None:
-    fields = list_of_dict_to_tensordict(
-        [_rewards(group, sample) for group in groups for sample in group.samples]
-    )
-    tq.kv_batch_put(
-        keys=[key for group in groups for key in group.trajectories], fields=fields, partition_id="train"
-    )
+    """Write the rewards, on the last token of each chain, and their parts."""
+    keys = [key for group in groups for key in group.trajectories]
+    fields = [field for group in groups for field in _rewards(group.scored())]
+    tq.kv_batch_put(keys=keys, fields=list_of_dict_to_tensordict(fields), partition_id="train")
 
 
-def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
-    """The fields that verl's trainer and actor read; the end token is inside the mask, rewards are yet to come."""
+def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, object]:
+    """Fields that verl's trainer and actor read; the end token is inside the mask, rewards follow later."""
     prompts = torch.tensor(sample.prompt_ids, dtype=torch.int64)
     responses = torch.tensor(sample.token_ids, dtype=torch.int64)
     mask = torch.ones_like(responses)
@@ -315,23 +329,24 @@ def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _rewards(group: Group, sample: Sample) -> dict[str, Any]:
-    """The reward, on the last token, and what is known of it."""
-    rewards = torch.zeros(len(sample.token_ids))
-    rewards[-1] = sample.score
-    order = group.prompt.row["extra_info"].get("order")
-    return {
-        "rm_scores": rewards,
-        "extra_fields": {"reward_extra_info": sample.info, "order": order, **group.discarded},
-    }
+def _rewards(group: ScoredGroup) -> Iterator[dict[str, object]]:
+    for chain, extra_fields in zip(group.chains, group.to_extra_fields(), strict=True):
+        rewards = torch.zeros(chain.length)
+        rewards[-1] = chain.score
+        yield {"rm_scores": rewards, "extra_fields": extra_fields}
 
 
-def _tag(prompt: Prompt, sample: Sample) -> dict[str, Any]:
+def _tag(prompt: Prompt, sample: Sample) -> dict[str, object]:
     prompt_length, length = len(sample.prompt_ids), len(sample.token_ids)
     return {
-        "status": "success", "prompt_len": prompt_length, "response_len": length, "seq_len": prompt_length + length,
-        "global_steps": prompt.step, "min_global_steps": sample.weights_version, "max_global_steps": sample.weights_version,
-    }  # fmt: skip
+        "status": "success",
+        "prompt_len": prompt_length,
+        "response_len": length,
+        "seq_len": prompt_length + length,
+        "global_steps": prompt.step,
+        "min_global_steps": sample.weights_version,
+        "max_global_steps": sample.weights_version,
+    }
 
 
 def _seed(prompt: Prompt, number: int) -> int:
@@ -342,14 +357,14 @@ def _seed(prompt: Prompt, number: int) -> int:
 
 
 def _end_tokens(tokenizer: Any, path: str) -> set[int]:
-    """What vLLM stops at: the tokenizer's end token and those of the generation config."""
+    """Tokens at which vLLM stops: the tokenizer's end token and those of the generation config."""
     from transformers import GenerationConfig
 
     ends = {tokenizer.eos_token_id}
     try:
         declared = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a checkpoint need not have one
-        declared = None
+        return ends
     return ends | set(declared if isinstance(declared, list) else [] if declared is None else [declared])
 
 

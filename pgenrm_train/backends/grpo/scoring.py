@@ -1,8 +1,9 @@
-"""From a sampled chain to the reward that GRPO compares: scoring one chain, settling a group.  No veRL in here.
+"""From a sampled chain to the reward that GRPO compares: score one chain, settle a group.  No veRL in here.
 
-Failures are data.  A chain cut by the length limit has no end-of-sequence token and earns the format error.  A reward function
-that raises leaves its sample unscored: it is recorded by kind and takes the mean of its group, so its advantage is zero.
-A judge without a verdict is null, never 0: no sample of that group gets a process reward (GRPO compares within the group).
+Failures are data.  A chain cut by the length limit has no end-of-sequence token and earns the format error.
+A reward function that raises leaves its chain unscored: it is recorded by kind and takes the mean of its
+group, so its advantage is zero.  A judge without a verdict is null, never 0: no chain of that group gets a
+process reward, because GRPO compares within the group.
 """
 
 from __future__ import annotations
@@ -10,45 +11,71 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pgenrm_train.backends.protocols import Judge
-from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
+from pgenrm_train.chains.chain import ParseFailure, parse_chain
+from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward
+from pgenrm_train.rewards.chain_reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
+from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
+from pgenrm_train.rewards.training_rows import Row, withheld_signals
 
-SHAPE = ("margin", "verified_margin", "spread", "criteria")
-NOTHING_SAID = "{}"  # `extra_info.explicit` of a user who stated nothing
+
+@dataclass(frozen=True, slots=True)
+class JudgeSpec:
+    """A judge that every sampler builds for itself.
+
+    `factory`: "module:function" of a `protocols.Judge`, called with `settings` and `cache` if there are
+    settings, else without arguments.  `cache`: folder of its answers.  `in_flight`: chains judged at a time.
+    """
+
+    factory: str
+    settings: EndpointConfig | None = None
+    cache: Path | None = None
+    in_flight: int = 64
+
+    def share(self, samplers: int) -> JudgeSpec:
+        """One sampler's part of the run's limits; a budget stays undivided if all read it from one cache."""
+        if self.settings is None or samplers == 1:
+            return self
+        names = ["requests_per_minute", "tokens_per_minute"]
+        names += [] if self.cache else ["max_dollars", "max_total_tokens"]
+        limits = {name: limit for name in names if (limit := getattr(self.settings, name)) is not None}
+        in_flight = max(1, self.in_flight // samplers)
+        shares = {name: limit / samplers for name, limit in limits.items()}
+        settings = replace(self.settings, **shares, max_in_flight=in_flight)
+        return replace(self, settings=settings, in_flight=in_flight)
+
+    def build(self) -> Judge:
+        """The judge.  Raises ConfigError if `factory` cannot be imported."""
+        module, _, name = self.factory.partition(":")
+        arguments = () if self.settings is None else (self.settings, self.cache)
+        try:
+            judge: Judge = getattr(importlib.import_module(module), name)(*arguments)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"judge {self.factory!r} cannot be imported as module:factory ({error})"
+            ) from None
+        return judge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """How a phase scores chains.  `judge` names an importable factory, "module:factory"; None switches the process reward off."""
+    """How a phase scores chains; without a judge there is no process reward."""
 
-    weights: Mapping[str, float] = field(default_factory=dict)  # fields of rewards.RewardWeights
-    judge: str | None = None
-    judge_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    judge_in_flight: int = 64
+    weights: RewardWeights = DEFAULT_WEIGHTS
+    judge: JudgeSpec | None = None
     null_policy: str = "drop_process_for_group"
 
 
-def share_of(spec: RewardSpec, samplers: int) -> RewardSpec:
-    """One sampler's part of the limits of a judge: they are the run's.  A budget is not shared out where all read it from one disk."""
-    settings = spec.judge_kwargs.get("settings")
-    if settings is None or samplers == 1:
-        return spec
-    names = ["requests_per_minute", "tokens_per_minute"]
-    names += [] if spec.judge_kwargs.get("cache") else ["max_dollars", "max_total_tokens"]
-    each = {name: settings[name] / samplers for name in names if settings.get(name) is not None}
-    each["max_in_flight"] = max(1, spec.judge_in_flight // samplers)
-    kwargs = {**spec.judge_kwargs, "settings": {**settings, **each}}
-    return replace(spec, judge_kwargs=kwargs, judge_in_flight=each["max_in_flight"])
-
-
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One chain.  `info` holds the reward's parts, null where there is none; `score` is what GRPO sees."""
+    """One chain as the engine returned it; `finished` is false if the length limit cut it."""
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -56,110 +83,128 @@ class Sample:
     text: str
     finished: bool
     weights_version: int
-    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChain:
+    """The reward of one chain and its parts, None where there is no value.
+
+    `unjudged` is the reward without the process part.  `failure` is the kind of format error, "length" for a
+    chain that was cut.  `error` is what the reward code raised.  `score` is what GRPO compares; `settle` sets
+    it.
+    """
+
+    length: int
+    total: float | None = None
+    unjudged: float | None = None
+    outcome: float | None = None
+    process: float | None = None
+    format: float | None = None
+    verified: float | None = None
+    ranking: Ranking | None = None
+    failure: str | None = None
+    null_verdict: bool = False
+    error: str | None = None
     score: float = 0.0
 
+    @property
+    def passed(self) -> bool:
+        """Whether the chain ranks the chosen response first."""
+        return bool(self.outcome)
 
-def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Judge | None:
-    """`"data_builders.sources.personaworld:oracle_judge"` → the judge that its factory returns; None → None."""
-    if name is None:
-        return None
-    module, _, factory = name.partition(":")
+
+_SCORED_CHAIN = TypeAdapter(ScoredChain)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """The chains of one prompt, its presentation order, and counts of the groups discarded before it."""
+
+    chains: Sequence[ScoredChain]
+    order: int = 0
+    discarded_passes: int = 0
+    discarded_chains: int = 0
+
+    def evidence(self) -> tuple[int, int]:
+        """(passes, chains) of all groups sampled; the kept group alone would be a selection."""
+        passes = sum(chain.passed for chain in self.chains)
+        return passes + self.discarded_passes, len(self.chains) + self.discarded_chains
+
+    def to_extra_fields(self) -> list[dict[str, object]]:
+        """veRL's `extra_fields` per chain."""
+        shared: dict[str, object] = {
+            "order": self.order,
+            "discarded_passes": self.discarded_passes,
+            "discarded_chains": self.discarded_chains,
+        }
+        return [shared | {"reward_extra_info": asdict(chain)} for chain in self.chains]
+
+    @classmethod
+    def from_extra_fields(cls, fields: Sequence[Mapping[str, Any]]) -> ScoredGroup:
+        """Inverse of `to_extra_fields`."""
+        chains = [_SCORED_CHAIN.validate_python(chain["reward_extra_info"]) for chain in fields]
+        return cls(
+            chains, **{name: fields[0][name] for name in ("order", "discarded_passes", "discarded_chains")}
+        )
+
+
+def score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+    """Score one chain; an exception is recorded, because a user's reward code must not end training."""
     try:
-        return getattr(importlib.import_module(module), factory)(**kwargs)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"judge {name!r} cannot be imported as module:factory ({error})") from None
-
-
-def score(
-    sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None
-) -> dict[str, Any]:
-    """The reward of one chain as a flat dict: its parts, what `_shape` says, failure, null_verdict.
-
-    Raises what the reward code raises; `scored` turns that into data.
-    """
-    extra = row["extra_info"]
-    chosen, responses = int(row["reward_model"]["ground_truth"]), int(extra["n_responses"])
-    text = (
-        sample.text if sample.finished else ""
-    )  # an unended chain is a format error whatever its text holds
-    chain = parse_chain(text, responses)
-    if extra.get("explicit") == NOTHING_SAID:
-        judge = None  # no verdict is missing where there is nothing to judge by
-    process = None if judge is None else (lambda _chain: judge(text, extra))
-    reward = chain_reward(text, chosen, process=process, weights=weights, n_responses=responses)
-    failure = chain.kind if isinstance(chain, ParseFailure) else None
-    judged = failure is None and judge is not None
-    return {
-        "total": reward.total,
-        "outcome": _or_null(reward.parts["outcome"]),
-        "process": _or_null(reward.parts["process"]) if judged else None,
-        "format": _or_null(reward.parts["format"]),
-        "verified": reward.parts.get("verified"),
-        **_shape(chain, chosen),
-        "failure": failure if sample.finished else "length",
-        "null_verdict": judged and math.isnan(reward.parts["process"]),
-        "error": None,
-    }
-
-
-def _shape(chain: Chain | ParseFailure, chosen: int) -> dict[str, Any]:
-    """What hardness and the signs of reward hacking are read from; null where there is no chain."""
-    if isinstance(chain, ParseFailure):
-        return dict.fromkeys(SHAPE)
-    verified = chain.verified_scores
-    return {
-        "margin": _margin(chain.scores, chosen),
-        "verified_margin": None if verified is None else _margin(verified, chosen),
-        "spread": max(chain.scores) - min(chain.scores),
-        "criteria": [name for name, _ in chain.criteria],
-    }
-
-
-def _margin(scores: Sequence[float], chosen: int) -> float:
-    return scores[chosen] - max(score for i, score in enumerate(scores) if i != chosen)
-
-
-def scored(
-    sample: Sample, row: Mapping[str, Any], weights: RewardWeights, judge: Judge | None
-) -> dict[str, Any]:
-    """`score`, with an exception recorded instead of raised: reward code is a user's and must not end training."""
-    try:
-        return score(sample, row, weights, judge)
+        return _score(sample, row, weights, judge)
     except Exception as error:
-        nothing = dict.fromkeys(("total", "outcome", "process", "format", "verified", *SHAPE, "failure"))
-        return nothing | {"null_verdict": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        return ScoredChain(len(sample.token_ids), error=f"{type(error).__name__}: {error}"[:300])
 
 
-def settle(
-    samples: Sequence[Sample], row: Mapping[str, Any], weights: RewardWeights, null_policy: str
-) -> None:
-    """Turn the parts of a group into the scores that GRPO compares.
+def _score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+    extra, chosen = row["extra_info"], int(row["reward_model"]["ground_truth"])
+    # A chain without an end is a format error, whatever its text holds.
+    text = sample.text if sample.finished else ""
+    chain = parse_chain(text, extra["n_responses"])
+    failure = chain.kind if isinstance(chain, ParseFailure) else None
+    # No verdict is missing where there is nothing to judge by.
+    if failure is not None or judge is None or not withheld_signals(extra):
+        judge = None
+    verdict = None if judge is None else judge(text, extra)
+    reward = reward_of(chain, chosen, process=verdict, weights=weights)
+    process = reward.parts["process"]
+    return ScoredChain(
+        length=len(sample.token_ids),
+        total=reward.total,
+        unjudged=reward_of(chain, chosen, weights=weights).total,
+        outcome=reward.parts["outcome"],
+        process=None if math.isnan(process) else process,
+        format=reward.parts["format"],
+        verified=reward.parts.get("verified"),
+        ranking=ranking_of(chain, chosen),
+        failure=failure if sample.finished else "length",
+        null_verdict=judge is not None and math.isnan(process),
+    )
 
-    A chain without a verdict is neither good nor bad: by default no sample of its group gets a process reward, with `group_mean` it
-    gets the mean of those that have one, with `stop` the trainer ends the run after this step.
+
+def settle(chains: Sequence[ScoredChain], process_weight: float, null_policy: str) -> list[ScoredChain]:
+    """Give each chain of a group the score that GRPO compares.
+
+    A chain without a verdict is neither good nor bad.  By default no chain of its group gets a process
+    reward.  With `group_mean` it gets the mean of those that have one.  With `stop` the trainer ends the run
+    after this step.
     """
-    if any(sample.info["null_verdict"] for sample in samples):
-        for sample, process in zip(samples, _stand_ins(samples, null_policy), strict=True):
-            if sample.info["error"] is None:
-                sample.info["total"] = scored(sample, row, weights, None)["total"] + weights.process * process
-    totals = [sample.info["total"] for sample in samples if sample.info["total"] is not None]
+    if any(chain.null_verdict for chain in chains):
+        chains = [
+            chain
+            if chain.unjudged is None
+            else replace(chain, total=chain.unjudged + process_weight * process)
+            for chain, process in zip(chains, _stand_ins(chains, null_policy), strict=True)
+        ]
+    totals = [chain.total for chain in chains if chain.total is not None]
     mean = sum(totals) / len(totals) if totals else 0.0
-    for sample in samples:
-        sample.score = mean if sample.info["total"] is None else sample.info["total"]
+    return [replace(chain, score=mean if chain.total is None else chain.total) for chain in chains]
 
 
-def _stand_ins(samples: Sequence[Sample], null_policy: str) -> list[float]:
-    """The process score that counts for each sample of a group in which a verdict is missing."""
-    known = [sample.info["process"] for sample in samples if sample.info["process"] is not None]
-    if null_policy != "group_mean" or not known:
-        return [0.0] * len(samples)
-    mean = sum(known) / len(known)
-    return [
-        sample.info["process"] if sample.info["process"] is not None else mean * sample.info["null_verdict"]
-        for sample in samples
-    ]
-
-
-def _or_null(value: float) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
+def _stand_ins(chains: Sequence[ScoredChain], null_policy: str) -> list[float]:
+    """The process score that counts for each chain of a group in which a verdict is missing."""
+    verdicts = [chain.process for chain in chains if chain.process is not None]
+    if null_policy != "group_mean" or not verdicts:
+        return [0.0] * len(chains)
+    mean = sum(verdicts) / len(verdicts)
+    return [mean * chain.null_verdict if chain.process is None else chain.process for chain in chains]

@@ -1,8 +1,9 @@
 """One warm veRL session: Ray, workers and vLLM are started once and serve every phase given to it.
 
-Start-up is most of a small run (Ray, four Python processes that import torch, verl and vLLM), so CRE and the curriculum share it.
-The trainer runs in the driver; a watchdog thread ends the process when nothing has moved for `stall_seconds`, because a Ray call
-on a dead vLLM worker never returns.  On a cluster another one looks whether the nodes that hold the workers are still there.
+Start-up is most of a small run (Ray, four Python processes that import torch, verl and vLLM), so CRE and the
+curriculum share it.  The trainer runs in the driver.  A watchdog thread ends the process if nothing has moved
+for `stall_seconds`, because a Ray call on a dead vLLM worker never returns.  On a cluster another thread
+checks that the nodes of the workers are alive.
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
 from pgenrm_train.files import write_json
 
-STARTUP_SECONDS = 900.0  # granted up to the end of the session's first step, whatever stall_seconds is
+STARTUP_SECONDS = 900.0  # least patience until the end of the session's first step
 STALLED = 3  # exit code of a run that the watchdog ended
-GRACE_SECONDS = (
-    15.0  # after the loss of a node: most calls fail by themselves, and a call that does not is ended
-)
+# After the loss of a node: most calls fail by themselves, and one that does not is ended.
+GRACE_SECONDS = 15.0
 
 
 class Watchdog:
-    """Ends the process, and Ray with it, when `beat` was not called for `seconds`."""
+    """Call `on_stall` once `beat` was not called for `seconds`."""
 
     def __init__(self, seconds: float, on_stall: Callable[[PGenRMError], None]) -> None:
         self.seconds, self.on_stall = seconds, on_stall
@@ -52,12 +52,12 @@ class Watchdog:
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def follow(self, file: Path) -> None:
-        """Write the heartbeat to `file` from now on."""
-        self.file = file
+    def follow(self, folder: Path) -> None:
+        """Write `heartbeat.json` to `folder` from now on."""
+        self.file = folder / "heartbeat.json"
 
     def beat(self, stage: str, step: int, doing: str) -> None:
-        # the first step of a session also imports and compiles: it has the patience of the start-up
+        # The first step of a session also imports and compiles: it has the patience of the start-up.
         self.stepped = self.stepped or (stage == self.stage and 0 < self.step < step)
         self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()
         if self.file is not None:
@@ -66,9 +66,6 @@ class Watchdog:
                 {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()},
             )
 
-    def stop(self) -> None:
-        self.stopped.set()
-
     def _watch(self) -> None:
         while not self.stopped.wait(min(1.0, self.seconds / 4)):
             limit = self.seconds if self.stepped else max(self.seconds, STARTUP_SECONDS)
@@ -76,21 +73,25 @@ class Watchdog:
             if silent > limit:
                 self.on_stall(
                     EngineLostError(
-                        f"{self.stage} made no progress for {silent:.0f} s at step {self.step} while {self.doing}; the run was "
-                        f"stopped and goes on from its newest checkpoint when started again"
+                        f"{self.stage} made no progress for {silent:.0f} s at step {self.step} while "
+                        f"{self.doing}; the run was stopped and resumes from its newest checkpoint when "
+                        "started again"
                     )
                 )
                 return
 
 
 class Session:
-    """Ray, trainer and vLLM behind `run(phase …)`.  Use as a context manager; leaving it leaves no process behind."""
+    """Ray, `trainer` and vLLM.  Use it as a context manager; leaving it leaves no process behind.
 
-    def __init__(self, config: Config, verl: Any, watchdog: Watchdog) -> None:
-        self.config, self.watchdog = config, watchdog
-        self.folder = Path(
-            tempfile.mkdtemp(prefix="pg_", dir="/tmp")
-        )  # short: AF_UNIX paths end at 107 characters
+    A stall ends the process, with its message in `report` and the heartbeat in the same folder.
+    """
+
+    def __init__(self, config: Config, verl: Any, stall_seconds: float, report: Path) -> None:
+        self.config, self.report = config, report
+        self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # AF_UNIX paths end at 107 characters
+        self.watchdog = Watchdog(stall_seconds, self._end_stalled)
+        self.watchdog.follow(report.parent)
         self.guardian = guardian.watch_over(self.folder)
         self.failed = True
         self.nodes: dict[str, str] = {}  # of a cluster, with workers of ours
@@ -120,9 +121,8 @@ class Session:
         cpu = self.config.cluster.device == "cpu"
         ranks = self.config.cluster.nodes * self.config.cluster.processes_per_node
         ray.init(
-            num_cpus=8 + 4 * ranks
-            if cpu
-            else None,  # logical: verl's actors ask for more than a small machine has
+            # Logical CPUs: verl's actors request more than a small machine has.
+            num_cpus=8 + 4 * ranks if cpu else None,
             num_gpus=ranks if cpu else None,
             include_dashboard=False,
             object_store_memory=256 * 1024**2 if cpu else None,
@@ -162,34 +162,41 @@ class Session:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: object) -> None:
-        """Raises NodeLostError instead of what the loss of a node has led to."""
+        """Close; raises NodeLostError in place of an error that the loss of a node has caused."""
         self.failed = kind is not None
-        engine_s = isinstance(error, Exception) and (
+        of_engine = isinstance(error, Exception) and (
             isinstance(error, BackendError) or not isinstance(error, PGenRMError)
         )
-        gone = dead_node(self.nodes, NOTICE_SECONDS) if engine_s and self.nodes else None
+        gone = dead_node(self.nodes, NOTICE_SECONDS) if of_engine and self.nodes else None
         self.close()
         if gone:
             raise self._loss(gone) from error
 
     def close(self) -> None:
-        """Stop Ray and every child of this process.  Worker logs are kept when the session failed."""
-        self.watchdog.stop()
-        shut_down(
-            self.folder, keep_logs=self.watchdog.file.parent if self.failed and self.watchdog.file else None
-        )
+        """Stop Ray and every child of this process.  Worker logs are kept if the session failed."""
+        self.watchdog.stopped.set()
+        shut_down(self.folder, self.watchdog.file.parent if self.failed and self.watchdog.file else None)
         guardian.dismiss(self.guardian)
+
+    def _end_stalled(self, error: PGenRMError) -> None:
+        """Report the error and the stacks, stop everything, and exit."""
+        print(error, file=sys.stderr, flush=True)
+        write_json(self.report, {"error": type(error).__name__, "message": str(error)})
+        with (self.report.parent / "stall_stacks.txt").open("w") as stacks:
+            faulthandler.dump_traceback(file=stacks, all_threads=True)
+        shut_down(self.folder, self.report.parent)
+        os._exit(STALLED)
 
 
 def shut_down(folder: Path, keep_logs: Path | None) -> None:
-    """Ray's own shutdown first, in a thread that may hang; then every remaining child is killed."""
+    """Shut Ray down, in a thread that may hang; then kill every remaining child."""
     import ray
 
     polite = threading.Thread(target=ray.shutdown, daemon=True)
     children = psutil.Process().children(recursive=True)
     polite.start()
     polite.join(timeout=10.0)
-    # agents of a raylet that is already dead are nobody's children any more: their open files give them away
+    # The agents of a dead raylet are no longer our children: their open files identify them.
     guardian.kill(
         {*children, *psutil.Process().children(recursive=True), *guardian.holders(folder)}
         - {psutil.Process()}
@@ -204,16 +211,6 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
             ignore=shutil.ignore_patterns("old", "gcs*", "raylet*"),
         )
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def end_stalled(folder: Path, report: Path, why: PGenRMError) -> None:
-    """The watchdog's last act: say it, keep the stacks, stop everything, leave with a code."""
-    print(why, file=sys.stderr, flush=True)
-    write_json(report, {"error": type(why).__name__, "message": str(why)})
-    with (report.parent / "stall_stacks.txt").open("w") as stacks:
-        faulthandler.dump_traceback(file=stacks, all_threads=True)
-    shut_down(folder, keep_logs=report.parent)
-    os._exit(STALLED)
 
 
 def exit_on_terminate() -> None:

@@ -1,27 +1,34 @@
 """verl's synchronous PPO trainer with our sampler, our rollout and every reward part in the metrics.
 
-One `ChainTrainer` serves several phases (CRE, curriculum) on the same workers: `begin` hands it the rows, sampler and settings of
-a phase, `fit` is verl's own loop.  What differs from stock verl and why:
+One `ChainTrainer` serves several phases (CRE, curriculum) on the same workers: `prepare` gives it the rows
+and settings of a phase, `begin` its sampler, and `fit` is verl's own loop.  Differences from stock verl, and
+the reasons:
 
-- batches come from `CurriculumSampler.next_batch`, not from a DataLoader that prefetches: the state at the end of step t is the
-  state after t draws, and it is stored beside the weights of step t in the marker that makes a checkpoint complete;
-- a checkpoint counts only when `complete.json` was renamed into it; verl's own tracker file can be half-written;
-- trajectories are put in (place, sample) order before the update, so that a resumed run sums in the same order;
-- the sampler learns the step's pass rates before the checkpoint is written, so its saved state is not one update stale;
-- rewards are waited for where advantages need them, after the log-probabilities: what a judge costs a step is `time/verdicts`;
-- reward parts are read before the checkpoint is written, so a stop (too many reward errors, a judge without verdicts) leaves a
-  resumable run and `metrics.jsonl` never lacks a step that a checkpoint holds.
+- Batches come from `CurriculumSampler.next_batch`, not from a DataLoader that prefetches.  The state at the
+  end of step t is the state after t draws; it is stored with the weights of step t, in the marker that makes
+  a checkpoint complete.
+- A checkpoint counts only once `complete.json` was renamed into it; verl's own tracker file can be
+  half-written.
+- Trajectories are put in (place, sample) order before the update, so that a resumed run sums in the same
+  order.
+- The sampler learns the step's pass rates before the checkpoint is written, so its saved state is not one
+  update stale.
+- Rewards are awaited where advantages need them, after the log-probabilities; `time/verdicts` is that wait
+  per step.
+- Reward parts are read before the checkpoint is written.  A stop (too many reward errors, a judge without
+  verdicts) therefore leaves a resumable run, and `metrics.jsonl` has every step that a checkpoint has.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import transfer_queue as tq
@@ -32,25 +39,27 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.grpo.config import TRAINER
+from pgenrm_train.backends.grpo.phase import PhaseRun
 from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
     CHECKPOINTS,
     LENGTH,
+    Metrics,
     chain_metrics,
-    hopeless,
     mix_metrics,
     newest_checkpoint,
     progress_line,
-    tried,
+    rewards_problem,
     under_stage,
     validation_metrics,
 )
 from pgenrm_train.backends.grpo.rollout import Prompt, Rollout
-from pgenrm_train.backends.grpo.scoring import RewardSpec
+from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredChain, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
-from pgenrm_train.files import write_json
+from pgenrm_train.files import write_text
+from pgenrm_train.rewards.training_rows import Row
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
 from pgenrm_train.run.tracking import METRICS, append, read, trim
 
@@ -59,47 +68,12 @@ POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a sma
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
 
-@dataclass
-class PhaseRun:
-    """A phase as the trainer sees it."""
-
-    stage: str
-    rows: Path
-    work_dir: Path
-    steps: int
-    rewards: RewardSpec
-    seed: int
-    keep_checkpoints: int = 2
-    resample: int = 0
-    validation: Path | None = None
-    validate_every: int = 0
-    validate_temperature: float | None = None  # null: that of training
-    max_null_share: float = 0.5
-    beat: Callable[[str, int, str], None] = lambda stage, step, doing: None
-    last: dict[str, Any] = field(default_factory=dict)
-    sampler: CurriculumSampler = field(init=False)  # set by `begin`, once hardness is known
-
-    def __post_init__(self) -> None:
-        self.table = pq.read_table(self.rows)
-        self.started, self.first_step = time.monotonic(), 0
-        extras = self.table["extra_info"].to_pylist()
-        self.pair_ids, self.user_ids = ([extra[name] for extra in extras] for name in ("pair_id", "user_id"))
-        self.drawn: list[int] = []  # the rows of the step under way
-
-    def row(self, index: int) -> dict[str, Any]:
-        return self.table.slice(index, 1).to_pylist()[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """verl stores this in data.pt; we read it back from the marker."""
-        return self.sampler.state_dict()
-
-    def seconds_a_step(self, step: int) -> float:
-        return (time.monotonic() - self.started) / max(step - self.first_step, 1)
-
-
 @register_trainer(TRAINER)
 class ChainTrainer(PPOTrainerSync):
-    """See the module's docstring.  `start_rollout` after `init`, then for each phase `prepare`, `begin` and `fit`."""
+    """verl's trainer for several phases.
+
+    Call `start_rollout` after `init`, then `prepare`, `begin` and `fit` per phase.
+    """
 
     role_worker_mapping: dict[Any, Any]
 
@@ -108,9 +82,8 @@ class ChainTrainer(PPOTrainerSync):
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.run: PhaseRun  # set by `prepare`
-        self.loaded: str | None = (
-            config.actor_rollout_ref.model.path
-        )  # the checkpoint whose weights the actor has
+        # The checkpoint whose weights the actor has.
+        self.loaded: str | None = config.actor_rollout_ref.model.path
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
 
     # set-up: rows and checkpoints belong to phases
@@ -137,7 +110,7 @@ class ChainTrainer(PPOTrainerSync):
         """Give the workers, vLLM included, the settings of `run` and the weights of `start`."""
         config.trainer.v1.trainer_mode = "sync"
         self.config, self.run, self.train_dataloader = config, run, run
-        self.total_training_steps = run.steps
+        self.total_training_steps = run.phase.steps
         self.use_reference_policy = config.actor_rollout_ref.actor.use_kl_loss
         if self.awake:
             self.checkpoint_manager.sleep_replicas()  # their memory is the actor's while weights move
@@ -147,20 +120,21 @@ class ChainTrainer(PPOTrainerSync):
         )
         self.loaded, self.global_steps = str(start), 0
         self._sync()
-        self.rollout.use_rewards(run.rewards)
+        self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy))
 
     def begin(self, sampler: CurriculumSampler) -> int:
-        """Go to the newest complete checkpoint of the phase, if there is one; returns the step that the phase stands at."""
+        """Load the phase's newest complete checkpoint, if there is one; returns its step, else 0."""
         run = self.run
         run.sampler = sampler
         self.global_steps = self._resume(run)
         self._init_dump_executor()
-        self.validate()  # the start, and a step whose validation a kill has cut off
+        self.validate()  # the start, or a step whose validation a kill has cut off
         run.first_step, run.started = self.global_steps, time.monotonic()
         return self.global_steps
 
     def last_saved(self) -> int:
-        return newest_checkpoint(self.run.work_dir / "verl")[1]
+        newest = newest_checkpoint(self.run.phase.work_dir / "verl")
+        return 0 if newest is None else newest.step
 
     def _sync(self) -> None:
         if self.awake:
@@ -169,17 +143,19 @@ class ChainTrainer(PPOTrainerSync):
         self.awake = True
 
     def _resume(self, run: PhaseRun) -> int:
-        folder, step, state = newest_checkpoint(run.work_dir / "verl")
-        trim(run.work_dir / METRICS, step)
-        trim(run.work_dir / "batches.jsonl", step)
-        if folder is None:
+        work_dir = run.phase.work_dir
+        newest = newest_checkpoint(work_dir / "verl")
+        for file in (METRICS, "batches.jsonl"):
+            trim(work_dir / file, 0 if newest is None else newest.step)
+        if newest is None:
             return 0
-        print(f"{run.stage}: resuming after step {step} from {folder}", flush=True)
-        self.actor_rollout_wg.load_checkpoint(local_path=str(folder / "actor"), del_local_after_load=False)
-        run.sampler.load_state_dict(state)
-        self.loaded, self.global_steps = str(folder), step
+        print(f"{run.phase.section}: resuming after step {newest.step} from {newest.folder}", flush=True)
+        actor = str(newest.folder / "actor")
+        self.actor_rollout_wg.load_checkpoint(local_path=actor, del_local_after_load=False)
+        run.sampler.load_state_dict(newest.sampler)
+        self.loaded, self.global_steps = str(newest.folder), newest.step
         self._sync()
-        return step
+        return newest.step
 
     def fit(self) -> None:
         self.loaded = None  # the next phase may start where this one did
@@ -190,17 +166,16 @@ class ChainTrainer(PPOTrainerSync):
 
     def measure(
         self,
-        table: Any,
+        table: pa.Table,
         samples: int,
         purpose: str,
         *,
         temperature: float | None = None,
         places: range | None = None,
-    ) -> list[list[dict[str, Any]]]:
-        """`samples` chains of the rows of `table`, all or those at `places`, from the current actor, scored and not trained on; one
-        list of infos a row.
+    ) -> list[list[ScoredChain]]:
+        """`samples` chains per row of `table`, from the current actor, scored and not trained on.
 
-        temperature: null is that of training.
+        `places`: rows to sample, None for all.  `temperature`: None for that of training.
         """
         run, groups = self.run, []
         places = range(table.num_rows) if places is None else places
@@ -211,53 +186,61 @@ class ChainTrainer(PPOTrainerSync):
                 for i, row in enumerate(rows)
             ]
             groups += self.rollout.measure(prompts)
-            run.beat(run.stage, self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
+            run.beat(self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
         return groups
 
     def validate(self) -> None:
-        """One chain a validation row, from seeds that stay the same, when this step is due and has not been validated."""
-        run, step, file = self.run, self.global_steps, self.run.work_dir / METRICS
-        if (
-            run.validation is None
-            or not run.validate_every
-            or (step % run.validate_every and step < run.steps)
-        ):
+        """Sample one chain per validation row, with fixed seeds, if this step needs it."""
+        run, phase, step = self.run, self.run.phase, self.global_steps
+        every, file = run.grpo.validate_every, phase.work_dir / METRICS
+        if phase.validation is None or not every or (step % every and step < phase.steps):
             return
         before = [line for line in read(file) if ACCURACY in line]
         if any(line["step"] == step for line in before):
             return
-        table, began = pq.read_table(run.validation), time.monotonic()
-        groups = self.measure(table, 1, "validation", temperature=run.validate_temperature)
-        first = before[0][f"{run.stage}/{LENGTH}"] if before else None
-        found = validation_metrics(groups, table["extra_info"].to_pylist(), first)
-        found["validation/seconds"] = time.monotonic() - began
+        table, began = pq.read_table(phase.validation), time.monotonic()
+        groups = self.measure(table, 1, "validation", temperature=run.config.eval.temperature)
+        first_length = before[0][f"{phase.section}/{LENGTH}"] if before else None
+        metrics = validation_metrics(groups, table["extra_info"].to_pylist(), first_length)
+        metrics["validation/seconds"] = time.monotonic() - began
         headline = {
-            name: found[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")
+            name: metrics[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")
         }
-        append(file, {"step": step, "stage": run.stage} | headline | under_stage(run.stage, found))
-        print(f"{run.stage} {step}/{run.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True)
+        self._log(headline | under_stage(phase.section, metrics))
+        accuracy = headline[ACCURACY]
+        print(f"{phase.section} {step}/{phase.steps} · validation accuracy {accuracy:.3f}", flush=True)
+
+    def _log(self, metrics: Metrics) -> None:
+        """Append a line of metrics of the current step."""
+        phase = self.run.phase
+        append(phase.work_dir / METRICS, {"step": self.global_steps, "stage": str(phase.section)} | metrics)
 
     # one step
 
     def _prompt(
-        self, row: dict[str, Any], uid: str, samples: int, step: int, temperature: float | None = None
+        self, row: Row, uid: str, samples: int, step: int, temperature: float | None = None
     ) -> Prompt:
-        seed, usual = f"{self.run.seed}/{self.run.stage}", self.config.actor_rollout_ref.rollout.temperature
         return Prompt(
-            uid, row, step, seed, samples, usual if temperature is None else temperature, self.run.resample
+            uid=uid,
+            row=row,
+            step=step,
+            seed=f"{self.run.seed}/{self.run.phase.section}",
+            samples=samples,
+            temperature=self.run.grpo.temperature if temperature is None else temperature,
+            resample=self.run.grpo.resample,
         )
 
-    def prepare_step(self) -> dict[str, Any]:
-        """Draw the batch and hand it to the rollout."""
+    def prepare_step(self) -> dict[str, object]:
+        """Draw the batch and pass it to the rollout."""
         run, step = self.run, self.global_steps
-        run.beat(run.stage, step, "sampling chains")
+        run.beat(step, "sampling chains")
         drawn = run.drawn = run.sampler.next_batch(step)
         samples = self.config.actor_rollout_ref.rollout.n
         prompts = [
             self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)
         ]
         append(
-            run.work_dir / "batches.jsonl",
+            run.phase.work_dir / "batches.jsonl",
             {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]},
         )
         tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts]
@@ -267,10 +250,10 @@ class ChainTrainer(PPOTrainerSync):
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
-        self.run.beat(self.run.stage, self.global_steps, "taking log-probabilities")
+        self.run.beat(self.global_steps, "taking log-probabilities")
 
     def on_step_end(self) -> None:
-        self.run.beat(self.run.stage, self.global_steps, "syncing weights to vLLM")
+        self.run.beat(self.global_steps, "syncing weights to vLLM")
         super().on_step_end()
         self.validate()
 
@@ -278,102 +261,96 @@ class ChainTrainer(PPOTrainerSync):
         batch.reorder(sorted(range(len(batch.keys)), key=lambda i: _place(batch.keys[i])))
         return super()._balance_batch(batch, metrics, *args, **kwargs)
 
-    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+    def _compute_advantage(self, batch: Any, metrics: dict[str, float]) -> Any:
         run, step = self.run, self.global_steps
-        run.beat(run.stage, step, "waiting for verdicts")
+        run.beat(step, "waiting for verdicts")
         with marked_timer("verdicts", self.timing_raw):
             self.rollout.settled()
-        run.beat(run.stage, step, "updating the actor")
+        run.beat(step, "updating the actor")
         return super()._compute_advantage(batch, metrics)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
-        began = time.monotonic()
-        run = self.run
+        began, run, phase = time.monotonic(), self.run, self.run.phase
         try:
             batch = super().step(metrics, timing_raw)
-        except RuntimeError as error:  # verl's replay buffer, when no prompt of the step has a chain: say why
+        except RuntimeError as error:
+            # verl's replay buffer raises if no prompt of the step has a chain: add the reason.
             if failures := self.rollout.take_failures():
                 raise EngineLostError(
-                    f"{run.stage} has no chains at step {self.global_steps}: {failures[0]}"
+                    f"{phase.section} has no chains at step {self.global_steps}: {failures[0]}"
                 ) from error
             raise
-        placed = self._groups(batch)
-        groups = list(placed.values())
-        ours = chain_metrics(groups) | mix_metrics(
-            {run.drawn[place]: group for place, group in placed.items()}, run.sampler
-        )
-        run.sampler.observe((run.drawn[place], *tried(group)) for place, group in placed.items())
-        ours |= self.rollout.judge_metrics()
-        ours |= {"rollout/failed_prompts": len(run_failures := self.rollout.take_failures())}
-        metrics.update({f"{run.stage}/{name}": value for name, value in ours.items()})
+        by_place = self._groups(batch)
+        groups, failures = list(by_place.values()), self.rollout.take_failures()
+        by_pair = {run.drawn[place]: group for place, group in by_place.items()}
+        ours = chain_metrics(groups) | mix_metrics(by_pair, run.sampler) | self.rollout.judge_metrics()
+        ours["rollout/failed_prompts"] = len(failures)
+        run.sampler.observe((run.drawn[place], *group.evidence()) for place, group in by_place.items())
+        metrics.update({f"{phase.section}/{name}": value for name, value in ours.items()})
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
         run.last = ours
-        append(
-            run.work_dir / METRICS,
-            {"step": self.global_steps, "stage": run.stage} | under_stage(run.stage, ours),
-        )
-        print(
-            progress_line(
-                run.stage, self.global_steps, run.steps, ours, run.seconds_a_step(self.global_steps)
-            ),
-            flush=True,
-        )
-        self._stop_if_hopeless(groups, ours, run_failures)
+        self._log(under_stage(phase.section, ours))
+        seconds = run.seconds_per_step(self.global_steps)
+        print(progress_line(phase.section, self.global_steps, phase.steps, ours, seconds), flush=True)
+        self._stop_if_useless(groups, ours, failures)
         return batch
 
-    def _groups(self, batch: Any) -> dict[int, list[dict[str, Any]]]:
-        """Place in the batch → the infos of its samples, in the order of the places; padding rows left out."""
+    def _groups(self, batch: Any) -> dict[int, ScoredGroup]:
+        """Place in the batch → its group, in the order of the places; padding rows left out."""
         keys = [
             key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
         ]
         fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        groups: dict[int, list[dict[str, Any]]] = {}
+        chains: dict[int, list[Any]] = {}
         for key, extra in zip(keys, list(fields["extra_fields"]), strict=True):
-            extra = getattr(extra, "data", extra)
-            info = extra["reward_extra_info"] | {
-                name: extra[name] for name in ("order", "discarded_passes", "discarded_chains")
-            }
-            groups.setdefault(int(key.split("_")[0].rpartition("p")[2]), []).append(info)
-        return dict(sorted(groups.items()))
+            place = int(key.split("_")[0].rpartition("p")[2])
+            chains.setdefault(place, []).append(getattr(extra, "data", extra))
+        return {place: ScoredGroup.from_extra_fields(chains[place]) for place in sorted(chains)}
 
-    def _stop_if_hopeless(
-        self, groups: list[list[dict[str, Any]]], ours: Mapping[str, float], failures: Sequence[str]
+    def _stop_if_useless(
+        self, groups: Sequence[ScoredGroup], metrics: Metrics, failures: Sequence[str]
     ) -> None:
-        """End the run behind a checkpoint when the rewards of the step are worth nothing, or the engine fails."""
-        run, asked = self.run, self.run.sampler.prompts_per_step
-        problem, kind = hopeless(ours, groups, run.max_null_share), BackendError
-        if problem is None and len(failures) > MAX_FAILED_PROMPTS * asked:
+        """End the run after a checkpoint if the step's rewards are useless, or the engine fails."""
+        grpo, prompts = self.run.grpo, self.run.sampler.prompts_per_step
+        max_null_share = 0.0 if grpo.null_policy == "stop" else grpo.max_null_share
+        problem, kind = rewards_problem(groups, metrics, max_null_share), BackendError
+        if problem is None and len(failures) > MAX_FAILED_PROMPTS * prompts:
             problem, kind = (
-                f"the engine failed {len(failures)} of {asked} prompts, first {failures[0]}",
+                f"the engine failed {len(failures)} of {prompts} prompts, first {failures[0]}",
                 EngineLostError,
             )
         if problem is not None:
             self._save_checkpoint()
             raise kind(
-                f"{run.stage} stopped at step {self.global_steps}: {problem}; the run can be resumed once that is mended"
+                f"{self.run.phase.section} stopped at step {self.global_steps}: {problem}; "
+                "remedy that, then run the same command to resume"
             )
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps
-        run.beat(run.stage, step, "saving a checkpoint")
+        run.beat(step, "saving a checkpoint")
         super()._save_checkpoint()
-        marker = run.work_dir / "verl" / f"global_step_{step}" / COMPLETE
-        write_json(marker, {"step": step, "sampler": run.state_dict()})
-        for old in complete_checkpoints(run.work_dir / "verl", CHECKPOINTS)[: -run.keep_checkpoints]:
+        checkpoints = run.phase.work_dir / "verl"
+        marker = json.dumps({"step": step, "sampler": run.state_dict()})
+        write_text(checkpoints / f"global_step_{step}" / COMPLETE, marker)
+        for old in complete_checkpoints(checkpoints, CHECKPOINTS)[: -run.grpo.keep_checkpoints]:
             shutil.rmtree(old)
 
 
 class DirectServers(LLMServerManager):
-    """vLLM servers without verl's load-balancer actor: `ChainSampler` spreads its requests itself, which saves two remote calls
-    a sample and a process that imports verl."""
+    """vLLM servers without verl's load-balancer actor.
+
+    `ChainSampler` spreads its requests itself, which saves two remote calls per sample and a process that
+    imports verl.
+    """
 
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
 
 
 def use_direct_servers() -> None:
-    """verl's trainer names the manager class in its module and offers no setting for it."""
+    """Replace the manager class in verl's trainer module, which has no setting for it."""
     trainer_base.LLMServerManager = DirectServers
 
 

@@ -1,17 +1,18 @@
-"""What one warm veRL session needs of its Ray workers and verl does not offer: a new phase in place, and export.
+"""Extensions of verl's Ray workers for one warm session: start a phase in place, and export.
 
-verl builds actor, reference and rollout once; a second `run_ppo` would build them again (80–90 s on two cores).  `ChainWorker`
-takes over the weights, loss and optimiser settings of the next phase in the running process and writes checkpoints in
-Hugging Face format in the dtype asked for (verl's merger casts every tensor to bfloat16, which would round an fp32 model).
+verl builds actor, reference and rollout once; a second `run_ppo` would build them again (80–90 s on two
+cores).  `ChainWorker` takes over the weights, loss and optimiser settings of the next phase in the running
+process.  It also writes checkpoints in Hugging Face format in the requested dtype: verl's merger casts every
+tensor to bfloat16, which would round an fp32 model.
 
-Without flash-attn verl takes log-probabilities one *token* at a time: its loop over rows was written for (batch, length) logits
-and gets them flattened.  That is most of an update on a CPU and a kernel launch a token on a GPU, so it is done in chunks here.
+Without flash-attn verl takes log-probabilities one *token* at a time: its loop over rows was written for
+(batch, length) logits and gets them flattened.  That is most of an update on a CPU, and a kernel launch per
+token on a GPU, so it is done in chunks here.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ class ChainWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin_phase(self, actor: Any, start: str, reload: bool) -> None:
-        """Take the loss and optimiser settings of `actor` (verl's actor section), with a fresh optimiser and schedule;
-        with `reload`, also the weights of the checkpoint `start`, for the actor and as the new reference."""
+        """Take the loss and optimiser settings of `actor`, with a fresh optimiser and schedule.
+
+        `actor` is verl's actor section.  With `reload`, also load the weights of the checkpoint `start`, for
+        the actor and as the new reference.
+        """
         engine = self.actor.engine
         if reload:
             load_weights(engine, start)
@@ -64,7 +68,7 @@ class ChainWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def export(self, folder: str, dtype: str) -> None:
-        """Write config and weights of the actor to `folder` (rank 0); LoRA adapters are merged into their layers."""
+        """Write config and weights of the actor to `folder` (rank 0), with LoRA adapters merged."""
         from transformers import AutoModelForCausalLM
 
         engine = self.actor.engine
@@ -87,7 +91,7 @@ class ChainWorker(ActorRolloutRefWorker):
 
 
 def load_weights(engine: Any, start: str) -> None:
-    """Overwrite a verl FSDP2 engine's weights with those of a checkpoint; rank 0 reads, the others receive."""
+    """Overwrite a verl FSDP2 engine's weights with a checkpoint's; rank 0 reads, the others receive."""
     from transformers import AutoModelForCausalLM
 
     state: dict[str, torch.Tensor] = {}
@@ -115,14 +119,3 @@ def merged(state: dict[str, torch.Tensor], scale: float | None) -> dict[str, tor
             tensor = (tensor.float() + scale * up.float() @ down.float()).to(tensor.dtype)
         plain[target] = tensor
     return plain
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json",
-)  # fmt: skip
-
-
-def tokenizer_files(start: Path) -> list[Path]:
-    """Files that travel with a checkpoint as they are: saving a loaded tokenizer again may change how it splits text."""
-    return [start / name for name in TOKENIZER_FILES if (start / name).exists()]

@@ -20,8 +20,8 @@ from pgenrm_train.curriculum.sampler import (
     SCHEDULES,
     SUSPECT,
     CurriculumSampler,
-    hard_share,
-    too_common,
+    PairFacts,
+    Schedule,
 )
 from pgenrm_train.errors import ConfigError
 
@@ -32,17 +32,19 @@ USERS = [f"u{min(i // 2, 9)}" for i in range(PAIRS)]  # nine users of two pairs,
 
 
 def sampler(schedule: str = "linear", **changed: Any) -> CurriculumSampler:
-    given: dict[str, Any] = {
-        "prompts_per_step": BATCH, "steps": STEPS, "seed": 3, "schedule": schedule, "hard": HARD_ONES, "suspect": SUSPECTS,
-        "suspect_weight": 0.5, "start": 0.2, "end": 0.8,
-    }  # fmt: skip
-    return CurriculumSampler(
-        len(given["hard"] if "hard" not in changed else changed["hard"] or [0] * PAIRS), **(given | changed)
-    )
+    """A sampler of PAIRS pairs; `changed`: fields of Schedule and PairFacts, and arguments of the sampler."""
+
+    def fields(kind: type, **defaults: Any) -> dict[str, Any]:
+        return defaults | {name: changed.pop(name) for name in list(changed) if name in kind.__annotations__}
+
+    shares = fields(Schedule, suspect_weight=0.5, start=0.2, end=0.8)
+    facts = PairFacts(**fields(PairFacts, hard=HARD_ONES, suspect=SUSPECTS))
+    shape = {"prompts_per_step": BATCH, "steps": STEPS, "seed": 3} | changed
+    return CurriculumSampler(PAIRS, schedule=Schedule(schedule, **shares), facts=facts, **shape)
 
 
 def passes(pair: int, step: int) -> int:
-    """A model that learns: what the chains of a pair say at a step, of 4."""
+    """A model that learns: passes among 4 chains of a pair at a step."""
     return min(4, (pair * 7 + step // 4) % 6)
 
 
@@ -60,7 +62,7 @@ def run(drawn: CurriculumSampler, steps: range) -> list[list[int]]:
     [("linear", (0.3, 0.8)), ("cosine", (0.3, 0.8)), ("step", (0.3, 0.8)), ("anti", (0.8, 0.3))],
 )
 def test_share_runs_from_start_to_end_without_turning(schedule: str, ends: tuple[float, float]) -> None:
-    shares = [hard_share(schedule, t / 50, 0.3, 0.8) for t in range(51)]
+    shares = [Schedule(schedule, 0.3, 0.8).hard_share(t / 50) for t in range(51)]
     assert (shares[0], shares[-1]) == pytest.approx(ends)
     direction = 1 if ends[0] < ends[1] else -1
     assert all(direction * a <= direction * b + 1e-12 for a, b in pairwise(shares))
@@ -72,7 +74,7 @@ def test_unknown_schedule_is_named_with_the_valid_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "share", "said"),
+    ("schedule", "share", "text"),
     [
         (
             "linear",
@@ -85,11 +87,11 @@ def test_unknown_schedule_is_named_with_the_valid_ones() -> None:
         ("uniform", 0.9, None),
     ],
 )
-def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_told(
-    schedule: str, share: float, said: str | None
+def test_a_schedule_that_draws_fewer_hard_pairs_than_none_is_warned_of(
+    schedule: str, share: float, text: str | None
 ) -> None:
-    found = too_common(schedule, np.arange(100) < round(100 * share), 0.3, 0.8)
-    assert found is None if said is None else re.match(said, found or "")
+    warning = Schedule(schedule, 0.3, 0.8).warning(np.arange(100) < round(100 * share))
+    assert warning is None if text is None else re.match(text, warning or "")
 
 
 @settings(max_examples=60)
@@ -221,7 +223,7 @@ def test_self_paced_fills_up_with_others_when_the_band_is_empty() -> None:
     assert (drawn.target, drawn.realised) == (0.8, 0.0)
 
 
-def test_when_all_is_learnt_or_doubtful_training_goes_on() -> None:
+def test_when_all_is_learnt_or_doubtful_training_continues() -> None:
     drawn = sampler(
         "self_paced", hard=[True] * 30 + [False] * 30, suspect=[False] * 32 + [True] * 28, suspect_weight=0.0
     )
@@ -250,7 +252,7 @@ def test_mini_batches_hold_the_mix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "text"),
     [
         ({"hard": [False] * PAIRS}, "0 of 60 pairs are hard and a batch of curriculum.schedule=linear needs 7: widen"),
         ({"hard": [True] * PAIRS}, "0 of 60 pairs are other .* needs 7: narrow"),
@@ -265,8 +267,8 @@ def test_mini_batches_hold_the_mix() -> None:
         ({"pass_rates": [1.5] * PAIRS}, r"pass rates must lie in \[0, 1\]"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_said_before_training(changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_an_impossible_schedule_is_refused_before_training(changed: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
         sampler(**changed)
 
 
@@ -285,8 +287,8 @@ def test_the_state_grows_with_what_was_drawn_and_not_with_the_pairs() -> None:
             prompts_per_step=BATCH,
             steps=STEPS,
             seed=0,
-            schedule="linear",
-            hard=np.arange(pairs) % 2 == 0,
+            schedule=Schedule("linear"),
+            facts=PairFacts(np.arange(pairs) % 2 == 0),
         )
         run(drawn, range(1, 11))
         sizes.append(len(json.dumps(drawn.state_dict())))

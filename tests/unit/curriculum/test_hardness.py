@@ -1,4 +1,4 @@
-"""What makes a pair hard, what makes it suspect, and the records that say why; hard negatives that rest on given votes alone."""
+"""Hard and suspect pairs, the reasons in their records, and hard negatives that rest on given votes alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pgenrm_train.curriculum.hard_negatives import FLIP, NEAR_TIE, PROTOTYPE_FLIP, hard_negatives, near_ties
 from pgenrm_train.curriculum.hardness import (
     SIGNALS,
+    MinedPair,
     Votes,
     harder_half,
     key_of,
@@ -46,16 +47,8 @@ def pair(
     )
 
 
-def mined(**changed: Any) -> dict[str, Any]:
-    row = {
-        "pass_rate": 0.5,
-        "margin": 0.2,
-        "verified_margin": None,
-        "order_gap": 0.0,
-        "samples": 4,
-        "failures": 0,
-    }
-    return row | changed
+def mined(**changed: Any) -> MinedPair:
+    return replace(MinedPair(0, "p", 0.5, 0.2, None, 0.0, samples=4, failures=0), **changed)
 
 
 def test_pairs_on_which_the_model_wavers_are_hard_and_the_label_does_not_choose_them() -> None:
@@ -72,7 +65,7 @@ def test_pairs_on_which_the_model_wavers_are_hard_and_the_label_does_not_choose_
         ({"pass_rate": 0.0, "margin": -0.5}, False),  # not confident
         ({"pass_rate": 0.25, "margin": -3.0}, False),  # not consistent
         ({"pass_rate": 0.2, "margin": -3.0, "order_gap": 0.5}, False),  # the order decides
-        ({"pass_rate": 0.0, "margin": -3.0, "failures": 3}, False),  # one chain of four says little
+        ({"pass_rate": 0.0, "margin": -3.0, "failures": 3}, False),  # one chain of four shows little
         ({"pass_rate": 0.0, "margin": None, "failures": 4}, False),  # nothing parsed: no contradiction
     ],
 )
@@ -83,7 +76,7 @@ def test_suspect_is_a_confident_and_consistent_contradiction(row: dict[str, Any]
     assert record["why"][0].startswith("contradicted: ") == expected
 
 
-def test_the_record_says_why() -> None:
+def test_the_record_has_reasons() -> None:
     pairs = [
         pair(f"p{i}", "u", "the same words here", f"the same words {'other ' * i}", (50, 50 - i))
         for i in range(4)
@@ -166,7 +159,7 @@ def test_ranks_are_those_of_scipy_scaled_and_gaps_stay_unknown() -> None:
 
 
 def test_who_disagrees_does_not_turn_the_hardness() -> None:
-    """Had every vote been the other way, the same pairs would be hard: a label must not choose the batch."""
+    """With every vote reversed, the same pairs would be hard: a label must not choose the batch."""
     one = {"similarity": np.full(4, NAN), "length_ratio": np.full(4, NAN), "rating_gap": np.full(4, NAN),
            "disagreement": np.array([0.0, 0.3, 0.5, 0.9])}  # fmt: skip
     other = one | {"disagreement": 1 - one["disagreement"]}
@@ -180,7 +173,7 @@ def test_similarity_is_symmetric_and_bounded(one: str, other: str) -> None:
     assert similarity(one, one) == 1.0
 
 
-def test_an_embedder_may_say_how_alike_the_responses_are() -> None:
+def test_an_embedder_may_measure_the_similarity_of_responses() -> None:
     """By the angle of their embeddings; the other signals stay."""
     direction = {"north": (1.0, 0.0), "east": (0.0, 1.0), "north-east": (0.6, 0.8)}
     pairs = [
@@ -209,7 +202,7 @@ def test_disagreement_counts_other_users_once() -> None:
     found = Votes(votes)
     assert found.others(votes[0]) == (1, 1)
     assert found.disagreement(votes[0]) == 0.5
-    assert np.isnan(found.disagreement(votes[4])), "nobody else voted on it"
+    assert np.isnan(found.disagreement(votes[4])), "no other user voted on it"
 
 
 def votes() -> list[PreferencePair]:
@@ -243,7 +236,7 @@ def test_another_prototype_may_prefer_what_the_user_rejected() -> None:
     assert [m.origin for m in alike] == [FLIP, FLIP], "one's own prototype is no other"
 
 
-def test_held_out_votes_neither_count_nor_come_back() -> None:
+def test_held_out_votes_neither_count_nor_return() -> None:
     against = [replace(p, user_split="test") if p.user_id in ("bob", "cyd") else p for p in votes()]
     assert [m.origin for m in hard_negatives(against, near=10)] == [NEAR_TIE], "the majority was held out"
     held_out = [*votes(), pair("a3", "ann", "x", "z", (80, 75), split="test")]

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from pgenrm_train.backends.grpo.progress import validation_metrics
-from pgenrm_train.rewards.hacking_signs import signs
+from pgenrm_train.backends.grpo.progress import Metrics, validation_metrics
+from pgenrm_train.backends.grpo.scoring import ScoredChain
+from pgenrm_train.rewards.hacking_signs import Ranking, signs
 
 
-def chain(criteria: tuple[str, ...] = ("formal", "brief"), **more: Any) -> dict[str, Any]:
+def chain(
+    criteria: tuple[str, ...] = ("formal", "brief"),
+    margin: float = 3.0,
+    verified_margin: float | None = 3.0,
+) -> Ranking:
     """An honest one: declared and verified margins agree."""
-    return {"margin": 3.0, "verified_margin": 3.0, "spread": 3.0, "criteria": list(criteria)} | more
-
-
-UNREADABLE = dict.fromkeys(("margin", "verified_margin", "spread", "criteria"))
+    return Ranking(margin, verified_margin, spread=3.0, criteria=criteria)
 
 
 def test_honest_chains_show_no_sign() -> None:
@@ -25,7 +27,7 @@ def test_honest_chains_show_no_sign() -> None:
     assert found["score_spread"] == 3
 
 
-def test_a_template_is_seen_whatever_the_case_and_order_of_its_criteria() -> None:
+def test_a_template_is_recognised_whatever_the_case_and_order_of_its_criteria() -> None:
     found = signs([chain(("Formal", "brief")), chain(("brief", "formal")), chain(("brief", "FORMAL"))])
     assert found["commonest_criteria"] == 1 and found["criterion_kinds"] == pytest.approx(2)
 
@@ -34,39 +36,38 @@ def test_a_template_is_seen_whatever_the_case_and_order_of_its_criteria() -> Non
     ("declared", "verified", "expected"),
     [(3.0, -2.0, 1), (0.0, 2.0, 1), (3.0, 0.5, 0), (0.0, 0.05, 0), (-0.1, 0.1, 1)],
 )
-def test_another_winner_by_ones_own_sums_is_a_disagreement_unless_it_is_rounding(
+def test_another_winner_by_its_own_sums_is_a_disagreement_unless_it_is_rounding(
     declared: float, verified: float, expected: float
 ) -> None:
     assert signs([chain(margin=declared, verified_margin=verified)])["verified_disagreement"] == expected
 
 
 def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
-    found = signs(
-        [UNREADABLE, chain(verified_margin=None, criteria=[]), chain(margin=1.0, verified_margin=-1.0)]
-    )
+    found = signs([None, chain(verified_margin=None, criteria=()), chain(margin=1.0, verified_margin=-1.0)])
     assert found["verified_disagreement"] == 1 and found["unverifiable_share"] == 0.5
-    assert all(value is None for value in signs([UNREADABLE]).values())
+    assert all(value is None for value in signs([None]).values())
 
 
 # ---- validation ----
 
 
-def asked(
+def sampled(
     pair: str, order: int, won: bool, probe: str | None = None, **more: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    info = chain() | {
-        "outcome": float(won), "total": float(won), "process": None, "failure": None, "null_verdict": False, "length": 10,
-    }  # fmt: skip
-    return [info | more], {"pair_id": pair, "order": order} | ({"probe": probe} if probe else {})
+) -> tuple[list[ScoredChain], dict[str, object]]:
+    fields = {"outcome": float(won), "total": float(won), "length": 10, "ranking": chain()} | more
+    extra: dict[str, object] = {"pair_id": pair, "order": order}
+    return [ScoredChain(**fields)], extra | ({"probe": probe} if probe else {})
 
 
-def metrics(*rows: Any, first_length: float | None = None) -> dict[str, Any]:
+def metrics(*rows: Any, first_length: float | None = None) -> Metrics:
     return validation_metrics([group for group, _ in rows], [extra for _, extra in rows], first_length)
 
 
 def test_validation_tells_orders_apart_and_counts_flips() -> None:
     """One pair won in both orders, one only where the chosen response comes first."""
-    found = metrics(asked("a", 0, True), asked("a", 1, True), asked("b", 0, True), asked("b", 1, False))
+    found = metrics(
+        sampled("a", 0, True), sampled("a", 1, True), sampled("b", 0, True), sampled("b", 1, False)
+    )
     assert (found["validation/accuracy"], found["validation/order_flip_rate"]) == (0.75, 0.5)
     assert (found["validation/accuracy_chosen_first"], found["validation/accuracy_chosen_second"]) == (
         1.0,
@@ -75,9 +76,9 @@ def test_validation_tells_orders_apart_and_counts_flips() -> None:
 
 
 def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:
-    own = [asked("a", order, True, "own", length=30) for order in (0, 1)]
+    own = [sampled("a", order, True, "own", length=30) for order in (0, 1)]
     swapped = [
-        asked("a", order, False, "swapped_history", failure="no_markers", **UNREADABLE) for order in (0, 1)
+        sampled("a", order, False, "swapped_history", failure="no_markers", ranking=None) for order in (0, 1)
     ]
     found = metrics(*own, *swapped, first_length=20.0)
     assert found["validation/accuracy"] == 1 and found["validation/probe/swapped_history_accuracy"] == 0
@@ -86,6 +87,8 @@ def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:
 
 
 def test_a_null_verdict_is_no_zero_in_the_mean_of_the_process_reward() -> None:
-    found = metrics(asked("a", 0, True, process=0.8), asked("a", 1, True, process=None, null_verdict=True))
+    found = metrics(
+        sampled("a", 0, True, process=0.8), sampled("a", 1, True, process=None, null_verdict=True)
+    )
     assert found["validation/reward/process"] == 0.8 and found["validation/null_verdict_share"] == 0.5
-    assert metrics(asked("a", 0, True))["validation/reward/process"] is None
+    assert metrics(sampled("a", 0, True))["validation/reward/process"] is None

@@ -1,6 +1,7 @@
 """The LLM judge: a chain cannot forge its verdict, a failure is never a score, and the verdict has one shape."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,8 @@ from llm_server import serve
 
 from pgenrm_train.backends.api import endpoint as endpoint_module
 from pgenrm_train.backends.api.roles import judge_for_rewards
+from pgenrm_train.backends.grpo.scoring import JudgeSpec
+from pgenrm_train.config import EndpointConfig
 from pgenrm_train.records.pairs import ExplicitSignals
 from pgenrm_train.rewards.judging import judge_messages, read_verdict, signals
 
@@ -82,14 +85,8 @@ def test_to_name_everything_earns_no_more_than_to_name_little():
 
 
 def judge(server, tmp_path=None, **more):
-    settings = {
-        "kind": "endpoint",
-        "base_url": server.url,
-        "name": "stub",
-        "attempts": 2,
-        "timeout_seconds": 0.5,
-    } | more
-    return judge_for_rewards(settings, str(tmp_path) if tmp_path else None)
+    settings = EndpointConfig("endpoint", server.url, "stub", attempts=2, timeout_seconds=0.5, **more)
+    return judge_for_rewards(settings, tmp_path)
 
 
 def row(**said):
@@ -152,21 +149,11 @@ def test_a_budget_holds_over_processes_that_share_a_cache(tmp_path):
 
 
 def test_samplers_share_the_limits_of_a_run():
-    from pgenrm_train.backends.grpo.scoring import RewardSpec, share_of
-
-    settings = {
-        "requests_per_minute": 600.0,
-        "tokens_per_minute": None,
-        "max_dollars": 10.0,
-        "max_in_flight": 64,
-    }
-    kept, alone = (
-        RewardSpec(judge_kwargs={"settings": settings, "cache": cache}, judge_in_flight=64)
-        for cache in ("c", None)
-    )
-    each = share_of(kept, 4)
-    assert each.judge_in_flight == each.judge_kwargs["settings"]["max_in_flight"] == 16
-    assert each.judge_kwargs["settings"]["requests_per_minute"] == 150
-    assert each.judge_kwargs["settings"]["max_dollars"] == 10, "they read what was paid from one disk"
-    assert share_of(alone, 4).judge_kwargs["settings"]["max_dollars"] == 2.5
-    assert share_of(kept, 1) is kept and share_of(RewardSpec(), 4) == RewardSpec()
+    settings = EndpointConfig("endpoint", requests_per_minute=600.0, max_dollars=10.0, max_in_flight=64)
+    cached, uncached = (JudgeSpec("module:judge", settings, cache, 64) for cache in (Path("c"), None))
+    part = cached.share(4)
+    assert part.settings and part.in_flight == part.settings.max_in_flight == 16
+    assert part.settings.requests_per_minute == 150 and part.settings.tokens_per_minute is None
+    assert part.settings.max_dollars == 10, "they read the costs from one disk"
+    assert uncached.share(4).settings.max_dollars == 2.5
+    assert cached.share(1) is cached and JudgeSpec("module:rule").share(4) == JudgeSpec("module:rule")

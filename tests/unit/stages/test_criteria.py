@@ -12,6 +12,7 @@ from llm_server import serve
 
 from pgenrm_train.backends.api import endpoint as endpoint_module
 from pgenrm_train.config import ROOT, Config, EndpointConfig
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
@@ -201,7 +202,8 @@ def test_synthetic_criteria_are_judged_by_and_never_shown(tmp_path, policy):
     config = Config()
     config.masking.policy, config.cre.prompts_per_step, config.cre.rows = policy, 4, 16
     synthetic = {user: ExplicitSignals(criteria=WANTS, synthetic=True) for user in ("silent", "stated")}
-    grpo.write_rows(config, "cre", tmp_path / "rows.parquet", pairs, chat_messages, progress, synthetic)
+    builder = grpo.RowBuilder(config, StageName.CRE, chat_messages, synthetic)
+    grpo.write_rows(builder, tmp_path, pairs, progress)
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert len(rows) == 16 and "SYNTHETIC" not in json.dumps([row["prompt"] for row in rows])
     for row in rows:
@@ -216,9 +218,8 @@ def test_synthetic_criteria_are_judged_by_and_never_shown(tmp_path, policy):
 def test_without_synthesis_who_stated_nothing_is_not_judged(tmp_path):
     config = Config()
     config.cre.prompts_per_step = 4
-    grpo.write_rows(
-        config, "cre", tmp_path / "rows.parquet", [vote(n) for n in range(8)], chat_messages, progress
-    )
+    builder = grpo.RowBuilder(config, StageName.CRE, chat_messages)
+    grpo.write_rows(builder, tmp_path, [vote(n) for n in range(8)], progress)
     extra = pq.read_table(tmp_path / "rows.parquet").to_pylist()[0]["extra_info"]
     assert extra["explicit"] == "{}" and extra["criteria"] is None and extra["synthetic"] is False
 

@@ -10,10 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.hard_negatives import GIVEN, NEAR_TIE, PROTOTYPE_FLIP
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Message, PreferencePair
-from pgenrm_train.stages.grpo import MIRROR, ROWS, SIGNALS, training_pairs, write_rows
+from pgenrm_train.stages.grpo import (
+    MIRROR,
+    ROWS,
+    SIGNALS,
+    HardnessInputs,
+    RowBuilder,
+    training_pairs,
+    write_rows,
+)
 
 
 def pairs(count: int = 12) -> list[PreferencePair]:
@@ -50,9 +59,8 @@ def written(
     def writer(view: Any) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"{view.query}: {' | '.join(view.responses)}"}]
 
-    write_rows(
-        config(**changed), section, folder / ROWS, pairs(), writer, lambda items, *_: items, embed=embed
-    )  # type: ignore[arg-type]
+    builder = RowBuilder(config(**changed), StageName(section), writer)
+    write_rows(builder, folder, pairs(), lambda items, *_: items, HardnessInputs(embed))
     return list(pq.read_table(folder / ROWS).to_pylist())
 
 
@@ -80,7 +88,7 @@ def test_the_mirror_is_the_same_rows_in_the_other_order(tmp_path: Path) -> None:
         ({"schedule": "anti"}, {ROWS, SIGNALS, MIRROR}),
     ],
 )
-def test_only_what_the_schedule_asks_for_is_written(
+def test_only_the_files_that_the_schedule_needs_are_written(
     tmp_path: Path, changed: dict[str, Any], files: set[str]
 ) -> None:
     written(tmp_path, **changed)
@@ -98,7 +106,7 @@ def test_similarity_is_that_of_the_embedder_where_one_is_given(tmp_path: Path) -
     assert found == {"alpha": 0.0, "beta": 1.0}
 
 
-def test_prototypes_tell_more_hard_negatives() -> None:
+def test_prototypes_find_more_hard_negatives() -> None:
     """Two camps of three users over one question; the larger is the majority."""
     votes = [("ann", 0), ("fay", 0), ("gil", 0), ("bob", 1), ("cyd", 1)]
     texts = ("x", "y")

@@ -1,6 +1,7 @@
-"""No builder's withheld signals reach a token of a GRPO prompt, whatever the policy of masking: neither as text nor by any trace.
+"""No builder's withheld signals reach a GRPO prompt, whatever the policy of masking, as text or by any trace.
 
-Two proofs a row: the withheld texts are not in the decoded prompt, and the prompt is to the letter that of a user who said nothing.
+Two proofs per row: the withheld texts are not in the decoded prompt, and the prompt equals that of a user who stated
+nothing.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import pytest
 from test_prism import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.records.rows import pair_to_row
-from pgenrm_train.stages.grpo import ROWS, write_rows
+from pgenrm_train.stages.grpo import ROWS, RowBuilder, write_rows
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from recipes.build_data import builder
 
 # Words of no other text: a leak cannot hide behind a coincidence.
-SAID = ExplicitSignals("zebracriteria", "zebraself", "zebrastyle", (("zebraattribute", 80.0),))
+STATED = ExplicitSignals("zebracriteria", "zebraself", "zebrastyle", (("zebraattribute", 80.0),))
 MASKED = [("masked", 0.5), ("history_dropout", 0.5), ("mixed", 0.0)]
 
 
 def votes(folder: Path) -> str:
     """A file in PersonalRewardBench's schema with optional columns."""
     pairs = [
-        PreferencePair(f"p{u}{n}", f"u{u}", (Message("user", f"question {n}"),), f"good {u} {n}", f"bad {u} {n}", explicit=SAID,
+        PreferencePair(f"p{u}{n}", f"u{u}", (Message("user", f"question {n}"),), f"good {u} {n}", f"bad {u} {n}", explicit=STATED,
                        split="val" if n == 5 else "train", conversation_id=f"c{u}{n}")
         for u in range(4) for n in range(6)
     ]  # fmt: skip
@@ -103,15 +105,16 @@ def rows(
         "cre.validate_pairs=3",
     )
     write = PromptWriter(config, tokenizer)
-    assert write_validation(config, "cre", folder / VALIDATION, pairs, write) > 0
-    write_rows(config, "cre", folder / ROWS, pairs, write, lambda items, *_: items, **more)  # type: ignore[arg-type]
+    builder = RowBuilder(config, StageName.CRE, write, **more)
+    assert write_validation(builder, folder, pairs) > 0
+    write_rows(builder, folder, pairs, lambda items, *_: items)
     found = [row for name in (ROWS, VALIDATION) for row in pq.read_table(folder / name).to_pylist()]
     for row in found:
         row["text"] = tokenizer.decode(write.ids(row["prompt"]))
     return found
 
 
-def said_by(pair: PreferencePair) -> Iterator[str]:
+def withheld_by(pair: PreferencePair) -> Iterator[str]:
     yield from pair.explicit.texts()
     yield from (name for name, _ in pair.explicit.attributes)
 
@@ -122,19 +125,19 @@ def test_nothing_withheld_is_in_a_prompt(
 ) -> None:
     overrides, pairs = source
     overrides = [*overrides, f"masking={policy}", f"masking.show_probability={share}"]
-    found = rows(tokenizer, overrides, pairs, tmp_path / "said")
+    found = rows(tokenizer, overrides, pairs, tmp_path / "stated")
     silent = [replace(pair, explicit=ExplicitSignals()) for pair in pairs]
     inferred = {pair.user_id: ExplicitSignals(criteria="zebrainferred", synthetic=True) for pair in pairs}
     other = rows(tokenizer, overrides, silent, tmp_path / "silent", synthetic=inferred)
-    assert [row["prompt"] for row in found] == [row["prompt"] for row in other], "what was said left no trace"
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in other], "the signals left no trace"
     of = {pair.pair_id: pair for pair in pairs}
     for row in found:
-        withheld = [text.casefold() for text in said_by(of[row["extra_info"]["pair_id"]])]
+        withheld = [text.casefold() for text in withheld_by(of[row["extra_info"]["pair_id"]])]
         assert withheld and not any(text in row["text"].casefold() for text in withheld)
         assert "zebra" not in row["text"]
-    assert any(row["extra_info"]["explicit"] != "{}" for row in found), "it rides in extra_info"
+    assert any(row["extra_info"]["explicit"] != "{}" for row in found), "they are in extra_info"
     assert any("zebrainferred" in row["extra_info"]["explicit"] for row in other), (
-        "and so do inferred criteria"
+        "and so are inferred criteria"
     )
 
 
@@ -149,8 +152,10 @@ def test_mixed_shows_whole_signals_or_none(tokenizer: Any, source: Any, tmp_path
         )
         for share in (0.5, 0.0, 1.0)
     )
-    told = [row for row in zip(mixed, hidden, shown) if "probe" not in row[0]["extra_info"]]
-    kinds = {(row["prompt"] == one["prompt"], row["prompt"] == other["prompt"]) for row, one, other in told}
+    triples = [row for row in zip(mixed, hidden, shown) if "probe" not in row[0]["extra_info"]]
+    kinds = {
+        (row["prompt"] == one["prompt"], row["prompt"] == other["prompt"]) for row, one, other in triples
+    }
     assert kinds == {(True, False), (False, True)}, (
         "each prompt is the hidden or the shown one, and both occur"
     )

@@ -1,4 +1,4 @@
-"""When a GRPO run goes on by itself, and when it stops: no engine is started."""
+"""When a GRPO run is started again by itself, and when it stops; no engine is started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from pgenrm_train.backends.grpo.engine import _died, _read, with_restarts
-from pgenrm_train.backends.grpo.progress import chain_metrics, hopeless
+from pgenrm_train.backends.grpo.child import process_lost
+from pgenrm_train.backends.grpo.progress import chain_metrics, rewards_problem
+from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
+from pgenrm_train.backends.grpo.supervisor import read_report, with_restarts
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.errors import BackendError, ConfigError, EngineLostError, NodeLostError
+from pgenrm_train.rewards.hacking_signs import Ranking
 
 DONE = [Trained(3, Path("checkpoint"))]
 
@@ -29,7 +32,9 @@ def scripted(*outcomes: Any) -> Any:
     return work
 
 
-def test_a_lost_engine_is_started_again_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_engine_is_started_again_and_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "restarts.jsonl"
     assert (
         with_restarts(scripted(EngineLostError("it hung"), EngineLostError("it died"), DONE), 2, log) == DONE
@@ -74,40 +79,33 @@ def test_what_would_fail_again_is_not_tried_again(error: Exception, tmp_path: Pa
 )
 def test_a_child_without_a_report_was_lost_if_it_was_killed(code: int, lost: bool, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=f"code {code} and no report") as error:
-        _read(tmp_path / "report.json", code, tmp_path)
+        read_report(tmp_path / "report.json", code)
     assert isinstance(error.value, EngineLostError) == lost
 
 
 def test_a_dead_actor_is_a_lost_engine_and_a_failed_task_is_not() -> None:
     from ray.exceptions import ActorDiedError, RayTaskError
 
-    assert _died(ActorDiedError())
-    assert not _died(RayTaskError("f", "traceback", ValueError("x"))) and not _died(ValueError("x"))
+    assert process_lost(ActorDiedError())
+    assert not process_lost(RayTaskError("f", "traceback", ValueError("x"))) and not process_lost(
+        ValueError("x")
+    )
 
 
-# ---- a step that gives no ground to go on ----
+# ---- a step with useless rewards ----
 
 
-def chain(**more: Any) -> dict[str, Any]:
-    parts = {
-        "total": 1.0,
-        "outcome": 1.0,
-        "process": 0.5,
-        "format": 0.0,
-        "margin": 1.0,
-        "verified_margin": None,
-        "spread": 1.0,
-    }
-    counts = {"length": 5, "order": 0, "discarded_passes": 0, "discarded_chains": 0}
-    return parts | counts | {"criteria": [], "failure": None, "null_verdict": False, "error": None} | more
+def chain(**more: Any) -> ScoredChain:
+    parts = {"length": 5, "total": 1.0, "outcome": 1.0, "process": 0.5, "format": 0.0}
+    return ScoredChain(**(parts | more))
 
 
 NULL = {"process": None, "null_verdict": True}
-UNSCORED = dict.fromkeys(("total", "outcome", "process", "format", "margin")) | {"error": "OSError: gone"}
+UNSCORED = dict.fromkeys(("total", "outcome", "process", "format")) | {"error": "OSError: gone"}
 
 
 @pytest.mark.parametrize(
-    ("bad", "share", "said"),
+    ("bad", "share", "problem"),
     [
         ([NULL, NULL], 0.5, None),
         ([NULL, NULL, NULL], 0.5, "the judge gave no verdict for 75% of the chains that it saw"),
@@ -116,12 +114,19 @@ UNSCORED = dict.fromkeys(("total", "outcome", "process", "format", "margin")) | 
     ],
 )
 def test_too_many_nulls_or_errors_end_a_run(
-    bad: list[dict[str, Any]], share: float, said: str | None
+    bad: list[dict[str, Any]], share: float, problem: str | None
 ) -> None:
-    groups = [[chain(**more) for more in [*bad, *({} for _ in range(4 - len(bad)))]]]
-    assert hopeless(chain_metrics(groups), groups, share) == said
+    groups = [ScoredGroup([chain(**more) for more in [*bad, *({} for _ in range(4 - len(bad)))]])]
+    assert rewards_problem(groups, chain_metrics(groups), share) == problem
 
 
 def test_a_null_is_in_no_mean() -> None:
-    found = chain_metrics([[chain(**NULL), chain(process=0.8)]])
-    assert found["reward/process"] == 0.8 and found["reward/process_null_share"] == 0.5
+    metrics = chain_metrics([ScoredGroup([chain(**NULL), chain(process=0.8)])])
+    assert metrics["reward/process"] == 0.8 and metrics["reward/process_null_share"] == 0.5
+
+
+def test_a_group_travels_through_verl_as_it_is() -> None:
+    """Its `extra_fields` hold plain values alone, tuples as lists after a transport that knows no tuples."""
+    ranking = Ranking(2.0, None, 3.0, ("formal", "brief"))
+    sent = ScoredGroup([chain(ranking=ranking, score=1.0), chain(**UNSCORED)], 1, 2, 4)
+    assert ScoredGroup.from_extra_fields(json.loads(json.dumps(sent.to_extra_fields()))) == sent

@@ -1,0 +1,135 @@
+"""One stage of GRPO: its description, sent as JSON to the training process, and its state there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pgenrm_train.backends.grpo.scoring import JudgeSpec
+from pgenrm_train.backends.protocols import Trained
+from pgenrm_train.config import Config, GrpoConfig, seed_of
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.curriculum.sampler import CurriculumSampler, SamplerState
+from pgenrm_train.errors import ArtifactError
+from pgenrm_train.files import read_json, write_json
+from pgenrm_train.rewards.chain_reward import DEFAULT_WEIGHTS, RewardWeights
+from pgenrm_train.rewards.training_rows import Row
+
+TRAINED = "trained.json"
+
+
+@dataclass(frozen=True)
+class HardnessSource:
+    """How a curriculum learns which pairs are hard.
+
+    `signals`: parquet of model-free signals per row, enough for a start without mining.  `samples`: chains
+    per row that measure hardness before training, 0 for none.  Half of them use `mirror`, the rows in the
+    other presentation order, if it is given.
+    """
+
+    signals: Path | None = None
+    samples: int = 0
+    mirror: Path | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of GRPO.
+
+    `section`: cre or curriculum, whose settings apply.  `start`: checkpoint in Hugging Face format; None
+    takes that of the phase before.  `rows`: parquet of `rewards.training_rows.Row`.  `steps`: optimiser steps
+    of the complete phase.  `judge`: None for no process reward.  `validation`: rows with each pair in both
+    orders, sampled every `<section>.validate_every` steps.  `settings`: keys of the section in which this
+    phase differs from the configuration, so that one session serves several arms.
+    """
+
+    section: StageName
+    start: Path | None
+    rows: Path
+    work_dir: Path
+    steps: int
+    weights: RewardWeights = DEFAULT_WEIGHTS
+    judge: JudgeSpec | None = None
+    hardness: HardnessSource | None = None
+    validation: Path | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work_dir / "checkpoint"
+
+    def config(self, config: Config) -> Config:
+        """The configuration with this phase's settings."""
+        changed = dataclasses.replace(config)
+        setattr(changed, self.section, self.grpo(config))
+        return changed
+
+    def grpo(self, config: Config) -> GrpoConfig:
+        """The section with this phase's settings."""
+        section: GrpoConfig = dataclasses.replace(getattr(config, self.section), **self.settings)
+        return section
+
+    def trained(self) -> Trained | None:
+        """The report of a complete phase, else None.  Raises ArtifactError if its number of steps differs."""
+        if not ((self.work_dir / TRAINED).exists() and (self.checkpoint / "config.json").exists()):
+            return None
+        report = read_json(self.work_dir / TRAINED)
+        if report["steps"] != self.steps:
+            raise ArtifactError(
+                f"{self.work_dir} holds a {self.section} of {report['steps']} steps and {self.steps} are "
+                "planned; use another run_dir"
+            )
+        return Trained(report["steps"], self.checkpoint, report["metrics"])
+
+    def seconds(self) -> float | None:
+        """Seconds that the phase took; None if it is not complete."""
+        report = self.work_dir / TRAINED
+        return float(read_json(report)["seconds"]) if report.exists() else None
+
+
+class PhaseRun:
+    """A phase in progress: its settings, rows, sampler and clock."""
+
+    def __init__(
+        self, phase: Phase, config: Config, beat: Callable[[str, int, str], None] = lambda *_: None
+    ) -> None:
+        self.phase, self.config, self.grpo = phase, phase.config(config), phase.grpo(config)
+        self.seed = seed_of(self.config, phase.section)
+        self.table = pq.read_table(phase.rows)
+        extras = self.table["extra_info"].to_pylist()
+        self.pair_ids, self.user_ids = ([extra[name] for extra in extras] for name in ("pair_id", "user_id"))
+        self.opened = self.started = time.monotonic()
+        self.first_step = 0
+        self.last: Mapping[str, float | None] = {}  # metrics of the newest step
+        self.drawn: list[int] = []  # rows of the current step
+        self.sampler: CurriculumSampler  # set once hardness is known
+        self._beat = beat
+
+    def beat(self, step: int, doing: str) -> None:
+        """Report progress to the watchdog."""
+        self._beat(self.phase.section, step, doing)
+
+    def row(self, index: int) -> Row:
+        row: Row = self.table.slice(index, 1).to_pylist()[0]
+        return row
+
+    def state_dict(self) -> SamplerState:
+        """verl stores this in data.pt; we read it back from the marker."""
+        return self.sampler.state_dict()
+
+    def seconds_per_step(self, step: int) -> float:
+        return (time.monotonic() - self.started) / max(step - self.first_step, 1)
+
+    def write_report(self) -> None:
+        """Write `trained.json`, which makes the phase complete."""
+        metrics = {name: value for name, value in self.last.items() if value is not None}
+        seconds = round(time.monotonic() - self.opened, 1)
+        write_json(
+            self.phase.work_dir / TRAINED,
+            {"steps": self.phase.steps, "metrics": metrics, "seconds": seconds},
+        )
