@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -31,10 +31,10 @@ from pgenrm_train.prompts.writer import Messages, asked, histories
 from pgenrm_train.records.pairs import Example, ExplicitSignals, PreferencePair
 from pgenrm_train.rewards.judging import signals
 from pgenrm_train.rewards.training_rows import Row
+from pgenrm_train.run.progress import progress
 
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
 WritePrompt = Callable[[MaskedView | FullView], Messages]
-Progress = Callable[[Sequence[PreferencePair], str, int], Iterable[PreferencePair]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ def write_rows(
     builder: RowBuilder,
     folder: Path,
     pairs: Sequence[PreferencePair],
-    progress: Progress,
     hardness: HardnessInputs = HardnessInputs(),
 ) -> int:
     """Write the rows that the stage's steps can use; returns their number.

@@ -18,7 +18,6 @@ from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.rewards.chain_reward import RewardWeights
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import METRICS, Tracker, read
 from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.grpo import (
@@ -130,7 +129,7 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
     if not validated and getattr(config, stage).validate_every:
         print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
     hardness = hardness_inputs(config) if stage == StageName.CURRICULUM else HardnessInputs()
-    write_rows(builder, folder, pairs, progress, hardness)
+    write_rows(builder, folder, pairs, hardness)
     write_json(folder / "trimmed.json", dict(write.trimmed))
     if told := write.told(f"{stage} prompts"):
         print(told, flush=True)

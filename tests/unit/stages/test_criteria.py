@@ -203,7 +203,7 @@ def test_synthetic_criteria_are_judged_by_and_never_shown(tmp_path, policy):
     config.masking.policy, config.cre.prompts_per_step, config.cre.rows = policy, 4, 16
     synthetic = {user: ExplicitSignals(criteria=WANTS, synthetic=True) for user in ("silent", "stated")}
     builder = grpo.RowBuilder(config, StageName.CRE, chat_messages, synthetic)
-    grpo.write_rows(builder, tmp_path, pairs, progress)
+    grpo.write_rows(builder, tmp_path, pairs)
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert len(rows) == 16 and "SYNTHETIC" not in json.dumps([row["prompt"] for row in rows])
     for row in rows:
@@ -219,7 +219,7 @@ def test_without_synthesis_who_stated_nothing_is_not_judged(tmp_path):
     config = Config()
     config.cre.prompts_per_step = 4
     builder = grpo.RowBuilder(config, StageName.CRE, chat_messages)
-    grpo.write_rows(builder, tmp_path, [vote(n) for n in range(8)], progress)
+    grpo.write_rows(builder, tmp_path, [vote(n) for n in range(8)])
     extra = pq.read_table(tmp_path / "rows.parquet").to_pylist()[0]["extra_info"]
     assert extra["explicit"] == "{}" and extra["criteria"] is None and extra["synthetic"] is False
 

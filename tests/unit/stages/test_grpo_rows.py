@@ -60,7 +60,7 @@ def written(
         return [{"role": "user", "content": f"{view.query}: {' | '.join(view.responses)}"}]
 
     builder = RowBuilder(config(**changed), StageName(section), writer)
-    write_rows(builder, folder, pairs(), lambda items, *_: items, HardnessInputs(embed))
+    write_rows(builder, folder, pairs(), HardnessInputs(embed))
     return list(pq.read_table(folder / ROWS).to_pylist())
 
 

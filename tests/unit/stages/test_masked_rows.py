@@ -107,7 +107,7 @@ def rows(
     write = PromptWriter(config, tokenizer)
     builder = RowBuilder(config, StageName.CRE, write, **more)
     assert write_validation(builder, folder, pairs) > 0
-    write_rows(builder, folder, pairs, lambda items, *_: items)
+    write_rows(builder, folder, pairs)
     found = [row for name in (ROWS, VALIDATION) for row in pq.read_table(folder / name).to_pylist()]
     for row in found:
         row["text"] = tokenizer.decode(write.ids(row["prompt"]))
