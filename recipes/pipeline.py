@@ -10,7 +10,7 @@ from pgenrm_train.config.stage_names import STAGES, StageName
 from pgenrm_train.files import link, write_json
 from pgenrm_train.run.folder import StageFolder, environment_facts
 from pgenrm_train.stages.stage import fail_early, launch, prepare
-from recipes import psi
+from recipes.wiring.models import check_base
 
 RECIPES = (
     StageName.BUILD_DATA,  # raw source → pairs
@@ -26,7 +26,7 @@ def run(config: Config) -> None:
     started = time.monotonic()
     prepare(config)
     fail_early(config, STAGES)
-    psi.check_start(config)
+    check_base(config)
     for number, recipe in enumerate(RECIPES, start=1):
         print(f"── {number} of {len(RECIPES)}: {recipe}", flush=True)
         launch(config, recipe)

@@ -2,8 +2,8 @@
 
 Needs a builder.  Makes `pairs.parquet` (a folder of shards) and `card.json`.
 
-The pairs pass through once, into raw shards and an index of hashes on disk; ids, splits and limits are decided on the index and
-applied to the shards as Arrow columns.  So memory holds a batch, however many pairs there are.
+The pairs pass through once, into raw shards and an index of hashes on disk.  Ids, splits and limits are decided on the
+index and applied to the shards as Arrow columns.  So memory holds one batch, however many pairs there are.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import PAIRS
@@ -28,11 +29,36 @@ from pgenrm_train.run.folder import StageFolder
 
 USER_SPLITS = ("train", "dev", "val", "test")
 Builder = Callable[..., Iterable[PreferencePair]]
-"""(data configuration, seed, `LeftOut` that takes what was left out and why) → pairs"""
+"""(data configuration, seed, `LeftOut` that counts omitted votes by reason) → pairs"""
 
 
-def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
-    """Build, check and write; returns the card.  Raises DataError when nothing is left to learn from, unless it is for evaluation alone."""
+class Counts(TypedDict):
+    """Counts of the kept votes."""
+
+    pairs: int
+    users: int
+    pairs_by_split: dict[str, int]
+    users_by_user_split: dict[str, int]
+    pairs_by_kind: dict[str, int]
+    with_stated_criteria: int
+    chosen_longer_share: float
+    identical_responses: int
+
+
+class Card(Counts):
+    """Content of `card.json`."""
+
+    train_votes_dropped_as_repeated_in_val_or_test: int
+    val_votes_dropped_as_repeated_in_test: int
+    left_out: dict[str, int]
+    sha256: str
+
+
+def run(config: Config, folder: StageFolder, build: Builder) -> Card:
+    """Build, check and write; return the card.
+
+    Raises DataError if nothing is left to learn from, unless the data is for evaluation alone.
+    """
     left_out = LeftOut()
     raw, index = folder.path / ".raw.parquet", VoteIndex()
     try:
@@ -42,27 +68,26 @@ def run(config: Config, folder: StageFolder, build: Builder) -> dict[str, Any]:
                 writer.row(pair_to_row(pair))
         index.added()
         dropped = _decide(index, config)
-        if config.recipe != "evaluate" and not index.number(
+        if config.recipe != StageName.EVALUATE and not index.number(
             f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"
         ):
             raise DataError(
-                "the data holds no pair with split=train of a training user; nothing could be learnt"
+                "the data holds no pair with split=train of a training user, so there is nothing to learn from"
             )
-        facts = _facts(index)
+        counts = _counts(index)
         _write(raw, index, folder.path / PAIRS)
     finally:
         left_out.write(folder.path)
         index.close()
         shutil.rmtree(raw, ignore_errors=True)
-    for word, users in facts["users_by_user_split"].items():
+    for word, users in counts["users_by_user_split"].items():
         if word not in USER_SPLITS:  # it may have been meant to hold them out
-            print(
-                f"warning: {users} users have user_split={word!r}, which is not val or test, and train",
-                flush=True,
-            )
-    for what, count in (+left_out).most_common():
-        print(f"{config.data.name}: left out {count} {what}", flush=True)
-    card = facts | {
+            note = f"warning: {users} users train, since their user_split={word!r} is neither val nor test"
+            print(note, flush=True)
+    for reason, count in (+left_out).most_common():
+        print(f"{config.data.name}: left out {count} {reason}", flush=True)
+    card: Card = {
+        **counts,
         "train_votes_dropped_as_repeated_in_val_or_test": dropped["train"],
         "val_votes_dropped_as_repeated_in_test": dropped["val"],
         "left_out": dict(+left_out),
@@ -77,15 +102,14 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     index.split(config.data.split_by, config.seed)
     index.limit_training(config.data.max_train_pairs)
     dropped = index.drop_overlap()
-    fails = (
-        config.data.on_overlap == "fail" and config.data.split_by == "source"
-    )  # splits made here just do without them
+    # Splits made here simply leave the repeated votes out.
+    fails = config.data.on_overlap == "fail" and config.data.split_by == "source"
     if fails and (count := dropped.total()):
         earlier, later, user = index.overlap()
         raise DataError(
-            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, e.g. {earlier} as "
-            f"{later} by user {user}: a test would ask what was learnt; mend the source, leave them out with data.on_overlap=drop, or "
-            "split anew with data.split_by=within_user"
+            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, e.g. "
+            f"{earlier} as {later} by user {user}: a test would repeat what was learnt; correct the source, drop them "
+            "with data.on_overlap=drop, or split again with data.split_by=within_user"
         )
     return dropped
 
@@ -106,7 +130,7 @@ def _write(raw: Path, index: VoteIndex, path: Path) -> None:
             writer.table(table.filter(pa.array(kept).cast(pa.bool_())))
 
 
-def _facts(index: VoteIndex) -> dict[str, Any]:
+def _counts(index: VoteIndex) -> Counts:
     pairs = index.number("SELECT COUNT(*) FROM votes WHERE kept")
     return {
         "pairs": pairs,

@@ -1,20 +1,20 @@
 """build_sec: teacher chains filtered by rejection sampling (METHOD §3) → the SFT set of PSI.
 
 Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` (each rejected chain with its reason) and
-`yield.json`.  What a chain must be is said in `rejection`; beyond that no two kept chains may say the same (`duplicate`: a text of
-this user; `near_duplicate`: almost an analysis of this user; `boilerplate`: almost an analysis of another user, so it is about
-nobody), and the model must be able to write it (`over_length`).  The teacher never sees the label; half of the chains present the
-chosen response first.
+`yield.json`.  `rejection` defines what a chain must be.  Two more rules apply here.  No two kept chains may repeat each
+other: `duplicate` is a text of the same user, `near_duplicate` almost an analysis of the same user.  `boilerplate` is
+almost an analysis of another user, so it describes neither.  And the model must be able to write the chain
+(`over_length`).  The teacher never sees the label; half of the chains present the chosen response first.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import compress
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from pgenrm_train.backends.protocols import Teacher
 from pgenrm_train.chains.chain import Chain, parse_chain
@@ -28,18 +28,20 @@ from pgenrm_train.chains.rejection import (
     form_problem,
     reason_to_reject,
 )
-from pgenrm_train.config import Config, masking_of
+from pgenrm_train.config import Config, SecConfig, masking_of
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, drop_history, present
-from pgenrm_train.prompts.writer import asked, histories
+from pgenrm_train.prompts.writer import Messages, asked, histories
 from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.progress import progress
 
 SEC = "sec.parquet"
-MEASURED = 200  # questions whose prompts tell what all will cost
+MEASURED = 200  # questions whose prompts give an estimate for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +55,44 @@ class Kept:
     attempt: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A chain that did not pass, or a call without an answer, and the reason: one row of `rejected.parquet`."""
+
+    pair_id: str
+    order: int
+    attempt: int
+    reason: str
+    text: str | None
+
+
+Yield = TypedDict(
+    "Yield",
+    {
+        "chains": int,
+        "users": int,
+        "asked": int,
+        "rejected": dict[str, int],
+        "yield": float,
+        "chosen_first": float,
+        "kinds": dict[str, int],
+        "trimmed": dict[str, int],
+        "teacher": dict[str, object],
+    },
+)
+"""Content of `yield.json`; `asked` counts the chains requested."""
+
+
 class ChatWriter(Protocol):
-    """View → chat messages that fit the model; `inputs.PromptWriter` is one."""
+    """View → chat messages that fit the model; `prompts.writer.PromptWriter` is one."""
 
     trimmed: Counter[str]
 
-    def __call__(self, view: MaskedView | FullView) -> list[dict[str, str]]: ...
+    def __call__(self, view: MaskedView | FullView) -> Messages: ...
 
     def can_be_written(self, response: str) -> bool: ...
 
-
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-Rejected = dict[str, Any]
+    def told(self, what: str) -> str: ...
 
 
 def run(
@@ -73,114 +101,136 @@ def run(
     pairs: Sequence[PreferencePair],
     teacher: Teacher,
     writer_for: Callable[[Sequence[Kept]], ChatWriter],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write chains, filter, render prompts; returns the yield.  Raises DataError when nothing was kept."""
+) -> Yield:
+    """Write chains, filter, render prompts; return the yield.  Raises DataError if no chain was kept."""
     if expected := _expected(config, pairs, teacher):
         folder.note(estimate=expected)
     kept, rejected = without_repetitions(
-        config, *sample_chains(config, pairs, teacher, progress), by_rule=teacher.by_rule
+        config.sec, *sample_chains(config, pairs, teacher), by_rule=teacher.by_rule
     )
     if kept:
         writer = writer_for(kept)
         fits = [writer.can_be_written(item.text) for item in kept]
         rejected += [_rejected(item, OVER_LENGTH) for item, fit in zip(kept, fits, strict=True) if not fit]
         kept = list(compress(kept, fits))
+    reasons = Counter(row.reason for row in rejected)
     if not kept:
-        raise DataError(
-            f"no chain passed rejection sampling; reasons: {dict(Counter(r['reason'] for r in rejected))}"
-        )
+        raise DataError(f"no chain passed rejection sampling; reasons: {dict(reasons)}")
     rows = [_row(config, item, writer) for item in progress(kept, "prompts", len(kept))]
-    write_table(
-        folder.path / "rejected.parquet", rejected or [{"pair_id": None, "reason": None, "text": None}]
-    )
+    empty = {"pair_id": None, "reason": None, "text": None}
+    write_table(folder.path / "rejected.parquet", [asdict(row) for row in rejected] or [empty])
     write_table(folder.path / SEC, rows)
-    facts = _facts(kept, rejected) | {"trimmed": dict(writer.trimmed), "teacher": dict(teacher.facts())}
+    facts = Yield(
+        {
+            "chains": len(kept),
+            "users": len({item.example.user_id for item in kept}),
+            "asked": len(kept) + len(rejected),
+            "rejected": dict(reasons.most_common()),
+            "yield": round(len(kept) / (len(kept) + len(rejected)), 4),
+            "chosen_first": round(sum(item.order == 0 for item in kept) / len(kept), 4),
+            "kinds": dict(Counter(item.example.kind or "(none)" for item in kept)),
+            "trimmed": dict(writer.trimmed),
+            "teacher": dict(teacher.facts()),
+        }
+    )
     write_json(folder.path / "yield.json", facts)
+    print(yield_table(facts), flush=True)
+    if warning := writer.told("build_sec prompts"):
+        print(warning, flush=True)
     return facts
 
 
-def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> dict[str, Any]:
-    """What the teacher will cost, from the prompts of some questions."""
-    asking, history = questions(config, pairs), histories(config, pairs)
-    some = [
-        shown(config, pair, order, history)
-        for pair, order in asking[:: max(1, len(asking) // MEASURED)][:MEASURED]
-    ]
-    return dict(teacher.expect(some, len(asking), config.sec.samples_per_pair))
+def yield_table(facts: Yield) -> str:
+    """Table of the chains kept, and rejected by reason: count and share."""
+    counts = {"kept": facts["chains"], **facts["rejected"]}
+    return "\n".join(
+        f"{count:>9,}  {count / facts['asked']:>6.1%}  {reason}" for reason, count in counts.items()
+    )
+
+
+def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> Mapping[str, object]:
+    """The teacher's estimate of cost, from the prompts of some questions."""
+    all_questions, history = questions(config, pairs), histories(config, pairs)
+    some = all_questions[:: max(1, len(all_questions) // MEASURED)][:MEASURED]
+    examples = [shown(config, pair, order, history) for pair, order in some]
+    return dict(teacher.expect(examples, len(all_questions), config.sec.samples_per_pair))
 
 
 def sample_chains(
-    config: Config, pairs: Sequence[PreferencePair], teacher: Teacher, progress: Progress
+    config: Config, pairs: Sequence[PreferencePair], teacher: Teacher
 ) -> tuple[list[Kept], list[Rejected]]:
-    """Ask for up to `sec.samples_per_pair` chains a pair and order until one passes; every rejected chain is recorded.
+    """Sample up to `sec.samples_per_pair` chains per pair and order until one passes; record every rejected chain.
 
-    Questions are asked side by side in one queue, `teacher.in_flight` at a time.  The result is in the order of the questions,
-    whatever the order of the answers.
+    `teacher.in_flight` questions are open at a time.  The result is in the order of the questions, whatever the order
+    of the answers.
     """
-    asking = questions(config, pairs)
-    history = histories(config, pairs)
+    all_questions, history = questions(config, pairs), histories(config, pairs)
 
-    def ask(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[Rejected]]:
-        return _ask(config, shown(config, *question, history), question[1], teacher)
+    def sample(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[Rejected]]:
+        return _sample(config.sec, shown(config, *question, history), question[1], teacher)
 
-    answers = concurrently(ask, asking, teacher.in_flight)
-    in_order = sorted(progress(answers, "teacher chains", len(asking)), key=lambda numbered: numbered[0])
+    answers = concurrently(sample, all_questions, teacher.in_flight)
+    in_order = sorted(
+        progress(answers, "teacher chains", len(all_questions)), key=lambda numbered: numbered[0]
+    )
     kept = [item for _, (item, _) in in_order if item is not None]
-    return kept, [row for _, (_, refused) in in_order for row in refused]
+    return kept, [row for _, (_, rejected) in in_order for row in rejected]
 
 
 def shown(config: Config, pair: PreferencePair, order: int, history: HistorySampler) -> Example:
-    """What the teacher reads: no more history than the prompt will show, or its chain would speak of votes that are not there."""
+    """What the teacher reads: no more history than the prompt shows, or its chain would cite votes that are not there."""
     example = present(pair, history(pair), order)
-    if masking_of(config, "psi") != "history_dropout":
+    if masking_of(config, StageName.PSI) != "history_dropout":
         return example
     rng = random.Random(f"{config.seed}/history/{example.pair_id}/{order}")
     return replace(example, history=drop_history(example.history, rng, config.masking.show_probability))
 
 
-def _ask(
-    config: Config, example: Example, order: int, teacher: Teacher
+def _sample(
+    settings: SecConfig, example: Example, order: int, teacher: Teacher
 ) -> tuple[Kept | None, list[Rejected]]:
-    """One question until a chain passes.  With `sec.second_chance` the teacher is told what was wrong with its last answer."""
+    """Sample one question until a chain passes.
+
+    With `sec.second_chance` the teacher reads what was wrong with the form of its last answer.
+    """
     rejected: list[Rejected] = []
-    told = None
-    for attempt in range(config.sec.samples_per_pair):
-        answer = teacher.write(example, attempt, told)
+    correction = None
+    for attempt in range(settings.samples_per_pair):
+        answer = teacher.write(example, attempt, correction)
         if answer.text is None:
-            rejected.append(_refused(example, order, attempt, f"teacher:{answer.failure}", None))
+            rejected.append(Rejected(example.pair_id, order, attempt, f"teacher:{answer.failure}", None))
             continue
         chain = parse_chain(answer.text, len(example.responses))
         reason = reason_to_reject(chain, example.chosen_index, answer.text)
         if reason is None:
             return Kept(example, order, chain, answer.text, attempt), rejected  # type: ignore[arg-type]
-        rejected.append(_refused(example, order, attempt, reason, answer.text))
+        rejected.append(Rejected(example.pair_id, order, attempt, reason, answer.text))
         problem = form_problem(chain, answer.text)
-        told = complaint(problem, chain) if problem and config.sec.second_chance else None
+        correction = complaint(problem, chain) if problem and settings.second_chance else None
     return None, rejected
 
 
 def without_repetitions(
-    config: Config, kept: Sequence[Kept], rejected: list[Rejected], *, by_rule: bool
+    settings: SecConfig, kept: Sequence[Kept], rejected: list[Rejected], *, by_rule: bool
 ) -> tuple[list[Kept], list[Rejected]]:
-    """Of chains that say the same, the first stays.
+    """Keep the first of chains that repeat each other.
 
-    A rule writes by template: only its exact repetitions count.  The two orders of one pair may share their analysis: what they
-    teach is that the scores follow the responses.
+    A rule writes by template: only its exact repetitions count.  The two orders of one pair may share their analysis:
+    they teach that the scores follow the responses.
     """
     texts: set[tuple[str, str]] = set()
-    near = None if by_rule else NearDuplicates(config.sec.near_duplicate)
+    near = None if by_rule else NearDuplicates(settings.near_duplicate)
     unique: list[Kept] = []
     for item in kept:
         reason = DUPLICATE if (item.example.user_id, item.text) in texts else None
         if near and not reason:
-            said = signature(item.chain.analysis)
-            reason = _repeats(item, [unique[i] for i in near.find(said)])
+            analysis = signature(item.chain.analysis)
+            reason = _repeats(item, [unique[i] for i in near.find(analysis)])
         if reason:
             rejected.append(_rejected(item, reason))
             continue
         if near:
-            near.add(said)
+            near.add(analysis)
         texts.add((item.example.user_id, item.text))
         unique.append(item)
     return unique, rejected
@@ -198,29 +248,24 @@ def _repeats(item: Kept, similar: Sequence[Kept]) -> str | None:
 
 
 def _rejected(item: Kept, reason: str) -> Rejected:
-    return _refused(item.example, item.order, item.attempt, reason, item.text)
-
-
-def _refused(example: Example, order: int, attempt: int, reason: str, text: str | None) -> Rejected:
-    return {"pair_id": example.pair_id, "order": order, "attempt": attempt, "reason": reason, "text": text}
+    return Rejected(item.example.pair_id, item.order, item.attempt, reason, item.text)
 
 
 def questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, int]]:
-    """Shuffled (pair, order); with one order a pair, orders alternate so that both are equally frequent."""
+    """Shuffled (pair, order); with one order per pair, orders alternate so that both are equally frequent."""
     train = asked(pairs, "train")
     random.Random(config.seed).shuffle(train)
     if config.sec.orders_per_pair == 1:
-        asking = [(pair, n % 2) for n, pair in enumerate(train)]
+        pairs_in_order = [(pair, n % 2) for n, pair in enumerate(train)]
     else:
-        asking = [(pair, order) for pair in train for order in (0, 1)]
-    return asking[: config.sec.max_chains]
+        pairs_in_order = [(pair, order) for pair in train for order in (0, 1)]
+    return pairs_in_order[: config.sec.max_chains]
 
 
-def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, Any]:
+def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, object]:
     rng = random.Random(f"{config.seed}/mask/{item.example.pair_id}/{item.order}")
-    policy = masking_of(config, "psi").replace(
-        "history_dropout", "masked"
-    )  # what was dropped, the teacher did not see either
+    # History that was dropped is not in the teacher's prompt either.
+    policy = masking_of(config, StageName.PSI).replace("history_dropout", "masked")
     view, _ = apply_masking(item.example, policy, rng, show_probability=config.masking.show_probability)
     return {
         "pair_id": item.example.pair_id,
@@ -230,17 +275,4 @@ def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, Any]:
         "attempt": item.attempt,
         "analysis": item.chain.analysis,
         "messages": [*writer(view), {"role": "assistant", "content": item.text}],
-    }
-
-
-def _facts(kept: Sequence[Kept], rejected: Sequence[Rejected]) -> dict[str, Any]:
-    reasons = Counter(r["reason"] for r in rejected)
-    return {
-        "chains": len(kept),
-        "users": len({item.example.user_id for item in kept}),
-        "asked": len(kept) + len(rejected),
-        "rejected": dict(reasons.most_common()),
-        "yield": round(len(kept) / (len(kept) + len(rejected)), 4),
-        "chosen_first": round(sum(item.order == 0 for item in kept) / len(kept), 4),
-        "kinds": dict(Counter(item.example.kind or "(none)" for item in kept)),
     }

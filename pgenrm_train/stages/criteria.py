@@ -1,19 +1,21 @@
-"""Synthetic criteria for the users who stated nothing (METHOD §4): supervision of CRE, kept apart from the data.
+"""Synthetic criteria for users who stated nothing (METHOD §4): supervision of CRE, kept apart from the data.
 
-Needs `build_data/pairs.parquet` and somebody who infers.  Makes `criteria.parquet`: one row a user with `criteria`, or null and the
-reason; `votes` is how many were read.  See `synthesis` for what is asked and where it may not go.
+Needs `build_data/pairs.parquet` and a writer that infers.  Makes `criteria.parquet`: one row per user with `criteria`,
+or null and the reason; `votes` counts the votes read.  `rewards.synthetic_criteria` defines prompt and limits.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pgenrm_train.backends.protocols import CriteriaWriter
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferencePair
@@ -22,38 +24,46 @@ from pgenrm_train.rewards.judging import signals
 from pgenrm_train.rewards.synthetic_criteria import read_criteria
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.progress import progress
 
 CRITERIA = "criteria.parquet"
 VOTES = 12  # of a user, drawn at random
 
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """One user's criteria, or the reason why there are none: one row of `criteria.parquet`."""
+
+    user_id: str | None
+    criteria: str | None
+    failure: str | None
+    votes: int
+
+
+class CriteriaFacts(TypedDict):
+    """Counts and cost of the stage."""
+
+    users: int
+    inferred: int
+    failures: dict[str, int]
+    teacher: dict[str, object]
 
 
 def run(
-    config: Config,
-    folder: StageFolder,
-    pairs: Sequence[PreferencePair],
-    writer: CriteriaWriter,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Infer and write; returns counts and cost.  Raises DataError when no user's criteria could be inferred."""
-    users = votes_of_silent_users(pairs, config.seed)
-    if expected := writer.expect([votes for _, votes in users], config.sec.samples_per_pair):
+    config: Config, folder: StageFolder, pairs: Sequence[PreferencePair], writer: CriteriaWriter
+) -> CriteriaFacts:
+    """Infer and write; return counts and cost.  Raises DataError if no user's criteria could be inferred."""
+    users, tries = votes_of_silent_users(pairs, config.seed), config.sec.samples_per_pair
+    if expected := writer.expect([votes for _, votes in users], tries):
         folder.note(estimate=dict(expected))
-    found = concurrently(
-        lambda user: _infer(*user, writer, config.sec.samples_per_pair), users, writer.in_flight
-    )
-    rows = [
-        row
-        for _, row in sorted(
-            progress(found, "synthetic criteria", len(users)), key=lambda numbered: numbered[0]
-        )
-    ]
-    failures = Counter(row["failure"] for row in rows if row["failure"])
+    answers = concurrently(lambda user: _infer(*user, writer, tries), users, writer.in_flight)
+    in_order = sorted(progress(answers, "synthetic criteria", len(users)), key=lambda numbered: numbered[0])
+    rows = [row for _, row in in_order]
+    failures = Counter(row.failure for row in rows if row.failure)
     if rows and len(rows) == failures.total():
         raise DataError(f"no user's criteria could be inferred; reasons: {dict(failures)}")
     write_table(
-        folder.path / CRITERIA, rows or [{"user_id": None, "criteria": None, "failure": None, "votes": 0}]
+        folder.path / CRITERIA, [asdict(row) for row in rows or [Inferred(None, None, None, votes=0)]]
     )
     return {
         "users": len(rows),
@@ -64,8 +74,8 @@ def run(
 
 
 def load(run_dir: Path) -> dict[str, ExplicitSignals]:
-    """User → synthetic criteria.  Raises ArtifactError when the stage has not run."""
-    path = run_dir / "criteria" / CRITERIA
+    """User → synthetic criteria.  Raises ArtifactError if the stage has not run."""
+    path = run_dir / StageName.CRITERIA / CRITERIA
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run recipe=criteria with the same run_dir first")
     return {
@@ -78,7 +88,7 @@ def load(run_dir: Path) -> dict[str, ExplicitSignals]:
 def votes_of_silent_users(
     pairs: Sequence[PreferencePair], seed: int
 ) -> list[tuple[str, tuple[HistoryItem, ...]]]:
-    """Users with a training vote for which nothing was stated, each with up to `VOTES` of their training votes, oldest first."""
+    """Users who cast a training vote without stating anything, each with up to `VOTES` training votes, oldest first."""
     votes: dict[str, list[PreferencePair]] = defaultdict(list)
     silent: dict[str, None] = {}
     for pair in pairs:
@@ -86,21 +96,22 @@ def votes_of_silent_users(
             votes[pair.user_id].append(pair)
             if not signals(pair.explicit):
                 silent[pair.user_id] = None
-    found = []
+    users = []
     for user in silent:
         count = len(votes[user])
         drawn = random.Random(f"{seed}/criteria/{user}").sample(range(count), min(count, VOTES))
-        found.append((user, tuple(votes[user][i].as_history() for i in sorted(drawn))))
-    return found
+        users.append((user, tuple(votes[user][i].as_history() for i in sorted(drawn))))
+    return users
 
 
-def _infer(user: str, votes: Sequence[HistoryItem], writer: CriteriaWriter, tries: int) -> dict[str, Any]:
-    failure, read = None, None
+def _infer(user: str, votes: Sequence[HistoryItem], writer: CriteriaWriter, tries: int) -> Inferred:
+    failure = None
     for attempt in range(tries):
         answer = writer.infer(user, votes, attempt)
-        read = read_criteria(answer.text) if answer.text is not None else None
-        if read is not None:
-            break
-        failure = f"teacher:{answer.failure}" if answer.text is None else "unreadable"
-    criteria = read.criteria if read else None
-    return {"user_id": user, "criteria": criteria, "failure": None if read else failure, "votes": len(votes)}
+        if answer.text is None:
+            failure = f"teacher:{answer.failure}"
+        elif stated := read_criteria(answer.text):
+            return Inferred(user, stated.criteria, None, len(votes))
+        else:
+            failure = "unreadable"
+    return Inferred(user, None, failure, len(votes))

@@ -27,7 +27,7 @@ def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
 
 def _fit_bradley_terry(config: Config, train_pairs: Votes, all_pairs: Votes, *, adapted: bool) -> Score:
     from eval.ask.bradley_terry import BradleyTerry
-    from recipes.prototypes import make_embedder
+    from recipes.wiring.embedders import make_embedder
 
     return BradleyTerry(make_embedder(config), adapted).fit(train_pairs, all_pairs).score
 

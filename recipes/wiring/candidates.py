@@ -18,8 +18,8 @@ from pgenrm_train.errors import ConfigError, PreflightError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
-from recipes.build_sec import load_tokenizer
 from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
+from recipes.wiring.models import load_tokenizer
 
 Load = Callable[[Path], Generator]
 

@@ -30,12 +30,13 @@ from pgenrm_train.stages.grpo import (
     write_rows,
 )
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
+from pgenrm_train.stages.prototypes import prototype_of_users
 from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
 from recipes import build_data, criteria
-from recipes.build_sec import load_tokenizer
 from recipes.wiring.costs import judge_cost, tell_judge
 from recipes.wiring.llm import settings_of
+from recipes.wiring.models import load_tokenizer
 
 RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
 LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
@@ -137,14 +138,12 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
 
 def hardness_inputs(config: Config) -> HardnessInputs:
     """The embedder of responses and the prototypes of users that the curriculum's settings name."""
-    from recipes import prototypes
+    from recipes.wiring.embedders import make_embedder
 
     settings, embed = config.curriculum, None
     if settings.similarity != "trigrams" and settings.schedule != "uniform":
-        embed = prototypes.make_embedder(config, settings.similarity)
-    return HardnessInputs(
-        embed, prototypes.of_users(Path(settings.prototypes)) if settings.prototypes else {}
-    )
+        embed = make_embedder(config, settings.similarity)
+    return HardnessInputs(embed, prototype_of_users(Path(settings.prototypes)) if settings.prototypes else {})
 
 
 def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:

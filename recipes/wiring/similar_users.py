@@ -71,10 +71,11 @@ def load_prototypes(config: Config, folder: StageFolder) -> tuple[Prototypes, An
     checked.
     """
     from pgenrm_train.prototypes.clusters import load
-    from recipes.prototypes import hashes, make_embedder
+    from pgenrm_train.stages.prototypes import read_hashes
+    from recipes.wiring.embedders import make_embedder
 
     embedder, checkpoint = make_embedder(config), checkpoint_under_test(config)
-    expect = dict(hashes(config, checkpoint or Path("-"), embedder))
+    expect = read_hashes(config, checkpoint or Path("-"), embedder.fingerprint)
     if checkpoint is None:
         del expect["model"]
     return load(folder.path, expect), embedder

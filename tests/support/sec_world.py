@@ -12,7 +12,7 @@ from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import Example, ExplicitSignals, Message, PreferencePair
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_sec
-from recipes.build_sec import _Rule
+from recipes.wiring.teachers import RuleTeacher
 
 CRITERIA = [("brevity", 70), ("wit", 30)]
 EXAMPLE = Example("p1", "u1", (Message("user", "q"),), ("left", "right"), 0)
@@ -20,10 +20,6 @@ EXAMPLE = Example("p1", "u1", (Message("user", "q"),), ("left", "right"), 0)
 
 def chain(first: float, second: float, analysis: str = "Short is better.", criteria=CRITERIA) -> str:
     return write_chain(analysis, criteria, [[first] * len(criteria), [second] * len(criteria)])
-
-
-def progress(items, _what, _total):
-    return items
 
 
 def vote(number: int, user: str = "u", **more) -> PreferencePair:
@@ -70,6 +66,9 @@ class Writer:
     def can_be_written(self, response: str) -> bool:
         return len(response.split()) <= self.words
 
+    def told(self, what: str) -> str:
+        return ""
+
 
 def run(tmp_path, teacher, votes=None, words=10_000, **config):
     """Run the stage; its facts, the rows for SFT and the rejected chains."""
@@ -77,8 +76,8 @@ def run(tmp_path, teacher, votes=None, words=10_000, **config):
     settings = Config(**config)
     settings.psi.masking = settings.psi.masking if "masking" in config else "masked"
     votes = votes or [vote(n, f"u{n % 4}") for n in range(20)]
-    teacher = teacher if hasattr(teacher, "in_flight") else _Rule(teacher.write)
-    facts = build_sec.run(settings, folder, votes, teacher, lambda kept: Writer(words), progress)
+    teacher = teacher if hasattr(teacher, "in_flight") else RuleTeacher(teacher.write)
+    facts = build_sec.run(settings, folder, votes, teacher, lambda kept: Writer(words))
     assert json.loads((folder.path / "yield.json").read_text()) == facts
     rows = pq.read_table(folder.path / "sec.parquet").to_pylist()
     return facts, rows, pd.read_parquet(folder.path / "rejected.parquet")

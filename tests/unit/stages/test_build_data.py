@@ -136,7 +136,7 @@ def test_a_word_that_may_have_meant_a_held_out_user_is_told(tmp_path, capsys):
     build(tmp_path, [vote(1, "a"), vote(2, "b", user_split="dev"), vote(3, "c", user_split="heldout")])
     said = capsys.readouterr().out
     assert (
-        "warning: 1 users have user_split='heldout', which is not val or test, and train" in said
+        "warning: 1 users train, since their user_split='heldout' is neither val nor test" in said
         and "'dev'" not in said
     )
 
@@ -153,7 +153,7 @@ def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
 
 @pytest.mark.parametrize("votes", [[], [vote(1, split="test")], [vote(1, user_split="test")]])
 def test_nothing_to_learn_from_is_said(tmp_path, votes):
-    with pytest.raises(DataError, match="nothing could be learnt"):
+    with pytest.raises(DataError, match="nothing to learn from"):
         build(tmp_path, votes)
 
 

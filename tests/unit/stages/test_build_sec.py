@@ -13,7 +13,7 @@ from pgenrm_train.chains.chain import parse_chain
 from pgenrm_train.config import DataConfig, MaskingConfig, SecConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
-from recipes.build_sec import yield_table
+from pgenrm_train.stages.build_sec import yield_table
 
 
 def test_orders_alternate_and_both_are_equally_frequent(tmp_path):

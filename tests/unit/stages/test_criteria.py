@@ -25,7 +25,7 @@ from pgenrm_train.rewards.synthetic_criteria import (
 )
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import criteria, grpo
-from recipes.criteria import FeatureCriteria, writer
+from recipes.wiring.teachers import FeatureCriteria, criteria_writer
 
 STATED = ExplicitSignals(criteria="STATED-BY-THE-USER")
 WANTS = "I want SYNTHETIC-BREVITY (70%) and wit (30%)."
@@ -113,8 +113,8 @@ def settings_for(server, **more) -> EndpointConfig:
 def run(tmp_path, server, pairs, **more):
     config = Config(teacher=settings_for(server, **more))
     folder = StageFolder(tmp_path / "criteria", "criteria")
-    with writer(config, pairs, folder.path) as infers:
-        facts = criteria.run(config, folder, pairs, infers, progress)
+    with criteria_writer(config, pairs, folder.path) as infers:
+        facts = criteria.run(config, folder, pairs, infers)
     return facts, pq.read_table(folder.path / criteria.CRITERIA).to_pylist()
 
 
@@ -188,7 +188,7 @@ def test_the_features_rule_infers_offline():
     assert "shorter" in found["short"] and "longer" in found["long"]
     with (
         pytest.raises(ConfigError, match="the oracle's users state"),
-        writer(Config(teacher=EndpointConfig("oracle")), pairs, Path()),
+        criteria_writer(Config(teacher=EndpointConfig("oracle")), pairs, Path()),
     ):
         pass
 

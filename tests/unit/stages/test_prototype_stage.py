@@ -23,7 +23,7 @@ from pgenrm_train.prompts.writer import asked, histories
 from pgenrm_train.prototypes import clusters as core
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import prototypes
-from recipes.prototypes import of_users, remarks, reopen_damaged
+from pgenrm_train.stages.prototypes import Written, prototype_of_users, remarks, reopen_damaged
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
 
@@ -57,7 +57,7 @@ def world():
         shown = {p.pair_id: sampler(p, size) for p in chosen}
         return [(p, teacher.write(present(p, shown[p.pair_id], 0))) for p in chosen], shown
 
-    train = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
+    train = prototypes.pairs_to_analyse(config.prototypes, asked(pairs, "train"))
     newcomers = asked(pairs, "val")
     return config, chains(train), [chains(newcomers, size) for size in range(4)]
 
@@ -68,7 +68,8 @@ def made(world, folder, embed=None, **settings):
         setattr(config.prototypes, name, value)
     stage = StageFolder.read(folder, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
-    facts = prototypes.run(config, stage, chains, shown, embed or Words(), HASHES, newcomers)
+    later = [Written(*known) for known in newcomers]
+    facts = prototypes.run(config, stage, Written(chains, shown), later, embed or Words(), HASHES)
     stage.finish(**facts)
     return stage, facts
 
@@ -89,13 +90,13 @@ def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
     first = [(pair, chains[0][1]) for pair, _ in chains]
     stage = StageFolder.read(tmp_path, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
-    facts = prototypes.run(config, stage, first, shown, Words(), HASHES)
+    facts = prototypes.run(config, stage, Written(first, shown), [], Words(), HASHES)
     assert facts["k"] == 1
     assert (
-        next(remarks(config, facts))
+        next(remarks(config.prototypes, facts))
         == "prototypes.k=12, but the 270 analyses hold only 1 distinct preferences"
     )
-    assert list(remarks(config, facts | {"k": 12, "recovery": None})) == []
+    assert list(remarks(config.prototypes, facts | {"k": 12, "recovery": None})) == []
 
 
 def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
@@ -132,10 +133,10 @@ def test_users_of_a_finished_run_have_the_prototype_of_most_of_their_analyses(tm
     rows = [("ann", 2), ("ann", 0), ("ann", 2), ("bob", 1)]
     pd.DataFrame(rows, columns=["user_id", "prototype"]).to_parquet(folder.path / "analyses.parquet")
     with pytest.raises(ArtifactError, match=r"curriculum\.prototypes=.* holds no finished prototypes"):
-        of_users(folder.path)
+        prototype_of_users(folder.path)
     folder.manifest.status = "complete"
     folder.save()
-    assert of_users(folder.path) == {"ann": 2, "bob": 1}
+    assert prototype_of_users(folder.path) == {"ann": 2, "bob": 1}
 
 
 def test_scores_and_recitals_of_the_history_are_never_embedded(world, tmp_path):
@@ -269,7 +270,7 @@ def test_settings_out_of_range_are_refused(key, value):
 
 def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(world, tmp_path, monkeypatch):
     """As an evaluation looks similar users up: by what the analysis concludes, among other users of the training split."""
-    import recipes.prototypes
+    import recipes.wiring.embedders
     from pgenrm_train.errors import ArtifactError
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
@@ -285,7 +286,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     data.finish(sha256="d")
     embed = Words()
     embed.fingerprint = "e"
-    monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda _: embed)
+    monkeypatch.setattr(recipes.wiring.embedders, "make_embedder", lambda _: embed)
     stage, _ = made((config, (chains, shown), []), tmp_path, embed)
     indexed, embed.texts = embed.texts[: len(chains)], []
 
@@ -316,6 +317,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
 ):
     """On one GPU the engine's cache leaves no room for the embedder; and what was asked is what is clustered, row by row."""
     import recipes.prototypes
+    import recipes.wiring.analyses
     from pgenrm_train.backends.protocols import Generation
     from pgenrm_train.config import ROOT, load
     from pgenrm_train.files import write_table
@@ -353,13 +355,13 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
         yield lambda checkpoint: Engine()
         told.append("ended")
 
-    monkeypatch.setattr(recipes.prototypes, "local_engines", engines)
+    monkeypatch.setattr(recipes.wiring.analyses, "local_engines", engines)
     monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda *_, **__: Embedder())
     stage = StageFolder.read(tmp_path, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
     assert told.index("closed") < told.index("ended") < told.index("embeds") and told.count("closed") == 1
-    asked_for = prototypes.pairs_to_analyse(config, asked(pairs, "train"))
+    asked_for = prototypes.pairs_to_analyse(config.prototypes, asked(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
     assert (
         len(core.load(stage.path).labels)
@@ -370,18 +372,19 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
 
 def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
     stage, _ = made(world, tmp_path)
+    capsys.readouterr()
     reopen_damaged(stage)
     assert stage.complete and capsys.readouterr().out == ""
     tensors = stage.path / "prototypes.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-10])
     reopen_damaged(stage)
     assert not StageFolder.read(tmp_path, "prototypes").complete
-    assert "missing or damaged; they are made anew" in capsys.readouterr().out
+    assert "missing or damaged; they are rebuilt" in capsys.readouterr().out
 
 
 def test_large_sets_are_refined_by_all_processes_of_the_node():
     from pgenrm_train.prototypes.refinement import refine
-    from recipes.prototypes import LARGE, refiner
+    from recipes.wiring.embedders import LARGE, refiner
 
     config = Config(recipe="prototypes")
     config.cluster.processes_per_node = 4

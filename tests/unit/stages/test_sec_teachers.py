@@ -12,7 +12,7 @@ from pgenrm_train.backends.vllm.server import _check_cluster, _split_gpus
 from pgenrm_train.chains.chain import parse_chain
 from pgenrm_train.config import ClusterConfig, Config, EndpointConfig, RayConfig, SecConfig
 from pgenrm_train.errors import BackendError, ConfigError, DataError
-from recipes.build_sec import teacher
+from recipes.wiring.teachers import teacher
 
 
 def test_teachers_by_name(tmp_path):

@@ -23,7 +23,7 @@ from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.model_card import write_card
 from pgenrm_train.stages.registry import CRE, CURRICULUM, PSI
 from recipes import psi
-from recipes.build_sec import load_tokenizer
+from recipes.wiring.models import load_tokenizer
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
 

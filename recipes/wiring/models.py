@@ -1,0 +1,92 @@
+"""Base model of PSI, tokenizers, and validation while PSI trains."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.studies.validation import Validation
+from pgenrm_train.backends.protocols import Validator
+from pgenrm_train.chains.chain import FORMAT_STRINGS
+from pgenrm_train.cluster.preflight import still_to_do
+from pgenrm_train.config import ROOT, Config, masking_of
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.errors import DataError
+from pgenrm_train.prompts.masking import apply_masking
+from pgenrm_train.prompts.messages import TAGS, chat_messages
+from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.stages.build_sec import Kept
+
+TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
+
+
+def base_model(config: Config) -> Path | str:
+    """Where PSI starts: `model.path`, the hub name, a shipped nano, or the nano that build_sec makes."""
+    if config.model.path:
+        return Path(config.model.path)
+    if config.model.kind != "nano":
+        return config.model.name
+    if config.psi.nano_start:
+        return ROOT / config.psi.nano_start
+    return Path(config.run_dir) / StageName.BUILD_SEC / "base"
+
+
+def make_base(config: Config, kept: Sequence[Kept]) -> Path | str:
+    """`base_model`, made from the kept chains if it is a nano from random weights."""
+    base = base_model(config)
+    if base == Path(config.run_dir) / StageName.BUILD_SEC / "base":
+        from pgenrm_train.backends.sft.nano import make_nano
+
+        chains = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
+        reserved = [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)]
+        make_nano(base, chains, reserved, config.model.nano, config.seed)
+    return base
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """Tokenizer of a checkpoint or hub model.  Raises DataError if it cannot write chats."""
+    from transformers import AutoTokenizer
+
+    from pgenrm_train.backends.sft.checks import check_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_template(tokenizer, model)
+    return tokenizer
+
+
+def check_base(config: Config) -> None:
+    """Check the model that PSI starts from before chains are sampled and paid for."""
+    from pgenrm_train.backends.sft.checks import check_libraries, inspect_start
+
+    if config.model.kind == "hf" and still_to_do(
+        config, [StageName.PSI]
+    ):  # a nano may be made from the chains
+        check_libraries(config.psi)
+        inspect_start(config, base_model(config))
+
+
+def validation(config: Config) -> Validator:
+    """Accuracy while training: a fixed slice of the validation split, sampled and scored by the shared harness."""
+    sampler, pairs = histories(config, load_pairs(Path(config.run_dir))), validation_pairs(config)
+    writer = PromptWriter(config, load_tokenizer(base_model(config)))
+    return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer)
+
+
+def validation_pairs(config: Config) -> list[PreferencePair]:
+    """Pairs of the validation split.  Raises DataError if there are none."""
+    pairs = asked(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)
+    if not pairs:
+        raise DataError(
+            "psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0"
+        )
+    return pairs
+
+
+def _as_text(config: Config, item: Kept) -> str:
+    """Prompt and chain as plain text, which the tokenizer of a nano learns from."""
+    view, _ = apply_masking(item.example, masking_of(config, StageName.PSI), random.Random(0))
+    prompt = "\n".join(m["content"] for m in chat_messages(view, instructions=config.model.instructions))
+    return f"{prompt}\n{item.text}"

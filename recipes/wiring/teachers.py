@@ -1,0 +1,101 @@
+"""Teachers: the writers of chains (`build_sec`) and of synthetic criteria (`criteria`) that `teacher=` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from pgenrm_train.backends.protocols import CriteriaWriter, Generation, Teacher
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
+from recipes.wiring.llm import endpoint
+
+
+@contextmanager
+def teacher(config: Config, pairs: Sequence[PreferencePair], folder: Path) -> Iterator[Teacher]:
+    """The teacher of `teacher=`; `folder` keeps the answers of a language model."""
+    if config.teacher.kind == "oracle":
+        from data_builders.teachers.oracle import OracleTeacher
+
+        yield RuleTeacher(OracleTeacher(config.seed).write)
+    elif config.teacher.kind == "features":
+        yield RuleTeacher(features_teacher(config, pairs))
+    else:
+        from pgenrm_train.backends.api.roles import LlmTeacher
+
+        with endpoint(config, "teacher", folder) as model:
+            yield LlmTeacher(model)
+
+
+@contextmanager
+def criteria_writer(
+    config: Config, pairs: Sequence[PreferencePair], folder: Path
+) -> Iterator[CriteriaWriter]:
+    """The features rule, or the language model of `teacher=`, whose answers `folder` keeps."""
+    if config.teacher.kind == "oracle":
+        raise ConfigError(
+            "recipe=criteria needs teacher=features, endpoint or vllm: the oracle's users state their criteria"
+        )
+    if config.teacher.kind == "features":
+        yield FeatureCriteria(pairs)
+    else:
+        from pgenrm_train.backends.api.roles import LlmCriteria
+
+        with endpoint(config, "teacher", folder) as model:
+            yield LlmCriteria(model)
+
+
+class Rule:
+    """A writer that is a rule: instant and free."""
+
+    in_flight = 1
+    by_rule = True
+
+    def expect(self, *_: object) -> Mapping[str, object]:
+        return {}
+
+    def facts(self) -> Mapping[str, object]:
+        return {}
+
+
+class RuleTeacher(Rule):
+    """Teacher by rule, which always answers; see `protocols.Teacher`."""
+
+    def __init__(self, text: Callable[[Example, int], str]) -> None:
+        self.text = text
+
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
+        return Generation(example.pair_id, attempt, self.text(example, attempt))
+
+
+class FeatureCriteria(Rule):
+    """Each user's heaviest text features, by the rule of `teacher=features`; see `protocols.CriteriaWriter`."""
+
+    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+        from data_builders.teachers.features import FeatureTeacher
+
+        self.rule = FeatureTeacher().fit([pair for pair in pairs if pair.trains])
+
+    def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation:
+        from pgenrm_train.rewards.synthetic_criteria import write_criteria
+
+        return Generation(user_id, attempt, write_criteria(self.rule.preferences(user_id)))
+
+
+def features_teacher(config: Config, pairs: Sequence[PreferencePair]) -> Callable[[Example, int], str]:
+    """The `features` rule, fitted on the training pairs."""
+    from data_builders.teachers.features import FeatureTeacher
+
+    rule = FeatureTeacher().fit([pair for pair in pairs if pair.trains])
+
+    def write(example: Example, attempt: int) -> str:
+        key = f"{config.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
+        # The first chain is the rule's own, without jitter.
+        rng = np.random.default_rng(list(key.encode())) if attempt else None
+        return rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
+
+    return write
