@@ -1,11 +1,17 @@
-"""What does adaptive stopping save, and at what price?  The rule of `pgenrm_train.scaling.stopping` replayed on full pools of chains.
+"""Samples saved by adaptive stopping, and the cost in accuracy.
 
-    python benchmarks/learning/adaptive_stopping.py [--budget 16] [--pairs 4000] [--predictions runs/…/evaluate/predictions.parquet]
+Replays the rule of `pgenrm_train.scaling.stopping` on full pools of chains.
 
-Simulated: a pair's true mean margin is normal, a vote is right as often as the margin says, chains scatter around it, are rounded to
-half points, and 3 % fail.  `agreement` is the scatter in units of the spread of true margins: small where chains repeat each other.
-With `--predictions`, also the pools that an evaluation has sampled.  Printed: the share of own samples that are not drawn, the accuracy
-(strict, both orders) with all samples and with the rule, and the share of verdicts that differ.  Seeds are fixed.
+    python benchmarks/learning/adaptive_stopping.py [--budget 16] [--pairs 4000]
+        [--predictions runs/…/evaluate/predictions.parquet]
+
+Simulated pools: a pair's true mean margin is normal, and a vote is right as often as the margin
+implies. Chains scatter around the margin, are rounded to half points, and 3 % fail.  `agreement` is the
+scatter in units of the spread of true margins: small where chains repeat each other.  `--predictions`
+adds the pools of an evaluation.
+
+Prints the share of own samples saved, the accuracy (strict, both orders) with all samples and with the
+rule, and the share of verdicts that differ.  Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -40,19 +46,20 @@ def show(name: str, margins: np.ndarray, alphas: tuple[float, ...]) -> None:
         used = replay(margins, alpha)
         early = verdicts(margins, used)
         print(
-            f"{name:24} alpha {alpha:<4}: {1 - used.mean() / margins.shape[1]:5.1%} of samples saved, accuracy {(full > 0).mean():.2%} → "
-            f"{(early > 0).mean():.2%} ({100 * ((early > 0).mean() - (full > 0).mean()):+.2f} points), verdicts that differ "
-            f"{(full != early).mean():.2%}"
+            f"{name:24} alpha {alpha:<4}: {1 - used.mean() / margins.shape[1]:5.1%} of samples saved, "
+            f"accuracy {(full > 0).mean():.2%} → {(early > 0).mean():.2%} "
+            f"({100 * ((early > 0).mean() - (full > 0).mean()):+.2f} points), "
+            f"verdicts that differ {(full != early).mean():.2%}"
         )
 
 
 def pools(path: str) -> dict[str, np.ndarray]:
-    """Margins by model and study of every pool of more than one own sample."""
+    """Margins of every pool of own samples, by model and study."""
     import pandas as pd
 
     frame = pd.read_parquet(path)
     frame = frame[frame["source"] == "ind"]
-    found = {}
+    by_pool = {}
     for (model, study), part in frame.groupby(["model", "set"]):
         wide = part.assign(margin=(part["score_chosen"] - part["score_rejected"]).astype(float)).pivot_table(
             index=["pair_id", "user_id", "order", "seed"],
@@ -64,8 +71,8 @@ def pools(path: str) -> dict[str, np.ndarray]:
         wide = wide.loc[
             wide.index.isin(pd.MultiIndex.from_frame(part[["pair_id", "user_id", "order", "seed"]]))
         ]
-        found[f"{model} {study}"] = wide.to_numpy()
-    return found
+        by_pool[f"{model} {study}"] = wide.to_numpy()
+    return by_pool
 
 
 def main() -> None:

@@ -1,26 +1,28 @@
-"""What is the hard-negative curriculum worth?  Schedules against controls from the same CRE checkpoints, at an equal budget of chains.
+"""Trial of the hard-negative curriculum: schedules against controls at an equal budget of chains.
 
-For each seed CRE is trained from one PSI checkpoint, and from it one curriculum an arm:
+For each seed CRE is trained from one PSI checkpoint, and from that CRE one curriculum per arm:
 
     without process reward   uniform · linear · anti · self_paced
     with process reward      uniform_process · linear_process
-    without measuring        unmeasured: self-paced from the model-free signals, so that hardness costs no chains
+    without measurement      unmeasured: self-paced from the model-free signals, which cost no chains
 
-Equal budget: a schedule spends K chains a pair to measure hardness before it trains, so the arms that measure nothing train as many
-steps longer as those chains are worth.  All arms of a seed draw from the same rows, and the measurement is made once
-and handed on.  Every checkpoint answers the same test pairs (strict, both orders).
+Equal budget: a schedule spends K chains per pair to measure hardness before it trains.  Arms that measure
+nothing train as many more steps as those chains are worth.  All arms of a seed draw from the same rows
+and share one measurement.  Every checkpoint judges the same test pairs (strict, both orders).
 
-CRE and the arms of a seed train in one veRL session.  A cell (method and seed) that has been evaluated is kept as one small file in
-`--keep`, and everything else may go: kept cells are not made again, and those of several days stand in one table.  The benchmark may
-be killed and started again, or run piece by piece; `--list` says what there is to do and starts nothing:
+CRE and the arms of a seed train in one veRL session.  An evaluated cell (method and seed) is kept as one
+small file in `--keep`; everything else may be deleted.  Kept cells are not made again, and those of
+several days share one table. The benchmark may be killed and started again, or run in parts; `--list`
+prints the open cells and starts nothing:
 
     python benchmarks/learning/curriculum_proof.py --list
     python benchmarks/learning/curriculum_proof.py --seeds 0
     python benchmarks/learning/curriculum_proof.py --publish docs
 
-After each cell `curriculum_proof.md` and `.svg` are written to `--out`: accuracy by arm, what training saw, and differences on the
-same pairs (CRE's from PSI too) with the standard error over training seeds and the 95 % interval over users.  `--publish` makes them from the kept cells
-alone.  Give a seed's arms in one go: those of a CRE that was trained anew stand beside kept ones only if it came out the same.
+After each cell `curriculum_proof.md` and `.svg` are written to `--out`: accuracy by arm, facts of the
+training, and differences on the same pairs (CRE's from PSI too), with the standard error over training
+seeds and the 95 % interval over users.  `--publish` makes them from the kept cells alone.  Run a seed's
+arms in one go: arms of a CRE that was trained again join kept ones only if its weights are the same.
 """
 
 from __future__ import annotations
@@ -57,31 +59,34 @@ ARMS = {
     "unmeasured": ("curriculum.schedule=self_paced", "curriculum.mine=false"),
 }
 METHODS = ("psi", "cre", *ARMS)
+# Held-out users are drawn after the training users, who stay the same.
 TEST = (
     "data.heldout_users=600",
     "data.max_test_pairs=2400",
-)  # held-out users are drawn after the training users, who stay the same
+)
+# Two of four chains: three quarters of the pairs waver between 0.25 and 0.75, too many for a schedule.
 BAND = (
     "curriculum.hard_low=0.4",
     "curriculum.hard_high=0.6",
-)  # of four chains two: three quarters of the pairs waver between 0.25 and 0.75, more than the schedules ask for
+)
 CURVES = {
-    "pass_rate": "pass_rate", "zero_advantage_share": "groups/zero_advantage_share", "hard_share": "curriculum/realised_hard_share",
-    "hard_pass_rate": "curriculum/hard_pass_rate", "rest_pass_rate": "curriculum/rest_pass_rate",
+    "pass_rate": "pass_rate",
+    "zero_advantage_share": "groups/zero_advantage_share",
+    "hard_share": "curriculum/realised_hard_share",
+    "hard_pass_rate": "curriculum/hard_pass_rate",
+    "rest_pass_rate": "curriculum/rest_pass_rate",
     "suspect_pass_rate": "curriculum/suspect_pass_rate",
-}  # fmt: skip
+}
 
 
 class Proof(Cells):
-    """`Cells` with an arm of the curriculum a method, trained together and kept."""
+    """`Cells` with one arm of the curriculum per method, trained together and kept."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.out, self.keep = args.out.resolve(), args.keep
         self.composed: dict[str, Any] = {}
         self.overrides = [*TEST, *BAND, *args.overrides]
-
-    # what a cell is
 
     def section(self, method: str) -> str:
         return "curriculum" if method in ARMS else "cre"
@@ -93,7 +98,7 @@ class Proof(Cells):
         return self.psi if method == "cre" else (self.trained("cre", seed) / "checkpoint").resolve()
 
     def own(self, method: str, seed: int) -> list[str]:
-        """The overrides of a cell."""
+        """Overrides of a cell."""
         steps = [f"curriculum.steps={self.steps(method)}"] if method in ARMS else []
         return [f"{self.section(method)}.seed={seed}", *steps, *ARMS.get(method, ())]
 
@@ -101,13 +106,13 @@ class Proof(Cells):
         return load("recipe=curriculum", *self.overrides, *ARMS.get(method, ()), *more)
 
     def settings(self, method: str) -> Any:
-        """Those of the method's section, before the cell's own steps and seed."""
+        """Settings of the method's section, before the cell's own steps and seed."""
         if method not in self.composed:
             self.composed[method] = self.config(method)
         return getattr(self.composed[method], self.section(method))
 
     def steps(self, method: str) -> int:
-        """The cell's optimiser steps: those of the configuration, and for an arm that measures nothing what that costs the others."""
+        """Optimiser steps of the cell; an arm that measures nothing also gets the cost of measurement."""
         if method == "psi":
             return 0
         settings = self.settings(method)
@@ -115,21 +120,19 @@ class Proof(Cells):
         return int(settings.steps + round(saved / (settings.prompts_per_step * settings.group_size)))
 
     def mined(self, method: str) -> int:
-        """Chains that the cell spends on measuring."""
+        """Chains that the cell spends on measurement."""
         settings = self.settings(method)
         return (
             settings.rows * settings.mining_samples if method in ARMS and mines(self.composed[method]) else 0
         )
 
     def chains(self, method: str) -> int:
-        """Chains of the cell in all."""
+        """All chains of the cell."""
         settings = self.settings(method)
         return int(self.steps(method) * settings.prompts_per_step * settings.group_size + self.mined(method))
 
-    # how it is made
-
     def make_all(self, methods: Sequence[str], seed: int) -> None:
-        """Make the cells of a seed that are not kept; after each, the table of all that are."""
+        """Make the cells of a seed that are not kept; print the table of all kept cells after each."""
         missing = [method for method in methods if not self.kept(method, seed)]
         if set(missing) - {"psi"}:
             self.train(missing, seed)
@@ -147,7 +150,7 @@ class Proof(Cells):
         )  # the start is one cell for all seeds
 
     def train(self, methods: Sequence[str], seed: int) -> None:
-        """Train the cells of a seed that are not, and the CRE that they start from, in one session."""
+        """Train the open cells of a seed, and the CRE that they start from, in one session."""
         from pgenrm_train.backends.grpo.supervisor import launch
 
         phases = [self.phase(method, seed) for method in METHODS[1:] if method in methods or method == "cre"]
@@ -159,7 +162,7 @@ class Proof(Cells):
             launch(self.config("cre"), phases)
 
     def phase(self, method: str, seed: int) -> Any:
-        """The cell for the engine, with its rows on disk; PSI's tokenizer is that of every checkpoint."""
+        """Phase of the cell for the engine, with its rows on disk; all checkpoints share PSI's tokenizer."""
         from recipes.wiring import grpo
 
         folder, data = self.folder(method, seed), self.out / "data" / "build_data"
@@ -168,13 +171,13 @@ class Proof(Cells):
         folder.mkdir(parents=True, exist_ok=True)
         link(data, folder / data.name)
         config = self.config(method, f"run_dir={folder}", *self.own(method, seed))
-        made = grpo.phase(config, StageName(self.section(method)), self.psi, config.judge)
+        phase = grpo.phase(config, StageName(self.section(method)), self.psi, config.judge)
         return dataclasses.replace(
-            made, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method)))
+            phase, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method)))
         )
 
     def share_mining(self, seed: int) -> None:
-        """The same checkpoint and rows give the same measurement, so the first arm that mines does it for all of the seed."""
+        """Link the seed's first measurement into its other arms: same checkpoint and rows, same result."""
         files = [
             self.trained(arm, seed) / "mining.parquet"
             for arm in ARMS
@@ -186,7 +189,7 @@ class Proof(Cells):
                 link(files[0], other)
 
     def finish(self, method: str, seed: int) -> None:
-        """The recipe finds the cell trained and completes its folder; then its checkpoint is evaluated."""
+        """Let the recipe complete the folder of the trained cell, then evaluate its checkpoint."""
         folder = self.folder(method, seed)
         self.recipe(folder, self.section(method), self.start(method, seed), *self.own(method, seed))
         self.evaluate(folder, self.trained(method, seed) / "checkpoint")
@@ -201,21 +204,38 @@ class Proof(Cells):
     def start_facts(self) -> dict[str, Any]:
         start = weights_digest(self.psi)
         return {
-            "method": "psi", "seed": 0, "start": start, "checkpoint": start, "settings": self.shared(), "git": environment_facts()["git"],
-            "steps": 0, "chains": 0, "seconds": 0.0, "hardness": None, "curves": {},
-        }  # fmt: skip
+            "method": "psi",
+            "seed": 0,
+            "start": start,
+            "checkpoint": start,
+            "settings": self.shared(),
+            "git": environment_facts()["git"],
+            "steps": 0,
+            "chains": 0,
+            "seconds": 0.0,
+            "hardness": None,
+            "curves": {},
+        }
 
     def facts(self, method: str, seed: int) -> dict[str, Any]:
-        folder, said = self.trained(method, seed), read_json(self.trained(method, seed) / "trained.json")
+        folder = self.trained(method, seed)
+        report = read_json(folder / "trained.json")
         return {
-            "method": method, "seed": seed, "start": weights_digest(self.start(method, seed)),
-            "checkpoint": weights_digest(folder / "checkpoint"), "settings": self.shared(), "git": environment_facts()["git"],
-            "steps": said["steps"], "chains": self.chains(method), "seconds": said["seconds"], "hardness": hardness(folder),
+            "method": method,
+            "seed": seed,
+            "start": weights_digest(self.start(method, seed)),
+            "checkpoint": weights_digest(folder / "checkpoint"),
+            "settings": self.shared(),
+            "git": environment_facts()["git"],
+            "steps": report["steps"],
+            "chains": self.chains(method),
+            "seconds": report["seconds"],
+            "hardness": hardness(folder),
             "curves": curves(folder),
-        }  # fmt: skip
+        }
 
     def shared(self) -> dict[str, Any]:
-        """The settings that no cell has for itself, and whose change would make other cells of it."""
+        """Settings that all cells share; a change of one of them makes other cells."""
         config = to_dict(self.config("cre"))
         own = [
             f"{section}.{key}"
@@ -240,7 +260,7 @@ class Proof(Cells):
 
 
 def hardness(folder: Path) -> dict[str, Any] | None:
-    """Counts of the record of hardness, and the share of hard pairs by kind; None for a cell that has none."""
+    """Counts of the hardness record, and the share of hard pairs by kind; None without a record."""
     if not (folder / "hardness.parquet").exists():
         return None
     record = pq.read_table(folder / "hardness.parquet", columns=["hard"]).to_pandas()
@@ -253,7 +273,7 @@ def hardness(folder: Path) -> dict[str, Any] | None:
 
 
 def curves(folder: Path) -> dict[str, list[float | None]]:
-    """A few metrics a step."""
+    """A few metrics per step."""
     lines = pd.read_json(folder / "metrics.jsonl", lines=True)
     steps = lines[lines[f"{folder.name}/pass_rate"].notna()]
     steps = steps.dropna(axis="columns", how="all")
@@ -267,20 +287,18 @@ def curves(folder: Path) -> dict[str, list[float | None]]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], METHODS, range(5), Path("runs/curriculum_proof"))
     start, kept = Path("tests/data/psi_nano"), Path("benchmarks/learning/curriculum_proof")
+    parser.add_argument("--start", type=Path, default=ROOT / start, help=f"PSI checkpoint (default: {start})")
     parser.add_argument(
-        "--start", type=Path, default=ROOT / start, help=f"PSI checkpoint, {start} unless given"
+        "--keep", type=Path, default=ROOT / kept, help=f"folder of the kept cells (default: {kept})"
     )
     parser.add_argument(
-        "--keep", type=Path, default=ROOT / kept, help=f"folder of the kept cells, {kept} unless given"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="say which cells are kept and what each costs, start nothing"
+        "--list", action="store_true", help="list kept and open cells with their cost, start nothing"
     )
     parser.add_argument(
         "--publish",
         type=Path,
         metavar="FOLDER",
-        help="write table and plot of the kept cells there, start nothing",
+        help="write table and plot of the kept cells into FOLDER, start nothing",
     )
     args = parser.parse_args()
     cells = Proof(args)

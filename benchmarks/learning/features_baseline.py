@@ -1,11 +1,12 @@
-"""Strict test accuracy of the `features` baseline beside longer and shorter, on real per-person preference pairs.
+"""Strict test accuracy of the `features` baseline against longer and shorter, on real votes.
 
-    python -m benchmarks.learning.features_baseline [folder]          default folder: ../shared/data beside the checkout
+    python -m benchmarks.learning.features_baseline [folder]
 
-Fits on the `train` rows of each file, scores its `test` rows in both orders; a tie is not a hit.  `population` is the same rule
-without per-user weights: features − population is what personalisation brings.  `chain` is the accuracy of the weighted totals in
-the written chains (four criteria, integer scores: coarser than `features`).  Intervals: 95 %, bootstrap over users, of the
-accuracy pooled over pairs.
+The default folder is ../shared/data, next to the checkout.  Fits on the `train` rows of each file and
+scores its `test` rows in both orders; a tie is not a hit.  `population` is the same rule without per-user
+weights, so features − population is the gain of personalisation.  `chain` is the accuracy of the weighted
+totals in the written chains (four criteria, integer scores: coarser than `features`).  Intervals: 95 %,
+bootstrap over users, of the pooled accuracy.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ NO_PERSON = 1e6  # a precision at which every user has the population's weights
 
 
 def load(path: Path, only: str | None) -> list[PreferencePair]:
-    """The pairs of one file; `only` names a boolean column that must hold."""
+    """Read the pairs of one file; `only` names a boolean column that must be true."""
     rows = pd.read_parquet(path)
     rows = rows[rows[only]] if only else rows
     with tempfile.TemporaryDirectory() as folder:
@@ -49,8 +50,8 @@ def strict_hit(teacher: FeatureTeacher, pair: PreferencePair) -> bool:
 
 
 def chain_hit(teacher: FeatureTeacher, pair: PreferencePair) -> bool:
-    asked = Example(pair.pair_id, pair.user_id, pair.context, (pair.chosen, pair.rejected), chosen_index=0)
-    parts = teacher.chain_parts(asked)
+    example = Example(pair.pair_id, pair.user_id, pair.context, (pair.chosen, pair.rejected), chosen_index=0)
+    parts = teacher.chain_parts(example)
     chosen, rejected = np.array(parts.scores) @ [weight for _, weight in parts.criteria]
     return bool(chosen > rejected)
 
@@ -80,7 +81,8 @@ def report(path: Path, only: str | None) -> None:
         "chain": np.array([chain_hit(teacher, p) for p in test]),
     }
     print(
-        f"\n{path.stem}, {only or 'all'} test rows: {len(test)} pairs, {len(set(users))} users; τ = {teacher.tau:g}"
+        f"\n{path.stem}, {only or 'all'} test rows: {len(test)} pairs, {len(set(users))} users; "
+        f"τ = {teacher.tau:g}"
     )
     for name, hit in hits.items():
         print(
@@ -89,7 +91,8 @@ def report(path: Path, only: str | None) -> None:
     for other in (max(("longer", "shorter"), key=lambda name: hits[name].mean()), "population"):
         gain = hits["features"].astype(float) - hits[other]
         print(
-            f"  features − {other}: {gain.mean():+.4f}  [{', '.join(f'{bound:+.4f}' for bound in interval(gain, users))}]"
+            f"  features − {other}: {gain.mean():+.4f}  "
+            f"[{', '.join(f'{bound:+.4f}' for bound in interval(gain, users))}]"
         )
 
 
@@ -100,7 +103,7 @@ def main() -> None:
         if path.exists():
             report(path, only)
         else:
-            print(f"\n{path} is not there; left out")
+            print(f"\n{path} does not exist; left out")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The same GRPO as a page of plain torch, to compare what veRL learns with what the algorithm should learn.
+"""GRPO as a page of plain torch: the reference for the training on veRL.
 
-Same rows, same reward, same loss: advantage (r − mean)/(std + 1e-6) over a prompt's group with std of ddof 1, token-mean clipped
-loss at 0.2, temperature 1, end token inside the mask, AdamW betas .9/.999 and weight decay .01, gradient norm 1, constant rate.
-Left out: everything that makes it fast or distributed, and the KL term.
+Same rows, same reward, same loss: advantage (r − mean)/(std + 1e-6) over a prompt's group with std of
+ddof 1, token-mean clipped loss at 0.2, temperature 1, end token inside the mask, AdamW betas .9/.999 and
+weight decay .01, gradient norm 1, constant rate.  Left out: everything that makes it fast or distributed,
+and the KL term.
 
-    python benchmarks/learning/grpo_reference.py --start CHECKPOINT --rows ROWS.parquet --out FOLDER --steps 40
+    python benchmarks/learning/grpo_reference.py --start CHECKPOINT --rows ROWS.parquet --out FOLDER
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--start", type=Path, required=True, help="checkpoint in Hugging Face format")
     parser.add_argument(
-        "--rows", type=Path, required=True, help="parquet of prompts, as the veRL stages read"
+        "--rows", type=Path, required=True, help="parquet of prompts, as the veRL stages read it"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.jsonl and checkpoint/")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a step")
-    parser.add_argument("--group", type=int, default=8, help="chains a prompt")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per step")
+    parser.add_argument("--group", type=int, default=8, help="chains per prompt")
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--clip", type=float, default=0.2)
@@ -60,15 +61,22 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Any:
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], group: int, limit: int
 ) -> list[list[int]]:
-    """`group` chains a prompt at temperature 1, all at once; each ends with the end token or at `limit` tokens."""
+    """Sample `group` chains per prompt at temperature 1, up to the end token or `limit` tokens."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts for _ in range(group)])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts for _ in range(group)])
     out = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit,
-        pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=limit,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return [_until_end(row.tolist(), tokenizer.eos_token_id) for row in out[:, width:]]
 
 
@@ -79,24 +87,24 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
 def reward(
     tokenizer: Any, tokens: list[int], row: Mapping[str, Any], judge: Any, weights: RewardWeights
 ) -> tuple[float, float]:
-    """(total, outcome) of one chain; one that never ended is a format error."""
+    """Total and outcome of one chain; a chain without an end is a format error."""
     extra = row["extra_info"]
     text = tokenizer.decode(tokens, skip_special_tokens=True) if tokens[-1] == tokenizer.eos_token_id else ""
     process = None if judge is None else (lambda _chain: judge(text, extra))
-    found = chain_reward(
+    result = chain_reward(
         text,
         int(row["reward_model"]["ground_truth"]),
         process=process,
         weights=weights,
         n_responses=extra["n_responses"],
     )
-    return found.total, found.parts["outcome"]
+    return result.total, result.parts["outcome"]
 
 
 def log_probs(
     model: Any, prompts: Sequence[list[int]], chains: Sequence[list[int]], pad: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every chain token, and the mask of what is one; both (chains, tokens)."""
+    """Log-probabilities, and the mask of chain tokens; both (chains, tokens)."""
     width = max(len(p) + len(c) for p, c in zip(prompts, chains, strict=True))
     ids = torch.tensor(
         [p + c + [pad] * (width - len(p) - len(c)) for p, c in zip(prompts, chains, strict=True)]
@@ -120,7 +128,7 @@ def update(
     args: Any,
     pad: int,
 ) -> float:
-    """One step: with one mini-batch a step the old policy is the current one, so its log-probs are these, detached."""
+    """Take one step; with one mini-batch per step the old policy is the current one, detached."""
     tokens = sum(map(len, chains))
     for first in range(0, len(chains), args.micro_batch):
         part = slice(first, first + args.micro_batch)
@@ -156,7 +164,7 @@ def main() -> None:
         for step in range(1, args.steps + 1):
             began = time.monotonic()
             batch = [rows[i] for i in sampler.next_batch(step)]
-            asked = [
+            prompts = [
                 list(
                     tokenizer.apply_chat_template(
                         r["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
@@ -164,8 +172,8 @@ def main() -> None:
                 )
                 for r in batch
             ]
-            chains = sample(model, tokenizer, asked, args.group, args.response_tokens)
-            repeated = [(p, r) for p, r in zip(asked, batch, strict=True) for _ in range(args.group)]
+            chains = sample(model, tokenizer, prompts, args.group, args.response_tokens)
+            repeated = [(p, r) for p, r in zip(prompts, batch, strict=True) for _ in range(args.group)]
             rewards = [
                 reward(tokenizer, c, r, judge, weights) for c, (_, r) in zip(chains, repeated, strict=True)
             ]
@@ -176,10 +184,14 @@ def main() -> None:
                 model, optimiser, [p for p, _ in repeated], chains, advantages, args, tokenizer.pad_token_id
             )
             line = {
-                "step": step, "stage": "reference", "reference/reward/total": statistics.fmean(totals),
-                "reference/reward/outcome": statistics.fmean(o for _, o in rewards), "reference/grad_norm": norm,
-                "reference/response_length": statistics.fmean(map(len, chains)), "reference/time/step": time.monotonic() - began,
-            }  # fmt: skip
+                "step": step,
+                "stage": "reference",
+                "reference/reward/total": statistics.fmean(totals),
+                "reference/reward/outcome": statistics.fmean(o for _, o in rewards),
+                "reference/grad_norm": norm,
+                "reference/response_length": statistics.fmean(map(len, chains)),
+                "reference/time/step": time.monotonic() - began,
+            }
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             print(line, flush=True)

@@ -1,12 +1,13 @@
-"""What a finished cell of a benchmark leaves behind: one small parquet file, fit to be committed.
+"""Kept cells of a benchmark: one small parquet file per finished cell, fit to be committed.
 
-A cell is a trained checkpoint (a method and a seed) with its answers to the test pairs.  Training takes hours and run folders go;
-from the kept files alone the tables can be made again, and cells of other days and machines stand in one table.  That is only fair
-where they are comparable, so each file says where its training started, what came of it, and under which settings:
+A cell is a trained checkpoint (a method and a seed) with its answers to the test pairs.  Training takes
+hours and run folders are deleted.  The tables can be made again from the kept files alone, also from
+those of several days and machines.  Cells must be comparable for that, so each file records its start,
+its result and its settings:
 
-    columns    pair_id, user_id, kind, cohort, order, score_chosen, score_rejected, failure: the evaluation's own questions
-    metadata   method, seed, start and checkpoint (hashes of weights), settings (those that all cells must share), steps, chains,
-               seconds, the commit, and what training saw: counts of hard pairs, and a few metrics a step
+    columns    pair_id, user_id, kind, cohort, order, score_chosen, score_rejected, failure
+    metadata   method, seed, start and checkpoint (hashes of weights), settings (those that all cells share),
+               steps, chains, seconds, the commit, counts of hard pairs, and a few metrics per step
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ Kept = dict[tuple[str, int], tuple[pd.DataFrame, Facts]]  # (method, seed) → i
 
 
 def keep(folder: Path, predictions: pd.DataFrame, facts: Facts) -> Path:
-    """Write `<folder>/<method>-<seed>.parquet`; predictions: one sample a pair and order.  Returns the file."""
+    """Write and return `<folder>/<method>-<seed>.parquet`; one sample per pair and order."""
     if predictions.duplicated(["user_id", "pair_id", "order"]).any():
         raise DataError(
-            "a kept cell holds one sample a pair and order; evaluate with eval.seeds=1 eval.ind=1"
+            "a kept cell holds one sample per pair and order; evaluate with eval.seeds=1 eval.ind=1"
         )
     rows = predictions[list(COLUMNS)].sort_values(["user_id", "pair_id", "order"])
     table = pa.Table.from_pandas(rows, preserve_index=False)
@@ -50,35 +51,36 @@ def keep(folder: Path, predictions: pd.DataFrame, facts: Facts) -> Path:
 
 
 def read(folder: Path) -> Kept:
-    """Every kept cell of `folder`.  Raises ArtifactError for cells that cannot stand in one table."""
-    found: Kept = {}
+    """Read every kept cell of `folder`.  Raises ArtifactError for cells that cannot share a table."""
+    cells: Kept = {}
     for file in sorted(folder.glob("*.parquet")):
         facts = json.loads((pq.read_metadata(file).metadata or {}).get(b"cell", b"null"))
         if facts is None:
-            raise ArtifactError(f"{file} is not a kept cell: its metadata say nothing of one")
-        found[facts["method"], facts["seed"]] = (
+            raise ArtifactError(f"{file} is not a kept cell: its metadata have no entry `cell`")
+        cells[facts["method"], facts["seed"]] = (
             pq.read_table(file).to_pandas().assign(seed=0, sample=0),
             facts,
         )
-    check([facts for _, facts in found.values()], folder)
-    return found
+    check([facts for _, facts in cells.values()], folder)
+    return cells
 
 
 def check(cells: Sequence[Facts], folder: Path) -> None:
-    """One set of settings and one start for all (its own answers are `psi`); each arm of a seed from the checkpoint of that seed's `cre`.
+    """Raise ArtifactError unless cells share settings and start, and arms start from their seed's `cre`.
 
-    How often a stage is validated or saved (`FREE`) may differ, and a key that one cell alone has is newer code's.
+    The answers of the start itself are the cell `psi`.  Intervals of validation and saving (`FREE`) may
+    differ, and so may a key that only one cell has: it comes from newer code.
     """
     for facts in cells[1:]:
         one, other = cells[0]["settings"], facts["settings"]
         shared = [key for key in one.keys() & other.keys() if key.rpartition(".")[2] not in FREE]
         if changed := [key for key in shared if one[key] != other[key]]:
-            said = ", ".join(f"{key}: {one[key]} → {other[key]}" for key in sorted(changed))
+            changes = ", ".join(f"{key}: {one[key]} → {other[key]}" for key in sorted(changed))
             raise ArtifactError(
-                f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({said})"
+                f"{_name(facts)} was made with other settings than {_name(cells[0])} in {folder} ({changes})"
             )
-    first: dict[Any, Facts] = {}  # what must start alike → one that does
-    made = {facts["seed"]: facts for facts in cells if facts["method"] == "cre"}
+    first: dict[Any, Facts] = {}  # group with one start → its first cell
+    starts = {facts["seed"]: facts for facts in cells if facts["method"] == "cre"}
     for facts in cells:
         where = "cre" if facts["method"] in ("psi", "cre") else facts["seed"]
         other = first.setdefault(where, facts)
@@ -86,11 +88,11 @@ def check(cells: Sequence[Facts], folder: Path) -> None:
             raise ArtifactError(
                 f"{_name(facts)} and {_name(other)} in {folder} start from different checkpoints"
             )
-        cre = made.get(facts["seed"])
+        cre = starts.get(facts["seed"])
         if cre and where != "cre" and facts["start"] != cre["checkpoint"]:
             raise ArtifactError(
-                f"{_name(facts)} in {folder} does not start from the checkpoint of {_name(cre)}: delete what is kept of seed "
-                f"{facts['seed']} and make it anew, or use another seed"
+                f"{_name(facts)} in {folder} does not start from the checkpoint of {_name(cre)}: "
+                f"delete the kept cells of seed {facts['seed']} and make them again, or use another seed"
             )
 
 

@@ -1,4 +1,7 @@
-"""Table and plot of the curriculum's proof, from kept cells alone (see `curriculum_proof` and `kept_cells`)."""
+"""Table and plot of the curriculum's trial, from kept cells alone.
+
+See `curriculum_proof` and `kept_cells`.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,17 @@ from eval.report.report import Report, Section, write_markdown
 from pgenrm_train.files import atomic
 
 COMPARISONS = (
-    ("cre", "psi"), ("linear", "uniform"), ("self_paced", "uniform"), ("anti", "uniform"), ("linear", "anti"), ("uniform", "cre"), ("linear", "cre"),
-    ("linear_process", "uniform_process"), ("linear", "linear_process"), ("unmeasured", "uniform"),
-)  # fmt: skip
+    ("cre", "psi"),
+    ("linear", "uniform"),
+    ("self_paced", "uniform"),
+    ("anti", "uniform"),
+    ("linear", "anti"),
+    ("uniform", "cre"),
+    ("linear", "cre"),
+    ("linear_process", "uniform_process"),
+    ("linear", "linear_process"),
+    ("unmeasured", "uniform"),
+)
 SLICES = (None, "unseen", "unseen easy", "unseen hard", "unseen rival")
 COLOURS = ("#222222", "#3b82c4", "#3a9d6b", "#d9772b", "#a866c4")
 STYLE: Any = {
@@ -34,9 +45,9 @@ STYLE: Any = {
 
 
 def publish(kept: Kept, methods: Sequence[str], folder: Path) -> Path:
-    """Write `curriculum_proof.md`, with the plot in `curriculum_proof.svg`, of the kept cells; returns the page.
+    """Write `curriculum_proof.md` and `.svg` from the kept cells, and return the page.
 
-    methods: the rows of the table, in order.
+    `methods` are the rows of the table, in order.
     """
     page, plot = folder / "curriculum_proof.md", folder / "curriculum_proof.svg"
     write_markdown(page, proof(kept, methods))
@@ -47,40 +58,41 @@ def publish(kept: Kept, methods: Sequence[str], folder: Path) -> Path:
 
 
 def proof(kept: Kept, methods: Sequence[str]) -> Report:
-    """The report of the cells that there are."""
-    found = {cell: predictions for cell, (predictions, _) in kept.items()}
-    facts = {cell: said for cell, (_, said) in kept.items()}
+    """Build the report of the kept cells."""
+    answers = {cell: predictions for cell, (predictions, _) in kept.items()}
+    facts = {cell: cell_facts for cell, (_, cell_facts) in kept.items()}
     pairs = {
         (user, pair)
-        for table in found.values()
+        for table in answers.values()
         for user, pair in zip(table["user_id"], table["pair_id"], strict=True)
     }
     seeds, shown = (
-        sorted({seed for _, seed in found}),
-        [method for method in methods if any(m == method for m, _ in found)],
+        sorted({seed for _, seed in answers}),
+        [method for method in methods if any(m == method for m, _ in answers)],
     )
     return Report(
-        title="What the curriculum is worth",
+        title="Trial of the curriculum",
         run={
             "pairs": len(pairs),
             "seeds": seeds,
             "protocol": "strict (both orders)",
             "interval": "95 %, over users",
         },
-        stages=[_arm(found, facts, method) for method in shown],
+        stages=[_arm(answers, facts, method) for method in shown],
         sections=[
             Section(
                 "Differences on the same pairs",
-                "Mean over training seeds. Intervals resample users; the standard error is over training seeds, of all pairs, and so is "
-                "the number of seeds with a gain.",
-                differences(found),
+                "Mean over training seeds. Intervals resample users. The standard error and the number of "
+                "seeds with a gain are over training seeds, of all pairs.",
+                differences(answers),
             ),
             Section(
-                "What training saw",
-                "Means over training seeds: pairs called hard and suspect, pass rates of the drawn pairs in the first and the last "
-                "third of training, and the share of groups without advantage, which teach nothing.",
+                "Facts of the training",
+                "Means over training seeds: the shares of hard and suspect pairs, pass rates of the drawn "
+                "pairs in the first and the last third of training, and the share of groups without "
+                "advantage, which teach nothing.",
                 [
-                    _seen(method, [f for (m, _), f in facts.items() if m == method])
+                    _training_row(method, [f for (m, _), f in facts.items() if m == method])
                     for method in shown
                     if method != "psi"
                 ],
@@ -90,31 +102,31 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
 
 
 def _arm(
-    found: Mapping[tuple[str, int], pd.DataFrame], facts: Mapping[tuple[str, int], Facts], method: str
+    answers: Mapping[tuple[str, int], pd.DataFrame], facts: Mapping[tuple[str, int], Facts], method: str
 ) -> dict[str, Any]:
-    tables = {seed: table for (m, seed), table in found.items() if m == method}
-    whole = accuracy_report(pd.concat([table.assign(seed=s) for s, table in tables.items()]))
-    said = [facts[method, seed] for seed in tables]
-    row = {"arm": method, "seeds": len(tables), "steps": said[0]["steps"], "chains": said[0]["chains"]}
-    row |= {"accuracy": whole["accuracy"], "ci95": whole["ci95"]}
+    tables = {seed: table for (m, seed), table in answers.items() if m == method}
+    overall = accuracy_report(pd.concat([table.assign(seed=s) for s, table in tables.items()]))
+    cells = [facts[method, seed] for seed in tables]
+    row = {"arm": method, "seeds": len(tables), "steps": cells[0]["steps"], "chains": cells[0]["chains"]}
+    row |= {"accuracy": overall["accuracy"], "ci95": overall["ci95"]}
     for kind in SLICES[1:]:
         values = [accuracy(t, kind) / 100 for t in tables.values() if len(part(t, kind))]
         row[f"{kind} accuracy"] = statistics.fmean(values) if values else None
     return row
 
 
-def differences(found: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str, Any]]:
-    """A row a comparison of which both cells are there for a seed, in fractions."""
+def differences(answers: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str, Any]]:
+    """One row per comparison whose two cells exist for a seed, in fractions."""
     rows = []
-    if ("psi", 0) in found:  # the start of every seed
-        found = {**found, **{("psi", seed): found["psi", 0] for _, seed in found}}
+    if ("psi", 0) in answers:  # the start of every seed
+        answers = {**answers, **{("psi", seed): answers["psi", 0] for _, seed in answers}}
     for one, other in COMPARISONS:
-        both = sorted(s for m, s in found if m == one and (other, s) in found)
+        both = sorted(s for m, s in answers if m == one and (other, s) in answers)
         if not both:
             continue
         row: dict[str, Any] = {"comparison": f"{one} − {other}", "seeds": len(both)}
-        for kind in (k for k in SLICES if len(part(found[one, both[0]], k))):
-            single, bounds = difference(found, one, other, both, kind)
+        for kind in (k for k in SLICES if len(part(answers[one, both[0]], k))):
+            single, bounds = difference(answers, one, other, both, kind)
             name = f"{kind or 'all'} difference"
             row |= {name: statistics.fmean(single) / 100, f"{name} ci95": [bound / 100 for bound in bounds]}
             if kind is None:
@@ -126,8 +138,8 @@ def differences(found: Mapping[tuple[str, int], pd.DataFrame]) -> list[dict[str,
     return rows
 
 
-def _seen(method: str, cells: Sequence[Facts]) -> dict[str, Any]:
-    """What the trainings of an arm saw, averaged over its seeds."""
+def _training_row(method: str, cells: Sequence[Facts]) -> dict[str, Any]:
+    """Facts of an arm's trainings, averaged over its seeds."""
     hard = [f["hardness"] for f in cells if f["hardness"]]
     row: dict[str, Any] = {"arm": method}
     for name in ("hard", "suspect"):
@@ -148,7 +160,10 @@ def _percent(series: Sequence[Sequence[float | None] | None], end: int) -> str:
 
 
 def write_plot(path: Path, rows: Sequence[Mapping[str, Any]], slices: Sequence[str | None]) -> None:
-    """rows: `comparison`, and for each slice `<slice> difference` with its `ci95`, fractions; the same rows give the same bytes."""
+    """Plot the differences; the same rows give the same bytes.
+
+    A row has `comparison` and, per slice, `<slice> difference` with its `ci95`, as fractions.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.5, 1.0 + 0.75 * len(rows)), layout="constrained", facecolor="white")
         axes = figure.subplots()

@@ -1,11 +1,13 @@
-"""Check `recipe=evaluate` against the reference accuracies of the three development sets (shared/data/README.md).
+"""Check `recipe=evaluate` against the reference accuracies of the three development sets.
 
-    python benchmarks/learning/reference_accuracies.py [FOLDER] [NAME …]     FOLDER defaults to ../shared/data, NAMEs to all files
+    python benchmarks/learning/reference_accuracies.py [FOLDER] [NAME …]
 
-Each file is built and evaluated as a user does it, with every baseline that needs no language model.  The README's majority counts
-*all* other voters of the source (columns `n_other_*`), also those whose votes were held back from the files; `majority` goes by
-these counts too.  A vote cast again by its user on the same texts stays in the later split alone (`data.on_overlap=drop`), so that no
-test pair leaves.  Exit code 1 when a reference is missed.
+The references are those of shared/data/README.md.  FOLDER defaults to ../shared/data, the names to all
+files.  Each file is built and evaluated as a user would do it, with every baseline that needs no language
+model.  The README's majority counts *all* other voters of the source (columns `n_other_*`), also those
+whose votes were held back from the files; `majority` uses these counts too.  A vote that its user repeats
+on the same texts stays in the later split alone (`data.on_overlap=drop`), so no test pair is lost.  Exit
+code 1 when a reference is missed.
 """
 
 from __future__ import annotations
@@ -39,26 +41,37 @@ def main(folder: Path, names: list[str]) -> int:
         results = evaluated(folder / f"{name}.parquet", shared_only)
         lines.append(f"{name}{', shared context only' if shared_only else ''}")
         expected = dict(zip(("n_pairs", "n_users", "longer", "shorter", "majority"), reference, strict=True))
-        wrong, told = compared(results["baselines"], expected)
-        missed, lines = missed + wrong, lines + told
+        wrong, comparison = compared(results["baselines"], expected)
+        missed += wrong
+        lines += comparison
     print("\n".join([*lines, "all references reproduced" if not missed else f"{missed} references missed"]))
     return int(missed > 0)
 
 
 def evaluated(path: Path, shared_only: bool) -> dict[str, Any]:
-    """results.json of the recipe."""
+    """Run the recipe and return its results.json."""
     baselines = ",".join(name for name in BASELINES if name != "oracle")
     with tempfile.TemporaryDirectory() as run_dir:
-        evaluate.run(load(
-            "recipe=evaluate", "data=pairs", f"data.path={path}", "data.on_overlap=drop", "model=baseline", "model.name=majority", "tracking=none",
-            f"eval.baselines=[{baselines}]", "eval.draws=500", f"run_dir={run_dir}", 
-            *(["+data.only.shared_context='True'"] if shared_only else []),
-        ))  # fmt: skip
+        evaluate.run(
+            load(
+                "recipe=evaluate",
+                "data=pairs",
+                f"data.path={path}",
+                "data.on_overlap=drop",
+                "model=baseline",
+                "model.name=majority",
+                "tracking=none",
+                f"eval.baselines=[{baselines}]",
+                "eval.draws=500",
+                f"run_dir={run_dir}",
+                *(["+data.only.shared_context='True'"] if shared_only else []),
+            )
+        )
         return dict(json.loads(Path(run_dir, "evaluate", "results.json").read_text()))
 
 
 def compared(measured: Mapping[str, Any], expected: Mapping[str, float]) -> tuple[int, list[str]]:
-    """(references missed, lines to print)"""
+    """Number of missed references, and the lines to print."""
     sizes = measured["longer"]
     lines = [
         f"  {key} {sizes[key]}, reference {expected[key]}: MISSED"
@@ -68,7 +81,8 @@ def compared(measured: Mapping[str, Any], expected: Mapping[str, float]) -> tupl
     wrong = len(lines)
     for name, report in measured.items():
         low, high = report["ci95"]
-        line = f"  {name:18s} {report['accuracy']:.4f} [{low:.3f}, {high:.3f}]  tied {report['ties'] / 2 / report['n_pairs']:.3f}"
+        tied = report["ties"] / 2 / report["n_pairs"]
+        line = f"  {name:18s} {report['accuracy']:.4f} [{low:.3f}, {high:.3f}]  tied {tied:.3f}"
         if name in expected:
             good = abs(report["accuracy"] - expected[name]) <= TOLERANCE
             line += f"  reference {expected[name]:.4f} {'ok' if good else 'MISSED'}"

@@ -1,13 +1,15 @@
-"""The paper's ablation of the reward's weights, R = α·PR + β·OR (METHOD §4), on PersonaWorld: one CRE a cell from one PSI checkpoint.
+"""Ablation of the reward's weights, R = α·PR + β·OR (METHOD §4), on PersonaWorld.
 
-Cells (α, β): (.5, 1) is the paper's best, (.5, .5) halves the outcome, (1, 0) is the judge alone, (0, 1) the outcome alone.  A cell that
-is complete is kept, so the benchmark may be killed and started again, or run cell by cell; `--list` says what there is to do:
+One CRE per cell, all from one PSI checkpoint.  Cells (α, β): (.5, 1) is the paper's best, (.5, .5) halves
+the outcome, (1, 0) is the judge alone, (0, 1) the outcome alone.  A complete cell is kept, so the
+benchmark may be killed and started again, or run cell by cell; `--list` prints the open cells:
 
-    python benchmarks/learning/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 0
-    python benchmarks/learning/reward_weights.py --run runs/personaworld-nano-demo --out runs/weights --seeds 1 --methods paper outcome_only
+    python benchmarks/learning/reward_weights.py --run RUN --out runs/weights --seeds 0
+    python benchmarks/learning/reward_weights.py --run RUN --out runs/weights --seeds 1 --methods outcome_only
 
-The table gives accuracy (strict, one evaluation seed), differences from the paper's best on the same pairs, and beside them the paper's
-own accuracies.  What each reward part became in training is in the cells' `cre/metrics.jsonl`, and its last values in the table.
+The table gives accuracy (strict, one evaluation seed), differences from the paper's best on the same
+pairs, and the paper's own accuracies.  It also has the last value of each reward part; all values are in
+the cells' `cre/metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ PARTS = ("outcome", "process", "total")
 
 
 class Weights(Cells):
-    """`Cells` with a pair of weights a method."""
+    """`Cells` with one pair of weights per method."""
 
     def make(self, method: str, seed: int) -> None:
         process, outcome = CELLS[method]
@@ -55,10 +57,10 @@ class Weights(Cells):
     def last(self, method: str, seed: int) -> dict[str, Any]:
         """The metrics of the last training step."""
         lines = (self.folder(method, seed) / "cre" / "metrics.jsonl").read_text().splitlines()
-        return [found for line in lines if "cre/reward/total" in (found := json.loads(line))][-1]
+        return [record for line in lines if "cre/reward/total" in (record := json.loads(line))][-1]
 
 
-def tell_rewards(cells: Weights, methods: Sequence[str], seeds: Sequence[int]) -> None:
+def print_rewards(cells: Weights, methods: Sequence[str], seeds: Sequence[int]) -> None:
     print(f"\n{'':<24}{'α, β':>10}{'paper: CA / PRISM':>22}" + "".join(f"{part:>12}" for part in PARTS))
     for method in methods:
         lines = [cells.last(method, seed) for seed in seeds if cells.predictions(method, seed) is not None]
@@ -74,7 +76,7 @@ def tell_rewards(cells: Weights, methods: Sequence[str], seeds: Sequence[int]) -
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], tuple(CELLS), (0,), Path("runs/weights"))
     parser.add_argument("--run", type=Path, required=True, help="run folder with a finished PSI")
-    parser.add_argument("--list", action="store_true", help="say which cells are complete, start nothing")
+    parser.add_argument("--list", action="store_true", help="list complete and open cells, start nothing")
     args = parser.parse_args()
     args.start = args.run / "psi" / "checkpoint"
     cells = Weights(args)
@@ -83,7 +85,8 @@ def main() -> None:
             for method in args.methods:
                 done = cells.predictions(method, seed) is not None
                 print(
-                    f"{'complete' if done else 'to do':<9} {cells.folder(method, seed)}  α, β = {CELLS[method]}"
+                    f"{'complete' if done else 'to do':<9} {cells.folder(method, seed)}  "
+                    f"α, β = {CELLS[method]}"
                 )
         return
     cells.evaluate(cells.folder("psi", None), cells.psi)
@@ -91,7 +94,7 @@ def main() -> None:
         for method in args.methods:
             cells.make(method, seed)
             report(cells, ("psi", *args.methods), args.seeds, COMPARISONS, SLICES)
-            tell_rewards(cells, args.methods, args.seeds)
+            print_rewards(cells, args.methods, args.seeds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""What CRE and the curriculum are worth over several training seeds, and whether veRL learns what plain GRPO learns.
+"""CRE and the curriculum over several training seeds, and veRL against plain GRPO.
 
-From one run's PSI checkpoint, on the same data, for each seed: `cre` on veRL; from it `curriculum` (linear schedule) and `uniform`
-(the control: the same budget without a schedule); and `reference`, CRE's settings and rows in the page of torch of
-`grpo_reference.py`.  Every checkpoint answers the same questions.  A cell that is complete is kept, so the benchmark may be
-killed and started again, or run seed by seed:
+From one run's PSI checkpoint, on the same data, for each seed: `cre` on veRL; from it `curriculum`
+(linear schedule) and `uniform` (the control: the same budget without a schedule); and `reference`, CRE's
+settings and rows in the page of torch of `grpo_reference.py`.  Every checkpoint judges the same
+questions.  A complete cell is kept, so the benchmark may be killed and started again, or run seed by
+seed:
 
-    python benchmarks/learning/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 0 1 2
-    python benchmarks/learning/training_seeds.py --run runs/personaworld-nano-demo --out runs/seeds --seeds 3 --methods cre reference
+    python benchmarks/learning/training_seeds.py --run RUN --out runs/seeds --seeds 0 1 2
+    python benchmarks/learning/training_seeds.py --run RUN --out runs/seeds --seeds 3 --methods cre reference
 
-The table gives accuracy (strict, one evaluation seed) and differences on the same pairs: the mean over seeds, the standard error
-over seeds, and for the pooled pairs the 95 % interval by a bootstrap over users.
+The table gives accuracy (strict, one evaluation seed) and differences on the same pairs: the mean over
+seeds, the standard error over seeds, and for the pooled pairs the 95 % interval by a bootstrap over
+users.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ SLICES = (None, "easy", "hard", "rival")
 def arguments(
     description: str, methods: Sequence[str], seeds: Sequence[int], out: Path
 ) -> argparse.ArgumentParser:
-    """What every benchmark over cells of (method, seed) asks."""
+    """Parser of the options that all benchmarks over cells of (method, seed) share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--out", type=Path, default=out, help=f"folder for one run folder a cell, {out} unless given"
+        "--out", type=Path, default=out, help=f"folder for one run folder per cell (default: {out})"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
@@ -54,7 +56,7 @@ def arguments(
 
 
 class Cells:
-    """One run folder a method and seed; `model.path` chains them."""
+    """One run folder per method and seed; `model.path` chains them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.out, self.overrides = args.out, args.overrides
@@ -83,26 +85,43 @@ class Cells:
         self.recipe(folder, "evaluate", checkpoint, "eval.probes=false", *few)
 
     def recipe(self, folder: Path, recipe: str, start: Path, *more: str) -> None:
-        self.call("-m", "pgenrm_train", f"recipe={recipe}", f"run_dir={folder}", f"model.path={start}", "tracking=none", *more,
-                  *self.overrides)  # fmt: skip
+        self.call(
+            "-m",
+            "pgenrm_train",
+            f"recipe={recipe}",
+            f"run_dir={folder}",
+            f"model.path={start}",
+            "tracking=none",
+            *more,
+            *self.overrides,
+        )
 
     def reference(self, folder: Path, seed: int) -> None:
-        """CRE's rows and settings of the same seed."""
-        said = self.folder("cre", seed) / "cre" / "config.yaml"
-        config = yaml.safe_load(said.read_text())
+        """Train plain GRPO on CRE's rows and settings of the same seed."""
+        path = self.folder("cre", seed) / "cre" / "config.yaml"
+        config = yaml.safe_load(path.read_text())
         cre, out = config["cre"], folder / "reference"
         if (out / "checkpoint" / "config.json").exists():
             return
         if cre["kl_coefficient"]:
             sys.exit(
-                f"error: {said}: cre.kl_coefficient={cre['kl_coefficient']}, and the plain loop has no KL term"
+                f"error: {path}: cre.kl_coefficient={cre['kl_coefficient']}, "
+                "and the plain loop has no KL term"
             )
         settings = {
-            "start": self.psi, "rows": said.parent / "rows.parquet", "out": out, "seed": seed, "steps": cre["steps"],
-            "prompts": cre["prompts_per_step"], "group": cre["group_size"], "learning-rate": cre["learning_rate"],
-            "clip": cre["clip_ratio"], "response-tokens": config["model"]["max_response_tokens"],
-            "process-weight": cre["process_weight"], "weight-decay": cre["weight_decay"],
-        }  # fmt: skip
+            "start": self.psi,
+            "rows": path.parent / "rows.parquet",
+            "out": out,
+            "seed": seed,
+            "steps": cre["steps"],
+            "prompts": cre["prompts_per_step"],
+            "group": cre["group_size"],
+            "learning-rate": cre["learning_rate"],
+            "clip": cre["clip_ratio"],
+            "response-tokens": config["model"]["max_response_tokens"],
+            "process-weight": cre["process_weight"],
+            "weight-decay": cre["weight_decay"],
+        }
         judge = (
             ["--judge", "data_builders.teachers.oracle:judge_for_rewards"]
             if config["judge"]["kind"] == "oracle"
@@ -137,18 +156,18 @@ def report(
     comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     slices: Sequence[str | None] = SLICES,
 ) -> None:
-    """Print accuracies and differences of the cells that are there."""
-    found = {(m, s): p for m in methods for s in seeds if (p := cells.predictions(m, s)) is not None}
+    """Print accuracies and differences of the complete cells."""
+    answers = {(m, s): p for m in methods for s in seeds if (p := cells.predictions(m, s)) is not None}
     print(f"\n{'':<24}" + "".join(f"{name or 'all':>28}" for name in slices))
     for method in methods:
-        tables = [found[method, s] for s in seeds if (method, s) in found]
+        tables = [answers[method, s] for s in seeds if (method, s) in answers]
         print(
             f"{method:<24}" + "".join(f"{_mean([accuracy(t, kind) for t in tables]):>28}" for kind in slices)
         )
     for one, other in comparisons:
-        both = [s for s in seeds if (one, s) in found and (other, s) in found]
+        both = [s for s in seeds if (one, s) in answers and (other, s) in answers]
         if both:
-            cellwise = [_text(*difference(found, one, other, both, kind)) for kind in slices]
+            cellwise = [_text(*difference(answers, one, other, both, kind)) for kind in slices]
             print(f"{one + ' − ' + other:<24}" + "".join(f"{text:>28}" for text in cellwise))
 
 
@@ -157,20 +176,20 @@ def accuracy(table: pd.DataFrame, kind: str | None) -> float:
 
 
 def difference(
-    found: Mapping[tuple[str, int], pd.DataFrame],
+    answers: Mapping[tuple[str, int], pd.DataFrame],
     one: str,
     other: str,
     seeds: Sequence[int],
     kind: str | None,
 ) -> tuple[list[float], list[float]]:
-    """Points of accuracy by training seed, and the interval over users with the seeds as evaluation seeds."""
-    single = [accuracy(found[one, s], kind) - accuracy(found[other, s], kind) for s in seeds]
-    pooled = [pd.concat([part(found[m, s], kind).assign(seed=s) for s in seeds]) for m in (one, other)]
+    """Points of accuracy per training seed, and the interval over users of all seeds together."""
+    single = [accuracy(answers[one, s], kind) - accuracy(answers[other, s], kind) for s in seeds]
+    pooled = [pd.concat([part(answers[m, s], kind).assign(seed=s) for s in seeds]) for m in (one, other)]
     return single, [100 * bound for bound in paired_difference(pooled[0], pooled[1])["ci95"]]
 
 
 def part(table: pd.DataFrame, kind: str | None) -> pd.DataFrame:
-    """The rows of a kind; `unseen`, alone or before a kind, keeps users of unseen personas."""
+    """Rows of a kind; `unseen`, alone or before a kind, keeps users of unseen personas."""
     words = (kind or "").split()
     if "unseen" in words:
         table = table[table["cohort"] == "unseen_persona"]

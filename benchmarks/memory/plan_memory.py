@@ -1,8 +1,9 @@
-"""How far `recipe=plan` is off: predicted against measured peak memory of PSI's steps on this CPU.
+"""Error of `recipe=plan`: predicted against measured peak memory of PSI's steps on this CPU.
 
-Each case runs the engine itself (transformers' Trainer on DeepSpeed) in a process of its own, on chats of one length, and compares the
-rise of the process's peak resident memory over what the libraries took before the model was made with the plan's sum of weights,
-gradients, optimizer, activations and logits.  Sizes are nano's with larger matrices, so that tensors and not libraries are measured.
+Each case runs the engine itself (transformers' Trainer on DeepSpeed) in a process of its own, on chats of
+one length. Measured is the rise of the process's peak resident memory over that of the loaded libraries,
+before the model is made. Predicted is the plan's sum of weights, gradients, optimizer, activations and
+logits.  Sizes are nano's with larger matrices, so that tensors dominate and not libraries.
 
     python benchmarks/memory/plan_memory.py            # about a minute on two cores
 """
@@ -70,7 +71,7 @@ def chats(config: Config) -> list[list[dict[str, str]]]:
 
 
 def measure(case: str, folder: Path) -> None:
-    """In a child: train two steps and print the rise of peak memory in GiB beside the prediction."""
+    """Train two steps in this child process; print the rise of peak memory and the prediction, in GiB."""
     config = config_of(case, folder)
     from pgenrm_train.backends.sft import engine as deepspeed_sft
     from pgenrm_train.backends.sft.nano import make_nano
@@ -83,7 +84,7 @@ def measure(case: str, folder: Path) -> None:
     import pyarrow.parquet as pq
     import transformers  # noqa: F401
 
-    # Unheard words fill the vocabulary, as a real run's texts do.
+    # New words fill the vocabulary, as a real run's texts do.
     texts = [" ".join(f"{w}{i}x{(i * 7919) % 9973}" for w in WORDS) for i in range(400)] + [
         " ".join(WORDS)
     ] * 2000
@@ -91,7 +92,7 @@ def measure(case: str, folder: Path) -> None:
     pq.write_table(pa.table({"messages": chats(config)}), folder / "sec.parquet")
     join_processes(config.cluster)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     deepspeed_sft.train(config, folder / "sec.parquet", start=folder / "base", work_dir=folder / "psi")
     geometry = read_geometry(folder / "base" / "config.json")
     phase = max(psi_phases(config, geometry), key=lambda phase: phase.total)
@@ -106,9 +107,9 @@ def measure(case: str, folder: Path) -> None:
 
 def resident(field: str) -> float:
     """GiB of this process, from the kernel: VmRSS now, VmHWM at its peak."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 2**20
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) / 2**20
 
 
 def main() -> None:
@@ -136,12 +137,13 @@ def main() -> None:
             )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
-        found = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
-        predicted = sum(found["parts"].values())
-        parts = ", ".join(f"{name} {gib * 1024:.0f}" for name, gib in found["parts"].items())
-        error = predicted / found["measured"] - 1
+        result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+        predicted = sum(result["parts"].values())
+        parts = ", ".join(f"{name} {gib * 1024:.0f}" for name, gib in result["parts"].items())
+        error = predicted / result["measured"] - 1
         print(
-            f"{case:30} {found['parameters']:>11,} {predicted:>6.2f} GiB {found['measured']:>5.2f} GiB {error:>+6.0%}  {parts}"
+            f"{case:30} {result['parameters']:>11,} {predicted:>6.2f} GiB {result['measured']:>5.2f} GiB "
+            f"{error:>+6.0%}  {parts}"
         )
     return None
 

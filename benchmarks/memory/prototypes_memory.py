@@ -1,10 +1,12 @@
-"""K-means and refinement on many analyses: seconds and peak memory, with the vectors on disk and equal texts stored once.
+"""K-means and refinement of many analyses: seconds and peak memory, with the vectors on disk.
 
-    python benchmarks/memory/prototypes_memory.py [--analyses 100000] [--dimensions 384] [--prototypes 50] [--texts-per-analysis 0.5]
+    python benchmarks/memory/prototypes_memory.py [--analyses 100000] [--dimensions 384] [--prototypes 50]
+        [--texts-per-analysis 0.5]
 
-Analyses lie in a memory-mapped matrix (analyses, d) around planted centres; queries, responses and histories are `Rows` of a second
-memory-mapped table, as the stage makes them.  Printed after each step: seconds, the peak of resident memory (which counts mapped pages
-that happen to be in memory and could be dropped), the anonymous memory (which could not), and the adjusted Rand index.
+Analyses are rows of a memory-mapped matrix (analyses, d) around planted centres.  Queries, responses and
+histories are `Rows` of a second memory-mapped table, as the stage makes them, so equal texts are stored
+once.  Printed after each step: seconds, the peak of resident memory (which counts mapped pages that could
+be dropped), the anonymous memory (which could not), and the adjusted Rand index.
 """
 
 from __future__ import annotations
@@ -57,11 +59,12 @@ def main() -> None:
     n, d, rng = args.analyses, args.dimensions, np.random.default_rng(0)
     clock = time.perf_counter()
 
-    def told(step: str) -> None:
+    def log_step(step: str) -> None:
         nonlocal clock
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"{step:32} {time.perf_counter() - clock:7.1f} s, peak {peak:5.2f} GiB resident, {anonymous_gib():5.2f} GiB anonymous",
+            f"{step:32} {time.perf_counter() - clock:7.1f} s, peak {peak:5.2f} GiB resident, "
+            f"{anonymous_gib():5.2f} GiB anonymous",
             flush=True,
         )
         clock = time.perf_counter()
@@ -79,19 +82,20 @@ def main() -> None:
         samples = RefinementBatch(
             one(), one(), one(), many(), many(), many(), rng.random((n, 3)) < 0.9, users
         )
-        told(f"{n} × {d} on disk")
+        log_step(f"{n} × {d} on disk")
         suggest_k(P)
-        told("singular values")
-        found = cluster(P, args.prototypes, 0, users)
-        told("K-means")
-        refined, _ = refine(found, samples, PrototypesConfig(k=args.prototypes, refine_epochs=1), 0)
-        told("refinement, one epoch")
+        log_step("singular values")
+        clustered = cluster(P, args.prototypes, 0, users)
+        log_step("K-means")
+        refined, _ = refine(clustered, samples, PrototypesConfig(k=args.prototypes, refine_epochs=1), 0)
+        log_step("refinement, one epoch")
         neighbourhood = Neighbourhood(refined)
         for row in range(0, n, max(1, n // 200)):
             neighbourhood.nearest(np.asarray(P[row]), users[row], 8)
-        told("neighbours of 200 queries")
+        log_step("neighbours of 200 queries")
         print(
-            f"adjusted Rand index: {adjusted_rand_score(group, found.labels):.3f} clustered, {adjusted_rand_score(group, refined.labels):.3f} refined"
+            f"adjusted Rand index: {adjusted_rand_score(group, clustered.labels):.3f} clustered, "
+            f"{adjusted_rand_score(group, refined.labels):.3f} refined"
         )
 
 

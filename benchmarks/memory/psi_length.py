@@ -1,9 +1,10 @@
-"""Memory and time a token of one PSI step as the sequence grows: forward and backward, gradient checkpointing as shipped for 8B.
+"""Memory and time per token of one PSI step as the sequence grows.
 
     python -m benchmarks.memory.psi_length [--hidden 256] [--layers 4]
 
-A Qwen 2 of random weights reads one sequence, a third of it trained.  Each length runs in a process of its own; its peak is the growth
-of the resident set over what was there after a short first step.
+Forward and backward, with gradient checkpointing as shipped for 8B.  A Qwen 2 of random weights reads one
+sequence, a third of it trained.  Each length runs in a process of its own; its peak is the growth of the
+resident set after a short first step.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def step(model: Qwen2ForCausalLM, length: int) -> None:
 
 
 def measure(length: int, hidden: int, layers: int) -> tuple[float, float]:
-    """Peak KiB and CPU milliseconds a token."""
+    """Peak KiB and CPU milliseconds per token."""
     torch.set_num_threads(1)
     model = make(hidden, layers)
     step(model, 32)
@@ -78,11 +79,9 @@ def main() -> None:
         f"{args.layers} layers of width {args.hidden}, vocabulary {VOCABULARY}; a third of the tokens trained"
     )
     for length in LENGTHS:
-        told = subprocess.run(
-            [*command, f"--length={length}"], capture_output=True, text=True, check=True
-        ).stdout
-        memory, milliseconds = map(float, told.split())
-        print(f"{length:6} tokens   {memory:7.1f} KiB a token   {milliseconds:6.3f} ms a token")
+        done = subprocess.run([*command, f"--length={length}"], capture_output=True, text=True, check=True)
+        memory, milliseconds = map(float, done.stdout.split())
+        print(f"{length:6} tokens   {memory:7.1f} KiB per token   {milliseconds:6.3f} ms per token")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Peak memory and time of cross entropy in pieces against the whole, at a vocabulary of 128k, in one run.
+"""Peak memory and time of cross entropy in pieces against the whole, at a vocabulary of 128k.
 
     python -m benchmarks.memory.psi_loss_memory [--tokens 2048] [--hidden 64]
 
-Forward and backward of head and loss alone.  Each way runs in a process of its own, and its peak is the growth of the resident
-set over what was there before; the hidden size is small, so that logits are what counts.  Ratios are to the whole.
+Forward and backward of head and loss alone.  Each way runs in a process of its own; its peak is the
+growth of the resident set.  The hidden size is small, so that logits dominate.  Ratios are to the whole.
 """
 
 from __future__ import annotations
@@ -58,13 +58,12 @@ def main() -> None:
         ("in pieces", PIECE),
         ("quarter pieces", PIECE // 4),
     ):
-        told = subprocess.run(
-            [*command, f"--piece={piece}"], capture_output=True, text=True, check=True
-        ).stdout
-        memory, seconds, loss = map(float, told.split())
+        done = subprocess.run([*command, f"--piece={piece}"], capture_output=True, text=True, check=True)
+        memory, seconds, loss = map(float, done.stdout.split())
         first = first or [memory, seconds]
         print(
-            f"{name:15} peak {memory:7.0f} MiB ({memory / first[0]:.2f} ×)   {seconds:6.2f} s ({seconds / first[1]:.2f} ×)   loss {loss:.6f}"
+            f"{name:15} peak {memory:7.0f} MiB ({memory / first[0]:.2f} ×)   "
+            f"{seconds:6.2f} s ({seconds / first[1]:.2f} ×)   loss {loss:.6f}"
         )
 
 

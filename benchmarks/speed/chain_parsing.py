@@ -1,9 +1,10 @@
-"""How many evaluation chains a second one core parses and verifies, on chains of about 2 kB.
+"""Evaluation chains of about 2 kB that one core parses and verifies per second.
 
     python benchmarks/speed/chain_parsing.py
 
-Two kinds: the grammar that `write_chain` writes, and the free forms of language models, with criteria of their own in every chain.  CPU
-time, best of five rounds; the ratio is to reading the same JSON objects with the standard library alone.
+Two kinds: the grammar that `write_chain` writes, and the free forms of language models, with criteria of
+their own in every chain.  CPU time, best of five rounds.  The ratio is to reading the same JSON with the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def main() -> None:
         took = seconds(parse_chain, texts)
         size = sum(len(text.encode()) for text in texts) / CHAINS
         print(
-            f"{kind.__name__}: {CHAINS / took:,.0f} chains a second and core, {size:,.0f} bytes each; {took / seconds(read_json, texts):.0f} × reading their JSON"
+            f"{kind.__name__}: {CHAINS / took:,.0f} chains per second and core, {size:,.0f} bytes each; "
+            f"{took / seconds(read_json, texts):.0f} × reading their JSON"
         )
 
 

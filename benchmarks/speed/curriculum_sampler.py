@@ -1,10 +1,11 @@
-"""How long does a draw take with ten million pairs, against `numpy.random.Generator.choice(p=…)` a draw?  Both in one run.
+"""Draws from ten million pairs, against one `numpy.random.Generator.choice(p=…)` per draw.
 
-    python benchmarks/speed/curriculum_sampler.py [--pairs 10000000] [--batch 512] [--steps 200] [--naive-draws 20] [--users 200000]
+    python benchmarks/speed/curriculum_sampler.py [--pairs 10000000] [--batch 512] [--steps 200]
+        [--naive-draws 20] [--users 200000]
 
-The naive sampler keeps a probability a pair and asks numpy for one pair at a time, which sums all of them at each draw.  Printed are
-set-up seconds, bytes a pair (of the arrays kept, by tracemalloc), draws a second of processor time, the ratio of the two, and the
-size and time of a saved state.
+The naive sampler keeps one probability per pair and draws one pair at a time, for which numpy sums all of
+them. Printed, from one run: set-up seconds, bytes per pair (of the arrays kept, by tracemalloc), draws
+per second of processor time, the ratio of the two rates, and the size and time of a saved state.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pgenrm_train.curriculum.sampler import CurriculumSampler, PairFacts, Schedu
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of processor time, and what `work` returns."""
+    """Seconds of processor time, and the result of `work`."""
     began = time.process_time()
-    found = work()
-    return time.process_time() - began, found
+    result = work()
+    return time.process_time() - began, result
 
 
 def ours(
@@ -59,8 +60,9 @@ def ours(
     rate = args.steps * args.batch / spent
     saved, state = timed(lambda: json.dumps(sampler.state_dict()))
     print(
-        f"{'user-balanced' if users is not None else 'plain':<14} set-up {seconds:6.1f} s, {kept / args.pairs:5.1f} bytes a pair kept "
-        f"({peak / args.pairs:.1f} at the peak), {rate:9,.0f} draws/s with observations: {rate / naive_rate:,.0f} times as fast; "
+        f"{'user-balanced' if users is not None else 'plain':<14} set-up {seconds:6.1f} s, "
+        f"{kept / args.pairs:5.1f} bytes per pair kept ({peak / args.pairs:.1f} at the peak), "
+        f"{rate:9,.0f} draws/s with observations: {rate / naive_rate:,.0f} times as fast; "
         f"state of {args.steps} steps {len(state) / 1e6:.1f} MB in {saved:.1f} s"
     )
 
@@ -83,7 +85,8 @@ def main() -> None:
     naive_rate = args.naive_draws / spent
     print(f"{args.pairs:,} pairs, {args.users:,} users, {args.steps} steps of {args.batch}")
     print(
-        f"{'choice(p=…)':<14} {weights.nbytes / args.pairs:.1f} bytes a pair kept, {naive_rate:9,.1f} draws/s"
+        f"{'choice(p=…)':<14} {weights.nbytes / args.pairs:.1f} bytes per pair kept, "
+        f"{naive_rate:9,.1f} draws/s"
     )
     ours(args, hard, suspect, None, naive_rate)
     ours(args, hard, suspect, rng.integers(0, args.users, args.pairs), naive_rate)

@@ -1,10 +1,11 @@
-"""How busy `recipe=build_sec` keeps a server, and what a request costs the client.
+"""Busy share of a server under `recipe=build_sec`, and the client's CPU time per request.
 
     python benchmarks/speed/factory_slots.py [--seconds 2] [--slots 64] [--rounds 10]
 
-A stub server in a process of its own answers every request with a chain after two seconds.  Busy share: mean number of requests that the
-server holds, over its slots, from the first arrival to the last.  The factory's path is the real one (prompts, queue, cache on disk,
-parsing, rejection); the baseline of the same run is a thread pool around the openai client that throws the answers away.
+A stub server in a process of its own answers every request with a chain after two seconds.  Busy share:
+the mean number of requests in the server, over its slots, from the first arrival to the last.  The
+factory's path is the real one (prompts, queue, cache on disk, parsing, rejection).  The baseline of the
+same run is a thread pool around the openai client that discards the answers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WORDS = [
 
 
 class Stub:
-    """A server that holds each request for `seconds` and remembers how many it held."""
+    """Server that holds each request for `seconds`, and integrates the number of held requests."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.busy, self.area, self.requests = seconds, 0, 0.0, 0
@@ -103,10 +104,13 @@ def answer(number: int) -> dict[str, object]:
     text = write_chain(f"{number}: {analysis}", [("plain words", 60), ("focus", 40)], [[9, 8], [3, 4]])
     message = {"role": "assistant", "content": text}
     return {
-        "id": "c", "object": "chat.completion", "created": 0, "model": "stub",
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "stub",
         "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
         "usage": {"prompt_tokens": 900, "completion_tokens": 500, "total_tokens": 1400},
-    }  # fmt: skip
+    }
 
 
 async def serve(seconds: float) -> None:
@@ -156,12 +160,12 @@ def naive(settings: EndpointConfig, votes: Sequence[PreferencePair], _folder: Pa
 def measured(
     run: Callable[..., None], settings: EndpointConfig, votes: Sequence[PreferencePair], folder: Path
 ) -> tuple[float, float]:
-    """(busy slots, CPU seconds a request)."""
+    """Busy slots, and CPU seconds per request."""
     began = time.process_time()
     run(settings, votes, folder)
     cpu = time.process_time() - began
-    with urllib.request.urlopen(f"{settings.base_url}/stats") as found:
-        stats = json.load(found)
+    with urllib.request.urlopen(f"{settings.base_url}/stats") as response:
+        stats = json.load(response)
     return stats["busy"], cpu / stats["requests"]
 
 
@@ -194,8 +198,8 @@ def compare(slots: int, rounds: int, seconds: float) -> None:
     finally:
         server.terminate()
     for name, (busy, cpu) in (("build_sec", ours), ("thread pool", theirs)):
-        print(f"{name}: {busy / slots:.1%} of {slots} slots busy, {cpu * 1000:.1f} ms CPU a request")
-    print(f"cost of a request: {ours[1] / theirs[1]:.2f} × the thread pool's")
+        print(f"{name}: {busy / slots:.1%} of {slots} slots busy, {cpu * 1000:.1f} ms CPU per request")
+    print(f"CPU per request: {ours[1] / theirs[1]:.2f} × the thread pool's")
 
 
 if __name__ == "__main__":

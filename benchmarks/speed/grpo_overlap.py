@@ -1,19 +1,21 @@
-"""What a judge costs a GRPO step, and what our trainer costs against stock veRL's, in one run.
+"""Cost of a judge in a GRPO step, and our trainer against stock veRL's, in one run.
 
 From one checkpoint, on the same rows and with the same settings:
 
-    ours     our trainer with a stub judge that takes no CPU; its verdicts come at once, or after 10, 50 or 100 % of a step's
-             generation time, from one step to the next in turn, so that a machine that does something else beside bears on all alike
-    stock    veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward function; its replay
-             buffer polls as often as ours
+    ours     our trainer with a stub judge that takes no CPU.  Its verdicts come at once, or after 10, 50 or
+             100 % of a step's generation time.  Latencies alternate by step, so other load affects all
+    stock    veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward
+             function; its replay buffer polls as often as ours
 
     python benchmarks/speed/grpo_overlap.py --out runs/overlap
-    python benchmarks/speed/grpo_overlap.py --out runs/overlap --rounds 3 --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
+    python benchmarks/speed/grpo_overlap.py --out runs/overlap --rounds 3
+        --overrides cre.prompts_per_step=8 cre.mini_batch_prompts=8
 
-A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync, and as on GPUs the log-probabilities of the actor and
-of the reference.  Printed are medians, and for the judge the median over rounds of the ratio to the round's own step with verdicts at
-once.  Verdicts are asked for as each chain ends and waited for after the log-probabilities, so what is left of a judge's latency is that
-of the chain that ends last, less what they take.
+A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync, and as on GPUs the
+log-probabilities of actor and reference.  Prints medians, and for the judge the median over rounds of the
+ratio to the round's step with instant verdicts.  A verdict is requested when its chain ends and awaited
+after the log-probabilities.  So the rest of a judge's latency is that of the chain that ends last, less
+the time of the log-probabilities.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def compute_score(
 
 
 def stub_judge() -> Any:
-    """The judge of `ours`, with the latency of the current step; veRL's log has the times of the steps before."""
+    """Judge of `ours`, with the latency of the current step; veRL's log has the steps before."""
     times = times_of(Path(os.environ[TIMES]).parent, "ours")
 
     def judge(chain_text: str, example: Mapping[str, Any]) -> float:
@@ -74,7 +76,7 @@ def stub_judge() -> Any:
 
 
 def share_of(step: int) -> float:
-    """The latency of a step's verdicts; the first step imports and compiles, and is not measured."""
+    """Latency of a step's verdicts; the first step imports and compiles, and is not measured."""
     return SHARES[(step - 2) % len(SHARES)] if step > 1 else 0.0
 
 
@@ -83,7 +85,7 @@ def read_times(file: Path) -> list[dict[str, float]]:
 
 
 def of_share(times: Sequence[Mapping[str, float]], share: float, name: str) -> list[float]:
-    """The values of the measured steps with this latency; the last step also saves a checkpoint and is left out by `report`."""
+    """Values of the measured steps with this latency; `report` drops the last step, which also saves."""
     return [line[name] for step, line in enumerate(times, start=1) if step > 1 and share_of(step) == share]
 
 
@@ -106,14 +108,24 @@ def arguments() -> argparse.Namespace:
 
 
 def steps_of(rounds: int) -> int:
-    """The measured ones, the first and the last."""
+    """Measured steps, and the first and the last."""
     return 1 + rounds * len(SHARES) + 1
 
 
 def configuration(args: argparse.Namespace) -> Config:
-    return load("recipe=cre", "pipeline.budget=smoke", "tracking=none", f"run_dir={args.out.resolve()}", f"cre.steps={steps_of(args.rounds)}",
-                f"model.path={args.start}", "cre.kl_coefficient=0.001", "cre.save_every=0", "cre.validate_every=0", "cre.rows=96",
-                *args.overrides)  # fmt: skip
+    return load(
+        "recipe=cre",
+        "pipeline.budget=smoke",
+        "tracking=none",
+        f"run_dir={args.out.resolve()}",
+        f"cre.steps={steps_of(args.rounds)}",
+        f"model.path={args.start}",
+        "cre.kl_coefficient=0.001",
+        "cre.save_every=0",
+        "cre.validate_every=0",
+        "cre.rows=96",
+        *args.overrides,
+    )
 
 
 def base_phase(config: Config) -> Phase:
@@ -126,7 +138,7 @@ def base_phase(config: Config) -> Phase:
 
 
 def timed(config: Config, section: str, **where: Any) -> Any:
-    """`to_verl`, with veRL's own file logger: one file a phase."""
+    """`to_verl` with veRL's own file logger: one file per phase."""
     composed = to_verl(config, section, **where)
     composed.algorithm.rollout_correction.bypass_mode = (
         False  # a CPU run takes the sampler's log-probabilities for the actor's
@@ -168,14 +180,16 @@ def stock(config: Config, out: Path) -> None:
         trainer = session.trainer
         trainer.fit(
             AgentLoopManagerTQ.create(
-                config=verl, llm_client=trainer.get_llm_client(), teacher_client=trainer.get_teacher_client(),
+                config=verl,
+                llm_client=trainer.get_llm_client(),
+                teacher_client=trainer.get_teacher_client(),
                 reward_loop_worker_handles=trainer.get_reward_handles(),
             )
-        )  # fmt: skip
+        )
 
 
 def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
-    folders = (str(ROOT), str(ROOT / "benchmarks"))
+    folders = (str(ROOT), str(Path(__file__).resolve().parent))
     env = os.environ | engine.verl_variables(config) | {TIMES: str(args.out.resolve() / "times")}
     env["PYTHONPATH"] = os.pathsep.join((*folders, env["PYTHONPATH"]))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -195,14 +209,16 @@ def report(out: Path) -> None:
         statistics.median(of_share(ours, 0.0, f"timing_s/{name}")) for name in ("old_log_prob", "ref")
     )
     print(
-        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of it {generation:.2f} s generation and "
+        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of which "
+        f"{generation:.2f} s generation and "
         f"{hidden:.2f} s log-probabilities ({len(at_once)} rounds)"
     )
     for share in SHARES[1:]:
         steps = of_share(ours, share, "timing_s/step")
         ratio = statistics.median(step / plain for step, plain in zip(steps, at_once, strict=True))
         print(
-            f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = {ratio:.2f} × at once"
+            f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = "
+            f"{ratio:.2f} × at once"
         )
     theirs = statistics.median(line["timing_s/step"] for line in stock[1:])
     print(f"stock veRL: step {theirs:.2f} s; ours = {statistics.median(at_once) / theirs:.2f} × stock")

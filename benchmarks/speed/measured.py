@@ -1,4 +1,4 @@
-"""One command of the project in a process of its own: its wall clock, CPU time and peak memory."""
+"""Wall clock, CPU time and peak memory of one command of the project, in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Spent(NamedTuple):
 
 
 def measured(*arguments: str) -> Spent:
-    """Run `python -m pgenrm_train` with these arguments.  Ends this process with the child's words when it fails."""
+    """Run `python -m pgenrm_train ARGUMENTS`; a failure ends this process with the child's stderr."""
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, *arguments], cwd=ROOT, capture_output=True, text=True

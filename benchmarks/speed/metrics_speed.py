@@ -1,12 +1,16 @@
-"""How long do metrics take on a million predictions?  Beside them, in the same run, plain pandas for the same numbers.
+"""Time of all metrics on a million predictions, against plain pandas for the same numbers.
 
-    python benchmarks/speed/metrics_speed.py [--predictions 1000000] [--users 2000] [--draws 2000] [--baseline-draws 50]
+    python benchmarks/speed/metrics_speed.py [--predictions 1000000] [--users 2000] [--draws 2000]
+        [--baseline-draws 50]
 
-`report` is `eval.metrics.accuracy.accuracy_report` (strict, all protocols, slices by kind, every interval with --draws draws), `slices` and
-`calibration` what a report adds, `difference` a paired comparison of two such tables.  The baseline is what one would write first:
-a groupby for each step, and a bootstrap that joins the drawn users' rows back and averages them; it is timed on --baseline-draws
-draws of one interval and scaled up.  Both must give the same accuracy and nearly the same interval, which is printed.
-`--users` at its limit (one pair a user) is the hardest case for a bootstrap over users.
+`report` is `eval.metrics.accuracy.accuracy_report` (strict, all protocols, slices by kind, every interval
+with --draws draws), `slices` and `calibration` are the additions of a report, `difference` is a paired
+comparison of two such tables.
+
+The baseline is the obvious first version: a groupby for each step, and a bootstrap that joins the drawn
+users' rows and averages them.  It is timed on --baseline-draws draws of one interval and scaled up.  Both
+must give the same accuracy and nearly the same interval, which are printed.  `--users` at its limit (one
+pair per user) is the hardest case for a bootstrap over users.
 """
 
 from __future__ import annotations
@@ -93,7 +97,8 @@ def main() -> None:
     args = parser.parse_args()
     a, b = (predictions(args.predictions, args.users, seed) for seed in (0, 1))
     print(
-        f"{len(a)} predictions, {a['pair_id'].nunique()} pairs, {a['user_id'].nunique()} users, {args.draws} draws"
+        f"{len(a)} predictions, {a['pair_id'].nunique()} pairs, {a['user_id'].nunique()} users, "
+        f"{args.draws} draws"
     )
     settings: dict[str, Any] = {"draws": args.draws, "seed": 0}
     report, seconds = timed(lambda: accuracy_report(a, **settings))
@@ -107,13 +112,16 @@ def main() -> None:
     print(f"{'all':12s} {sum(spent.values()):7.2f} s")
     baseline = counting + drawing * args.draws / args.baseline_draws
     print(
-        f"plain pandas {baseline:7.2f} s for one accuracy ({counting:.2f} s) and one interval ({args.baseline_draws} draws × {args.draws / args.baseline_draws:g})"
+        f"plain pandas {baseline:7.2f} s for one accuracy ({counting:.2f} s) and one interval "
+        f"({args.baseline_draws} draws × {args.draws / args.baseline_draws:g})"
     )
     print(
-        f"plain pandas ÷ report: {baseline / spent['report']:.1f}, with one interval against {3 + 1 + len(report['slices'])}"
+        f"plain pandas ÷ report: {baseline / spent['report']:.1f}, with one interval against "
+        f"{3 + 1 + len(report['slices'])}"
     )
     print(
-        f"accuracy {report['accuracy']:.4f} and {accuracy:.4f}; interval {_shown(report['ci95'])} and {_shown(interval)}"
+        f"accuracy {report['accuracy']:.4f} and {accuracy:.4f}; "
+        f"interval {_shown(report['ci95'])} and {_shown(interval)}"
     )
 
 

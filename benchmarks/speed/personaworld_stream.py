@@ -1,10 +1,11 @@
-"""Does `recipe=build_data data=personaworld` stream?  Pairs a CPU second and peak memory at two sizes, five times apart.
+"""Streaming of `recipe=build_data data=personaworld`: pairs per CPU second and peak memory at two sizes.
 
     python benchmarks/speed/personaworld_stream.py              20k and 100k pairs
     python benchmarks/speed/personaworld_stream.py 200000 1000000
 
-Each build runs in a process of its own, whole: pairs, index, shards, leak report (without near duplicates: these texts are made of
-few phrases) and card.  Memory that grew with the data would show in the ratio of the peaks.
+Each build is complete and runs in a process of its own: pairs, index, shards, leak report (without near
+duplicates, since these texts are made of few phrases) and card.  Memory that grew with the data would
+show in the ratio of the peaks.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ def main() -> None:
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             spent = measured(
-                "recipe=build_data", "data=personaworld", f"data.users={size // PAIRS_PER_USER}", "data.heldout_users=100",
-                "tracking=none", f"run_dir={folder}/run",
-            )  # fmt: skip
-            made = json.loads(Path(folder, "run", "build_data", "card.json").read_text())["pairs"]
+                "recipe=build_data",
+                "data=personaworld",
+                f"data.users={size // PAIRS_PER_USER}",
+                "data.heldout_users=100",
+                "tracking=none",
+                f"run_dir={folder}/run",
+            )
+            count = json.loads(Path(folder, "run", "build_data", "card.json").read_text())["pairs"]
         peaks.append(spent.peak_mib)
-        counts.append(made)
-        # CPU time, so that a busy machine measures the same
+        counts.append(count)
+        # CPU time, so that other load does not count
         print(
-            f"{made:>9,} pairs  {spent.cpu_seconds:7.1f} CPU s  {made / spent.cpu_seconds:7,.0f} pairs/CPU s  peak {spent.peak_mib:.0f} MiB"
+            f"{count:>9,} pairs  {spent.cpu_seconds:7.1f} CPU s  "
+            f"{count / spent.cpu_seconds:7,.0f} pairs/CPU s  peak {spent.peak_mib:.0f} MiB"
         )
     print(f"{counts[-1] / counts[0]:.1f} × the pairs, {peaks[-1] / peaks[0]:.2f} × the memory")
 

@@ -2,9 +2,10 @@
 
     python benchmarks/speed/prism_build.py
 
-1,500 users, 8,011 conversations, 68,371 utterances; texts of PRISM's typical lengths.  Without and with near duplicates in the leak
-report: wall clock and CPU seconds, peak memory, and the ratio to reading the same files with the standard library's json alone.
-The bars are 60 s without, 180 s with, and 1.5 GB, on two cores that have nothing else to do.
+1,500 users, 8,011 conversations, 68,371 utterances; texts of PRISM's typical lengths.  Without and with
+near duplicates in the leak report: wall clock and CPU seconds, peak memory, and the ratio to reading the
+same files with the standard library's json alone.  The limits are 60 s without, 180 s with, and 1.5 GB,
+on two idle cores.
 """
 
 from __future__ import annotations
@@ -46,9 +47,14 @@ def conversation(rng: random.Random, number: int, utterances: int) -> dict[str, 
         utterances, turn = utterances - shown, turn + 1
     names = ("values", "fluency", "factuality", "safety", "diversity", "creativity", "helpfulness")
     return {
-        "conversation_id": f"c{number}", "user_id": f"user{number % USERS}", "conversation_type": "unguided", "conversation_turns": turn,
-        "conversation_history": history, "choice_attributes": {n: rng.randint(0, 100) for n in names}, "open_feedback": text(rng, 30),
-    }  # fmt: skip
+        "conversation_id": f"c{number}",
+        "user_id": f"user{number % USERS}",
+        "conversation_type": "unguided",
+        "conversation_turns": turn,
+        "conversation_history": history,
+        "choice_attributes": {n: rng.randint(0, 100) for n in names},
+        "open_feedback": text(rng, 30),
+    }
 
 
 def write(folder: Path) -> None:
@@ -78,13 +84,17 @@ def main() -> None:
         reading = time.process_time() - began
         for near in ("false", "true"):
             spent = measured(
-                "recipe=build_data", "data=prism", f"data.path={source}", f"data.near_duplicates={near}", "tracking=none",
+                "recipe=build_data",
+                "data=prism",
+                f"data.path={source}",
+                f"data.near_duplicates={near}",
+                "tracking=none",
                 f"run_dir={folder}/near-{near}",
-            )  # fmt: skip
+            )
             ratio = spent.cpu_seconds / reading
             print(
-                f"near duplicates {near:5}  {spent.wall_seconds:6.1f} s  {spent.cpu_seconds:6.1f} CPU s  {ratio:5.0f} × reading the "
-                f"JSON  peak {spent.peak_mib / 1024:.2f} GiB"
+                f"near duplicates {near:5}  {spent.wall_seconds:6.1f} s  {spent.cpu_seconds:6.1f} CPU s  "
+                f"{ratio:5.0f} × reading the JSON  peak {spent.peak_mib / 1024:.2f} GiB"
             )
 
 

@@ -1,11 +1,11 @@
-"""Tokens/s and share of padding of PSI's three layouts, on the lengths of a real chain set, in one run.
+"""Tokens/s and share of padding of PSI's three layouts, on the lengths of a real chain set.
 
     python -m benchmarks.speed.psi_batching RUN/build_sec [--steps 8] [--batch 32] [--micro 8] [--spread]
 
-Every layout takes the same sequences in the same steps, so ratios compare equal work; layouts take turns step by step, so that a
-busy machine slows all alike.  Tokens are real ones, padding not counted; time is CPU time of this process.  The packed layout is
-timed with `packed_attention`, PyTorch's kernel one sequence at a time.  `--spread` cuts each chat to between a tenth
-and the whole of its length, for sets whose lengths vary more than PersonaWorld's.
+Every layout takes the same sequences in the same steps, so ratios compare equal work.  Layouts alternate
+by step, so that a busy machine slows all equally.  Tokens are real ones, without padding; time is CPU
+time of this process.  The packed layout runs PyTorch's kernel one sequence at a time.  `--spread` cuts
+each chat to between a tenth and all of its length, for sets whose lengths vary more than PersonaWorld's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="build_sec of a run: sec.parquet and base/")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step")
-    parser.add_argument("--micro", type=int, default=8, help="sequences a micro-batch")
+    parser.add_argument("--batch", type=int, default=32, help="sequences per step")
+    parser.add_argument("--micro", type=int, default=8, help="sequences per micro-batch")
     parser.add_argument(
-        "--spread", action="store_true", help="cut chats to a tenth to the whole of their length"
+        "--spread", action="store_true", help="cut each chat to between a tenth and all of its length"
     )
-    parser.add_argument("--chats", type=int, default=2000, help="of the set, which build_sec has shuffled")
+    parser.add_argument("--chats", type=int, default=2000, help="chats to use; build_sec has shuffled them")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -93,11 +93,12 @@ def main() -> None:
     totals = {layout: [0.0, 0, 0] for layout in Layout}
     for step in range(args.steps + 1):
         for layout in Layout:
-            found = run_step(model, chats, micro_batches(orders[layout], step), layout, pad)
-            if step:  # the first warms up
-                totals[layout] = [a + b for a, b in zip(totals[layout], found, strict=True)]
+            measured = run_step(model, chats, micro_batches(orders[layout], step), layout, pad)
+            if step:  # the first step warms up
+                totals[layout] = [a + b for a, b in zip(totals[layout], measured, strict=True)]
     print(
-        f"{len(chats)} chats, {min(lengths)} to {max(lengths)} tokens; {args.batch} sequences a step, {args.micro} a micro-batch"
+        f"{len(chats)} chats, {min(lengths)} to {max(lengths)} tokens; {args.batch} sequences per step, "
+        f"{args.micro} per micro-batch"
     )
     seconds, tokens, _ = totals["padded"]
     for layout, (spent, real, places) in totals.items():

@@ -1,12 +1,15 @@
-"""How much faster is batched refinement than a loop over samples?  Both in one run, on the same samples, machine and threads.
+"""Batched refinement of prototypes against loops over samples, on the same samples and threads.
 
-    python benchmarks/speed/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3] [--loop-samples 200]
+    python benchmarks/speed/refinement_speed.py [--samples 20000] [--dimensions 1024] [--history 3]
+        [--loop-samples 200]
 
-Two loops go one sample after another through METHOD §6's equations as written: `gathered` adds up gradients over a mini-batch and
-makes the same updates as the batched pass; `stepwise` makes an optimiser step a sample.  Both are timed on `--loop-samples`
-samples, the batched pass on all of them; compared are samples a CPU second on one thread, so that a busy machine matters little (with
-more threads the loops fall further behind: their products are too small to share out).  Prints the rates, the ratios, and how far the
-losses of one step on the same samples differ.
+Two loops run METHOD §6's equations sample by sample.  `gathered` adds up gradients over a mini-batch and
+makes the same updates as the batched pass; `stepwise` makes one optimiser step per sample.  Both are
+timed on `--loop-samples` samples, the batched pass on all of them.  Compared are samples per CPU second
+on one thread, so that a busy machine matters little.  With more threads the loops fall further behind,
+since their products are too small to share.
+
+Prints the rates, the ratios, and the difference of the losses of one step on the same samples.
 """
 
 from __future__ import annotations
@@ -99,14 +102,17 @@ def main() -> None:
     batched_rate = args.samples / (time.process_time() - start)
 
     print(
-        f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}; samples a CPU second"
+        f"samples {args.samples}, d {args.dimensions}, h {args.history}, k {args.prototypes}; "
+        "samples per CPU second"
     )
     for name, rate in (("gathered", loop_rate), ("stepwise", stepwise_rate)):
         print(
-            f"{name} loop {rate:8.0f} ({len(shared)} samples): batched is {batched_rate / rate:.1f} times as fast"
+            f"{name} loop {rate:8.0f} ({len(shared)} samples): "
+            f"batched is {batched_rate / rate:.1f} times as fast"
         )
     print(
-        f"batched       {batched_rate:8.0f} ({args.samples} samples, one epoch in batches of {args.batch_size})"
+        f"batched       {batched_rate:8.0f} ({args.samples} samples, one epoch in batches of "
+        f"{args.batch_size})"
     )
     print(f"losses of the shared step differ by {abs(losses[0] - losses[1]):.1e}")
 

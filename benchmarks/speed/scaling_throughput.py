@@ -1,21 +1,28 @@
-"""How long does test-time user-based scaling take over an API?  Our client and one that goes user by user, on the same server.
+"""Time of test-time user-based scaling over an API: our client against one that works user by user.
 
-    python benchmarks/speed/scaling_throughput.py [--users 131] [--pairs 798] [--ind 16] [--pro 8] [--chain-seconds 0.25] [--user-share 0.25]
+    python benchmarks/speed/scaling_throughput.py [--users 131] [--pairs 798] [--ind 16] [--pro 8]
+        [--chain-seconds 0.25] [--user-share 0.25]
 
-The server is a stub in a process of its own: 64 slots, a prompt is encoded in one slot at a fixed speed less what a prefix cache of
-recent histories holds, and then every sample takes a slot for a log-normal time (mean `--chain-seconds`, deviation 35 %; an 8B model
-needs about 10 s, so times are scaled down, and the client's own overhead counts 40 times as much as it would).  Its *own bound* is
-the sum of all slot seconds that the requests cost at the least, divided by the slots.  Plain scoring, a sample a pair:
+The server is a stub in a process of its own with 64 slots.  It encodes a prompt in one slot at a fixed
+speed, less the part in a prefix cache of recent histories.  Then every sample takes a slot for a
+log-normal time (mean `--chain-seconds`, deviation 35 %).  An 8B model needs about 10 s, so times are
+scaled down, and the client's own overhead counts 40 times as much as it would.  The server's *own bound*
+is the sum of all slot seconds that the requests need, divided by the slots.  Plain scoring, one sample
+per pair:
 
-    python benchmarks/speed/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5 --user-share 0.02
+    python benchmarks/speed/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5
+        --user-share 0.02
 
-Both clients ask the same: every pair once, in one order as the released script does, `--ind` samples from the user's own history, then
-one from each of `--pro` similar users' histories.
-- `user by user`: one user after another, a pool of 36 threads over the user's pairs; a thread asks for the pair's own samples at
-  once (n), then for its similar users one after another, each on kept-alive connections.  Without the released script's pauses and
-  its workbook that is read and written for every row.  Timed on a share of the users, of few and of many pairs alike, and scaled to all of them: one
-  after another, users take about as long with few pairs as with many.  `--user-share 1` times all (7 minutes).
-- `ours`: `eval.ask.harness.ask` and `eval.studies.scaling_study.sample_pool` as the evaluation runs them, prompts, parsing and parquet included.
+Both clients put the same questions: every pair once, in one order as the released script does, `--ind`
+samples from the user's own history, then one from each of `--pro` similar users' histories.
+
+- `user by user`: one user after another, with a pool of 36 threads over the user's pairs.  A thread
+  requests the pair's own samples in one call (n), then its similar users one after another, each on
+  kept-alive connections.  The released script's pauses, and its workbook that is read and written for
+  every row, are left out.  Timed on a share of the users, of few and of many pairs, and scaled to all of
+  them: users take about as long with few pairs as with many. `--user-share 1` times all (7 minutes).
+- `ours`: `eval.ask.harness.ask` and `eval.studies.scaling_study.sample_pool` as the evaluation runs them,
+  with prompts, parsing and parquet.
 """
 
 from __future__ import annotations
@@ -50,7 +57,7 @@ CACHED_HISTORIES = 256
 THREADS = 36  # the released script's default
 
 
-# --- the server ---------------------------------------------------------------------------------------------------------------
+# --- server ---
 
 
 class Stub:
@@ -113,13 +120,13 @@ def run_server(port: Connection, slots: int, chain_seconds: float) -> None:
     asyncio.run(main())
 
 
-# --- the world ----------------------------------------------------------------------------------------------------------------
+# --- world ---
 
 
 def world(
     users: int, pairs: int, seed: int = 0
 ) -> tuple[list[PreferencePair], dict[str, tuple[HistoryItem, ...]]]:
-    """Every user votes at least once; the rest is shared out unevenly, as votes are."""
+    """Votes of all users, and a history per vote; every user votes at least once, some much more often."""
     rng = random.Random(seed)
     eager = [rng.lognormvariate(0, 0.8) for _ in range(users)]
     owners = sorted([*range(users), *rng.choices(range(users), eager, k=pairs - users)])
@@ -140,7 +147,7 @@ def world(
 
 
 def similar_of(pair: PreferencePair, votes: list[PreferencePair], histories: Any, n: int) -> list[Similar]:
-    """n other users, the same for all pairs of a user: their analyses lie in one prototype."""
+    """n other users, the same for all pairs of a user: their analyses share one prototype."""
     first = {p.user_id: p for p in votes}
     others = [u for u in first if u != pair.user_id]
     chosen = random.Random(pair.user_id).sample(others, n)
@@ -151,7 +158,7 @@ def messages_of(pair: PreferencePair, history: tuple[HistoryItem, ...]) -> list[
     return chat_messages(MaskedView(pair.context, history, (pair.chosen, pair.rejected)))
 
 
-# --- the clients --------------------------------------------------------------------------------------------------------------
+# --- clients ---
 
 
 def ours(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: int, folder: Path) -> int:
@@ -160,15 +167,25 @@ def ours(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: i
 
     def answer(questions: Any) -> Any:
         return ask(
-            questions, lambda: generator, chat_messages, PredictionStore(folder, "stub"), masking="masked", temperature=0.7,
-            progress=lambda items, *_: items, what="",
-        )  # fmt: skip
+            questions,
+            lambda: generator,
+            chat_messages,
+            PredictionStore(folder, "stub"),
+            masking="masked",
+            temperature=0.7,
+            progress=lambda items, *_: items,
+            what="",
+        )
 
     by_user = {p.user_id: similar_of(p, votes, histories, pro) for p in votes} if pro else {}
     pool = sample_pool(
-        Study("scaling", (ind,), (pro,)), votes, histories, answer, lambda _texts, users, n: [by_user[u][:n] for u in users],
+        Study("scaling", (ind,), (pro,)),
+        votes,
+        histories,
+        answer,
+        lambda _texts, users, n: [by_user[u][:n] for u in users],
         orders=(0,),
-    )  # fmt: skip
+    )
     generator.close()
     assert pool["failure"].isna().all()
     return len(pool)
@@ -218,7 +235,10 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--chain-seconds", type=float, default=0.25)
     parser.add_argument(
-        "--user-share", type=float, default=0.25, help="of the users, for the client that goes user by user"
+        "--user-share",
+        type=float,
+        default=0.25,
+        help="share of the users for the client that works user by user",
     )
     args = parser.parse_args()
 
@@ -232,10 +252,10 @@ def main() -> None:
     step = max(1, round(1 / args.user_share))
     some = set(
         sorted(counts, key=lambda u: (counts[u], u))[step // 2 :: step]
-    )  # users of few and of many pairs alike
+    )  # users of few and of many pairs
     part = [p for p in votes if p.user_id in some]
 
-    import aiohttp  # noqa: F401  imports are not what is timed
+    import aiohttp  # noqa: F401  imports are not timed
     import httpx
 
     def timed(what: str, run: Any, pairs: list[PreferencePair]) -> float:
@@ -246,8 +266,9 @@ def main() -> None:
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         bound = httpx.post(f"{url}/reset").json()["busy"] / args.slots
         print(
-            f"{what:14} {len({p.user_id for p in pairs}):4} users {len(pairs):4} pairs {samples:6} samples {seconds:7.1f} s, "
-            f"{seconds / bound:.2f} × the server's bound of {bound:.1f} s ({bound / seconds:.1%} of the slots busy); client CPU {cpu:.1f} s",
+            f"{what:14} {len({p.user_id for p in pairs}):4} users {len(pairs):4} pairs {samples:6} samples "
+            f"{seconds:7.1f} s, {seconds / bound:.2f} × the server's bound of {bound:.1f} s "
+            f"({bound / seconds:.1%} of the slots busy); client CPU {cpu:.1f} s",
             flush=True,
         )
         return seconds

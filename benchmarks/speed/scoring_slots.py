@@ -1,11 +1,14 @@
-"""How busy does `recipe=evaluate` keep a server?  64 slots, half a second an answer; exit code 1 below 95 %.
+"""Busy share of a server under `recipe=evaluate`; exit code 1 below 95 %.
 
     python benchmarks/speed/scoring_slots.py [--slots 64] [--seconds 0.5] [--rounds 60]
 
-The server is a stub in a process of its own: a request waits for a slot, holds it for `--seconds`, and is answered with a chain.  The
-client is the whole recipe as a user runs it: data built, prompts written, answers parsed, stored and reported; every slot is asked
-for `--rounds` answers.  Busy share: mean number of held slots from the first arrival until the last request has come, over all slots;
-after that nobody is left to take a slot.  `of the asking` is the same over the whole time from the first arrival to the last answer.
+The server is a stub in a process of its own: a request waits for a slot, holds it for `--seconds`, and is
+answered with a chain.  The client is the complete recipe: data built, prompts written, answers parsed,
+stored and reported; every slot gives `--rounds` answers.
+
+Busy share: the mean number of held slots from the first arrival to the last request, over all slots.
+After that no request is left to take a slot.  `of the full time` is the same from the first arrival to
+the last answer.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ ENOUGH = 0.95
 
 
 class Stub:
-    """Holds a slot for `seconds` a request, and adds up how many slots are held over time."""
+    """Server that holds a slot for `seconds` per request, and integrates the number of held slots."""
 
     def __init__(self, slots: int, seconds: float) -> None:
         self.free, self.seconds = asyncio.Semaphore(slots), seconds
@@ -64,14 +67,14 @@ class Stub:
             {"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}}
         )
 
-    async def found(self, _request: Any) -> Any:
+    async def stats(self, _request: Any) -> Any:
         from aiohttp import web
 
-        whole = self.area / max(self.changed - self.first, 1e-9)
+        overall = self.area / max(self.changed - self.first, 1e-9)
         return web.json_response(
             {
                 "busy": self.area_at_arrival / max(self.last_arrival - self.first, 1e-9),
-                "whole": whole,
+                "overall": overall,
                 "requests": self.requests,
             }
         )
@@ -82,7 +85,7 @@ def serve(port: Connection, slots: int, seconds: float) -> None:
 
     async def main() -> None:
         stub, app = Stub(slots, seconds), web.Application()
-        app.add_routes([web.post("/v1/chat/completions", stub.complete), web.get("/found", stub.found)])
+        app.add_routes([web.post("/v1/chat/completions", stub.complete), web.get("/stats", stub.stats)])
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
@@ -92,33 +95,49 @@ def serve(port: Connection, slots: int, seconds: float) -> None:
     asyncio.run(main())
 
 
-def votes(asked: int) -> list[PreferencePair]:
-    """So many test votes of a hundred users, with three earlier ones of each user as history."""
+def votes(tested: int) -> list[PreferencePair]:
+    """`tested` test votes of a hundred users, with three earlier votes of each user as history."""
 
     def text(number: int, words: int) -> str:
         return " ".join(WORDS[(i * number) % len(WORDS)] for i in range(words))
 
     return [
         PreferencePair(
-            f"p{n}", f"u{n % 100}", (Message("user", f"{n}: {text(n, 20)}"),), f"{n} {text(n + 1, 150)}", text(n + 2, 150),
+            f"p{n}",
+            f"u{n % 100}",
+            (Message("user", f"{n}: {text(n, 20)}"),),
+            f"{n} {text(n + 1, 150)}",
+            text(n + 2, 150),
             split="train" if n < 300 else "test",
         )
-        for n in range(300 + asked)
-    ]  # fmt: skip
+        for n in range(300 + tested)
+    ]
 
 
 def evaluate(url: str, count: int, folder: Path) -> float:
-    """CPU seconds of the whole recipe on so many pairs, each asked in both orders."""
+    """CPU seconds of the complete recipe on `count` pairs, each in both orders."""
     import pandas as pd
 
     from recipes import evaluate as recipe
 
     pd.DataFrame([pair_to_row(vote) for vote in votes(count)]).to_parquet(folder / "votes.parquet")
     began = time.process_time()
-    recipe.run(load(
-        "recipe=evaluate", "model=endpoint", "model.name=stub", f"model.base_url={url}/v1", "data=pairs", f"data.path={folder / 'votes.parquet'}",
-        "eval.seeds=1", "eval.ind=1", "eval.probes=false", "eval.baselines=[]", "tracking=none", f"run_dir={folder / 'run'}",
-    ))  # fmt: skip
+    recipe.run(
+        load(
+            "recipe=evaluate",
+            "model=endpoint",
+            "model.name=stub",
+            f"model.base_url={url}/v1",
+            "data=pairs",
+            f"data.path={folder / 'votes.parquet'}",
+            "eval.seeds=1",
+            "eval.ind=1",
+            "eval.probes=false",
+            "eval.baselines=[]",
+            "tracking=none",
+            f"run_dir={folder / 'run'}",
+        )
+    )
     return time.process_time() - began
 
 
@@ -139,13 +158,14 @@ def main() -> int:
 
         with tempfile.TemporaryDirectory() as folder:
             cpu = evaluate(url, given.slots * given.rounds // 2, Path(folder))
-        found = json.loads(httpx.get(f"{url}/found").text)
+        stats = json.loads(httpx.get(f"{url}/stats").text)
     finally:
         server.terminate()
-    busy, whole = found["busy"] / given.slots, found["whole"] / given.slots
+    busy, overall = stats["busy"] / given.slots, stats["overall"] / given.slots
     print(
-        f"{busy:.1%} of {given.slots} slots busy, {whole:.1%} of the asking; {found['requests']} answers of {given.seconds} s; "
-        f"{1000 * cpu / found['requests']:.1f} ms CPU an answer, building and reporting included"
+        f"{busy:.1%} of {given.slots} slots busy, {overall:.1%} of the full time; "
+        f"{stats['requests']} answers of {given.seconds} s; "
+        f"{1000 * cpu / stats['requests']:.1f} ms CPU per answer, with build and report"
     )
     return int(busy < ENOUGH)
 

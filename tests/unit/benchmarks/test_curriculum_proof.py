@@ -1,4 +1,4 @@
-"""The curriculum's proof without its training: what a cell keeps, which cells stand in one table, and the budget of each."""
+"""The curriculum's trial without its training: kept cells, comparable cells, and the budget of each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KINDS = ("easy", "hard")
 
 
 def answers(right: str, failure: str | None = None) -> pd.DataFrame:
-    """Eight pairs of four users, in both orders; `right` has a letter a pair: b(oth orders), o(ne), n(one)."""
+    """Eight pairs of four users, in both orders; one letter of `right` per pair: b(oth), o(ne), n(one)."""
     rows = []
     for number, letter in enumerate(right):
         for order in (0, 1):
             hit = letter == "b" or (letter == "o" and order == 0)
-            said = {
+            row = {
                 "pair_id": f"p{number}",
                 "user_id": f"u{number // 2}",
                 "kind": KINDS[number % 2],
@@ -34,7 +34,7 @@ def answers(right: str, failure: str | None = None) -> pd.DataFrame:
             }
             cohort = "unseen_persona" if number < 4 else "seen_persona"
             rows.append(
-                said
+                row
                 | {
                     "cohort": cohort,
                     "score_chosen": 7.0 if hit else 3.0,
@@ -73,8 +73,8 @@ def keep(
     kept_cells.keep(folder, answers(right, failure), facts(method, seed, **changed))
 
 
-def test_cells_of_several_days_stand_in_one_table(tmp_path: Path) -> None:
-    """Seed 0 was kept on one day, seed 1 on another; nothing else of either is there."""
+def test_cells_of_several_days_share_one_table(tmp_path: Path) -> None:
+    """Seed 0 was kept on one day, seed 1 on another; nothing else of either remains."""
     keep(tmp_path, "cre", "bbbbbbbb")
     keep(tmp_path, "uniform", "bnbnbnbn")
     keep(tmp_path, "linear", "bbbobnbn")
@@ -124,7 +124,7 @@ def test_the_start_is_one_cell_for_all_seeds(tmp_path: Path, proof: Proof) -> No
     assert proof.kept("psi", 3) and not proof.kept("cre", 3)
 
 
-def test_the_page_says_what_training_saw_and_shows_the_plot(tmp_path: Path) -> None:
+def test_the_page_has_the_facts_of_training_and_the_plot(tmp_path: Path) -> None:
     keep(tmp_path, "uniform", "bnbnbnbn")
     keep(tmp_path, "linear", "bbbobnbn")
     page = publish(kept_cells.read(tmp_path), METHODS, tmp_path / "docs")
@@ -157,7 +157,7 @@ def test_how_often_a_cell_was_validated_is_free(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "changed", "said"),
+    ("method", "changed", "message"),
     [
         (
             "linear",
@@ -167,28 +167,28 @@ def test_how_often_a_cell_was_validated_is_free(tmp_path: Path) -> None:
         (
             "linear",
             {"start": "cre-7"},
-            "linear-0 .* does not start from the checkpoint of cre-0: delete what is kept of seed 0",
+            "linear-0 .* does not start from the checkpoint of cre-0: delete the kept cells of seed 0",
         ),
         ("cre", {"seed": 1, "start": "another psi"}, "cre-1 and cre-0 .* start from different checkpoints"),
     ],
 )
 def test_cells_that_do_not_belong_together_are_refused(
-    tmp_path: Path, method: str, changed: dict[str, Any], said: str
+    tmp_path: Path, method: str, changed: dict[str, Any], message: str
 ) -> None:
     keep(tmp_path, "cre", "bbbbbbbb")
     keep(tmp_path, method, "bbbbbbbb", **changed)
-    with pytest.raises(ArtifactError, match=said):
+    with pytest.raises(ArtifactError, match=message):
         kept_cells.read(tmp_path)
 
 
-def test_arms_without_their_cre_must_still_start_alike(tmp_path: Path) -> None:
+def test_arms_without_their_cre_must_share_a_start(tmp_path: Path) -> None:
     keep(tmp_path, "uniform", "bbbbbbbb")
-    keep(tmp_path, "linear", "bbbbbbbb", start="cre-0 trained anew")
+    keep(tmp_path, "linear", "bbbbbbbb", start="cre-0 trained again")
     with pytest.raises(ArtifactError, match=r"uniform-0 and linear-0 .* start from different checkpoints"):
         kept_cells.read(tmp_path)
 
 
-def test_what_is_no_cell_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"eval\.seeds=1"):
         kept_cells.keep(tmp_path, pd.concat([answers("b"), answers("b")]), facts("cre"))
     answers("b").to_parquet(tmp_path / "cre-0.parquet")
@@ -210,7 +210,7 @@ def test_arms_that_measure_hardness_and_those_that_do_not_have_one_budget_of_cha
     assert proof.composed["linear"].data.max_test_pairs >= 2000
 
 
-def test_a_measurement_is_made_once_a_seed(proof: Proof) -> None:
+def test_a_measurement_is_made_once_per_seed(proof: Proof) -> None:
     for arm in ("linear", "anti", "self_paced"):
         proof.trained(arm, 0).mkdir(parents=True)
         (proof.trained(arm, 0) / "mirror.parquet").touch()
@@ -226,7 +226,7 @@ def test_a_measurement_is_made_once_a_seed(proof: Proof) -> None:
     assert [file.read_text() for file in files] == ["measured by another"] * 3
 
 
-def test_a_cell_keeps_what_its_training_saw(tmp_path: Path) -> None:
+def test_a_cell_keeps_the_curves_of_its_training(tmp_path: Path) -> None:
     folder = tmp_path / "curriculum"
     folder.mkdir()
     lines = [
