@@ -21,7 +21,7 @@ import numpy as np
 
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.prototypes.clusters import CHUNK, Neighbourhood, cluster, suggest_k
-from pgenrm_train.prototypes.refinement import RefinementBatch, Rows, refine
+from pgenrm_train.prototypes.refinement import RefinementBatch, RefinementSettings, Rows, refine
 
 
 def mapped(
@@ -87,7 +87,8 @@ def main() -> None:
         log_step("singular values")
         clustered = cluster(P, args.prototypes, 0, users)
         log_step("K-means")
-        refined, _ = refine(clustered, samples, PrototypesConfig(k=args.prototypes, refine_epochs=1), 0)
+        settings = RefinementSettings.of(PrototypesConfig(refine_epochs=1), seed=0)
+        refined, _ = refine(clustered, samples, settings)
         log_step("refinement, one epoch")
         neighbourhood = Neighbourhood(refined)
         for row in range(0, n, max(1, n // 200)):

@@ -23,7 +23,7 @@ import torch
 
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.prototypes.clusters import Prototypes
-from pgenrm_train.prototypes.refinement import Refinement, RefinementBatch
+from pgenrm_train.prototypes.refinement import Refinement, RefinementBatch, RefinementSettings
 
 
 def random_world(n: int, d: int, h: int, k: int) -> tuple[Prototypes, RefinementBatch]:
@@ -41,7 +41,7 @@ def random_world(n: int, d: int, h: int, k: int) -> tuple[Prototypes, Refinement
 
 def loop_step(state: Refinement, samples: RefinementBatch, rows: np.ndarray) -> float:
     """One mini-batch, sample by sample."""
-    c, maps = state.config, state.maps
+    c, maps = state.settings, state.maps
     state.map_optimiser.zero_grad()
     state.row_optimiser.zero_grad()
     total = 0.0
@@ -81,9 +81,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     prototypes, samples = random_world(args.samples, args.dimensions, args.history, args.prototypes)
-    config = PrototypesConfig(k=args.prototypes)
+    settings = RefinementSettings.of(PrototypesConfig(), seed=0)
     shared = np.arange(min(args.loop_samples, args.samples))
-    loop, batched = (Refinement(prototypes, config, seed=0) for _ in range(2))
+    loop, batched = (Refinement(prototypes, settings) for _ in range(2))
     loop_step(loop, samples, shared[:4])
     batched.step(batched.batch(samples, shared[:4]))  # both warm, both one step further
 

@@ -1,6 +1,6 @@
-"""What a prototype stands for, for a reader: its typical criteria, its size, who is nearest and who farthest, and a map of all.
+"""Cards that describe prototypes: typical criteria, size, nearest and farthest member, and a map of all rows.
 
-Texts are a model's words about users: shown, never interpreted; the Markdown escapes them.
+The texts are a model's words about users: the Markdown escapes them, so that they are shown and never interpreted.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 
@@ -27,15 +27,35 @@ class Row(Protocol):
     def criteria(self) -> tuple[tuple[str, float], ...]: ...
 
 
-def cards(rows: Sequence[Row], refined: Prototypes) -> list[dict[str, Any]]:
-    """One card a prototype, the largest first; `criteria` maps a name to its mean weight in percent over all members, and
-    `typical` names those that weigh most above their mean over everyone."""
+class Member(TypedDict):
+    user_id: str
+    analysis: str
+
+
+class Card(TypedDict):
+    """One prototype, as `cards.json` holds it.
+
+    `criteria` maps a name to its mean weight in percent over all members.  `typical` names the criteria whose weight
+    exceeds their mean over all users most.
+    """
+
+    prototype: int
+    analyses: int
+    users: int
+    typical: list[str]
+    criteria: dict[str, float]
+    nearest: NotRequired[Member]
+    farthest: NotRequired[Member]
+
+
+def cards(rows: Sequence[Row], refined: Prototypes) -> list[Card]:
+    """One card per prototype, the largest first."""
     everyone = _weights(rows)
-    made = [_card(j, rows, refined, everyone) for j in range(len(refined.A))]
-    return sorted(made, key=lambda card: (-card["analyses"], card["prototype"]))
+    unsorted = [_card(j, rows, refined, everyone) for j in range(len(refined.A))]
+    return sorted(unsorted, key=lambda card: (-card["analyses"], card["prototype"]))
 
 
-def _card(j: int, rows: Sequence[Row], refined: Prototypes, everyone: Mapping[str, float]) -> dict[str, Any]:
+def _card(j: int, rows: Sequence[Row], refined: Prototypes, everyone: Mapping[str, float]) -> Card:
     members = np.flatnonzero(refined.labels == j)
     if not len(members):
         return {"prototype": j, "analyses": 0, "users": 0, "typical": [], "criteria": {}}
@@ -51,31 +71,31 @@ def _card(j: int, rows: Sequence[Row], refined: Prototypes, everyone: Mapping[st
             name: round(weights[name], 1)
             for name in sorted(weights, key=lambda n: (-weights[n], n))[: 2 * TYPICAL]
         },
-        "nearest": _person(rows[members[distance.argmin()]]),
-        "farthest": _person(rows[members[distance.argmax()]]),
+        "nearest": _member(rows[members[distance.argmin()]]),
+        "farthest": _member(rows[members[distance.argmax()]]),
     }
 
 
-def cards_markdown(made: Sequence[Mapping[str, Any]]) -> str:
+def cards_markdown(cards: Sequence[Card]) -> str:
     parts = ["# Prototypes"]
-    for card in made:
+    for card in cards:
         parts.append(f"## Prototype {card['prototype']}: {_plain(', '.join(card['typical'])) or 'empty'}")
         parts.append(f"{card['analyses']} analyses of {card['users']} users.")
         if card["criteria"]:
-            parts.append(
-                "Mean weight: "
-                + ", ".join(f"{_plain(name)} {weight:g} %" for name, weight in card["criteria"].items())
-            )
-            people = ((who, card[who]) for who in ("nearest", "farthest"))
+            weights = (f"{_plain(name)} {weight:g} %" for name, weight in card["criteria"].items())
+            parts.append(f"Mean weight: {', '.join(weights)}")
             parts += [
-                f"{who.capitalize()}, user {_plain(one['user_id'])}: {_plain(one['analysis'])}"
-                for who, one in people
+                f"{place}, user {_plain(member['user_id'])}: {_plain(member['analysis'])}"
+                for place, member in (("Nearest", card["nearest"]), ("Farthest", card["farthest"]))
             ]
     return "\n\n".join(parts) + "\n"
 
 
 def plane(X: np.ndarray) -> np.ndarray:
-    """The rows of X (N, d) on their two principal axes, (N, 2); signs are fixed, so that the same rows give the same map."""
+    """Project the rows of X (N, d) on their two principal axes, (N, 2).
+
+    Signs are fixed, so that the same rows give the same map.
+    """
     mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in chunks(X)) / len(X)
     scatter = sum((chunk - mean).T @ (chunk - mean) for chunk in chunks(X))
     axes = np.linalg.eigh(scatter)[1][:, ::-1][:, :2]
@@ -85,7 +105,7 @@ def plane(X: np.ndarray) -> np.ndarray:
 
 
 def _weights(rows: Sequence[Row]) -> dict[str, float]:
-    """Mean weight in percent of every criterion; a chain that does not name it counts 0."""
+    """Mean weight of every criterion in percent; a chain without it counts 0."""
     total: Counter[str] = Counter()
     for row in rows:
         for name, weight in row.criteria:
@@ -93,10 +113,10 @@ def _weights(rows: Sequence[Row]) -> dict[str, float]:
     return {name: weight / len(rows) for name, weight in total.items()}
 
 
-def _person(row: Row) -> dict[str, str]:
+def _member(row: Row) -> Member:
     return {"user_id": row.pair.user_id, "analysis": row.analysis}
 
 
 def _plain(text: str) -> str:
-    """One line of Markdown that shows `text` literally."""
+    """Escape `text` as one line of Markdown."""
     return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(str(text).split()))

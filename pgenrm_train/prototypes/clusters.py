@@ -1,19 +1,18 @@
 """User prototypes: cluster preference analyses, keep them with their members, find similar users (METHOD §6, §7).
 
-Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices: k is the least number whose largest singular values hold a
-given share of the sum of all singular values of **P**, uncentred; a user's similar users are ranked by cosine inside the nearest
-prototype, one row a user, and the search widens to the next nearest prototype when too few are found.  `refinement` moves the
-centroids by users' votes.
+Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
+- k is the least number whose largest singular values hold a given share of the sum of all singular values of **P**,
+  uncentred.
+- A user's similar users are ranked by cosine inside the nearest prototype, one row per user.  If these are too few,
+  the search widens to the next nearest prototype.
+`refinement` moves the centroids by users' votes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
+from pgenrm_train.files import atomic, read_json, sha256_file, write_json
 
-LARGE = 20_000  # above this many rows, K-means goes by faiss where it is installed, else by mini-batches
-FAISS_ROWS = 256  # rows a centroid in the sample that faiss clusters: its own default
+LARGE = 20_000  # above this many rows, K-means uses faiss if installed, else mini-batches
+FAISS_ROWS = 256  # rows per centroid in the sample that faiss clusters: its own default
 TRIES = 3  # starts of K-means on large sets, of which the best counts
 CHUNK = 65_536  # rows held in memory at once by passes over a memory-mapped matrix
 FORMAT = 2
 HASHES = ("model", "embedder", "data")
+TENSORS, MEMBERS, MANIFEST = "prototypes.safetensors", "members.parquet", "prototypes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,27 @@ class Prototypes:
     maps: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-_RECITAL = re.compile(
-    r"Pair \d+:[^.\n]*(?:\.\s*|\n|$)"
-)  # as our teachers' chains and those who learn from them begin
+# the start of our teachers' chains, and of models that learnt from them
+_RECITAL = re.compile(r"Pair \d+:[^.\n]*(?:\.\s*|\n|$)")
 
 
 def preference_text(analysis: str) -> str:
-    """What is embedded of an analysis, in the index and in queries to it: what it concludes, without "Pair 1: …" recitals of the
-    history, which would make two users alike who were shown alike responses.  An analysis of recitals alone stays whole."""
+    """The conclusions of an analysis, which are embedded in the index and in queries to it.
+
+    "Pair 1: …" recitals of the history are cut: they would make users similar who were shown similar responses.
+    An analysis of recitals alone is returned uncut.
+    """
     return _RECITAL.sub("", analysis).strip() or analysis
 
 
-# --- clusters -----------------------------------------------------------------------------------------------------------------
+# ---- clusters ----
 
 
 def suggest_k(P: np.ndarray, mass: float = 0.9) -> tuple[int, np.ndarray]:
-    """The least k whose largest singular values hold `mass` of their sum, and the curve: entry i is the share held by i + 1.
+    """Return the least k whose largest singular values hold `mass` of their sum, and the curve of shares.
 
-    P (N, d), uncentred as in the paper.  Works on the smaller Gram matrix in float64, so a memory-mapped P need not fit twice.
+    Entry i of the curve is the share held by the i + 1 largest.  P (N, d) is uncentred as in the paper.  The
+    computation uses the smaller Gram matrix in float64, so a memory-mapped P need not fit twice.
     """
     if not 0 < mass <= 1:
         raise ConfigError(f"mass={mass} must lie in (0, 1]")
@@ -78,10 +82,11 @@ def suggest_k(P: np.ndarray, mass: float = 0.9) -> tuple[int, np.ndarray]:
 
 
 def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None) -> Prototypes:
-    """K-means from k-means++ starts on P (N, d) float32: scikit-learn's, above LARGE rows faiss' on a sample or mini-batches.
+    """K-means from k-means++ starts on P (N, d) float32.
 
-    `users` (N,) says whose analysis each row is; without it each row is a user.  Raises ConfigError when k exceeds the number of
-    distinct rows, DataError for values that are not finite.
+    Up to LARGE rows this is scikit-learn's K-means, above it faiss on a sample, or mini-batches.  `users` (N,) is
+    the user of each row; without it each row is a user.  Raises ConfigError if k exceeds the number of distinct
+    rows, DataError for values that are not finite.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
@@ -89,7 +94,7 @@ def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None
     _check_matrix(P)
     owners = np.arange(len(P)).astype(str) if users is None else np.asarray(users, dtype=str)
     if len(owners) != len(P):
-        raise DataError(f"{len(owners)} users for {len(P)} analyses; expected one a row")
+        raise DataError(f"{len(owners)} users for {len(P)} analyses; expected one per row")
     distinct = count_distinct(P, enough=k)
     if not 1 <= k <= distinct:
         raise ConfigError(
@@ -110,12 +115,12 @@ def _faiss_centroids(P: np.ndarray, k: int, seed: int) -> np.ndarray:
     from sklearn.cluster import kmeans_plusplus
 
     rows = np.random.default_rng(seed).choice(len(P), min(len(P), FAISS_ROWS * k), replace=False)
-    sample, found = np.ascontiguousarray(P[np.sort(rows)]), []
+    sample, fits = np.ascontiguousarray(P[np.sort(rows)]), []
     for attempt in range(TRIES):
         start = kmeans_plusplus(sample, k, random_state=seed + attempt)[0].astype(np.float32)
         model = faiss.Kmeans(P.shape[1], k, max_points_per_centroid=FAISS_ROWS)
-        found.append((model.train(sample, init_centroids=start), attempt, model.centroids))
-    return np.asarray(min(found)[2], dtype=np.float32)
+        fits.append((model.train(sample, init_centroids=start), attempt, model.centroids))
+    return np.asarray(min(fits)[2], dtype=np.float32)
 
 
 def assign(A: np.ndarray, X: np.ndarray) -> np.ndarray:
@@ -125,11 +130,11 @@ def assign(A: np.ndarray, X: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *nearest])
 
 
-# --- neighbours ---------------------------------------------------------------------------------------------------------------
+# ---- neighbours ----
 
 
 class Neighbourhood:
-    """Looks up similar users among the members of `prototypes`; built once, then the work of a query is that of a few prototypes."""
+    """Index of similar users among the members of `prototypes`; a query costs as much as a few prototypes."""
 
     def __init__(self, prototypes: Prototypes) -> None:
         self.prototypes = prototypes
@@ -138,25 +143,25 @@ class Neighbourhood:
         self.members = np.split(order, starts)
 
     def nearest(self, query: np.ndarray, user_id: str, n: int, *, allow_fewer: bool = False) -> list[int]:
-        """Rows of the n most similar *other* users, most similar first: by cosine to `query` (d,) inside its nearest prototype,
-        then, while there are too few, inside the next nearest.
+        """Rows of the n most similar *other* users, most similar first.
 
-        One row a user (the closest in the nearest prototype that holds any), never a row of `user_id`.  Raises DataError when
-        fewer than n other users exist, unless `allow_fewer`, in which case the list is shorter.
+        Users are ranked by cosine to `query` (d,) inside its nearest prototype and then, while there are too few,
+        inside the next nearest.  One row per user (the closest in the nearest prototype that holds any), never a row
+        of `user_id`.  Raises DataError if fewer than n other users exist; with `allow_fewer` the list is shorter.
         """
-        found: dict[str, int] = {}
+        rows: dict[str, int] = {}
         users = self.prototypes.users
         for j in ((self.prototypes.A - query) ** 2).sum(axis=1).argsort(kind="stable"):
-            if len(found) >= n:
+            if len(rows) >= n:
                 break
             for row in self._ranked(self.members[j], query):
-                if len(found) < n and users[row] != str(user_id):
-                    found.setdefault(str(users[row]), int(row))
-        if len(found) < n and not allow_fewer:
+                if len(rows) < n and users[row] != str(user_id):
+                    rows.setdefault(str(users[row]), int(row))
+        if len(rows) < n and not allow_fewer:
             raise DataError(
-                f"user {user_id} has {len(found)} other users to borrow from, {n} are wanted; lower eval.pro or add users"
+                f"user {user_id} has {len(rows)} other users to borrow from, {n} are wanted; lower eval.pro or add users"
             )
-        return list(found.values())
+        return list(rows.values())
 
     def _ranked(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
         members = self.prototypes.embeddings[rows]
@@ -164,14 +169,14 @@ class Neighbourhood:
         return np.asarray(rows[np.lexsort((rows, -similarity))])
 
 
-# --- artefacts ----------------------------------------------------------------------------------------------------------------
+# ---- artefacts ----
 
 
 def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) -> None:
     """Write `prototypes.safetensors`, `members.parquet` (user_id, prototype, row) and, last, `prototypes.json`.
 
-    `hashes` names what the analyses came from: `model`, `embedder` and `data`.  Each file is written beside its place and
-    renamed; the JSON holds the checksums of the other two, so a write that was cut short is refused by `load`.
+    `hashes` are those of the `model`, `embedder` and `data` that the analyses came from.  The JSON holds the
+    checksums of the other two files, so that `load` refuses an interrupted write.
     """
     import pandas as pd
     from safetensors.numpy import save_file
@@ -192,77 +197,60 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
     members = pd.DataFrame({"user_id": prototypes.users, "prototype": prototypes.labels, "row": rows})
     members = members.sort_values(["prototype", "user_id", "row"])
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    _atomically(folder / "prototypes.safetensors", lambda path: save_file(contiguous, path))
-    _atomically(folder / "members.parquet", lambda path: members.to_parquet(path, index=False))
+    with atomic(folder / TENSORS) as path:
+        save_file(contiguous, path)
+    with atomic(folder / MEMBERS) as path:
+        members.to_parquet(path, index=False)
     manifest = {
         "format": FORMAT,
         "k": len(prototypes.A),
         "d": int(prototypes.A.shape[1]),
         "rows": len(members),
         "hashes": dict(hashes),
-        "files": {name: _sha256(folder / name) for name in ("prototypes.safetensors", "members.parquet")},
+        "files": {name: sha256_file(folder / name) for name in (TENSORS, MEMBERS)},
     }
-    _atomically(
-        folder / "prototypes.json",
-        lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8"),
-    )
+    write_json(folder / MANIFEST, manifest)
 
 
 def load(folder: str | Path, expect: Mapping[str, str] | None = None) -> Prototypes:
-    """Read what `save` wrote.  Raises ArtifactError when it is missing, half-written, of another format, or when a hash in
-    `expect` (any of `model`, `embedder`, `data`) differs."""
+    """Read what `save` wrote.
+
+    Raises ArtifactError if it is missing, half-written or of another format, or if a hash in `expect` (any of
+    `model`, `embedder`, `data`) differs.
+    """
     import pandas as pd
     from safetensors.numpy import load_file
 
     folder = Path(folder)
     _check_manifest(folder, expect or {})
-    tensors = load_file(folder / "prototypes.safetensors")
-    members = pd.read_parquet(folder / "members.parquet").sort_values("row")
-    fixed = {name: tensors.pop(name) for name in ("A", "labels", "embeddings")}
-    return Prototypes(**fixed, users=np.asarray(members["user_id"], dtype=str), maps=tensors)
+    tensors = load_file(folder / TENSORS)
+    members = pd.read_parquet(folder / MEMBERS).sort_values("row")
+    arrays = {name: tensors.pop(name) for name in ("A", "labels", "embeddings")}
+    return Prototypes(**arrays, users=np.asarray(members["user_id"], dtype=str), maps=tensors)
 
 
 def _check_manifest(folder: Path, expect: Mapping[str, str]) -> None:
     try:
-        manifest = json.loads((folder / "prototypes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise _refuse(
-            folder, "prototypes.json is missing or broken, so nothing complete was written here"
-        ) from None
+        manifest = read_json(folder / MANIFEST)
+    except ArtifactError:
+        raise _refuse(folder, f"{MANIFEST} is missing or broken, so the write was interrupted") from None
     if manifest.get("format") != FORMAT:
         raise _refuse(folder, f"its format is {manifest.get('format')}, this version reads {FORMAT}")
     for name, checksum in manifest["files"].items():
-        if not (folder / name).exists() or _sha256(folder / name) != checksum:
+        if not (folder / name).exists() or sha256_file(folder / name) != checksum:
             raise _refuse(
-                folder,
-                f"{name} is missing or half-written, its checksum differs from the one in prototypes.json",
+                folder, f"{name} is missing or half-written: its checksum is not the one in {MANIFEST}"
             )
     for name, wanted in expect.items():
-        if (found := manifest["hashes"].get(name)) != wanted:
-            raise _refuse(folder, f"they were made with another {name}: {found} there, {wanted} in this run")
+        if (saved := manifest["hashes"].get(name)) != wanted:
+            raise _refuse(folder, f"they were made with another {name}: {saved} there, {wanted} in this run")
 
 
 def _refuse(folder: Path, reason: str) -> ArtifactError:
     return ArtifactError(f"the prototypes in {folder} cannot be used: {reason}; run recipe=prototypes again")
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(scratch)
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- helpers ------------------------------------------------------------------------------------------------------------------
+# ---- helpers ----
 
 
 def chunks(X: np.ndarray) -> Iterator[np.ndarray]:
@@ -276,14 +264,14 @@ def _check_matrix(P: np.ndarray) -> None:
             f"the matrix of analyses has shape {P.shape}; expected (analyses, dimensions) with at least one row"
         )
     if not all(np.isfinite(chunk).all() for chunk in chunks(P)):
-        raise DataError("the matrix of analyses holds values that are not finite; embed the analyses anew")
+        raise DataError("the matrix of analyses holds values that are not finite; embed the analyses again")
 
 
 def count_distinct(P: np.ndarray, enough: int) -> int:
-    """Number of distinct rows, counted no further than `enough`."""
-    seen: set[bytes] = set()
+    """Count distinct rows, up to `enough`."""
+    distinct: set[bytes] = set()
     for row in P:
-        seen.add(row.tobytes())
-        if len(seen) >= enough:
+        distinct.add(row.tobytes())
+        if len(distinct) >= enough:
             break
-    return len(seen)
+    return len(distinct)

@@ -1,19 +1,22 @@
 """History-aware attentive refinement of prototypes by users' votes (METHOD §6).
 
-Equations, for prototype j and a sample with query q, votes y⁺ over y⁻ and history (q_τ, y_τ⁺, y_τ⁻), all of them embeddings:
+Equations for prototype j and a sample with query q, vote y⁺ over y⁻ and history (q_τ, y_τ⁺, y_τ⁻), all embeddings:
 
     o_τ = σ(W [q_τ ; y_τ⁺ − y_τ⁻])      α_τ = softmax_τ( o_τᵀq/√d + ρ o_τᵀa_j/√d )      v = Σ_τ α_τ o_τ
     z = a_j + λ_q W_q q + λ_s W_s v      Δ = zᵀy⁺ − zᵀy⁻
     L = −log σ(Δ) + λ_cent ‖a_j − μ_j‖² + λ_tr ‖a_j − p_j‖²
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
-- W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes, so that one pass trains all of them and small clusters borrow
-  from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids, and what it adds was learned.
-- μ_j is the mean of the cluster that K-means found; p_j is a_j at the start of the epoch.
-- Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a batch keeps its bits.
+- W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes, so that one pass trains all of them and small
+  clusters borrow from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids, and
+  everything that it adds is learnt.
+- μ_j is the mean of the cluster from K-means; p_j is a_j at the start of the epoch.
+- Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a batch
+  keeps its bits.
 - A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the optimiser.
-- Several processes (`Part`) share every mini-batch out and add up their gradients before each step, so that they make the updates that
-  one process would make.  Plain all-reduces: there is no wrapper that a call could bypass, and NCCL adds up no sparse gradients.
+- Several processes (`Part`) divide every mini-batch and add up their gradients before each step, so that their
+  updates are those of one process.  These are plain all-reduces: no call can bypass a wrapper, and NCCL does not add
+  up sparse gradients.
 """
 
 from __future__ import annotations
@@ -22,23 +25,47 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pgenrm_train.config import PrototypesConfig
+from pgenrm_train.bootstrap import user_bootstrap
 from pgenrm_train.errors import ConfigError, DataError
 from pgenrm_train.prototypes.clusters import CHUNK, Prototypes, assign, chunks
 
 if TYPE_CHECKING:
     import torch
 
+HOLDOUT = 0.1  # share of the users whose votes measure the refinement
+DRAWS = 1000  # of the bootstrap over users
+RefinementMetrics = dict[str, float | list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class RefinementSettings:
+    """Weights of the equations and settings of the optimiser, named as in the section `prototypes`."""
+
+    seed: int
+    refine_epochs: int
+    learning_rate: float
+    rho: float
+    lambda_query: float
+    lambda_summary: float
+    lambda_centre: float
+    lambda_trajectory: float
+
+    @classmethod
+    def of(cls, section: object, seed: int) -> RefinementSettings:
+        """Take the settings from a section of the configuration."""
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "seed")
+        return cls(seed, **{name: getattr(section, name) for name in names})
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Stands in for a large array with many equal rows: `rows[i]` is `table[index[i]]`, gathered when asked.
+    """A large array with many equal rows: `rows[i]` is `table[index[i]]`, gathered on access.
 
-    `table` (T, d) may be memory-mapped; `index` (N,) or (N, h) of integers.  Padding may point at any row.
+    `table` (T, d) may be memory-mapped; `index` is (N,) or (N, h) of integers.  Padding may point at any row.
     """
 
     table: np.ndarray
@@ -56,8 +83,8 @@ class Rows:
 class RefinementBatch:
     """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Rows`.
 
-    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h), true where an item
-    is real; `users` (N,).  Raises DataError when the shapes disagree.
+    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h), true for
+    real items; `users` (N,).  Raises DataError if the shapes disagree.
     """
 
     query: np.ndarray | Rows
@@ -85,7 +112,7 @@ class RefinementBatch:
 
 
 class Part(NamedTuple):
-    """This process among `of` that refine together; with more than one, torch's default process group connects them."""
+    """This process among `of` that refine together, connected by torch's default process group."""
 
     rank: int = 0
     of: int = 1
@@ -94,7 +121,7 @@ class Part(NamedTuple):
         return rows[self.rank :: self.of]
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, in place."""
+        """Sum over processes, in place."""
         if self.of > 1:
             import torch
 
@@ -106,8 +133,11 @@ ALONE = Part()
 
 
 class Batch(NamedTuple):
-    """Tensors of B samples; `difference` is y⁺ − y⁻, `items` are the [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R real
-    places of `mask` (B, h), in its order; `label` the prototype j."""
+    """Tensors of B samples.
+
+    `label` is the prototype j, `difference` is y⁺ − y⁻.  `items` holds [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R real
+    places of `mask` (B, h), in its order.
+    """
 
     label: torch.Tensor
     query: torch.Tensor
@@ -117,7 +147,7 @@ class Batch(NamedTuple):
 
 
 def attend(
-    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig
+    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], settings: RefinementSettings
 ) -> torch.Tensor:
     """v (B, d) of the equations above, for prototypes `a` (B, d) already gathered by label."""
     import torch
@@ -130,57 +160,60 @@ def attend(
         .view(*batch.mask.shape, a.shape[1])
     )
     # o·q + ρ o·a is one product with q + ρ a
-    logits = (o @ (batch.query + config.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
-    # the lowest finite number instead of −∞, and the mask once more after the softmax: a row without history gives 0, not NaN
+    logits = (o @ (batch.query + settings.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
+    # the lowest finite number, not −∞, and the mask again after the softmax: rows without history give 0, not NaN
     weights = logits.masked_fill(~batch.mask, torch.finfo(logits.dtype).min).softmax(-1) * batch.mask
     return (weights.unsqueeze(1) @ o).squeeze(1)
 
 
 def margins(
-    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], config: PrototypesConfig
+    batch: Batch, a: torch.Tensor, maps: Mapping[str, torch.Tensor], settings: RefinementSettings
 ) -> torch.Tensor:
-    """Δ (B,).  (W_s v)ᵀy is taken as vᵀ(W_sᵀy): no z is built, and the gradient for v costs no product with W_s."""
+    """Δ (B,), with (W_s v)ᵀy computed as vᵀ(W_sᵀy).
+
+    So no z is built, and the gradient for v needs no product with W_s.
+    """
     y = batch.difference
     by_query = (y @ maps["W_q"] * batch.query).sum(-1)
-    by_summary = (y @ maps["W_s"] * attend(batch, a, maps, config)).sum(-1)
-    return (a * y).sum(-1) + config.lambda_query * by_query + config.lambda_summary * by_summary
+    by_summary = (y @ maps["W_s"] * attend(batch, a, maps, settings)).sum(-1)
+    return (a * y).sum(-1) + settings.lambda_query * by_query + settings.lambda_summary * by_summary
 
 
 def refine(
     prototypes: Prototypes,
     samples: RefinementBatch,
-    config: PrototypesConfig,
-    seed: int,
+    settings: RefinementSettings,
     *,
     batch_size: int = 512,
-    holdout: float = 0.1,
     device: str = "cpu",
     part: Part = ALONE,
-) -> tuple[Prototypes, dict[str, Any]]:
-    """History-aware attentive refinement of all prototypes in one pass, then re-assignment of every row to the nearest one.
+) -> tuple[Prototypes, RefinementMetrics]:
+    """Refine all prototypes in one pass, then assign every row to the nearest one.
 
-    Sample i belongs to row i of `prototypes`.  Every process of `part` is given all samples and returns the same.  Metrics: `loss` (one a epoch, training samples), accuracy of Δ > 0 for z and for
-    the unrefined centroids on held-out users (`holdout` of them; NaN when there are none) and on training users, measured with
-    the labels before re-assignment; `moved_share` of rows that changed prototype; `empty_prototypes`.
-    Raises DataError when samples and rows disagree, ConfigError when the learning rate makes the loss overflow.
+    Sample i belongs to row i of `prototypes`.  Every process of `part` gets all samples and returns the same.
+
+    Metrics: `loss` (one per epoch, training samples); accuracy of Δ > 0 for z and for the unrefined centroids, on
+    held-out users (NaN without any) and on training users, with the labels before re-assignment; `moved_share` of
+    rows that changed prototype; `empty_prototypes`.
+
+    Raises DataError if samples and rows disagree, ConfigError if the learning rate makes the loss overflow.
     """
     if len(samples) != len(prototypes.labels) or not np.array_equal(
         np.asarray(samples.users, dtype=str), prototypes.users
     ):
         raise DataError("refinement samples must be the clustered rows: same number, same users, same order")
-    train, held = _split_users(prototypes.users, holdout, seed)
-    state = Refinement(prototypes, config, seed, device, part)
+    train, held = _split_users(prototypes.users, settings.seed)
+    state = Refinement(prototypes, settings, device, part)
     losses = []
-    for epoch in range(config.refine_epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(train)
-        losses.append(
-            state.epoch(samples, [order[i : i + batch_size] for i in range(0, len(order), batch_size)])
-        )
+    for epoch in range(settings.refine_epochs):
+        order = np.random.default_rng([settings.seed, epoch]).permutation(train)
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        losses.append(state.epoch(samples, batches))
         if not math.isfinite(losses[-1]):
             raise ConfigError(
-                f"prototypes.learning_rate={config.learning_rate} makes the refinement diverge; lower it"
+                f"prototypes.learning_rate={settings.learning_rate} makes the refinement diverge; lower it"
             )
-    metrics: dict[str, Any] = {
+    metrics: RefinementMetrics = {
         "loss": losses,
         "holdout_users": len(set(prototypes.users[held])),
         "holdout_pairs": len(held),
@@ -201,22 +234,21 @@ def cold_start(
     refined: Prototypes,
     samples: RefinementBatch,
     labels: np.ndarray,
-    config: PrototypesConfig,
-    seed: int,
-    draws: int = 1000,
-) -> dict[str, Any]:
-    """Accuracy of Δ > 0 on users whom refinement has not seen, with their prototypes and without.
+    settings: RefinementSettings,
+) -> RefinementMetrics:
+    """Accuracy of Δ > 0 on users outside the refinement, with their prototypes and without.
 
-    `labels` (N,): the nearest prototype of each sample's user, −1 where none is known.  Without prototypes, and where none is
-    known, the mean of all centroids stands in: a newcomer is then everyone.  Intervals (95 %) resample users.
+    `labels` (N,): the nearest prototype of each sample's user, −1 for unknown.  Without prototypes, and for unknown
+    ones, the mean of all centroids takes their place.  Intervals (95 %) resample users.
     """
     import torch
 
-    A = np.vstack([refined.A, refined.A.mean(axis=0)])  # row −1: everyone
-    state = Refinement(dataclasses.replace(refined, A=A), config, seed)
+    A = np.vstack([refined.A, refined.A.mean(axis=0)])  # row −1: the mean
+    state = Refinement(dataclasses.replace(refined, A=A), settings)
     state.maps = {name: torch.from_numpy(value) for name, value in refined.maps.items()}
     rows = np.arange(len(samples))
-    found: dict[str, Any] = {"pairs": len(samples), "users": len(np.unique(samples.users))}
+    names, codes = np.unique(samples.users, return_inverse=True)
+    facts: RefinementMetrics = {"pairs": len(samples), "users": len(names)}
     hits = {}
     for name, chosen in (
         ("accuracy", labels % len(A)),
@@ -226,34 +258,27 @@ def cold_start(
         hits[name] = state.margins(samples, rows, 512)[0] > 0
     hits["difference"] = hits["accuracy"].astype(float) - hits["without prototypes accuracy"]
     for name, hit in hits.items():
-        found |= {name: float(hit.mean()), f"{name} ci95": _interval(hit, samples.users, seed, draws)}
-    return found
-
-
-def _interval(hit: np.ndarray, users: np.ndarray, seed: int, draws: int) -> list[float]:
-    """Percentile bootstrap over users."""
-    code = np.unique(users, return_inverse=True)[1]
-    size, total = np.bincount(code), np.bincount(code, weights=hit)
-    times = np.random.default_rng(seed).multinomial(len(size), np.full(len(size), 1 / len(size)), draws)
-    return [float(x) for x in np.quantile((times @ total) / (times @ size), (0.025, 0.975))]
+        sums, counts = np.bincount(codes, weights=hit), np.bincount(codes).astype(float)
+        ci95 = user_bootstrap(sums, counts, draws=DRAWS, seed=settings.seed)
+        facts |= {name: float(hit.mean()), f"{name} ci95": list(ci95)}
+    return facts
 
 
 class Refinement:
-    """The learned state: A, the shared maps, their optimisers, and the two anchors of the regularisers."""
+    """Learnt state: A, the shared maps, their optimisers, and the two anchors of the regularisers."""
 
     def __init__(
         self,
         prototypes: Prototypes,
-        config: PrototypesConfig,
-        seed: int,
+        settings: RefinementSettings,
         device: str = "cpu",
         part: Part = ALONE,
     ) -> None:
         import torch
 
-        self.config, self.labels, self.device, self.part = config, prototypes.labels, device, part
+        self.settings, self.labels, self.device, self.part = settings, prototypes.labels, device, part
         d = prototypes.A.shape[1]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(settings.seed)
         bound = math.sqrt(6 / (3 * d))  # Xavier's, for d outputs of 2d inputs
         W = (torch.rand(d, 2 * d, generator=generator) * 2 - 1) * bound
         start = {"W": W, "W_q": torch.zeros(d, d), "W_s": torch.zeros(d, d)}
@@ -262,11 +287,11 @@ class Refinement:
         self.A = self.centroids.clone().requires_grad_()
         self.mean = torch.tensor(_cluster_means(prototypes), device=device)
         self.previous = self.centroids.clone()
-        self.map_optimiser = torch.optim.Adam(self.maps.values(), lr=config.learning_rate, fused=True)
-        self.row_optimiser = torch.optim.SparseAdam([self.A], lr=config.learning_rate)
+        self.map_optimiser = torch.optim.Adam(self.maps.values(), lr=settings.learning_rate, fused=True)
+        self.row_optimiser = torch.optim.SparseAdam([self.A], lr=settings.learning_rate)
 
     def epoch(self, samples: RefinementBatch, batches: Sequence[np.ndarray]) -> float:
-        """One pass; the mean loss per sample as met on the way.  p_j becomes the state at its start."""
+        """Make one pass, from whose start p_j is taken; return the mean loss per sample during the pass."""
         self.previous = self.A.detach().clone()
         total = sum(
             self.step(self.batch(samples, self.part.share(rows)), len(rows)) * len(rows) for rows in batches
@@ -274,7 +299,10 @@ class Refinement:
         return total / max(1, sum(map(len, batches)))
 
     def step(self, batch: Batch, size: int | None = None) -> float:
-        """One update by a mini-batch of `size` samples, of which `batch` holds this process's; the mean loss over all of them."""
+        """Make one update by a mini-batch of `size` samples, and return their mean loss.
+
+        `batch` holds this process's share of them.
+        """
         loss, _ = self.loss(batch, size)
         self.map_optimiser.zero_grad()
         self.row_optimiser.zero_grad()
@@ -285,37 +313,37 @@ class Refinement:
         return float(self.part.add_up(loss.detach()).item())
 
     def _add_up_gradients(self) -> None:
-        """Over processes.  A row of A stays out of the update unless some process met its prototype."""
+        """Add up over processes; a row of A is updated only if some process has its prototype."""
         import torch
 
         if self.part.of == 1:
             return
         for value in self.maps.values():
             self.part.add_up(value.grad)
-        mine = self.A.grad.coalesce()
-        met = torch.zeros(len(self.A), device=self.device).index_fill(0, mine.indices()[0], 1.0)
-        total = self.part.add_up(mine.to_dense())
-        rows = self.part.add_up(met).nonzero().squeeze(-1)
+        grad = self.A.grad.coalesce()
+        present = torch.zeros(len(self.A), device=self.device).index_fill(0, grad.indices()[0], 1.0)
+        total = self.part.add_up(grad.to_dense())
+        rows = self.part.add_up(present).nonzero().squeeze(-1)
         self.A.grad = torch.sparse_coo_tensor(
             rows[None], total[rows], self.A.shape, is_coalesced=True, check_invariants=False
         )
 
     def loss(self, batch: Batch, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of the batch over `size` samples, its own number unless told, and Δ (B,)."""
+        """Loss of the batch over `size` samples (default: those of the batch), and Δ (B,)."""
         from torch.nn import functional
 
-        # sparse=True: the gradient holds the gathered rows only, so SparseAdam leaves every other prototype as it is
+        # sparse=True: the gradient holds the gathered rows only, so SparseAdam leaves all other prototypes unchanged
         a = functional.embedding(batch.label, self.A, sparse=True)
-        margin = margins(batch, a, self.maps, self.config)
+        margin = margins(batch, a, self.maps, self.settings)
         centre = (a - self.mean[batch.label]).square().sum(-1)
         trajectory = (a - self.previous[batch.label]).square().sum(-1)
-        penalty = self.config.lambda_centre * centre + self.config.lambda_trajectory * trajectory
+        penalty = self.settings.lambda_centre * centre + self.settings.lambda_trajectory * trajectory
         return (penalty - functional.logsigmoid(margin)).sum() / (size or max(1, len(margin))), margin
 
     def margins(
         self, samples: RefinementBatch, rows: np.ndarray, batch_size: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Δ of `rows` with the refined z, and with the unrefined centroid in z's place."""
+        """Δ of `rows` with the refined z, and with the unrefined centroid in its place."""
         import torch
 
         refined, unrefined = [np.zeros(0)], [np.zeros(0)]
@@ -327,7 +355,7 @@ class Refinement:
         return np.concatenate(refined), np.concatenate(unrefined)
 
     def batch(self, samples: RefinementBatch, rows: np.ndarray) -> Batch:
-        """Gather `rows`: the only copy of a memory-mapped sample."""
+        """Gather `rows`; this is the only copy of a memory-mapped sample."""
         mask = np.asarray(samples.mask[rows], dtype=bool)
         past = samples.history_chosen[rows][mask] - samples.history_rejected[rows][mask]
         items = np.concatenate([samples.history_query[rows][mask], past], axis=-1)
@@ -344,7 +372,7 @@ class Refinement:
 
 
 def _cluster_means(prototypes: Prototypes) -> np.ndarray:
-    """μ (k, d): mean of each cluster's rows, and the centroid itself where a cluster is empty."""
+    """μ (k, d): mean of each cluster's rows, or the centroid itself if the cluster is empty."""
     import torch
 
     totals = torch.zeros(prototypes.A.shape)
@@ -355,10 +383,10 @@ def _cluster_means(prototypes: Prototypes) -> np.ndarray:
     return np.where(sizes > 0, totals.numpy() / np.maximum(sizes, 1), prototypes.A).astype(np.float32)
 
 
-def _split_users(users: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of training users and rows of held-out users; with a single user nobody is held out."""
+def _split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of training users and of held-out users; a single user is never held out."""
     names = np.unique(users)
-    count = 0 if len(names) < 2 or share <= 0 else min(len(names) - 1, math.ceil(share * len(names)))
+    count = min(len(names) - 1, math.ceil(HOLDOUT * len(names)))
     chosen = np.random.default_rng([seed, len(names)]).permutation(names)[:count]
     held = np.isin(users, chosen)
     return np.flatnonzero(~held), np.flatnonzero(held)

@@ -23,7 +23,7 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import fingerprint, write_json, write_table, write_text
 from pgenrm_train.prototypes import clusters as core
 from pgenrm_train.prototypes.cards import cards, cards_markdown, plane
-from pgenrm_train.prototypes.refinement import RefinementBatch, Rows, cold_start, refine
+from pgenrm_train.prototypes.refinement import RefinementBatch, RefinementSettings, Rows, cold_start, refine
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.run.folder import StageFolder, weights_digest
 
@@ -108,11 +108,10 @@ def run(
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
     centroids = core.cluster(matrix, core.count_distinct(matrix, enough=wanted), config.seed, users)
     samples = _samples([row.pair for row in rows], own.histories, embed)
-    refined, metrics = refine(
-        centroids, samples, config.prototypes, config.seed, device=config.cluster.device
-    )
+    settings = RefinementSettings.of(config.prototypes, config.seed)
+    refined, metrics = refine(centroids, samples, settings, device=config.cluster.device)
     core.save(refined, folder.path, hashes)
-    start = [_cold_start(config, refined, written, embed) for written in newcomers]
+    start = [_cold_start(settings, refined, written, embed) for written in newcomers]
     facts: PrototypeFacts = {
         "k": len(refined.A),
         "k_suggested_by_singular_values": suggested,
@@ -205,7 +204,7 @@ def _readable(chains: Chains) -> tuple[list[Analysed], Counter[str]]:
 
 
 def _cold_start(
-    config: Config, refined: core.Prototypes, written: Written, embed: Embed
+    settings: RefinementSettings, refined: core.Prototypes, written: Written, embed: Embed
 ) -> dict[str, object]:
     """One point of the cold-start curve; the mean of all prototypes replaces that of an unreadable chain."""
     rows, failures = _readable(written.chains)
@@ -217,7 +216,7 @@ def _cold_start(
     return {
         "history_pairs": max((len(history) for history in written.histories.values()), default=0),
         "failures": dict(failures),
-        **cold_start(refined, samples, labels, config.prototypes, config.seed),
+        **cold_start(refined, samples, labels, settings),
     }
 
 

@@ -1,4 +1,4 @@
-"""Refinement by two processes over gloo makes the updates of one, and neither moves a prototype that no batch met."""
+"""Refinement by two processes over gloo equals that of one; a prototype without samples does not move."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.prototypes import refinement
 from pgenrm_train.prototypes.clusters import Prototypes
+from pgenrm_train.prototypes.refinement import RefinementSettings
 
 N, D, H, K = 603, 12, 3, 5  # 603: batches that two processes cannot halve, the last one of odd size
 
@@ -35,9 +36,9 @@ def world() -> tuple[Prototypes, refinement.RefinementBatch]:
 
 def test_two_processes_refine_as_one_does(world) -> None:
     prototypes, samples = world
-    config = PrototypesConfig(k=K, refine_epochs=3, learning_rate=0.01)
-    alone, expected = refinement.refine(prototypes, samples, config, seed=0)
-    shared, found = refine_in_processes(prototypes, samples, config, seed=0, device="cpu", processes=2)
+    settings = RefinementSettings.of(PrototypesConfig(refine_epochs=3, learning_rate=0.01), seed=0)
+    alone, expected = refinement.refine(prototypes, samples, settings)
+    shared, found = refine_in_processes(prototypes, samples, settings, device="cpu", processes=2)
     assert found.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-5)
     assert found == pytest.approx(expected, abs=1e-6)
     for name, value in {"A": alone.A, **alone.maps}.items():
@@ -53,25 +54,25 @@ def test_two_processes_refine_as_one_does(world) -> None:
 def test_processes_that_do_not_add_up_their_gradients_refine_otherwise(world, monkeypatch) -> None:
     """The comparison above can tell: half of every mini-batch teaches something else."""
     prototypes, samples = world
-    config = PrototypesConfig(k=K, refine_epochs=3, learning_rate=0.01)
-    alone, _ = refinement.refine(prototypes, samples, config, seed=0)
+    settings = RefinementSettings.of(PrototypesConfig(refine_epochs=3, learning_rate=0.01), seed=0)
+    alone, _ = refinement.refine(prototypes, samples, settings)
     monkeypatch.setattr(refinement.Part, "add_up", lambda self, tensor: tensor)
-    half, _ = refinement.refine(prototypes, samples, config, seed=0, part=refinement.Part(0, 2))
+    half, _ = refinement.refine(prototypes, samples, settings, part=refinement.Part(0, 2))
     assert np.abs(half.A - alone.A).max() > 2e-3
 
 
-def test_a_learning_rate_that_diverges_is_told_as_by_one_process(world) -> None:
+def test_a_learning_rate_that_diverges_is_reported_as_by_one_process(world) -> None:
     prototypes, samples = world
-    config = PrototypesConfig(k=K, refine_epochs=2, learning_rate=1e30)
+    settings = RefinementSettings.of(PrototypesConfig(refine_epochs=2, learning_rate=1e30), seed=0)
     with pytest.raises(ConfigError, match=r"learning_rate=1e\+30 makes the refinement diverge"):
-        refine_in_processes(prototypes, samples, config, seed=0, device="cpu", processes=2)
+        refine_in_processes(prototypes, samples, settings, device="cpu", processes=2)
 
 
 def test_a_table_that_many_columns_share_is_written_once(world, tmp_path) -> None:
-    refine_processes._lay_down(tmp_path / "samples", world[1])
+    refine_processes._write_arrays(tmp_path / "samples", world[1])
     tables = list(tmp_path.glob("samples/*.rows/table.npy"))
     assert len(tables) == 6 and len({path.stat().st_ino for path in tables}) == 1
-    again = refinement.RefinementBatch(**refine_processes._picked_up(tmp_path / "samples"))
+    again = refinement.RefinementBatch(**refine_processes._read_arrays(tmp_path / "samples"))
     rows = np.arange(0, N, 50)
     assert np.array_equal(again.history_chosen[rows], world[1].history_chosen[rows]) and np.array_equal(
         again.mask, world[1].mask

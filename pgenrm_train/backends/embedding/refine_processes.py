@@ -1,70 +1,71 @@
-"""Refinement of prototypes by several processes of this machine, a GPU each where there are GPUs (`refinement.Part`).
+"""Refinement of prototypes by several processes of this machine, with one GPU each on a GPU machine.
 
-Arrays travel as files that every process maps, so that a large matrix is in memory once.  The result is that of one process, but
-for the order in which gradients are added up.
+Arrays are passed as files that every process maps, so that a large matrix is in memory once.  The result is that of
+one process, except for the order in which gradients are added up (`refinement.Part`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pgenrm_train.config import PrototypesConfig
-from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.errors import BackendError, ConfigError, last_line
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prototypes.clusters import Prototypes
-from pgenrm_train.prototypes.refinement import Part, RefinementBatch, Rows, refine
+from pgenrm_train.prototypes.refinement import (
+    Part,
+    RefinementBatch,
+    RefinementMetrics,
+    RefinementSettings,
+    Rows,
+    refine,
+)
 
 
 def refine_in_processes(
     prototypes: Prototypes,
     samples: RefinementBatch,
-    config: PrototypesConfig,
-    seed: int,
+    settings: RefinementSettings,
     *,
     device: str,
     processes: int,
-) -> tuple[Prototypes, dict[str, Any]]:
-    """As `refinement.refine`, shared out over `processes`.  Raises what it raises, BackendError when a process is lost."""
+) -> tuple[Prototypes, RefinementMetrics]:
+    """Run `refinement.refine` on `processes`.  Raises what it raises, and BackendError if a process is lost."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
     with tempfile.TemporaryDirectory(prefix="pg_refine_") as name:
         folder = Path(name)
-        _lay_down(folder / "prototypes", prototypes)
-        _lay_down(folder / "samples", samples)
+        _write_arrays(folder / "prototypes", prototypes)
+        _write_arrays(folder / "samples", samples)
         try:
-            spawn(_refine, (folder, config, seed, device, processes), nprocs=processes)
+            spawn(_refine, (folder, settings, device, processes), nprocs=processes)
         except ProcessRaisedException as error:
-            if (told := folder / "mistake.json").exists():  # of the user
-                raise ConfigError(read_json(told)) from None
-            raise BackendError(
-                f"a process of the refinement failed: {str(error).strip().splitlines()[-1]}"
-            ) from error
+            if (mistake := folder / "mistake.json").exists():
+                raise ConfigError(read_json(mistake)) from None
+            raise BackendError(f"a process of the refinement failed: {last_line(error)}") from error
         except ProcessExitedException as error:
             raise BackendError(
-                f"a process of the refinement was lost ({error}); the same command starts it anew"
+                f"a process of the refinement was lost ({error}); repeat the command to start the refinement again"
             ) from None
-        found = _picked_up(folder / "refined")
-        A, labels = (np.array(found[name]) for name in ("A", "labels"))  # the files go with the folder
-        maps = {name: np.array(value) for name, value in found["maps"].items()}
-        return dataclasses.replace(prototypes, A=A, labels=labels, maps=maps), read_json(
-            folder / "metrics.json"
-        )
+        refined = _read_arrays(folder / "refined")
+        # copies, because the files go with the folder
+        A, labels = np.array(refined["A"]), np.array(refined["labels"])
+        maps = {name: np.array(value) for name, value in refined["maps"].items()}
+        metrics: RefinementMetrics = read_json(folder / "metrics.json")
+        return replace(prototypes, A=A, labels=labels, maps=maps), metrics
 
 
-def _refine(
-    rank: int, folder: Path, config: PrototypesConfig, seed: int, device: str, processes: int
-) -> None:
+def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, processes: int) -> None:
+    """Run one process's part; rank 0 writes the result."""
     import torch
 
-    os.environ.setdefault(
-        "GLOO_SOCKET_IFNAME", "lo"
-    )  # a host name that does not resolve is no obstacle on one machine
+    # one machine needs no host name that resolves
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -72,11 +73,13 @@ def _refine(
         backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
     )
     try:
-        given = Prototypes(**_picked_up(folder / "prototypes"))
-        samples = RefinementBatch(**_picked_up(folder / "samples"))
-        refined, metrics = refine(given, samples, config, seed, device=device, part=Part(rank, processes))
+        prototypes = Prototypes(**_read_arrays(folder / "prototypes"))
+        samples = RefinementBatch(**_read_arrays(folder / "samples"))
+        refined, metrics = refine(prototypes, samples, settings, device=device, part=Part(rank, processes))
         if rank == 0:
-            _lay_down(folder / "refined", {"A": refined.A, "labels": refined.labels, "maps": refined.maps})
+            _write_arrays(
+                folder / "refined", {"A": refined.A, "labels": refined.labels, "maps": refined.maps}
+            )
             write_json(folder / "metrics.json", metrics)
     except ConfigError as error:
         write_json(folder / "mistake.json", str(error))
@@ -85,27 +88,27 @@ def _refine(
         torch.distributed.destroy_process_group()
 
 
-def _lay_down(folder: Path, arrays: Any, laid: dict[int, Path] | None = None) -> None:
-    """A .npy file an array, which several names may share; `Rows` and mappings are folders."""
+def _write_arrays(folder: Path, arrays: Any, written: dict[int, Path] | None = None) -> None:
+    """Write one .npy file per array of a dataclass or mapping; `Rows` and mappings inside it become folders.
+
+    An array with several names is written once and linked.
+    """
     folder.mkdir()
-    laid = {} if laid is None else laid
-    named = (
-        arrays
-        if isinstance(arrays, dict)
-        else {f.name: getattr(arrays, f.name) for f in dataclasses.fields(arrays)}
-    )
+    written = {} if written is None else written
+    named = arrays if isinstance(arrays, dict) else {f.name: getattr(arrays, f.name) for f in fields(arrays)}
     for name, value in named.items():
         path = folder / f"{name}.npy"
         if not isinstance(value, np.ndarray):
-            _lay_down(folder / f"{name}.{'rows' if isinstance(value, Rows) else 'map'}", value, laid)
-        elif id(value) in laid:  # the one table of texts behind queries, responses and histories
-            path.hardlink_to(laid[id(value)])
+            _write_arrays(folder / f"{name}.{'rows' if isinstance(value, Rows) else 'map'}", value, written)
+        elif id(value) in written:  # the one table of texts of queries, responses and histories
+            path.hardlink_to(written[id(value)])
         else:
             np.save(path, value)
-            laid[id(value)] = path
+            written[id(value)] = path
 
 
-def _picked_up(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
-    found |= {path.stem: Rows(**_picked_up(path)) for path in folder.glob("*.rows")}
-    return found | {path.stem: _picked_up(path) for path in folder.glob("*.map")}
+def _read_arrays(folder: Path) -> Any:
+    """Map the arrays that `_write_arrays` wrote, by name."""
+    arrays: dict[str, object] = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
+    arrays |= {path.stem: Rows(**_read_arrays(path)) for path in folder.glob("*.rows")}
+    return arrays | {path.stem: _read_arrays(path) for path in folder.glob("*.map")}

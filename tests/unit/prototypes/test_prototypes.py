@@ -47,8 +47,9 @@ def planted(k=4, users_each=30, per_user=3, noise=0.15, seed=0):
     return P, group, refinement.RefinementBatch(*votes(n), *votes(n, H), mask, users)
 
 
-def config(**changes) -> PrototypesConfig:
-    return PrototypesConfig(**{"k": 4, "refine_epochs": 5, "learning_rate": 0.02, **changes})
+def settings(seed=0, **changes) -> refinement.RefinementSettings:
+    section = PrototypesConfig(**{"refine_epochs": 5, "learning_rate": 0.02, **changes})
+    return refinement.RefinementSettings.of(section, seed)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def reference_loss(sample, a, mu, previous, maps, c):
 
 def test_batched_loss_and_gradients_equal_a_loop_over_samples(world):
     prototypes, _, samples = world
-    c = config(rho=0.7, lambda_query=0.3, lambda_summary=0.5)
-    state = refinement.Refinement(prototypes, c, seed=0)
+    c = settings(rho=0.7, lambda_query=0.3, lambda_summary=0.5)
+    state = refinement.Refinement(prototypes, c)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():  # away from the start, where the maps are zero and the penalties vanish
         for value in (*state.maps.values(), state.A):
@@ -173,7 +174,7 @@ def test_batched_loss_and_gradients_equal_a_loop_over_samples(world):
 
 def test_refinement_lowers_the_loss_and_lifts_held_out_accuracy(world):
     prototypes, group, samples = world
-    refined, metrics = refinement.refine(prototypes, samples, config(), seed=0, batch_size=64)
+    refined, metrics = refinement.refine(prototypes, samples, settings(), batch_size=64)
     assert metrics["loss"] == sorted(metrics["loss"], reverse=True)
     assert metrics["loss"][-1] < 0.9 * metrics["loss"][0]
     assert metrics["holdout_users"] == 12
@@ -189,7 +190,7 @@ def test_refinement_is_reproducible_and_leaves_its_input_alone(world):
     prototypes, _, samples = world
     before = prototypes.A.copy()
     first, second = (
-        refinement.refine(prototypes, samples, config(refine_epochs=2), seed=3, batch_size=64)
+        refinement.refine(prototypes, samples, settings(seed=3, refine_epochs=2), batch_size=64)
         for _ in range(2)
     )
     assert np.array_equal(first[0].A, second[0].A)
@@ -202,16 +203,16 @@ def test_history_teaches_something(world):
     _, _, samples = world
     P, _, _ = planted()
     single = proto.cluster(P, 1, seed=0, users=samples.users)
-    c = config(lambda_summary=1.0, refine_epochs=20)
-    _, with_history = refinement.refine(single, samples, c, seed=0, batch_size=64)
+    c = settings(lambda_summary=1.0, refine_epochs=20)
+    _, with_history = refinement.refine(single, samples, c, batch_size=64)
     blind = dataclasses.replace(samples, mask=np.zeros_like(samples.mask))
-    _, without = refinement.refine(single, blind, c, seed=0, batch_size=64)
+    _, without = refinement.refine(single, blind, c, batch_size=64)
     assert with_history["train_accuracy"] > without["train_accuracy"] + 0.03
 
 
 def test_an_inactive_prototype_keeps_its_bits(world):
     prototypes, _, samples = world
-    state = refinement.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, settings())
     one, other = (np.flatnonzero(prototypes.labels == j)[:8] for j in (0, 1))
     state.step(state.batch(samples, one))  # gives prototype 0 momentum
     state.step(state.batch(samples, one))
@@ -228,7 +229,7 @@ def test_a_prototype_without_samples_keeps_its_bits_through_refine(world):
     lonely = dataclasses.replace(
         prototypes, A=np.vstack([prototypes.A, np.full((1, D), 9, dtype=np.float32)])
     )
-    refined, metrics = refinement.refine(lonely, samples, config(), seed=0)
+    refined, metrics = refinement.refine(lonely, samples, settings())
     assert np.array_equal(refined.A[4], lonely.A[4])
     assert metrics["empty_prototypes"] == 1
 
@@ -240,7 +241,7 @@ def test_regularisers_hold_the_prototypes(world, name):
     for strength in (0.0, 1000.0):
         weights = {"lambda_centre": 0.0, "lambda_trajectory": 0.0} | {name: strength}
         refined, _ = refinement.refine(
-            prototypes, samples, config(learning_rate=0.005, **weights), seed=0, batch_size=32
+            prototypes, samples, settings(learning_rate=0.005, **weights), batch_size=32
         )
         moved[strength] = np.linalg.norm(refined.A - prototypes.A, axis=1).max()
     assert moved[1000.0] < 0.3 * moved[0.0]
@@ -248,7 +249,7 @@ def test_regularisers_hold_the_prototypes(world, name):
 
 def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
     prototypes, _, samples = world
-    state = refinement.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, settings())
     for _ in range(2):
         start = state.A.detach().clone()
         state.epoch(samples, [np.arange(64), np.arange(64, 128)])
@@ -258,14 +259,14 @@ def test_the_trajectory_is_anchored_at_the_start_of_each_epoch(world):
 
 def test_rows_without_history_attend_to_nothing(world):
     prototypes, _, samples = world
-    state = refinement.Refinement(prototypes, config(), seed=0)
+    state = refinement.Refinement(prototypes, settings())
     unknown = dataclasses.replace(samples, mask=np.zeros_like(samples.mask))
     batch = state.batch(unknown, np.arange(5))
     with torch.no_grad():
         state.maps["W_s"] += 1
         a = state.A[batch.label]
-        assert not refinement.attend(batch, a, state.maps, state.config).any()
-        margins = refinement.margins(batch, a, state.maps, state.config)
+        assert not refinement.attend(batch, a, state.maps, state.settings).any()
+        margins = refinement.margins(batch, a, state.maps, state.settings)
     torch.testing.assert_close(margins, (a * batch.difference).sum(-1))
 
 
@@ -279,10 +280,8 @@ def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):
         shape = getattr(samples, name).shape[:-1]
         rows[name] = refinement.Rows(table, np.arange(start, start + math.prod(shape)).reshape(shape))
         start += math.prod(shape)
-    dense, _ = refinement.refine(prototypes, samples, config(refine_epochs=1), seed=0)
-    mapped, _ = refinement.refine(
-        prototypes, dataclasses.replace(samples, **rows), config(refine_epochs=1), seed=0
-    )
+    dense, _ = refinement.refine(prototypes, samples, settings(refine_epochs=1))
+    mapped, _ = refinement.refine(prototypes, dataclasses.replace(samples, **rows), settings(refine_epochs=1))
     assert np.array_equal(dense.A, mapped.A)
 
 
@@ -296,16 +295,15 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
         history_rejected=empty,
         mask=np.zeros((len(samples), 0), dtype=bool),
     )
-    assert np.isfinite(refinement.refine(prototypes, bare, config(refine_epochs=1), seed=0)[0].A).all()
-    untouched, metrics = refinement.refine(prototypes, samples, config(refine_epochs=0), seed=0)
+    assert np.isfinite(refinement.refine(prototypes, bare, settings(refine_epochs=1))[0].A).all()
+    untouched, metrics = refinement.refine(prototypes, samples, settings(refine_epochs=0))
     assert np.array_equal(untouched.A, prototypes.A)
     assert metrics["holdout_accuracy"] == metrics["holdout_accuracy_centroids"]
     alone = np.full(len(samples), "u")
     _, metrics = refinement.refine(
         dataclasses.replace(prototypes, users=alone),
         dataclasses.replace(samples, users=alone),
-        config(refine_epochs=1),
-        seed=0,
+        settings(refine_epochs=1),
     )
     assert metrics["holdout_users"] == 0
     assert math.isnan(metrics["holdout_accuracy"])
@@ -314,13 +312,11 @@ def test_refinement_without_history_epochs_or_a_second_user(world):
 def test_samples_that_are_not_the_clustered_rows_are_refused(world):
     prototypes, _, samples = world
     with pytest.raises(DataError, match="same order"):
-        refinement.refine(
-            dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, config(), seed=0
-        )
+        refinement.refine(dataclasses.replace(prototypes, users=prototypes.users[::-1]), samples, settings())
     with pytest.raises(DataError, match="'chosen' has shape"):
         dataclasses.replace(samples, chosen=samples.chosen[:5])
     with pytest.raises(ConfigError, match="learning_rate"):
-        refinement.refine(prototypes, samples, config(learning_rate=1e30), seed=0, batch_size=64)
+        refinement.refine(prototypes, samples, settings(learning_rate=1e30), batch_size=64)
 
 
 # --- neighbours
@@ -377,7 +373,7 @@ def test_neighbours_are_never_the_user_and_never_twice(world):
 
 def test_artefacts_come_back_as_they_went(world, tmp_path):
     prototypes, _, samples = world
-    refined, _ = refinement.refine(prototypes, samples, config(refine_epochs=1), seed=0)
+    refined, _ = refinement.refine(prototypes, samples, settings(refine_epochs=1))
     proto.save(refined, tmp_path / "prototypes", HASHES)
     loaded = proto.load(tmp_path / "prototypes", expect=HASHES)
     for name in ("A", "labels", "embeddings", "users"):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.metrics.intervals import FEW_USERS, few_users, interval, macro, user_bootstrap
+from eval.metrics.intervals import FEW_USERS, few_users, interval, macro
+from pgenrm_train.bootstrap import user_bootstrap
 
 
 def coverage(n_users: int, pairs: int = 20, trials: int = 300) -> float:
