@@ -8,9 +8,9 @@ import numpy as np
 def user_bootstrap(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: int) -> tuple[float, float]:
     """95 % percentile interval of Σsums/Σcounts, users drawn with replacement.
 
-    `sums` and `counts` are float (users,).  Users with the same sum and count are interchangeable.  If there are many
-    of them, one multinomial over the kinds of users replaces one index per user: the same distribution, and cheap
-    for any number of users.  Memory stays below ~64 MB.
+    `sums` and `counts` are float (users,).  Users with the same sum and count are interchangeable.  If there
+    are many of them, one multinomial over the kinds of users replaces one index per user: the same
+    distribution, and cheap for any number of users.  Memory stays below ~64 MB.
     """
     rng = np.random.default_rng(seed)
     kinds, members = np.unique(sums + 1j * counts, return_counts=True)

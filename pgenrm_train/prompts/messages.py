@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.records.pairs import ExplicitSignals
@@ -174,3 +175,9 @@ def _drop_leading_marks(text: str) -> str:
     while start < len(text) and unicodedata.combining(unicodedata.normalize("NFD", text[start])[0]):
         start += 1
     return text[start:]
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a chat, ready to be continued by the model."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -14,6 +14,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.messages import prompt_ids
 from pgenrm_train.prompts.styles import styled_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import read_pairs
@@ -101,8 +102,7 @@ class PromptWriter:
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a prompt, ready to be continued by the model."""
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt_ids(self.tokenizer, messages)
 
     def can_be_written(self, response: str) -> bool:
         """Whether the model, with its end token, may write a text as long as `response`."""

@@ -1,6 +1,7 @@
 """Cards that describe prototypes: typical criteria, size, nearest and farthest member, and a map of all rows.
 
-The texts are a model's words about users: the Markdown escapes them, so that they are shown and never interpreted.
+The texts are a model's words about users: the Markdown escapes them, so that they are shown and never
+interpreted.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Member(TypedDict):
 class Card(TypedDict):
     """One prototype, as `cards.json` holds it.
 
-    `criteria` maps a name to its mean weight in percent over all members.  `typical` names the criteria whose weight
-    exceeds their mean over all users most.
+    `criteria` maps a name to its mean weight in percent over all members.  `typical` names the criteria whose
+    weight exceeds their mean over all users most.
     """
 
     prototype: int

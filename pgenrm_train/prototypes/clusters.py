@@ -1,10 +1,10 @@
-"""User prototypes: cluster preference analyses, keep them with their members, find similar users (METHOD §6, §7).
+"""User prototypes: clusters of preference analyses with their members, and similar users (METHOD §6, §7).
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
-- k is the least number whose largest singular values hold a given share of the sum of all singular values of **P**,
-  uncentred.
-- A user's similar users are ranked by cosine inside the nearest prototype, one row per user.  If these are too few,
-  the search widens to the next nearest prototype.
+- k is the least number whose largest singular values hold a given share of the sum of all singular values of
+  **P**, uncentred.
+- A user's similar users are ranked by cosine inside the nearest prototype, one row per user.  If these are
+  too few, the search widens to the next nearest prototype.
 `refinement` moves the centroids by users' votes.
 """
 
@@ -52,8 +52,8 @@ _RECITAL = re.compile(r"Pair \d+:[^.\n]*(?:\.\s*|\n|$)")
 def preference_text(analysis: str) -> str:
     """The conclusions of an analysis, which are embedded in the index and in queries to it.
 
-    "Pair 1: …" recitals of the history are cut: they would make users similar who were shown similar responses.
-    An analysis of recitals alone is returned uncut.
+    "Pair 1: …" recitals of the history are cut: they would make users similar who were shown similar
+    responses.  An analysis of recitals alone is returned uncut.
     """
     return _RECITAL.sub("", analysis).strip() or analysis
 
@@ -84,9 +84,9 @@ def suggest_k(P: np.ndarray, mass: float = 0.9) -> tuple[int, np.ndarray]:
 def cluster(P: np.ndarray, k: int, seed: int, users: Sequence[str] | None = None) -> Prototypes:
     """K-means from k-means++ starts on P (N, d) float32.
 
-    Up to LARGE rows this is scikit-learn's K-means, above it faiss on a sample, or mini-batches.  `users` (N,) is
-    the user of each row; without it each row is a user.  Raises ConfigError if k exceeds the number of distinct
-    rows, DataError for values that are not finite.
+    Up to LARGE rows this is scikit-learn's K-means, above it faiss on a sample, or mini-batches.  `users`
+    (N,) is the user of each row; without it each row is a user.  Raises ConfigError if k exceeds the number
+    of distinct rows, DataError for values that are not finite.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
@@ -124,7 +124,7 @@ def _faiss_centroids(P: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def assign(A: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """Index (N,) of the nearest prototype (Euclidean) of each row of X (N, d); the lowest index wins a tie."""
+    """Index (N,) of the nearest prototype (Euclidean) of each row of X (N, d); the lowest wins a tie."""
     squared = (A * A).sum(axis=1)
     nearest = [(squared - 2 * (chunk @ A.T)).argmin(axis=1) for chunk in chunks(X)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *nearest])
@@ -145,9 +145,10 @@ class Neighbourhood:
     def nearest(self, query: np.ndarray, user_id: str, n: int, *, allow_fewer: bool = False) -> list[int]:
         """Rows of the n most similar *other* users, most similar first.
 
-        Users are ranked by cosine to `query` (d,) inside its nearest prototype and then, while there are too few,
-        inside the next nearest.  One row per user (the closest in the nearest prototype that holds any), never a row
-        of `user_id`.  Raises DataError if fewer than n other users exist; with `allow_fewer` the list is shorter.
+        Users are ranked by cosine to `query` (d,) inside its nearest prototype and then, while there are too
+        few, inside the next nearest.  One row per user (the closest in the nearest prototype that holds any),
+        never a row of `user_id`.  Raises DataError if fewer than n other users exist; with `allow_fewer` the
+        list is shorter.
         """
         rows: dict[str, int] = {}
         users = self.prototypes.users
@@ -159,7 +160,8 @@ class Neighbourhood:
                     rows.setdefault(str(users[row]), int(row))
         if len(rows) < n and not allow_fewer:
             raise DataError(
-                f"user {user_id} has {len(rows)} other users to borrow from, {n} are wanted; lower eval.pro or add users"
+                f"user {user_id} has {len(rows)} other users to borrow from, {n} are wanted; "
+                "lower eval.pro or add users"
             )
         return list(rows.values())
 
@@ -173,7 +175,7 @@ class Neighbourhood:
 
 
 def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) -> None:
-    """Write `prototypes.safetensors`, `members.parquet` (user_id, prototype, row) and, last, `prototypes.json`.
+    """Write `prototypes.safetensors`, `members.parquet` (user_id, prototype, row), then `prototypes.json`.
 
     `hashes` are those of the `model`, `embedder` and `data` that the analyses came from.  The JSON holds the
     checksums of the other two files, so that `load` refuses an interrupted write.
@@ -183,7 +185,8 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
 
     if set(hashes) != set(HASHES):
         raise ArtifactError(
-            f"prototypes are saved with hashes of {', '.join(HASHES)}; got {', '.join(sorted(hashes)) or 'none'}"
+            f"prototypes are saved with hashes of {', '.join(HASHES)}; "
+            f"got {', '.join(sorted(hashes)) or 'none'}"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +264,8 @@ def chunks(X: np.ndarray) -> Iterator[np.ndarray]:
 def _check_matrix(P: np.ndarray) -> None:
     if P.ndim != 2 or not P.size:
         raise DataError(
-            f"the matrix of analyses has shape {P.shape}; expected (analyses, dimensions) with at least one row"
+            f"the matrix of analyses has shape {P.shape}; "
+            "expected (analyses, dimensions) with at least one row"
         )
     if not all(np.isfinite(chunk).all() for chunk in chunks(P)):
         raise DataError("the matrix of analyses holds values that are not finite; embed the analyses again")

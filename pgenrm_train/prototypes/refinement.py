@@ -1,6 +1,7 @@
 """History-aware attentive refinement of prototypes by users' votes (METHOD §6).
 
-Equations for prototype j and a sample with query q, vote y⁺ over y⁻ and history (q_τ, y_τ⁺, y_τ⁻), all embeddings:
+Equations for prototype j and a sample with query q, vote y⁺ over y⁻ and history (q_τ, y_τ⁺, y_τ⁻), all
+embeddings:
 
     o_τ = σ(W [q_τ ; y_τ⁺ − y_τ⁻])      α_τ = softmax_τ( o_τᵀq/√d + ρ o_τᵀa_j/√d )      v = Σ_τ α_τ o_τ
     z = a_j + λ_q W_q q + λ_s W_s v      Δ = zᵀy⁺ − zᵀy⁻
@@ -8,15 +9,16 @@ Equations for prototype j and a sample with query q, vote y⁺ over y⁻ and his
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
 - W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes, so that one pass trains all of them and small
-  clusters borrow from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids, and
-  everything that it adds is learnt.
+  clusters borrow from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids,
+  and everything that it adds is learnt.
 - μ_j is the mean of the cluster from K-means; p_j is a_j at the start of the epoch.
-- Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a batch
-  keeps its bits.
-- A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the optimiser.
-- Several processes (`Part`) divide every mini-batch and add up their gradients before each step, so that their
-  updates are those of one process.  These are plain all-reduces: no call can bypass a wrapper, and NCCL does not add
-  up sparse gradients.
+- Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a
+  batch keeps its bits.
+- A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the
+  optimiser.
+- Several processes (`Part`) divide every mini-batch and add up their gradients before each step, so that
+  their updates are those of one process.  These are plain all-reduces: no call can bypass a wrapper, and NCCL
+  does not add up sparse gradients.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ class Rows:
 class RefinementBatch:
     """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Rows`.
 
-    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h), true for
-    real items; `users` (N,).  Raises DataError if the shapes disagree.
+    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h),
+    true for real items; `users` (N,).  Raises DataError if the shapes disagree.
     """
 
     query: np.ndarray | Rows
@@ -104,7 +106,8 @@ class RefinementBatch:
         for name, shape in expected.items():
             if tuple(np.shape(getattr(self, name))) != shape:
                 raise DataError(
-                    f"refinement samples: '{name}' has shape {np.shape(getattr(self, name))}, expected {shape}"
+                    f"refinement samples: '{name}' has shape {np.shape(getattr(self, name))}, "
+                    f"expected {shape}"
                 )
 
     def __len__(self) -> int:
@@ -135,8 +138,8 @@ ALONE = Part()
 class Batch(NamedTuple):
     """Tensors of B samples.
 
-    `label` is the prototype j, `difference` is y⁺ − y⁻.  `items` holds [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R real
-    places of `mask` (B, h), in its order.
+    `label` is the prototype j, `difference` is y⁺ − y⁻.  `items` holds [q_τ ; y_τ⁺ − y_τ⁻] (R, 2d) of the R
+    real places of `mask` (B, h), in its order.
     """
 
     label: torch.Tensor
@@ -161,7 +164,8 @@ def attend(
     )
     # o·q + ρ o·a is one product with q + ρ a
     logits = (o @ (batch.query + settings.rho * a).unsqueeze(-1)).squeeze(-1) / math.sqrt(a.shape[1])
-    # the lowest finite number, not −∞, and the mask again after the softmax: rows without history give 0, not NaN
+    # the lowest finite number, not −∞, and the mask again after the softmax:
+    # rows without history give 0, not NaN
     weights = logits.masked_fill(~batch.mask, torch.finfo(logits.dtype).min).softmax(-1) * batch.mask
     return (weights.unsqueeze(1) @ o).squeeze(1)
 
@@ -192,9 +196,9 @@ def refine(
 
     Sample i belongs to row i of `prototypes`.  Every process of `part` gets all samples and returns the same.
 
-    Metrics: `loss` (one per epoch, training samples); accuracy of Δ > 0 for z and for the unrefined centroids, on
-    held-out users (NaN without any) and on training users, with the labels before re-assignment; `moved_share` of
-    rows that changed prototype; `empty_prototypes`.
+    Metrics: `loss` (one per epoch, training samples); accuracy of Δ > 0 for z and for the unrefined
+    centroids, on held-out users (NaN without any) and on training users, with the labels before
+    re-assignment; `moved_share` of rows that changed prototype; `empty_prototypes`.
 
     Raises DataError if samples and rows disagree, ConfigError if the learning rate makes the loss overflow.
     """
@@ -238,8 +242,8 @@ def cold_start(
 ) -> RefinementMetrics:
     """Accuracy of Δ > 0 on users outside the refinement, with their prototypes and without.
 
-    `labels` (N,): the nearest prototype of each sample's user, −1 for unknown.  Without prototypes, and for unknown
-    ones, the mean of all centroids takes their place.  Intervals (95 %) resample users.
+    `labels` (N,): the nearest prototype of each sample's user, −1 for unknown.  Without prototypes, and for
+    unknown ones, the mean of all centroids takes their place.  Intervals (95 %) resample users.
     """
     import torch
 
@@ -332,7 +336,7 @@ class Refinement:
         """Loss of the batch over `size` samples (default: those of the batch), and Δ (B,)."""
         from torch.nn import functional
 
-        # sparse=True: the gradient holds the gathered rows only, so SparseAdam leaves all other prototypes unchanged
+        # sparse=True: the gradient holds the gathered rows only, so other prototypes stay unchanged
         a = functional.embedding(batch.label, self.A, sparse=True)
         margin = margins(batch, a, self.maps, self.settings)
         centre = (a - self.mean[batch.label]).square().sum(-1)

@@ -1,13 +1,15 @@
-"""Test-time user-based scaling: own samples and similar users' chains become one score a response (METHOD §7).
+"""Test-time user-based scaling: one score per response from own and similar users' chains (METHOD §7).
 
     s^i = (1/m) Σ_x Extract(S_x^i) + (1/n) Σ_w Extract(S^i of similar user u_w)
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
-- A chain that failed (any of its scores missing) leaves its mean, and the count that remains is returned beside the score.
-- A term without a usable chain drops out; with neither there is no score, and the failure is kept.
-- `grid` fills every Ind-m/Pro-n cell from one pool.  A user's own samples are exchangeable, so Ind-m takes *disjoint* subsets of
-  them: M // m replicates, and Ind-1 averages over all M samples.  Similar users are ranked, so Pro-n is always the n most similar
-  ones; a subset from further down would be another, weaker estimator.
+- A failed chain (with any score missing) is left out of its mean; the remaining count is returned with the
+  score.
+- A term without a usable chain drops out.  Without either term there is no score, and the failure is kept.
+- `grid` fills every Ind-m/Pro-n cell from one pool.  A user's own samples are exchangeable, so Ind-m takes
+  *disjoint* subsets of them: M // m replicates, and Ind-1 averages over all M samples.  Similar users are
+  ranked, so Pro-n is always the n most similar ones: a subset of lower ranks would be another, weaker
+  estimator.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ COLUMNS = (*GROUP, "user_id", "sample", "source", "neighbour", *SCORES, "failure
 
 
 class Scaled(NamedTuple):
-    """`scores` (…, b), NaN where nothing was usable; `own` and `similar` (…) count the chains behind each mean."""
+    """`scores` (…, b), NaN without a usable chain; `own` and `similar` (…) count the chains of each mean."""
 
     scores: np.ndarray
     own: np.ndarray
@@ -36,10 +38,10 @@ class Scaled(NamedTuple):
 
 
 def scale(own: np.ndarray, similar: np.ndarray, weights: tuple[float, float] = (1.0, 1.0)) -> Scaled:
-    """Scores of b responses from `own` (…, m, b) and `similar` (…, n, b); leading axes are scored independently.
+    """Score b responses from `own` (…, m, b) and `similar` (…, n, b); leading axes are independent.
 
-    A chain is a row; one with a NaN among its scores is a failure and counts in no mean.  m = 0, n = 0 or a weight of 0 leaves
-    the other term.  Raises ConfigError for negative or all-zero weights.
+    A chain is a row.  A chain with a NaN among its scores is a failure and counts in no mean.  With m = 0, n
+    = 0 or a weight of 0 the other term remains.  Raises ConfigError for negative or all-zero weights.
     """
     if min(weights) < 0 or not sum(weights):
         raise ConfigError(f"scaling weights {tuple(weights)} must be at least 0, and one of them above 0")
@@ -66,15 +68,17 @@ def grid(
 ) -> pd.DataFrame:
     """Predictions of every Ind-m/Pro-n cell, from one pool sampled at the largest m and n.
 
-    `pool`: one row a chain, with COLUMNS.  `source` is "ind" or "pro"; `sample` numbers the chains of a source from 0, and for
-    "pro" it is the rank of the similar user, 0 the most similar.  A chain that failed has its row too, with a `failure` or
-    without scores.
+    `pool` has one row per chain, with COLUMNS.  `source` is "ind" or "pro".  `sample` numbers the chains of a
+    source from 0; for "pro" it is the rank of the similar user, 0 the most similar.  A failed chain has a row
+    too, with a `failure` or without scores.
 
-    Returns one row a cell × pair × order × seed × replicate: `ind`, `pro`, `replicate`, `pool_seed`, `own_used`, `similar_used`
-    and the columns of `eval.metrics.accuracy.accuracy_report` (`sample` is 0; `seed` is unique a pool seed and replicate).  A row without
-    any usable chain carries the first failure among its chains.  Cells have M // m replicates (one with m = 0), at most
-    `replicates`; the cell (0, 0) says nothing and is left out.
-    Raises ConfigError for a cell that the pool cannot fill, DataError for gaps and doubles.
+    Returns one row per cell × pair × order × seed × replicate: `ind`, `pro`, `replicate`, `pool_seed`,
+    `own_used`, `similar_used` and the columns of `eval.metrics.accuracy.accuracy_report`.  `sample` is 0;
+    `seed` is unique per pool seed and replicate.  A row without a usable chain carries the first failure
+    among its chains.  Cells have M // m replicates (one with m = 0), at most `replicates`.  The cell (0, 0)
+    is empty and left out.
+
+    Raises ConfigError for a cell that the pool cannot fill, DataError for gaps and duplicates.
     """
     import pandas as pd
 
@@ -84,10 +88,11 @@ def grid(
             f"eval.ind={list(inds)} and eval.pro={list(pros)} must be numbers of chains, one of them above 0"
         )
     groups, own, similar = _pivot(pool)
-    for name, wanted, there in (("ind", max(inds), len(own[0][0])), ("pro", max(pros), len(similar[0][0]))):
-        if wanted > there:
+    for name, wanted, held in (("ind", max(inds), len(own[0][0])), ("pro", max(pros), len(similar[0][0]))):
+        if wanted > held:
             raise ConfigError(
-                f"eval.{name}={wanted} is more than the {there} chains a pair and order in the pool; sample more"
+                f"eval.{name}={wanted} is more than the {held} chains per pair and order in the pool; "
+                "sample more"
             )
     return pd.concat(
         [_cell(groups, own, similar, m, n, weights, replicates) for m, n in cells], ignore_index=True
@@ -136,16 +141,19 @@ def _cell(
 
 
 def _first_failure(failures: np.ndarray, lost: np.ndarray) -> pd.Series:
-    """The first failure kind of each lost row; None for the rows that have a score."""
+    """First failure kind of each lost row; None for rows with a score."""
     import pandas as pd
 
     kinds = failures[np.arange(len(failures)), pd.notna(failures).argmax(axis=1)]
     kinds[~lost] = None
-    return pd.Series(kinds, dtype=object)  # spelled out: pandas would turn None into NaN among texts
+    return pd.Series(kinds, dtype=object)  # or pandas would turn None into NaN among texts
 
 
 def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
-    """Groups (one row each, with user and kind) and the two sources as rectangles.  Raises DataError when chains are missing."""
+    """Split a pool into groups (one row each, with user and kind) and its two sources as rectangles.
+
+    Raises DataError if chains are missing.
+    """
     import pandas as pd
 
     if missing := [name for name in COLUMNS if name not in pool.columns]:
@@ -157,7 +165,8 @@ def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
     pool = pool.sort_values([*GROUP, "source", "sample"], kind="stable")
     if pool.duplicated([*GROUP, "source", "sample"]).any():
         raise DataError(
-            "the pool of samples holds a chain twice: pair_id, order, seed, source and sample must name one row"
+            "the pool of samples holds a chain twice: "
+            "pair_id, order, seed, source and sample must name one row"
         )
     groups = pool.drop_duplicates(GROUP)[[*GROUP, "user_id", "kind"]].reset_index(drop=True)
     scores = pool[SCORES].to_numpy(dtype=float, copy=True)
@@ -181,15 +190,15 @@ def _rectangle(
     if len(set(counts)) > 1:
         where = ", ".join(f"{name} {value}" for name, value in groups.loc[counts.argmin(), GROUP].items())
         raise DataError(
-            f"the pool of samples has gaps: {where} has {counts.min()} rows of source {source!r}, others have {counts.max()};"
-            " a chain that failed needs its row, with a failure"
+            f"the pool of samples has gaps: {where} has {counts.min()} rows of source {source!r}, "
+            f"others have {counts.max()}; a chain that failed needs its row, with a failure"
         )
     shape = (len(groups), int(counts[0]))
     return _Source(scores.reshape(*shape, 2), failures.reshape(shape))
 
 
 def _mean(chains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (…, b) over the usable rows of (…, m, b), 0 where there are none, and their number (…)."""
+    """Mean (…, b) over the usable rows of (…, m, b), 0 without any, and their number (…)."""
     usable = np.isfinite(chains).all(axis=-1)
     count = usable.sum(axis=-1)
     total = np.where(usable[..., None], chains, 0.0).sum(axis=-2)

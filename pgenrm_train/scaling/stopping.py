@@ -1,24 +1,29 @@
-"""When may sampling of a pair stop?  A sequential rule for the verdict of a budget of M chains (METHOD §7, test-time scaling).
+"""Sequential rule for when sampling of a pair may stop within a budget of M chains (METHOD §7).
 
-A chain votes for the response that it scores higher; ties and failures vote for none.  Of the budget's M chains, drawn or not, D vote,
-W of them for one response; the order in which they are drawn tells nothing, so the votes that are seen are a sample *without
-replacement*.  Sampling stops for a response when the majority of the whole budget is proven to be its: where W ≤ D/2, for whichever
-D, it stops for that response with a probability of at most α, all looks together.
+A chain votes for the response that it scores higher; ties and failures vote for neither.  Of the budget's M
+chains, drawn or not, D vote, W of them for one response.  The order of the draws is not informative, so the
+votes so far are a sample *without replacement*.  Sampling stops for a response when it is proven to have the
+majority of the full budget: if W ≤ D/2, for any D, the probability of a stop for it is at most α, over all
+looks together.
 
-The test is group-sequential with one nominal level for all looks (Pocock, *Group sequential methods in the design and analysis of
-clinical trials*, Biometrika 1977).  At a look, p is the probability of so many votes among those seen if half of D voted so and all
-chains that are left vote (hypergeometric tail); p ≤ c and more votes for than against stop.  c is the largest level that keeps α: the
-error of each is known exactly, by passing the distribution of the votes on from draw to draw, for every D at its worst, W = ⌊D/2⌋.
-(With fewer W every path of votes for the response only shrinks.)  Stops for the other response and the condition on the mean, below,
-are left out there, which can only overstate the error.
+The test is group-sequential with one nominal level for all looks (Pocock, *Group sequential methods in the
+design and analysis of clinical trials*, Biometrika 1977).  At a look, p is the probability of so many votes
+in the sample if half of D voted so and all remaining chains vote (hypergeometric tail).  p ≤ c and more votes
+for than against stop.  c is the largest level that keeps α.  The error of each level is computed exactly, by
+propagating the distribution of the votes from draw to draw, for every D in its worst case W = ⌊D/2⌋.  (With a
+smaller W, every path of votes for the response is less likely.)  The computation omits stops for the other
+response and the condition on the mean below, which can only overstate the error.
 
-Our choices.  The score stays the *mean* of METHOD §7,
-while the proof is about votes; so a stop also needs the running mean to agree with the votes.  What the two together save, and how
-often the mean over all M would have said otherwise, is measured (`replay`, benchmarks/learning/adaptive_stopping.py).  The mean of n similar
-users' chains shifts every vote; it hangs on the first chain, whose analysis finds these users, so that with them the order tells a little and
-the bound holds on average over orders, not given the shift.  α bounds the error for each response: a pair that is an exact draw may be
-stopped for either.  It is no level for the accuracy, which loses less, because verdicts that are close to a draw are right about as
-often one way as the other.
+Our choices.
+- The score stays the *mean* of METHOD §7, while the proof is about votes.  So a stop also requires that the
+  running mean agrees with the votes.  `replay` and benchmarks/learning/adaptive_stopping.py measure the
+  saving of both conditions, and how often the mean over all M would have decided otherwise.
+- The mean of n similar users' chains shifts every vote.  The similar users depend on the first chain, whose
+  analysis finds them, so the order is slightly informative: the bound then holds on average over orders, not
+  given the shift.
+- α bounds the error for each response: a pair that is an exact draw may be stopped for either.
+- α is not a level for the accuracy, which loses less: verdicts that are close to a draw are right about as
+  often one way as the other.
 """
 
 from __future__ import annotations
@@ -30,12 +35,12 @@ import numpy as np
 
 from pgenrm_train.errors import ConfigError
 
-ROUNDING = 1e-9  # sums of probabilities that are equal differ by less
-LOOKS = 5  # rounds over the global queue: a look waits for the slowest chain of its round, so that few are better than many
+ROUNDING = 1e-9  # equal sums of probabilities differ by less
+LOOKS = 5  # rounds over the queue; few, because a look waits for the slowest chain of its round
 
 
 def looks(budget: int, alpha: float) -> tuple[int, ...]:
-    """Numbers of chains at which to look: the first that may settle anything, then evenly up to the budget.
+    """Numbers of chains at which to look: the first that can settle a pair, then evenly up to the budget.
 
     Raises ConfigError for an alpha outside (0, 1).
     """
@@ -44,22 +49,24 @@ def looks(budget: int, alpha: float) -> tuple[int, ...]:
 
 @cache
 def stops(budget: int, alpha: float) -> Mapping[int, np.ndarray]:
-    """Look t → (t + 1, t + 1) of bool: where w votes for a response and l against it settle the verdict for it."""
+    """Map look t to bool (t + 1, t + 1): whether w votes for and l against settle the verdict."""
     if not 0 < alpha < 1:
         raise ConfigError(f"eval.adaptive={alpha} is an error level and must lie between 0 and 1")
     for first in range(1, budget):
         times = sorted({round(x) for x in np.linspace(first, budget, LOOKS)})[:-1]
         nominal = {t: _nominal(t, budget) for t in times}
-        if (
-            nominal[first].min() <= alpha + ROUNDING
-            and (found := _at_level(budget, alpha, nominal))[first].any()
-        ):
-            return found
+        if nominal[first].min() > alpha + ROUNDING:
+            continue
+        if (tables := _at_level(budget, alpha, nominal))[first].any():
+            return tables
     return {}
 
 
 def _at_level(budget: int, alpha: float, nominal: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """p ≤ c at every look, for the largest c that keeps α.  At c = 0 the rest of the budget cannot change the majority."""
+    """Tables of p ≤ c at every look, for the largest c that keeps α.
+
+    At c = 0 the rest of the budget cannot change the majority.
+    """
     levels = np.unique([0.0, *(p for table in nominal.values() for p in table.flat)])
     low, high = 0, len(levels)
     while high - low > 1:
@@ -70,28 +77,30 @@ def _at_level(budget: int, alpha: float, nominal: Mapping[int, np.ndarray]) -> d
 
 
 def _stops(nominal: Mapping[int, np.ndarray], level: float) -> dict[int, np.ndarray]:
-    """Fewer votes for than against settle nothing, whatever the level."""
+    """Tables of p ≤ level with more votes for than against."""
     return {t: (p <= level + ROUNDING) & np.tri(len(p), k=-1, dtype=bool) for t, p in nominal.items()}
 
 
-@np.errstate(
-    invalid="ignore"
-)  # beside torch, numpy's comparisons of plain numbers may raise the flag and warn
+# with torch loaded, numpy's comparisons of plain numbers may set the flag and warn
+@np.errstate(invalid="ignore")
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
-    """Which pairs (G,) need no further chain at the look after the first `drawn` of `margins` (G, M): chosen − rejected score of a
-    chain, the similar users' mean margin added, NaN where it failed.  What is not drawn is not read."""
+    """Whether each pair (G,) needs no further chain at the look after `drawn` chains.
+
+    `margins` (G, M) are chosen − rejected scores per chain plus the similar users' mean margin, NaN for a
+    failure.  Only the first `drawn` are read.
+    """
     if drawn >= margins.shape[1]:
         return np.ones(len(margins), dtype=bool)
-    seen = np.nan_to_num(margins[:, :drawn])  # a chain that failed votes for nobody
+    sample = np.nan_to_num(margins[:, :drawn])  # a failed chain votes for neither response
     stop = stops(margins.shape[1], alpha)[drawn]
-    for_chosen, for_rejected, total = (seen > 0).sum(axis=1), (seen < 0).sum(axis=1), seen.sum(axis=1)
+    for_chosen, for_rejected, total = (sample > 0).sum(axis=1), (sample < 0).sum(axis=1), sample.sum(axis=1)
     return np.asarray(
         (stop[for_chosen, for_rejected] & (total > 0)) | (stop[for_rejected, for_chosen] & (total < 0))
     )
 
 
 def replay(margins: np.ndarray, alpha: float) -> np.ndarray:
-    """How many chains of each row (G,) of a full pool of `margins` (G, M) the rule would have drawn."""
+    """Count the chains (G,) that the rule would have drawn from a full pool of `margins` (G, M)."""
     used = np.full(len(margins), margins.shape[1])
     for drawn in reversed(looks(margins.shape[1], alpha)):
         used[settled(margins, drawn, alpha)] = drawn
@@ -99,7 +108,7 @@ def replay(margins: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _nominal(drawn: int, budget: int) -> np.ndarray:
-    """p (drawn + 1, drawn + 1) of w votes for and l against after `drawn` chains; 1 where w + l exceeds them."""
+    """p (drawn + 1, drawn + 1) of w votes for and l against after `drawn` chains; 1 for w + l > `drawn`."""
     from scipy.stats import hypergeom
 
     w, against = np.indices((drawn + 1, drawn + 1))
@@ -109,11 +118,11 @@ def _nominal(drawn: int, budget: int) -> np.ndarray:
 
 
 def _error(budget: int, stop: Mapping[int, np.ndarray]) -> float:
-    """The largest probability, over D = 0 … M, of ever stopping for a response that has ⌊D/2⌋ of D votes."""
+    """Largest probability, over D = 0 … M, of a stop for a response that has ⌊D/2⌋ of D votes."""
     D = np.arange(budget + 1)[:, None, None]
     W, side = D // 2, (budget + 1) // 2 + 1
     w, against = np.indices((side, side))[:, None]
-    P = np.zeros((budget + 1, side, side))  # of w votes for and l against, not stopped so far
+    P = np.zeros((budget + 1, side, side))  # of w votes for and l against, without a stop so far
     P[:, 0, 0] = 1.0
     error = np.zeros(budget + 1)
     for drawn in range(max(stop, default=0)):

@@ -27,7 +27,7 @@ def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointCon
     from pgenrm_train.backends.vllm.server import served
 
     print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
-    with served(config, settings, log, beside_training=section == "judge") as endpoint:
+    with served(config, settings, log, with_training=section == "judge") as endpoint:
         yield endpoint
 
 

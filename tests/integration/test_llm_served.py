@@ -1,4 +1,4 @@
-"""A real vLLM, served here, as teacher and as judge.  The models are tiny: this shows the plumbing, not good chains or verdicts."""
+"""A real vLLM, served here, as teacher and as judge.  The models are tiny: their quality is not tested."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def cluster() -> Iterator[str]:
     """The address of a Ray cluster on this machine."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    yield made.address
-    made.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.mark.parametrize("place", ["here", "cluster"])
-def test_a_served_judge_gives_verdicts_of_the_asked_shape(
+def test_a_served_judge_gives_verdicts_of_the_required_form(
     tmp_path: Path, place: str, request: pytest.FixtureRequest
 ) -> None:
     """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
@@ -44,7 +44,7 @@ def test_a_served_judge_gives_verdicts_of_the_asked_shape(
     settings = EndpointConfig(
         "vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4
     )
-    with served(config, settings, tmp_path / "server.log", beside_training=True) as endpoint:
+    with served(config, settings, tmp_path / "server.log", with_training=True) as endpoint:
         family = [p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline())]
         judge = LlmJudge(Endpoint(endpoint))
         scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]
@@ -67,16 +67,22 @@ def test_a_served_model_is_the_teacher_of_a_run(tmp_path: Path) -> None:
     ]
     votes.write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in pairs))
     command = [
-        sys.executable, "-m", "pgenrm_train", "recipe=build_sec", "pipeline.budget=smoke", f"run_dir={tmp_path / 'run'}",
-        "data=pairs", f"data.path={votes}", "teacher=vllm", f"teacher.name={ROOT / 'tests/data/psi_nano'}", "teacher.instructions=false", "teacher.max_tokens=192",
-        "teacher.temperature=0.3", "data.history_policy=same_scenario", "data.history_kind=medium", "sec.max_chains=60",
-        "sec.samples_per_pair=2",
-    ]  # fmt: skip
+        sys.executable,
+        *("-m", "pgenrm_train", "recipe=build_sec", "pipeline.budget=smoke", f"run_dir={tmp_path / 'run'}"),
+        *(
+            "data=pairs",
+            f"data.path={votes}",
+            "data.history_policy=same_scenario",
+            "data.history_kind=medium",
+        ),
+        *("teacher=vllm", f"teacher.name={ROOT / 'tests/data/psi_nano'}", "teacher.instructions=false"),
+        *("teacher.max_tokens=192", "teacher.temperature=0.3", "sec.max_chains=60", "sec.samples_per_pair=2"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((tmp_path / "run/build_sec/yield.json").read_text())
     unreadable = sum(
         count for reason, count in facts["rejected"].items() if reason.startswith(("parse:", "teacher:"))
     )
-    assert facts["asked"] - unreadable >= 30, facts  # its prompts are longer than those it was trained on
+    assert facts["asked"] - unreadable >= 30, facts  # the prompts are longer than in its training
     assert facts["teacher"]["calls"] == facts["asked"] and facts["teacher"]["completion tokens"] > 0

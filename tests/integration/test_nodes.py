@@ -1,4 +1,4 @@
-"""PSI and CRE on two logical nodes of a Ray cluster on this machine; one of them is lost in the middle and comes back."""
+"""PSI and CRE on two logical nodes of a Ray cluster on this machine, one of which is lost and returns."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ LOGICAL = {"num_cpus": 16, "num_gpus": 1}  # of a node, for veRL's placement
 def started(**head: Any) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        yield made
+        yield cluster
     finally:
-        made.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    with started(num_cpus=1) as made:
-        yield made
+    with started(num_cpus=1) as cluster:
+        yield cluster
 
 
 def test_a_lost_node_costs_what_was_not_saved(
@@ -73,12 +73,12 @@ def test_a_lost_node_costs_what_was_not_saved(
     accident.join()
     back[0].terminate()
     assert trained.steps == STEPS
-    told = capfd.readouterr().out
+    out = capfd.readouterr().out
     assert re.search(
         r"psi: rank [01, ]+ of the cluster was lost \(\w+\); all start again from \S+/checkpoint-\d+ once",
-        told,
-    ), told[-2000:]
-    assert list((tmp_path / "nodes" / "ray_train").rglob("*")), "Ray Train kept its state in the run folder"
+        out,
+    ), out[-2000:]
+    assert list((tmp_path / "nodes" / "ray_train").rglob("*")), "Ray Train keeps its state in the run folder"
 
     deepspeed_sft.train(_config(nodes=1, processes=2), rows, start=NANO, work_dir=tmp_path / "whole")
     again, whole = _losses(tmp_path / "nodes"), _losses(tmp_path / "whole")
@@ -91,7 +91,7 @@ def test_several_nodes_need_an_address(rows: Path, tmp_path: Path) -> None:
         deepspeed_sft.train(_config(nodes=2), rows, start=NANO, work_dir=tmp_path)
 
 
-def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
+def test_grpo_over_two_nodes_resumes_when_a_lost_one_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start, table = verl_world.write_checkpoint(tmp_path / "start", sft_steps=60), tmp_path / "rows.parquet"
@@ -114,14 +114,12 @@ def test_grpo_over_two_nodes_goes_on_when_a_lost_one_is_back(
     assert trained.steps == GRPO_STEPS
     assert len(places["WorkerDict"]) == 2, "a rank of FSDP on each node"
     assert len(places["vLLMHttpServer"]) == 2, "and a replica of vLLM"
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     assert re.search(
         r"cre: node \S+ of the Ray cluster was lost at step \d\nstarting again from the newest checkpoint",
-        said,
-    ), said
-    assert (
-        "nodes have 1 free GPUs each; waiting for the others" in said and "cre: resuming after step" in said
-    )
+        out,
+    ), out
+    assert "nodes have 1 free GPUs each; waiting for the others" in out and "cre: resuming after step" in out
     sampler = CurriculumSampler(16, prompts_per_step=4, steps=GRPO_STEPS, seed=0)
     drawn = [json.loads(line) for line in (phase.work_dir / "batches.jsonl").read_text().splitlines()]
     assert [line["rows"] for line in drawn] == [sampler.next_batch(step) for step in range(1, GRPO_STEPS + 1)]
@@ -141,7 +139,7 @@ def where():
     from pgenrm_train.config import CONFIG_DIR
     return recipes.psi.__file__, os.environ["ONE_OF_OURS"], (CONFIG_DIR / "config.yaml").exists()
 
-ray_cluster.join("ADDRESS", {"ONE_OF_OURS": "told"})
+ray_cluster.join("ADDRESS", {"ONE_OF_OURS": "set"})
 print("FOUND", *ray.get(ray.remote(num_cpus=1)(where).remote(), timeout=120))
 """
 
@@ -171,11 +169,11 @@ def test_the_checkout_travels_to_the_workers_of_a_driver_and_of_a_submitted_job(
             done = subprocess.run(
                 one, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240
             )
-            (found,) = re.findall(r"FOUND (\S+) told True", done.stdout) or [done.stdout + done.stderr]
+            (found,) = re.findall(r"FOUND (\S+) set True", done.stdout) or [done.stdout + done.stderr]
             assert found.endswith("recipes/psi.py") and not Path(found).is_relative_to(ROOT), found
 
 
-def test_a_cluster_that_is_too_small_is_told_and_not_waited_for_forever(
+def test_a_cluster_that_is_too_small_is_an_error_after_a_while(
     cluster: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ray
@@ -198,7 +196,7 @@ def _lose_a_node(
     cluster: Any, node: Any, saved: Path, complete: str, back: list[Any], options: list[str],
     places: dict[str, set[str]] | None = None,
 ) -> None:  # fmt: skip
-    """Take the node away once a checkpoint is whole, and bring another up a little later."""
+    """Remove the node once a checkpoint is complete, and start another a little later."""
     while not list(saved.glob(complete)):
         time.sleep(0.05)
     if places is not None:
@@ -218,23 +216,23 @@ def _places(address: str) -> dict[str, set[str]]:
     """Class of living actors → the nodes that hold them."""
     import ray
 
-    found: dict[str, set[str]] = defaultdict(set)
+    nodes: dict[str, set[str]] = defaultdict(set)
     ray.init(address=address, log_to_driver=False)
     for actor in ray._private.state.actors().values():
         if actor["State"] == "ALIVE":
-            found[actor["ActorClassName"].rpartition(".")[2]].add(actor["Address"]["NodeID"])
+            nodes[actor["ActorClassName"].rpartition(".")[2]].add(actor["Address"]["NodeID"])
     ray.shutdown()
-    return found
+    return nodes
 
 
 def _grpo(address: str, folder: Path) -> Config:
-    found = Config(recipe="cre", run_dir=str(folder))
-    found.ray.address, found.cluster.nodes = address, 2
-    found.model.max_prompt_tokens, found.model.max_response_tokens = 64, 64
-    cre = found.cre
+    config = Config(recipe="cre", run_dir=str(folder))
+    config.ray.address, config.cluster.nodes = address, 2
+    config.model.max_prompt_tokens, config.model.max_response_tokens = 64, 64
+    cre = config.cre
     cre.prompts_per_step, cre.mini_batch_prompts, cre.group_size, cre.micro_batch_size = 4, 4, 4, 8
     cre.learning_rate, cre.save_every, cre.kl_coefficient = 1e-3, 1, 0.0
-    return found
+    return config
 
 
 def _config(*overrides: str, nodes: int, processes: int = 1) -> Config:

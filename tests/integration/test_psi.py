@@ -1,4 +1,4 @@
-"""PSI on real DeepSpeed: the shipped GPU settings take a real step here, with only an allow-listed set of keys changed."""
+"""PSI on real DeepSpeed: the shipped GPU settings take a real step here, with few, listed keys changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.run.tracking import METRICS, samples_file
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
-# What may differ between a GPU run and this test; everything else is used as shipped.
+# The only settings that differ from a GPU run.
 CHANGED: dict[str, Any] = {
     "cluster.device": "cpu",
     "cluster.nodes": 1,
@@ -62,18 +62,20 @@ QUESTIONS = (
     "Plan my report? " * 9,
     "Fix my knee?",
 )  # more than processes, of unlike lengths
-ASKED = [GenerationRequest(question[:4], ({"role": "user", "content": question},)) for question in QUESTIONS]
+REQUESTS = [
+    GenerationRequest(question[:4], ({"role": "user", "content": question},)) for question in QUESTIONS
+]
 
 
 def answers(config: Config) -> Any:
-    """A validator that keeps what the model in training says, and likes each answer better than the last."""
+    """A validator that keeps the answers of the model in training, and scores each better than the last."""
     calls: list[int] = []
 
     def validate(generator: Any) -> Validated:
         calls.append(1)
-        said = {answer.key: answer.text for answer in generator(ASKED, temperature=0.0)}
+        said = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
         return Validated(
-            {"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in ASKED]
+            {"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in REQUESTS]
         )
 
     return validate
@@ -102,8 +104,8 @@ def test_gpu_settings_take_a_real_step(
     losses = {line["step"]: line["psi/loss"] for line in logged if "psi/loss" in line}
     assert list(losses) == [1, 2] and all(loss > 0 for loss in losses.values())
     first = pq.read_table(samples_file(tmp_path / METRICS, 1))["text"].to_pylist()
-    assert first == _said_alone(config), (
-        "the sharded model, before its weights moved, answers as a whole one on one process"
+    assert first == _answers_alone(config), (
+        "before its weights move, the sharded model answers as an unsharded one"
     )
     _assert_trained(tmp_path / "checkpoint")
 
@@ -111,12 +113,12 @@ def test_gpu_settings_take_a_real_step(
 def test_two_processes_that_share_each_sequence_learn_what_one_does(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ulysses under ZeRO-3: the same losses, answers and weights, up to rounding, as one process that holds whole sequences."""
+    """Ulysses under ZeRO-3 gives the losses, answers and weights of one process, up to rounding."""
     import torch
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    start, logged, said, weights = _few_key_heads(tmp_path / "start"), [], [], []
+    start, logged, answers_of, weights = _few_key_heads(tmp_path / "start"), [], [], []
     for processes in (2, 1):
         shared = (
             f"cluster.processes_per_node={processes}",
@@ -135,16 +137,16 @@ def test_two_processes_that_share_each_sequence_learn_what_one_does(
         )
         lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
         logged.append([line["psi/loss"] for line in lines if "psi/loss" in line])
-        said.append(pq.read_table(samples_file(folder / METRICS, 3))["text"].to_pylist())
+        answers_of.append(pq.read_table(samples_file(folder / METRICS, 3))["text"].to_pylist())
         weights.append(AutoModelForCausalLM.from_pretrained(trained.checkpoint).state_dict())
     assert len(logged[0]) == 3 and logged[0] == pytest.approx(logged[1], rel=1e-4)
-    assert said[0] == said[1]
+    assert answers_of[0] == answers_of[1]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.allclose(value, weights[1][name], atol=1e-4) for name, value in weights[0].items())
 
 
 def _few_key_heads(folder: Path) -> Path:
-    """A start of four heads that share one key head."""
+    """A base model of four heads that share one key head."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -155,7 +157,7 @@ def _few_key_heads(folder: Path) -> Path:
     return folder
 
 
-def _said_alone(config: Config) -> list[str | None]:
+def _answers_alone(config: Config) -> list[str | None]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -165,19 +167,18 @@ def _said_alone(config: Config) -> list[str | None]:
     generator = TrainingGenerator(
         config.model, whole, AutoTokenizer.from_pretrained(NANO), 8 * config.psi.micro_batch_size
     )
-    said = generator(ASKED, temperature=0.0)
-    found = {answer.key: answer.text for answer in said}
-    return [found[request.key] for request in ASKED]
+    texts = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
+    return [texts[request.key] for request in REQUESTS]
 
 
 def _assert_trained(checkpoint: Path) -> None:
-    """The published checkpoint loads whole, without adapters, and some weight has moved."""
+    """Check that the published checkpoint loads completely, without adapters, with changed weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     before = AutoModelForCausalLM.from_pretrained(NANO).state_dict()
-    after, found = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
+    after, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
     moved = [
         name for name, value in after.state_dict().items() if not torch.equal(value.float(), before[name])
     ]

@@ -1,4 +1,7 @@
-"""A resumed PSI run is the uninterrupted one: at an epoch's end, inside an epoch, after a kill while saving, after the last step."""
+"""A resumed PSI run equals the uninterrupted one.
+
+It resumes at an epoch's end, inside an epoch, after a kill during a save, and after the last step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from pgenrm_train.run.folder import weights_digest
 from pgenrm_train.run.tracking import METRICS
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
-SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # what the validator below says, by the number of its call
+SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # accuracies of the validator below, by step
 
 
 def config_of(**psi: Any) -> Config:
@@ -77,7 +80,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 @pytest.mark.parametrize(
     "killed_after", [4, 6, 8]
 )  # the end of an epoch, its middle, the end before publishing
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
     killed_after: int, whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = f"checkpoint-{killed_after}"
@@ -125,7 +128,7 @@ def test_kill_9_while_a_checkpoint_is_being_written(
 
 
 def killed_while_saving(rows: Path, folder: Path) -> Path:
-    """Train in a process of its own and kill it once the first file of a checkpoint after the first is there; that checkpoint."""
+    """Train in a child process and kill it during the save of a later checkpoint; return that checkpoint."""
     known = set((folder / "steps").glob("checkpoint-*")) | {folder / "steps" / "checkpoint-2"}
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     with subprocess.Popen([sys.executable, "-c", CHILD, str(rows), str(folder)], env=env) as child:
@@ -135,7 +138,7 @@ def killed_while_saving(rows: Path, folder: Path) -> Path:
     return begun[0].parent
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     whole: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (2, 4, 6):
@@ -148,23 +151,21 @@ def test_a_damaged_checkpoint_is_passed_over(
     states[0].unlink()
     shutil.copy(whole / METRICS, tmp_path / METRICS)
     assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
-    said = capsys.readouterr().out
-    assert (
-        "ignoring damaged checkpoint" in said
-        and f"resuming from {(tmp_path / 'steps/checkpoint-2').resolve()}" in said
-    )
+    out = capsys.readouterr().out
+    assert "ignoring damaged checkpoint" in out
+    assert f"resuming from {(tmp_path / 'steps/checkpoint-2').resolve()}" in out
     assert losses(tmp_path) == losses(whole)
 
 
 @pytest.mark.parametrize(
-    ("rate", "steps", "said"),
+    ("rate", "steps", "reason"),
     [(1e30, 8, "the loss of step [23] is (nan|inf)"), (1e39, 1, "weights after step 1 are not finite")],
 )
 def test_a_training_that_diverges_ends_loudly(
-    rate: float, steps: int, said: str, rows: Path, tmp_path: Path
+    rate: float, steps: int, reason: str, rows: Path, tmp_path: Path
 ) -> None:
     config = config_of(learning_rate=rate, max_steps=steps, warmup_ratio=0.0)
-    with pytest.raises(BackendError, match=f"PSI has diverged: {said}; lower psi.learning_rate"):
+    with pytest.raises(BackendError, match=f"PSI has diverged: {reason}; lower psi.learning_rate"):
         deepspeed_sft.train(config, rows, start=NANO, work_dir=tmp_path)
     assert not (tmp_path / "checkpoint").exists() and not list(tmp_path.rglob(COMPLETE))
 
@@ -209,8 +210,8 @@ def rising_and_falling(config: Config) -> Any:
     calls: list[int] = []
 
     def validate(generator: Any) -> Validated:
-        asked = GenerationRequest("a", ({"role": "user", "content": "Which?"},))
-        answers: list[Generation] = list(generator([asked], temperature=0.0))
+        request = GenerationRequest("a", ({"role": "user", "content": "Which?"},))
+        answers: list[Generation] = list(generator([request], temperature=0.0))
         calls.append(len(answers))
         return Validated(
             {"eval/accuracy": SCORES[2 * len(calls)]}, [{"text": answer.text} for answer in answers]

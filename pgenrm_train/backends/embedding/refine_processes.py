@@ -1,7 +1,7 @@
 """Refinement of prototypes by several processes of this machine, with one GPU each on a GPU machine.
 
-Arrays are passed as files that every process maps, so that a large matrix is in memory once.  The result is that of
-one process, except for the order in which gradients are added up (`refinement.Part`).
+Arrays are passed as files that every process maps, so that a large matrix is in memory once.  The result is
+that of one process, except for the order in which gradients are added up (`refinement.Part`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def refine_in_processes(
     device: str,
     processes: int,
 ) -> tuple[Prototypes, RefinementMetrics]:
-    """Run `refinement.refine` on `processes`.  Raises what it raises, and BackendError if a process is lost."""
+    """Run `refinement.refine` on `processes`, with its errors, and BackendError for a lost process."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
     with tempfile.TemporaryDirectory(prefix="pg_refine_") as name:
@@ -50,7 +50,7 @@ def refine_in_processes(
             raise BackendError(f"a process of the refinement failed: {last_line(error)}") from error
         except ProcessExitedException as error:
             raise BackendError(
-                f"a process of the refinement was lost ({error}); repeat the command to start the refinement again"
+                f"a process of the refinement was lost ({error}); repeat the command to refine again"
             ) from None
         refined = _read_arrays(folder / "refined")
         # copies, because the files go with the folder

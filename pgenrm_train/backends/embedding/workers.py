@@ -1,4 +1,4 @@
-"""Embedding of large sets by several Ray actors, each with the model on a device of its own."""
+"""Embedding of large sets by several Ray actors, each with the model on its own device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
-from pgenrm_train.backends.ray.cluster import connect, last_line
+from pgenrm_train.backends.ray.cluster import connect
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError
+from pgenrm_train.errors import BackendError, last_line
 
 
 class EmbedderWorkers:
-    """Shares a `SentenceEmbedder`'s work out over `workers` actors, for sets of at least `least` texts.
+    """Distribute the work of a `SentenceEmbedder` over `workers` actors, for sets of at least `least` texts.
 
-    The actors, and the Ray of our own where `ray.address` names none, live for one call: afterwards the devices are free.
+    The actors live for one call, and so does the local Ray without `ray.address`: afterwards the devices are
+    free.
     """
 
     def __init__(self, config: Config, workers: int, least: int) -> None:
@@ -25,7 +26,7 @@ class EmbedderWorkers:
     def __call__(
         self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of a block, its vectors) as blocks are done.  Raises BackendError when an actor is lost."""
+        """Yield (number, vectors) of blocks as they finish.  Raises BackendError if an actor is lost."""
         import ray
         from ray.util import ActorPool
 
@@ -39,7 +40,7 @@ class EmbedderWorkers:
             )
         except ray.exceptions.RayError as error:
             raise BackendError(
-                f"an embedding worker failed ({last_line(error)}); the same command embeds what is left"
+                f"an embedding worker failed ({last_line(error)}); repeat the command to embed the rest"
             ) from error
         finally:
             close()
@@ -54,8 +55,6 @@ class _Worker:
 
 
 def _worker_variables() -> dict[str, str]:
-    """What decides where a model is looked for, and what a worker of another node would not inherit."""
-    passed = {
-        name: value for name in ("HF_HUB_OFFLINE", "HF_HOME") if (value := os.environ.get(name)) is not None
-    }
-    return {"TOKENIZERS_PARALLELISM": "false", **passed}
+    """Variables of the model hub, which workers on other nodes do not inherit."""
+    hub = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    return {"TOKENIZERS_PARALLELISM": "false", **hub}

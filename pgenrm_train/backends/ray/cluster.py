@@ -82,14 +82,11 @@ def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Calla
     return close
 
 
-def last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
-
-
 def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_SECONDS) -> None:
     """Wait until `cluster.nodes` nodes have `cluster.processes_per_node` free GPUs each.
 
-    A node may be away, or still busy with the processes of a former start.  Raises BackendError after `seconds`.
+    A node may be away, or still busy with the processes of a former start.
+    Raises BackendError after `seconds`.
     """
     import ray
 

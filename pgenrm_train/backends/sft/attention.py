@@ -1,13 +1,13 @@
 """Attention of training: over packed rows without FlashAttention, and over sequences that processes share.
 
-**Packed rows** use PyTorch's kernel, one sequence at a time.  With a block-diagonal mask the cost of a packed row is
-the square of its length; here each sequence costs the square of its own.  `cu_seq_lens_q` gives the borders, as for
-FlashAttention.  Without borders, as in generation, and in layers with a sliding window, this is transformers' `sdpa`
-with its mask.
+**Packed rows** use PyTorch's kernel, one sequence at a time.  With a block-diagonal mask the cost of a packed
+row is the square of its length; here each sequence costs the square of its own.  `cu_seq_lens_q` gives the
+borders, as for FlashAttention.  Without borders, as in generation, and in layers with a sliding window, this
+is transformers' `sdpa` with its mask.
 
-**Shared sequences** (Ulysses): each process of a group holds a part of one sequence, and during attention a part of
-its heads.  DeepSpeed's exchange wraps the attention that the model uses anyway.  Training only: in generation every
-process answers prompts of its own.
+**Shared sequences** (Ulysses): each process of a group holds a part of one sequence, and during attention a
+part of its heads.  DeepSpeed's exchange wraps the attention that the model uses anyway.  Training only: in
+generation every process answers prompts of its own.
 """
 
 from __future__ import annotations
@@ -117,12 +117,16 @@ def share_heads(shape: Any, attention: str, processes: int) -> None:
     AttentionInterface.register(attention, attend)
 
 
-def part_of(batch: Mapping[str, Any], part: int, parts: int, pad: int) -> dict[str, torch.Tensor | int]:
+def part_of(
+    batch: Mapping[str, torch.Tensor | int], part: int, parts: int, pad: int
+) -> dict[str, torch.Tensor | int]:
     """Part `part` of `parts` of a micro-batch (`batches.collate`) of one sequence, padded to equal parts.
 
-    The loss does not change: each trained token is predicted in one part, and Σ w_t is gathered over all processes.
+    The loss does not change: each trained token is predicted in one part, and Σ w_t is gathered over all
+    processes.
     """
-    ids, predicts = batch["input_ids"], batch["predicts"]
+    names = ("input_ids", "predicts", "labels", "weights")
+    ids, predicts, labels, weights = (torch.as_tensor(batch[name]) for name in names)
     width = -(-ids.shape[1] // parts)
     first = part * width
     padded = torch.nn.functional.pad(ids, (0, width * parts - ids.shape[1]), value=pad)
@@ -131,6 +135,6 @@ def part_of(batch: Mapping[str, Any], part: int, parts: int, pad: int) -> dict[s
         "input_ids": padded[:, first : first + width],
         "position_ids": torch.arange(first, first + width)[None],
         "predicts": predicts[inside] - first,
-        "labels": batch["labels"][inside],
-        "weights": batch["weights"][inside],
+        "labels": labels[inside],
+        "weights": weights[inside],
     }

@@ -1,14 +1,15 @@
-"""Chats → token ids → micro-batches: the tokens that bear loss, the sequences of a micro-batch, and their layout.
+"""Chats → token ids → micro-batches: which tokens bear loss, and how sequences are laid out.
 
-A step's sequences are the next `psi.batch_size` of the epoch's permutation.  Its loss is the weighted mean over the
-step's trained tokens under every layout:
+A step's sequences are the next `psi.batch_size` of the epoch's permutation.  Its loss is the weighted mean
+over the step's trained tokens under every layout:
 
-    padded     micro-batches in the permutation's order, each row padded to the longest
-    grouped    the step's sequences first sorted by length: a micro-batch holds sequences of similar length
-    packed     the step's sequences dealt to micro-batches of similar token counts, each one row without padding
+    padded     micro-batches in the permutation's order, each row padded to the longest grouped    the step's
+    sequences first sorted by length: a micro-batch holds sequences of similar length packed     the step's
+    sequences dealt to micro-batches of similar token counts, each one row without padding
 
-So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is *our
-choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step similar.
+So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is
+*our choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step
+similar.
 """
 
 from __future__ import annotations
@@ -54,17 +55,17 @@ class Encoded:
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Encoded:
     """Encode a chat that ends with the assistant; loss starts where the generation prompt ends.
 
-    Prompt and answer are tokenised apart, as in generation.  Raises DataError if the template's text before the
-    answer is not a prefix of the text with the answer.  The score part starts at the token that holds the first
-    character of the last `<JSON_START>`.
+    Prompt and answer are tokenised apart, as in generation.  Raises DataError if the template's text before
+    the answer is not a prefix of the text with the answer.  The score part starts at the token that holds the
+    first character of the last `<JSON_START>`.
     """
     render: Callable[..., str] = tokenizer.apply_chat_template
     prompt = render(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
     text = render(list(messages), tokenize=False)
     if not text.startswith(prompt):
         raise DataError(
-            "the chat template renders a prompt that is not a prefix of prompt and answer, so the place of the loss "
-            "is unknown; use another tokenizer or mend chat_template.jinja"
+            "the chat template renders a prompt that is not a prefix of prompt and answer, so the place of "
+            "the loss is unknown; use another tokenizer or mend chat_template.jinja"
         )
     answer = text[len(prompt) :]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -123,8 +124,8 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
 def layout_of(psi: PsiConfig, device: str) -> Layout:
     """Layout by `psi.packing`, which is true by default on GPUs.
 
-    On a CPU padding costs little if the lengths of a step are similar, as those of nano.  A sequence that processes
-    share has a row of its own.
+    On a CPU padding costs little if the lengths of a step are similar, as those of nano.  A sequence that
+    processes share has a row of its own.
     """
     by_default = device == "cuda" and psi.sequence_parallel == 1
     packing = by_default if psi.packing is None else psi.packing
@@ -134,8 +135,8 @@ def layout_of(psi: PsiConfig, device: str) -> Layout:
 class StepOrder:
     """Sampler: the order in which an epoch's sequences are cut into micro-batches of `micro_batch_size`.
 
-    The permutation depends on seed and epoch only, so a resumed run continues in the same order.  Processes take
-    micro-batches in turn.  A sequence that `copies` neighbours share appears once for each.
+    The permutation depends on seed and epoch only, so a resumed run continues in the same order.  Processes
+    take micro-batches in turn.  A sequence that `copies` neighbours share appears once for each.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ def arrange(lengths: Sequence[int], layout: Layout, size: int) -> list[int]:
 
 
 def _deal(lengths: Sequence[int], longest_first: Sequence[int], size: int) -> list[int]:
-    """Deal each sequence to the micro-batch with the fewest tokens that has room; all but the last hold `size`."""
+    """Deal each sequence to the micro-batch with room and the fewest tokens; all but the last hold `size`."""
     bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // size))]
     last_room = len(lengths) - size * (len(bins) - 1)
     fewest = [(0, number) for number in range(len(bins))]
@@ -200,10 +201,10 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
     """Lay out one micro-batch of K trained tokens.
 
     `input_ids` (rows, width); `predicts` (K,): flat places whose hidden states predict the trained tokens;
-    `labels` (K,): those tokens; `weights` (K,): 1 in the analysis and `score_weight` in the score part.
-    Rows are padded on the right, for which a causal model needs no mask.  A packed row also has `position_ids` that
-    restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any other
-    attention makes a block-diagonal mask of the positions.
+    `labels` (K,): those tokens; `weights` (K,): 1 in the analysis and `score_weight` in the score part.  Rows
+    are padded on the right, for which a causal model needs no mask.  A packed row also has `position_ids`
+    that restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any
+    other attention makes a block-diagonal mask of the positions.
     """
     import torch
 

@@ -35,7 +35,8 @@ def check_libraries(psi: PsiConfig) -> None:
 
         if not is_liger_kernel_available():
             raise ConfigError(
-                "psi.liger=true needs the package liger-kernel (pip install liger-kernel), which is not installed"
+                "psi.liger=true needs the package liger-kernel, which is not installed; "
+                "pip install liger-kernel, or set psi.liger=false"
             )
 
 
@@ -80,8 +81,8 @@ def _check_heads(parts: int, shape: Any) -> None:
         )
     if "sliding_attention" in (getattr(shape, "layer_types", None) or ()):
         raise ConfigError(
-            f"psi.sequence_parallel={parts} needs full attention in every layer, and this model has sliding windows; "
-            "set psi.sequence_parallel=1"
+            f"psi.sequence_parallel={parts} needs full attention in every layer, and this model has sliding "
+            "windows; set psi.sequence_parallel=1"
         )
 
 
@@ -117,7 +118,7 @@ def _check_targets(targets: Sequence[str], model: Any) -> None:
 
 
 def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
-    """Encode all chats of a parquet file.  Raises DataError that names the first row that cannot be trained on."""
+    """Encode all chats of a parquet file.  Raises DataError that names the first unusable row."""
     import pyarrow.parquet as pq
 
     chats = []
@@ -133,7 +134,8 @@ def encode_rows(tokenizer: Any, rows: Path, limit: int) -> list[Encoded]:
     if long := [number for number, chat in enumerate(chats) if len(chat.ids) > limit]:
         raise DataError(
             f"{rows}: {len(long)} of {len(chats)} chats are longer than the model's limit of {limit} tokens, "
-            f"the first in row {long[0]} with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and build "
-            "again, or raise model.max_response_tokens if the two add up to less than the model's positions"
+            f"the first in row {long[0]} with {len(chats[long[0]].ids)}; lower model.max_prompt_tokens and "
+            "build again, or raise model.max_response_tokens if the two add up to less than the model's "
+            "positions"
         )
     return chats

@@ -1,10 +1,10 @@
 """PSI's engine: transformers' Trainer on DeepSpeed, with loss on assistant tokens only.
 
-One code path serves nano on a CPU and 70B with LoRA on a cluster.  `train` first checks everything that can be
-wrong, encodes the chats once for all processes, and publishes the checkpoint that training left on disk.  A single
-process trains in place.  Several processes on one node are started by torchrun, those of several nodes by Ray
-Train; both run `rank` on a job file.  Each checkpoint gets a marker as its last file, so that a resume recognises
-and skips a half-written one.
+One code path serves nano on a CPU and 70B with LoRA on a cluster.  `train` first checks everything that can
+be wrong, encodes the chats once for all processes, and publishes the checkpoint that training left on disk.
+A single process trains in place.  Several processes on one node are started by torchrun, those of several
+nodes by Ray Train; both run `rank` on a job file.  Each checkpoint gets a marker as its last file, so that a
+resume recognises and skips a half-written one.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def train(
     """Fine-tune `start` on the chats in `rows` (parquet; METHOD §3) and publish `work_dir/checkpoint`.
 
     Rank 0 appends to `work_dir/metrics.jsonl` every `psi.log_every` steps.  Training resumes from the newest
-    complete checkpoint in `work_dir/steps`.  `validator` is `module:function`, which makes a `Validator` from the
-    configuration: a name, because every process makes its own.  With a validator the best checkpoint is published,
-    without one the last.
+    complete checkpoint in `work_dir/steps`.  `validator` is `module:function`, which makes a `Validator` from
+    the configuration: a name, because every process makes its own.  With a validator the best checkpoint is
+    published, without one the last.
 
-    Raises ConfigError, DataError or ArtifactError before any weight is loaded if the inputs cannot be trained on,
-    and NothingTrainedError if fewer optimiser steps were made than planned.
+    Raises ConfigError, DataError or ArtifactError before any weight is loaded if the inputs cannot be trained
+    on, and NothingTrainedError if fewer optimiser steps were made than planned.
     """
     set_variables(config)
     check_libraries(config.psi)

@@ -1,7 +1,8 @@
 """Generation by the model in training, with transformers' own `generate`, for small validation slices.
 
-The weights stay in place: there is no second engine and no copy.  This is slower than vLLM by an order of magnitude,
-and under ZeRO-3 every token gathers the weights again.  `recipe=evaluate` serves checkpoints with vLLM.
+The weights stay in place: there is no second engine and no copy.  This is slower than vLLM by an order of
+magnitude, and under ZeRO-3 every token gathers the weights again.  `recipe=evaluate` serves checkpoints with
+vLLM.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.backends.sft.batches import pad_of
 from pgenrm_train.config import ModelConfig
+from pgenrm_train.prompts.messages import prompt_ids
 
 
 class Prompt(NamedTuple):
@@ -34,7 +36,12 @@ class TrainingGenerator:
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         from torch import distributed
 
-        prompts = [Prompt(r, sample, self._ids(r)) for r in requests for sample in range(r.samples)]
+        prompts = [
+            Prompt(request, sample, ids)
+            for request in requests
+            for ids in [prompt_ids(self.tokenizer, request.messages)]
+            for sample in range(request.samples)
+        ]
         limit = self.config.max_prompt_tokens
         yield from (
             Generation(p.request.key, p.sample, None, "prompt_too_long")
@@ -61,12 +68,6 @@ class TrainingGenerator:
 
     def close(self) -> None:
         """Nothing to end: the model belongs to training."""
-
-    def _ids(self, request: GenerationRequest) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _answer(self, batch: Sequence[Prompt], temperature: float) -> list[Generation]:
         """Answer one batch, padded on the left, without touching the random state of training."""

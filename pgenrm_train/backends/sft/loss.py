@@ -2,10 +2,10 @@
 
     L = Σ_t w_t · −log p(x_t | x_<t) / Σ_t w_t        t over the step's assistant tokens
 
-w_t is 1 in the analysis and `psi.score_weight` from `<JSON_START>` on.  A weight of 1 everywhere is METHOD §3,
-another weight is *our choice*.  Only tokens that predict a trained one get logits.  If these are many, they are
-computed piece by piece: the logits of a piece are dropped after the forward pass and computed again in the backward
-pass.  The head then runs three times instead of twice, and the memory is that of one piece.
+w_t is 1 in the analysis and `psi.score_weight` from `<JSON_START>` on.  A weight of 1 everywhere is METHOD
+§3, another weight is *our choice*.  Only tokens that predict a trained one get logits.  If these are many,
+they are computed piece by piece: the logits of a piece are dropped after the forward pass and computed again
+in the backward pass.  The head then runs three times instead of twice, and the memory is that of one piece.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def _piece(
 
 
 def train_in_pieces(model: Any) -> None:
-    """Make `model(input_ids, predicts, labels, weights, …)` (`batches.collate`) return the loss without logits.
+    """Make a model that is called with a batch of `batches.collate` return its loss without logits.
 
-    One call of the head computes all pieces.  ZeRO-3 gathers a module's weights at each call, on all processes
-    together, and their micro-batches may have different numbers of pieces.  Without `predicts`, as in generation,
-    the model answers as before.  `num_items_in_batch` is Σ w_t over the optimiser step; null: over this batch.
+    One call of the head computes all pieces.  ZeRO-3 gathers a module's weights at each call, on all
+    processes together, and their micro-batches may have different numbers of pieces.  Without `predicts`, as
+    in generation, the model answers as before.  `num_items_in_batch` is Σ w_t over the optimiser step; null:
+    over this batch.
     """
     head, plain = model.get_output_embeddings(), model.forward
     logits = head.forward

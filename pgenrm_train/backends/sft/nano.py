@@ -1,8 +1,8 @@
-"""The from-scratch model of the CPU default: a tiny Qwen2, and a byte-level BPE tokenizer of the run's own texts.
+"""From-scratch model of the CPU default: a tiny Qwen2 with a byte-level BPE tokenizer of the run's own texts.
 
-`AutoTokenizer` always loads `Qwen2Tokenizer` for model type `qwen2`, and that class brings its own pre-tokeniser.
-So the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the same ids.
-The vocabulary equals `len(tokenizer)`: veRL masks ids beyond it in vLLM but not in the actor.
+`AutoTokenizer` always loads `Qwen2Tokenizer` for model type `qwen2`, and that class brings its own
+pre-tokeniser.  So the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the
+same ids.  The vocabulary equals `len(tokenizer)`: veRL masks ids beyond it in vLLM but not in the actor.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.config import NanoConfig
 
@@ -19,7 +20,8 @@ USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 DIGITS = tuple(f" {digit}" for digit in range(10))
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}"
-    "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -29,7 +31,8 @@ def make_nano(
 ) -> None:
     """Write a random-weight model and its tokenizer to `folder` in Hugging Face format.
 
-    `texts` train the BPE merges; each of `fixed` (prompt tags, format strings of the chain) becomes one token.
+    `texts` train the BPE merges; each of `fixed` (prompt tags, format strings of the chain) becomes one
+    token.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -58,7 +61,7 @@ def make_nano(
     tokenizer.save_pretrained(folder)
 
 
-def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], config: NanoConfig):  # type: ignore[no-untyped-def]
+def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], config: NanoConfig) -> Any:
     """Train the merges of a `Qwen2Tokenizer` on `texts`."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import AddedToken, Qwen2Tokenizer

@@ -1,4 +1,4 @@
-"""Training in one process: the program of each rank, whether started in place, by torchrun or by Ray Train."""
+"""Program of each rank, whether it starts in place, by torchrun or by Ray Train."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def join_processes(cluster: ClusterConfig) -> None:
 
     on_cpu = cluster.device == "cpu"
     if on_cpu:
-        # gloo's start would compile an op for minutes, and a killed compile leaves a lock that blocks the next run
+        # gloo's start would compile an op for minutes; if killed, its lock would block the next run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if rank_count(cluster) > 1:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")

@@ -1,8 +1,8 @@
 """PSI over several nodes: Ray Train places the ranks, and restarts all of them when one is lost.
 
-A rank runs the same code as under torchrun.  Each attempt resumes from the newest complete checkpoint in the run
-folder, which every node sees.  Ray Train's own record would be late: a worker that dies right after a save has not
-reported it yet.
+A rank runs the same code as under torchrun.  Each attempt resumes from the newest complete checkpoint in the
+run folder, which every node sees.  Ray Train's own record would be late: a worker that dies right after a
+save has not reported it yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pgenrm_train.errors import BackendError, ConfigError, last_line
 def run(config: Config, job_file: Path, variables: dict[str, str]) -> None:
     """Train the job on `nodes × processes_per_node` ranks of the cluster at `ray.address`.
 
-    Raises ConfigError without an address, BackendError if a rank failed more than `cluster.max_failures` times.
+    Raises ConfigError without an address, BackendError if a rank failed more than `cluster.max_failures`
+    times.
     """
     import ray
 
@@ -70,7 +71,7 @@ def _fit(cluster: ClusterConfig, job_file: Path) -> None:
 
 
 def lost_rank_reporter(steps: Path) -> Any:
-    """Ray Train's callback that reports lost ranks: it runs in Ray's controller, whose output appears here."""
+    """Ray Train's callback that prints lost ranks; it runs in the controller, whose output appears here."""
     from ray.train import UserCallback
 
     class LostRankReporter(UserCallback):  # type: ignore[misc]
@@ -84,7 +85,10 @@ def _format_lost_ranks(errors: Mapping[int, Exception], steps: Path) -> str:
     newest = newest_complete(steps, clean=False)
     ranks, kind = ", ".join(map(str, sorted(errors))), type(errors[min(errors)]).__name__
     start = f"from {newest}" if newest else "from the beginning"
-    return f"psi: rank {ranks} of the cluster was lost ({kind}); all start again {start} once enough nodes are there"
+    return (
+        f"psi: rank {ranks} of the cluster was lost ({kind}); "
+        f"all start again {start} once enough nodes are there"
+    )
 
 
 def _train_rank(settings: dict[str, str]) -> None:

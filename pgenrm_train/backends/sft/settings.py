@@ -26,7 +26,7 @@ def deepspeed_variables(config: Config) -> dict[str, str]:
 
 def set_variables(config: Config) -> None:
     """Set the variables above in this process; values that are already set stay."""
-    os.environ.update({k: v for k, v in deepspeed_variables(config).items() if k not in os.environ})
+    os.environ.update(deepspeed_variables(config) | os.environ)
 
 
 def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, object]:

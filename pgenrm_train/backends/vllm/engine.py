@@ -1,7 +1,7 @@
-"""Generation by vLLM in this process: one global queue over all requests, prompts encoded once for all of their samples.
+"""Generation by vLLM in this process, with one queue over all requests.
 
-The ids of a prompt come from the same tokenizer object as in training and go to vLLM as ids, so that both sides see the same
-tokens.
+Each prompt is encoded once for all its samples.  The tokenizer is the same as in training, and vLLM gets the
+prompts as ids, so that both sides see the same tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.config import Config
+from pgenrm_train.prompts.messages import prompt_ids
 
 
 def vllm_variables(config: Config) -> dict[str, str]:
-    """What must be set before vLLM is imported."""
+    """Environment variables that must be set before vLLM is imported."""
     if config.cluster.device != "cpu":
         return {"VLLM_NO_USAGE_STATS": "1"}
     return {
@@ -30,8 +31,8 @@ def vllm_variables(config: Config) -> dict[str, str]:
     }
 
 
-def engine_settings(config: Config) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` beside the model."""
+def engine_settings(config: Config) -> dict[str, object]:
+    """Keyword arguments of `vllm.LLM`, without the model."""
     on_cpu = config.cluster.device == "cpu"
     return {
         "dtype": "float32" if on_cpu else config.model.dtype,
@@ -40,7 +41,8 @@ def engine_settings(config: Config) -> dict[str, Any]:
         "max_num_batched_tokens": 8192,
         "enforce_eager": on_cpu,
         "enable_prefix_caching": True,
-        # On a CPU a seeded request whose prompt is prefilled in pieces ends the engine (a CPU generator has no offset).
+        # on a CPU, a seeded request whose prompt is prefilled in pieces crashes the engine:
+        # a CPU generator has no offset
         "enable_chunked_prefill": not on_cpu,
         "tensor_parallel_size": config.cluster.tensor_parallel,
         "seed": config.seed,
@@ -49,10 +51,13 @@ def engine_settings(config: Config) -> dict[str, Any]:
 
 
 class VllmGenerator:
-    """A `Generator` over a local checkpoint.  Seeded per request, so results do not depend on the order of the queue."""
+    """A `Generator` over a local checkpoint.
+
+    Sampling is seeded per request, so results do not depend on the order of the queue.
+    """
 
     def __init__(self, config: Config, checkpoint: Path | str) -> None:
-        os.environ.update({k: v for k, v in vllm_variables(config).items() if k not in os.environ})
+        os.environ.update(vllm_variables(config) | os.environ)  # variables that are set stay
         from transformers import AutoTokenizer
         from vllm import LLM
 
@@ -61,17 +66,17 @@ class VllmGenerator:
         self._llm = LLM(model=str(checkpoint), tokenizer=str(checkpoint), **engine_settings(config))
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
-        """Yield every sample of every request, a request's samples together, as requests finish."""
+        """Yield the samples of each request together, as requests finish."""
         engine, waiting = self._llm.llm_engine, iter(requests)
-        live: dict[str, GenerationRequest] = {}
+        running: dict[str, GenerationRequest] = {}
         exhausted, in_flight = False, 0
-        while live or not exhausted:
+        while running or not exhausted:
             while not exhausted and in_flight < self.config.eval.max_in_flight:
                 request = next(waiting, None)
                 if request is None:
                     exhausted = True
                     break
-                ids = self._ids(request)
+                ids = prompt_ids(self.tokenizer, request.messages)
                 if len(ids) > self.config.model.max_prompt_tokens:
                     yield from (
                         Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples)
@@ -80,11 +85,11 @@ class VllmGenerator:
                 engine.add_request(
                     request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature)
                 )
-                live[request.key] = request
+                running[request.key] = request
                 in_flight += request.samples
-            for output in engine.step() if live else ():
+            for output in engine.step() if running else ():
                 if output.finished:
-                    request = live.pop(output.request_id)
+                    request = running.pop(output.request_id)
                     in_flight -= request.samples
                     yield from self._generations(request, output)
 
@@ -92,12 +97,6 @@ class VllmGenerator:
         """Drop the engine and its KV cache."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-
-    def _ids(self, request: GenerationRequest) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            list(request.messages), tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _sampling(self, request: GenerationRequest, temperature: float) -> Any:
         from vllm import SamplingParams
@@ -108,7 +107,7 @@ class VllmGenerator:
             temperature=temperature,
             seed=request.seed,
             max_tokens=self.config.model.max_response_tokens,
-            detokenize=False,  # once at its end, not token by token
+            detokenize=False,  # we decode once at the end, not token by token
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -1,4 +1,4 @@
-"""Generation by several vLLM engines, a Ray actor each.  All of them pull from one queue, so that the load balances itself."""
+"""Generation by several vLLM engines, one Ray actor each; a common queue balances the load."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
-from pgenrm_train.backends.ray.cluster import connect, last_line
+from pgenrm_train.backends.ray.cluster import connect
 from pgenrm_train.backends.vllm.engine import VllmGenerator, vllm_variables
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError
+from pgenrm_train.errors import BackendError, last_line
 
-BLOCK = 16  # requests, or answers, that travel together: neighbours share a history, and so a prefix in one engine's cache
-AHEAD = 4  # blocks an engine that wait in the queue
+# Requests, or answers, per message.  Neighbours share a history, and so a prefix in the cache of one engine.
+BLOCK = 16
+AHEAD = 4  # blocks per engine that wait in the queue
 Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
 def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]:
-    """Yield what loads a local checkpoint, one after another, and end with the block what was started for them.
+    """Yield a loader of local checkpoints, one at a time, and stop its engines with the block.
 
-    `cluster.engines`, or as many as the processes hold: one is started here, several are Ray actors that outlive a checkpoint, since
-    a new process takes longer to import vLLM than to load weights.  Nothing starts before the first checkpoint.
+    `cluster.engines` sets their number; by default they fill the processes.  A single engine runs in this
+    process.  Several are Ray actors that outlive a checkpoint, since a new process takes longer to import
+    vLLM than to load weights.  Nothing starts before the first checkpoint.
     """
     processes = config.cluster.nodes * config.cluster.processes_per_node
     engines = config.cluster.engines or processes // config.cluster.tensor_parallel
@@ -50,60 +52,63 @@ def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[A
 
 
 class VllmReplicas:
-    """A `Generator` over one checkpoint in several engines of `cluster.tensor_parallel` GPUs each, anywhere on the Ray cluster.
+    """A `Generator` over one checkpoint in several engines, anywhere on the Ray cluster.
 
-    Seeded per request as `VllmGenerator`, so results depend neither on the number of engines nor on who serves what, but for the
-    rounding of batches of another size.  Raises BackendError when an engine is lost: what was answered has been yielded.
+    Each engine has `cluster.tensor_parallel` GPUs.  Sampling is seeded per request as in `VllmGenerator`.  So
+    results depend neither on the number of engines nor on the choice of engine, except for rounding in
+    batches of another size.  Raises BackendError if an engine is lost, after all finished answers have been
+    yielded.
     """
 
     def __init__(self, engines: Sequence[Any], checkpoint: Path | str) -> None:
         self._engines = engines
-        self._of_all(
-            "load", str(Path(checkpoint).resolve())
-        )  # or the first one up would take all that it can hold
+        # wait for all, or the first engine would take as many requests as it can hold
+        self._call_all("load", str(Path(checkpoint).resolve()))
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
-        """Yield every sample of every request, a request's samples in order, as requests finish on any engine."""
+        """Yield the samples of each request in order, as requests finish on any engine."""
         import ray
         from ray.util.queue import Queue
 
         queue = Queue(maxsize=AHEAD * len(self._engines), actor_options={"num_cpus": 0})
         feed = _Feed(queue, requests, len(self._engines))
-        run = [
+        streams = [
             engine.run.options(num_returns="streaming").remote(queue, temperature) for engine in self._engines
         ]
         try:
-            while run:
-                ready, _ = ray.wait(run)
+            while streams:
+                ready, _ = ray.wait(streams)
                 try:
                     yield from ray.get(next(ready[0]))
                 except StopIteration:
-                    run.remove(ready[0])
+                    streams.remove(ready[0])
         except ray.exceptions.RayError as error:
-            raise _lost(error) from error
+            raise _lost_error(error) from error
         finally:
             queue.shutdown(force=True)
         feed.check()
 
     def close(self) -> None:
         """Drop the checkpoint and its KV caches; the engines wait for another."""
-        self._of_all("unload")
+        self._call_all("unload")
 
-    def _of_all(self, method: str, *arguments: Any) -> None:
+    def _call_all(self, method: str, *arguments: Any) -> None:
         import ray
 
         try:
             ray.get([getattr(engine, method).remote(*arguments) for engine in self._engines])
         except ray.exceptions.RayError as error:
-            raise _lost(error) from error
+            raise _lost_error(error) from error
 
 
-def _lost(error: Exception) -> BackendError:
-    return BackendError(f"a vLLM engine failed ({last_line(error)}); the same command asks what is left")
+def _lost_error(error: Exception) -> BackendError:
+    return BackendError(
+        f"a vLLM engine failed ({last_line(error)}); repeat the command to ask for the missing answers"
+    )
 
 
 class _Engine:
-    """The actor: one `VllmGenerator` at a time, fed from the queue until it finds None there."""
+    """Actor with one `VllmGenerator` at a time, which reads the queue until it finds None."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -122,7 +127,7 @@ class _Engine:
 
 
 class _Feed(threading.Thread):
-    """Writes prompts into the queue while answers are read; one None for each engine ends it."""
+    """Thread that fills the queue with prompts while answers are read; one None per engine ends it."""
 
     def __init__(self, queue: Any, requests: Iterable[GenerationRequest], engines: int) -> None:
         super().__init__(name="feed", daemon=True)
@@ -133,16 +138,16 @@ class _Feed(threading.Thread):
     def run(self) -> None:
         from ray.exceptions import RayError
 
-        with contextlib.suppress(RayError):  # the queue is gone: its reader has given up
-            for block in self._written():
+        with contextlib.suppress(RayError):  # the reader has given up and closed the queue
+            for block in self._prompts():
                 self._queue.put(block)
             for _ in range(self._engines):
                 self._queue.put(None)
 
-    def _written(self) -> Iterator[list[GenerationRequest]]:
+    def _prompts(self) -> Iterator[list[GenerationRequest]]:
         try:
             yield from _blocks(self._requests)
-        except Exception as error:  # of a prompt; `check` raises it to the reader
+        except Exception as error:  # in writing a prompt; `check` raises it in the reader's thread
             self._error = error
 
     def check(self) -> None:
@@ -152,6 +157,6 @@ class _Feed(threading.Thread):
 
 
 def _blocks(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """`items` in lists of `BLOCK`: one message is cheaper than sixteen."""
+    """Cut `items` into lists of `BLOCK`: one message is cheaper than sixteen."""
     while block := list(itertools.islice(items, BLOCK)):
         yield block

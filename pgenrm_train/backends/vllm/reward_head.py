@@ -1,20 +1,20 @@
-"""A reward model with a scalar head: a classifier with one logit over a conversation, as Bradley–Terry training makes it.
+"""A reward model with a scalar head: a Bradley–Terry classifier with one logit over a conversation.
 
     s^i = head(conversation so far, response i)          P(y^i ≻ y^j) = σ(s^i − s^j)
 
-Each response is scored by itself, with the model's own chat template; the user's history is not shown, for these models were not
-trained to read one.  A conversation and response that occur again in a batch of questions are scored once.
+Each response is scored by itself, with the model's own chat template.  The user's history is not shown,
+because these models were not trained on one.  Equal pairs of conversation and response in a batch of
+questions are scored once.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.config import Config
-from pgenrm_train.errors import ArtifactError, BackendError
+from pgenrm_train.errors import ArtifactError, BackendError, first_line
 from pgenrm_train.prompts.messages import neutralise
 from pgenrm_train.records.pairs import Example
 
@@ -22,18 +22,18 @@ TOKENS_PER_BATCH = 16_384  # padding included
 
 
 class RewardHead:
-    """`model(examples)` yields a float a response for each example.  `checkpoint`: a Hugging Face folder.
+    """`model(examples)` yields one float per response for each example.  `checkpoint`: a Hugging Face folder.
 
-    What exceeds `model.max_prompt_tokens + model.max_response_tokens` is cut at the left, so that the response stays; `cut` counts
-    such texts.  Raises ArtifactError for a folder that holds no classifier with one logit: a language model's folder would
-    otherwise be given a head of random weights.
+    Texts over `model.max_prompt_tokens + model.max_response_tokens` are cut at the left, so that the response
+    stays; `cut` counts them.  Raises ArtifactError unless the folder holds a classifier with one logit: the
+    folder of a language model would otherwise get a head of random weights.
     """
 
     def __init__(self, config: Config, checkpoint: Path) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-        _refuse_other_models(AutoConfig.from_pretrained(checkpoint), checkpoint)
+        _check_architecture(AutoConfig.from_pretrained(checkpoint), checkpoint)
         self.device = torch.device(config.cluster.device)
         dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -45,31 +45,27 @@ class RewardHead:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise BackendError(
-                f"the reward model in {checkpoint} cannot be loaded: {str(error).splitlines()[0]}"
+                f"the reward model in {checkpoint} cannot be loaded: {first_line(error)}"
             ) from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.pad_token_id = (
-            self.tokenizer.pad_token_id
-        )  # by it the model finds the last token of each row
+        # the model uses it to find the last token of each row
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.limit = config.model.max_prompt_tokens + config.model.max_response_tokens
-        self.cut: Counter[str] = Counter()
+        self.cut = 0
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[float, ...]]:
-        asked = [[self.text(example, response) for response in example.responses] for example in examples]
-        scores = self._scores(list(dict.fromkeys(text for texts in asked for text in texts)))
-        for texts in asked:
+        rows = [[self.text(example, response) for response in example.responses] for example in examples]
+        scores = self._scores(list(dict.fromkeys(text for texts in rows for text in texts)))
+        for texts in rows:
             yield tuple(scores[text] for text in texts)
 
     def close(self) -> None:
-        if self.cut["texts"]:
-            print(
-                f"reward head: {self.cut['texts']} texts were cut at the left to {self.limit} tokens",
-                flush=True,
-            )
+        if self.cut:
+            print(f"reward head: {self.cut} texts were cut at the left to {self.limit} tokens", flush=True)
 
     def text(self, example: Example, response: str) -> str:
-        """The conversation that ends with the response, as the model was trained to read it."""
+        """Render the conversation that ends with the response, in the format of the model's training."""
         reserved = tuple(self.tokenizer.all_special_tokens)
         turns = [{"role": m.role, "content": neutralise(m.content, reserved)} for m in example.context]
         turns.append({"role": "assistant", "content": neutralise(response, reserved)})
@@ -81,24 +77,24 @@ class RewardHead:
         import torch
 
         ids = [self._ids(text) for text in texts]
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         with torch.inference_mode():
             for batch in _batches(ids):
                 padded = self.tokenizer.pad(
                     {"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt"
                 )
                 logits = self.model(**padded.to(self.device)).logits[:, 0].float().cpu()
-                found |= {texts[i]: float(score) for i, score in zip(batch, logits, strict=True)}
-        return found
+                scores |= {texts[i]: float(score) for i, score in zip(batch, logits, strict=True)}
+        return scores
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"])
-        self.cut["texts"] += len(ids) > self.limit
+        self.cut += len(ids) > self.limit
         return ids[-self.limit :]
 
 
 def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of texts of like length, as many as fit `TOKENS_PER_BATCH` with their padding."""
+    """Yield indices of texts of similar length, as many as fit `TOKENS_PER_BATCH` with their padding."""
     batch: list[int] = []
     for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
         if batch and (len(batch) + 1) * len(ids[i]) > TOKENS_PER_BATCH:
@@ -109,10 +105,10 @@ def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield batch
 
 
-def _refuse_other_models(found: Any, checkpoint: Path) -> None:
-    kinds = getattr(found, "architectures", None) or []
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or found.num_labels != 1:
+def _check_architecture(shape: Any, checkpoint: Path) -> None:
+    kinds = getattr(shape, "architectures", None) or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds) or shape.num_labels != 1:
         raise ArtifactError(
-            f"{checkpoint} holds {', '.join(kinds) or 'an unknown model'} with {found.num_labels} labels; model=reward_head needs a "
-            "sequence classifier with one"
+            f"{checkpoint} holds {', '.join(kinds) or 'an unknown model'} with {shape.num_labels} labels; "
+            "model=reward_head needs a sequence classifier with one"
         )

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible vLLM server for as long as a block runs: a teacher or judge of one's own.
+"""An OpenAI-compatible vLLM server for the time of a block: a teacher or judge that this run serves itself.
 
-On one machine it is a child of this process.  With `ray.address` it is an actor of that cluster: Ray finds the GPUs, counts them, and
-so gives nobody else the same ones.
+On one machine the server is a child of this process.  With `ray.address` it is an actor of that cluster: Ray
+finds and reserves the GPUs.
 """
 
 from __future__ import annotations
@@ -18,114 +18,121 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
-import psutil
 
+from pgenrm_train.backends.vllm.engine import vllm_variables
 from pgenrm_train.config import Config, EndpointConfig
-from pgenrm_train.errors import BackendError
-from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.errors import BackendError, last_line
+from pgenrm_train.run.process import die_with_parent, stop_child
 
-START_SECONDS = 1800.0  # a 70B model is read from a slow disk
+START_SECONDS = 1800.0  # for a 70B model from a slow disk
 PLACE_SECONDS = 120.0  # for Ray to find room
+STOP_SECONDS = 15.0
+
+
+class GpuSplit(NamedTuple):
+    """Values of CUDA_VISIBLE_DEVICES."""
+
+    server: str
+    others: str
 
 
 @contextmanager
 def served(
-    config: Config, settings: EndpointConfig, log: Path, *, beside_training: bool
+    config: Config, settings: EndpointConfig, log: Path, *, with_training: bool
 ) -> Iterator[EndpointConfig]:
-    """Serve `settings.name`; yields the settings of the endpoint that it is.
+    """Serve `settings.name`, and yield the settings of its endpoint.
 
-    Here, the server takes the last `settings.gpus` visible GPUs and leaves the others to this process and its children.  On a cluster it
-    takes as many of one node.  A judge must leave what training needs, since that runs beside it.
+    On this machine the server takes the last `settings.gpus` visible GPUs and leaves the others to this
+    process and its children.  On a cluster it takes as many of one node.  `with_training`: training runs at
+    the same time, so the server must leave its GPUs free.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     start = _here if config.ray.address is None else _on_cluster
-    with start(config, settings, log.resolve(), beside_training) as url:
+    with start(config, settings, log.resolve(), with_training) as url:
         yield dataclasses.replace(settings, kind="endpoint", base_url=f"{url}/v1")
 
 
 @contextmanager
-def _here(config: Config, settings: EndpointConfig, log: Path, beside_training: bool) -> Iterator[str]:
-    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine, left = _split_gpus(config, settings, beside_training)
-    env = _environment(config) | ({"CUDA_VISIBLE_DEVICES": mine} if mine else {})
-    server = _Server(_arguments(config, settings), env, log)
+def _here(config: Config, settings: EndpointConfig, log: Path, with_training: bool) -> Iterator[str]:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    split = _split_gpus(config, settings, with_training)
+    variables = vllm_variables(config) | ({"CUDA_VISIBLE_DEVICES": split.server} if split else {})
+    server = _Server(_arguments(config, settings), variables, log)
     url = server.start("127.0.0.1")
     try:
-        if left is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = left
-        _wait(server.ended, url, log)
+        if split:
+            os.environ["CUDA_VISIBLE_DEVICES"] = split.others
+        _wait(server.exit_code, url, log)
         yield url
     finally:
         server.stop()
-        if left is not None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES") if ours is None else os.environ.update(
-                CUDA_VISIBLE_DEVICES=ours
-            )
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif split:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @contextmanager
-def _on_cluster(config: Config, settings: EndpointConfig, log: Path, beside_training: bool) -> Iterator[str]:
+def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_training: bool) -> Iterator[str]:
     import ray
 
     from pgenrm_train.backends.ray.cluster import join
 
     assert config.ray.address is not None
-    join(config.ray.address, _environment(config))
+    join(config.ray.address, vllm_variables(config))
     try:
-        _check_cluster(config, settings, beside_training, ray.cluster_resources().get("GPU", 0))
+        _check_cluster(config, settings, with_training, ray.cluster_resources().get("GPU", 0))
         gpus = settings.gpus if config.cluster.device == "cuda" else 0
         server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(
-            _arguments(config, settings), _environment(config), log
+            _arguments(config, settings), vllm_variables(config), log
         )
         url = _placed(config, server, gpus)
         try:
-            _wait(lambda: _of_actor(server.ended.remote()), url, log)
+            _wait(lambda: _result(server.exit_code.remote()), url, log)
             yield url
         finally:
             with contextlib.suppress(BackendError):
-                _of_actor(server.stop.remote())
+                _result(server.stop.remote())
     finally:
-        ray.shutdown()  # and what is left of the actor goes with its driver
+        ray.shutdown()  # which also ends the actor
 
 
 def _placed(config: Config, server: Any, gpus: int) -> str:
-    """Where the actor will answer, once Ray has found room for it."""
+    """Wait until Ray has found room for the actor, and return its URL."""
     import ray
 
     try:
-        return str(_of_actor(server.start.remote(), PLACE_SECONDS))
+        return str(_result(server.start.remote(), PLACE_SECONDS))
     except ray.exceptions.GetTimeoutError:
         raise BackendError(
-            f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for the vLLM server within "
-            f"{PLACE_SECONDS:.0f} s; lower gpus or cluster.processes_per_node"
+            f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for the vLLM server "
+            f"within {PLACE_SECONDS:.0f} s; lower gpus or cluster.processes_per_node"
         ) from None
 
 
-def _of_actor(found: Any, seconds: float | None = None) -> Any:
-    """What a call of the actor returned.  Raises BackendError when the actor is lost."""
+def _result(reference: Any, seconds: float | None = None) -> Any:
+    """Return the result of a call of the actor.  Raises BackendError if the actor is lost."""
     import ray
 
     try:
-        return ray.get(found, timeout=seconds)
+        return ray.get(reference, timeout=seconds)
     except ray.exceptions.GetTimeoutError:
         raise
     except ray.exceptions.RayError as error:
-        raise BackendError(
-            f"the vLLM server on the cluster was lost ({str(error).strip().splitlines()[-1].strip()})"
-        ) from error
+        raise BackendError(f"the vLLM server on the cluster was lost ({last_line(error)})") from error
 
 
 class _Server:
-    """The server as a child of the process that it is made in."""
+    """The server as a child of the process that creates this object."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-        self.arguments, self.environment, self.log = arguments, environment, log
+    def __init__(self, arguments: list[str], variables: dict[str, str], log: Path) -> None:
+        self.arguments, self.variables, self.log = arguments, variables, log
 
     def start(self, host: str | None = None) -> str:
-        """Where it will answer; on the network address of its machine when `host` is None."""
+        """Start the server and return its URL; `host` is by default the network address of this machine."""
         if host is None:
             import ray
 
@@ -136,7 +143,7 @@ class _Server:
         with self.log.open("a") as out:
             self.process = subprocess.Popen(
                 command,
-                env=os.environ | self.environment,
+                env=os.environ | self.variables,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -144,12 +151,12 @@ class _Server:
             )
         return f"http://{host}:{port}"
 
-    def ended(self) -> int | None:
-        """The exit code; None while it runs."""
+    def exit_code(self) -> int | None:
+        """Exit code of the server, None while it runs."""
         return self.process.poll()
 
     def stop(self) -> None:
-        _stop(self.process)
+        stop_child(self.process, STOP_SECONDS)
 
 
 def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
@@ -160,74 +167,53 @@ def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
     return [*common, "--tensor-parallel-size", str(settings.gpus)]
 
 
-def _environment(config: Config) -> dict[str, str]:
-    from pgenrm_train.backends.vllm.engine import vllm_variables
-
-    return vllm_variables(config)
-
-
-def _split_gpus(
-    config: Config, settings: EndpointConfig, beside_training: bool
-) -> tuple[str | None, str | None]:
-    """CUDA_VISIBLE_DEVICES of the server and of everyone else; None on a CPU."""
+def _split_gpus(config: Config, settings: EndpointConfig, with_training: bool) -> GpuSplit | None:
+    """Divide the visible GPUs between the server and all other processes; None on a CPU."""
     if config.cluster.device == "cpu":
-        return None, None
+        return None
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
-    training = config.cluster.processes_per_node if beside_training else 0
+    training = config.cluster.processes_per_node if with_training else 0
     if len(gpus) < settings.gpus + training:
-        needs = f"{settings.gpus} GPUs" + (f" and training {training}" if training else "")
-        raise BackendError(
-            f"the vLLM server needs {needs}, and {len(gpus)} are visible; lower cluster.processes_per_node or gpus, or use kind=endpoint "
-            "and serve the model elsewhere"
-        )
-    return ",".join(gpus[-settings.gpus :]), ",".join(gpus[: -settings.gpus])
+        raise _too_few_gpus(settings.gpus, training, f"{len(gpus)} are visible")
+    return GpuSplit(",".join(gpus[-settings.gpus :]), ",".join(gpus[: -settings.gpus]))
 
 
-def _check_cluster(config: Config, settings: EndpointConfig, beside_training: bool, gpus: float) -> None:
-    """Raises BackendError when the cluster could never hold the server and what runs beside it."""
+def _check_cluster(config: Config, settings: EndpointConfig, with_training: bool, gpus: float) -> None:
+    """Raise BackendError if the cluster is too small for the server and training."""
     if config.cluster.device == "cpu":
         return
-    training = config.cluster.nodes * config.cluster.processes_per_node if beside_training else 0
+    training = config.cluster.nodes * config.cluster.processes_per_node if with_training else 0
     if gpus < settings.gpus + training:
-        beside = f" and training {training}" if training else ""
-        raise BackendError(
-            f"the vLLM server needs {settings.gpus} GPUs{beside}, and the cluster at {config.ray.address} has {gpus:g}; lower "
-            "cluster.processes_per_node or gpus, or use kind=endpoint and serve the model elsewhere"
-        )
+        raise _too_few_gpus(settings.gpus, training, f"the cluster at {config.ray.address} has {gpus:g}")
 
 
-def _wait(ended: Callable[[], int | None], url: str, log: Path) -> None:
+def _too_few_gpus(server: int, training: int, available: str) -> BackendError:
+    needs = f"{server} GPUs" + (f" and training {training}" if training else "")
+    return BackendError(
+        f"the vLLM server needs {needs}, and {available}; lower cluster.processes_per_node or gpus, "
+        "or use kind=endpoint and serve the model elsewhere"
+    )
+
+
+def _wait(exit_code: Callable[[], int | None], url: str, log: Path) -> None:
+    """Wait until the server answers.  Raises BackendError if it ends or takes too long."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
-        if (code := ended()) is not None:
-            raise BackendError(
-                f"the vLLM server ended with code {code} before it answered; its words are in {log}"
-            )
+        if (code := exit_code()) is not None:
+            raise BackendError(f"the vLLM server exited with code {code} before it answered; see {log}")
         try:
             if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
         time.sleep(0.5)
-    raise BackendError(f"the vLLM server did not answer within {START_SECONDS:.0f} s; its words are in {log}")
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-    server.terminate()
-    try:
-        server.wait(timeout=15.0)
-    except subprocess.TimeoutExpired:
-        server.kill()
-    for process in family:
-        if process.is_running():
-            process.kill()
+    raise BackendError(f"the vLLM server did not answer within {START_SECONDS:.0f} s; see {log}")
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as found:
-        found.bind((host, 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])

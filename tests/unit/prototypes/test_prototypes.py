@@ -1,4 +1,4 @@
-"""Prototypes on planted data: clusters found, refinement equal to a loop, neighbours of others only, artefacts refused."""
+"""Prototypes on planted data: clusters, refinement against a loop, neighbours, refused artefacts."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def planted(k=4, users_each=30, per_user=3, noise=0.15, seed=0):
-    """k groups of users; a group has a direction of analyses and an unrelated taste, which its votes and histories follow."""
+    """Make k groups of users, each with a direction of its analyses and an unrelated taste of its votes."""
     rng = np.random.default_rng(seed)
     centres, tastes = unit(rng.normal(size=(k, D))), unit(rng.normal(size=(k, D)))
     group = np.repeat(np.arange(k), users_each * per_user)
@@ -199,7 +199,7 @@ def test_refinement_is_reproducible_and_leaves_its_input_alone(world):
 
 
 def test_history_teaches_something(world):
-    """Votes follow the group's taste; with one prototype for all, only the history can tell the groups apart."""
+    """With one prototype for all, only the history separates groups whose votes follow their taste."""
     _, _, samples = world
     P, _, _ = planted()
     single = proto.cluster(P, 1, seed=0, users=samples.users)
@@ -371,7 +371,7 @@ def test_neighbours_are_never_the_user_and_never_twice(world):
 # --- artefacts
 
 
-def test_artefacts_come_back_as_they_went(world, tmp_path):
+def test_saved_prototypes_load_unchanged(world, tmp_path):
     prototypes, _, samples = world
     refined, _ = refinement.refine(prototypes, samples, settings(refine_epochs=1))
     proto.save(refined, tmp_path / "prototypes", HASHES)
@@ -429,7 +429,9 @@ def test_a_save_that_dies_leaves_no_artefact_and_no_scratch(world, tmp_path, mon
 
 def test_importing_prototypes_and_scaling_loads_nothing_heavy():
     code = (
-        "import sys, pgenrm_train.prototypes.clusters, pgenrm_train.prototypes.refinement, pgenrm_train.scaling.combine, pgenrm_train.scaling.stopping\n"
+        "import sys\n"
+        "import pgenrm_train.prototypes.clusters, pgenrm_train.prototypes.refinement\n"
+        "import pgenrm_train.scaling.combine, pgenrm_train.scaling.stopping\n"
         "heavy = {'torch', 'sklearn', 'pandas', 'scipy', 'safetensors', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -1,4 +1,4 @@
-"""Adaptive stopping: the error level holds, the budget is never exceeded, what is not drawn is not read."""
+"""Adaptive stopping: the error level and the budget hold, and chains that are not drawn are not read."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def test_the_budget_is_never_exceeded_and_some_chain_is_always_drawn(margins, al
 
 
 @given(MARGINS, st.sampled_from([0.05, 0.3]))
-def test_a_stop_reads_nothing_of_what_is_not_drawn(margins, alpha):
+def test_a_stop_reads_only_the_drawn_chains(margins, alpha):
     for drawn in looks(margins.shape[1], alpha):
         other = margins.copy()
         other[:, drawn:] = 7.0
@@ -76,7 +76,7 @@ def test_the_error_level_holds_in_every_order_of_every_small_pool(budget, alpha)
 
 
 def test_the_error_level_is_spent():
-    """Half of sixteen chains for each response: the proof is exact, so a stop for one of them comes nearly as often as it may."""
+    """With eight of sixteen chains for each response, stops are nearly as frequent as α allows."""
     pool = np.repeat([1.0, -1.0], [8, 8])
     margins = np.random.default_rng(0).permuted(np.tile(pool, (20_000, 1)), axis=1)
     used = replay(margins, 0.1)
@@ -87,7 +87,7 @@ def test_the_error_level_is_spent():
 def test_clear_pairs_stop_early_and_torn_ones_do_not():
     clear, torn = np.full((1, 16), 2.0), np.tile([1.0, -1.0], 8)[None]
     assert replay(clear, 0.1)[0] == 4 and replay(-clear, 0.1)[0] == 4 and replay(torn, 0.1)[0] == 16
-    assert replay(np.full((1, 16), np.nan), 0.1)[0] == 16, "what always fails is never settled"
+    assert replay(np.full((1, 16), np.nan), 0.1)[0] == 16, "a pair whose chains all fail is never settled"
 
 
 def test_a_majority_that_the_rest_cannot_change_needs_no_level():
@@ -106,7 +106,7 @@ def test_votes_that_the_mean_contradicts_settle_nothing():
     assert not settled(margins, 13, 0.2)[0] and settled(np.abs(margins), 13, 0.2)[0]
 
 
-def test_a_stop_stands_when_a_vote_is_turned_in_its_favour():
+def test_a_stop_remains_when_a_vote_changes_in_its_favour():
     for budget, alpha in ((16, 0.05), (16, 0.2), (40, 0.1)):
         for t, stop in stops(budget, alpha).items():
             for_it, against = np.nonzero(stop)

@@ -39,21 +39,21 @@ CHATS = [
 
 def random_chats(count, seed=0):
     rng = random.Random(seed)
-    found = []
+    chats = []
     for _ in range(count):
         length, loss_from = rng.randint(6, 40), rng.randint(1, 4)
-        found.append(
+        chats.append(
             Encoded(
                 tuple(rng.randrange(1, 50) for _ in range(length)), loss_from, rng.randint(loss_from, length)
             )
         )
-    return found
+    return chats
 
 
-# ---- what a micro-batch holds ----
+# ---- a micro-batch ----
 
 
-def test_padding_stands_on_the_right_and_bears_no_loss():
+def test_padding_is_on_the_right_and_bears_no_loss():
     batch = collate(
         [Encoded((5, 6, 7, 8), 2, 3), Encoded((5, 9), 1, 2)], pad=0, packed=False, score_weight=3.0
     )
@@ -63,7 +63,7 @@ def test_padding_stands_on_the_right_and_bears_no_loss():
     assert set(batch) == {"input_ids", "predicts", "labels", "weights"}
 
 
-def test_a_packed_row_has_no_padding_and_positions_that_start_anew():
+def test_a_packed_row_has_no_padding_and_positions_that_restart():
     batch = collate([Encoded((5, 6, 7, 8), 2, 4), Encoded((5, 9), 1, 2)], pad=0, packed=True)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 5, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
@@ -89,7 +89,7 @@ def test_chats_survive_their_file(tmp_path):
         )
 
 
-# ---- what a model makes of it ----
+# ---- loss and gradient of a model ----
 
 
 def model_of(family, attention):
@@ -130,7 +130,7 @@ def alone(model, chats, score_weight):
     ],
 )
 def test_loss_and_gradient_of_a_batch_are_those_of_its_chats_alone(family, attention, packed, score_weight):
-    """Neither padding nor a neighbour in the row can be seen."""
+    """Neither padding nor a neighbour in the row has an effect."""
     expected, gradients = alone(model_of(family, "eager"), CHATS, score_weight)
     model = model_of(family, attention)
     train_in_pieces(model)
@@ -165,16 +165,16 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
 
 def test_packed_attention_generates_like_sdpa_and_leaves_no_trace_in_a_checkpoint(tmp_path):
     ids = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 3]])
-    seen = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # as prompts of unequal length are generated from
-    said = []
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # prompts of unequal length
+    answers = []
     for attention in ("sdpa", register_packed()):
         model = model_of("qwen2", attention).eval()
-        said.append(
+        answers.append(
             model.generate(
-                input_ids=ids, attention_mask=seen, max_new_tokens=12, do_sample=False, pad_token_id=0
+                input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
             )
         )
-    assert said[0].tolist() == said[1].tolist()
+    assert answers[0].tolist() == answers[1].tolist()
     model.save_pretrained(tmp_path)
     assert "sdpa_packed" not in (tmp_path / "config.json").read_text()
 
@@ -211,7 +211,7 @@ def test_cross_entropy_in_pieces_is_exact(piece):
 
 
 def test_no_more_logits_than_a_piece_are_alive_at_a_time():
-    """What is kept for the backward pass does not grow with the vocabulary."""
+    """Memory kept for the backward pass does not grow with the vocabulary."""
     kept = []
 
     def pack(tensor):
@@ -225,7 +225,7 @@ def test_no_more_logits_than_a_piece_are_alive_at_a_time():
 
 
 def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
-    """ZeRO-3 gathers the head's weights at each call, all processes together; their numbers of pieces differ."""
+    """Under ZeRO-3 each call gathers the head's weights, and the numbers of pieces of processes differ."""
     calls = []
     model = model_of("qwen2", "sdpa")
     train_in_pieces(model)
@@ -239,7 +239,7 @@ def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
     assert len(calls) == 2
 
 
-# ---- which sequences lie together ----
+# ---- which sequences share a micro-batch ----
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -293,7 +293,7 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert list(StepOrder(lengths, Layout.PACKED, seed=4, **settings)) != epochs[0]
 
 
-def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
+def test_packing_is_the_default_on_gpus_and_can_be_set():
     assert layout_of(PsiConfig(), "cpu") is Layout.GROUPED
     assert layout_of(PsiConfig(), "cuda") is Layout.PACKED
     assert layout_of(PsiConfig(packing=False), "cuda") is Layout.GROUPED
@@ -305,7 +305,7 @@ def test_packing_is_chosen_on_gpus_and_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_the_parts_of_a_sequence_make_it_up_again_and_each_trained_token_is_in_one(parts):
+def test_the_parts_of_a_sequence_add_up_to_it_and_each_trained_token_is_in_one(parts):
     chat = CHATS[0]
     whole = collate([chat], pad=0, packed=False, score_weight=3.0)
     shares = [part_of(whole, part, parts, pad=0) for part in range(parts)]

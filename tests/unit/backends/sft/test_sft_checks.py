@@ -1,4 +1,4 @@
-"""Everything that is wrong with an SFT run is said before a weight is loaded; what is published equals what was trained."""
+"""Checks fail before a weight is loaded; the published checkpoint equals the trained one."""
 
 import shutil
 from importlib.util import find_spec
@@ -37,18 +37,18 @@ def chat(answer, question="Which?"):
 
 def test_the_shipped_model_can_be_started_from():
     config = load("recipe=psi")
-    found = inspect_start(config, NANO)
-    assert found.limit == config.model.max_prompt_tokens + config.model.max_response_tokens
+    start = inspect_start(config, NANO)
+    assert start.limit == config.model.max_prompt_tokens + config.model.max_response_tokens
     config.model.max_prompt_tokens = 100_000
-    assert inspect_start(config, NANO).limit == 1024  # the model's own positions
+    assert inspect_start(config, NANO).limit == 1024  # the model's positions
 
 
-def test_a_folder_that_is_no_model_is_said(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="is not a model that PSI can start from"):
         inspect_start(Config(), tmp_path)
 
 
-def test_a_missing_chat_template_is_said(tmp_path):
+def test_a_missing_chat_template_is_refused(tmp_path):
     shutil.copytree(NANO, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="has no chat template"):
@@ -59,7 +59,7 @@ def test_a_missing_chat_template_is_said(tmp_path):
 
 def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_path):
     (tmp_path / "model").mkdir()
-    asked = (
+    overrides = (
         "model=llama31_8b",
         "cluster=cpu",
         f"model.path={tmp_path / 'model'}",
@@ -67,30 +67,30 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
         "tracking=none",
     )
     with pytest.raises(PGenRMError, match=r"model is not a"):
-        psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
+        psi.run(load("recipe=psi", *overrides, "preflight.skip=[disk,memory,versions]"))
     assert not (tmp_path / "run" / "build_data").exists()
     shutil.copytree(NANO, tmp_path / "base")
-    asked = (
-        *asked[:2],
+    overrides = (
+        *overrides[:2],
         f"model.path={tmp_path / 'base'}",
-        *asked[3:],
+        *overrides[3:],
         "model.lora.rank=4",
         "model.lora.target_modules=[nope]",
     )
     with pytest.raises(ConfigError, match="target_modules=nope names no linear layer"):
-        psi.run(load("recipe=psi", *asked, "preflight.skip=[disk,memory,versions]"))
+        psi.run(load("recipe=psi", *overrides, "preflight.skip=[disk,memory,versions]"))
     assert not (tmp_path / "run" / "build_data").exists()
 
 
-def test_a_run_may_go_on_with_another_rhythm_of_saving():
-    """What no step of training depends on binds no run folder; what one depends on does."""
+def test_a_run_may_resume_with_another_interval_of_saving():
+    """Settings bind a run folder only if a step of training depends on them."""
     for stage in (PSI, CRE, CURRICULUM):
         assert not {f"{stage.name}.save_every", f"{stage.name}.keep_checkpoints"} & set(stage.reads)
         assert f"{stage.name}.learning_rate" in stage.reads
     assert "curriculum.schedule" in CURRICULUM.reads
 
 
-def test_a_card_says_what_training_began_with(tmp_path):
+def test_a_card_names_the_base_model(tmp_path):
     folder = StageFolder.read(tmp_path, "psi")
     folder.begin(config={}, settings={}, inputs={}, seed=0)
     (folder.path / "checkpoint").mkdir()
@@ -104,7 +104,7 @@ def test_a_card_says_what_training_began_with(tmp_path):
         assert (hub in card) if hub else ("base_model" not in card)
 
 
-def test_an_unknown_lora_target_is_said_with_what_there_is():
+def test_an_unknown_lora_target_is_refused_with_the_list_of_layers():
     config = load("recipe=psi")
     config.model.lora = LoraConfig(rank=4, target_modules=["q_proj", "qkv"])
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_an_unknown_lora_target_is_said_with_what_there_is():
         inspect_start(config, NANO)
 
 
-def test_heads_that_processes_cannot_share_are_said():
+def test_heads_that_processes_cannot_share_are_refused():
     config = load("recipe=psi")
     heads = AutoConfig.from_pretrained(NANO).num_attention_heads
     config.psi.sequence_parallel = heads
@@ -147,12 +147,13 @@ def test_chats_that_are_too_long_are_counted_and_the_first_is_named(tmp_path):
     sizes = [len(c.ids) for c in encode_rows(tokenizer, rows, 10_000)]
     with pytest.raises(
         DataError,
-        match=rf"2 of 4 chats are longer than the model's limit of 80 tokens, the first in row 1 with {sizes[1]}",
+        match="2 of 4 chats are longer than the model's limit of 80 tokens, "
+        f"the first in row 1 with {sizes[1]}",
     ):
         encode_rows(tokenizer, rows, 80)
 
 
-def test_no_chats_are_said(tmp_path):
+def test_an_empty_table_is_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -163,13 +164,13 @@ def test_no_chats_are_said(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
-def test_a_missing_kernel_library_is_said():
+def test_a_missing_kernel_library_is_refused():
     with pytest.raises(ConfigError, match=r"psi.liger=true needs the package liger-kernel"):
         check_libraries(PsiConfig(liger=True))
     check_libraries(PsiConfig())
 
 
-# ---- what is published ----
+# ---- publishing ----
 
 
 def test_a_merged_adapter_gives_the_logits_of_base_and_adapter(tmp_path):
@@ -222,12 +223,12 @@ def validation(training):
 def test_a_trained_model_is_scored_by_generation(training, validation):
     _, generator = training
     state = torch.get_rng_state()
-    found = validation(generator)
-    assert torch.equal(torch.get_rng_state(), state)  # training draws on as if nothing had been asked
-    assert 0 <= found.metrics["eval/accuracy"] <= 1
-    assert found.metrics["eval/format_failures"] + sum(row["failure"] is None for row in found.samples) == 6
-    assert {"eval/order_flip_rate", "eval/ties"} <= set(found.metrics) and len(found.samples) == 6
-    assert any(isinstance(parse_chain(row["text"]), Chain) for row in found.samples)
+    result = validation(generator)
+    assert torch.equal(torch.get_rng_state(), state)  # validation does not change the draws of training
+    assert 0 <= result.metrics["eval/accuracy"] <= 1
+    assert result.metrics["eval/format_failures"] + sum(row["failure"] is None for row in result.samples) == 6
+    assert {"eval/order_flip_rate", "eval/ties"} <= set(result.metrics) and len(result.samples) == 6
+    assert any(isinstance(parse_chain(row["text"]), Chain) for row in result.samples)
 
 
 def test_answers_do_not_depend_on_the_batch(training, validation):
@@ -238,11 +239,11 @@ def test_answers_do_not_depend_on_the_batch(training, validation):
     assert texts[0] == texts[1] and len(texts[0]) == 3
 
 
-def test_what_does_not_end_or_fit_is_a_failure_with_its_reason(training):
+def test_answers_that_do_not_end_and_prompts_that_do_not_fit_are_failures(training):
     config, generator = training
     config.model.max_response_tokens, before = 4, config.model.max_response_tokens
     long = GenerationRequest("long", ({"role": "user", "content": "word " * 2000},))
     short = GenerationRequest("short", ({"role": "user", "content": "word"},), samples=2)
-    found = {(a.key, a.sample): a.failure for a in generator([long, short], temperature=1.0)}
+    failures = {(a.key, a.sample): a.failure for a in generator([long, short], temperature=1.0)}
     config.model.max_response_tokens = before
-    assert found == {("long", 0): "prompt_too_long", ("short", 0): "length", ("short", 1): "length"}
+    assert failures == {("long", 0): "prompt_too_long", ("short", 0): "length", ("short", 1): "length"}

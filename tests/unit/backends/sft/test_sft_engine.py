@@ -1,4 +1,4 @@
-"""What SFT learns from: only the assistant's tokens, under the chat templates of the families we train, and whole checkpoints."""
+"""SFT trains on the assistant's tokens only, under the chat templates of all our model families."""
 
 import os
 from dataclasses import asdict, replace
@@ -18,13 +18,15 @@ from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
 from pgenrm_train.files import write_json
 from pgenrm_train.run.checkpoints import COMPLETE
 
-# Shaped like the published templates in what matters here: headers, a default system message, stripped contents, empty thoughts.
+# Like the published templates in all that matters here: headers, a default system message, stripped contents,
+# empty thoughts.
 LLAMA = (
     "{{ '<|begin_of_text|>' }}{% set first = messages[0]['role'] == 'system' %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday is a day.\\n\\n' }}"
     "{{ messages[0]['content'] | trim if first else '' }}{{ '<|eot_id|>' }}"
     "{% for m in (messages[1:] if first else messages) %}"
-    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 QWEN = (
@@ -44,7 +46,8 @@ SPECIAL = [
     "<|im_end|>",
 ]
 
-# Local folders of real tokenizers, with `:` between them: PGENRM_TOKENIZERS=/models/Llama-3.1-8B-Instruct:/models/Qwen3-8B
+# Local folders of real tokenizers, separated by `:`, e.g.
+# PGENRM_TOKENIZERS=/models/Llama-3.1-8B-Instruct:/models/Qwen3-8B
 REAL = os.environ.get("PGENRM_TOKENIZERS", str(ROOT / "tests" / "data" / "psi_nano")).split(os.pathsep)
 
 ANSWER = write_chain("This user likes it short.", [("brevity", 70), ("wit", 30)], [[8, 5], [3, 6]])
@@ -178,7 +181,7 @@ def test_the_newest_is_by_number_not_by_name(tmp_path):
     assert newest_complete(tmp_path) == newest
 
 
-def test_a_half_written_one_is_told_removed_and_passed_over(tmp_path, capsys):
+def test_a_half_written_one_is_reported_removed_and_skipped(tmp_path, capsys):
     older, whole = checkpoint(tmp_path, 100), checkpoint(tmp_path, 200)
     half = checkpoint(tmp_path, 300, complete=False)
     assert newest_complete(tmp_path) == whole
@@ -193,7 +196,7 @@ def test_only_half_written_ones_mean_a_new_start(tmp_path):
 MARK = Mark(ranks=8, zero_stage=3, model="abc")
 
 
-def test_a_checkpoint_goes_on_as_it_was_written(tmp_path):
+def test_a_checkpoint_resumes_under_its_own_mark(tmp_path):
     folder = checkpoint(tmp_path, 100)
     write_json(folder / COMPLETE, {"step": 100, **asdict(MARK)})
     check_resumable(folder, MARK)
@@ -236,7 +239,7 @@ def test_a_training_that_left_too_few_steps_fails_and_publishes_nothing(tmp_path
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_a_best_checkpoint_that_is_gone_is_said(tmp_path):
+def test_a_missing_best_checkpoint_is_an_error(tmp_path):
     folder = checkpoint(tmp_path / "steps", 200)
     write_json(folder / "trainer_state.json", {"global_step": 200, "max_steps": 200, "best_global_step": 100})
     with pytest.raises(ArtifactError, match="checkpoint-100, the best checkpoint by validation, is missing"):

@@ -269,7 +269,7 @@ def test_a_text_that_is_too_long_keeps_its_end_and_is_counted(tmp_path):
     model = head(tiny_head(tmp_path), max_prompt_tokens=4, max_response_tokens=4)
     [question] = own_questions([one("tea " * 25_000, "milk " * 3)], {"p": ()})[:1]
     [scores] = model([blind(question)])
-    assert model.cut["texts"] >= 1 and len(scores) == 2 and np.isfinite(scores).all()
+    assert model.cut >= 1 and len(scores) == 2 and np.isfinite(scores).all()
     ids = model.tokenizer("tea " * 25_000, add_special_tokens=False)["input_ids"]
     assert model._ids("milk " + "tea " * 25_000) == ids[-8:]
 
