@@ -1,4 +1,4 @@
-"""pipeline: the whole method from data to report.  Each stage is a recipe of its own and runs in its own process."""
+"""pipeline: the method from data to report.  Each stage is a recipe of its own and runs in its own process."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import STAGES, StageName
+from pgenrm_train.config.stage_names import STAGES, TRAINED, StageName
 from pgenrm_train.files import link, write_json
-from pgenrm_train.run.folder import StageFolder, environment_facts
+from pgenrm_train.run.folder import MANIFEST, StageFolder, Status, environment_facts
+from pgenrm_train.run.tracking import METRICS
 from pgenrm_train.stages.stage import fail_early, launch, prepare
 from recipes.wiring.models import check_base
 
@@ -34,36 +35,25 @@ def run(config: Config) -> None:
 
 
 def publish(config: Config, seconds: float) -> None:
-    """Put the final files at the top of the run folder and say where they are."""
+    """Put the final files at the top of the run folder and print their paths."""
     run_dir = Path(config.run_dir)
     for name in ("results.json", "predictions.parquet", "report.html", "report.md", "table.txt"):
         link(run_dir / StageName.EVALUATE / name, run_dir / name)
-    trained = [stage for stage in STAGES if (run_dir / stage / "checkpoint").exists()]
+    trained = [stage for stage in TRAINED if (run_dir / stage / "checkpoint").exists()]
     link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
-    lines = [
-        (run_dir / s / "metrics.jsonl").read_text()
-        for s in STAGES
-        if (run_dir / s / "metrics.jsonl").exists()
-    ]
-    (run_dir / "metrics.jsonl").write_text("".join(lines))
-    stages = {stage: _brief(StageFolder.read(run_dir, stage)) for stage in STAGES}
-    write_json(
-        run_dir / "manifest.json",
-        {
-            "recipe": "pipeline",
-            "status": "complete",
-            "seed": config.seed,
-            "stages": stages,
-            "wall_seconds": round(seconds, 1),
-            **environment_facts(),
-        },
-    )
-    spent = ", ".join(f"{stage} {facts['wall_seconds']:.0f} s" for stage, facts in stages.items())
+    metrics = [path for stage in STAGES if (path := run_dir / stage / METRICS).exists()]
+    (run_dir / METRICS).write_text("".join(path.read_text() for path in metrics))
+    manifests = {stage: StageFolder.read(run_dir, stage).manifest for stage in STAGES}
+    brief = ("status", "wall_seconds", "fingerprint", "starts")
+    facts = {
+        "recipe": "pipeline",
+        "status": Status.COMPLETE,
+        "seed": config.seed,
+        "stages": {stage: {key: getattr(m, key) for key in brief} for stage, m in manifests.items()},
+        "wall_seconds": round(seconds, 1),
+        **environment_facts(),
+    }
+    write_json(run_dir / MANIFEST, facts)
+    spent = ", ".join(f"{stage} {manifest.wall_seconds:.0f} s" for stage, manifest in manifests.items())
     print(f"time: {spent}")
     print(f"run folder: {run_dir} · report: {run_dir / 'report.html'}")
-
-
-def _brief(folder: StageFolder) -> dict[str, object]:
-    return {
-        key: folder.manifest.as_json().get(key) for key in ("status", "wall_seconds", "fingerprint", "starts")
-    }

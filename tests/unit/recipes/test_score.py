@@ -1,7 +1,5 @@
 """Test-time scaling of one question: which scores count, and with what weight."""
 
-import json
-
 import pytest
 
 from eval.studies.scaling_study import Similar
@@ -11,7 +9,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
-from recipes import score
+from recipes.wiring import scorer
 
 MINE, THEIRS = (HistoryItem("earlier", "mine", "x"),), (HistoryItem("earlier", "theirs", "x"),)
 EXAMPLE = Example("q", "ann", (Message("user", "q"),), ("a", "b"), 0, MINE)
@@ -21,22 +19,19 @@ OWN = write_chain("x", [("taste", 100)], [[8], [4]]).replace(
 OTHER = write_chain("x", [("taste", 100)], [[5], [7]])
 
 
-def said(capsys, monkeypatch, own=OWN, **settings):
+def scored(monkeypatch, own=OWN, **settings):
     config = Config(recipe="score")
     config.score.ind, config.score.pro = 2, 1
     for name, value in settings.items():
         setattr(config.eval, name, value)
-    monkeypatch.setattr(score, "_similar", lambda *_: [Similar("bob", THEIRS)])
+    monkeypatch.setattr(scorer, "similar_users", lambda *_: [Similar("bob", THEIRS)])
 
     def model(requests, *, temperature):
         for request in requests:
             text = own if "mine" in request.messages[-1]["content"] else OTHER
             yield from (Generation(request.key, sample, text) for sample in range(request.samples))
 
-    score._say_mean(
-        config, EXAMPLE, lambda examples, n: score._chains(config, model, chat_messages, 2, examples, n)
-    )
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return scorer.Scorer(config, model, chat_messages).score(EXAMPLE).facts
 
 
 @pytest.mark.parametrize(
@@ -48,10 +43,10 @@ def said(capsys, monkeypatch, own=OWN, **settings):
         ({"weights": [0.0, 1.0], "scores": "verified"}, (5, 7)),
     ],
 )
-def test_scores_are_declared_or_verified_and_weighted(capsys, monkeypatch, settings, expected):
-    found = said(capsys, monkeypatch, **settings)
-    assert tuple(found["scores"].values()) == expected
-    assert found["own"]["used"] == 2 and found["similar"] == {
+def test_scores_are_declared_or_verified_and_weighted(monkeypatch, settings, expected):
+    facts = scored(monkeypatch, **settings)
+    assert tuple(facts["scores"].values()) == expected
+    assert facts["own"]["used"] == 2 and facts["similar"] == {
         "used": 1,
         "failures": {},
         "asked": 1,
@@ -59,8 +54,8 @@ def test_scores_are_declared_or_verified_and_weighted(capsys, monkeypatch, setti
     }
 
 
-def test_a_chain_without_a_rubric_has_no_verified_score(capsys, monkeypatch):
+def test_a_chain_without_a_rubric_has_no_verified_score(monkeypatch):
     bare = OWN.replace("taste 100%", "because")
-    assert said(capsys, monkeypatch, bare)["scores"] == {"response_1": 7, "response_2": 11}
+    assert scored(monkeypatch, bare)["scores"] == {"response_1": 7, "response_2": 11}
     with pytest.raises(BackendError, match="unverified: its rubric gives no scores"):
-        said(capsys, monkeypatch, bare, scores="verified")
+        scored(monkeypatch, bare, scores="verified")

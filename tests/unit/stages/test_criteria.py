@@ -38,10 +38,6 @@ def vote(number: int, user: str = "u0", **more) -> PreferencePair:
     )
 
 
-def progress(items, _what, _total):
-    return items
-
-
 # ---- what is asked, what is read ----
 
 

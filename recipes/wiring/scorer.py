@@ -1,0 +1,172 @@
+"""Scores of the responses to one query: those of one chain, or the mean of several (METHOD §7)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.ask.harness import UNVERIFIED, Write
+from eval.studies.scaling_study import Similar
+from pgenrm_train.backends.protocols import GenerationRequest, Generator
+from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
+from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.errors import BackendError
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.records.pairs import Example
+from pgenrm_train.scaling.combine import scale
+from pgenrm_train.stages.stage import start_of
+from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
+
+
+class Answer(NamedTuple):
+    """A chain as written, and as parsed."""
+
+    text: str | None
+    chain: Chain | ParseFailure
+
+
+class Scored(NamedTuple):
+    """Text of the chain to show, and the facts to print as JSON."""
+
+    text: str | None
+    facts: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores one example at a time; it must be closed."""
+
+    config: Config
+    generator: Generator
+    write: Write
+
+    def close(self) -> None:
+        self.generator.close()
+
+    def score(self, example: Example) -> Scored:
+        """Score by one chain, or by several if `score.ind` or `score.pro` requests them.
+
+        Raises BackendError if the model wrote no readable chain.
+        """
+        return self._by_one(example) if is_single(self.config) else self._by_mean(example)
+
+    def _by_one(self, example: Example) -> Scored:
+        (answer,) = self._chains([example], 1)
+        chain = _readable(answer)
+        scores = {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)}
+        verified = list(chain.verified_scores) if chain.verified_scores else None
+        return Scored(
+            answer.text, {"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}
+        )
+
+    def _by_mean(self, example: Example) -> Scored:
+        """Mean of the user's own chains and of those from similar users' histories."""
+        settings = self.config.score
+        own = self._chains([example], settings.ind)
+        first = next((answer for answer in own if isinstance(answer.chain, Chain)), own[0])
+        chain = _readable(first)
+        users = similar_users(self.config, example, chain.analysis) if settings.pro else []
+        similar = self._chains([replace(example, history=user.history) for user in users], 1)
+        weights = (self.config.eval.weights[0], self.config.eval.weights[1])
+        responses = len(example.responses)
+        scaled = scale(_scores(own, responses), _scores(similar, responses), weights)
+        names = [user.user_id for user in users]
+        return Scored(
+            first.text,
+            {
+                "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},
+                "own": _usage(own) | {"asked": settings.ind},
+                "similar": _usage(similar) | {"asked": settings.pro, "users": names},
+            },
+        )
+
+    def _chains(self, examples: Sequence[Example], samples: int) -> list[Answer]:
+        """`samples` chains per example, in order."""
+        views = (view_of(self.config, example) for example in examples)
+        requests = [
+            GenerationRequest(str(number), tuple(self.write(view)), samples, self.config.seed)
+            for number, view in enumerate(views)
+        ]
+        generations = self.generator(requests, temperature=temperature(self.config))
+        return [
+            Answer(
+                g.text, ParseFailure(g.failure, "") if g.failure else self._parse(g.text or "", examples[0])
+            )
+            for g in sorted(generations, key=lambda g: (int(g.key), g.sample))
+        ]
+
+    def _parse(self, text: str, example: Example) -> Chain | ParseFailure:
+        """The chain with the scores that `eval.scores` names."""
+        chain = parse_chain(text, len(example.responses))
+        if self.config.eval.scores == "declared" or isinstance(chain, ParseFailure):
+            return chain
+        if chain.verified_scores is None:
+            detail = "its rubric gives no scores, and eval.scores=verified counts only these"
+            return ParseFailure(UNVERIFIED, detail)
+        return replace(chain, scores=chain.verified_scores)
+
+
+def load_scorer(config: Config) -> Scorer:
+    """The model of `model=endpoint`, of `model.path`, or the newest checkpoint of the run."""
+    if config.model.kind == "endpoint":
+        settings = replace(model_endpoint(config), temperature=temperature(config))
+        return Scorer(config, api_generator(settings, config.model.prompt, None), plain_writer(config))
+    checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
+    from pgenrm_train.backends.vllm.engine import VllmGenerator
+
+    generator = VllmGenerator(config, checkpoint)
+    return Scorer(config, generator, PromptWriter(config, generator.tokenizer))
+
+
+def view_of(config: Config, example: Example) -> MaskedView | FullView:
+    """The example with stated criteria shown: users who state them want them used."""
+    policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
+    rng = random.Random(config.seed)
+    return apply_masking(example, policy, rng, show_probability=config.masking.show_probability)[0]
+
+
+def is_single(config: Config) -> bool:
+    """Whether one chain is requested."""
+    return (config.score.ind, config.score.pro) == (1, 0)
+
+
+def temperature(config: Config) -> float:
+    """0 for a single chain, which is the likeliest one; several must differ."""
+    return 0.0 if is_single(config) else config.eval.temperature
+
+
+def similar_users(config: Config, example: Example, analysis: str) -> list[Similar]:
+    """The `score.pro` users of the run's prototypes whose analyses are nearest."""
+    from recipes.wiring.similar_users import find_similar
+
+    find = find_similar(config, load_pairs(Path(config.run_dir)))
+    return find([analysis], [example.user_id], config.score.pro)[0]
+
+
+def _readable(answer: Answer) -> Chain:
+    if isinstance(answer.chain, Chain):
+        return answer.chain
+    if answer.text is None:
+        raise BackendError(f"the model gave no chain ({answer.chain.kind})")
+    print(answer.text)
+    raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
+
+
+def _scores(answers: Sequence[Answer], responses: int) -> np.ndarray:
+    """(chains, responses), NaN if a chain could not be read."""
+    rows = [a.chain.scores if isinstance(a.chain, Chain) else (math.nan,) * responses for a in answers]
+    return np.array(rows, dtype=float).reshape(len(rows), responses)
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, object]:
+    failures = Counter(a.chain.kind for a in answers if isinstance(a.chain, ParseFailure))
+    return {"used": len(answers) - failures.total(), "failures": dict(failures)}
