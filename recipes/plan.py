@@ -1,7 +1,10 @@
-"""plan: what a run would need and cost, or the file that starts it on a cluster.  Starts nothing and makes no folder.
+"""plan: needs and cost of a run, or the file that starts it on a cluster.
 
-`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON; `plan.emit=slurm|rayjob` prints a launch file, and what does not fit goes
-to stderr.  Where `run_dir` exists already, plan.json is left there.  Exit code 1 when a stage does not fit.
+Starts nothing and makes no folder.
+
+`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON.  `plan.emit=slurm|rayjob` prints a launch file, and
+the problems of stages that do not fit to stderr.  If `run_dir` exists already, plan.json is written there.
+Exit code 1 if a stage does not fit.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def run(config: Config) -> int:
 
 
 def emit(config: Config, plan: Plan) -> int:
-    """The launch file on stdout, so that it can be redirected."""
+    """Print the launch file to stdout, so that it can be redirected."""
     from pgenrm_train.cluster.launch import rayjob, slurm
 
     for stage in plan.stages:

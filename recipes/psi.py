@@ -18,7 +18,7 @@ from recipes.wiring.models import base_model, check_base, validation_pairs
 
 def run(config: Config) -> None:
     prepare(config)
-    fail_early(config, stages_of(config))
+    fail_early(config, stages_of(config.recipe))
     check_base(config)
     build_sec.run(config)
 

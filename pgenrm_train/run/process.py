@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, Any
+
+from pgenrm_train.config import ROOT
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,6 +42,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+
+
+def child_environment() -> dict[str, str]:
+    """Environment of a child process that can import this checkout."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def run_child(

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight import check_machine, findings, still_to_do
-from pgenrm_train.config import ROOT, Config, to_dict
+from pgenrm_train.config import Config, to_dict
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.lock import lock, unlock
-from pgenrm_train.run.process import run_child
+from pgenrm_train.run.process import child_environment, run_child
 from pgenrm_train.run.store import publisher
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages.model_card import write_card
@@ -123,9 +123,8 @@ def newest(config: Config, *stages: StageName) -> StageFolder:
 def launch(config: Config, recipe: str) -> None:
     """Run one recipe of the same configuration in a child process that dies with this one."""
     command = [sys.executable, "-m", "pgenrm_train.worker", str(Path(config.run_dir) / "config.yaml"), recipe]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     # On Ctrl-C the child needs time to put its manifest in order.
-    code = run_child(command, {**os.environ, "PYTHONPATH": path, CHILD: "1"}, patience=20.0)
+    code = run_child(command, child_environment() | {CHILD: "1"}, patience=20.0)
     if code == 130:
         raise KeyboardInterrupt
     if code == 2:  # the child has printed the user's mistake

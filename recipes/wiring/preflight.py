@@ -1,4 +1,4 @@
-"""preflight.only=true: every check of every stage of the recipe as a table; exit code 2 when one fails.  Starts nothing."""
+"""preflight.only=true: a table of all checks of the recipe's stages; exit code 2 if one fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pgenrm_train.config import Config
 
 
 def run(config: Config) -> int:
-    found: dict[str, list[str]] = {name: [] for name in CHECKS if name not in config.preflight.skip}
-    for finding in findings(config, stages_of(config)):
-        found[finding.check] += finding.problems
+    problems: dict[str, list[str]] = {name: [] for name in CHECKS if name not in config.preflight.skip}
+    for finding in findings(config, stages_of(config.recipe)):
+        problems[finding.check] += finding.problems
     table = Table("check", "", "what to do")
-    for name, problems in found.items():
-        table.add_row(name, "FAILED" if problems else "ok", "\n".join(problems))
+    for name, sentences in problems.items():
+        table.add_row(name, "FAILED" if sentences else "ok", "\n".join(sentences))
     for name in config.preflight.skip:
         table.add_row(name, "skipped", "by preflight.skip")
     Console(highlight=False).print(table)
-    return 2 if any(found.values()) else 0
+    return 2 if any(problems.values()) else 0

@@ -1,4 +1,4 @@
-"""gpu_check on a CPU, tiny: every engine really starts, memory is measured beside the plan's, and the verdict is PASSED."""
+"""gpu_check on a CPU, tiny: every engine really starts, memory is compared with the plan, the verdict is PASSED."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Files that start a run on a cluster, made from the typed configuration: a SLURM script and a KubeRay RayJob.
+"""Files that start a run on a cluster, from the typed configuration: a SLURM script and a KubeRay RayJob.
 
-Both run the driver on the head node with `ray.address=auto`; the checkout travels from there to every worker as the `working_dir`
-of Ray's runtime environment (`verl_session`).  Keys are named, never written: SLURM exports the submitter's environment, Kubernetes
-reads a secret.  What a user typed passes through `shlex.quote` or YAML's own writer, so no value can become a command.
+Both run the driver on the head node with `ray.address=auto`.  From there the checkout travels to every worker
+as the `working_dir` of Ray's runtime environment (`backends.grpo.session`).  Keys are named, never written:
+SLURM exports the submitter's environment, Kubernetes reads a secret.  User input passes through `shlex.quote`
+or YAML's own writer, so that no value can become a command.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.config import CONFIG_DIR, STAGES, Config, gpus_per_node, load, to_dict
 from pgenrm_train.errors import ConfigError
@@ -21,17 +21,15 @@ HERE = Path(__file__).parent
 RAY_PORT = 6379
 CHECKOUT = "/opt/pgenrm-train"  # in the image of the Dockerfile
 RUNS = "/runs"  # where the volume claim is mounted
-BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # needs no quotes in Hydra's grammar
-LEFT_OUT = (
-    "recipe",
-    "plan",
-    "preflight",
-    "ray",
-)  # of the configuration: they are the planner's, not the run's
+BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # no quotes needed in Hydra's grammar
+LEFT_OUT = ("recipe", "plan", "preflight", "ray")  # sections for the planner, not for the run
 
 
 def slurm(config: Config, hours: float | None = None) -> str:
-    """A batch script: Ray on every node, the recipe on the first; it asks for 1.5 times the planned hours, at most four days."""
+    """A batch script: Ray on every node, the recipe on the first.
+
+    Its time limit is 1.5 times the planned hours, at most four days.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -54,7 +52,10 @@ def slurm(config: Config, hours: float | None = None) -> str:
 
 
 def rayjob(config: Config, hours: float | None = None) -> str:
-    """A KubeRay RayJob (ray.io/v1).  HTTPMode: the entrypoint is read by one shell only, so its quotes are what they seem."""
+    """A KubeRay RayJob (ray.io/v1).
+
+    HTTPMode: only one shell reads the entrypoint, so one level of quotes suffices.
+    """
     import yaml
 
     from pgenrm_train.cluster.preflight.versions import pinned
@@ -62,15 +63,18 @@ def rayjob(config: Config, hours: float | None = None) -> str:
     for key, path in (("data.path", config.data.path), ("model.path", config.model.path)):
         if path is not None and not Path(path).is_absolute():
             raise ConfigError(
-                f"{key}={path} is a path of this machine; for plan.emit=rayjob give one below {RUNS}, where the volume is"
+                f"{key}={path} is a path of this machine; "
+                f"for plan.emit=rayjob give one below {RUNS}, where the volume is"
             )
     key, path = ("mirror", config.mirror) if config.store else ("run_dir", config.run_dir)
     place = path if Path(path).is_absolute() else f"{RUNS}/{Path(path).name}"
     entry = [part for part in command(config, ray=True) if not part.startswith(f"{key}=")]
     start = f"cd {CHECKOUT} && exec {shlex.join([*entry, f'{key}={hydra_value(place)}'])}"
-    head, workers = _group(config, head=True), config.cluster.nodes - 1
-    cluster: dict[str, Any] = {"rayVersion": pinned("ray", config), "headGroupSpec": head}
-    if workers:
+    cluster: dict[str, object] = {
+        "rayVersion": pinned("ray", config),
+        "headGroupSpec": _group(config, head=True),
+    }
+    if workers := config.cluster.nodes - 1:
         sizes = {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
         cluster["workerGroupSpecs"] = [{"groupName": "workers", **sizes, **_group(config, head=False)}]
     job = {
@@ -92,44 +96,41 @@ def _gpus(config: Config) -> int:
     return gpus_per_node(config, *(STAGES if config.plan.stage == "all" else (config.plan.stage,)))
 
 
-def _group(config: Config, head: bool) -> dict[str, Any]:
-    """Head or worker: one pod a node with all of its GPUs."""
+def _group(config: Config, head: bool) -> dict[str, object]:
+    """Head or worker: one pod per node with all of its GPUs."""
     gpus, cuda = _gpus(config), config.cluster.device == "cuda"
-    resources: dict[str, Any] = {"memory": f"{math.ceil(config.cluster.min_free_memory_gib)}Gi"} | (
-        {"nvidia.com/gpu": gpus} if cuda else {}
-    )
-    variables: list[dict[str, Any]] = [{"name": "HF_HOME", "value": f"{RUNS}/huggingface"}]
-    variables += [_from_secret(config, name, optional=False) for name in required_secrets(config)]
-    variables += [_from_secret(config, "HF_TOKEN", optional=True)] if config.model.kind == "hf" else []
+    memory = {"memory": f"{math.ceil(config.cluster.min_free_memory_gib)}Gi"}
+    resources = {**memory, **({"nvidia.com/gpu": gpus} if cuda else {})}
+    optional = dict.fromkeys(required_secrets(config), False)
+    if config.model.kind == "hf":
+        optional.setdefault("HF_TOKEN", True)
     container = {
         "name": "ray-head" if head else "ray-worker",
         "image": config.plan.image,
-        "env": variables,
+        "env": [
+            {"name": "HF_HOME", "value": f"{RUNS}/huggingface"},
+            *(_from_secret(config, name, is_optional) for name, is_optional in optional.items()),
+        ],
         "resources": {"requests": resources, "limits": dict(resources)},
         "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     volumes = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": config.plan.volume_claim}},
-        {
-            "name": "shm",
-            "emptyDir": {"medium": "Memory"},
-        },  # NCCL and Ray need more than the 64 MiB of a container
+        # NCCL and Ray need more than the 64 MiB of a container
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
-    start = {"num-gpus": str(gpus)} | (
-        {} if cuda else {"num-cpus": str(8 + 4 * gpus)}
-    )  # on CPUs: logical, as a local Ray is started
+    # On CPUs these are logical, as in a local Ray.
+    start = {"num-gpus": str(gpus)} | ({} if cuda else {"num-cpus": str(8 + 4 * gpus)})
     return {"rayStartParams": start, "template": {"spec": {"containers": [container], "volumes": volumes}}}
 
 
-def _from_secret(config: Config, name: str, optional: bool) -> dict[str, Any]:
-    return {
-        "name": name,
-        "valueFrom": {"secretKeyRef": {"name": config.plan.secret, "key": name, "optional": optional}},
-    }
+def _from_secret(config: Config, name: str, optional: bool) -> dict[str, object]:
+    reference = {"name": config.plan.secret, "key": name, "optional": optional}
+    return {"name": name, "valueFrom": {"secretKeyRef": reference}}
 
 
 def required_secrets(config: Config) -> list[str]:
-    """Names of the variables that hold keys which this run needs.  Raises ConfigError for what is no variable's name."""
+    """Names of variables with keys that this run needs.  Raises ConfigError for an impossible name."""
     names = [config.teacher.api_key_env, config.judge.api_key_env, config.model.api_key_env]
     names += ["WANDB_API_KEY"] if config.tracking.kind == "wandb" else []
     wrong = next((name for name in names if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)), None)
@@ -139,7 +140,7 @@ def required_secrets(config: Config) -> list[str]:
 
 
 def job_name(config: Config) -> str:
-    """From the run folder, in letters that SLURM and Kubernetes (RFC 1123, at most 47 for KubeRay) allow."""
+    """Name after the run folder, in letters that SLURM and Kubernetes (RFC 1123, KubeRay: ≤ 47) allow."""
     name = re.sub(r"[^a-z0-9]+", "-", Path(config.run_dir).name.lower()).strip("-")[:38].strip("-")
     return f"pgenrm-{name or 'run'}"
 
@@ -148,12 +149,12 @@ def job_name(config: Config) -> str:
 
 
 def command(config: Config, ray: bool) -> list[str]:
-    """`python -m pgenrm_train …` that composes this configuration again."""
+    """The `python -m pgenrm_train …` that composes this configuration again."""
     return ["python", "-m", "pgenrm_train", *overrides_of(config), *(["ray.address=auto"] if ray else [])]
 
 
 def overrides_of(config: Config) -> list[str]:
-    """The recipe, the groups, and every key in which the configuration differs from what those compose."""
+    """The recipe, the groups, and every key in which the configuration differs from their composition."""
     recipe = "pipeline" if config.plan.stage == "all" else config.plan.stage
     groups = {
         "recipe": recipe,
@@ -167,7 +168,8 @@ def overrides_of(config: Config) -> list[str]:
         "tracking": config.tracking.kind,
     }
     chosen = [f"{group}={name}" for group, name in groups.items()]
-    # What the groups demand (data.path, judge.name, …) may be among the differences, so the base is composed without the checks.
+    # The differences may hold keys that a group requires (data.path, judge.name, …), so the base is not
+    # checked.
     base = to_dict(load(*chosen, checked=False))
     wanted = to_dict(config) | {"run_dir": config.store or config.run_dir, "store": None}
     return chosen + list(_differences(wanted, base, LEFT_OUT))
@@ -178,23 +180,26 @@ def _choice(group: str, name: str, otherwise: str) -> str:
 
 
 def _differences(
-    wanted: Mapping[str, Any], base: Mapping[str, Any], skip: tuple[str, ...] = (), prefix: str = ""
+    wanted: Mapping[str, object], base: Mapping[str, object], skip: tuple[str, ...] = (), prefix: str = ""
 ) -> Iterator[str]:
     for key, value in wanted.items():
         if key in skip:
             continue
         if isinstance(value, Mapping):
-            yield from _differences(value, base.get(key) or {}, prefix=f"{prefix}{key}.")
+            section = base.get(key)
+            yield from _differences(
+                value, section if isinstance(section, Mapping) else {}, (), f"{prefix}{key}."
+            )
         elif key not in base:
             yield f"+{prefix}{key}={hydra_value(value)}"
         elif value != base[key]:
             yield f"{prefix}{key}={hydra_value(value)}"
 
 
-def hydra_value(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides; texts with anything special are quoted, and `${` is escaped."""
+def hydra_value(value: object) -> str:
+    """A value in the grammar of Hydra's overrides: special texts are quoted, and `${` is escaped."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ",".join(hydra_value(item) for item in value) + "]"
     if not isinstance(value, str):
@@ -210,6 +215,7 @@ def hydra_value(value: Any) -> str:
 def _one_line(key: str, text: str) -> str:
     if any(ord(letter) < 32 for letter in text):
         raise ConfigError(
-            f"{key} holds a line break or control character ({text!r}), which a launch file cannot carry"
+            f"{key} holds a line break or control character ({text!r}), which a launch file cannot carry; "
+            "remove it"
         )
     return text

@@ -1,4 +1,7 @@
-"""`python -m pgenrm_train.cluster.launch.wait ADDRESS NODES`: until a Ray cluster has this many live nodes; exit code 2 when it takes too long."""
+"""Wait until a Ray cluster has enough live nodes; exit code 2 if it takes too long.
+
+python -m pgenrm_train.cluster.launch.wait ADDRESS NODES
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ SECONDS = 600.0
 
 
 def main(address: str, nodes: int, seconds: float = SECONDS) -> int:
-    """0 when `nodes` nodes are alive within `seconds`.  The address is that of Ray's control store, host:port."""
+    """0 if `nodes` nodes are alive within `seconds`; `address` is Ray's control store, host:port."""
     import ray
 
     end, alive = time.monotonic() + seconds, 0
@@ -23,7 +26,8 @@ def main(address: str, nodes: int, seconds: float = SECONDS) -> int:
             return 0
         time.sleep(1.0)
     print(
-        f"error: {alive} of {nodes} Ray nodes are alive at {address} after {seconds:.0f} s; see the job's log",
+        f"error: {alive} of {nodes} Ray nodes are alive at {address} after {seconds:.0f} s; see the job's "
+        "log",
         file=sys.stderr,
     )
     return 2

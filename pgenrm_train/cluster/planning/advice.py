@@ -13,8 +13,6 @@ from typing import TypeVar
 from pgenrm_train.cluster.planning.batches import batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry
 from pgenrm_train.cluster.planning.memory import (
-    GRPO,
-    TRAINING,
     Phase,
     grpo_of,
     longest,
@@ -22,7 +20,7 @@ from pgenrm_train.cluster.planning.memory import (
     ranks_of,
 )
 from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, TRAINED, StageName
 
 T = TypeVar("T")
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together
@@ -82,7 +80,7 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
         yield ((f"{stage}.micro_batch_size", micro),)
     if stage == StageName.PSI:
         yield from _psi_changes(config)
-    if stage in GRPO and cuda:
+    if stage in GRPO_STAGES and cuda:
         for share in (0.7, 0.8, 0.5, 0.4, 0.3):
             if share != cluster.gpu_memory_utilization:
                 yield (("cluster.gpu_memory_utilization", share),)
@@ -94,7 +92,7 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
     for response in (4096, 2048, 1024):
         if response < model.max_response_tokens:
             yield (("model.max_response_tokens", response),)
-    if cuda and stage in TRAINING and not model.lora.rank:
+    if cuda and stage in TRAINED and not model.lora.rank:
         yield (("model.lora.rank", 64), ("model.lora.alpha", 128))
     if cuda:
         yield from ((("cluster.processes_per_node", n),) for n in (2, 4, 8) if n > cluster.processes_per_node)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pgenrm_train.cluster.planning.memory import GRPO, grpo_of, ranks_of
+from pgenrm_train.cluster.planning.memory import grpo_of, ranks_of
 from pgenrm_train.config import Config
 from pgenrm_train.config.checks import psi_problems
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Batches:
 def batches_of(config: Config, stage: StageName) -> Batches | None:
     if stage == StageName.PSI:
         return psi_batches(config)
-    return grpo_batches(config, stage) if stage in GRPO else None
+    return grpo_batches(config, stage) if stage in GRPO_STAGES else None
 
 
 def psi_batches(config: Config) -> Batches:

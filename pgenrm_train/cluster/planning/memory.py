@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.cluster.sizes import PIECE
 from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
 
 GIB = 2.0**30
@@ -47,11 +47,9 @@ CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, if it has the GPU to itself
-TRAINING = (StageName.PSI, StageName.CRE, StageName.CURRICULUM)
-GRPO = (StageName.CRE, StageName.CURRICULUM)
 GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE)
 # Python, Ray and libraries of a stage's processes on a CPU.
-CPU_PROCESSES_GIB = {StageName.PSI: 1.0} | dict.fromkeys(GRPO, 5.5) | dict.fromkeys(GENERATING, 2.0)
+CPU_PROCESSES_GIB = {StageName.PSI: 1.0} | dict.fromkeys(GRPO_STAGES, 5.5) | dict.fromkeys(GENERATING, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +329,7 @@ def phases_of(config: Config, geometry: Geometry, stage: StageName) -> list[Phas
         return served_phases(config, "teacher", config.teacher, stage)
     if stage == StageName.PSI:
         return psi_phases(config, geometry)
-    if stage in GRPO:
+    if stage in GRPO_STAGES:
         judged = grpo_of(config, stage).process_weight
         judge = served_phases(config, "judge", config.judge, stage) if judged else []
         return grpo_phases(config, geometry, stage) + judge

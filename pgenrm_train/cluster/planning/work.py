@@ -27,7 +27,6 @@ from pathlib import Path
 from pgenrm_train.cluster.planning.geometry import Geometry
 from pgenrm_train.cluster.planning.memory import (
     GIB,
-    GRPO,
     VLLM_SHARE,
     card_of,
     element_bytes,
@@ -38,7 +37,7 @@ from pgenrm_train.cluster.planning.memory import (
     vllm_parts,
 )
 from pgenrm_train.config import Config, EndpointConfig, seeds_of_grid, sizes
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 
 # Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
 PUBLISHED = {"chatbot_arena": (305, 798)}
@@ -139,7 +138,7 @@ def generation_rate(
 
 
 def work_of(config: Config, geometry: Geometry, stage: StageName) -> Work:
-    if stage in GRPO:
+    if stage in GRPO_STAGES:
         return grpo_work(config, geometry, stage)
     if stage == StageName.BUILD_SEC:
         return sec_work(config)

@@ -1,8 +1,8 @@
-"""What a stage needs of the machine and of what it talks to, found out before it starts: all failures at once, each with its remedy.
+"""Checks of the machine and of the network before a stage starts: all failures at once, each with its remedy.
 
-Every check is a function of (configuration, stage) in `CHECKS`; it yields one sentence a failure, and nothing when all is well.  Each
-has a row in docs/troubleshooting.md, and `preflight.skip=[NAME]` passes over it.  On a CPU with the default settings they take
-milliseconds: nothing heavy is imported.
+Every check is a function of (configuration, stage) in `CHECKS` that yields one sentence per failure.  Each
+sentence has a row in docs/troubleshooting.md, and `preflight.skip=[NAME]` skips a check.  On a CPU with the
+default settings they take milliseconds: nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from pgenrm_train.cluster.preflight.reach import (
     check_wandb,
 )
 from pgenrm_train.cluster.preflight.versions import check_versions
-from pgenrm_train.config import Config
+from pgenrm_train.config import STAGES, Config
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 from pgenrm_train.errors import PreflightError
+from pgenrm_train.run.folder import StageFolder
 
 Check = Callable[[Config, str], Iterable[str]]
 CHECKS: dict[str, Check] = {
@@ -55,7 +57,7 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check of one stage: its failures, none when it passed."""
+    """One check of one stage with its failures; none if it passed."""
 
     check: str
     stage: str
@@ -65,40 +67,36 @@ class Finding:
 def check_machine(config: Config, stage: str) -> None:
     """Run every check of a stage.  Raises PreflightError, which lists all failures, each with its remedy."""
     failed = [problem for finding in findings(config, [stage]) for problem in finding.problems]
+    if len(failed) > 1:
+        failed = [f"({number}) {problem}" for number, problem in enumerate(failed, start=1)]
     if failed:
-        numbered = (
-            failed if len(failed) == 1 else [f"({n}) {problem}" for n, problem in enumerate(failed, start=1)]
-        )
-        raise PreflightError("; ".join(numbered))
+        raise PreflightError("; ".join(failed))
 
 
 def findings(config: Config, stages: Sequence[str]) -> Iterator[Finding]:
-    """All checks of all stages; what an earlier stage found is not said again."""
-    said: set[str] = set()
+    """All checks of all stages; a failure of several stages is reported once."""
+    reported: set[str] = set()
     for stage in stages:
         for name, check in CHECKS.items():
             if name not in config.preflight.skip:
-                new = tuple(problem for problem in check(config, stage) if problem not in said)
-                said.update(new)
+                new = tuple(problem for problem in check(config, stage) if problem not in reported)
+                reported.update(new)
                 yield Finding(name, stage, new)
 
 
-def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages that a recipe runs, as far as they have needs of their own."""
-    from pgenrm_train.config import STAGES
-
-    known = {
+def stages_of(recipe: str) -> tuple[str, ...]:
+    """Stages that a recipe runs, as far as they have needs of their own."""
+    if recipe in (StageName.BUILD_SEC, StageName.PSI):  # these recipes run the stages before them, too
+        return STAGES[: STAGES.index(StageName(recipe)) + 1]
+    left_out = (StageName.CURRICULUM, StageName.PROTOTYPES)
+    several: dict[str, tuple[str, ...]] = {
         "pipeline": STAGES,
-        "gpu_check": ("build_data", "build_sec", "psi", "cre", "evaluate"),
-        "build_sec": ("build_data", "build_sec"),
-        "psi": ("build_data", "build_sec", "psi"),
-        "cre_and_curriculum": ("cre", "curriculum"),
+        "gpu_check": tuple(stage for stage in STAGES if stage not in left_out),
+        "cre_and_curriculum": GRPO_STAGES,
     }
-    return tuple(known.get(config.recipe, (config.recipe,)))
+    return several.get(recipe, (recipe,))
 
 
 def still_to_do(config: Config, stages: Sequence[str]) -> list[str]:
-    """Stages of this run that are not complete: a finished one needs nothing any more."""
-    from pgenrm_train.run.folder import StageFolder
-
+    """Stages of this run that are not complete: a complete one needs nothing."""
     return [stage for stage in stages if not StageFolder.read(Path(config.run_dir), stage).complete]

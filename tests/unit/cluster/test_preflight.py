@@ -382,7 +382,7 @@ def failures_in_the_code() -> list[str]:
 
     found = []
     for name in ("machine", "reach", "versions"):
-        tree = ast.parse((ROOT / f"pgenrm_train/preflight/{name}.py").read_text(encoding="utf-8"))
+        tree = ast.parse((ROOT / f"pgenrm_train/cluster/preflight/{name}.py").read_text(encoding="utf-8"))
         for node in (n.value for n in ast.walk(tree) if isinstance(n, ast.Yield)):
             assert isinstance(node, ast.JoinedStr)
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)

@@ -1,4 +1,7 @@
-"""gpu_check's own arithmetic: what is measured, compared with the plan, and the verdict.  The recipe itself runs in tests/integration."""
+"""gpu_check's own arithmetic: measurements, their comparison with the plan, and the verdict.
+
+The recipe itself runs in tests/integration.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ import pytest
 from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, PreflightError
 from recipes import gpu_check
-from recipes.gpu_check import STEPS, Seen, attention, report_of, told, tried, watching
+from recipes.gpu_check import attention
+from recipes.wiring.gpu_check import measure as measuring
+from recipes.wiring.gpu_check.measure import Measurement, measure, watching
+from recipes.wiring.gpu_check.verdict import STEPS, report_of
 
 
 @pytest.fixture(scope="module")
@@ -51,38 +57,45 @@ def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
         json.dumps({"step": 3, "cre/response_length": 50.0, "cre/time/step": 4.0, "cre/time/gen": 2.0}) + "\n"
     )
     complete(folder, "evaluate", results_json='{"n_pairs": 20}')
-    seen = {recipe: Seen(60.0, 2.5, [1.0, 3.0, 5.0]) for recipe in STEPS}
-    report = report_of(shipped, seen)
-    by_name = {row["recipe"]: row for row in report["recipes"]}
-    assert report["passed"] and report["minutes"] == 5.0
+    report = report_of(shipped, {recipe: Measurement(60.0, 2.5, [1.0, 3.0, 5.0]) for recipe in STEPS})
+    written = json.loads(json.dumps(report.as_json()))
+    by_name = {row["recipe"]: row for row in written["recipes"]}
+    assert written["passed"] and written["minutes"] == 5.0
+    assert by_name["build_data"] == {"recipe": "build_data", "seconds": 60.0, "error": None}
     assert by_name["psi"]["seconds_per_step"] == 2.0 and by_name["psi"]["planned_gib"] > 0
     assert by_name["cre"]["generated_per_second"] == 16 * 8 * 50 / 2
     assert by_name["evaluate"]["chains_per_second"] == round(80 / 60, 3), "both models, both orders"
-    assert told(report).splitlines()[-1] == "verdict: PASSED in 5.0 minutes"
-    slow = report_of(shipped, {recipe: Seen(600.0) for recipe in STEPS})
-    assert not slow["passed"] and "SLOW" in told(slow)
+    assert report.text().splitlines()[-1] == "verdict: PASSED in 5.0 minutes"
+    slow = report_of(shipped, {recipe: Measurement(600.0) for recipe in STEPS})
+    assert not slow.passed and "SLOW" in slow.text()
     failed = report_of(
-        shipped, {"build_data": Seen(1.0), "build_sec": Seen(1.0), "psi": Seen(1.0, error="out of memory")}
+        shipped,
+        {
+            "build_data": Measurement(1.0),
+            "build_sec": Measurement(1.0),
+            "psi": Measurement(1.0, error="out of memory"),
+        },
     )
     assert (
-        not failed["passed"]
-        and "FAILED: out of memory" in told(failed)
-        and "FAILED at psi" in told(failed).splitlines()[-1]
+        not failed.passed
+        and "FAILED: out of memory" in failed.text()
+        and "FAILED at psi" in failed.text().splitlines()[-1]
     )
 
 
 @pytest.mark.parametrize(
-    ("raised", "kept"), [(BackendError("torchrun ended"), "torchrun ended"), (SystemExit(2), "stands above")]
+    ("raised", "kept"),
+    [(BackendError("torchrun ended"), "torchrun ended"), (SystemExit(2), "see its message above")],
 )
-def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypatch):  # type: ignore[no-untyped-def]
     def fails(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(gpu_check, "launch", fails)
-    assert kept in (tried(shipped, "psi", 60.0).error or "")
+    monkeypatch.setattr(measuring, "launch", fails)
+    assert kept in (measure(shipped, "psi", 60.0, "too late").error or "")
 
 
-def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypatch):  # type: ignore[no-untyped-def]
     import psutil
 
     started: list[psutil.Process] = []
@@ -94,26 +107,27 @@ def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypa
         started.extend(children)
         raise BackendError(f"ended with code {shell.wait()}")
 
-    monkeypatch.setattr(gpu_check, "launch", hangs)
-    seen = tried(shipped, "cre", 0.5)
-    assert seen.error == "not done after 40 minutes in all, and ended" and seen.seconds < 30
+    monkeypatch.setattr(measuring, "launch", hangs)
+    measurement = measure(shipped, "cre", 0.5, "too late")
+    assert measurement.error == "too late" and measurement.seconds < 30
     assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_memory_of_children_and_times_of_steps_are_seen(shipped) -> None:  # type: ignore[no-untyped-def]
-    seen, metrics = Seen(), Path(shipped.run_dir) / "prototypes" / "metrics.jsonl"
+    measurement, metrics = Measurement(), Path(shipped.run_dir) / "prototypes" / "metrics.jsonl"
     metrics.parent.mkdir()
-    with watching(shipped, "prototypes", seen, every=0.02):
-        child = subprocess.Popen([sys.executable, "-c", "b = bytearray(200 << 20); print('ready', flush=True); input()"],
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    with watching(shipped, "prototypes", measurement, every=0.02):
+        code = "b = bytearray(200 << 20); print('ready', flush=True); input()"
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
         assert child.stdout is not None
         child.stdout.readline()
         metrics.write_text("{}\n{}\n")
         end = time.monotonic() + 20
-        while (len(seen.steps) < 2 or seen.peak_gib < 0.19) and time.monotonic() < end:
+        while (len(measurement.steps) < 2 or measurement.peak_gib < 0.19) and time.monotonic() < end:
             time.sleep(0.02)
         child.communicate(b"\n")
-    assert len(seen.steps) == 2 and 0.19 < seen.peak_gib < 0.4
+    assert len(measurement.steps) == 2 and 0.19 < measurement.peak_gib < 0.4
 
 
 def test_flash_attention_needs_a_gpu(shipped) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,1 @@
+"""Measurement and verdict of gpu_check."""
