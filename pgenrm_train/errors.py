@@ -52,7 +52,7 @@ class NothingTrainedError(PGenRMError):
     """A training stage made fewer optimiser steps than it planned."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """First line of an error's text, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

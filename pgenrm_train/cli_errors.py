@@ -1,0 +1,69 @@
+"""Sentences for mistakes on the command line, from the errors of Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+
+from pgenrm_train.config import CONFIG_DIR, Config
+from pgenrm_train.errors import PGenRMError, first_line
+
+
+def groups() -> list[str]:
+    """Groups of the configuration."""
+    return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
+
+
+def choices(group: str) -> list[str]:
+    """Choices of a group."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for a user's mistake; None for any other error."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, PGenRMError):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):
+        return (
+            f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(groups())}"
+        )
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    text = f"{error}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        return f"{match[1]}={match[2]} is not one of {', '.join(choices(match[1]))}"
+    if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
+        return _unknown_key(match[1] or match[2])
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]}= must be given"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        return f"config group or file '{match[1]}' does not exist; groups are {', '.join(groups())}"
+    if match := re.search(r"Error merging override (\S+)", text):
+        return f"{match[1]}: {first_line(error.__cause__ or error)}"
+    return " ".join(text.split())
+
+
+def _unknown_key(key: str) -> str:
+    """A key that is not in the schema: the keys of its section and the nearest match."""
+    from omegaconf import OmegaConf
+
+    node, parts = OmegaConf.structured(Config), key.split(".")
+    while len(parts) > 1 and parts[0] in node and OmegaConf.is_config(node[parts[0]]):
+        node = node[parts.pop(0)]
+    section = key[: len(key) - len(".".join(parts))]
+    names = sorted(str(name) for name in node)
+    if not names:  # a free dictionary
+        return f"key '{key}' is new and takes a plus: +{key}=VALUE"
+    if parts[0] in names:
+        plus = "" if node[parts[0]] else "+"  # a free dictionary
+        return f"{key}= cannot take this value; its keys are set one by one, as in {plus}{key}.KEY=VALUE"
+    near = get_close_matches(parts[0], names, n=1)
+    hint = f"did you mean {section}{near[0]}? " if near else ""
+    where = f"{section.rstrip('.')} has" if section else "top-level keys are"
+    return f"unknown key '{key}'; {hint}{where} {', '.join(names)}"
