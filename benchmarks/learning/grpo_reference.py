@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pgenrm_train.curriculum.sampler import CurriculumSampler
-from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.rewards.reward import RewardWeights, chain_reward, group_advantages
 
 
 def arguments() -> argparse.Namespace:

@@ -39,7 +39,7 @@ from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.session import Session, exit_on_terminate
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.config.stage_names import StageName
-from pgenrm_train.rewards.chain_reward import chain_reward
+from pgenrm_train.rewards.reward import chain_reward
 from pgenrm_train.run.process import die_with_parent
 
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pgenrm_train.lazy import lazily
 
 if TYPE_CHECKING:
-    from pgenrm_train.rewards.chain_reward import Reward, RewardWeights, chain_reward
+    from pgenrm_train.rewards.reward import Reward, RewardWeights, chain_reward
 
 __all__ = ["Reward", "RewardWeights", "chain_reward"]
-__getattr__ = lazily(__name__, chain_reward=__all__)
+__getattr__ = lazily(__name__, reward=__all__)

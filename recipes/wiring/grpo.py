@@ -15,7 +15,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
-from pgenrm_train.rewards.chain_reward import RewardWeights
+from pgenrm_train.rewards.reward import RewardWeights
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import METRICS, Tracker, read

@@ -28,7 +28,7 @@ from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
-from pgenrm_train.rewards.chain_reward import RewardWeights
+from pgenrm_train.rewards.reward import RewardWeights
 
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
 CHILD = "backends.grpo.child"  # in the command line of the training process

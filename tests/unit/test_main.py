@@ -68,7 +68,11 @@ def test_nothing_heavy_is_imported_before_a_recipe_runs(arguments):
 
 
 def test_the_core_imports_nothing_heavy():
-    core = "chains config curriculum errors history masking preflight prompts records rewards scaling artifacts tracking stages.build_sec stages.inputs"
+    core = (
+        "chains.chain cluster.preflight config curriculum.sampler errors files prompts.history prompts.masking "
+        "prompts.messages prompts.writer records.pairs rewards.reward run.folder run.tracking scaling.combine "
+        "stages.build_sec"
+    )
     code = "".join(f"import pgenrm_train.{name}\n" for name in core.split())
     code += f"import sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
@@ -179,3 +183,24 @@ def test_on_a_cluster_paths_mean_the_same_to_every_worker(monkeypatch):
         str(Path("runs/mine").absolute()),
         str(Path("start").absolute()),
     )
+
+
+def test_public_names_are_what_they_name_in_any_order_of_imports():
+    code = (
+        "import pgenrm_train.rewards.reward, pgenrm_train.chains.chain, pgenrm_train.records.rows, eval.metrics.accuracy\n"
+        "from pgenrm_train import PreferencePair, chain_reward, parse_chain, read_pairs\n"
+        "from pgenrm_train.rewards import chain_reward as again\n"
+        "from eval.metrics import accuracy_report\n"
+        "assert callable(accuracy_report) and again is chain_reward\n"
+        "print([name.__name__ for name in (PreferencePair, chain_reward, parse_chain, read_pairs)])"
+    )
+    assert (
+        python("-c", code).stdout.strip() == "['PreferencePair', 'chain_reward', 'parse_chain', 'read_pairs']"
+    )
+
+
+def test_the_package_alone_imports_none_of_its_parts():
+    code = (
+        "import sys, pgenrm_train\nprint([name for name in sys.modules if name.startswith('pgenrm_train.')])"
+    )
+    assert python("-c", code).stdout.strip() == "['pgenrm_train.lazy']"

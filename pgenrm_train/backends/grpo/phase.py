@@ -17,7 +17,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler, SamplerState
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
-from pgenrm_train.rewards.chain_reward import DEFAULT_WEIGHTS, RewardWeights
+from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights
 from pgenrm_train.rewards.training_rows import Row
 
 TRAINED = "trained.json"

@@ -21,8 +21,8 @@ from pgenrm_train.backends.protocols import Judge
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards.chain_reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
 from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
+from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
 from pgenrm_train.rewards.training_rows import Row, withheld_signals
 
 

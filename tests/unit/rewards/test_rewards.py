@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.chains.chain import Chain, write_chain
-from pgenrm_train.rewards.chain_reward import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.rewards.reward import RewardWeights, chain_reward, group_advantages
 
 CRITERIA = [("formal", 60), ("brief", 40)]
 FIRST_WINS = write_chain("analysis", CRITERIA, [[9, 8], [3, 2]])
@@ -141,8 +141,6 @@ def test_the_core_imports_nothing_heavy():
         "wandb",
         "deepspeed",
     ]
-    program = (
-        f"import sys, pgenrm_train.rewards.chain_reward; print([m for m in {heavy} if m in sys.modules])"
-    )
+    program = f"import sys, pgenrm_train.rewards.reward; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

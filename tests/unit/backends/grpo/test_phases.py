@@ -13,7 +13,7 @@ from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.config.stage_names import StageName
-from pgenrm_train.rewards.chain_reward import RewardWeights
+from pgenrm_train.rewards.reward import RewardWeights
 
 
 def phase(**settings: object) -> Phase:
