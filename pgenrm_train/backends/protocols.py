@@ -1,6 +1,6 @@
 """The protocols at the boundary: what a stage may ask of an engine, and nothing else.
 
-Stages and `eval` know these names only; recipes choose the concrete rooms (`deepspeed_sft`, `vllm_engine`, `verl_grpo`, …).
+Stages and `eval` know these names only; recipes choose the concrete engines (`sft`, `grpo`, `vllm`, …).
 """
 
 from __future__ import annotations

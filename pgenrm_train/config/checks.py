@@ -51,7 +51,7 @@ def _problems(config: Config) -> Iterator[str]:
 
 def psi_problems(config: Config) -> list[str]:
     """Divisibility of an optimiser step of PSI; each problem is one sentence that names its keys."""
-    psi, ranks = config.psi, config.cluster.nodes * config.cluster.processes_per_node
+    psi, ranks = config.psi, config.cluster.ranks
     shared = psi.sequence_parallel
     unit = f"{psi.micro_batch_size} × {ranks}" + (f" ÷ {shared}" if shared > 1 else "")
     divisor = "psi.micro_batch_size × processes" + (" ÷ psi.sequence_parallel" if shared > 1 else "")
@@ -267,7 +267,7 @@ def _curriculum(config: Config) -> Rules:
 def _machines(config: Config) -> Rules:
     cluster, plan = config.cluster, config.plan
     gpus, needed = (
-        cluster.nodes * cluster.processes_per_node,
+        cluster.ranks,
         (cluster.engines or 0) * cluster.tensor_parallel,
     )
     return [

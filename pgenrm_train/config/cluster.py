@@ -43,6 +43,11 @@ class ClusterConfig:
     min_free_memory_gib: float = setting(6.0, "preflight: host memory that must be free")
     min_free_disk_gib: float = setting(3.0, "preflight: disk space that must be free")
 
+    @property
+    def ranks(self) -> int:
+        """Processes of one training, over all nodes."""
+        return self.nodes * self.processes_per_node
+
 
 @dataclass
 class RayConfig:

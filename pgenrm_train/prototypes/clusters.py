@@ -147,7 +147,7 @@ class Neighbourhood:
 
         Users are ranked by cosine to `query` (d,) inside its nearest prototype and then, while there are too
         few, inside the next nearest.  One row per user (the closest in the nearest prototype that holds any),
-        never a row of `user_id`.  Raises DataError if fewer than n other users exist; with `allow_fewer` the
+        never one of `user_id`.  Raises DataError if fewer than n other users exist; with `allow_fewer` the
         list is shorter.
         """
         rows: dict[str, int] = {}

@@ -40,7 +40,7 @@ LOOKS = 5  # rounds over the queue; few, because a look waits for the slowest ch
 
 
 def looks(budget: int, alpha: float) -> tuple[int, ...]:
-    """Numbers of chains at which to look: the first that can settle a pair, then evenly up to the budget.
+    """Numbers of chains at which to look: the first that can settle pairs, then evenly up to the budget.
 
     Raises ConfigError for an alpha outside (0, 1).
     """

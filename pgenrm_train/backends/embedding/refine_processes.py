@@ -40,7 +40,7 @@ def refine_in_processes(
 
     with tempfile.TemporaryDirectory(prefix="pg_refine_") as name:
         folder = Path(name)
-        _write_arrays(folder / "prototypes", prototypes)
+        _write_arrays(folder / "clusters", prototypes)
         _write_arrays(folder / "samples", samples)
         try:
             spawn(_refine, (folder, settings, device, processes), nprocs=processes)
@@ -73,7 +73,7 @@ def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, 
         backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=processes
     )
     try:
-        prototypes = Prototypes(**_read_arrays(folder / "prototypes"))
+        prototypes = Prototypes(**_read_arrays(folder / "clusters"))
         samples = RefinementBatch(**_read_arrays(folder / "samples"))
         refined, metrics = refine(prototypes, samples, settings, device=device, part=Part(rank, processes))
         if rank == 0:

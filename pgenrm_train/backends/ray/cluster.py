@@ -26,8 +26,8 @@ CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirem
 # In gitignore's grammar.  "!." comes first: a pattern that matches the root silently leaves an empty package.
 # Run folders may be inside the checkout, and Ray refuses packages above 500 MiB.
 ALL_BUT_CODE = ["/*", "!.", *(f"!/{folder}" for folder in CODE), "__pycache__"]
-BACK_SECONDS = 3600.0  # how long a run waits for absent or busy nodes
-NOTICE_SECONDS = 45.0  # Ray declares a node dead after 30 silent seconds
+BACK_SECONDS = 3600.0  # patience with absent or busy nodes
+NOTICE_SECONDS = 45.0  # Ray declares nodes dead after 30 silent seconds
 
 
 def join(address: str, variables: Mapping[str, str], *, show_output: bool = False) -> Any:

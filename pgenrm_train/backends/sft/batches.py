@@ -77,7 +77,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Encode
 
 
 def pad_of(tokenizer: Any) -> int:
-    """Id that pads a row: the tokenizer's, or its end token."""
+    """Id that pads rows: the tokenizer's, or its end token."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
 

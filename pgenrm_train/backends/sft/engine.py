@@ -10,7 +10,6 @@ resume recognises and skips a half-written one.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,12 +21,14 @@ from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspe
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.publishing import publish
 from pgenrm_train.backends.sft.rank import train_rank
-from pgenrm_train.backends.sft.settings import deepspeed_variables, rank_count, set_variables
+from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 from pgenrm_train.run.checkpoints import step_of
-from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.process import run_child
 from pgenrm_train.run.tracking import trim
+
+STOP_SECONDS = 15.0  # for torchrun to end its ranks
 
 
 def train(
@@ -46,7 +47,7 @@ def train(
     set_variables(config)
     check_libraries(config.psi)
     inspected = inspect_start(config, start)
-    mark = Mark(rank_count(config.cluster), config.cluster.zero_stage, inspected.identity)
+    mark = Mark(config.cluster.ranks, config.cluster.zero_stage, inspected.identity)
     base = str(Path(start).resolve()) if Path(start).exists() else str(start)
     job = Job(config, base, work_dir.resolve(), mark, validator if config.psi.evaluate_every else None)
     write_chats(job.chats, encode_rows(inspected.tokenizer, rows, inspected.limit))
@@ -62,7 +63,7 @@ def train(
 def _run(job: Job) -> None:
     """Train on all ranks, and return when the last one has ended."""
     cluster = job.config.cluster
-    if rank_count(cluster) == 1:
+    if cluster.ranks == 1:
         train_rank(job)
     elif cluster.nodes == 1:
         _torchrun(job.write(), cluster.processes_per_node, deepspeed_variables(job.config))
@@ -73,12 +74,6 @@ def _run(job: Job) -> None:
 def _torchrun(job_file: Path, ranks: int, variables: dict[str, str]) -> None:
     torchrun = str(Path(sys.executable).parent / "torchrun")
     module = ["-m", "pgenrm_train.backends.sft.rank", str(job_file)]
-    ended = subprocess.run(
-        [torchrun, "--standalone", f"--nproc_per_node={ranks}", *module],
-        env={**os.environ, **variables},
-        preexec_fn=die_with_parent,
-    )
-    if ended.returncode:
-        raise BackendError(
-            f"torchrun exited with code {ended.returncode}; see the messages of its ranks above"
-        )
+    command = [torchrun, "--standalone", f"--nproc_per_node={ranks}", *module]
+    if code := run_child(command, os.environ | variables, patience=STOP_SECONDS):
+        raise BackendError(f"torchrun exited with code {code}; see the messages of its ranks above")

@@ -56,7 +56,7 @@ class TrainingGenerator:
         for first in range(0, len(fitting), self.batch_size * ranks):
             together = fitting[first : first + self.batch_size * ranks]
             share = together[rank::ranks]
-            # ZeRO gathers in step: a process without a share answers a prompt and drops the answer
+            # ZeRO gathers in step: a process without a share answers one prompt and drops the answer
             answers += self._answer(share or together[:1], temperature)[: len(share)]
         if ranks == 1:
             yield from answers

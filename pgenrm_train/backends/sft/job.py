@@ -1,4 +1,4 @@
-"""Training job: what every process of one training must know, passed to launched processes as a file."""
+"""Training job: the facts that every process of one training needs, passed on as a file."""
 
 from __future__ import annotations
 

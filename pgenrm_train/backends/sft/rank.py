@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pgenrm_train.backends.sft.batches import Chats, Encoded, Layout, StepOrder, collate, layout_of, pad_of
 from pgenrm_train.backends.sft.checkpoints import newest_complete
 from pgenrm_train.backends.sft.job import Job
-from pgenrm_train.backends.sft.settings import rank_count, set_variables, training_arguments
+from pgenrm_train.backends.sft.settings import set_variables, training_arguments
 from pgenrm_train.config import ClusterConfig, Config, LoraConfig
 from pgenrm_train.run.checkpoints import step_of
 from pgenrm_train.run.process import die_with_parent
@@ -53,7 +53,7 @@ def join_processes(cluster: ClusterConfig) -> None:
     if on_cpu:
         # gloo's start would compile an op for minutes; if killed, its lock would block the next run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if rank_count(cluster) > 1:
+    if cluster.ranks > 1:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
 
 
@@ -61,7 +61,7 @@ def _trainer(job: Job) -> Any:
     from transformers import AutoTokenizer
 
     from pgenrm_train.backends.sft.generate import TrainingGenerator
-    from pgenrm_train.backends.sft.trainer import Follower, SftTrainer
+    from pgenrm_train.backends.sft.trainer import PsiCallback, SftTrainer
 
     psi = job.config.psi
     # Trainer must have DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
@@ -78,7 +78,7 @@ def _trainer(job: Job) -> Any:
     )
     validate = None
     if job.validator:
-        # without gradients and optimiser a batch may be larger
+        # without gradients and optimiser, batches may be larger
         generator = TrainingGenerator(job.config.model, model, tokenizer, 8 * psi.micro_batch_size)
         validate = functools.partial(_imported(job.validator)(job.config), generator)
     return SftTrainer(
@@ -90,7 +90,7 @@ def _trainer(job: Job) -> Any:
         args=arguments,
         train_dataset=chats,
         data_collator=functools.partial(_collate, job.config, tokenizer),
-        callbacks=[Follower(psi, order, job.metrics, job.mark)],
+        callbacks=[PsiCallback(psi, order, job.metrics, job.mark)],
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from pgenrm_train.backends.ray.cluster import join
 from pgenrm_train.backends.sft.checkpoints import newest_complete
-from pgenrm_train.backends.sft.settings import rank_count
 from pgenrm_train.config import ClusterConfig, Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, last_line
 
 
@@ -49,13 +49,13 @@ def _fit(cluster: ClusterConfig, job_file: Path) -> None:
         train_loop_config={"job": str(job_file)},
         torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=rank_count(cluster),
+            num_workers=cluster.ranks,
             use_gpu=cuda,
             # PACK keeps a node's GPUs together; SPREAD gives logical CPU nodes one rank each
             placement_strategy="PACK" if cuda else "SPREAD",
         ),
         run_config=RunConfig(
-            name="psi",
+            name=StageName.PSI.value,
             storage_path=str(job_file.parent / "ray_train"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[lost_rank_reporter(job_file.parent / "steps")],

@@ -9,16 +9,12 @@ from typing import Any
 from pgenrm_train.config import ClusterConfig, Config, ModelConfig
 
 
-def rank_count(cluster: ClusterConfig) -> int:
-    return cluster.nodes * cluster.processes_per_node
-
-
 def deepspeed_variables(config: Config) -> dict[str, str]:
     """Environment variables that must be set before torch and DeepSpeed are imported."""
     variables = {"TOKENIZERS_PARALLELISM": "false"}
     if config.cluster.device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    if rank_count(config.cluster) == 1:
+    if config.cluster.ranks == 1:
         variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return variables
@@ -54,7 +50,7 @@ def training_arguments(config: Config, steps: Path) -> Any:
     from transformers import TrainingArguments
 
     psi, on_cpu = config.psi, config.cluster.device == "cpu"
-    sequences_per_pass = psi.micro_batch_size * rank_count(config.cluster)
+    sequences_per_pass = psi.micro_batch_size * config.cluster.ranks
     return TrainingArguments(
         output_dir=str(steps),
         per_device_train_batch_size=psi.micro_batch_size,

@@ -77,7 +77,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
 
-class Follower(TrainerCallback):  # type: ignore[misc]
+class PsiCallback(TrainerCallback):  # type: ignore[misc]
     """Callback that marks complete checkpoints, writes the metrics, and schedules validations."""
 
     def __init__(self, psi: PsiConfig, order: StepOrder, metrics: Path, mark: Mark) -> None:
@@ -97,7 +97,7 @@ class Follower(TrainerCallback):  # type: ignore[misc]
         if not all(bool(torch.isfinite(getattr(p, "ds_tensor", p)).all()) for p in model.parameters()):
             raise _diverged(self.psi, f"weights after step {state.global_step} are not finite")
         if distributed.is_initialized():
-            distributed.barrier()  # every process writes files of its own
+            distributed.barrier()  # every process writes its files
         if state.is_world_process_zero:
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.mark)
 

@@ -30,8 +30,7 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
     process.  Several are Ray actors that outlive a checkpoint, since a new process takes longer to import
     vLLM than to load weights.  Nothing starts before the first checkpoint.
     """
-    processes = config.cluster.nodes * config.cluster.processes_per_node
-    engines = config.cluster.engines or processes // config.cluster.tensor_parallel
+    engines = config.cluster.engines or config.cluster.ranks // config.cluster.tensor_parallel
     with contextlib.ExitStack() as stack:
         start = functools.cache(lambda: _actors(config, engines, stack))
         yield (
@@ -147,7 +146,7 @@ class _Feed(threading.Thread):
     def _prompts(self) -> Iterator[list[GenerationRequest]]:
         try:
             yield from _blocks(self._requests)
-        except Exception as error:  # in writing a prompt; `check` raises it in the reader's thread
+        except Exception as error:  # of the prompts; `check` raises it in the reader's thread
             self._error = error
 
     def check(self) -> None:

@@ -185,7 +185,7 @@ def _check_cluster(config: Config, settings: EndpointConfig, with_training: bool
     """Raise BackendError if the cluster is too small for the server and training."""
     if config.cluster.device == "cpu":
         return
-    training = config.cluster.nodes * config.cluster.processes_per_node if with_training else 0
+    training = config.cluster.ranks if with_training else 0
     if gpus < settings.gpus + training:
         raise _too_few_gpus(settings.gpus, training, f"the cluster at {config.ray.address} has {gpus:g}")
 

@@ -105,7 +105,7 @@ def card_of(config: Config) -> CardConfig:
 
 
 def ranks_of(config: Config) -> int:
-    return config.cluster.nodes * config.cluster.processes_per_node
+    return config.cluster.ranks
 
 
 def longest(config: Config) -> int:
