@@ -22,8 +22,8 @@ from pgenrm_train.records.questions import (
     ANSWERS,
     Aspect,
     ProfileItem,
-    Question,
     QuestionSecret,
+    UserQuestion,
     answers_of_file,
     write_answers,
     write_questions,
@@ -64,7 +64,7 @@ def build(config: Config, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Question, QuestionSecret]]:
+def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[UserQuestion, QuestionSecret]]:
     """The test questions of all subsets, and what they are graded by."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
     seen: set[str] = set()
@@ -88,7 +88,7 @@ def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[Question, Questi
 
 def read(
     row: Mapping[str, Any], subset: str, where: str, left_out: LeftOut
-) -> tuple[Question, QuestionSecret]:
+) -> tuple[UserQuestion, QuestionSecret]:
     """One raw row.  Raises DataError naming the field and what was expected."""
     check_texts(row, where)
     name, question = _text(row, "id", where), _text(row, "question", where)
@@ -112,7 +112,7 @@ def read(
     )
     narrative = row.get("narrative")
     return (
-        Question(name, question, others, str(row.get("category") or ""), subset),
+        UserQuestion(name, question, others, str(row.get("category") or ""), subset),
         QuestionSecret(name, aspects, narrative if isinstance(narrative, str) else ""),
     )
 

@@ -15,7 +15,7 @@ Two Spearman correlations (ties take average ranks), for each subset and as the 
 Intervals resample questions within their subset.  A question with unreadable or equal scores of the model keeps
 its place, with ρ = 0.  Only a question whose *reference* ranks nothing leaves the denominator, and is counted.
 
-`view_of` takes a `Question` and texts: neither has a field for a rubric or a narrative.
+`view_of` takes a `UserQuestion` and texts: neither has a field for a rubric or a narrative.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pgenrm_train.backends.protocols import Generation, GenerationRequest, Gener
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
-from pgenrm_train.records.questions import Answer, Question
+from pgenrm_train.records.questions import Answer, UserQuestion
 
 Grades = Mapping[tuple[str, str], float | None]
 """(question id, answering model) → rubric score or None"""
@@ -52,7 +52,7 @@ COUNTS = ("n_questions", "unranked", "tied", "no_reference")
 class Task:
     """One question for a reward model: profile texts as history, answers in presentation order."""
 
-    question: Question
+    question: UserQuestion
     models: tuple[str, ...]
     view: MaskedView
     sample: int
@@ -75,7 +75,12 @@ class RankingReport(TypedDict):
 
 
 def tasks(
-    questions: Iterable[Question], answers: Iterable[Answer], *, history_size: int, samples: int, seed: int
+    questions: Iterable[UserQuestion],
+    answers: Iterable[Answer],
+    *,
+    history_size: int,
+    samples: int,
+    seed: int,
 ) -> list[Task]:
     """Every question with at least two answers, `samples` times."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
@@ -103,7 +108,7 @@ def rotated(models: Sequence[str], seed: str, sample: int) -> tuple[str, ...]:
     return tuple(order[turn:] + order[:turn])
 
 
-def view_of(question: Question, answers: Sequence[str], history_size: int, seed: int) -> MaskedView:
+def view_of(question: UserQuestion, answers: Sequence[str], history_size: int, seed: int) -> MaskedView:
     """The model's view: `history_size` random profile texts in their order, the question and the answers."""
     drawn = random.Random(f"{seed}/{question.id}").sample(
         question.profile, min(history_size, len(question.profile))
@@ -189,7 +194,12 @@ def mean_scores(table: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 
 def report(
-    questions: Sequence[Question], grades: Grades, table: pd.DataFrame, *, draws: int = 2000, seed: int = 0
+    questions: Sequence[UserQuestion],
+    grades: Grades,
+    table: pd.DataFrame,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> RankingReport:
     """Both correlations by subset and their means, each with `_ci95`.
 
@@ -198,7 +208,7 @@ def report(
     """
     ours = mean_scores(table)
     models = sorted({model for _, model in grades})
-    by_subset: dict[str, list[Question]] = defaultdict(list)
+    by_subset: dict[str, list[UserQuestion]] = defaultdict(list)
     for question in questions:
         by_subset[question.subset].append(question)
     subsets: dict[str, Statistics] = {}
@@ -227,7 +237,7 @@ def report(
 
 
 def _matrices(
-    questions: Sequence[Question],
+    questions: Sequence[UserQuestion],
     grades: Grades,
     ours: Mapping[tuple[str, str], float],
     models: Sequence[str],

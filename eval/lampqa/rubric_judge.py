@@ -14,7 +14,7 @@ import json
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pgenrm_train.prompts.messages import neutralise
-from pgenrm_train.records.questions import Question, QuestionSecret
+from pgenrm_train.records.questions import QuestionSecret, UserQuestion
 from pgenrm_train.rewards.judging import unfenced
 
 TOP = 2
@@ -35,7 +35,7 @@ class _Ratings(BaseModel):
     ratings: list[int]
 
 
-def rubric_messages(question: Question, secret: QuestionSecret, answer: str) -> list[dict[str, str]]:
+def rubric_messages(question: UserQuestion, secret: QuestionSecret, answer: str) -> list[dict[str, str]]:
     """The chat messages that request the ratings of one answer."""
     aspects = [
         {"aspect": a.aspect, "reason": a.reason, "evidence": a.evidence} for a in secret.rubric_aspects

@@ -1,14 +1,18 @@
-"""Evaluation chains: text → Chain | ParseFailure, the recomputed (verified) scores, and the one writer that all teachers use.
+"""Evaluation chains: parse a text, verify its scores, and write the chain of a teacher.
 
-Format (METHOD §2): free analysis, `<JSON_START>`, one JSON object with `rationale` and `better_response`, `<JSON_END>`.
+Format (METHOD §2): free analysis, `<JSON_START>`, one JSON object with `rationale` and `better_response`,
+`<JSON_END>`.
 
-    verified score of response i = Σ_c w_c · s_ic / Σ_c w_c        (w: percent weights, s: 1–10 scores, both read from the rubric)
+    verified score of response i = Σ_c w_c · s_ic / Σ_c w_c
 
-The paper takes the declared numbers on trust, though its showcase chain mis-adds them; recomputing them is *our choice*, and so
-is the optional `rubric` object.  A chain that cannot be used is data (`ParseFailure`); one that can be used but is flawed carries
-`issues`.  Everything runs in time linear in the text, whatever the text is: a policy under training writes anything.
+    w: weights in percent, s: scores from 1 to 10, both read from the rubric
 
-Rubrics are read and recomputed in `rubrics`.
+The paper trusts the declared numbers, though its showcase chain adds them wrongly.  Recomputing them is *our
+choice*, and so is the optional `rubric` object.  A chain that cannot be used is data (`ParseFailure`); one
+that is flawed but usable carries `issues`.  Time is linear in the length of any text: a policy under training
+writes anything.
+
+`rubric` reads and recomputes rubrics.
 """
 
 from __future__ import annotations
@@ -19,17 +23,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
-from pgenrm_train.chains.rubric import (
-    MAX_CRITERIA,
-    Criteria,
-    CriterionScores,
-    number,
-    read_rubric,
-    response_index,
-    verify,
-)
+from pgenrm_train.chains.rubric import number, read_rubric, response_index, verify
+from pgenrm_train.chains.rubric_free_text import MAX_CRITERIA, Criteria, CriterionScores
 from pgenrm_train.prompts.messages import JSON_END, JSON_START
 
 __all__ = ["FORMAT_STRINGS", "JSON_END", "JSON_START", "Chain", "ParseFailure", "parse_chain", "write_chain"]
@@ -63,9 +59,9 @@ _ROUNDING = 0.05 + 1e-6  # a total given to one decimal is off by at most this m
 class Chain:
     """One usable evaluation chain.
 
-    `criteria` are (name, weight in percent); `scores` the declared totals by response; `criterion_scores` is responses × criteria
-    and `verified_scores` the totals recomputed from it, both None when no complete rubric can be read; `issues` is a subset of
-    `ISSUES` in that order.
+    `criteria` are (name, weight in percent), `scores` the declared totals per response.  `criterion_scores`
+    is responses × criteria, and `verified_scores` the totals recomputed from it; both are None if no complete
+    rubric can be read. `issues` is a subset of `ISSUES` in that order.
     """
 
     analysis: str
@@ -78,24 +74,23 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class ParseFailure:
-    """Why a text is no usable chain: `kind` is one of `FAILURE_KINDS`, `detail` one line for a person."""
+    """The reason why a text is no usable chain: one of `FAILURE_KINDS`, and one line for a person."""
 
     kind: str
     detail: str
 
 
 def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
-    """Read the last valid block of `text`; never raises on any string.
+    """Read the last valid block of `text`; without one, return the failure of the last complete block.
 
-    Without a valid block, the failure of the last complete one is returned.
+    Raises on no string.
     """
     starts = [match.end() for match in _START.finditer(text)]
     limits = [start - len(JSON_START) for start in starts[1:]] + [len(text)]
     spans = list(zip(starts, limits, strict=False))[::-1]
     if len(starts) > 1:
-        spans.append(
-            (starts[0], len(text))
-        )  # last resort: the markers between may stand inside a JSON string
+        # The last resort: the markers between may be part of a JSON string.
+        spans.append((starts[0], len(text)))
     failure: ParseFailure | None = None
     for start, limit in spans:
         block = _read_block(text[start:limit], n_responses)
@@ -112,11 +107,12 @@ def write_chain(
     scores: Sequence[Sequence[float]],
     notes: Sequence[str] | None = None,
 ) -> str:
-    """The chain that every teacher writes; read back without issues if weights sum to 100 and scores lie in 1..10.
+    """Write the chain of a teacher; it has no issues if weights sum to 100 and scores are in 1..10.
 
-    `scores` is responses × criteria, `notes` one text a response (an empty one is left out).  Totals are the verified scores
-    rounded half up to one decimal.  Raises ValueError for shapes that do not fit, numbers that are not finite, weights without a
-    positive sum, and criterion names that are empty, repeated or hold one of `,;%=` or a line break.
+    `scores` is responses × criteria, `notes` one text per response; an empty note is left out.  Totals are
+    the verified scores, rounded half up to one decimal.  Raises ValueError for shapes that do not fit,
+    numbers that are not finite, weights without a positive sum, and criterion names that are empty, repeated
+    or hold one of `,;%=` or a line break.
     """
     _check_rubric(criteria, scores, notes)
     weights = [weight for _, weight in criteria]
@@ -134,7 +130,7 @@ def write_chain(
     return f"{analysis}\n{_OPEN}{escaped}{_SCORES}{declared}{_CLOSE}"
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def _check_rubric(
@@ -146,14 +142,14 @@ def _check_rubric(
     for name in names:
         if not name.strip() or re.search(r"[,;%=\n]", name):
             raise ValueError(
-                f"criteria: {name!r} cannot be read back; a name is not empty and has no line break and none of , ; % ="
+                f"criteria: {name!r} cannot be read back; use a name without line breaks and without , ; % ="
             )
     if not scores or any(len(row) != len(names) for row in scores):
         raise ValueError(
-            f"scores: expected a row of {len(names)} a response, got rows of {[len(row) for row in scores]}"
+            f"scores: expected a row of {len(names)} per response, got rows of {[len(row) for row in scores]}"
         )
     if notes and len(notes) != len(scores):
-        raise ValueError(f"notes: expected {len(scores)}, one a response, got {len(notes)}")
+        raise ValueError(f"notes: expected {len(scores)}, one per response, got {len(notes)}")
     numbers = [weight for _, weight in criteria] + [score for row in scores for score in row]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("criteria, scores: every weight and score must be finite")
@@ -167,13 +163,13 @@ def _plain(number: float) -> str:
 
 
 def _half_up(weights: Sequence[float], scores: Sequence[float]) -> str:
-    """Σ w·s / Σ w to one decimal, half up; in fractions of the printed digits, since 5.65 has no exact binary form."""
+    """Σ w·s / Σ w to one decimal, half up, in fractions: 5.65 has no exact binary form."""
     exact = [Fraction(_plain(weight)) for weight in weights]
     weighted = sum((w * Fraction(_plain(s)) for w, s in zip(exact, scores, strict=True)), start=Fraction(0))
     return f"{math.floor(weighted / sum(exact) * 10 + Fraction(1, 2)) / 10:.1f}"
 
 
-# ---- blocks and declared scores -----------------------------------------------------------------------------------------------
+# ---- blocks and declared scores ----------------------------------------------------------------------------
 
 # Integers are read as floats: Python refuses to convert very long ones.
 _START = re.compile(JSON_START)
@@ -183,13 +179,13 @@ _OBJECT = re.compile(r'\{[ \t\r\n]*+["}]')
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    data: Mapping[str, Any]
+    data: Mapping[str, object]
     scores: tuple[float, ...]
     end: int  # just after the end marker, counted from the start of the block's body
 
 
 def _outside_blocks(text: str) -> str:
-    """The analysis: earlier blocks are left out, so that no score reaches whoever reads or embeds it."""
+    """The analysis without earlier blocks, so that no score is read or embedded with it."""
     head, *pieces = text.split(JSON_START)
     return "".join(
         [head, *(piece.partition(JSON_END)[2] if JSON_END in piece else piece for piece in pieces)]
@@ -197,9 +193,9 @@ def _outside_blocks(text: str) -> str:
 
 
 def _read_block(body: str, n_responses: int) -> _Block | ParseFailure | None:
-    """The object of one block and its declared scores; None when no end marker follows."""
-    found: Mapping[str, Any] | None = None
-    problem, seen, end = "", False, 0
+    """The object of one block and its declared scores; None if no end marker follows."""
+    data: Mapping[str, object] | None = None
+    problem, has_object, end = "", False, 0
     for _ in range(_MAX_OBJECTS):
         brace, marker = _OBJECT.search(body, end), body.find(JSON_END, end)
         if brace is None or brace.start() > marker:
@@ -212,15 +208,15 @@ def _read_block(body: str, n_responses: int) -> _Block | ParseFailure | None:
         except ValueError as error:
             problem, end = str(error), brace.start() + 1
             continue
-        seen = True
-        found = value if "better_response" in value else found
+        has_object = True
+        data = value if "better_response" in value else data
     marker = body.find(JSON_END, end)
     if marker < 0:
         return None
-    if found is not None:
-        scores = _declared_scores(found["better_response"], n_responses)
-        return scores if isinstance(scores, ParseFailure) else _Block(found, scores, marker + len(JSON_END))
-    if problem or not seen:
+    if data is not None:
+        scores = _declared_scores(data["better_response"], n_responses)
+        return scores if isinstance(scores, ParseFailure) else _Block(data, scores, marker + len(JSON_END))
+    if problem or not has_object:
         return ParseFailure(BAD_JSON, problem or "no JSON object between the markers")
     return ParseFailure(SCORES_MISSING, "the JSON object has no key better_response")
 
@@ -259,7 +255,7 @@ def _build_chain(analysis: str, block: _Block, trailing: bool) -> Chain:
     criteria, rows = read_rubric(block.data, len(scores))
     verified = verify(criteria, rows) if rows else None
     marks = [*scores, *(score for row in rows or () for score in row)]
-    found = {
+    issues = {
         NO_RUBRIC: verified is None,
         WEIGHTS: bool(criteria) and not abs(sum(weight for _, weight in criteria) - 100) <= 1 + 1e-9,
         SCORE_RANGE: not all(1 <= mark <= 10 for mark in marks),
@@ -274,5 +270,5 @@ def _build_chain(analysis: str, block: _Block, trailing: bool) -> Chain:
         scores,
         rows if verified else None,
         verified,
-        tuple(name for name in ISSUES if found[name]),
+        tuple(name for name in ISSUES if issues[name]),
     )

@@ -1,12 +1,13 @@
-"""Rejection sampling: why a teacher's chain must not be learnt from (METHOD §3).
+"""Rejection sampling: the reasons not to train on a teacher's chain (METHOD §3).
 
-The paper keeps a chain that parses and ranks chosen above rejected.  *Our additions*: the recomputed scores must agree, weights must
-sum to 100, and the text must judge the responses rather than report a vote that it was told or guessed.
+The paper keeps a chain that parses and ranks chosen above rejected.  *Our additions*: the recomputed scores
+must agree, weights must sum to 100, and the text must judge the responses.  It must not report a vote that it
+knows or guesses.
 
     parse:<kind> · tie · wrong_ranking · verified_ranking · issue:<name> · label_leak
 
-What a teacher is told before another try is a function of its own answer (`form_problem`), never of the label: to be told that the
-ranking was wrong would be to be told the vote, and the next chain would argue backwards from it.
+The complaint before another try depends on the teacher's own answer (`form_problem`), never on the label.  To
+learn that the ranking was wrong is to learn the vote, and the next chain would argue backwards from it.
 """
 
 from __future__ import annotations
@@ -17,45 +18,37 @@ from collections.abc import Sequence
 from pgenrm_train.chains.chain import Chain, ParseFailure
 
 WRONG_RANKING, TIE, VERIFIED_RANKING, LABEL_LEAK = "wrong_ranking", "tie", "verified_ranking", "label_leak"
-DUPLICATE, NEAR_DUPLICATE, BOILERPLATE, OVER_LENGTH = (
-    "duplicate",
-    "near_duplicate",
-    "boilerplate",
-    "over_length",
-)
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
+BOILERPLATE, OVER_LENGTH = "boilerplate", "over_length"
 
-SAID = {
+COMPLAINTS = {
     TIE: "two responses share the highest total, and a user who compares them prefers one",
     VERIFIED_RANKING: "the totals rank the responses otherwise than the weighted scores do",
-    LABEL_LEAK: "it speaks of a vote on these responses as known, or of an earlier answer; judge the responses themselves",
-    "issue:no_rubric": "the rationale has no criteria with weights and a score of every response on each of them",
+    LABEL_LEAK: "it treats a vote on these responses as known, or mentions an earlier answer; "
+    "judge the responses themselves",
+    "issue:no_rubric": "the rationale lacks criteria with weights, or a score per response and criterion",
     "issue:weights": "the weights do not sum to 100",
-    "issue:score_range": "a score lies outside 1 to 10",
+    "issue:score_range": "a score is outside 1 to 10",
     "issue:declared_differs": "a total is not the weighted sum of its scores",
     "issue:trailing_text": "text follows the end marker",
 }
-"""Label-free reasons in words, for the teacher's next try."""
+"""Complaints without the label, for the teacher's next try."""
 
-_CUES = (
-    "chose",
-    "reject",
-    "truth",
-    "gold",
-    "label",
-    "vote",
-    "pick",
-    "select",
-    "prefer",
-)  # every leak of a vote has one
+# Each leak of a vote has one of these.
+_CUES = ("chose", "reject", "truth", "gold", "label", "vote", "pick", "select", "prefer")
 _VOTE = re.compile(  # in lower case
     r"\b(?:chosen|rejected)\s(?:response|answer|candidate|reply|completion|option)s?\b"
-    r"|\bground[\s-]truth\b|\bgold(?:en|-standard)?\s(?:label|answer|response)\b|\bpreference\slabel\b|\bchosen_index\b"
-    r"|\b(?:by|per|given|from|with|as|to|see|saw|seen|know|knew|knowing|known|match(?:es|ing)?)\sthe\s(?:true\s|correct\s|known\s)?label\b"
+    r"|\bground[\s-]truth\b|\bgold(?:en|-standard)?\s(?:label|answer|response)\b"
+    r"|\bpreference\slabel\b|\bchosen_index\b"
+    r"|\b(?:by|per|given|from|with|as|to|see|saw|seen|know|knew|knowing|known|match(?:es|ing)?)"
+    r"\sthe\s(?:true\s|correct\s|known\s)?label\b"
     r"|\bthe\s(?:true\s|correct\s)?label\s(?:says|shows|indicates|tells|is\sresponse)\b"
     r"|\blabell?ed\s(?:as\s)?(?:chosen|rejected|preferred|better|worse|the\swinner)\b"
-    r"|\b(?:the\suser|the\sperson|they|she|he|who)\s(?:\w{1,12}\s){0,2}(?:chose|picked|selected|voted\sfor|upvoted|rejected|preferred)"
+    r"|\b(?:the\suser|the\sperson|they|she|he|who)\s(?:\w{1,12}\s){0,2}"
+    r"(?:chose|picked|selected|voted\sfor|upvoted|rejected|preferred)"
     r"\s(?:the\s)?(?:response|answer|candidate|option|first|second)\b"
-    r"|\b(?:response|answer|candidate|option)[\s_#]{0,2}[0-9]{1,2}\s(?:was|is|has\sbeen|had\sbeen|got|were)\s(?:\w{1,12}\s){0,2}"
+    r"|\b(?:response|answer|candidate|option)[\s_#]{0,2}[0-9]{1,2}"
+    r"\s(?:was|is|has\sbeen|had\sbeen|got|were)\s(?:\w{1,12}\s){0,2}"
     r"(?:chosen|picked|selected|rejected|voted|upvoted|labell?ed)\b"
     r"|\b(?:actual|true|known|real|recorded|given)\svotes?\b"
     r"|\bvote(?:d|s)?\s(?:\w{1,12}\s){0,2}(?:for|against)\s(?:the\s)?(?:response|first|second)\b",
@@ -68,7 +61,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|\"|$)|\n|\\n")
 
 
 def reason_to_reject(chain: Chain | ParseFailure, chosen_index: int, text: str) -> str | None:
-    """Why the chain in `text` must not be learnt from, or None; the first of the module's list that holds."""
+    """The first reason of the module's list not to train on the chain in `text`, or None."""
     if isinstance(chain, ParseFailure):
         return f"parse:{chain.kind}"
     chosen = chain.scores[chosen_index]
@@ -79,7 +72,7 @@ def reason_to_reject(chain: Chain | ParseFailure, chosen_index: int, text: str) 
 
 
 def form_problem(chain: Chain | ParseFailure, text: str) -> str | None:
-    """What is wrong with an answer whatever the label is, or None."""
+    """A problem of an answer that does not depend on the label, or None."""
     if isinstance(chain, ParseFailure):
         return f"parse:{chain.kind}"
     if chain.scores.count(max(chain.scores)) > 1:
@@ -92,15 +85,15 @@ def form_problem(chain: Chain | ParseFailure, text: str) -> str | None:
 
 
 def complaint(problem: str, chain: Chain | ParseFailure) -> str:
-    """A `form_problem` in words."""
-    return f"{problem}: {chain.detail if isinstance(chain, ParseFailure) else SAID[problem]}"
+    """The text of a `form_problem` for a teacher."""
+    return f"{problem}: {chain.detail if isinstance(chain, ParseFailure) else COMPLAINTS[problem]}"
 
 
 def leaks_label(text: str) -> bool:
-    """Whether the text speaks of a vote on the responses at hand as known, or of an earlier answer of its author.
+    """Whether the text treats a vote on these responses as known, or mentions its author's earlier answer.
 
-    What was chosen in earlier votes may be said; such a sentence is known by its words (pair, history, earlier, …), so a leak that
-    uses them too passes.
+    Sentences on earlier votes are allowed.  Their words mark them (pair, history, earlier, …), so that a leak
+    with one of these words passes.
     """
     text = text.lower()
     if "my " in text and _OWN_ANSWER.search(text):

@@ -127,6 +127,12 @@ def neutralise(text: str, reserved: Sequence[str] = ()) -> str:
     return _drop_leading_marks(text)
 
 
+def shorten(text: str, end: int) -> str:
+    """Cut a text after `end` characters and note how many words are gone: `… …(+12 words)`."""
+    gone = len(text[end:].split())
+    return f"{text[:end]} …(+{gone} words)" if gone else text
+
+
 def _explicit_sections(explicit: ExplicitSignals) -> list[tuple[str, str]]:
     attributes = ", ".join(f"{name} {weight:g}" for name, weight in explicit.attributes)
     signals = (

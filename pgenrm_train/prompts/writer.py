@@ -14,7 +14,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.messages import prompt_ids
+from pgenrm_train.prompts.messages import prompt_ids, shorten
 from pgenrm_train.prompts.styles import styled_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import read_pairs
@@ -157,8 +157,7 @@ class PromptWriter:
         offsets = encoded["offset_mapping"]
         # A character may be several tokens: only whole ones are kept.
         end = len(head) if len(offsets) <= limit else min(offsets[limit - 1][1], offsets[limit][0])
-        gone = len(text[end:].split())
-        return f"{text[:end]} …(+{gone} words)" if gone else text
+        return shorten(text, end)
 
 
 def _texts(view: MaskedView) -> list[str]:

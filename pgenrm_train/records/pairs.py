@@ -1,8 +1,9 @@
 """Types of votes: a pair, its texts and signals, and the example that a pair becomes.
 
-A *pair* is one vote of one user: the conversation so far, the response chosen and the response rejected.  An *example* is the
-input of a reward model: a user's history, a query and b ≥ 2 responses in presentation order.  Explicit signals (stated criteria,
-style, self-description) have a field of their own, so that masking is a matter of type (see `prompts.masking`).
+A *pair* is one vote of one user: the conversation so far, the response chosen and the response rejected.  An
+*example* is the input of a reward model: a user's history, a query and b ≥ 2 responses in presentation
+order.  Explicit signals (stated criteria, style, self-description) have a field of their own, so that masking
+is a matter of type (see `prompts.masking`).
 
 `rows` reads and writes pairs.
 """

@@ -1,12 +1,12 @@
-"""Records of a question-answering evaluation set (LaMP-QA, METHOD §10): questions of users, and several models' answers to each.
+"""Records of a question-answering evaluation set (LaMP-QA, METHOD §10): users' questions and models' answers.
 
-What a judge of answers may know and a reward model may not, the rubric and the user's narrative, has a type and a file of its own.
-Neither `Question` nor `Answer` has a field that could carry it, and prompts are written from `masking.MaskedView`, which has none
-either.
+A judge of answers may read the rubric and the user's narrative; a reward model may not.  Both have a type and
+a file of their own.  Neither `UserQuestion` nor `Answer` has a field for them, nor has
+`prompts.masking.MaskedView`, from which prompts are written.
 
-    build_data/questions.parquet   Question
+    build_data/questions.parquet   UserQuestion
     build_data/secrets.parquet     QuestionSecret
-    build_data/answers.parquet     Answer; absent while nobody has answered
+    build_data/answers.parquet     Answer; absent before the first answers
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class ProfileItem:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What a user asks, and what they wrote before (`profile`, in the order of the source); `subset` is the part of the data set."""
+class UserQuestion:
+    """A user's question and their earlier texts (`profile`, in the order of the source).
+
+    `subset` is the part of the data set.
+    """
 
     id: str
     question: str
@@ -55,7 +58,7 @@ class Aspect:
 
 @dataclass(frozen=True, slots=True)
 class QuestionSecret:
-    """What answers are graded by: for judges and reference rankings only, never in a prompt of a reward model."""
+    """The rubric of a question, for judges and reference rankings; no prompt of a reward model holds it."""
 
     question_id: str
     rubric_aspects: tuple[Aspect, ...]
@@ -64,7 +67,7 @@ class QuestionSecret:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One model's answer; `rubric_score` is its grade by the rubric, when somebody graded it."""
+    """One model's answer; `rubric_score` is its grade by the rubric, if it has one."""
 
     question_id: str
     model: str
@@ -72,7 +75,7 @@ class Answer:
     rubric_score: float | None = None
 
 
-def write_questions(folder: Path, questions: Iterable[Question]) -> None:
+def write_questions(folder: Path, questions: Iterable[UserQuestion]) -> None:
     """Write `questions.parquet`, atomically."""
     item = {"id": "string", "text": "string", "category": "string"}
     _write(
@@ -98,10 +101,10 @@ def write_answers(folder: Path, answers: Iterable[Answer]) -> None:
     )
 
 
-def read_questions(folder: Path) -> list[Question]:
-    """The questions of a `build_data` folder.  Raises ArtifactError when they are missing."""
+def read_questions(folder: Path) -> list[UserQuestion]:
+    """Read the questions of a `build_data` folder.  Raises ArtifactError if they are missing."""
     return [
-        Question(
+        UserQuestion(
             r["id"],
             r["question"],
             tuple(ProfileItem(**item) for item in r["profile"]),
@@ -113,7 +116,7 @@ def read_questions(folder: Path) -> list[Question]:
 
 
 def read_secrets(folder: Path) -> list[QuestionSecret]:
-    """Rubrics and narratives, in the order of the questions."""
+    """Read rubrics and narratives, in the order of the questions."""
     return [
         QuestionSecret(r["question_id"], tuple(Aspect(**a) for a in r["rubric_aspects"]), r["narrative"])
         for r in _rows(folder / SECRETS)
@@ -121,28 +124,30 @@ def read_secrets(folder: Path) -> list[QuestionSecret]:
 
 
 def read_answers(folder: Path) -> list[Answer]:
-    """The answers.  Raises ArtifactError when the set was built without any."""
+    """Read the answers.  Raises ArtifactError if the set was built without any."""
     if not (folder / ANSWERS).exists():
         raise ArtifactError(f"{folder / ANSWERS} does not exist; build the data with data.answers=FILE")
     return [Answer(**row) for row in _rows(folder / ANSWERS)]
 
 
-def answers_of_file(path: Path, known: Mapping[str, Question]) -> Iterator[Answer]:
-    """Answers from a user's parquet or JSONL: columns `id` (of the question), `model`, `answer`, and `rubric_score` if graded.
+def answers_of_file(path: Path, questions: Mapping[str, UserQuestion]) -> Iterator[Answer]:
+    """Read a user's parquet or JSONL of answers.
 
-    Raises DataError with file, row, field and expectation; also for a question that is not among `known`, and for a second answer
-    of a model to the same question.
+    Columns are `id` (of the question), `model`, `answer`, and `rubric_score` if graded.  Raises DataError
+    with file, row, field and expectation.  Errors are also a question that is not among `questions`, and a
+    model's second answer to one.
     """
     seen: set[tuple[str, str]] = set()
     for number, row in enumerate(read_rows(path), start=1):
         answer = _answer(row, f"{path}, row {number}")
-        if answer.question_id not in known:
+        if answer.question_id not in questions:
             raise DataError(
-                f"{path}, row {number}, field 'id': expected the id of a question, got {answer.question_id[:60]!r}"
+                f"{path}, row {number}, field 'id': expected the id of a question, got "
+                f"{answer.question_id[:60]!r}"
             )
         if (answer.question_id, answer.model) in seen:
             raise DataError(
-                f"{path}, row {number}: expected one answer of a model to a question, got a second one of "
+                f"{path}, row {number}: expected one answer per model and question, got a second one of "
                 f"{answer.model[:60]!r} to {answer.question_id[:60]!r}"
             )
         seen.add((answer.question_id, answer.model))
@@ -151,7 +156,7 @@ def answers_of_file(path: Path, known: Mapping[str, Question]) -> Iterator[Answe
         raise DataError(f"{path} holds no rows; expected at least one answer")
 
 
-def _answer(row: Mapping[str, Any], where: str) -> Answer:
+def _answer(row: Mapping[str, object], where: str) -> Answer:
     texts = []
     for name in ("id", "model", "answer"):
         value = row.get(name)
@@ -159,7 +164,7 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
             raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
         texts.append(value)
     score = row.get("rubric_score")
-    if isinstance(score, float) and math.isnan(score):  # what pandas writes for null
+    if isinstance(score, float) and math.isnan(score):  # pandas writes it for null
         score = None
     if score is not None and (
         isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
@@ -171,7 +176,8 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
     return Answer(question, model, text, None if score is None else float(score))
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows(path: Path) -> Iterator[Any]:
+    """Rows of a file that this module wrote."""
     if not path.exists():
         raise ArtifactError(
             f"{path} does not exist; run recipe=build_data data=lampqa with the same run_dir first"

@@ -1,4 +1,4 @@
-"""The raw rows of one file, parquet or JSON, as they are: every other reader turns them into records and names what does not fit."""
+"""Raw rows of a parquet or JSON file, for the readers that validate them and turn them into records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_text
@@ -19,23 +18,26 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 class LeftOut(Counter[str]):
-    """What a builder left out of its source, and why: reason → count.  `rows` has a sentence for each row that did not fit."""
+    """Rows of its source that a builder left out: reason → count.
+
+    `rows` has one sentence per row that did not fit.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[str] = []
 
     def write(self, folder: Path) -> None:
-        """`skipped_rows.txt`, a sentence a line; none where every row fitted."""
+        """Write `skipped_rows.txt`, one sentence per line; no file if every row fitted."""
         (folder / SKIPPED).unlink(missing_ok=True)
         if self.rows:
             write_text(folder / SKIPPED, "".join(f"{sentence}\n" for sentence in self.rows))
 
 
-def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of a parquet file, of one JSON object a line, or of one JSON array of objects (which is read whole).
+def read_rows(path: Path) -> Iterator[Mapping[str, object]]:
+    """Stream rows from a parquet file or from JSON: one object per line, or one array held in memory.
 
-    Raises DataError when the file is missing or cannot be read.
+    Raises DataError if the file is missing or cannot be read.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
@@ -47,13 +49,16 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from _array_rows(path) if path.is_file() and _is_array(path) else _jsonl_rows(path)
 
 
-def check_texts(row: Mapping[str, Any], where: str, columns: Iterable[str] | None = None) -> None:
-    """Raises DataError when a text, of `columns` or of the whole row, is one that no file can hold: JSON can spell half of a surrogate
-    pair, as a text cut within an emoji has it, and UTF-8 cannot."""
+def check_texts(row: Mapping[str, object], where: str, columns: Iterable[str] | None = None) -> None:
+    """Raise DataError if a text of `columns`, by default of all, is none that UTF-8 can hold.
+
+    JSON can spell half of a surrogate pair, as a text cut within an emoji has it; UTF-8 cannot.
+    """
     for column in row if columns is None else columns:
         if not _writable(row.get(column)):
             raise DataError(
-                f"{where}, field '{column}': expected text that UTF-8 can hold, got half of a surrogate pair, as in a cut emoji"
+                f"{where}, field '{column}': expected text that UTF-8 can hold, got half of a surrogate "
+                "pair, as in a cut emoji"
             )
 
 
@@ -65,20 +70,21 @@ def _writable(value: object) -> bool:
     return not isinstance(value, list) or all(_writable(part) for part in value)
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, object]]:
     number = 0
     for batch in shards.tables(path):
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}, rows {number + 1} to {number + batch.num_rows}: expected UTF-8 text, got other bytes ({error.reason})"
+                f"{path}, rows {number + 1} to {number + batch.num_rows}: expected UTF-8 text, got other "
+                f"bytes ({error.reason})"
             ) from None
         yield from rows
         number += len(rows)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, object]]:
     number = 0
     try:
         with path.open(encoding=UTF8) as lines:
@@ -99,7 +105,7 @@ def _is_array(path: Path) -> bool:
         return stream.read(64).lstrip().startswith("[")
 
 
-def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _array_rows(path: Path) -> Iterator[Mapping[str, object]]:
     try:
         rows = json.loads(path.read_text(encoding=UTF8))
     except (ValueError, RecursionError) as error:
@@ -110,22 +116,18 @@ def _array_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         yield _object(row, path, number)
 
 
-def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, Any]:
+def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, object]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        got = (
-            "an object that goes over several lines"
-            if line.strip() == "{"
-            else f"a line that is not JSON ({error})"
-        )
+        got = "an object on several lines" if line.strip() == "{" else f"a line that is not JSON ({error})"
         raise DataError(
-            f"{path}, row {number}: expected one JSON object a line, or one array of them, got {got}"
+            f"{path}, row {number}: expected one JSON object per line, or one array of them, got {got}"
         ) from None
     return _object(row, path, number)
 
 
-def _object(row: object, path: Path, number: int) -> Mapping[str, Any]:
+def _object(row: object, path: Path, number: int) -> Mapping[str, object]:
     if not isinstance(row, dict):
         raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
     return row

@@ -1,6 +1,7 @@
 """Rows of votes: the one reader of pairs, the validation of a raw row, and the flat row of a pair.
 
-Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_personalized_0125`) plus optional columns.
+Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_personalized_0125`) plus optional
+columns.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ SPLITS = ("train", "val", "test")
 WHOLE = 2**53  # whole numbers below it are exact in every file format
 _REQUIRED = ("user_id", "context", "chosen", "rejected")
 _TEXTS = (  # columns whose texts are kept
-    *_REQUIRED, "pair_id", "conversation_id", "type", "scenario", "user_split", "cohort",
-    "criteria", "self_description", "style", "attributes",
-)  # fmt: skip
+    *_REQUIRED,
+    "pair_id",
+    "conversation_id",
+    "type",
+    "scenario",
+    "user_split",
+    "cohort",
+    "criteria",
+    "self_description",
+    "style",
+    "attributes",
+)
 _POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
 _DATE = "seconds since 1970 or a date in ISO 8601"
 _MAX_SHOWN = 80  # characters of a bad value in an error
@@ -34,8 +44,8 @@ _MAX_SHOWN = 80  # characters of a bad value in an error
 def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
     """Stream pairs from a parquet or JSONL file, or from a folder of them in the order of their names.
 
-    Raises DataError with file, row, field and expectation at the first row that does not fit.  Also raises it for a missing, empty
-    or truncated file.  Rows are counted from 1 in each file.
+    Raises DataError with file, row, field and expectation at the first row that does not fit.  Also raises it
+    for a missing, empty or truncated file.  Rows are counted from 1 in each file.
     """
     path = Path(path)
     empty = True
@@ -233,7 +243,8 @@ class _Fields:
     def others(self) -> tuple[int, int] | None:
         """Votes of all other users, for chosen and for rejected; None where a column is absent.
 
-        Columns are `n_other_agree` and `n_other_disagree`; `n_other_judges` and `n_other_tie` may replace the second.
+        Columns are `n_other_agree` and `n_other_disagree`; `n_other_judges` and `n_other_tie` may replace the
+        second.
         """
         stated = self.value("n_other_disagree") is not None
         names = ("n_other_agree", *(("n_other_disagree",) if stated else ("n_other_judges", "n_other_tie")))
@@ -252,7 +263,7 @@ class _Fields:
         return int(value)
 
     def attributes(self) -> tuple[tuple[str, float], ...]:
-        """Attributes of a user and their weights, from an object or its JSON text; null weights are left out."""
+        """Attributes of a user and their weights, from an object or its JSON text, without null weights."""
         value = self.value("attributes")
         if value is None or (isinstance(value, str) and not value.strip()):
             return ()
@@ -270,7 +281,7 @@ class _Fields:
         return tuple((str(name), float(value[name])) for name in stated)
 
     def time(self) -> float | None:
-        """Time of the vote, from the column `time` or `timestamp`: seconds, a date or ISO 8601, by default in UTC."""
+        """Time of the vote, from `time` or `timestamp`: seconds, a date or ISO 8601, by default in UTC."""
         name = "timestamp" if self.value("time") is None else "time"
         value = self.value(name)
         if isinstance(value, str) and value.strip():

@@ -1,10 +1,10 @@
-"""One table as a folder of parquet files, written and read as a stream: memory holds a shard, never the table.
+"""A table as a folder of parquet files, written and read as a stream: memory holds a shard, never the table.
 
     pairs.parquet/part-00000-of-00002.parquet
     pairs.parquet/part-00001-of-00002.parquet
 
-The folder appears under its name only when every shard is whole, and the names say how many belong together, so that a copy that
-lost one is noticed.  pandas, pyarrow and `datasets` read such a folder like a file.
+The folder appears under its name only once every shard is complete.  Each name holds the number of shards, so
+that a copy that lost one is noticed.  pandas, pyarrow and `datasets` read such a folder like a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +28,15 @@ _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 
 
 class ShardWriter:
-    """Collects rows (dicts) or Arrow tables of one `schema`; as a context manager it publishes the folder when the block ends well."""
+    """A writer of rows or Arrow tables of one `schema`.
+
+    It is a context manager, which publishes the folder unless its block raises.
+    """
 
     def __init__(self, path: Path, schema: Any, rows: int = ROWS) -> None:
         self.path, self.schema, self.rows = path, schema, rows
         self._staging = path.with_name(f".{path.name}.tmp")
-        self._waiting: list[Mapping[str, Any]] = []
+        self._waiting: list[Mapping[str, object]] = []
         self._file: Any = None
         self._in_file = self._shards = 0
 
@@ -51,7 +55,8 @@ class ShardWriter:
             self._file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
-    def row(self, row: Mapping[str, Any]) -> None:
+    def row(self, row: Mapping[str, object]) -> None:
+        """Append one row."""
         self._waiting.append(row)
         if len(self._waiting) >= BATCH:
             self._flush()
@@ -87,7 +92,7 @@ class ShardWriter:
         for number in range(self._shards):
             part = self._staging / f"part-{number:05d}.parquet"
             part.rename(part.with_name(f"part-{number:05d}-of-{self._shards:05d}.parquet"))
-        if self.path.is_file():  # made by an older version
+        if self.path.is_file():  # of an older version
             self.path.unlink()
         publish_folder(self._staging, self.path)
 
@@ -95,7 +100,7 @@ class ShardWriter:
 def parts(path: Path) -> list[Path]:
     """The files of a table: `path` itself, or those of the folder in the order of their names.
 
-    Raises DataError when there is none, or when names say `-of-N` and some of the N are missing.
+    Raises DataError if there is none, or if names end in `-of-N` and some of the N are missing.
     """
     if not path.is_dir():
         return [path]
@@ -106,27 +111,25 @@ def parts(path: Path) -> list[Path]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Parquet and JSON files below a folder, in the order of their paths; nothing hidden, such as a downloader's cache."""
-    found = (f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    """Parquet and JSON files below a folder, by path, without hidden ones such as a downloader's cache."""
+    files = (f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def check_complete(files: list[Path]) -> None:
-    """Raises DataError when the files' names tell that some of their set are missing."""
-    found: dict[tuple[Path, str, int], int] = {}
-    for file in files:
-        if match := _PART.fullmatch(file.name):
-            name = (file.parent, match[1], int(match[2]))
-            found[name] = found.get(name, 0) + 1
-    for (folder, stem, expected), count in found.items():
+    """Raise DataError if by the files' names some of their set are missing."""
+    named = ((file, _PART.fullmatch(file.name)) for file in files)
+    counts = Counter((file.parent, match[1], int(match[2])) for file, match in named if match)
+    for (folder, stem, expected), count in counts.items():
         if count != expected:
             raise DataError(
-                f"{folder} holds {count} of the {expected} files {stem}-*-of-{expected:05d}; copy it again whole"
+                f"{folder} holds {count} of the {expected} files {stem}-*-of-{expected:05d}; copy all "
+                "of them again"
             )
 
 
 def digest(path: Path) -> str:
-    """sha256 over the bytes of all parts in their order; of a single file, its own."""
+    """The sha256 of all parts in their order; of a single file, its own."""
     total = hashlib.sha256()
     for file in parts(path):
         with file.open("rb") as stream:
@@ -136,7 +139,7 @@ def digest(path: Path) -> str:
 
 
 def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
-    """Arrow record batches of a parquet file or of a folder of them.  Raises DataError for one that is not whole."""
+    """Stream Arrow record batches from a parquet file or folder.  Raises DataError for an incomplete file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -146,5 +149,6 @@ def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
                 yield from table.iter_batches(batch_size=batch)
         except (pa.ArrowException, OSError):
             raise DataError(
-                f"{file} cannot be read as parquet: it was cut off while written or copied, or is something else"
+                f"{file} cannot be read as parquet: it was cut off while written or copied, or has "
+                "another format"
             ) from None

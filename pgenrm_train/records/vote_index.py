@@ -1,7 +1,8 @@
-"""An index of votes in SQLite, in a file of the temporary folder: rules over a whole data set, in memory that does not grow with it.
+"""An index of votes in SQLite, for rules over a full data set in memory that does not grow with it.
 
-A builder streams its pairs; what concerns all of them at once (one id a vote, splits, limits, votes that return on the other
-side of a split) is decided here from a row of hashes and labels a vote, and applied when the pairs are written.
+A builder streams its pairs.  Rules that concern all of them are applied here: one id per vote, splits,
+limits, votes that return on the other side of a split.  The index, a temporary file, has one row of hashes
+and labels per vote.  Its decisions take effect when the pairs are written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 from pgenrm_train.records.pairs import PreferencePair
 
@@ -26,45 +26,59 @@ CREATE TABLE votes (
     chosen INTEGER,    -- hash of the chosen text
     split TEXT, user_split TEXT, kept INTEGER DEFAULT 1, kind TEXT,
     longer INTEGER,    -- 1: the chosen text is the longer one, -1: the shorter, 0: as long
-    position INTEGER,  -- where the user saw the chosen text, when that is known
+    position INTEGER,  -- where the user saw the chosen text, or null
     criteria INTEGER, identical INTEGER
 );
-CREATE TABLE places (user TEXT, conversation TEXT, split TEXT, user_split TEXT, PRIMARY KEY (user, conversation));
+CREATE TABLE places (
+    user TEXT, conversation TEXT, split TEXT, user_split TEXT, PRIMARY KEY (user, conversation)
+);
 CREATE TABLE taken (name TEXT PRIMARY KEY, tries INTEGER DEFAULT 0);
 """
 
 
 def text_hash(*texts: str) -> int:
-    """64 bits, as SQLite stores them; the lengths keep ("a", "bc") from ("ab", "c")."""
+    """A hash of 64 bits, as SQLite stores them; ("a", "bc") and ("ab", "c") differ by their lengths."""
     data = f"{[*map(len, texts)]}{''.join(texts)}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
 class VoteIndex:
-    """One row a vote, in the order in which they were added; `kept` is 0 for votes that are left out."""
+    """One row per vote, in the order of `add`; `kept` is 0 for votes that are left out."""
 
     def __init__(self) -> None:
-        self.db = sqlite3.connect("")  # a temporary file that goes with the connection
+        self.db = sqlite3.connect("")  # a temporary file, removed with the connection
         self.db.executescript(
             f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536; {_TABLES}"
         )
-        self._waiting: list[tuple[Any, ...]] = []
+        self._waiting: list[tuple[object, ...]] = []
 
     def add(self, pair: PreferencePair) -> None:
+        """Append a vote."""
         texts = sorted((pair.chosen, pair.rejected))
         longer = len(pair.chosen) - len(pair.rejected)
-        self._waiting.append((
-            pair.pair_id, pair.user_id, pair.conversation_id or pair.pair_id,
-            text_hash(*(m.content for m in pair.context), *texts), text_hash(pair.chosen), pair.split, pair.user_split, pair.kind,
-            (longer > 0) - (longer < 0), pair.position, pair.explicit.criteria is not None, pair.chosen == pair.rejected,
-        ))  # fmt: skip
+        self._waiting.append(
+            (
+                pair.pair_id,
+                pair.user_id,
+                pair.conversation_id or pair.pair_id,
+                text_hash(*(m.content for m in pair.context), *texts),
+                text_hash(pair.chosen),
+                pair.split,
+                pair.user_split,
+                pair.kind,
+                (longer > 0) - (longer < 0),
+                pair.position,
+                pair.explicit.criteria is not None,
+                pair.chosen == pair.rejected,
+            )
+        )
         if len(self._waiting) >= _BATCH:
             self._flush()
 
     def _flush(self) -> None:
         self.db.executemany(
-            "INSERT INTO votes (name, user, conversation, content, chosen, split, user_split, kind, longer, position, criteria,"
-            " identical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO votes (name, user, conversation, content, chosen, split, user_split, kind, longer, "
+            "position, criteria, identical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             self._waiting,
         )
         self._waiting.clear()
@@ -73,7 +87,7 @@ class VoteIndex:
         self.db.close()
 
     def added(self) -> None:
-        """Call once, when all votes are in."""
+        """Finish adding; call once, after the last vote."""
         self._flush()
         self.db.execute("CREATE INDEX by_name ON votes (name)")
         self.db.execute("CREATE INDEX by_user ON votes (user, content)")
@@ -83,17 +97,17 @@ class VoteIndex:
         return int(self.db.execute(sql).fetchone()[0] or 0)
 
     def counts(self, expression: str, table: str = "votes WHERE kept") -> dict[str, int]:
-        """How many rows have each value of an expression, the first to appear first."""
+        """Counts of rows by the value of an expression, in the order of first appearance."""
         return dict(
             self.db.execute(
                 f"SELECT {expression} AS what, COUNT(*) FROM {table} GROUP BY what ORDER BY MIN(rowid)"
             )
         )
 
-    # ---- one id a vote ----
+    # ---- one id per vote ----
 
     def name_votes(self) -> None:
-        """Many sources name the *question*, which several users voted on; here an id names one vote."""
+        """Make ids unique: many sources name the *question*, on which several users voted."""
         several = "SELECT name FROM votes GROUP BY name HAVING COUNT(*) > 1"
         self.db.execute(f"INSERT INTO taken (name) SELECT name FROM votes WHERE name NOT IN ({several})")
         ambiguous = self.db.execute(
@@ -103,9 +117,9 @@ class VoteIndex:
         self.db.executemany("UPDATE votes SET name = ? WHERE row = ?", renamed)
 
     def _free(self, base: str) -> str:
-        """`base`, or with the first number that nobody has."""
-        found = self.db.execute("SELECT tries FROM taken WHERE name = ?", (base,)).fetchone()
-        tries, name, taken = (found[0] if found else 0), base, True
+        """`base`, with the first free number if it is taken."""
+        row = self.db.execute("SELECT tries FROM taken WHERE name = ?", (base,)).fetchone()
+        tries, name, taken = (row[0] if row else 0), base, True
         while taken:
             tries += 1
             name = base if tries == 1 else f"{base}/{tries}"
@@ -116,12 +130,13 @@ class VoteIndex:
     # ---- splits ----
 
     def split(self, by: str, seed: int) -> None:
-        """Assign splits: `source` keeps what the records say.
+        """Assign splits; `source` keeps those of the records.
 
-        `within_user` gives each user's conversations to train, val and test (70/10/20 % in expectation, the first is always
-        train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of the users for test and a twentieth for val,
-        half of whose conversations are history and half are asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to one
-        split.
+        `within_user` gives each user's conversations to train, val and test (70/10/20 % in expectation, the
+        first is always train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of
+        the users for test and a twentieth for val, half of whose conversations are history and half are
+        asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to
+        one split.
         """
         self.db.create_function(
             "draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True
@@ -141,13 +156,13 @@ class VoteIndex:
     def _places(self, user_disjoint: bool, seed: int) -> Iterator[tuple[str, str, str, str]]:
         held_out = self._held_out() if user_disjoint else {}
         units = self.db.execute(
-            "SELECT user, conversation FROM votes GROUP BY user, conversation ORDER BY user, draw(user, conversation)"
+            "SELECT user, conversation FROM votes GROUP BY user, conversation"
+            " ORDER BY user, draw(user, conversation)"
         )
         for user, rows in groupby(units, key=lambda row: row[0]):
             names = [name for _, name in rows]
-            start = _fraction(
-                seed, "user", user
-            )  # so that users of few conversations have their share of val, too
+            # The offset gives users with few conversations their share of val.
+            start = _fraction(seed, "user", user)
             for i, name in enumerate(names):
                 if split := held_out.get(user):
                     yield user, name, "train" if i < (len(names) + 1) // 2 else split, split
@@ -157,23 +172,19 @@ class VoteIndex:
                     yield user, name, _within((i + start) / len(names)), "train"
 
     def _held_out(self) -> dict[str, str]:
-        """User → test or val; one user is asked about wherever another can train."""
-        drawn = [
-            user
-            for (user,) in self.db.execute(
-                "SELECT user FROM votes GROUP BY user ORDER BY draw('users', user)"
-            )
-        ]
+        """User → test or val; at least one user is in test if another can train."""
+        users = self.db.execute("SELECT user FROM votes GROUP BY user ORDER BY draw('users', user)")
+        drawn = [user for (user,) in users]
         counts = {split: round(share * len(drawn)) for split, share in HELDOUT_SHARES}
         counts["test"] = max(counts["test"], int(len(drawn) > 1))
         return dict(
             zip(drawn, (split for split, count in counts.items() for _ in range(count)), strict=False)
         )
 
-    # ---- what is left out ----
+    # ---- votes that are left out ----
 
     def limit_training(self, limit: int | None) -> None:
-        """Keep at most about `limit` votes to learn from, whole users at a time, the first users of the source."""
+        """Keep about `limit` training votes, all votes of the source's first users."""
         if limit is None:
             return
         total, last = 0, -1
@@ -187,34 +198,35 @@ class VoteIndex:
         self.db.execute(f"UPDATE votes SET kept = 0 WHERE {TRAINS} AND user IN ({late})")
 
     def drop_overlap(self) -> Counter[str]:
-        """Leave out votes that the same user also casts further down train → val → test: the same context and two texts,
-        whichever was chosen.  Returns how many by split.
+        """Leave out votes that the same user repeats in a later split of train → val → test.
 
-        The same question put to *other* users is normal in votes and stays.
+        A repetition has the same context and two texts, whichever was chosen.  The same comparison by *other*
+        users is normal and stays.  Returns counts by split.
         """
         dropped: Counter[str] = Counter()
         for split, later in (("train", "'val', 'test'"), ("val", "'test'")):
             dropped[split] = self.db.execute(
-                f"""UPDATE votes SET kept = 0 WHERE kept AND split = '{split}' AND EXISTS (SELECT 1 FROM votes other
-                WHERE other.user = votes.user AND other.content = votes.content AND other.kept AND other.split IN ({later}))"""
+                f"""UPDATE votes SET kept = 0 WHERE kept AND split = '{split}' AND EXISTS (
+                SELECT 1 FROM votes other WHERE other.user = votes.user AND other.content = votes.content
+                AND other.kept AND other.split IN ({later}))"""
             ).rowcount
         return dropped
 
     def overlap(self) -> tuple[str, str, str]:
         """(earlier vote, later vote, user) of one vote that `drop_overlap` left out."""
-        found = self.db.execute(
+        row = self.db.execute(
             """SELECT votes.name, other.name, votes.user FROM votes JOIN votes other USING (user, content)
             WHERE NOT votes.kept AND other.kept AND votes.split != other.split ORDER BY votes.row LIMIT 1"""
         ).fetchone()
-        return found[0], found[1], found[2]
+        return row[0], row[1], row[2]
 
     def decisions(self) -> Iterator[tuple[str, str, str, int]]:
-        """(pair_id, split, user_split, kept) of every vote, in the order in which they were added."""
+        """(pair_id, split, user_split, kept) per vote, in the order of `add`."""
         yield from self.db.execute("SELECT name, split, user_split, kept FROM votes ORDER BY row")
 
 
 def _fraction(seed: int, *of: object) -> float:
-    """A draw in [0, 1) that depends on the arguments alone."""
+    """A draw in [0, 1) that depends only on the arguments."""
     return (text_hash(str(seed), *map(str, of)) + 2**63) / 2**64
 
 

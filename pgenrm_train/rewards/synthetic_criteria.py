@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pgenrm_train.prompts.messages import neutralise
+from pgenrm_train.prompts.messages import neutralise, shorten
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem
 from pgenrm_train.rewards.judging import read_answer
 
@@ -74,6 +74,4 @@ def write_criteria(criteria: Sequence[tuple[str, int]]) -> str:
 
 def _cut(text: str) -> str:
     """Harmless text of at most MAX_TEXT characters, with a count of the words removed."""
-    text = neutralise(text)
-    gone = len(text[MAX_TEXT:].split())
-    return f"{text[:MAX_TEXT]} …(+{gone} words)" if gone else text
+    return shorten(neutralise(text), MAX_TEXT)

@@ -79,7 +79,7 @@ def load(run_dir: Path) -> dict[str, ExplicitSignals]:
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run recipe=criteria with the same run_dir first")
     return {
-        row["user_id"]: ExplicitSignals(criteria=row["criteria"], synthetic=True)
+        str(row["user_id"]): ExplicitSignals(criteria=str(row["criteria"]), synthetic=True)
         for row in read_rows(path)
         if row["criteria"]
     }

@@ -19,7 +19,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.records.questions import (
     Answer,
-    Question,
+    UserQuestion,
     read_answers,
     read_questions,
     read_secrets,
@@ -78,7 +78,7 @@ def _rules(config: Config) -> list[str]:
 
 
 def _reference(
-    config: Config, folder: Path, built: Path, questions: Sequence[Question], answers: Sequence[Answer]
+    config: Config, folder: Path, built: Path, questions: Sequence[UserQuestion], answers: Sequence[Answer]
 ) -> Reference:
     """Grades that came with the answers, if all did; else an LLM judge's.  Raises ConfigError without either."""
     given = {(a.question_id, a.model): a.rubric_score for a in answers}

@@ -93,10 +93,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 def completion(text: str | None, finish: str = "stop") -> dict[str, Any]:
     return {
-        "id": "c", "object": "chat.completion", "created": 0, "model": "stub",
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "stub",
         "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Chains: what is read, what fails, what is recomputed, and that no text costs more than one pass."""
+"""Chains: reading, failures by kind, recomputed scores, and one pass over any text."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def kind(text: str, n: int = 2) -> str:
     return failure.kind
 
 
-# ---- the writer ---------------------------------------------------------------------------------------------------------------
+# ---- the writer --------------------------------------------------------------------------------------------
 
 
 def test_the_writer_gives_exactly_this():
@@ -140,7 +140,7 @@ def test_the_writer_refuses_what_cannot_be_read_back(criteria, scores, notes):
         write_chain("", criteria, scores, notes)
 
 
-# ---- what is tolerated, what fails --------------------------------------------------------------------------------------------
+# ---- what is tolerated, what fails -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_chain_keeps_ties_and_identical_scores():
     assert parse_chain(scored(7, 7.0)).scores == (7.0, 7.0)
 
 
-# ---- issues and the rubric ----------------------------------------------------------------------------------------------------
+# ---- issues and the rubric ---------------------------------------------------------------------------------
 
 
 def test_declared_scores_of_the_papers_showcase_differ():
@@ -279,7 +279,7 @@ Response 2 Final Score = (4 * 0.4) + (5 * 0.6) = 4.6"""
 @pytest.mark.parametrize("escaped", [True, False])
 @pytest.mark.parametrize("fence", ["{}", "\n```json\n{}\n```\n"])
 def test_the_released_checkpoints_format_is_read_and_verified(escaped, fence):
-    """The layout that the paper's prompts ask for (Figures 10 and 11): scores as texts, line breaks raw or escaped, a fence or none."""
+    """The layout of the paper's prompts (Figures 10 and 11): scores as texts, raw or escaped line breaks."""
     body = json.dumps(
         {"rationale": RELEASED, "better_response": {"response_1": "7.4", "response_2": "4.6"}}, indent=1
     )
@@ -352,13 +352,18 @@ def test_a_structured_rubric_takes_precedence(scores):
 @pytest.mark.parametrize(
     "rubric",
     [
-        None, [], {}, {"criteria": {}}, {"criteria": {"a": True}, "scores": {}}, {"criteria": {"a": -1}, "scores": {}},
+        None,
+        [],
+        {},
+        {"criteria": {}},
+        {"criteria": {"a": True}, "scores": {}},
+        {"criteria": {"a": -1}, "scores": {}},
         {"criteria": {"a": 100}, "scores": {"response_1": [8]}},
         {"criteria": {"a": 100}, "scores": {"response_1": [8], "response_2": ["x"]}},
         {"criteria": {"a": 1e308, "b": 1e308}, "scores": {"response_1": [8, 1e308], "response_2": [1, 2]}},
         {"criteria": {"a": 100}, "scores": {"response_1": {"b": 8}, "response_2": [math.nan]}},
     ],
-)  # fmt: skip
+)
 def test_an_unusable_structured_rubric_does_no_harm(rubric):
     chain = parse_chain(block({**GOOD, "rubric": rubric}))
     assert isinstance(chain, Chain)
@@ -367,20 +372,28 @@ def test_an_unusable_structured_rubric_does_no_harm(rubric):
 
 
 FREE_FORMS = [
-    "Accuracy (40%), Clarity (60%). Response 1: Accuracy: 8/10, Clarity: 7/10. Response 2: Accuracy: 4/10, Clarity: 5/10.",
-    "**Accuracy**: 40%\n**Clarity**: 60%\n\n**Response 1**: Accuracy = 8, Clarity = 7\n**Response 2**: Accuracy = 4, Clarity = 5",
-    "- Accuracy – 40%\n- Clarity – 60%\nresponse_1\n- Accuracy (8)\n- Clarity (7)\nresponse_2\n- Accuracy (4)\n- Clarity (5)",
+    "Accuracy (40%), Clarity (60%). Response 1: Accuracy: 8/10, Clarity: 7/10. Response 2: Accuracy: 4/10, "
+    "Clarity: 5/10.",
+    "**Accuracy**: 40%\n**Clarity**: 60%\n\n**Response 1**: Accuracy = 8, Clarity = 7\n**Response 2**: "
+    "Accuracy = 4, Clarity = 5",
+    "- Accuracy – 40%\n- Clarity – 60%\nresponse_1\n- Accuracy (8)\n- Clarity (7)\nresponse_2\n- Accuracy "
+    "(4)\n- Clarity (5)",
     "40% Accuracy, 60% Clarity. Response 1: accuracy 8, clarity 7. Response 2: accuracy 4, clarity 5.",
-    "A. Evaluation Criteria: 1. Accuracy (40%): facts first. 2. Clarity (60%): plain words.\nB. Scoring Breakdown: Response 1: "
-    "**Accuracy**: 8/10, better than Response 2. **Clarity**: 7/10. Response 1 Final Score = (8 * 0.40) + (7 * 0.60) = 7.4\n"
-    "Response 2: **Accuracy**: 4/10. **Clarity**: 5/10. Response 2 Final Score = (4 * 0.40) + (5 * 0.60) = 4.6",
+    "A. Evaluation Criteria: 1. Accuracy (40%): facts first. 2. Clarity (60%): plain words.\nB. Scoring "
+    "Breakdown: Response 1: "
+    "**Accuracy**: 8/10, better than Response 2. **Clarity**: 7/10. Response 1 Final Score = (8 * 0.40) + "
+    "(7 * 0.60) = 7.4\n"
+    "Response 2: **Accuracy**: 4/10. **Clarity**: 5/10. Response 2 Final Score = (4 * 0.40) + (5 * 0.60) = "
+    "4.6",
     "Accuracy 40% and Clarity 60%. Response 1: 8*0.40 + 7*0.60 = 7.4. Response 2: 4*0.40 + 5*0.60 = 4.6.",
     "Accuracy: 40%, Clarity: 60%. Response 1 = 0.4×8 + 0.6×7. Response 2 = 0.4×4 + 0.6×5.",
     "Criteria & weights: Accuracy (weight: 40%); Clarity (weight: 60%); total 100%. "
     "Response 1: Accuracy (40%): 8, Clarity (60%): 7. Response 2: Accuracy (40%): 4, Clarity (60%): 5.",
-    "Response 1: Accuracy (40%): 8/10, Clarity (60%): 7/10 = 7.4. Response 2: Accuracy (40%): 4/10, Clarity (60%): 5/10 = 4.6.",
+    "Response 1: Accuracy (40%): 8/10, Clarity (60%): 7/10 = 7.4. Response 2: Accuracy (40%): 4/10, Clarity "
+    "(60%): 5/10 = 4.6.",
     "Accuracy 40%, Clarity 60%. "
-    "Response 1: Accuracy 8 × 0.4 = 3.2; Clarity 7 × 0.6 = 4.2. Response 2: Accuracy 4 × 40%, Clarity 5 × 60%.",
+    "Response 1: Accuracy 8 × 0.4 = 3.2; Clarity 7 × 0.6 = 4.2. Response 2: Accuracy 4 × 40%, Clarity 5 × "
+    "60%.",
     "Accuracy is weighted 40%, clarity weighted at 60%. "
     "Response 1 - Accuracy: 8, clarity: 7. Response 2 - Accuracy: 4, clarity: 5.",
 ]
@@ -407,14 +420,54 @@ def test_a_note_is_not_taken_for_scores():
     assert parse_chain(text).criterion_scores == ((8, 5, 6), (2, 3, 4))
 
 
-# ---- no text raises, no text is slow ------------------------------------------------------------------------------------------
+# ---- no text raises, no text is slow -----------------------------------------------------------------------
 
 FRAGMENTS = [
-    JSON_START, JSON_END, *FORMAT_STRINGS, "{", "}", '"', ":", ",", "[", "]", "\\", "NaN", "Infinity", "-", "1e999",
-    "true", "null", "\ud800", "\n", '"rationale"', '"better_response"', '"response_1"', '"response_2"', '"rubric"',
-    '"criteria"', '"scores"', "Response 1", "Response 2:", "a 50%", "a", "8", " = ", "; ", ". ", "(40%)", "*", "×",
-    "0.5", "%", "**", "```json", "9" * 5000, "İ", "ſ",
-]  # fmt: skip
+    JSON_START,
+    JSON_END,
+    *FORMAT_STRINGS,
+    "{",
+    "}",
+    '"',
+    ":",
+    ",",
+    "[",
+    "]",
+    "\\",
+    "NaN",
+    "Infinity",
+    "-",
+    "1e999",
+    "true",
+    "null",
+    "\ud800",
+    "\n",
+    '"rationale"',
+    '"better_response"',
+    '"response_1"',
+    '"response_2"',
+    '"rubric"',
+    '"criteria"',
+    '"scores"',
+    "Response 1",
+    "Response 2:",
+    "a 50%",
+    "a",
+    "8",
+    " = ",
+    "; ",
+    ". ",
+    "(40%)",
+    "*",
+    "×",
+    "0.5",
+    "%",
+    "**",
+    "```json",
+    "9" * 5000,
+    "İ",
+    "ſ",
+]
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -470,12 +523,48 @@ def test_damaged_chains_never_raise(at, fragment):
 
 
 UNITS = [
-    JSON_START, JSON_END, "{", JSON_START + "{", JSON_START + '{"', JSON_START + JSON_END,
-    JSON_START + "{" + JSON_END, JSON_START + '{"a":', '{"a":', "%", "1", "1%", "a 1%, ", "1 ", " ", "\n", '"', "\\",
-    '{"', "{ ", "[", "Response 1", "Response 1: ", ". Response 1: ", ". Response 2: ", "1*1 ", "a 1, ", "(", "((40%",
-    "a ", ": ", "0.5*", "\u0338", JSON_START + '{"better_response":1}' + JSON_END, "response_", "; ", " = ", ", ",
-    "a*", "- ", "\u00a0",
-]  # fmt: skip
+    JSON_START,
+    JSON_END,
+    "{",
+    JSON_START + "{",
+    JSON_START + '{"',
+    JSON_START + JSON_END,
+    JSON_START + "{" + JSON_END,
+    JSON_START + '{"a":',
+    '{"a":',
+    "%",
+    "1",
+    "1%",
+    "a 1%, ",
+    "1 ",
+    " ",
+    "\n",
+    '"',
+    "\\",
+    '{"',
+    "{ ",
+    "[",
+    "Response 1",
+    "Response 1: ",
+    ". Response 1: ",
+    ". Response 2: ",
+    "1*1 ",
+    "a 1, ",
+    "(",
+    "((40%",
+    "a ",
+    ": ",
+    "0.5*",
+    "\u0338",
+    JSON_START + '{"better_response":1}' + JSON_END,
+    "response_",
+    "; ",
+    " = ",
+    ", ",
+    "a*",
+    "- ",
+    "\u00a0",
+]
 
 
 @pytest.mark.parametrize("unit", UNITS)

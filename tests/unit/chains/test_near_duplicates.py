@@ -1,4 +1,4 @@
-"""Similarity is estimated well, near-duplicates are found and others are not, and a crowd of similar texts costs no more than a few."""
+"""Near-duplicates: a good estimate, no false ones, and bounded cost among many similar texts."""
 
 import random
 
@@ -55,7 +55,7 @@ def test_case_and_punctuation_do_not_count_and_short_texts_do_no_harm():
 
 
 def test_a_crowd_of_similar_texts_fills_no_bucket():
-    """Not alike enough to be left out, alike enough to share bands: comparisons a text stay bounded."""
+    """Texts below the threshold may share bands; the comparisons per text stay bounded."""
     rng, index = random.Random(1), NearDuplicates(0.999)
     common = text(rng)
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""A chain is kept only when it reads, ranks, adds up and judges; every other one has its reason."""
+"""A chain is kept only if it can be read, ranks, adds up and judges; each other one has its reason."""
 
 import json
 
@@ -21,14 +21,20 @@ def test_a_correct_chain_is_kept_for_the_side_that_it_prefers():
     assert reason(chain(5, 5)) == reason(chain(5, 5), second) == "tie"
 
 
-@pytest.mark.parametrize("text,kind", [
-    ("", "no_markers"),
-    ("left is better", "no_markers"),
-    ("<JSON_START>{oops<JSON_END>", "bad_json"),
-    ('<JSON_START>{"rationale": "x"}<JSON_END>', "scores_missing"),
-    ('<JSON_START>{"better_response": {"response_1": 8}}<JSON_END>', "scores_count"),
-    ('<JSON_START>{"better_response": {"response_1": true, "response_2": 1}}<JSON_END>', "scores_not_numbers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,kind",
+    [
+        ("", "no_markers"),
+        ("left is better", "no_markers"),
+        ("<JSON_START>{oops<JSON_END>", "bad_json"),
+        ('<JSON_START>{"rationale": "x"}<JSON_END>', "scores_missing"),
+        ('<JSON_START>{"better_response": {"response_1": 8}}<JSON_END>', "scores_count"),
+        (
+            '<JSON_START>{"better_response": {"response_1": true, "response_2": 1}}<JSON_END>',
+            "scores_not_numbers",
+        ),
+    ],
+)
 def test_chains_that_cannot_be_read(text, kind):
     assert reason(text) == f"parse:{kind}"
 
@@ -38,13 +44,36 @@ def declared(rationale: str, first: float = 8.0, second: float = 3.0) -> str:
     return f"Analysis.\n<JSON_START>{json.dumps(block)}<JSON_END>"
 
 
-@pytest.mark.parametrize("text,issue", [
-    (declared("It is simply better."), "no_rubric"),
-    (declared("brevity 70%, wit 70%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."), "weights"),
-    (declared("brevity 70%, wit 30%. Response 1: brevity 20, wit 20 = 20.0. Response 2: brevity 3, wit 3 = 3.0.", 20), "score_range"),
-    (declared("brevity 70%, wit 30%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0.", 9.5), "declared_differs"),
-    (chain(8, 3) + " And that is that.", "trailing_text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,issue",
+    [
+        (declared("It is simply better."), "no_rubric"),
+        (
+            declared(
+                "brevity 70%, wit 70%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = "
+                "3.0."
+            ),
+            "weights",
+        ),
+        (
+            declared(
+                "brevity 70%, wit 30%. Response 1: brevity 20, wit 20 = 20.0. Response 2: brevity 3, wit 3 "
+                "= 3.0.",
+                20,
+            ),
+            "score_range",
+        ),
+        (
+            declared(
+                "brevity 70%, wit 30%. Response 1: brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = "
+                "3.0.",
+                9.5,
+            ),
+            "declared_differs",
+        ),
+        (chain(8, 3) + " And that is that.", "trailing_text"),
+    ],
+)
 def test_chains_whose_rubric_does_not_hold(text, issue):
     assert reason(text) == f"issue:{issue}"
 
@@ -92,7 +121,7 @@ def test_a_leak_inside_the_rationale_counts():
 
 
 def test_totals_that_rank_only_by_rounding_are_rejected():
-    """Declared 7.1 and 7.0 agree with 7.05 and 7.05 to a decimal; what can be recomputed shows a tie, or the other order."""
+    """Declared 7.1 and 7.0 agree with 7.05 and 7.05 to a decimal, though the recomputed scores are a tie."""
     even = "a 50%, b 50%. Response 1: a 7, b 7.1 = 7.1. Response 2: a 7.1, b 7 = 7.0."
     other = "a 50%, b 50%. Response 1: a 7, b 7.1 = 7.1. Response 2: a 7.1, b 7.06 = 7.04."
     assert reason(declared(even, 7.1, 7.0)) == reason(declared(other, 7.1, 7.04)) == "verified_ranking"

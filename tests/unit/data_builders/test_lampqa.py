@@ -20,8 +20,8 @@ from pgenrm_train.records.pairs import HistoryItem, Message
 from pgenrm_train.records.questions import (
     Answer,
     ProfileItem,
-    Question,
     QuestionSecret,
+    UserQuestion,
     read_answers,
     read_questions,
     read_secrets,
@@ -70,7 +70,7 @@ def test_the_test_questions_of_three_subsets_are_built(tmp_path, capsys):
     found = read_questions(folder)
     assert [q.id for q in found] == ["q0", "q1", "q10", "q11", "q20", "q21"] and facts["questions"] == 6
     assert Counter(q.subset for q in found) == dict.fromkeys(lampqa.SUBSETS, 2)
-    assert found[0] == Question(
+    assert found[0] == UserQuestion(
         "q0", "How do I do 0?", (ProfileItem("old0", "I once asked 0", "music"),), "music", lampqa.SUBSETS[0]
     )
     assert "left out 6 profile items that are the question itself" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def members(kind) -> set[type]:
 def test_no_record_that_a_prompt_is_written_from_can_hold_a_secret():
     secret = {QuestionSecret, questions.Aspect}
     for kind in (
-        Question,
+        UserQuestion,
         Answer,
         MaskedView,
         FullView,

@@ -158,11 +158,24 @@ def test_each_style_through_the_recipe(tmp_path):
     pd.DataFrame([pair_to_row(p) for p in votes]).to_parquet(tmp_path / "votes.parquet")
 
     def evaluated(style, url):
-        evaluate.run(load(
-            "recipe=evaluate", "data=pairs", f"data.path={tmp_path / 'votes.parquet'}", "model=endpoint", "model.name=stub",
-            f"model.base_url={url}", f"model.prompt={style}", "eval.seeds=1", "eval.ind=1", "eval.baselines=[longer]", "tracking=none",
-            f"run_dir={tmp_path / style}", "eval.draws=20", "eval.probes=false",
-        ))  # fmt: skip
+        evaluate.run(
+            load(
+                "recipe=evaluate",
+                "data=pairs",
+                f"data.path={tmp_path / 'votes.parquet'}",
+                "model=endpoint",
+                "model.name=stub",
+                f"model.base_url={url}",
+                f"model.prompt={style}",
+                "eval.seeds=1",
+                "eval.ind=1",
+                "eval.baselines=[longer]",
+                "tracking=none",
+                f"run_dir={tmp_path / style}",
+                "eval.draws=20",
+                "eval.probes=false",
+            )
+        )
         return json.loads((tmp_path / style / "evaluate" / "results.json").read_text())
 
     with serve(lambda body, n: "Likes what is good." if is_persona_call(body) else SCORES) as server:

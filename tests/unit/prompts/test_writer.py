@@ -90,10 +90,10 @@ REAL_TEXTS = (
     "\u00a0no-break\u200bzero width\ufeff",
     "1 2 3 45 678 9.0 10/10 7.5, 0",
     "   leading and trailing   \n\n",
-    "<query>not a tag</query> <|im_start|> [INST] {\"a\": [1, 2]}",
+    '<query>not a tag</query> <|im_start|> [INST] {"a": [1, 2]}',
     "don't we'll I'M they'VE",
     "x" * 300,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("number", range(len(REAL_TEXTS)))

@@ -1,4 +1,4 @@
-"""Pairs are read back as they were written, and every bad file is told in one sentence that names file, row, field and expectation."""
+"""Pairs survive their rows; an error on a bad file names file, row, field and expectation in one sentence."""
 
 import json
 import tempfile
@@ -93,10 +93,14 @@ def test_jsonl_round_trip_passes_over_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("given", "time"),
     [
-        ({"time": 12.5}, 12.5), ({"timestamp": "1970-01-02"}, 86400.0), ({"timestamp": "1970-01-01T01:00:00+01:00"}, 0.0),
-        ({"timestamp": ""}, None), ({"time": float("nan")}, None), ({}, None),
+        ({"time": 12.5}, 12.5),
+        ({"timestamp": "1970-01-02"}, 86400.0),
+        ({"timestamp": "1970-01-01T01:00:00+01:00"}, 0.0),
+        ({"timestamp": ""}, None),
+        ({"time": float("nan")}, None),
+        ({}, None),
     ],
-)  # fmt: skip
+)
 def test_times_are_read_in_seconds_or_iso_8601(tmp_path, given, time):
     (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**given)))
     assert pair.time == time
@@ -107,7 +111,7 @@ def test_a_parquet_timestamp_is_a_time(tmp_path):
     assert next(read_pairs(tmp_path / "votes.parquet")).time == 60.0
 
 
-def test_a_time_that_is_none_is_told(tmp_path):
+def test_a_bad_time_is_an_error(tmp_path):
     assert "row 1, field 'timestamp': expected seconds since 1970" in problem(
         write_jsonl(tmp_path, a_row(timestamp="yesterday"))
     )
@@ -116,16 +120,22 @@ def test_a_time_that_is_none_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("given", "position"),
     [
-        ({"position": 1}, 1), ({"position": 0.0}, 0), ({"position_of_chosen": "right"}, 1), ({"position_of_chosen": "A1"}, 0),
-        ({"position_of_chosen": "somewhere"}, None), ({"position": -1}, None), ({"position": True}, None), ({}, None),
+        ({"position": 1}, 1),
+        ({"position": 0.0}, 0),
+        ({"position_of_chosen": "right"}, 1),
+        ({"position_of_chosen": "A1"}, 0),
+        ({"position_of_chosen": "somewhere"}, None),
+        ({"position": -1}, None),
+        ({"position": True}, None),
+        ({}, None),
     ],
-)  # fmt: skip
+)
 def test_where_the_chosen_response_was_shown(tmp_path, given, position):
     (pair,) = read_pairs(write_jsonl(tmp_path, a_row(**given)))
     assert pair.position == position
 
 
-def test_a_json_array_is_read_and_told_when_it_is_none(tmp_path):
+def test_a_json_array_is_read_or_refused(tmp_path):
     path = tmp_path / "votes.json"
     path.write_text(json.dumps([a_row(), a_row(user_id="u2")], indent=1))
     assert [p.user_id for p in read_pairs(path)] == ["u1", "u2"]
@@ -134,10 +144,10 @@ def test_a_json_array_is_read_and_told_when_it_is_none(tmp_path):
     path.write_text(json.dumps([a_row()])[:-9])
     assert "expected a JSON array of objects" in problem(path)
     path.write_text(json.dumps(a_row()) + "\n" + json.dumps(a_row()))
-    assert len(list(read_pairs(path))) == 2, "a row a line under this name"
+    assert len(list(read_pairs(path))) == 2, "one row per line under this name"
 
 
-def test_pretty_printed_json_is_read_as_an_array_and_told_as_an_object(tmp_path):
+def test_pretty_printed_json_is_read_as_an_array_and_refused_as_an_object(tmp_path):
     path = tmp_path / "votes.jsonl"
     path.write_text(json.dumps([a_row()], indent=2))
     assert [p.user_id for p in read_pairs(path)] == ["u1"], "an array under this name, too"
@@ -147,7 +157,7 @@ def test_pretty_printed_json_is_read_as_an_array_and_told_as_an_object(tmp_path)
     assert len(list(read_pairs(path))) == 1
     path.write_text(json.dumps(a_row(), indent=2))
     assert (
-        "row 1: expected one JSON object a line, or one array of them, got an object that goes over several lines"
+        "row 1: expected one JSON object per line, or one array of them, got an object on several lines"
         in problem(path)
     )
 
@@ -288,10 +298,16 @@ BAD_FIELDS = {
     "empty context": ({"context": []}, "context", "non-empty list"),
     "context of another type": ({"context": 3}, "context", "non-empty list"),
     "turn without content": ({"context": [{"role": "user"}]}, "context[0]", "{role, content}"),
-    "turn with null content": ({"context": [{"role": "user", "content": None}]}, "context[0]", "{role, content}"),
+    "turn with null content": (
+        {"context": [{"role": "user", "content": None}]},
+        "context[0]",
+        "{role, content}",
+    ),
     "bad role": ({"context": [{"role": "human", "content": "hi"}]}, "context[0].role", "user, assistant"),
     "ends with the assistant": (
-        {"context": [{"role": "user", "content": "hi"}, {"role": "model", "content": "yo"}]}, "context", "ends with a user turn",
+        {"context": [{"role": "user", "content": "hi"}, {"role": "model", "content": "yo"}]},
+        "context",
+        "ends with a user turn",
     ),
     "null chosen": ({"chosen": None}, "chosen", "a value"),
     "empty chosen": ({"chosen": " \n"}, "chosen", "non-empty text"),
@@ -304,12 +320,20 @@ BAD_FIELDS = {
     "score that is a boolean": ({"rejected_score": True}, "rejected_score", "a number or null"),
     "user that is a list": ({"user_id": ["u"]}, "user_id", "a text or a number"),
     "half an emoji": ({"chosen": "so good \ud83d"}, "chosen", "text that UTF-8 can hold"),
-    "half an emoji in a context": ({"context": [{"role": "user", "content": "\udc4d"}]}, "context", "text that UTF-8 can hold"),
+    "half an emoji in a context": (
+        {"context": [{"role": "user", "content": "\udc4d"}]},
+        "context",
+        "text that UTF-8 can hold",
+    ),
     "endless score": ({"chosen_score": float("inf")}, "chosen_score", "a number or null"),
     "score without end": ({"chosen_score": 10**400}, "chosen_score", "a number or null"),
     "time without end": ({"time": 10**400}, "time", "seconds since 1970"),
     "turn that no file can hold": ({"turn": 2**70}, "turn", "a whole number"),
-    "counts that no file can hold": ({"n_other_agree": 2**70, "n_other_disagree": 0}, "n_other_agree", "a whole number"),
+    "counts that no file can hold": (
+        {"n_other_agree": 2**70, "n_other_disagree": 0},
+        "n_other_agree",
+        "a whole number",
+    ),
     "endless attributes": ({"attributes": {"fluency": float("inf")}}, "attributes", "numbers as weights"),
     "attributes that are booleans": ({"attributes": {"fluency": True}}, "attributes", "numbers as weights"),
     "synthetic in words": ({"synthetic_criteria": "false"}, "synthetic_criteria", "true, false or null"),
@@ -318,7 +342,7 @@ BAD_FIELDS = {
     "attributes that are a list": ({"attributes": '["fluency"]'}, "attributes", "name → weight"),
     "attributes that are texts": ({"attributes": {"fluency": "high"}}, "attributes", "numbers as weights"),
     "criteria that are a number": ({"criteria": 4}, "criteria", "a text or null"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
@@ -353,8 +377,17 @@ def test_rows_before_the_bad_one_were_streamed(tmp_path):
         next(reader)
 
 
-@pytest.mark.parametrize("split,user_split,trains", [("train", "train", True), ("train", "overlapping", True), ("train", "test", False),
-                                                     ("train", "val", False), ("test", "train", False), ("val", "val", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "split,user_split,trains",
+    [
+        ("train", "train", True),
+        ("train", "overlapping", True),
+        ("train", "test", False),
+        ("train", "val", False),
+        ("test", "train", False),
+        ("val", "val", False),
+    ],
+)
 def test_what_may_be_learnt_from(split, user_split, trains):
     assert a_pair(split=split, user_split=user_split).trains is trains
 

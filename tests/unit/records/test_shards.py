@@ -1,4 +1,4 @@
-"""Sharded tables: streamed, published whole or not at all, and what is missing or cut off is one sentence."""
+"""Sharded tables are streamed and published completely or not at all; damage ends in one sentence."""
 
 import pandas as pd
 import pyarrow as pa
@@ -46,7 +46,7 @@ def test_a_killed_write_is_invisible_and_does_not_hinder_the_next(tmp_path):
     writer = ShardWriter(tmp_path / "t.parquet", SCHEMA, BATCH).__enter__()
     for n in range(2 * BATCH):
         writer.row({"n": n, "text": "half"})
-    del writer  # no __exit__: as after kill -9
+    del writer  # no __exit__, as after kill -9
     assert not (tmp_path / "t.parquet").exists()
     assert numbers(write(tmp_path / "t.parquet", 5)) == list(range(5))
 
@@ -70,7 +70,7 @@ def test_a_cut_off_shard_is_one_sentence(tmp_path, share):
     assert "\n" not in str(error.value) and error.value.__suppress_context__
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(DataError, match="holds no parquet or JSONL file"):
         parts(tmp_path)
 

@@ -21,8 +21,8 @@ from pgenrm_train.records.questions import (
     Answer,
     Aspect,
     ProfileItem,
-    Question,
     QuestionSecret,
+    UserQuestion,
     write_answers,
     write_questions,
     write_secrets,
@@ -36,7 +36,7 @@ MODELS = ("a", "b", "c", "d")
 
 def question(name, subset="arts", profile=5):
     items = tuple(ProfileItem(f"{name}{i}", f"earlier {name}{i}") for i in range(profile))
-    return Question(name, f"what about {name}?", items, "", subset)
+    return UserQuestion(name, f"what about {name}?", items, "", subset)
 
 
 def answers(questions, length=lambda q, m: 3 * (MODELS.index(m) + 1), models=MODELS):
@@ -177,9 +177,9 @@ def test_a_prompt_holds_three_texts_of_the_profile_and_all_answers():
 def test_rubric_and_narrative_have_no_field_to_ride_in():
     secret_names = {f.name for f in fields(QuestionSecret)} - {"question_id"}
     assert secret_names == {"rubric_aspects", "narrative"}
-    assert not secret_names & {f.name for f in (*fields(Question), *fields(Answer), *fields(lampqa.Task))}
+    assert not secret_names & {f.name for f in (*fields(UserQuestion), *fields(Answer), *fields(lampqa.Task))}
     assert (
-        view_of.__annotations__["question"] == "Question"
+        view_of.__annotations__["question"] == "UserQuestion"
         and view_of.__annotations__["answers"] == "Sequence[str]"
     )
 
