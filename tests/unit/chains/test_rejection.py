@@ -116,7 +116,10 @@ def test_judging_and_talk_of_earlier_votes_are_no_leak(words):
 
 
 def test_a_leak_inside_the_rationale_counts():
-    text = "brevity 70%, wit 30%. Response 1: the user chose the first; brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."
+    text = (
+        "brevity 70%, wit 30%. Response 1: the user chose the first; "
+        "brevity 8, wit 8 = 8.0. Response 2: brevity 3, wit 3 = 3.0."
+    )
     assert reason(declared(text)) == "label_leak"
 
 

@@ -175,7 +175,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, change, said):
         ({"rubric_score": "good"}, "row 4, field 'rubric_score': expected a finite number or null"),
         (
             {"model": "a"},
-            "row 4: expected one answer of a model to a question, got a second one of 'a' to 'q10'",
+            "row 4: expected one answer per model and question, got a second one of 'a' to 'q10'",
         ),
     ],
 )
