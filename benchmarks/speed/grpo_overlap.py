@@ -140,9 +140,8 @@ def base_phase(config: Config) -> Phase:
 def timed(config: Config, section: str, **where: Any) -> Any:
     """`to_verl` with veRL's own file logger: one file per phase."""
     composed = to_verl(config, section, **where)
-    composed.algorithm.rollout_correction.bypass_mode = (
-        False  # a CPU run takes the sampler's log-probabilities for the actor's
-    )
+    # By default a CPU run uses the sampler's log-probabilities as the actor's.
+    composed.algorithm.rollout_correction.bypass_mode = False
     composed.trainer.logger, composed.trainer.experiment_name = ["file"], where["work_dir"].name
     return composed
 
