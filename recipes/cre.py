@@ -1,4 +1,4 @@
-"""cre: GRPO on veRL from the PSI checkpoint; criteria are masked from the prompt and supervise through the judge."""
+"""cre: GRPO on veRL from the PSI checkpoint; masked criteria supervise through the judge."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ from typing import Any
 from pgenrm_train.backends.grpo import engine
 from pgenrm_train.backends.grpo.phase import Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
-from pgenrm_train.backends.grpo.session import Session, exit_on_terminate
+from pgenrm_train.backends.grpo.session import Session
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.rewards.reward import chain_reward
-from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.process import die_with_parent, end_on_sigterm
 
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -228,7 +228,7 @@ def main() -> None:
     config = configuration(args)
     if args.child:
         die_with_parent(signal.SIGTERM)
-        exit_on_terminate()
+        end_on_sigterm()
         {"ours": ours, "stock": stock}[args.child](config, args.out.resolve())
         return
     for which in ("ours", "stock"):

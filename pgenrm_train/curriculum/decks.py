@@ -14,16 +14,9 @@ deals and not with N.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
-
-
-class DecksState(TypedDict):
-    """JSON-able state: [position, card] per moved card, [deck, end of fresh, end of dealt] per used deck."""
-
-    order: list[list[int]]
-    borders: list[list[int]]
 
 
 class Decks:
@@ -82,14 +75,18 @@ class Decks:
         self._held[deck] -= 1
         self._swap(self._place[card], self._held[deck])
 
-    def state_dict(self) -> DecksState:
-        """Changes since the decks were built from the same arguments."""
+    def state_dict(self) -> dict[str, list[list[int]]]:
+        """Changes since the decks were built from the same arguments.
+
+        `order`: [position, card] per moved card.  `borders`: [deck, end of fresh, end of dealt] per used
+        deck.
+        """
         return {
             "order": [[i, self._order[i]] for i in sorted(self._order_before)],
             "borders": [[d, self._fresh[d], self._held[d]] for d in sorted(self._borders_before)],
         }
 
-    def load_state_dict(self, state: DecksState) -> None:
+    def load_state_dict(self, state: dict[str, list[list[int]]]) -> None:
         for position, card in self._order_before.items():
             self._order[position], self._place[card] = card, position
         for deck, borders in self._borders_before.items():

@@ -110,13 +110,16 @@ def signals(
 
     `embed`: texts → (N, d), rows of length 1; None compares trigrams.
     """
+    lengths = np.array([(len(p.chosen), len(p.rejected)) for p in pairs], dtype=float).reshape(-1, 2)
+    ratings = np.array([(p.chosen_score, p.rejected_score) for p in pairs], dtype=float).reshape(-1, 2)
+    shorter, longer = lengths.min(axis=1), lengths.max(axis=1)
     similarities = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
-    rows = [
-        (similar, _length_ratio(p), _rating_gap(p), votes.disagreement(p))
-        for similar, p in zip(similarities, pairs, strict=True)
-    ]
-    columns = np.array(rows, dtype=float).reshape(len(rows), len(SIGNALS))
-    return dict(zip(SIGNALS, columns.T, strict=True))
+    return {
+        "similarity": np.asarray(similarities, dtype=float),
+        "length_ratio": np.divide(shorter, longer, out=np.ones(len(pairs)), where=longer > 0),
+        "rating_gap": ratings[:, 0] - ratings[:, 1],
+        "disagreement": np.array([votes.disagreement(pair) for pair in pairs], dtype=float),
+    }
 
 
 def cosines(pairs: Sequence[PreferencePair], embed: Embed) -> np.ndarray:
@@ -134,17 +137,6 @@ def similarity(one: str, other: str) -> float:
 def _trigrams(text: str) -> set[str]:
     text = f" {' '.join(text.lower().split())} "
     return {text[i : i + 3] for i in range(len(text) - 2)}
-
-
-def _length_ratio(pair: PreferencePair) -> float:
-    shorter, longer = sorted((len(pair.chosen), len(pair.rejected)))
-    return shorter / longer if longer else 1.0
-
-
-def _rating_gap(pair: PreferencePair) -> float:
-    if pair.chosen_score is None or pair.rejected_score is None:
-        return np.nan
-    return pair.chosen_score - pair.rejected_score
 
 
 def ranks(signals: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

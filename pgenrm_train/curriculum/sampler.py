@@ -23,11 +23,11 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 
-from pgenrm_train.curriculum.decks import Decks, DecksState
+from pgenrm_train.curriculum.decks import Decks
 from pgenrm_train.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
@@ -92,25 +92,6 @@ class PairFacts:
     chains: int = 0
 
 
-class BucketState(TypedDict):
-    """JSON-able state of a bucket."""
-
-    pairs: DecksState
-    users: DecksState
-    count: int
-
-
-class SamplerState(TypedDict):
-    """JSON-able state of a sampler; `evidence` is [pair, passes, chains] per observed pair."""
-
-    buckets: dict[str, BucketState]
-    evidence: list[tuple[int, float, float]]
-    carry: dict[str, float]
-    target: float | None
-    realised: float | None
-    drawn: dict[str, int]
-
-
 class Bucket:
     """Pairs that are drawn in the same way: users in rounds, and each user's pairs in rounds.
 
@@ -141,10 +122,10 @@ class Bucket:
         if not self.pairs.size(user):
             self.users.remove(user)
 
-    def state_dict(self) -> BucketState:
+    def state_dict(self) -> dict[str, Any]:
         return {"pairs": self.pairs.state_dict(), "users": self.users.state_dict(), "count": self.count}
 
-    def load_state_dict(self, state: BucketState) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pairs.load_state_dict(state["pairs"])
         self.users.load_state_dict(state["users"])
         self.count = state["count"]
@@ -153,10 +134,10 @@ class Bucket:
 class CurriculumSampler:
     """Batches of pair indices with a scheduled share of hard ones.
 
-    Set-up takes O(N log N), a draw O(1).  The sampler is a function of its arguments, the steps requested and the observations, so ranks with equal
-    arguments agree.  `target` and `realised` are the shares of hard pairs in the latest batch (None under
-    `uniform`), `drawn` the totals per bucket.  Raises ConfigError, before anything is drawn, for a bucket too
-    small for the schedule.
+    Set-up takes O(N log N), a draw O(1).  The sampler is a function of its arguments, the steps requested and
+    the observations, so ranks with equal arguments agree.  `target` and `realised` are the shares of hard
+    pairs in the latest batch (None under `uniform`), `drawn` the totals per bucket.  Raises ConfigError,
+    before anything is drawn, for a bucket too small for the schedule.
     """
 
     def __init__(
@@ -226,8 +207,8 @@ class CurriculumSampler:
             raise ConfigError(
                 f"{have} of {self.pairs} pairs are {name} and a batch of "
                 f"curriculum.schedule={self.schedule.name} needs {needed}: {widen} the band "
-                f"curriculum.hard_low={low:g} … curriculum.hard_high={high:g}, raise curriculum.rows, {change}, "
-                "or use curriculum.schedule=uniform"
+                f"curriculum.hard_low={low:g} … curriculum.hard_high={high:g}, raise curriculum.rows, "
+                f"{change}, or use curriculum.schedule=uniform"
             )
 
     def _evidence(self, facts: PairFacts) -> tuple[np.ndarray, np.ndarray]:
@@ -312,8 +293,8 @@ class CurriculumSampler:
             self.buckets[before].remove(pair)
             self.buckets[after].add(pair)
 
-    def state_dict(self) -> SamplerState:
-        """The state from which `load_state_dict` continues as if uninterrupted."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state from which `load_state_dict` continues as if uninterrupted."""
         return {
             "buckets": {name: bucket.state_dict() for name, bucket in self.buckets.items()},
             "evidence": [
@@ -325,15 +306,15 @@ class CurriculumSampler:
             "drawn": dict(self.drawn),
         }
 
-    def load_state_dict(self, state: SamplerState) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a sampler with the same arguments.
 
         Raises ConfigError if its buckets differ.
         """
         if set(state["buckets"]) != set(self.buckets):
             raise ConfigError(
-                f"the saved sampler has buckets {sorted(state['buckets'])} and this one {sorted(self.buckets)}; "
-                "the hardness of the pairs has changed, so use another run_dir"
+                f"the saved sampler has buckets {sorted(state['buckets'])} and this one "
+                f"{sorted(self.buckets)}; the hardness of the pairs has changed, so use another run_dir"
             )
         for name, bucket in self.buckets.items():
             bucket.load_state_dict(state["buckets"][name])

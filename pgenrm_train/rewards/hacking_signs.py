@@ -41,8 +41,9 @@ class Ranking:
         """Whether the rubric's own sums name another winner, by more than rounding."""
         if self.verified_margin is None:
             return False
-        differs = _sign(self.margin) != _sign(self.verified_margin)
-        return differs and abs(self.margin - self.verified_margin) > ROUNDING
+        declared, verified = self.margin, self.verified_margin
+        differs = (declared > 0, declared < 0) != (verified > 0, verified < 0)
+        return differs and abs(declared - verified) > ROUNDING
 
 
 def ranking_of(chain: Chain | ParseFailure, chosen_index: int) -> Ranking | None:
@@ -75,10 +76,6 @@ def signs(rankings: Iterable[Ranking | None]) -> dict[str, float | None]:
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
         "score_spread": _mean([ranking.spread for ranking in readable]),
     }
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -30,31 +30,22 @@ class RowExtra(TypedDict):
     probe: NotRequired[str]
 
 
-class Target(TypedDict):
-    """veRL's `reward_model`; `ground_truth` is the index of the chosen response, as text."""
-
-    style: str
-    ground_truth: str
-
-
 class Row(TypedDict):
-    """One row of rows.parquet."""
+    """One row of rows.parquet; `reward_model.ground_truth` is the index of the chosen response, as text."""
 
     data_source: str
     prompt: list[dict[str, str]]
-    reward_model: Target
+    reward_model: dict[str, str]
     extra_info: RowExtra
 
 
 def withheld_signals(extra: RowExtra) -> Mapping[str, object]:
     """The user's signals that the prompt withholds; empty if there is nothing to judge a chain by."""
-    signals: Mapping[str, object] = json.loads(extra["explicit"])
-    return signals
+    return dict(json.loads(extra["explicit"]))
 
 
 def read_extras(path: Path) -> list[RowExtra]:
     """The `extra_info` of every row of a parquet file."""
     import pyarrow.parquet as pq
 
-    extras: list[RowExtra] = pq.read_table(path, columns=["extra_info"])["extra_info"].to_pylist()
-    return extras
+    return list(pq.read_table(path, columns=["extra_info"])["extra_info"].to_pylist())

@@ -39,12 +39,18 @@ WritePrompt = Callable[[MaskedView | FullView], Messages]
 
 @dataclass(frozen=True)
 class RowBuilder:
-    """Build the rows of a stage.  `synthetic`: user → criteria to judge by if the user stated nothing."""
+    """Build the rows of a stage, and what measures their hardness.
+
+    `synthetic`: user → criteria to judge by if the user stated nothing.  `embed`: for the similarity of
+    responses; None compares trigrams.  `prototype_of`: user → prototype, for hard negatives.
+    """
 
     config: Config
     stage: StageName
     write: WritePrompt
     synthetic: Mapping[str, ExplicitSignals] = field(default_factory=dict)
+    embed: Embed | None = None
+    prototype_of: Mapping[str, int] = field(default_factory=dict)
 
     def row(self, index: int, pair: PreferencePair, example: Example) -> Row:
         """A row under the stage's policy of masking, with a seeded draw per pair."""
@@ -78,23 +84,10 @@ class RowBuilder:
         }
 
 
-@dataclass(frozen=True)
-class HardnessInputs:
-    """Knowledge about hardness beyond the data.
-
-    `embed`: for the similarity of responses; None compares trigrams.  `prototype_of`: user → prototype, for
-    hard negatives.
-    """
-
-    embed: Embed | None = None
-    prototype_of: Mapping[str, int] = field(default_factory=dict)
-
-
 def write_rows(
     builder: RowBuilder,
     folder: Path,
     pairs: Sequence[PreferencePair],
-    hardness: HardnessInputs = HardnessInputs(),
 ) -> int:
     """Write the rows that the stage's steps can use; returns their number.
 
@@ -102,7 +95,7 @@ def write_rows(
     """
     config, stage = builder.config, builder.stage
     settings: GrpoConfig = getattr(config, stage)
-    train, origins = training_pairs(config, stage, pairs, hardness.prototype_of)
+    train, origins = training_pairs(config, stage, pairs, builder.prototype_of)
     if len(train) < settings.prompts_per_step:
         raise DataError(
             f"{len(train)} training pairs are fewer than {stage}.prompts_per_step={settings.prompts_per_step}"
@@ -124,7 +117,7 @@ def write_rows(
             "origin": origins,
             "history": lengths,
             "scenario": [scenarios[pair.scenario] / len(train) for pair in train],
-            **model_free_signals(train, Votes(pair for pair in pairs if pair.trains), hardness.embed),
+            **model_free_signals(train, Votes(pair for pair in pairs if pair.trains), builder.embed),
         }
         table = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         write_table(folder / SIGNALS, table)

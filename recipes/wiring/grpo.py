@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
@@ -24,7 +25,6 @@ from pgenrm_train.stages.grpo import (
     MIRROR,
     ROWS,
     SIGNALS,
-    HardnessInputs,
     RowBuilder,
     mines,
     write_rows,
@@ -122,28 +122,22 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
 
 def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
     """Write a stage's rows, and those of its validation."""
-    run_dir = Path(config.run_dir)
-    pairs, write = load_pairs(run_dir), PromptWriter(config, load_tokenizer(tokenizer))
-    synthetic = load_criteria(run_dir) if synthesized(config, stage) else {}
-    builder, folder = RowBuilder(config, stage, write, synthetic), run_dir / stage
-    validated = write_validation(builder, folder, pairs)
-    if not validated and getattr(config, stage).validate_every:
+    from recipes.wiring.embedders import make_embedder
+
+    run_dir, settings = Path(config.run_dir), config.curriculum
+    folder, pairs = run_dir / stage, load_pairs(run_dir)
+    write = PromptWriter(config, load_tokenizer(tokenizer))
+    builder = RowBuilder(config, stage, write, load_criteria(run_dir) if synthesized(config, stage) else {})
+    if stage == StageName.CURRICULUM and settings.prototypes:
+        builder = replace(builder, prototype_of=prototype_of_users(Path(settings.prototypes)))
+    if stage == StageName.CURRICULUM and settings.similarity != "trigrams" and settings.schedule != "uniform":
+        builder = replace(builder, embed=make_embedder(config, settings.similarity))
+    if not write_validation(builder, folder, pairs) and getattr(config, stage).validate_every:
         print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
-    hardness = hardness_inputs(config) if stage == StageName.CURRICULUM else HardnessInputs()
-    write_rows(builder, folder, pairs, hardness)
+    write_rows(builder, folder, pairs)
     write_json(folder / "trimmed.json", dict(write.trimmed))
     if told := write.told(f"{stage} prompts"):
         print(told, flush=True)
-
-
-def hardness_inputs(config: Config) -> HardnessInputs:
-    """The embedder of responses and the prototypes of users that the curriculum's settings name."""
-    from recipes.wiring.embedders import make_embedder
-
-    settings, embed = config.curriculum, None
-    if settings.similarity != "trigrams" and settings.schedule != "uniform":
-        embed = make_embedder(config, settings.similarity)
-    return HardnessInputs(embed, prototype_of_users(Path(settings.prototypes)) if settings.prototypes else {})
 
 
 def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:

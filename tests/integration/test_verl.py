@@ -54,7 +54,7 @@ def config(run_dir: Path, max_failures: int = 0, **changed: Any) -> Config:
 @pytest.fixture(scope="module", autouse=True)
 def judge_on_path() -> Any:
     patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    patch.setenv("PYTHONPATH", str(Path(verl_world.__file__).parent))
     yield
     patch.undo()
 
@@ -96,7 +96,7 @@ def curriculum(world: Path, run: Path) -> Phase:
 
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CRE, two arms of the curriculum, and CRE again with a language model as judge, in one session, uninterrupted."""
+    """CRE, two arms of the curriculum, and CRE with a language model as judge, in one session."""
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
     arm = Phase(
@@ -128,7 +128,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unreliable_judge() -> Any:
-    """A judge behind HTTP that always answers 0.8 · (1 − 0.25) = 0.6, but three calls in ten fail, hang or are garbage."""
+    """A judge over HTTP that answers 0.8 · (1 − 0.25) = 0.6; three calls in ten fail, hang or are garbage."""
     troubles = {0: {"status": 500}, 3: {"raw": b"<html>"}, 6: "I would say 1.0!"}
 
     def behaviour(body: dict[str, Any], number: int) -> Any:
@@ -205,7 +205,7 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
 
 
 def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
-    """The fixed slice: 10 pairs in both orders with their own history, and as many rows of a probe with another prompt."""
+    """The slice has 10 pairs in both orders with their own history, and as many rows of a probe."""
     found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
     assert [line["step"] for line in found] == [0, 3, STEPS]
     shares = (
@@ -256,7 +256,7 @@ def test_mining_measures_every_row_in_both_orders_and_feeds_the_curriculum(train
 
 
 def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> None:
-    """Not one update stale: the marker beside the weights of the last step holds the evidence of that step's groups."""
+    """The marker in the last step's checkpoint holds the evidence of that step's groups."""
     folder = trained / "curriculum"
     state = json.loads((folder / f"verl/global_step_{CURRICULUM_STEPS}/complete.json").read_text())["sampler"]
     drawn = [i for line in lines(folder / "batches.jsonl") for i in line["rows"]]
@@ -355,7 +355,7 @@ def processes(name: str) -> list[psutil.Process]:
 def test_killed_and_stalled_runs_resume_as_if_uninterrupted(
     world: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of the driver after step 1, a frozen engine after step 3, and to the end: same batches, rewards and weights."""
+    """kill -9 after step 1 and a frozen engine after step 3 change no batch, reward or weight."""
     import torch
     from safetensors.torch import load_file
 
@@ -419,7 +419,7 @@ def test_a_killed_curriculum_resumes_with_the_same_pairs(world: Path, trained: P
 def test_two_ranks_with_lora_are_killed_resume_and_export_the_trained_model(
     world: Path, tmp_path: Path
 ) -> None:
-    """kill -9 after step 1 of 3: data, vLLM's adapters and optimiser resume; the merged export is the actor."""
+    """kill -9 after step 1 of 3: data, adapters and optimiser resume; the merged export is the actor."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -627,8 +627,11 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
         return await group.scoring
 
     found = OmegaConf.create(
-        {"data": {"max_prompt_length": 64, "max_response_length": 128}, "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}}}
-    )  # fmt: skip
+        {
+            "data": {"max_prompt_length": 64, "max_response_length": 128},
+            "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}},
+        }
+    )
     sampler = ChainSampler(found, [Server()])
     sampler.judge, sampler.threads = judge, ThreadPoolExecutor(4)
     tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [

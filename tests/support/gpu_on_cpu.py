@@ -1,7 +1,7 @@
-"""Child of test_gpu_settings.py: veRL with the settings that ship for GPUs, and the switches below, on this CPU.
+"""Child of test_gpu_settings.py: veRL with the shipped GPU settings, and the switches below, on this CPU.
 
-`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `grpo.config.verl_variables` for a CPU.  FOLDER
-holds start/ and rows.parquet of `verl_world`.
+`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `grpo.config.verl_variables` for a CPU.
+FOLDER holds start/ and rows.parquet of `verl_world`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,18 @@ CPU_SWITCHES: dict[str, Any] = {
 
 def gpu_config(folder: Path, model: str, cluster: str) -> Config:
     overrides = [f"{key}={value}" for key, value in SMALLER.items()]
-    return load("recipe=cre", f"model={model}", f"cluster={cluster}", f"run_dir={folder}", "tracking=none", "judge=none",
-                "data=pairs", "data.path=none.parquet", "teacher=features", *overrides)  # fmt: skip
+    return load(
+        "recipe=cre",
+        f"model={model}",
+        f"cluster={cluster}",
+        f"run_dir={folder}",
+        "tracking=none",
+        "judge=none",
+        "data=pairs",
+        "data.path=none.parquet",
+        "teacher=features",
+        *overrides,
+    )
 
 
 def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:

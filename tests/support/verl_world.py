@@ -1,6 +1,7 @@
 """A world small enough to learn in seconds: which of two responses names the trait that the user likes?
 
-Used by the veRL tests and by hand for timing: `python tests/support/verl_world.py FOLDER` writes a checkpoint and rows.
+Used by the veRL tests and by hand for timing: `python tests/support/verl_world.py FOLDER` writes a checkpoint
+and rows.
 """
 
 from __future__ import annotations
@@ -116,10 +117,18 @@ def write_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen2ForCausalLM(config).to(torch.float32)
     _teach(model, tokenizer, sft_steps, seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -138,9 +147,10 @@ def _write_tokenizer(folder: Path) -> None:
     texts = [example(i)["prompt"][0]["content"] for i in range(200)]
     texts += [chain(trait, (a, b)) for trait in TRAITS for a in range(1, 10) for b in range(1, 10)]
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512

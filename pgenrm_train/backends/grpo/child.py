@@ -12,29 +12,25 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from pgenrm_train.backends.grpo.engine import train
-from pgenrm_train.backends.grpo.phase import Phase
+from pgenrm_train.backends.grpo.phase import PHASES
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
 from pgenrm_train.files import read_json, write_json
-from pgenrm_train.run.process import die_with_parent
+from pgenrm_train.run.process import die_with_parent, end_on_sigterm
 
 
 def main(job_path: Path) -> int:
     """Train the phases of the job and write its report; returns the exit code."""
     from omegaconf import OmegaConf
 
-    from pgenrm_train.backends.grpo.session import exit_on_terminate
-
     die_with_parent(signal.SIGTERM)
-    exit_on_terminate()
+    end_on_sigterm()
     job = read_json(job_path)
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), job["config"]))
     report = Path(job["report"])
     try:
-        trained = train(config, read_phases(job["phases"]), report)
+        trained = train(config, PHASES.validate_python(job["phases"]), report)
     except PGenRMError as error:
         write_json(report, {"error": type(error).__name__, "message": str(error)})
         return 2
@@ -46,11 +42,6 @@ def main(job_path: Path) -> int:
         return 1
     write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
     return 0
-
-
-def read_phases(records: list[object]) -> list[Phase]:
-    """Phases from the JSON of a job."""
-    return TypeAdapter(list[Phase]).validate_python(records)
 
 
 def process_lost(error: Exception) -> bool:

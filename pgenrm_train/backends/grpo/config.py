@@ -10,7 +10,6 @@ test can take a GPU table, change an allow-listed few and run it on a CPU.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pgenrm_train.cluster.planning.batches import grpo_problems
 from pgenrm_train.config import ROOT, Config, GrpoConfig, seed_of
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, ConfigError
+from pgenrm_train.files import read_json
 
 TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
 MODULE = "pgenrm_train.backends.grpo.cpu"
@@ -80,7 +80,14 @@ def to_verl(
     folder = Path(verl_config.__file__).parent
     with initialize_config_dir(config_dir=str(folder), version_base=None):
         composed = compose(config_name="ppo_trainer")
-    keys = grpo_keys(config, section) | paths(start, rows, work_dir, total_steps)
+    keys = grpo_keys(config, section) | {
+        "actor_rollout_ref.model.path": str(start),
+        "data.train_files": str(rows),
+        "data.val_files": str(rows),
+        "trainer.default_local_dir": str(work_dir / "verl"),
+        "trainer.total_training_steps": total_steps,
+        "actor_rollout_ref.actor.optim.total_training_steps": total_steps,
+    }
     keys |= cpu_keys(config, section) if config.cluster.device == "cpu" else gpu_keys(config, section)
     with open_dict(composed):
         for key, value in keys.items():
@@ -93,20 +100,15 @@ def check(config: Config, section: str, start: Path) -> None:
     for problem in grpo_problems(config, StageName(section)):
         raise ConfigError(problem)
     model = config.model
-    positions = _positions(start)
+    if not (start / "config.json").exists():
+        raise ArtifactError(f"{start} is not a checkpoint: it has no config.json")
+    positions = read_json(start / "config.json").get("max_position_embeddings")
     needed = model.max_prompt_tokens + model.max_response_tokens
     if positions is not None and needed > positions:
         raise ConfigError(
             f"model.max_prompt_tokens + model.max_response_tokens = {needed} exceeds the {positions} "
             f"positions of {start}"
         )
-
-
-def _positions(start: Path) -> int | None:
-    description = start / "config.json"
-    if not description.exists():
-        raise ArtifactError(f"{start} is not a checkpoint: it has no config.json")
-    return json.loads(description.read_text()).get("max_position_embeddings")
 
 
 def grpo_keys(config: Config, section: str) -> dict[str, object]:
@@ -168,17 +170,6 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         "trainer.experiment_name": f"{Path(config.run_dir).name}-{section}",
         "trainer.v1.trainer_mode": TRAINER,
         "transfer_queue.enable": True,
-    }
-
-
-def paths(start: Path, rows: Path, work_dir: Path, total_steps: int) -> dict[str, object]:
-    return {
-        "actor_rollout_ref.model.path": str(start),
-        "data.train_files": str(rows),
-        "data.val_files": str(rows),
-        "trainer.default_local_dir": str(work_dir / "verl"),
-        "trainer.total_training_steps": total_steps,
-        "actor_rollout_ref.actor.optim.total_training_steps": total_steps,
     }
 
 

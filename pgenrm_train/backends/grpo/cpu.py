@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +33,9 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 def _device_module() -> types.ModuleType:
     """`torch.cpu` with the memory and cache calls that verl makes on any device module, without effect."""
     module = types.ModuleType("pgenrm_cpu_device")
-    for name in dir(torch.cpu):
-        if not name.startswith("_"):
-            setattr(module, name, getattr(torch.cpu, name))
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-        setattr(module, name, lambda *_, **__: 0)
-    for name in (
+    vars(module).update({name: value for name, value in vars(torch.cpu).items() if not name.startswith("_")})
+    zero = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
+    nothing = (
         "empty_cache",
         "ipc_collect",
         "synchronize",
@@ -47,16 +44,14 @@ def _device_module() -> types.ModuleType:
         "set_per_process_memory_fraction",
         "manual_seed",
         "manual_seed_all",
-    ):
-        setattr(module, name, lambda *_, **__: None)
-    calls: dict[str, Callable[..., object]] = {
-        "mem_get_info": lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
-        "is_available": lambda: False,
-        "current_device": lambda: "cpu",
-        "get_device_name": lambda *_: "CPU",
-    }
-    for name, call in calls.items():
-        setattr(module, name, call)
+    )
+    vars(module).update(
+        dict.fromkeys(zero, lambda *_, **__: 0) | dict.fromkeys(nothing, lambda *_, **__: None),
+        mem_get_info=lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
+        is_available=lambda: False,
+        current_device=lambda: "cpu",
+        get_device_name=lambda *_: "CPU",
+    )
     return module
 
 
@@ -80,19 +75,16 @@ class CpuPlatform(PlatformBase):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None: ...
-
-    def synchronize(self, device_index: int | None = None) -> None: ...
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
-    def set_allocator_settings(self, settings: str) -> None: ...
+    def _skip(self, *_: object) -> None:
+        """Do nothing: a CPU has no such state."""
 
-    def empty_cache(self) -> None: ...
+    set_device = synchronize = set_allocator_settings = empty_cache = _skip
+    profiler_start = profiler_stop = cudart = _skip
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -107,10 +99,6 @@ class CpuPlatform(PlatformBase):
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
-    def profiler_start(self) -> None: ...
-
-    def profiler_stop(self) -> None: ...
-
     def ray_resource_name(self) -> str:
         return "GPU"  # declared with ray.init(num_gpus=…), so that verl's placement works unchanged
 
@@ -119,9 +107,6 @@ class CpuPlatform(PlatformBase):
 
     def is_ipc_supported(self) -> bool:
         return False  # weights travel to vLLM through shared memory
-
-    def cudart(self) -> None:
-        return None
 
 
 def use_gloo() -> None:

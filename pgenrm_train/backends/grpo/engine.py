@@ -51,7 +51,7 @@ def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: P
 
     for phase, start in phases:
         check_cache(phase, start)
-    sections = [phase.grpo(config) for phase, _ in phases]
+    sections = [getattr(phase.config(config), phase.section) for phase, _ in phases]
     first, first_start = phases[0]
     verl = _verl(first.config(config), first, first_start)
     verl.actor_rollout_ref.actor.use_kl_loss = any(grpo.kl_coefficient > 0 for grpo in sections)

@@ -11,16 +11,17 @@ Files in the phase's folder:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase, PhaseRun
+from pgenrm_train.backends.grpo.progress import mean
 from pgenrm_train.backends.grpo.scoring import ScoredChain
 from pgenrm_train.config import CurriculumConfig
 from pgenrm_train.curriculum.hardness import ORDERS, SIGNALS, MinedPair, records
@@ -33,12 +34,8 @@ BLOCK = 256  # pairs after which the measurement is saved
 MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
 
 
-class Measure(Protocol):
-    """Sample the rows of a table at `places`, `samples` times each; one list of chains per row."""
-
-    def __call__(
-        self, table: pa.Table, samples: int, purpose: str, *, places: range
-    ) -> list[list[ScoredChain]]: ...
+# (table, samples, purpose, *, places) → chains per row of the table at `places`; see `ChainTrainer.measure`.
+Measure = Callable[..., list[list[ScoredChain]]]
 
 
 def hardness(run: PhaseRun, source: HardnessSource, start: Path, measure: Measure) -> dict[str, list[Any]]:
@@ -91,11 +88,11 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
 
 def check_cache(phase: Phase, start: Path) -> None:
     """Refuse a foreign measurement before an engine is started, which takes minutes."""
-    if phase.hardness is None or not phase.hardness.samples:
-        return
-    if (start / "config.json").exists():  # else the phase before makes it
+    source = phase.hardness
+    # Without a config.json, the phase before makes the checkpoint.
+    if source is not None and source.samples and (start / "config.json").exists():
         pair_ids = [extra["pair_id"] for extra in read_extras(phase.rows)]
-        cached(phase.work_dir, start, phase.hardness.samples, pair_ids)
+        cached(phase.work_dir, start, source.samples, pair_ids)
 
 
 def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> list[MinedPair]:
@@ -153,8 +150,8 @@ def summarise(
         index=index,
         pair_id=pair_id,
         pass_rate=_pass_rate(chains),
-        margin=_mean([ranking.margin for ranking in rankings]),
-        verified_margin=_mean([r.verified_margin for r in rankings if r.verified_margin is not None]),
+        margin=mean([ranking.margin for ranking in rankings]),
+        verified_margin=mean([r.verified_margin for r in rankings if r.verified_margin is not None]),
         order_gap=abs(_pass_rate(given) - _pass_rate(turned)) if turned else None,
         samples=len(chains),
         failures=len(chains) - len(rankings),
@@ -163,7 +160,3 @@ def summarise(
 
 def _pass_rate(chains: Sequence[ScoredChain]) -> float:
     return sum(chain.passed for chain in chains) / len(chains)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None

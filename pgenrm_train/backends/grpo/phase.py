@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, GrpoConfig, seed_of
 from pgenrm_train.config.stage_names import StageName
-from pgenrm_train.curriculum.sampler import CurriculumSampler, SamplerState
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights
-from pgenrm_train.rewards.training_rows import Row
 
 TRAINED = "trained.json"
 
@@ -66,13 +68,9 @@ class Phase:
     def config(self, config: Config) -> Config:
         """The configuration with this phase's settings."""
         changed = dataclasses.replace(config)
-        setattr(changed, self.section, self.grpo(config))
+        section = dataclasses.replace(getattr(config, self.section), **self.settings)
+        setattr(changed, self.section, section)
         return changed
-
-    def grpo(self, config: Config) -> GrpoConfig:
-        """The section with this phase's settings."""
-        section: GrpoConfig = dataclasses.replace(getattr(config, self.section), **self.settings)
-        return section
 
     def trained(self) -> Trained | None:
         """The report of a complete phase, else None.  Raises ArtifactError if its number of steps differs."""
@@ -92,13 +90,17 @@ class Phase:
         return float(read_json(report)["seconds"]) if report.exists() else None
 
 
+PHASES = TypeAdapter(list[Phase])  # of a job file
+
+
 class PhaseRun:
     """A phase in progress: its settings, rows, sampler and clock."""
 
     def __init__(
         self, phase: Phase, config: Config, beat: Callable[[str, int, str], None] = lambda *_: None
     ) -> None:
-        self.phase, self.config, self.grpo = phase, phase.config(config), phase.grpo(config)
+        self.phase, self.config = phase, phase.config(config)
+        self.grpo: GrpoConfig = getattr(self.config, phase.section)
         self.seed = seed_of(self.config, phase.section)
         self.table = pq.read_table(phase.rows)
         extras = self.table["extra_info"].to_pylist()
@@ -108,28 +110,17 @@ class PhaseRun:
         self.last: Mapping[str, float | None] = {}  # metrics of the newest step
         self.drawn: list[int] = []  # rows of the current step
         self.sampler: CurriculumSampler  # set once hardness is known
-        self._beat = beat
+        self.beat = functools.partial(beat, phase.section)  # (step, doing), for the watchdog
 
-    def beat(self, step: int, doing: str) -> None:
-        """Report progress to the watchdog."""
-        self._beat(self.phase.section, step, doing)
-
-    def row(self, index: int) -> Row:
-        row: Row = self.table.slice(index, 1).to_pylist()[0]
-        return row
-
-    def state_dict(self) -> SamplerState:
+    def state_dict(self) -> dict[str, Any]:
         """verl stores this in data.pt; we read it back from the marker."""
         return self.sampler.state_dict()
 
-    def seconds_per_step(self, step: int) -> float:
-        return (time.monotonic() - self.started) / max(step - self.first_step, 1)
-
     def write_report(self) -> None:
         """Write `trained.json`, which makes the phase complete."""
-        metrics = {name: value for name, value in self.last.items() if value is not None}
-        seconds = round(time.monotonic() - self.opened, 1)
-        write_json(
-            self.phase.work_dir / TRAINED,
-            {"steps": self.phase.steps, "metrics": metrics, "seconds": seconds},
-        )
+        report = {
+            "steps": self.phase.steps,
+            "metrics": {name: value for name, value in self.last.items() if value is not None},
+            "seconds": round(time.monotonic() - self.opened, 1),
+        }
+        write_json(self.phase.work_dir / TRAINED, report)

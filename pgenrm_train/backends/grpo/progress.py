@@ -6,12 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
-from pgenrm_train.curriculum.sampler import CurriculumSampler, SamplerState
+from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.rewards.hacking_signs import OWN, signs
 from pgenrm_train.rewards.training_rows import RowExtra
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    sampler: SamplerState
+    sampler: dict[str, Any]
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -57,7 +57,7 @@ def chain_metrics(groups: Sequence[ScoredGroup]) -> Metrics:
         values = _values(chains, part)
         if part == "verified" and not values:  # a part only if it has a weight
             continue
-        metrics[f"reward/{part}"] = _mean(values)
+        metrics[f"reward/{part}"] = mean(values)
         metrics[f"reward/{part}_std"] = float(np.std(values)) if values else None
     spreads = [np.ptp([chain.total or 0.0 for chain in group.chains]) for group in groups]
     return metrics | {
@@ -81,7 +81,8 @@ def _values(chains: Sequence[ScoredChain], part: str) -> list[float]:
     return [value for owner in owners if (value := getattr(owner, part, None)) is not None]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None for no values."""
     return float(np.mean(values)) if values else None
 
 
@@ -118,7 +119,7 @@ def mix_metrics(drawn: Mapping[int, ScoredGroup], sampler: CurriculumSampler) ->
         rates[sampler.bucket_of(pair)].append(passes / chains)
     for name, bucket in sampler.buckets.items():
         metrics[f"curriculum/{name}_pairs"] = bucket.count
-        metrics[f"curriculum/{name}_pass_rate"] = _mean(rates[name])
+        metrics[f"curriculum/{name}_pass_rate"] = mean(rates[name])
     return metrics
 
 
@@ -145,7 +146,7 @@ def validation_metrics(
         LENGTH: length,
         "validation/length_drift": length / (first_length or length),
         **{
-            f"validation/reward/{part}": _mean(_values(chains, part))
+            f"validation/reward/{part}": mean(_values(chains, part))
             for part in ("total", "outcome", "process")
         },
         **{f"validation/{name}": value for name, value in _signs(chains).items()},
@@ -169,9 +170,9 @@ def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metri
     first, second = ([won[order] for won in hits.values() if order in won] for order in (0, 1))
     return {
         "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
-        "validation/order_flip_rate": _mean([won[0] != won[1] for won in both]),
-        "validation/accuracy_chosen_first": _mean(first),
-        "validation/accuracy_chosen_second": _mean(second),
+        "validation/order_flip_rate": mean([won[0] != won[1] for won in both]),
+        "validation/accuracy_chosen_first": mean(first),
+        "validation/accuracy_chosen_second": mean(second),
     }
 
 

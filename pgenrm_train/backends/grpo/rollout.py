@@ -59,8 +59,7 @@ class Group:
     prompt: Prompt
     samples: list[Sample]
     scoring: asyncio.Task[list[ScoredChain]]
-    discarded_passes: int = 0
-    discarded_chains: int = 0
+    discarded: Sequence[ScoredChain] = ()
 
     @property
     def trajectories(self) -> list[str]:
@@ -69,8 +68,12 @@ class Group:
 
     def scored(self) -> ScoredGroup:
         """The group with its rewards, once `scoring` is done."""
-        order = self.prompt.row["extra_info"]["order"]
-        return ScoredGroup(self.scoring.result(), order, self.discarded_passes, self.discarded_chains)
+        return ScoredGroup(
+            chains=self.scoring.result(),
+            order=self.prompt.row["extra_info"]["order"],
+            discarded_passes=sum(chain.passed for chain in self.discarded),
+            discarded_chains=len(self.discarded),
+        )
 
 
 class ChainSampler:
@@ -104,16 +107,12 @@ class ChainSampler:
 
     async def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
         """Scored chains per prompt that no training uses (mining, validation).  Raises on engine failure."""
-
-        async def measure_one(prompt: Prompt) -> list[ScoredChain]:
-            return await (await self._sampled(prompt)).scoring
-
-        return await asyncio.gather(*(measure_one(prompt) for prompt in prompts))
+        groups = await asyncio.gather(*(self._sampled(prompt) for prompt in prompts))
+        return [await group.scoring for group in groups]
 
     async def judge_metrics(self) -> dict[str, float]:
         """The judge's own counts (calls, cost, missing verdicts) since the start; empty for a rule."""
-        metrics = getattr(self.judge, "metrics", dict)
-        return dict(metrics())
+        return dict(getattr(self.judge, "metrics", dict)())
 
     async def take_failures(self) -> list[str]:
         taken, self.failures = self.failures, []
@@ -153,8 +152,7 @@ class ChainSampler:
         else:
             # Kept whatever its rewards are, so they are not waited for.
             group = await self._sampled(prompt, prompt.resample)
-        group.discarded_passes = sum(chain.passed for chain in discarded)
-        group.discarded_chains = len(discarded)
+        group.discarded = discarded
         return group
 
     async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:

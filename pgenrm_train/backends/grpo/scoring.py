@@ -56,12 +56,11 @@ class JudgeSpec:
         module, _, name = self.factory.partition(":")
         arguments = () if self.settings is None else (self.settings, self.cache)
         try:
-            judge: Judge = getattr(importlib.import_module(module), name)(*arguments)
+            return getattr(importlib.import_module(module), name)(*arguments)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"judge {self.factory!r} cannot be imported as module:factory ({error})"
             ) from None
-        return judge
 
 
 @dataclass(frozen=True, slots=True)

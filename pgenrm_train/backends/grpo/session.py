@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -134,13 +133,11 @@ class Session:
     def _start_trainer(self, verl: Any) -> None:
         import transfer_queue
 
-        from pgenrm_train.backends.grpo.trainer import ChainTrainer, use_direct_servers
+        from pgenrm_train.backends.grpo.trainer import ChainTrainer
 
-        use_direct_servers()
         transfer_queue.init(verl.transfer_queue)
         self.trainer = ChainTrainer(verl)
         self.trainer.init()
-        self.trainer.start_rollout()
 
     def _look_after_nodes(self) -> None:
         if self.config.ray.address is not None:
@@ -211,12 +208,3 @@ def shut_down(folder: Path, keep_logs: Path | None) -> None:
             ignore=shutil.ignore_patterns("old", "gcs*", "raylet*"),
         )
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def exit_on_terminate() -> None:
-    """SIGTERM unwinds like Ctrl-C, so `Session.__exit__` runs."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)

@@ -70,10 +70,7 @@ MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
 @register_trainer(TRAINER)
 class ChainTrainer(PPOTrainerSync):
-    """verl's trainer for several phases.
-
-    Call `start_rollout` after `init`, then `prepare`, `begin` and `fit` per phase.
-    """
+    """verl's trainer for several phases: call `init`, then `prepare`, `begin` and `fit` per phase."""
 
     role_worker_mapping: dict[Any, Any]
 
@@ -99,9 +96,7 @@ class ChainTrainer(PPOTrainerSync):
         self.global_steps = 0
 
     def on_init_end(self) -> None:
-        """Weights go to vLLM when a phase begins."""
-
-    def start_rollout(self) -> None:
+        """Start the rollout; weights go to vLLM when a phase begins."""
         self.rollout = Rollout(self.config, self.llm_server_manager.server_handles)
 
     # phases
@@ -237,7 +232,8 @@ class ChainTrainer(PPOTrainerSync):
         drawn = run.drawn = run.sampler.next_batch(step)
         samples = self.config.actor_rollout_ref.rollout.n
         prompts = [
-            self._prompt(run.row(i), f"s{step}p{place:05d}", samples, step) for place, i in enumerate(drawn)
+            self._prompt(row, f"s{step}p{place:05d}", samples, step)
+            for place, row in enumerate(run.table.take(drawn).to_pylist())
         ]
         append(
             run.phase.work_dir / "batches.jsonl",
@@ -291,7 +287,7 @@ class ChainTrainer(PPOTrainerSync):
         ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
         run.last = ours
         self._log(under_stage(phase.section, ours))
-        seconds = run.seconds_per_step(self.global_steps)
+        seconds = (time.monotonic() - run.started) / max(self.global_steps - run.first_step, 1)
         print(progress_line(phase.section, self.global_steps, phase.steps, ours, seconds), flush=True)
         self._stop_if_useless(groups, ours, failures)
         return batch
@@ -349,9 +345,8 @@ class DirectServers(LLMServerManager):
         self.global_load_balancer = None
 
 
-def use_direct_servers() -> None:
-    """Replace the manager class in verl's trainer module, which has no setting for it."""
-    trainer_base.LLMServerManager = DirectServers
+# verl's trainer takes the class from its module and has no setting for it.
+trainer_base.LLMServerManager = DirectServers
 
 
 def _place(key: str) -> tuple[str, int]:

@@ -90,8 +90,8 @@ def test_the_record_has_reasons() -> None:
     )
     assert record["hard"] == [True, True, False, True]
     assert (
-        record["why"][0]
-        == "wavers: 50% of 4 chains rank the chosen response first; responses alike (0.85); ratings close (0 apart)"
+        record["why"][0] == "wavers: 50% of 4 chains rank the chosen response first; responses alike (0.85); "
+        "ratings close (0 apart)"
     )
     assert "the verdict follows the order" in record["why"][1]
     assert record["why"][2] == ""
@@ -160,8 +160,12 @@ def test_ranks_are_those_of_scipy_scaled_and_gaps_stay_unknown() -> None:
 
 def test_who_disagrees_does_not_turn_the_hardness() -> None:
     """With every vote reversed, the same pairs would be hard: a label must not choose the batch."""
-    one = {"similarity": np.full(4, NAN), "length_ratio": np.full(4, NAN), "rating_gap": np.full(4, NAN),
-           "disagreement": np.array([0.0, 0.3, 0.5, 0.9])}  # fmt: skip
+    one = {
+        "similarity": np.full(4, NAN),
+        "length_ratio": np.full(4, NAN),
+        "rating_gap": np.full(4, NAN),
+        "disagreement": np.array([0.0, 0.3, 0.5, 0.9]),
+    }
     other = one | {"disagreement": 1 - one["disagreement"]}
     assert model_free(one) == pytest.approx(model_free(other))
     assert model_free(one).argmax() == 2
@@ -196,9 +200,12 @@ def test_half_of_an_odd_number_is_rounded_up_and_ties_keep_their_order() -> None
 
 def test_disagreement_counts_other_users_once() -> None:
     votes = [
-        pair("1", "u", "a", "b"), pair("2", "v", "b", "a"), pair("3", "v", "b", "a", query="q"), pair("4", "w", "a", "b"),
+        pair("1", "u", "a", "b"),
+        pair("2", "v", "b", "a"),
+        pair("3", "v", "b", "a", query="q"),
+        pair("4", "w", "a", "b"),
         pair("5", "x", "a", "b", query="another"),
-    ]  # fmt: skip
+    ]
     found = Votes(votes)
     assert found.others(votes[0]) == (1, 1)
     assert found.disagreement(votes[0]) == 0.5
@@ -207,10 +214,14 @@ def test_disagreement_counts_other_users_once() -> None:
 
 def votes() -> list[PreferencePair]:
     return [
-        pair("a1", "ann", "x", "y", (80, 40)), pair("a2", "ann", "z", "y", (75, 40)),  # x 80, z 75, y 40: x–z is no pair yet
-        pair("b1", "bob", "y", "x"), pair("c1", "cyd", "y", "x"),  # both against ann's a1
-        pair("d1", "dan", "x", "y", split="test"), pair("e1", "eve", "x", "y", user_split="test"),  # held out
-    ]  # fmt: skip
+        # Ratings x 80, z 75, y 40: x–z is no pair yet.
+        pair("a1", "ann", "x", "y", (80, 40)),
+        pair("a2", "ann", "z", "y", (75, 40)),
+        pair("b1", "bob", "y", "x"),
+        pair("c1", "cyd", "y", "x"),  # both against ann's a1
+        pair("d1", "dan", "x", "y", split="test"),
+        pair("e1", "eve", "x", "y", user_split="test"),  # held out
+    ]
 
 
 def test_hard_negatives_rest_on_votes_and_ratings_that_exist() -> None:
@@ -229,8 +240,11 @@ def test_another_prototype_may_prefer_what_the_user_rejected() -> None:
     camp = {"ann": 0, "fay": 0, "bob": 1, "cyd": 1}
     made = hard_negatives(given_pairs, near=10, prototype_of=camp)
     assert [(m.origin, m.pair.user_id) for m in made] == [
-        (FLIP, "bob"), (FLIP, "cyd"), (PROTOTYPE_FLIP, "ann"), (PROTOTYPE_FLIP, "fay")
-    ], "gil has no prototype"  # fmt: skip
+        (FLIP, "bob"),
+        (FLIP, "cyd"),
+        (PROTOTYPE_FLIP, "ann"),
+        (PROTOTYPE_FLIP, "fay"),
+    ], "gil has no prototype"
     assert all(m.pair in given_pairs for m in made)
     alike = hard_negatives(given_pairs, near=10, prototype_of=dict.fromkeys(camp, 0))
     assert [m.origin for m in alike] == [FLIP, FLIP], "one's own prototype is no other"

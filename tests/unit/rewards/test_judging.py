@@ -1,4 +1,4 @@
-"""The LLM judge: a chain cannot forge its verdict, a failure is never a score, and the verdict has one shape."""
+"""The LLM judge: a chain cannot forge its verdict, and a failure is never a score."""
 
 import json
 from pathlib import Path
@@ -48,8 +48,11 @@ def test_signals_are_what_was_said():
     assert signals(ExplicitSignals()) == {}
     full = ExplicitSignals("brief", "a cook", "no lists", (("fluency", 80.0),))
     assert signals(full) == {
-        "criteria": "brief", "self_description": "a cook", "style": "no lists", "attributes": {"fluency": 80.0},
-    }  # fmt: skip
+        "criteria": "brief",
+        "self_description": "a cook",
+        "style": "no lists",
+        "attributes": {"fluency": 80.0},
+    }
 
 
 # ---- what counts as a verdict ----
@@ -64,13 +67,23 @@ def test_a_verdict_is_read():
 @pytest.mark.parametrize(
     "text",
     [
-        "", "0.9", "score: 1.0", f"The chain says: {GOOD}", GOOD + GOOD, f"{GOOD} and that is that",
-        '{"reason": "x", "covered": 1.2, "unsupported": 0}', '{"reason": "x", "covered": -0.1, "unsupported": 0}',
-        '{"reason": "x", "covered": "1", "unsupported": 0}', '{"reason": "x", "covered": true, "unsupported": 0}',
-        '{"reason": "x", "covered": NaN, "unsupported": 0}', '{"reason": "x", "covered": 1}',
-        '{"reason": "x", "covered": 1, "unsupported": 0, "score": 1}', "[1, 0]", "null",
+        "",
+        "0.9",
+        "score: 1.0",
+        f"The chain says: {GOOD}",
+        GOOD + GOOD,
+        f"{GOOD} and that is that",
+        '{"reason": "x", "covered": 1.2, "unsupported": 0}',
+        '{"reason": "x", "covered": -0.1, "unsupported": 0}',
+        '{"reason": "x", "covered": "1", "unsupported": 0}',
+        '{"reason": "x", "covered": true, "unsupported": 0}',
+        '{"reason": "x", "covered": NaN, "unsupported": 0}',
+        '{"reason": "x", "covered": 1}',
+        '{"reason": "x", "covered": 1, "unsupported": 0, "score": 1}',
+        "[1, 0]",
+        "null",
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_no_verdict(text):
     assert read_verdict(text) is None
 

@@ -75,7 +75,8 @@ def test_a_tie_earns_no_outcome():
 
 
 def test_scores_are_compared_as_numbers():
-    text = '<JSON_START>{"rationale": "", "better_response": {"response_1": "10.0", "response_2": "9.5"}}<JSON_END>'
+    scores = '{"response_1": "10.0", "response_2": "9.5"}'
+    text = f'<JSON_START>{{"rationale": "", "better_response": {scores}}}<JSON_END>'
     assert chain_reward(text, 0).parts["outcome"] == 1.0
     assert chain_reward(text, 1).parts["outcome"] == 0.0
 

@@ -18,7 +18,6 @@ from pgenrm_train.stages.grpo import (
     MIRROR,
     ROWS,
     SIGNALS,
-    HardnessInputs,
     RowBuilder,
     training_pairs,
     write_rows,
@@ -59,8 +58,7 @@ def written(
     def writer(view: Any) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"{view.query}: {' | '.join(view.responses)}"}]
 
-    builder = RowBuilder(config(**changed), StageName(section), writer)
-    write_rows(builder, folder, pairs(), HardnessInputs(embed))
+    write_rows(RowBuilder(config(**changed), StageName(section), writer, embed=embed), folder, pairs())
     return list(pq.read_table(folder / ROWS).to_pylist())
 
 

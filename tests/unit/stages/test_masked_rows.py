@@ -1,7 +1,7 @@
 """No builder's withheld signals reach a GRPO prompt, whatever the policy of masking, as text or by any trace.
 
-Two proofs per row: the withheld texts are not in the decoded prompt, and the prompt equals that of a user who stated
-nothing.
+Two proofs per row: the withheld texts are not in the decoded prompt, and the prompt equals that of a user who
+stated nothing.
 """
 
 from __future__ import annotations
@@ -35,10 +35,19 @@ MASKED = [("masked", 0.5), ("history_dropout", 0.5), ("mixed", 0.0)]
 def votes(folder: Path) -> str:
     """A file in PersonalRewardBench's schema with optional columns."""
     pairs = [
-        PreferencePair(f"p{u}{n}", f"u{u}", (Message("user", f"question {n}"),), f"good {u} {n}", f"bad {u} {n}", explicit=STATED,
-                       split="val" if n == 5 else "train", conversation_id=f"c{u}{n}")
-        for u in range(4) for n in range(6)
-    ]  # fmt: skip
+        PreferencePair(
+            f"p{u}{n}",
+            f"u{u}",
+            (Message("user", f"question {n}"),),
+            f"good {u} {n}",
+            f"bad {u} {n}",
+            explicit=STATED,
+            split="val" if n == 5 else "train",
+            conversation_id=f"c{u}{n}",
+        )
+        for u in range(4)
+        for n in range(6)
+    ]
     (folder / "votes.jsonl").write_text("".join(json.dumps(pair_to_row(pair)) + "\n" for pair in pairs))
     return str(folder / "votes.jsonl")
 
@@ -64,8 +73,12 @@ def prism(folder: Path) -> str:
 
 
 SOURCES: dict[str, Any] = {
-    "personaworld": None, "pairs": votes, "chatbot_arena": votes, "prism_personalized": votes, "prism": prism,
-}  # fmt: skip
+    "personaworld": None,
+    "pairs": votes,
+    "chatbot_arena": votes,
+    "prism_personalized": votes,
+    "prism": prism,
+}
 
 
 @pytest.fixture(scope="module")

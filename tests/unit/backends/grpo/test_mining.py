@@ -110,9 +110,17 @@ def test_a_cold_start_samples_no_model(tmp_path: Path, checkpoint: Path) -> None
     measured, signals = Measured(tmp_path), tmp_path / "signals.parquet"
     nothing = pa.array([None] * 3, pa.float64())
     pq.write_table(
-        pa.table({"similarity": [0.1, 0.9, 0.8], "length_ratio": [0.5, 0.9, 0.8], "rating_gap": nothing, "disagreement": nothing,
-                  "origin": ["given"] * 3}), signals,
-    )  # fmt: skip
+        pa.table(
+            {
+                "similarity": [0.1, 0.9, 0.8],
+                "length_ratio": [0.5, 0.9, 0.8],
+                "rating_gap": nothing,
+                "disagreement": nothing,
+                "origin": ["given"] * 3,
+            }
+        ),
+        signals,
+    )
     record = measured.record(checkpoint, 0, signals=signals)
     assert measured.calls == 0 and record["hard"] == [False, True, True] and "pass_rate" not in record
     assert record["origin"] == ["given"] * 3

@@ -1,4 +1,4 @@
-"""Phases of GRPO before an engine runs them: settings of their own, and the way to the process that trains."""
+"""Phases of GRPO before an engine runs them: their own settings, and their JSON for the training process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pgenrm_train.backends.grpo.child import read_phases
-from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
+from pgenrm_train.backends.grpo.phase import PHASES, HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.config.stage_names import StageName
@@ -46,4 +45,4 @@ def test_a_phase_reaches_the_training_process_as_it_is() -> None:
     )
     sent = [plain, full]
     job = json.dumps([dataclasses.asdict(phase) for phase in sent], default=str)
-    assert read_phases(json.loads(job)) == sent
+    assert PHASES.validate_python(json.loads(job)) == sent
