@@ -1,10 +1,11 @@
-"""build_data: raw source → preference pairs, a card, a leak report, and nothing else."""
+"""build_data: raw source → preference pairs, a card and a leak report."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from pgenrm_train.config import Config
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
@@ -13,19 +14,16 @@ from pgenrm_train.stages.stage import prepare, run_stage
 
 
 def run(config: Config) -> None:
-    if config.data.name == "lampqa" and config.recipe not in ("build_data", "evaluate"):
+    if config.data.name == "lampqa" and config.recipe not in (BUILD_DATA.name, StageName.EVALUATE):
         raise ConfigError(f"data=lampqa is for evaluation only; recipe={config.recipe} needs another data=")
     prepare(config)
-    say = (
-        "{questions} questions, {answers} answers"
-        if config.data.name == "lampqa"
-        else "{pairs} pairs of {users} users"
-    )
-    run_stage(config, BUILD_DATA, lambda folder, _: build(config, folder), say)
+    pairs, questions = "{pairs} pairs of {users} users", "{questions} questions, {answers} answers"
+    summary = questions if config.data.name == "lampqa" else pairs
+    run_stage(config, BUILD_DATA, lambda folder, _: build(config, folder), summary)
 
 
-def build(config: Config, folder: StageFolder) -> dict[str, Any]:
-    """The pairs, then what is to be known of them; or a set of questions, which no stage trains on."""
+def build(config: Config, folder: StageFolder) -> Mapping[str, object]:
+    """The pairs and the report on them; or LaMP-QA's questions, which no stage trains on."""
     from data_builders.checks.card import describe
 
     if config.data.name == "lampqa":
@@ -36,16 +34,16 @@ def build(config: Config, folder: StageFolder) -> dict[str, Any]:
 
 
 def builder(config: Config) -> build_data.Builder:
-    """The builder of `data=`; each is one file in data_builders/."""
+    """The builder of `data=`; each is one file in data_builders/sources."""
     from data_builders.sources import pairs, personal_reward_bench, personaworld, prism
 
-    known = {
+    builders = {
         "pairs": pairs.build,
         "personaworld": personaworld.build,
         "chatbot_arena": personal_reward_bench.build,
         "prism_personalized": personal_reward_bench.build,
         "prism": prism.build,
     }
-    if config.data.name not in known:
-        raise ConfigError(f"data.name={config.data.name} is not one of {', '.join(known)}")
-    return known[config.data.name]
+    if config.data.name not in builders:
+        raise ConfigError(f"data.name={config.data.name} is not one of {', '.join(builders)}")
+    return builders[config.data.name]

@@ -1,16 +1,16 @@
-"""What a run will ask of a paid model, told before it starts, and what it was paid, told when it ends."""
+"""Estimate a run's cost of paid models before it starts, and sum it up when it ends."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from eval.studies.evaluation import Evaluation
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
+from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
@@ -21,8 +21,10 @@ from recipes.wiring.llm import plain_writer
 VERDICT_TOKENS = 80
 
 
-def tell_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Mapping[str, Any]:
-    """The estimate of `model=endpoint`; what an earlier start was answered is not asked again."""
+def estimate_evaluation(
+    config: Config, evaluation: Evaluation, settings: EndpointConfig
+) -> Mapping[str, object]:
+    """Print and return the estimate of `model=endpoint`; answers of an earlier start are not requested again."""
     from pgenrm_train.backends.api.costs import announce, characters, estimate
 
     write, policy = plain_writer(config), masking_of(config, "eval")
@@ -35,7 +37,7 @@ def tell_evaluation(config: Config, evaluation: Evaluation, settings: EndpointCo
 
 
 def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
-    """Own and swapped histories in both orders, the samples of the grids, and the probes, of which some pairs have none."""
+    """Calls for own and swapped histories in both orders, for the grids, and for the probes, at most."""
     settings, pairs = config.eval, len(evaluation.pairs)
     calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
     grid = min(pairs, settings.grid_pairs or pairs)
@@ -50,8 +52,8 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
     return calls
 
 
-def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Mapping[str, Any]:
-    """The estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
+def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Mapping[str, object]:
+    """Print and return the estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
     from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 
     calls, longest = 0.0, ""
@@ -60,20 +62,18 @@ def tell_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]
         extras = read_extras(rows)
         stated = [extra["explicit"] for extra in extras if withheld_signals(extra)]
         chains = settings.steps * settings.prompts_per_step * settings.group_size
-        calls += chains * len(stated) / max(1, len(extras)) + _validation_calls(
-            settings, rows.with_name(VALIDATION)
-        )
+        calls += chains * len(stated) / max(1, len(extras))
+        calls += _validation_calls(settings, rows.with_name(VALIDATION))
         longest = max([longest, *stated], key=len)
     task = characters([judge_messages("", {"signals": longest})])
-    chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(
-        ANSWER_TOKENS, config.model.max_response_tokens
-    )
-    span = (task + chain, task + max(chain, 3.0 * config.model.max_response_tokens))
+    longest_chain = config.model.max_response_tokens
+    chain = _chain_characters(Path(config.run_dir)) or 4.0 * min(ANSWER_TOKENS, longest_chain)
+    span = (task + chain, task + max(chain, 3.0 * longest_chain))
     return announce("judge", judge, estimate(judge, span, calls, answer_tokens=VERDICT_TOKENS))
 
 
 def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
-    """Rows of the validation slice that a judge is asked about, as often as it is validated."""
+    """Judged rows of the validation slice, times the validations."""
     if not rows.exists():
         return 0
     judged = [extra for extra in read_extras(rows) if withheld_signals(extra)]
@@ -81,29 +81,26 @@ def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
 
 
 def _chain_characters(run_dir: Path) -> float | None:
-    """Mean length of the chains that the policy has learnt from."""
-    path = run_dir / "build_sec" / SEC
+    """Mean length of the chains that the policy learns from; None before build_sec has made them."""
+    path = run_dir / StageName.BUILD_SEC / SEC
     if not path.exists():
         return None
-    chats: Sequence[Any] = (
-        pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
-    )
+    chats = pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
     return sum(len(chat[-1]["content"]) for chat in chats) / len(chats) if chats else None
 
 
-def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, Any]:
-    """What the judge was paid in all starts, from its caches; empty where none was kept."""
+def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, float]:
+    """Tokens and dollars of the judge over all starts, from its caches; empty if there are none."""
     from pgenrm_train.backends.api.answers import Answers
     from pgenrm_train.backends.api.endpoint import dollars
 
-    found = [folder for folder in caches if folder.exists()]
-    if not found:
-        return {}
     paid = []
-    for folder in found:
+    for folder in filter(Path.exists, caches):
         answers = Answers(folder)
         paid.append(answers.paid())
         answers.close()
+    if not paid:
+        return {}
     prompts, completions = (sum(part) for part in zip(*paid))
     return {
         "prompt tokens": prompts,

@@ -19,7 +19,7 @@ from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import Tracker
 from recipes.wiring.baselines import scorers
-from recipes.wiring.costs import tell_evaluation
+from recipes.wiring.costs import estimate_evaluation
 from recipes.wiring.llm import model_endpoint, shown_histories
 from recipes.wiring.similar_users import find_similar, nearest_prototypes
 
@@ -53,7 +53,7 @@ def evaluate(
         for name, score in fitted.items()
     ]
     if config.model.kind == "endpoint":
-        folder.manifest.facts["estimate"] = tell_evaluation(config, evaluation, model_endpoint(config))
+        folder.manifest.facts["estimate"] = estimate_evaluation(config, evaluation, model_endpoint(config))
     for candidate in everyone:
         answers, last = folder.path / candidate.name, candidate is everyone[-1]
         tested.append(evaluation.test(candidate, answers, progress, final=last))

@@ -34,7 +34,7 @@ from pgenrm_train.stages.prototypes import prototype_of_users
 from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
 from recipes import build_data, criteria
-from recipes.wiring.costs import judge_cost, tell_judge
+from recipes.wiring.costs import estimate_judge, judge_cost
 from recipes.wiring.llm import settings_of
 from recipes.wiring.models import load_tokenizer
 
@@ -72,7 +72,7 @@ def train(
         phases = [phase(config, stage, None if n else start, judge) for n, stage in enumerate(stages)]
         paid = [p for p in phases if p.judge is not None and p.judge.settings is not None]
         if paid:
-            folder.note(estimate=tell_judge(config, judge, {p.section: p.rows for p in paid}))
+            folder.note(estimate=estimate_judge(config, judge, {p.section: p.rows for p in paid}))
         earlier = [p.seconds() for p in phases]
         with tracker.follow(folder.path / METRICS):
             trained = launch(config, phases)[0]

@@ -1,4 +1,4 @@
-"""The language models that a run asks: behind an API, or served here by vLLM for as long as a stage runs."""
+"""Language models that a run queries: behind an API, or served here by vLLM while a stage runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 @contextmanager
 def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointConfig]:
-    """The settings of `teacher` or `judge` as an API that answers; with kind vllm, a server is started and stopped."""
+    """Settings of `teacher` or `judge` as an API that answers; kind vllm starts and stops a server."""
     settings: EndpointConfig = getattr(config, section)
     if settings.kind != "vllm":
         yield settings
@@ -35,28 +35,33 @@ def model_endpoint(config: Config) -> EndpointConfig:
     """The model under test of `model=endpoint`."""
     model = config.model
     return EndpointConfig(
-        "endpoint", model.base_url, model.name, model.api_key_env, max_in_flight=config.eval.max_in_flight,
-        max_tokens=model.max_response_tokens, temperature=config.eval.temperature,
-    )  # fmt: skip
+        "endpoint",
+        model.base_url,
+        model.name,
+        model.api_key_env,
+        max_in_flight=config.eval.max_in_flight,
+        max_tokens=model.max_response_tokens,
+        temperature=config.eval.temperature,
+    )
 
 
 def plain_writer(config: Config) -> Callable[[MaskedView | FullView], list[dict[str, str]]]:
-    """Prompts for a model whose tokenizer is not at hand: nothing is cut."""
+    """Writer of prompts for a model without a local tokenizer: nothing is cut."""
     return functools.partial(styled_messages, config.model.prompt, instructions=config.model.instructions)
 
 
 def api_generator(settings: EndpointConfig, prompt: str, folder: Path | None) -> EndpointGenerator:
-    """The model under test of `model=endpoint`, asked in the style `prompt`; `folder` keeps what was paid, and personas."""
-    endpoint = Endpoint(settings, folder and folder / "paid")  # answers are kept as predictions
+    """Generator of `model=endpoint` in the style `prompt`; `folder` keeps costs and personas."""
+    model = Endpoint(settings, folder and folder / "paid")  # answers are kept as predictions
     if prompt == "persona":
-        return PersonaGenerator(endpoint, Endpoint(settings, folder and folder / "personas"))
-    return EndpointGenerator(endpoint)
+        return PersonaGenerator(model, Endpoint(settings, folder and folder / "personas"))
+    return EndpointGenerator(model)
 
 
 def shown_histories(
     config: Config, sampler: HistorySampler, pairs: Sequence[PreferencePair], size: int | None = None
 ) -> Mapping[str, tuple[HistoryItem, ...]]:
-    """pair_id → the history that its question shows: a draw of its own, or one a user where a persona is written from it."""
+    """pair_id → the history that its question shows: one draw per pair, or per user if a persona is written from it."""
     if config.model.prompt != "persona":
         return {p.pair_id: sampler(p, size) for p in pairs}
     of_user: dict[str, tuple[HistoryItem, ...]] = {}
@@ -68,9 +73,9 @@ def shown_histories(
 
 @contextmanager
 def endpoint(config: Config, section: str, folder: Path) -> Iterator[Endpoint]:
-    """The endpoint of `teacher` or `judge`, with a cache of its answers in `folder`."""
+    """Endpoint of `teacher` or `judge`, with a cache of its answers in `folder`."""
     with ExitStack() as stack:
         settings = stack.enter_context(settings_of(config, section, folder / f"{section}_server.log"))
-        found = Endpoint(settings, folder / f"{section}_cache")
-        stack.callback(found.close)
-        yield found
+        model = Endpoint(settings, folder / f"{section}_cache")
+        stack.callback(model.close)
+        yield model

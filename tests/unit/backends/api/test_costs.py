@@ -11,7 +11,7 @@ from eval.report.sections import cost_section, yield_section
 from pgenrm_train.backends.api.answers import Answers, Reply
 from pgenrm_train.backends.api.costs import announce, characters, estimate
 from pgenrm_train.config import Config, EndpointConfig
-from recipes.wiring.costs import judge_cost, tell_judge
+from recipes.wiring.costs import estimate_judge, judge_cost
 
 SETTINGS = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "name": "stub"}
 
@@ -83,13 +83,15 @@ def test_a_judge_reads_every_chain_of_users_who_said_something(tmp_path, capsys)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     config = Config(run_dir=str(tmp_path))
     config.cre.steps, config.cre.prompts_per_step, config.cre.group_size = 10, 8, 4
-    facts = tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
+    facts = estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
     assert facts["calls"] == [160, 160] and "judge stub: 160 calls" in capsys.readouterr().out
     probes = [{"extra_info": {"explicit": said}} for said in ("{}", "{}", '{"criteria": "short"}')]
     pq.write_table(pa.Table.from_pylist(probes), tmp_path / "validation.parquet")
     config.cre.validate_every = 4  # at the start and after every fourth step
     asked = 160 + 1 + -(-config.cre.steps // 4)
-    assert tell_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})["calls"] == [
+    assert estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})[
+        "calls"
+    ] == [
         asked,
         asked,
     ]
