@@ -3,9 +3,9 @@
 A step's sequences are the next `psi.batch_size` of the epoch's permutation.  Its loss is the weighted mean
 over the step's trained tokens under every layout:
 
-    padded     micro-batches in the permutation's order, each row padded to the longest grouped    the step's
-    sequences first sorted by length: a micro-batch holds sequences of similar length packed     the step's
-    sequences dealt to micro-batches of similar token counts, each one row without padding
+    padded     micro-batches in the permutation's order, each row padded to the longest
+    grouped    the step's sequences first sorted by length: a micro-batch holds similar lengths
+    packed     the step's sequences dealt to micro-batches of similar token counts, each a row without padding
 
 So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is
 *our choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from pgenrm_train.prompts.messages import JSON_START
 if TYPE_CHECKING:
     import torch
 
-    MicroBatch = dict[str, torch.Tensor | int]
+MicroBatch: TypeAlias = "dict[str, torch.Tensor | int]"
 
 
 class Layout(StrEnum):

@@ -12,7 +12,7 @@ from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.run.checkpoints import COMPLETE, step_of
 
-MARKS = {"ranks": "number of processes", "zero_stage": "ZeRO stage", "model": "model or adapter"}
+MARK_NAMES = {"ranks": "number of processes", "zero_stage": "ZeRO stage", "model": "model or adapter"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def check_resumable(checkpoint: Path, mark: Mark) -> None:
     for key, value in asdict(mark).items():
         if marker.get(key) != value:
             raise ArtifactError(
-                f"{checkpoint} was written with another {MARKS[key]} ({marker.get(key)}, now {value}); "
+                f"{checkpoint} was written with another {MARK_NAMES[key]} ({marker.get(key)}, now {value}); "
                 "restore the old setting, or use another run_dir="
             )
 

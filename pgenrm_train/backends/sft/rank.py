@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pgenrm_train.backends.sft.batches import Chats, Encoded, Layout, StepOrder, collate, layout_of, pad_of
+from pgenrm_train.backends.sft.batches import (
+    Chats,
+    Encoded,
+    Layout,
+    MicroBatch,
+    StepOrder,
+    collate,
+    layout_of,
+    pad_of,
+)
 from pgenrm_train.backends.sft.checkpoints import newest_complete
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.settings import set_variables, training_arguments
-from pgenrm_train.config import ClusterConfig, Config, LoraConfig
+from pgenrm_train.config import ClusterConfig, Config
 from pgenrm_train.run.checkpoints import step_of
 from pgenrm_train.run.process import die_with_parent
 from pgenrm_train.run.tracking import trim
-
-if TYPE_CHECKING:
-    from pgenrm_train.backends.sft.batches import MicroBatch
 
 
 def train_rank(job: Job) -> None:
@@ -80,7 +86,7 @@ def _trainer(job: Job) -> Any:
     if job.validator:
         # without gradients and optimiser, batches may be larger
         generator = TrainingGenerator(job.config.model, model, tokenizer, 8 * psi.micro_batch_size)
-        validate = functools.partial(_imported(job.validator)(job.config), generator)
+        validate = functools.partial(pkgutil.resolve_name(job.validator)(job.config), generator)
     return SftTrainer(
         psi,
         order=order,
@@ -97,6 +103,8 @@ def _trainer(job: Job) -> Any:
 def _model(job: Job) -> Any:
     """The model to train, with its adapter, its attention and our loss."""
     import torch
+    from peft import LoraConfig as Adapter
+    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from pgenrm_train.backends.sft import attention
@@ -111,7 +119,16 @@ def _model(job: Job) -> Any:
     dtype = torch.float32 if device == "cpu" else getattr(torch, settings.dtype)
     model = AutoModelForCausalLM.from_pretrained(job.start, dtype=dtype, attn_implementation=kernel)
     train_in_pieces(model)
-    return _with_adapter(settings.lora, model) if settings.lora.rank else model
+    if not settings.lora.rank:
+        return model
+    adapter = Adapter(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=settings.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapter)
 
 
 def _collate(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> MicroBatch:
@@ -124,26 +141,6 @@ def _collate(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> MicroB
     if psi.sequence_parallel == 1:
         return batch
     return part_of(batch, int(os.environ["RANK"]) % psi.sequence_parallel, psi.sequence_parallel, pad)
-
-
-def _imported(name: str) -> Any:
-    """The function of a name `module:function`."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _with_adapter(lora: LoraConfig, model: Any) -> Any:
-    from peft import LoraConfig as Adapter
-    from peft import get_peft_model
-
-    adapter = Adapter(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, adapter)
 
 
 def main(job_file: str) -> None:

@@ -137,7 +137,9 @@ class _Server:
             import ray
 
             host = str(ray.util.get_node_ip_address())
-        port = _free_port(host)
+        with socket.socket() as free:
+            free.bind((host, 0))
+            port = free.getsockname()[1]
         module = "vllm.entrypoints.openai.api_server"
         command = [sys.executable, "-m", module, "--host", host, "--port", str(port), *self.arguments]
         with self.log.open("a") as out:
@@ -211,9 +213,3 @@ def _wait(exit_code: Callable[[], int | None], url: str, log: Path) -> None:
             pass
         time.sleep(0.5)
     raise BackendError(f"the vLLM server did not answer within {START_SECONDS:.0f} s; see {log}")
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return int(free.getsockname()[1])
