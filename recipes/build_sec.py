@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     build_data.run(config)
 
     def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:
-        return PromptWriter(config, load_tokenizer(make_base(config, kept)))
+        return PromptWriter(config.model, load_tokenizer(make_base(config, kept)))
 
     def body(folder: StageFolder, _: Tracker) -> build_sec.Yield:
         pairs = load_pairs(Path(config.run_dir))

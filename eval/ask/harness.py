@@ -144,7 +144,7 @@ class PredictionStore:
 class TrimCounter(Protocol):
     """A prompt writer that counts the texts it cut."""
 
-    def told(self, what: str) -> str: ...
+    def trim_warning(self, name: str) -> str: ...
 
 
 def ask(
@@ -181,7 +181,7 @@ def ask(
             next(bar, None)
         finally:  # an engine that fails and Ctrl-C lose no answer
             store.flush()
-        if isinstance(write, TrimCounter) and (warning := write.told(what)):
+        if isinstance(write, TrimCounter) and (warning := write.trim_warning(what)):
             print(warning, flush=True)
         if unanswered:
             raise DataError(f"the engine ended with {unanswered} of {total} samples unanswered")

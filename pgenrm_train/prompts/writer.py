@@ -1,4 +1,4 @@
-"""What every stage reads in the same way: the built pairs, the histories, and prompts that fit the model's token budget."""
+"""The input that all stages share: built pairs, histories, and prompts within the model's token budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, ModelConfig
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
@@ -24,7 +24,7 @@ Messages = list[dict[str, str]]
 
 
 def load_pairs(run_dir: Path) -> list[PreferencePair]:
-    """The pairs that `build_data` made in this run."""
+    """Read the pairs of this run's `build_data`."""
     path = run_dir / "build_data" / PAIRS
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run recipe=build_data with the same run_dir first")
@@ -32,47 +32,55 @@ def load_pairs(run_dir: Path) -> list[PreferencePair]:
 
 
 def histories(config: Config, pairs: Iterable[PreferencePair]) -> HistorySampler:
+    """A sampler of histories with the settings of `data`."""
     data = config.data
     return HistorySampler(
         pairs, size=data.history_size, policy=data.history_policy, kind=data.history_kind, seed=config.seed
     )
 
 
-def asked(pairs: Iterable[PreferencePair], split: str, limit: int | None = None) -> list[PreferencePair]:
-    """Pairs of a split that a stage asks about.  `train` means training users' train part; the train part of held-out users
-    is history only.  A limit keeps whole groups of votes on the same conversation, drawn by the hash of its id."""
-    found = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
-    if limit is None or len(found) <= limit:
-        return found
-    sizes = Counter(p.conversation_id or p.pair_id for p in found)
+def pairs_of_split(
+    pairs: Iterable[PreferencePair], split: str, limit: int | None = None
+) -> list[PreferencePair]:
+    """Select the pairs of a split, about `limit` of them.
+
+    `train` means the train part of training users; that of held-out users is history only.  A limit keeps all votes on
+    the same conversation together and draws conversations by the hash of their ids.
+    """
+    selected = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
+    if limit is None or len(selected) <= limit:
+        return selected
+    sizes = Counter(p.conversation_id or p.pair_id for p in selected)
     kept, total = set(), 0
     for conversation in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if total >= limit:
             break
         kept.add(conversation)
         total += sizes[conversation]
-    return [p for p in found if (p.conversation_id or p.pair_id) in kept]
+    return [p for p in selected if (p.conversation_id or p.pair_id) in kept]
 
 
 class PromptWriter:
     """View → chat messages within `model.max_prompt_tokens`.
 
-    Policy for what is too long, in this order: every query and response is cut to `model.max_text_tokens`; then the oldest history
-    items go; then queries and responses are cut to the greatest common length that fits.  A cut text ends in ` …(+N words)`, so
-    that its length can still be seen.  `trimmed` counts prompts, cut texts, dropped history items, prompts cut to fit, and prompts
-    whose responses differ only in what was cut.
+    Over-long prompts are trimmed in this order:
+    1. Each query and response is cut to `model.max_text_tokens`.
+    2. The oldest history items are dropped.
+    3. Queries and responses are cut to the greatest common length that fits.
+
+    A cut text ends in ` …(+N words)`, so that a reader can judge its length.  `trimmed` counts prompts, cut texts,
+    dropped history items, prompts cut to fit, and prompts whose responses differ only in the parts cut off.
     """
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config.model, tokenizer
+    def __init__(self, config: ModelConfig, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
         self.reserved = tuple(tokenizer.all_special_tokens)
         self.trimmed: Counter[str] = Counter()
-        self._cut = functools.lru_cache(2**16)(
-            self._cut_anew
-        )  # a vote is read in its own prompt and in the histories of others
+        # A vote appears in its own prompt and in the histories of others.
+        self._cut = functools.lru_cache(2**16)(self._cut_text)
 
     def __call__(self, view: MaskedView | FullView) -> Messages:
-        """Raises DataError when even texts of one token would not fit."""
+        """Write a prompt.  Raises DataError if even texts of one token would not fit."""
         fitted = self._cut_texts(view, self.config.max_text_tokens)
         fits = self._fits(fitted)
         while fitted.history and not fits:
@@ -90,18 +98,16 @@ class PromptWriter:
         )
         return self._messages(fitted)
 
-    def told(self, what: str) -> str:
-        """One sentence on what was cut, empty when nothing was."""
-        cut = {name.replace("_", " "): count for name, count in (+self.trimmed).items() if name != "prompts"}
-        listed = ", ".join(f"{count} {name}" for name, count in cut.items())
-        return (
-            f"[{what}] over-long, of {self.trimmed['prompts']} prompts (oldest history first, then the longest texts): {listed}"
-            if cut
-            else ""
-        )
+    def trim_warning(self, name: str) -> str:
+        """One sentence on the trimmed prompts of `name`; empty if there are none."""
+        counts = (+self.trimmed).items()
+        listed = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts if kind != "prompts")
+        prompts = self.trimmed["prompts"]
+        trimmed = f"[{name}] over-long, of {prompts} prompts (oldest history first, then the longest texts)"
+        return f"{trimmed}: {listed}" if listed else ""
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a prompt, ready to be continued by the model."""
+        """Token ids of a prompt, ready for the model to continue."""
         return prompt_ids(self.tokenizer, messages)
 
     def can_be_written(self, response: str) -> bool:
@@ -133,7 +139,7 @@ class PromptWriter:
         )
 
     def _cut_to_fit(self, view: MaskedView | FullView) -> MaskedView | FullView:
-        """All texts cut to the greatest common number of tokens with which the prompt fits, found by bisection."""
+        """Cut all texts to the greatest common number of tokens that fits, found by bisection."""
         low, high = 0, self.config.max_text_tokens or self.config.max_prompt_tokens
         best: MaskedView | FullView | None = None
         while low < high:
@@ -145,17 +151,17 @@ class PromptWriter:
                 high = middle - 1
         if best is None:
             raise DataError(
-                f"a prompt cannot be brought under model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it"
+                f"a prompt cannot be cut to model.max_prompt_tokens={self.config.max_prompt_tokens}; raise it"
             )
         return best
 
-    def _cut_anew(self, text: str, limit: int) -> str:
-        if len(text) * 4 <= limit:  # UTF-8: a character has at most 4 bytes, and a token at least one
+    def _cut_text(self, text: str, limit: int) -> str:
+        if len(text) * 4 <= limit:  # a character has at most 4 bytes of UTF-8, a token at least one
             return text
         head = text[: limit * 16]
         encoded = self.tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        # A character may be several tokens: only whole ones are kept.
+        # A character may have several tokens; it is kept with all of them or not at all.
         end = len(head) if len(offsets) <= limit else min(offsets[limit - 1][1], offsets[limit][0])
         return shorten(text, end)
 

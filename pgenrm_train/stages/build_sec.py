@@ -34,7 +34,7 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, drop_history, present
-from pgenrm_train.prompts.writer import Messages, asked, histories
+from pgenrm_train.prompts.writer import Messages, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
@@ -92,7 +92,7 @@ class ChatWriter(Protocol):
 
     def can_be_written(self, response: str) -> bool: ...
 
-    def told(self, what: str) -> str: ...
+    def trim_warning(self, name: str) -> str: ...
 
 
 def run(
@@ -135,7 +135,7 @@ def run(
     )
     write_json(folder.path / "yield.json", facts)
     print(yield_table(facts), flush=True)
-    if warning := writer.told("build_sec prompts"):
+    if warning := writer.trim_warning("build_sec prompts"):
         print(warning, flush=True)
     return facts
 
@@ -253,7 +253,7 @@ def _rejected(item: Kept, reason: str) -> Rejected:
 
 def questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, int]]:
     """Shuffled (pair, order); with one order per pair, orders alternate so that both are equally frequent."""
-    train = asked(pairs, "train")
+    train = pairs_of_split(pairs, "train")
     random.Random(config.seed).shuffle(train)
     if config.sec.orders_per_pair == 1:
         pairs_in_order = [(pair, n % 2) for n, pair in enumerate(train)]

@@ -27,7 +27,7 @@ from pgenrm_train.curriculum.hardness import signals as model_free_signals
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.prompts.writer import Messages, asked, histories
+from pgenrm_train.prompts.writer import Messages, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, ExplicitSignals, PreferencePair
 from pgenrm_train.rewards.judging import signals
 from pgenrm_train.rewards.training_rows import Row
@@ -145,7 +145,7 @@ def training_pairs(
     draw.
     """
     settings, rng = getattr(config, stage), random.Random(f"{seed_of(config, stage)}/{stage}")
-    train = asked(pairs, "train")
+    train = pairs_of_split(pairs, "train")
     rng.shuffle(train)
     limit = max(settings.rows, settings.prompts_per_step)
     if not getattr(settings, "construct", False):

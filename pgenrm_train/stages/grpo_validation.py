@@ -15,7 +15,7 @@ from random import Random
 from pgenrm_train.config import GrpoConfig, masking_of
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.masking import apply_masking, present
-from pgenrm_train.prompts.writer import asked, histories
+from pgenrm_train.prompts.writer import histories, pairs_of_split
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferencePair
 from pgenrm_train.rewards.hacking_signs import EMPTY, OWN, SWAPPED
 from pgenrm_train.rewards.judging import signals
@@ -30,7 +30,7 @@ def write_validation(builder: RowBuilder, folder: Path, pairs: Sequence[Preferen
     """Write the rows of at most `validate_pairs` validation pairs; returns their number, 0 without a file."""
     config, stage = builder.config, builder.stage
     settings: GrpoConfig = getattr(config, stage)
-    some = asked(pairs, "val", settings.validate_pairs) if settings.validate_every else []
+    some = pairs_of_split(pairs, "val", settings.validate_pairs) if settings.validate_every else []
     # What the stage hides, without its draws.
     policy = "full" if masking_of(config, stage) == "full" else "masked"
     rows: list[Row] = []

@@ -8,7 +8,7 @@ from eval.ask.harness import PredictionStore, ask, own_questions, readable_text
 from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.files import fingerprint
-from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
 from pgenrm_train.run.folder import StageFolder, weights_digest
 from pgenrm_train.run.progress import progress
 from pgenrm_train.stages.prototypes import Written, pairs_to_analyse
@@ -22,9 +22,9 @@ def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tup
     """Sample chains on training users, and on newcomers with 0, 1, … known votes; no engine is left afterwards."""
     pairs = load_pairs(Path(config.run_dir))
     sampler = histories(config, pairs)
-    train = pairs_to_analyse(config.prototypes, asked(pairs, "train"))
+    train = pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))
     training_users = {p.user_id for p in pairs if p.trains}
-    some = asked(pairs, "val", min(NEWCOMERS, config.data.max_val_pairs or NEWCOMERS))
+    some = pairs_of_split(pairs, "val", min(NEWCOMERS, config.data.max_val_pairs or NEWCOMERS))
     newcomers = [p for p in some if p.user_id not in training_users]
     sets = {"own": (train, {p.pair_id: sampler(p) for p in train})}
     for size in range(config.data.history_size + 1):
@@ -38,7 +38,7 @@ def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tup
         table = ask(
             [question for group in questions.values() for question in group],
             start,
-            PromptWriter(config, load_tokenizer(checkpoint)),
+            PromptWriter(config.model, load_tokenizer(checkpoint)),
             PredictionStore(folder.path / f"chains-{checkpoint.parent.name}", identity),
             masking=masking_of(config, "eval"),
             temperature=0.0,

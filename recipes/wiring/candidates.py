@@ -59,7 +59,7 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, l
     start, close = once(lambda: load(checkpoint))
     identity = fingerprint(weights_digest(check_checkpoint(checkpoint)), config.model.prompt)
     tokenizer = functools.cache(lambda: load_tokenizer(checkpoint))
-    return Candidate(name, identity, start, lambda: PromptWriter(config, tokenizer()), close, seconds)
+    return Candidate(name, identity, start, lambda: PromptWriter(config.model, tokenizer()), close, seconds)
 
 
 def _endpoint(config: Config, folder: Path) -> Candidate:

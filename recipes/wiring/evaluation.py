@@ -13,7 +13,7 @@ from eval.studies.validation import headline
 from pgenrm_train.config import Config, seeds_of_grid, sizes
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.prompts.writer import asked, histories, load_pairs
+from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.progress import progress
@@ -32,7 +32,7 @@ def evaluate(
     if any(isinstance(candidate, Candidate) for candidate in everyone):
         config, scaling_notes = without_prototypes(config)
     pairs = load_pairs(Path(config.run_dir))
-    split = asked(pairs, config.eval.split, config.data.max_test_pairs)
+    split = pairs_of_split(pairs, config.eval.split, config.data.max_test_pairs)
     if not split:
         raise DataError(
             f"no pair has split={config.eval.split}, so there is nothing to evaluate; the column split must name "

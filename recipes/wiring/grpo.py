@@ -126,7 +126,7 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
 
     run_dir, settings = Path(config.run_dir), config.curriculum
     folder, pairs = run_dir / stage, load_pairs(run_dir)
-    write = PromptWriter(config, load_tokenizer(tokenizer))
+    write = PromptWriter(config.model, load_tokenizer(tokenizer))
     builder = RowBuilder(config, stage, write, load_criteria(run_dir) if synthesized(config, stage) else {})
     if stage == StageName.CURRICULUM and settings.prototypes:
         builder = replace(builder, prototype_of=prototype_of_users(Path(settings.prototypes)))
@@ -136,8 +136,8 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
         print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
     write_rows(builder, folder, pairs)
     write_json(folder / "trimmed.json", dict(write.trimmed))
-    if told := write.told(f"{stage} prompts"):
-        print(told, flush=True)
+    if warning := write.trim_warning(f"{stage} prompts"):
+        print(warning, flush=True)
 
 
 def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:

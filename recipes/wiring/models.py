@@ -16,7 +16,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import apply_masking
 from pgenrm_train.prompts.messages import TAGS, chat_messages
-from pgenrm_train.prompts.writer import PromptWriter, asked, histories, load_pairs
+from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.stages.build_sec import Kept
 
@@ -71,13 +71,13 @@ def check_base(config: Config) -> None:
 def validation(config: Config) -> Validator:
     """Accuracy while training: a fixed slice of the validation split, sampled and scored by the shared harness."""
     sampler, pairs = histories(config, load_pairs(Path(config.run_dir))), validation_pairs(config)
-    writer = PromptWriter(config, load_tokenizer(base_model(config)))
+    writer = PromptWriter(config.model, load_tokenizer(base_model(config)))
     return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer)
 
 
 def validation_pairs(config: Config) -> list[PreferencePair]:
     """Pairs of the validation split.  Raises DataError if there are none."""
-    pairs = asked(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)
+    pairs = pairs_of_split(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)
     if not pairs:
         raise DataError(
             "psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0"

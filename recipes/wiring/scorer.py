@@ -124,7 +124,7 @@ def load_scorer(config: Config) -> Scorer:
     from pgenrm_train.backends.vllm.engine import VllmGenerator
 
     generator = VllmGenerator(config, checkpoint)
-    return Scorer(config, generator, PromptWriter(config, generator.tokenizer))
+    return Scorer(config, generator, PromptWriter(config.model, generator.tokenizer))
 
 
 def view_of(config: Config, example: Example) -> MaskedView | FullView:

@@ -66,7 +66,7 @@ class Writer:
     def can_be_written(self, response: str) -> bool:
         return len(response.split()) <= self.words
 
-    def told(self, what: str) -> str:
+    def trim_warning(self, name: str) -> str:
         return ""
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pgenrm_train.backends.sft.nano import ASSISTANT, END, PAD, USER, train_tokenizer
 from pgenrm_train.chains.chain import FORMAT_STRINGS, write_chain
-from pgenrm_train.config import Config, ModelConfig, NanoConfig
+from pgenrm_train.config import ModelConfig, NanoConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.messages import TAGS, chat_messages, split_prompt
@@ -65,7 +65,7 @@ def loaded(tokenizer, tmp_path_factory):
 
 
 def writer(tokenizer, **model) -> PromptWriter:
-    return PromptWriter(Config(model=ModelConfig(**({"instructions": False} | model))), tokenizer)
+    return PromptWriter(ModelConfig(**({"instructions": False} | model)), tokenizer)
 
 
 def ids(tokenizer, text: str) -> list[int]:
@@ -237,12 +237,12 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
 def test_what_was_cut_is_told_and_responses_that_the_cut_made_equal_are_counted(tokenizer):
     write = writer(tokenizer, max_text_tokens=20)
     write(a_view())
-    assert write.told("psi") == ""
+    assert write.trim_warning("psi") == ""
     same = "the same words in the same order " * 20
     write(a_view(responses=(f"{same} one end", f"{same} other end")))
     write(a_view(responses=(f"{same} x", "short")))
     assert write.trimmed["prompts_left_with_equal_responses"] == 1
-    assert write.told("psi").endswith(
+    assert write.trim_warning("psi").endswith(
         "3 prompts (oldest history first, then the longest texts): 3 texts, 1 prompts left with equal responses"
     )
     write(a_view(responses=("equal before", "equal before")))

@@ -14,7 +14,7 @@ from data_builders.sources import pairs as pairs_builder
 from data_builders.sources import personaworld
 from pgenrm_train.config import ROOT, Config, DataConfig
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.prompts.writer import asked, load_pairs
+from pgenrm_train.prompts.writer import load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records.rows import pair_to_row
@@ -181,22 +181,24 @@ def test_asked_train_leaves_out_held_out_users():
         vote(3, split="val"),
         vote(4, split="test", user_split="test"),
     ]
-    assert [p.pair_id for p in asked(votes, "train")] == ["1"]
-    assert [p.pair_id for p in asked(votes, "val")] == ["3"]
-    assert [p.pair_id for p in asked(votes, "test")] == ["4"]
+    assert [p.pair_id for p in pairs_of_split(votes, "train")] == ["1"]
+    assert [p.pair_id for p in pairs_of_split(votes, "val")] == ["3"]
+    assert [p.pair_id for p in pairs_of_split(votes, "test")] == ["4"]
 
 
 def test_a_limit_on_what_is_asked_keeps_conversations_whole():
     votes = [vote(n, split="test", conversation_id=f"c{n % 5}") for n in range(15)]
-    kept = asked(votes, "test", 4)
+    kept = pairs_of_split(votes, "test", 4)
     assert sorted(Counter(p.conversation_id for p in kept).values()) == [3, 3]
-    assert asked(votes[::-1], "test", 4) == kept[::-1]  # which ones does not depend on the order of the file
-    assert asked(votes, "test", 100) == votes and asked(votes, "test") == votes
+    assert (
+        pairs_of_split(votes[::-1], "test", 4) == kept[::-1]
+    )  # which ones does not depend on the order of the file
+    assert pairs_of_split(votes, "test", 100) == votes and pairs_of_split(votes, "test") == votes
 
 
 def test_a_limit_holds_for_votes_without_a_conversation():
     votes = [vote(n, split="test") for n in range(15)]
-    assert len(asked(votes, "test", 4)) == 4
+    assert len(pairs_of_split(votes, "test", 4)) == 4
 
 
 # ---- data=pairs ----

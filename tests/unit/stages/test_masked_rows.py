@@ -117,7 +117,7 @@ def rows(
         "cre.rows=24",
         "cre.validate_pairs=3",
     )
-    write = PromptWriter(config, tokenizer)
+    write = PromptWriter(config.model, tokenizer)
     builder = RowBuilder(config, StageName.CRE, write, **more)
     assert write_validation(builder, folder, pairs) > 0
     write_rows(builder, folder, pairs)

@@ -19,7 +19,7 @@ from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.prompts.masking import present
-from pgenrm_train.prompts.writer import asked, histories
+from pgenrm_train.prompts.writer import histories, pairs_of_split
 from pgenrm_train.prototypes import clusters as core
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import prototypes
@@ -57,8 +57,8 @@ def world():
         shown = {p.pair_id: sampler(p, size) for p in chosen}
         return [(p, teacher.write(present(p, shown[p.pair_id], 0))) for p in chosen], shown
 
-    train = prototypes.pairs_to_analyse(config.prototypes, asked(pairs, "train"))
-    newcomers = asked(pairs, "val")
+    train = prototypes.pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))
+    newcomers = pairs_of_split(pairs, "val")
     return config, chains(train), [chains(newcomers, size) for size in range(4)]
 
 
@@ -361,7 +361,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
     assert told.index("closed") < told.index("ended") < told.index("embeds") and told.count("closed") == 1
-    asked_for = prototypes.pairs_to_analyse(config.prototypes, asked(pairs, "train"))
+    asked_for = prototypes.pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
     assert (
         len(core.load(stage.path).labels)

@@ -216,7 +216,7 @@ def validation(training):
     config, generator = training
     pairs = list(build(DataConfig(users=4, heldout_users=2, pairs_per_user=6), seed=1))
     sampler, chosen = HistorySampler(pairs, size=3, policy="random"), [p for p in pairs if p.trains][:3]
-    writer = PromptWriter(config, generator.tokenizer)
+    writer = PromptWriter(config.model, generator.tokenizer)
     return Validation(config, chosen, {p.pair_id: sampler(p) for p in chosen}, writer)
 
 
