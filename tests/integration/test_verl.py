@@ -35,20 +35,20 @@ CHILD = "backends.grpo.child"  # in the command line of the training process
 
 
 def config(run_dir: Path, max_failures: int = 0, **changed: Any) -> Config:
-    found = Config(recipe="pipeline", run_dir=str(run_dir))
-    found.cluster.max_failures = max_failures
-    found.model.max_prompt_tokens, found.model.max_response_tokens = 64, 64
-    found.tracking.kind = "none"
-    for section in (found.cre, found.curriculum):
+    settings = Config(recipe="pipeline", run_dir=str(run_dir))
+    settings.cluster.max_failures = max_failures
+    settings.model.max_prompt_tokens, settings.model.max_response_tokens = 64, 64
+    settings.tracking.kind = "none"
+    for section in (settings.cre, settings.curriculum):
         section.prompts_per_step, section.mini_batch_prompts, section.group_size = 8, 8, 4
         section.micro_batch_size, section.learning_rate, section.kl_coefficient = 16, 1e-3, 0.01
         section.save_every, section.keep_checkpoints, section.stall_seconds = 1, 2, 60.0
         section.validate_every = 3
         for key, value in changed.items():
             setattr(section, key, value)
-    found.curriculum.hard_share_start, found.curriculum.hard_share_end = 0.25, 0.75
-    found.curriculum.schedule, found.curriculum.resample = "self_paced", 1
-    return found
+    settings.curriculum.hard_share_start, settings.curriculum.hard_share_end = 0.25, 0.75
+    settings.curriculum.schedule, settings.curriculum.resample = "self_paced", 1
+    return settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,15 +168,15 @@ def training(run: Path, folder: str = "cre", stage: str | None = None) -> list[d
 
 def children_of_ray() -> list[str]:
     """Command lines of Ray, vLLM and veRL processes below this one."""
-    found = []
+    commands = []
     for process in psutil.Process().children(recursive=True):
         try:
             line = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
         if any(name in line for name in ("raylet", "ray::", "EngineCore", "gcs_server", CHILD)):
-            found.append(line)
-    return found
+            commands.append(line)
+    return commands
 
 
 def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> None:
@@ -206,21 +206,24 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
 
 def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
     """The slice has 10 pairs in both orders with their own history, and as many rows of a probe."""
-    found = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
-    assert [line["step"] for line in found] == [0, 3, STEPS]
+    validations = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
+    assert [line["step"] for line in validations] == [0, 3, STEPS]
     shares = (
         "accuracy_chosen_first",
         "format_error_share",
         "probe/swapped_history_accuracy",
         "signs/unverifiable_share",
     )
-    for line in found:
+    for line in validations:
         assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
         assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
         assert (
             line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0
         )
-    assert found[0]["cre/validation/length_drift"] == 1 and max(line["eval/accuracy"] for line in found) > 0
+    assert (
+        validations[0]["cre/validation/length_drift"] == 1
+        and max(line["eval/accuracy"] for line in validations) > 0
+    )
 
 
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:
@@ -241,11 +244,13 @@ def test_mining_measures_every_row_in_both_orders_and_feeds_the_curriculum(train
     import pyarrow.parquet as pq
 
     folder = trained / "curriculum"
-    found = pq.read_table(folder / "hardness.parquet").to_pylist()
-    assert [row["pair_id"] for row in found] == [f"p{i}" for i in range(ROWS)]
-    assert {row["pass_rate"] for row in found} <= {0.0, 0.5, 1.0} and {row["samples"] for row in found} == {2}
-    assert {row["order_gap"] for row in found} == {0.0, 1.0}
-    hard = {row["index"] for row in found if row["pass_rate"] == 0.5}
+    records = pq.read_table(folder / "hardness.parquet").to_pylist()
+    assert [row["pair_id"] for row in records] == [f"p{i}" for i in range(ROWS)]
+    assert {row["pass_rate"] for row in records} <= {0.0, 0.5, 1.0} and {
+        row["samples"] for row in records
+    } == {2}
+    assert {row["order_gap"] for row in records} == {0.0, 1.0}
+    hard = {row["index"] for row in records if row["pass_rate"] == 0.5}
     first = lines(folder / "batches.jsonl")[0]
     assert sum(i in hard for i in first["rows"]) / 8 == pytest.approx(0.75)
     counts = json.loads((folder / "hardness.json").read_text())
@@ -327,8 +332,8 @@ def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
 def wait_for(condition: Any, seconds: float, event: str) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.05)
     raise AssertionError(f"waited {seconds:.0f} s for {event}")
 
@@ -423,10 +428,10 @@ def test_two_ranks_with_lora_are_killed_resume_and_export_the_trained_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = config(tmp_path, kl_coefficient=0.0)
-    found.cluster.processes_per_node, found.model.lora.rank, found.model.lora.alpha = 2, 4, 8
+    settings = config(tmp_path, kl_coefficient=0.0)
+    settings.cluster.processes_per_node, settings.model.lora.rank, settings.model.lora.alpha = 2, 4, 8
     phase = dataclasses.replace(cre(world, tmp_path, steps=3), validation=None)
-    thread, killed = in_background(lambda: launch(found, [phase]))
+    thread, killed = in_background(lambda: launch(settings, [phase]))
     wait_for(
         lambda: (tmp_path / "cre/verl/global_step_1/complete.json").exists(), 400, "the first checkpoint"
     )
@@ -435,7 +440,7 @@ def test_two_ranks_with_lora_are_killed_resume_and_export_the_trained_model(
     assert "code -9" in str(killed[0])
     wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
 
-    assert launch(found, [phase])[0].steps == 3
+    assert launch(settings, [phase])[0].steps == 3
     sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=3, seed=0)
     assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == [
         sampler.next_batch(step) for step in (1, 2, 3)
@@ -470,21 +475,21 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     gpu.cluster.device, gpu.cluster.processes_per_node, gpu.cluster.tensor_parallel = "cuda", 8, 2
     gpu.model.max_prompt_tokens, gpu.model.max_response_tokens = 256, 256
     gpu.model.lora.rank = 16
-    found = to_verl(
+    composed = to_verl(
         gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7
     )
-    validate_config(found, use_reference_policy=True, use_critic=False)
-    assert found.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
+    validate_config(composed, use_reference_policy=True, use_critic=False)
+    assert composed.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
     assert (
-        not found.actor_rollout_ref.model.use_remove_padding
+        not composed.actor_rollout_ref.model.use_remove_padding
     )  # packing needs flash-attn, which the default does not
     gpu.model.attention = "flash_attention_2"
-    found = to_verl(
+    composed = to_verl(
         gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7
     )
-    assert found.actor_rollout_ref.model.use_remove_padding
-    assert found.actor_rollout_ref.actor.use_kl_loss
-    assert found.trainer.total_training_steps == 7
+    assert composed.actor_rollout_ref.model.use_remove_padding
+    assert composed.actor_rollout_ref.actor.use_kl_loss
+    assert composed.trainer.total_training_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -503,12 +508,12 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     ],
 )
 def test_conflicts_name_both_keys(world: Path, change: dict[str, int], text: str) -> None:
-    found = Config(recipe="cre")
+    settings = Config(recipe="cre")
     for key, value in change.items():
         section, name = key.split(".")
-        setattr(getattr(found, section), name, value)
+        setattr(getattr(settings, section), name, value)
     with pytest.raises(ConfigError, match=text):
-        check(found, "cre", world / "start")
+        check(settings, "cre", world / "start")
 
 
 def sample(text: str, finished: bool = True) -> Sample:
@@ -626,13 +631,13 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
         assert not group.scoring.done()
         return await group.scoring
 
-    found = OmegaConf.create(
+    settings = OmegaConf.create(
         {
             "data": {"max_prompt_length": 64, "max_response_length": 128},
             "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}},
         }
     )
-    sampler = ChainSampler(found, [Server()])
+    sampler = ChainSampler(settings, [Server()])
     sampler.judge, sampler.threads = judge, ThreadPoolExecutor(4)
     tokens = sampler.tokenizer(verl_world.chain("warm", (8, 2)))["input_ids"] + [
         sampler.tokenizer.eos_token_id
@@ -708,7 +713,7 @@ dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 if layer.weight.numel():
     raise SystemExit("vLLM keeps Linear weights: keep_linear_weights can go")
 """
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
@@ -716,10 +721,10 @@ if layer.weight.numel():
         check=False,
         env=dict(os.environ),
     )
-    assert found.returncode == 0, found.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_environment_reaches_every_worker() -> None:
-    found = verl_variables(Config(recipe="cre"))
-    assert found["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.grpo.cpu"
-    assert all(isinstance(value, str) for value in found.values())
+    variables = verl_variables(Config(recipe="cre"))
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.grpo.cpu"
+    assert all(isinstance(value, str) for value in variables.values())

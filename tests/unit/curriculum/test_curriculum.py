@@ -157,15 +157,15 @@ def test_realised_mix_follows_the_target(
         end=ends[1],
         users=USERS if balanced else None,
     )
-    wanted = found = 0.0
+    wanted = realised = 0.0
     for step in range(1, STEPS + 1):
         pairs = drawn.next_batch(step)
         assert drawn.target is not None and drawn.realised is not None
         wanted += drawn.target * batch
-        found += sum(HARD_ONES[i] for i in pairs)
+        realised += sum(HARD_ONES[i] for i in pairs)
         assert len(pairs) == batch
         assert sum(HARD_ONES[i] for i in pairs) == round(drawn.realised * batch)
-        assert abs(wanted - found) <= 0.5 + 1e-6
+        assert abs(wanted - realised) <= 0.5 + 1e-6
 
 
 def test_suspects_are_drawn_by_their_weight() -> None:
@@ -173,31 +173,31 @@ def test_suspects_are_drawn_by_their_weight() -> None:
     rest = ~SUSPECTS & ~HARD_ONES
     for weight in (1.0, 0.5, 0.0):
         drawn = sampler(steps=steps, suspect_weight=weight)
-        seen = Counter(i for step in range(1, steps + 1) for i in drawn.next_batch(step))
-        of_suspects = sum(seen[i] for i in np.flatnonzero(doubtful)) / doubtful.sum()
-        of_rest = sum(seen[i] for i in np.flatnonzero(rest)) / rest.sum()
+        counts = Counter(i for step in range(1, steps + 1) for i in drawn.next_batch(step))
+        of_suspects = sum(counts[i] for i in np.flatnonzero(doubtful)) / doubtful.sum()
+        of_rest = sum(counts[i] for i in np.flatnonzero(rest)) / rest.sum()
         assert of_suspects == pytest.approx(weight * of_rest, rel=0.02)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_pair_is_reached(schedule: str, balanced: bool) -> None:
-    drawn, seen = sampler(schedule, steps=400, users=USERS if balanced else None), Counter()
+    drawn, counts = sampler(schedule, steps=400, users=USERS if balanced else None), Counter()
     for batch in run(drawn, range(1, 401)):
-        seen.update(batch)
-    assert set(seen) == set(range(PAIRS))
+        counts.update(batch)
+    assert set(counts) == set(range(PAIRS))
     if schedule == "uniform" and not balanced:
-        assert max(seen.values()) - min(seen.values()) <= 1, "none twice before all once"
+        assert max(counts.values()) - min(counts.values()) <= 1, "none twice before all once"
 
 
 def test_users_take_turns() -> None:
     drawn = sampler("uniform", users=USERS)
-    seen = Counter(USERS[i] for step in range(1, STEPS + 1) for i in drawn.next_batch(step))
-    assert max(seen.values()) - min(seen.values()) <= 1
+    counts = Counter(USERS[i] for step in range(1, STEPS + 1) for i in drawn.next_batch(step))
+    assert max(counts.values()) - min(counts.values()) <= 1
     plain = sampler("uniform")
     assert (
         Counter(USERS[i] for step in range(1, STEPS + 1) for i in plain.next_batch(step))["u9"]
-        > 5 * seen["u9"]
+        > 5 * counts["u9"]
     )
 
 
@@ -317,37 +317,39 @@ def test_decks_hold_what_a_plain_model_holds(data: st.DataObject) -> None:
     size, decks = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
     deck_of = np.array(data.draw(st.lists(st.integers(0, decks - 1), min_size=size, max_size=size)))
     members = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    found, held, dealt = Decks(deck_of, members), set(np.flatnonzero(members).tolist()), set()
+    tested, held, dealt = Decks(deck_of, members), set(np.flatnonzero(members).tolist()), set()
     for _ in range(data.draw(st.integers(0, 40))):
         card = data.draw(st.integers(0, size - 1))
         deck, own = int(deck_of[card]), {c for c in held if deck_of[c] == deck_of[card]}
         action = data.draw(st.sampled_from(["deal", "move"]))
         if action == "move" and card in held:
-            found.remove(card)
+            tested.remove(card)
             held.discard(card)
             dealt.discard(card)
         elif action == "move":
-            found.add(card)
+            tested.add(card)
             held.add(card)
             dealt.add(card)
         elif own:
             if own <= dealt:
                 dealt -= own  # a new round
-            got = found.deal(deck, data.draw(st.floats(0, 1, exclude_max=True)))
+            got = tested.deal(deck, data.draw(st.floats(0, 1, exclude_max=True)))
             assert got in own - dealt
             dealt.add(got)
         else:
             with pytest.raises(IndexError, match="no cards"):
-                found.deal(deck, 0.0)
-        assert {c for c in range(size) if c in found} == held
-        assert found.size(deck) == sum(deck_of[c] == deck for c in held)
+                tested.deal(deck, 0.0)
+        assert {c for c in range(size) if c in tested} == held
+        assert tested.size(deck) == sum(deck_of[c] == deck for c in held)
     again = Decks(deck_of, members)
-    again.load_state_dict(json.loads(json.dumps(found.state_dict())))
-    assert again.state_dict() == found.state_dict()
+    again.load_state_dict(json.loads(json.dumps(tested.state_dict())))
+    assert again.state_dict() == tested.state_dict()
 
 
 def test_rounds_are_uniform() -> None:
     """A fresh sampler first draws any pair with equal probability: χ² of 3,000 draws over 60 pairs."""
-    seen = Counter(sampler("uniform", seed=seed, prompts_per_step=1).next_batch(1)[0] for seed in range(3000))
-    chi = sum((seen[i] - 50) ** 2 / 50 for i in range(PAIRS))
+    counts = Counter(
+        sampler("uniform", seed=seed, prompts_per_step=1).next_batch(1)[0] for seed in range(3000)
+    )
+    chi = sum((counts[i] - 50) ** 2 / 50 for i in range(PAIRS))
     assert chi < 59 + 5 * math.sqrt(2 * 59)

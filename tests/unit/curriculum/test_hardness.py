@@ -131,19 +131,19 @@ def test_a_cold_start_calls_the_harder_half_hard() -> None:
 )
 def test_another_order_than_hardness(by: str, values: list[float], hard: list[bool], why: str) -> None:
     pairs = [pair(f"p{i}", "u", "a", "b" * (i + 1)) for i in range(5)]
-    found = signals(pairs, Votes(pairs)) | {by: np.array(values)}
-    record = records([p.pair_id for p in pairs], None, found, 0.25, 0.75, by)
+    columns = signals(pairs, Votes(pairs)) | {by: np.array(values)}
+    record = records([p.pair_id for p in pairs], None, columns, 0.25, 0.75, by)
     assert record["hard"] == hard and record["suspect"] == [False] * 5
     assert (record["why"][2], record["why"][0]) == (why, "") and record[by] == values
     with pytest.raises(ConfigError, match=f"finds the same {by} in every pair"):
-        records([p.pair_id for p in pairs], None, found | {by: np.ones(5)}, 0.25, 0.75, by)
+        records([p.pair_id for p in pairs], None, columns | {by: np.ones(5)}, 0.25, 0.75, by)
 
 
 def test_ranks_are_those_of_scipy_scaled_and_gaps_stay_unknown() -> None:
     from scipy.stats import rankdata
 
     values = np.array([3.0, 1.0, 1.0, NAN, 7.0])
-    found = ranks(
+    ranked = ranks(
         {
             "similarity": values,
             "length_ratio": np.ones(5),
@@ -152,10 +152,10 @@ def test_ranks_are_those_of_scipy_scaled_and_gaps_stay_unknown() -> None:
         }
     )
     known = np.isfinite(values)
-    assert found["similarity"][known] == pytest.approx((rankdata(values[known]) - 1) / 3)
-    assert np.isnan(found["similarity"][3])
-    assert np.isnan(found["length_ratio"]).all(), "a constant tells nothing apart"
-    assert np.isnan(found["rating_gap"]).all()
+    assert ranked["similarity"][known] == pytest.approx((rankdata(values[known]) - 1) / 3)
+    assert np.isnan(ranked["similarity"][3])
+    assert np.isnan(ranked["length_ratio"]).all(), "a constant tells nothing apart"
+    assert np.isnan(ranked["rating_gap"]).all()
 
 
 def test_who_disagrees_does_not_turn_the_hardness() -> None:
@@ -185,12 +185,12 @@ def test_an_embedder_may_measure_the_similarity_of_responses() -> None:
         pair("2", "u", "north", "north-east"),
         pair("3", "u", "east", "east"),
     ]
-    found, plain = (
+    embedded, plain = (
         signals(pairs, Votes(pairs), lambda texts: np.array([direction[t] for t in texts])),
         signals(pairs, Votes(pairs)),
     )
-    assert found["similarity"] == pytest.approx([0.0, 0.6, 1.0])
-    assert all(np.array_equal(found[name], plain[name], equal_nan=True) for name in SIGNALS[1:])
+    assert embedded["similarity"] == pytest.approx([0.0, 0.6, 1.0])
+    assert all(np.array_equal(embedded[name], plain[name], equal_nan=True) for name in SIGNALS[1:])
     assert signals([], Votes([]), lambda texts: np.zeros((0, 2)))["similarity"].shape == (0,)
 
 
@@ -206,10 +206,10 @@ def test_disagreement_counts_other_users_once() -> None:
         pair("4", "w", "a", "b"),
         pair("5", "x", "a", "b", query="another"),
     ]
-    found = Votes(votes)
-    assert found.others(votes[0]) == (1, 1)
-    assert found.disagreement(votes[0]) == 0.5
-    assert np.isnan(found.disagreement(votes[4])), "no other user voted on it"
+    counted = Votes(votes)
+    assert counted.others(votes[0]) == (1, 1)
+    assert counted.disagreement(votes[0]) == 0.5
+    assert np.isnan(counted.disagreement(votes[4])), "no other user voted on it"
 
 
 def votes() -> list[PreferencePair]:
@@ -226,28 +226,28 @@ def votes() -> list[PreferencePair]:
 
 def test_hard_negatives_rest_on_votes_and_ratings_that_exist() -> None:
     given_pairs = votes()
-    made = hard_negatives(given_pairs, near=10)
-    assert [(m.origin, m.pair.user_id) for m in made] == [(NEAR_TIE, "ann"), (FLIP, "ann")]
-    tie = made[0].pair
+    negatives = hard_negatives(given_pairs, near=10)
+    assert [(m.origin, m.pair.user_id) for m in negatives] == [(NEAR_TIE, "ann"), (FLIP, "ann")]
+    tie = negatives[0].pair
     assert (tie.chosen, tie.rejected, tie.chosen_score, tie.rejected_score) == ("x", "z", 80, 75)
     assert tie.pair_id not in {p.pair_id for p in given_pairs}
-    assert made[1].pair is given_pairs[0], "a flip is the given vote, nothing new"
+    assert negatives[1].pair is given_pairs[0], "a flip is the given vote, nothing new"
 
 
 def test_another_prototype_may_prefer_what_the_user_rejected() -> None:
     """Three of five voters side with ann, so the majority does not object; bob's and cyd's prototype does."""
     given_pairs = [*votes()[2:4], *(pair(f"{user}1", user, "x", "y") for user in ("ann", "fay", "gil"))]
     camp = {"ann": 0, "fay": 0, "bob": 1, "cyd": 1}
-    made = hard_negatives(given_pairs, near=10, prototype_of=camp)
-    assert [(m.origin, m.pair.user_id) for m in made] == [
+    negatives = hard_negatives(given_pairs, near=10, prototype_of=camp)
+    assert [(m.origin, m.pair.user_id) for m in negatives] == [
         (FLIP, "bob"),
         (FLIP, "cyd"),
         (PROTOTYPE_FLIP, "ann"),
         (PROTOTYPE_FLIP, "fay"),
     ], "gil has no prototype"
-    assert all(m.pair in given_pairs for m in made)
-    alike = hard_negatives(given_pairs, near=10, prototype_of=dict.fromkeys(camp, 0))
-    assert [m.origin for m in alike] == [FLIP, FLIP], "one's own prototype is no other"
+    assert all(m.pair in given_pairs for m in negatives)
+    same_camp = hard_negatives(given_pairs, near=10, prototype_of=dict.fromkeys(camp, 0))
+    assert [m.origin for m in same_camp] == [FLIP, FLIP], "one's own prototype is no other"
 
 
 def test_held_out_votes_neither_count_nor_return() -> None:
@@ -300,11 +300,11 @@ def test_every_near_tie_agrees_with_its_users_ratings(rows: list[tuple[int, int,
     for tie in near_ties(pairs, 10):
         assert (tie.user_id, key_of(tie)) not in given_keys
         for text, score in ((tie.chosen, tie.chosen_score), (tie.rejected, tie.rejected_score)):
-            said = {
+            rated = {
                 s
                 for p in pairs
                 if p.user_id == tie.user_id
                 for t, s in ((p.chosen, p.chosen_score), (p.rejected, p.rejected_score))
                 if t == text
             }
-            assert said == {score}
+            assert rated == {score}

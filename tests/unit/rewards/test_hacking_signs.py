@@ -21,15 +21,15 @@ def chain(
 
 
 def test_honest_chains_show_no_sign() -> None:
-    found = signs([chain(("formal",)), chain(("brief",)), chain(("warm",)), chain(("vivid",))])
-    assert found["verified_disagreement"] == found["unverifiable_share"] == 0
-    assert found["criterion_kinds"] == pytest.approx(4) and found["commonest_criteria"] == 0.25
-    assert found["score_spread"] == 3
+    values = signs([chain(("formal",)), chain(("brief",)), chain(("warm",)), chain(("vivid",))])
+    assert values["verified_disagreement"] == values["unverifiable_share"] == 0
+    assert values["criterion_kinds"] == pytest.approx(4) and values["commonest_criteria"] == 0.25
+    assert values["score_spread"] == 3
 
 
 def test_a_template_is_recognised_whatever_the_case_and_order_of_its_criteria() -> None:
-    found = signs([chain(("Formal", "brief")), chain(("brief", "formal")), chain(("brief", "FORMAL"))])
-    assert found["commonest_criteria"] == 1 and found["criterion_kinds"] == pytest.approx(2)
+    values = signs([chain(("Formal", "brief")), chain(("brief", "formal")), chain(("brief", "FORMAL"))])
+    assert values["commonest_criteria"] == 1 and values["criterion_kinds"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_another_winner_by_its_own_sums_is_a_disagreement_unless_it_is_rounding(
 
 
 def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
-    found = signs([None, chain(verified_margin=None, criteria=()), chain(margin=1.0, verified_margin=-1.0)])
-    assert found["verified_disagreement"] == 1 and found["unverifiable_share"] == 0.5
+    values = signs([None, chain(verified_margin=None, criteria=()), chain(margin=1.0, verified_margin=-1.0)])
+    assert values["verified_disagreement"] == 1 and values["unverifiable_share"] == 0.5
     assert all(value is None for value in signs([None]).values())
 
 
@@ -65,11 +65,11 @@ def metrics(*rows: Any, first_length: float | None = None) -> Metrics:
 
 def test_validation_tells_orders_apart_and_counts_flips() -> None:
     """One pair won in both orders, one only where the chosen response comes first."""
-    found = metrics(
+    values = metrics(
         sampled("a", 0, True), sampled("a", 1, True), sampled("b", 0, True), sampled("b", 1, False)
     )
-    assert (found["validation/accuracy"], found["validation/order_flip_rate"]) == (0.75, 0.5)
-    assert (found["validation/accuracy_chosen_first"], found["validation/accuracy_chosen_second"]) == (
+    assert (values["validation/accuracy"], values["validation/order_flip_rate"]) == (0.75, 0.5)
+    assert (values["validation/accuracy_chosen_first"], values["validation/accuracy_chosen_second"]) == (
         1.0,
         0.5,
     )
@@ -80,15 +80,15 @@ def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:
     swapped = [
         sampled("a", order, False, "swapped_history", failure="no_markers", ranking=None) for order in (0, 1)
     ]
-    found = metrics(*own, *swapped, first_length=20.0)
-    assert found["validation/accuracy"] == 1 and found["validation/probe/swapped_history_accuracy"] == 0
-    assert found["validation/format_error_share"] == 0 and found["validation/length_drift"] == 1.5
+    values = metrics(*own, *swapped, first_length=20.0)
+    assert values["validation/accuracy"] == 1 and values["validation/probe/swapped_history_accuracy"] == 0
+    assert values["validation/format_error_share"] == 0 and values["validation/length_drift"] == 1.5
     assert metrics(*own)["validation/length_drift"] == 1, "the first validation is its own measure"
 
 
 def test_a_null_verdict_is_no_zero_in_the_mean_of_the_process_reward() -> None:
-    found = metrics(
+    values = metrics(
         sampled("a", 0, True, process=0.8), sampled("a", 1, True, process=None, null_verdict=True)
     )
-    assert found["validation/reward/process"] == 0.8 and found["validation/null_verdict_share"] == 0.5
+    assert values["validation/reward/process"] == 0.8 and values["validation/null_verdict_share"] == 0.5
     assert metrics(sampled("a", 0, True))["validation/reward/process"] is None

@@ -38,12 +38,12 @@ def test_weights_scale_the_parts():
 
 
 def test_agreement_with_ones_own_sums_is_a_part_where_it_is_asked_for():
-    asked = RewardWeights(verified=0.25)
+    verifying = RewardWeights(verified=0.25)
     wrong = FIRST_WINS.replace('"response_1": 8.6', '"response_1": 9.9')
     bare = '<JSON_START>{"rationale": "", "better_response": {"response_1": 9, "response_2": 1}}<JSON_END>'
     assert wrong != FIRST_WINS
     for text, agrees in ((FIRST_WINS, 1.0), (wrong, 0.0), (bare, 0.0), ("no chain", 0.0)):
-        reward = chain_reward(text, 0, weights=asked)
+        reward = chain_reward(text, 0, weights=verifying)
         assert reward.parts["verified"] == agrees
         assert reward.total == pytest.approx(chain_reward(text, 0).total + 0.25 * agrees)
         assert "verified" not in chain_reward(text, 0).parts
@@ -62,9 +62,9 @@ def test_a_format_error_costs_and_asks_no_judge(text):
 
 
 def test_the_judge_is_asked_once_with_the_chain():
-    asked = []
-    reward = chain_reward(FIRST_WINS, 0, process=lambda chain: asked.append(chain) or 0.5)
-    assert [chain.analysis for chain in asked] == ["analysis"] and reward.total == pytest.approx(1.25)
+    judged = []
+    reward = chain_reward(FIRST_WINS, 0, process=lambda chain: judged.append(chain) or 0.5)
+    assert [chain.analysis for chain in judged] == ["analysis"] and reward.total == pytest.approx(1.25)
     assert chain_reward(FIRST_WINS, 0, process=lambda chain: None).total == 1.0
     assert chain_reward(FIRST_WINS, 0, process=lambda chain: math.nan).total == 1.0
     assert chain_reward(FIRST_WINS, 0, process=math.nan).total == 1.0

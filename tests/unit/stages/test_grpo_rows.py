@@ -26,11 +26,11 @@ from pgenrm_train.stages.grpo import (
 
 def pairs(count: int = 12) -> list[PreferencePair]:
     """Every user rated three answers to a question of their own: 80, 75 and 40."""
-    found = []
+    result = []
     for n in range(count // 2):
         for chosen, score in (("alpha", 80.0), ("beta", 75.0)):
             context = (Message("user", f"question {n}"),)
-            found.append(
+            result.append(
                 PreferencePair(
                     f"p{n}{chosen}",
                     f"u{n}",
@@ -41,15 +41,15 @@ def pairs(count: int = 12) -> list[PreferencePair]:
                     rejected_score=40.0,
                 )
             )
-    return found
+    return result
 
 
 def config(**changed: Any) -> Config:
-    found = Config(recipe="curriculum")
-    found.curriculum.prompts_per_step, found.curriculum.rows = 4, 8
+    settings = Config(recipe="curriculum")
+    settings.curriculum.prompts_per_step, settings.curriculum.rows = 4, 8
     for key, value in changed.items():
-        setattr(found.curriculum, key, value)
-    return found
+        setattr(settings.curriculum, key, value)
+    return settings
 
 
 def written(
@@ -100,38 +100,40 @@ def test_similarity_is_that_of_the_embedder_where_one_is_given(tmp_path: Path) -
             [[1.0, 0.0] if text.startswith("alpha") else [0.0, 1.0] for text in texts]
         ),
     )
-    found = {row["pair_id"][2:]: row["similarity"] for row in pq.read_table(tmp_path / SIGNALS).to_pylist()}
-    assert found == {"alpha": 0.0, "beta": 1.0}
+    similarities = {
+        row["pair_id"][2:]: row["similarity"] for row in pq.read_table(tmp_path / SIGNALS).to_pylist()
+    }
+    assert similarities == {"alpha": 0.0, "beta": 1.0}
 
 
 def test_prototypes_find_more_hard_negatives() -> None:
     """Two camps of three users over one question; the larger is the majority."""
     votes = [("ann", 0), ("fay", 0), ("gil", 0), ("bob", 1), ("cyd", 1)]
     texts = ("x", "y")
-    asked = [
+    voted = [
         PreferencePair(user, user, (Message("user", "q"),), texts[camp], texts[1 - camp])
         for user, camp in votes
     ]
     settings = config(construct=True, rows=10)
-    assert training_pairs(settings, "curriculum", asked)[1].count(PROTOTYPE_FLIP) == 0
-    assert training_pairs(settings, "curriculum", asked, dict(votes))[1].count(PROTOTYPE_FLIP) == 3
+    assert training_pairs(settings, "curriculum", voted)[1].count(PROTOTYPE_FLIP) == 0
+    assert training_pairs(settings, "curriculum", voted, dict(votes))[1].count(PROTOTYPE_FLIP) == 3
 
 
 def test_constructed_pairs_take_up_to_half_of_the_rows() -> None:
-    found, origins = training_pairs(config(construct=True), "curriculum", pairs())
-    assert len(found) == 8 and origins.count(NEAR_TIE) == 4 and origins.count(GIVEN) == 4
-    for pair, origin in zip(found, origins, strict=True):
+    drawn, origins = training_pairs(config(construct=True), "curriculum", pairs())
+    assert len(drawn) == 8 and origins.count(NEAR_TIE) == 4 and origins.count(GIVEN) == 4
+    for pair, origin in zip(drawn, origins, strict=True):
         if origin == NEAR_TIE:
             assert (pair.chosen.split()[0], pair.rejected.split()[0]) == ("alpha", "beta"), (
                 "as the user rated them"
             )
             assert (pair.chosen_score, pair.rejected_score) == (80, 75)
-    assert training_pairs(config(construct=True), "curriculum", pairs()) == (found, origins), "seeded"
+    assert training_pairs(config(construct=True), "curriculum", pairs()) == (drawn, origins), "seeded"
 
 
 def test_without_construction_nothing_is_new() -> None:
-    found, origins = training_pairs(config(), "curriculum", pairs())
-    assert {pair.pair_id for pair in found} <= {pair.pair_id for pair in pairs()} and set(origins) == {GIVEN}
+    drawn, origins = training_pairs(config(), "curriculum", pairs())
+    assert {pair.pair_id for pair in drawn} <= {pair.pair_id for pair in pairs()} and set(origins) == {GIVEN}
 
 
 def test_fewer_pairs_than_a_batch_are_refused(tmp_path: Path) -> None:

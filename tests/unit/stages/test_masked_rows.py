@@ -121,10 +121,10 @@ def rows(
     builder = RowBuilder(config, StageName.CRE, write, **more)
     assert write_validation(builder, folder, pairs) > 0
     write_rows(builder, folder, pairs)
-    found = [row for name in (ROWS, VALIDATION) for row in pq.read_table(folder / name).to_pylist()]
-    for row in found:
+    written = [row for name in (ROWS, VALIDATION) for row in pq.read_table(folder / name).to_pylist()]
+    for row in written:
         row["text"] = tokenizer.decode(write.ids(row["prompt"]))
-    return found
+    return written
 
 
 def withheld_by(pair: PreferencePair) -> Iterator[str]:
@@ -138,17 +138,17 @@ def test_nothing_withheld_is_in_a_prompt(
 ) -> None:
     overrides, pairs = source
     overrides = [*overrides, f"masking={policy}", f"masking.show_probability={share}"]
-    found = rows(tokenizer, overrides, pairs, tmp_path / "stated")
+    written = rows(tokenizer, overrides, pairs, tmp_path / "stated")
     silent = [replace(pair, explicit=ExplicitSignals()) for pair in pairs]
     inferred = {pair.user_id: ExplicitSignals(criteria="zebrainferred", synthetic=True) for pair in pairs}
     other = rows(tokenizer, overrides, silent, tmp_path / "silent", synthetic=inferred)
-    assert [row["prompt"] for row in found] == [row["prompt"] for row in other], "the signals left no trace"
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in other], "the signals left no trace"
     of = {pair.pair_id: pair for pair in pairs}
-    for row in found:
+    for row in written:
         withheld = [text.casefold() for text in withheld_by(of[row["extra_info"]["pair_id"]])]
         assert withheld and not any(text in row["text"].casefold() for text in withheld)
         assert "zebra" not in row["text"]
-    assert any(row["extra_info"]["explicit"] != "{}" for row in found), "they are in extra_info"
+    assert any(row["extra_info"]["explicit"] != "{}" for row in written), "they are in extra_info"
     assert any("zebrainferred" in row["extra_info"]["explicit"] for row in other), (
         "and so are inferred criteria"
     )

@@ -187,10 +187,10 @@ def test_the_mix_and_what_its_parts_are_worth_are_in_the_metrics() -> None:
         facts=PairFacts([True] * 4 + [False] * 4),
     )
     drawn = sampler.next_batch(1)
-    found = mix_metrics({i: ScoredGroup([chain(float(i >= 4))] * 2) for i in drawn}, sampler)
-    assert found["curriculum/target_hard_share"] == found["curriculum/realised_hard_share"] == 0.5
-    assert (found["curriculum/hard_pass_rate"], found["curriculum/rest_pass_rate"]) == (0.0, 1.0)
-    assert (found["curriculum/hard_pairs"], found["curriculum/rest_pairs"]) == (4, 4)
+    metrics = mix_metrics({i: ScoredGroup([chain(float(i >= 4))] * 2) for i in drawn}, sampler)
+    assert metrics["curriculum/target_hard_share"] == metrics["curriculum/realised_hard_share"] == 0.5
+    assert (metrics["curriculum/hard_pass_rate"], metrics["curriculum/rest_pass_rate"]) == (0.0, 1.0)
+    assert (metrics["curriculum/hard_pairs"], metrics["curriculum/rest_pairs"]) == (4, 4)
     plain = CurriculumSampler(8, prompts_per_step=4, steps=2, seed=0)
     assert mix_metrics({}, plain) == {
         "curriculum/target_hard_share": None,
