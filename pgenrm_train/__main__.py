@@ -1,6 +1,7 @@
-"""`python -m pgenrm_train recipe=NAME …`: compose the configuration, find the recipe, run it.  Imports nothing heavy.
+"""`python -m pgenrm_train recipe=NAME …`: compose the configuration, find the recipe, run it.
 
-Exit codes: 0 success, 1 an internal error (with traceback), 2 a user's mistake (one sentence on stderr), 130 interrupted.
+Imports nothing heavy.  Exit codes: 0 for success, 1 for an internal error (with traceback), 2 for a user's
+mistake (one sentence on stderr), 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ usage: python -m pgenrm_train recipe=NAME [group=choice …] [key=value …]
 == Recipes and groups (group=choice) ==
 {groups}
 == Common keys (all of them: docs/configuration.md) ==
-run_dir=FOLDER|URL        where the run is; a second start with the same one continues.  A run at a URL (s3://bucket/path,
-                          gs://…) is worked on in mirror= (runs/mirror); all that is complete is copied to the URL
+run_dir=FOLDER|URL        place of the run; a second start with the same one continues.  A run at a URL
+                          (s3://bucket/path, gs://…) is worked on in mirror= (runs/mirror), from where all
+                          that is complete goes to the URL
 seed=0                    of data, training and evaluation
 resume=true|false         false sets an existing run folder aside and starts again
 pipeline.budget=          smoke | demo | full
@@ -41,7 +43,7 @@ preflight.only=true       a table of what the machine or the network lacks; star
 python -m pgenrm_train recipe=pipeline
 python -m pgenrm_train recipe=pipeline data=pairs data.path=votes.parquet
 python -m pgenrm_train recipe=psi model=llama31_8b cluster=gpu8 data=pairs data.path=votes.parquet
-python -m pgenrm_train recipe=plan model=llama31_8b cluster=gpu8 data=chatbot_arena  # memory, hours, cost; starts nothing
+python -m pgenrm_train recipe=plan model=llama31_8b cluster=gpu8 data=chatbot_arena  # memory, hours, cost
 
 --cfg job --resolve prints the composed configuration; -m runs several values of a key one after the other.
 """
@@ -77,9 +79,9 @@ def main() -> int:
 def run_recipe(config: Config) -> int:
     """Import `recipes.<name>` and run it."""
     if config.cluster.device == "cpu":
-        # Read when OpenMP loads, so before torch.  By default OpenMP spins so long that a step takes many times
-        # as long once something else needs a core.  Without spinning, SFT's small operations wait for the kernel
-        # and run at two thirds of the speed.
+        # Read when OpenMP loads, so before torch.  By default OpenMP spins so long that a step takes many
+        # times as long once something else needs a core.  Without spinning, SFT's small operations wait for
+        # the kernel and run at two thirds of the speed.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if config.ray.address is not None:  # workers of an existing cluster have another directory
         config.run_dir, config.mirror = (

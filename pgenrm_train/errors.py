@@ -1,13 +1,13 @@
-"""Everything that can go wrong in a way a user can mend.
+"""Errors that a user can mend.
 
     PGenRMError                 one clear sentence on stderr, exit code 2, no traceback
     ├── ConfigError             a key, value or combination of the configuration (also a ValueError)
-    ├── DataError               a file, row or field that is not what was expected (also a ValueError)
+    ├── DataError               a file, row or field that differs from what was expected (also a ValueError)
     ├── ArtifactError           a run folder, checkpoint or cache that is missing, foreign or half-written
     ├── PreflightError          the machine lacks what the run needs: memory, disk, port, package, device
     ├── BackendError            an engine or server failed in a way that stopped the stage
-    │   └── EngineLostError     it died or stands still: a new start from the newest checkpoint may go on
-    │       └── NodeLostError   a node of the cluster went away under it: it goes on once the node is back
+    │   └── EngineLostError     it died or made no progress: a restart from the newest checkpoint may succeed
+    │       └── NodeLostError   a node of the cluster left: the stage continues once the node is back
     └── NothingTrainedError     a training stage ended without the optimiser steps that it planned
 
 A failure of one generation, judgement or row is *data*, not an exception: see `chains.ParseFailure`.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 
 class PGenRMError(Exception):
-    """Base of every user-facing error; its text is one sentence that says what to change."""
+    """Base of every user-facing error; its text is one sentence with the remedy."""
 
 
 class ConfigError(PGenRMError, ValueError):
@@ -25,7 +25,10 @@ class ConfigError(PGenRMError, ValueError):
 
 
 class DataError(PGenRMError, ValueError):
-    """Input data is missing, empty, truncated or of another schema; names file, row, field and expectation."""
+    """Input data is missing, empty, truncated or of another schema.
+
+    The text names file, row, field and expectation.
+    """
 
 
 class ArtifactError(PGenRMError):
@@ -37,15 +40,15 @@ class PreflightError(PGenRMError):
 
 
 class BackendError(PGenRMError):
-    """An engine or server failed and the stage cannot go on."""
+    """An engine or server failed and the stage cannot continue."""
 
 
 class EngineLostError(BackendError):
-    """An engine died or stopped moving; nothing says that it would again."""
+    """An engine died or stopped moving; a restart may not meet the same end."""
 
 
 class NodeLostError(EngineLostError):
-    """A node of the cluster was lost; the stage goes on from its newest checkpoint once the node is back."""
+    """A node of the cluster was lost; the stage resumes from its newest checkpoint once the node is back."""
 
 
 class NothingTrainedError(PGenRMError):

@@ -1,4 +1,4 @@
-"""Atomic writes, hashes and links: the file habits that every stage shares."""
+"""Atomic writes, hashes and links of files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgenrm_train.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes its place only when the block ends well."""
+    """Yield a temporary path, which replaces `path` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,12 +34,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON.  Raises ArtifactError when the file is missing or half-written."""
+    """Parse a JSON file.  Raises ArtifactError if it is missing or half-written."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -45,8 +48,8 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
-    """Rows (list of dicts or a DataFrame) → parquet, atomically."""
+def write_table(path: Path, rows: Sequence[Mapping[str, object]] | pd.DataFrame) -> None:
+    """Write rows as parquet, atomically."""
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -61,7 +64,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]] | Any) -> None:
 
 
 def publish_folder(staging: Path, final: Path) -> None:
-    """Replace `final` by `staging`; a kill leaves either the old or the new folder, or `staging` whole."""
+    """Replace `final` by `staging`; a kill leaves the old folder, the new one, or a complete `staging`."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -71,7 +74,7 @@ def publish_folder(staging: Path, final: Path) -> None:
 
 
 def link(target: Path, place: Path) -> None:
-    """A relative link: the file stays where its stage made it, and the run folder can be moved."""
+    """Make `place` a relative link to `target`, so that the run folder can be moved."""
     place.unlink(missing_ok=True)
     place.symlink_to(os.path.relpath(target, place.parent))
 

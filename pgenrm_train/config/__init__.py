@@ -1,11 +1,9 @@
 """The configuration: typed sections, their constraints, and how a command line becomes one.
 
-One file per section holds the settings with defaults, constraints and documents; `schema` joins them into `Config`,
-and `checks` holds the rules that span several keys.  Values that depend on the size of the run use the resolver
-`${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
+One file per section holds the settings with defaults, constraints and documents.  `schema` joins them into
+`Config`, and `checks` holds the rules that span several keys.  Values that depend on the size of the run use
+the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -90,50 +88,50 @@ def register_resolvers() -> None:
 
 
 def load(*overrides: str, checked: bool = True) -> Config:
-    """Compose and check a configuration as the command line would, e.g. `load("recipe=psi", "model=nano")`."""
+    """Compose and check a configuration as the command line does: `load("recipe=psi", "model=nano")`."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     register_resolvers()
     state = GlobalHydra.instance()
-    outer = state.hydra  # of a command line that is being run: one command's files name another's
+    running = state.hydra  # of the command line, whose files may name another command's
     state.clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             return parse(compose("config", overrides=list(overrides)), checked=checked)
     finally:
-        state.hydra = outer
-
-
-def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
-    budget = _root_.pipeline.budget
-    if budget not in BUDGETS:
-        raise ConfigError(not_one_of("pipeline.budget", budget, BUDGETS))
-    from omegaconf import OmegaConf
-
-    value = {"smoke": smoke, "demo": demo, "full": full}[budget]
-    return OmegaConf.create(value) if isinstance(value, list) else value
-
-
-def _on_disk(run_dir: str, mirror: str) -> str:
-    """Hydra's own folder of a multirun must be one of this machine."""
-    return mirror_of(plain_url(run_dir), mirror) if URL.fullmatch(run_dir) else run_dir
+        state.hydra = running
 
 
 def parse(composed: Any, checked: bool = True) -> Config:
-    """A composed OmegaConf tree → the typed, resolved, checked `Config`.  Raises ConfigError, and OmegaConf's for unknown keys."""
+    """Turn an OmegaConf tree or a plain dict into the typed, resolved, checked `Config`.
+
+    Raises ConfigError, and OmegaConf's errors for unknown keys.
+    """
     from omegaconf import OmegaConf
 
     register_resolvers()
-    # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
-    plain = (
-        OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        if OmegaConf.is_config(composed)
-        else composed
-    )
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    if OmegaConf.is_config(composed):
+        # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
+        composed = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     assert isinstance(config, Config)
     place(config)
     if checked:
         check(config)
     return config
+
+
+def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    values = dict(zip(BUDGETS, (smoke, demo, full), strict=True))
+    if (budget := _root_.pipeline.budget) not in values:
+        raise ConfigError(not_one_of("pipeline.budget", budget, BUDGETS))
+    value = values[budget]
+    return OmegaConf.create(value) if isinstance(value, list) else value
+
+
+def _on_disk(run_dir: str, mirror: str) -> str:
+    """The folder of this machine for Hydra's own files of a multirun."""
+    return mirror_of(plain_url(run_dir), mirror) if URL.fullmatch(run_dir) else run_dir

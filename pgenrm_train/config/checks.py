@@ -3,11 +3,8 @@
 A rule is a pair: whether it is broken, and the sentence for the user, which names the keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
-from pgenrm_train.config.endpoints import EndpointConfig
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.model import BASELINES
 from pgenrm_train.config.schema import Config
@@ -33,15 +30,12 @@ def check(config: Config) -> None:
 def _problems(config: Config) -> Iterator[str]:
     yield from violations(config)
     yield from _not_counts(config)
-    endpoints = {"teacher": config.teacher, "judge": config.judge}
     rules = [
         *_evaluation(config),
         *_data(config),
         *_training(config),
-        *(rule for name, section in endpoints.items() for rule in _endpoint(name, section, config.data.name)),
-        *_synthesis(config),
+        *_endpoints(config),
         *_model(config),
-        *_curriculum(config),
         *_machines(config),
     ]
     yield from (sentence for broken, sentence in rules if broken)
@@ -62,7 +56,8 @@ def psi_problems(config: Config) -> list[str]:
         ),
         (
             shared > 1 and bool(psi.packing),
-            f"psi.sequence_parallel={shared} splits one sequence at a time; psi.packing must be false or null",
+            f"psi.sequence_parallel={shared} splits one sequence at a time; "
+            "psi.packing must be false or null",
         ),
         (
             ranks % shared > 0,
@@ -137,7 +132,8 @@ def _data(config: Config) -> Rules:
 
 
 def _training(config: Config) -> Rules:
-    psi = config.psi
+    psi, curriculum, k = config.psi, config.curriculum, config.prototypes.k
+    low, high = curriculum.hard_low, curriculum.hard_high
     return [
         (
             psi.patience is not None and not psi.evaluate_every,
@@ -151,30 +147,59 @@ def _training(config: Config) -> Rules:
             )
             for section, grpo in ((StageName.CRE, config.cre), (StageName.CURRICULUM, config.curriculum))
         ),
+        (
+            not 0 <= low <= high <= 1,
+            f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order "
+            "within 0 and 1",
+        ),
+        (
+            curriculum.schedule == "self_paced" and curriculum.hard_by != "hardness",
+            "curriculum.schedule=self_paced sorts pairs by their pass rates; it needs "
+            f"curriculum.hard_by=hardness, not {curriculum.hard_by}",
+        ),
+        (
+            bool(curriculum.prototypes) and not curriculum.construct,
+            "curriculum.prototypes is read by curriculum.construct=true alone; give both or neither",
+        ),
+        (
+            curriculum.mine and curriculum.mining_samples < 2,
+            f"curriculum.mining_samples={curriculum.mining_samples} must be at least 2, one chain in each "
+            "order; or use curriculum.mine=false",
+        ),
+        (
+            k != "auto" and not (isinstance(k, int) and k > 0),
+            f"prototypes.k={k} must be a number from 1, or auto",
+        ),
     ]
 
 
-def _endpoint(section: str, endpoint: EndpointConfig, data: str) -> Rules:
+def _endpoints(config: Config) -> Rules:
+    data, judge, synthesis = config.data.name, config.judge.kind, config.sec.synthesize_criteria
+    endpoints = {"teacher": config.teacher, "judge": config.judge}
     return [
-        (
-            endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name),
-            f"{section}=endpoint needs {section}.base_url (e.g. http://localhost:8000/v1) "
-            f"and {section}.name (the served model)",
+        *(
+            (
+                endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name),
+                f"{section}=endpoint needs {section}.base_url (e.g. http://localhost:8000/v1) "
+                f"and {section}.name (the served model)",
+            )
+            for section, endpoint in endpoints.items()
         ),
-        (
-            endpoint.kind == "vllm" and not endpoint.name,
-            f"{section}=vllm needs {section}.name, a checkpoint folder or a hub name to serve",
+        *(
+            (
+                endpoint.kind == "vllm" and not endpoint.name,
+                f"{section}=vllm needs {section}.name, a checkpoint folder or a hub name to serve",
+            )
+            for section, endpoint in endpoints.items()
         ),
-        (
-            endpoint.kind == "oracle" and data != "personaworld",
-            f"{section}=oracle knows data=personaworld only, and this is data={data}; use another {section}=",
+        *(
+            (
+                endpoint.kind == "oracle" and data != "personaworld",
+                f"{section}=oracle knows data=personaworld only, and this is data={data}; "
+                f"use another {section}=",
+            )
+            for section, endpoint in endpoints.items()
         ),
-    ]
-
-
-def _synthesis(config: Config) -> Rules:
-    synthesis, judge = config.sec.synthesize_criteria, config.judge.kind
-    return [
         (
             synthesis and config.teacher.kind == "oracle",
             "sec.synthesize_criteria=true needs teacher=features, endpoint or vllm: "
@@ -206,8 +231,8 @@ def _model(config: Config) -> Rules:
         ),
         (
             recipe not in (StageName.BUILD_DATA, *recipes),
-            f"model={model.kind} is for recipe={' or '.join(recipes)}; recipe={recipe} needs one with weights "
-            "that writes chains",
+            f"model={model.kind} is for recipe={' or '.join(recipes)}; recipe={recipe} needs one with "
+            "weights that writes chains",
         ),
         (
             model.kind == "endpoint" and not model.base_url,
@@ -230,36 +255,6 @@ def _model(config: Config) -> Rules:
             model.prompt == "persona" and config.eval.split == "train",
             "model.prompt=persona reads one history per user, which may hold pairs of eval.split=train; "
             "use val or test",
-        ),
-    ]
-
-
-def _curriculum(config: Config) -> Rules:
-    curriculum, k = config.curriculum, config.prototypes.k
-    low, high = curriculum.hard_low, curriculum.hard_high
-    return [
-        (
-            not 0 <= low <= high <= 1,
-            f"curriculum.hard_low={low:g} and curriculum.hard_high={high:g} must be in this order "
-            "within 0 and 1",
-        ),
-        (
-            curriculum.schedule == "self_paced" and curriculum.hard_by != "hardness",
-            "curriculum.schedule=self_paced sorts pairs by their pass rates; it needs "
-            f"curriculum.hard_by=hardness, not {curriculum.hard_by}",
-        ),
-        (
-            bool(curriculum.prototypes) and not curriculum.construct,
-            "curriculum.prototypes is read by curriculum.construct=true alone; give both or neither",
-        ),
-        (
-            curriculum.mine and curriculum.mining_samples < 2,
-            f"curriculum.mining_samples={curriculum.mining_samples} must be at least 2, one chain in each order; "
-            "or use curriculum.mine=false",
-        ),
-        (
-            k != "auto" and not (isinstance(k, int) and k > 0),
-            f"prototypes.k={k} must be a number from 1, or auto",
         ),
     ]
 

@@ -48,7 +48,7 @@ class EndpointConfig:
 class TeacherConfig(EndpointConfig):
     kind: str = setting(
         "oracle",
-        "oracle knows PersonaWorld's users; features is a rule on texts; endpoint is an API; vllm is served by the run",
+        "oracle knows PersonaWorld; features is a rule on texts; endpoint: an API; vllm: served by the run",
         choices=("oracle", "features", "endpoint", "vllm"),
     )
 
@@ -57,6 +57,6 @@ class TeacherConfig(EndpointConfig):
 class JudgeConfig(EndpointConfig):
     kind: str = setting(
         "none",
-        "none: no process reward; oracle knows PersonaWorld's users; endpoint is an API; vllm is served by the run",
+        "none: no process reward; oracle knows PersonaWorld; endpoint: an API; vllm: served by the run",
         choices=("oracle", "none", "endpoint", "vllm"),
     )

@@ -77,5 +77,8 @@ def sizes(value: int | Sequence[int]) -> tuple[int, ...]:
 
 def seeds_of_grid(settings: EvalConfig) -> int:
     """Evaluation seeds of the Ind-m/Pro-n samples: all for one cell, `grid_seeds` for a grid."""
-    one_cell = isinstance(settings.ind, int) and isinstance(settings.pro, int)
-    return settings.seeds if one_cell else settings.grid_seeds
+    return (
+        settings.grid_seeds
+        if isinstance(settings.ind, list) or isinstance(settings.pro, list)
+        else settings.seeds
+    )

@@ -1,4 +1,7 @@
-"""Settings of cre and curriculum."""
+"""Settings of cre and curriculum.
+
+8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts per step, mini-batches of 128 prompts.
+"""
 
 from dataclasses import dataclass
 
@@ -8,11 +11,6 @@ from pgenrm_train.config.setting import setting
 
 @dataclass
 class GrpoConfig:
-    """GRPO on veRL (METHOD §4).
-
-    8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts per step, mini-batches of 128 prompts.
-    """
-
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
     rows: int = setting(8192, "training pairs to draw from")

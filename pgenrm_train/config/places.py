@@ -1,24 +1,22 @@
-"""Where a run lives: `run_dir` is a folder, or the URL of one; then a mirror of it on this machine is worked on.
+"""The place of a run: `run_dir` is a folder, or a URL with a mirror of it on this machine.
 
 `s3://bucket/runs/arena` is mirrored in `<mirror>/s3/bucket/runs/arena`, so that no two URLs share a folder.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pgenrm_train.config.schema import Config
 from pgenrm_train.errors import ConfigError
 
-if TYPE_CHECKING:
-    from pgenrm_train.config.schema import Config
-
-URL = re.compile(r"([A-Za-z][\w+.:-]*)://(.*)", re.DOTALL)  # with ":" for chained ones, which are refused
+URL = re.compile(r"([A-Za-z][\w+.:-]*)://(.*)", re.DOTALL)  # with ":" for chained URLs, which are refused
 
 
 def place(config: Config) -> None:
-    """A `run_dir` that is a URL becomes `store`, and `run_dir` its mirror.  Raises ConfigError for what is no URL of a run."""
+    """Move a URL from `run_dir` to `store`, and set `run_dir` to its mirror.
+
+    Raises ConfigError for a URL that is not that of a run.
+    """
     if URL.fullmatch(config.mirror):
         raise ConfigError(
             f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir="
@@ -34,39 +32,42 @@ def place(config: Config) -> None:
         not URL.fullmatch(config.store) or config.run_dir != mirror_of(config.store, config.mirror)
     ):
         raise ConfigError(
-            "store= follows from run_dir= and is not given by hand: use run_dir=URL, and mirror= for the local copy"
+            "store= follows from run_dir= and is not given by hand: use run_dir=URL, and mirror= for "
+            "the local copy"
         )
 
 
 def beneath(config: Config, name: str) -> None:
-    """Move the run one folder down, store and mirror alike."""
+    """Move the run one folder down, in the store as well."""
     config.run_dir = str(Path(config.run_dir) / name)
     config.store = f"{config.store}/{name}" if config.store else None
 
 
 def mirror_of(url: str, mirror: str) -> str:
-    protocol, rest = _parts(url)
-    return str(Path(mirror, protocol, *rest))
+    """The folder of this machine that mirrors a URL."""
+    protocol, folders = _parts(url)
+    return str(Path(mirror, protocol, *folders))
 
 
 def plain_url(url: str) -> str:
-    """Without double and last slashes.  Raises ConfigError for a URL that holds a secret, without repeating it."""
-    match = URL.fullmatch(url)
-    assert match is not None
-    before, _, _ = match[2].rpartition("@")
-    if ":" in before or re.search(r"[?#]", match[2]):
+    """A URL without double and trailing slashes.
+
+    Raises ConfigError for a URL that holds a secret, without repeating it.
+    """
+    path = url.partition("://")[2]
+    if ":" in path.rpartition("@")[0] or re.search(r"[?#]", path):
         raise ConfigError(
-            "run_dir= holds a password or a query in its URL, which would be written into files; leave them out: credentials come "
-            "from the environment, as for every fsspec URL (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3, or the machine's role)"
+            "run_dir= holds a password or a query in its URL, which would be written into files; leave them "
+            "out: credentials come from the environment, as for every fsspec URL (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY for s3, or the machine's role)"
         )
-    protocol, rest = _parts(url)
-    return f"{protocol}://{'/' if match[2].startswith('/') else ''}{'/'.join(rest)}"
+    protocol, folders = _parts(url)
+    return f"{protocol}://{'/' if path.startswith('/') else ''}{'/'.join(folders)}"
 
 
 def _parts(url: str) -> tuple[str, list[str]]:
-    match = URL.fullmatch(url)
-    assert match is not None
-    rest = [part for part in match[2].split("/") if part]
-    if not rest or "::" in url or {".", ".."} & set(rest):
+    protocol, _, path = url.partition("://")
+    folders = [folder for folder in path.split("/") if folder]
+    if not folders or "::" in url or {".", ".."} & set(folders):
         raise ConfigError(f"run_dir={url} is not the URL of a folder; give one like s3://bucket/runs/name")
-    return match[1].lower(), rest
+    return protocol.lower(), folders

@@ -13,7 +13,7 @@ class PrototypesConfig:
     )
     retained_mass: float = setting(
         0.8,
-        "share of the singular values' sum for k=auto; 8 to 12 prototypes hold 0.8 in PersonaWorld, which has 12 cells",
+        "share of the singular values' sum for k=auto; 0.8 takes 8 to 12 in PersonaWorld, of 12 cells",
         gt=0,
         le=1,
     )

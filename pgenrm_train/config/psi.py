@@ -1,4 +1,7 @@
-"""Settings of the supervised stages: build_sec and psi."""
+"""Settings of the supervised stages: build_sec and psi.
+
+The paper gives no values for PSI; 8B defaults follow RM-R1's SFT (learning rate 5e-6, batch 128, 1 epoch).
+"""
 
 from dataclasses import dataclass
 
@@ -29,11 +32,6 @@ class SecConfig:
 
 @dataclass
 class PsiConfig:
-    """SFT on the kept chains.
-
-    The paper gives no values; 8B defaults follow RM-R1's SFT (learning rate 5e-6, batch 128, 1 epoch).
-    """
-
     masking: str = setting("full", "masking policy of the stage", choices=MASKINGS)
     epochs: float = setting(1.0, "passes over the chains", gt=0)
     max_steps: int | None = setting(None, "most optimiser steps; null: as epochs gives", gt=0)

@@ -1,7 +1,5 @@
 """`python -m pgenrm_train.config.reference > docs/configuration.md`: the reference of all settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -9,17 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from pgenrm_train.config.schema import Config
-from pgenrm_train.config.setting import nullable, valid_values
+from pgenrm_train.config.setting import valid_values
 
 HEAD = """\
 # Configuration
 
 Every key of `python -m pgenrm_train recipe=NAME key=value …`, generated from the schema by
-`python -m pgenrm_train.config.reference > docs/configuration.md`. The defaults are the schema's. A group such as
-`model=nano` or `data=pairs` overrides some of them by its file in `configs/`;
+`python -m pgenrm_train.config.reference > docs/configuration.md`. The defaults are the schema's. A group
+such as `model=nano` or `data=pairs` overrides some of them by its file in `configs/`;
 `python -m pgenrm_train recipe=NAME --cfg job --resolve` prints the values of a run.
 
-A list follows the constraint item by item. Rules that span several keys are in `pgenrm_train/config/checks.py`.
+A list follows the constraint item by item. Rules that span several keys are in
+[checks.py](../pgenrm_train/config/checks.py).
 """
 
 
@@ -30,7 +29,8 @@ def reference() -> str:
 
 def _tables(section: Any, title: str, document: str, prefix: str) -> Iterator[str]:
     values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
-    yield f"## {title}\n\n{document[0].upper()}{document[1:]}.\n\n| key | default | constraint | meaning |\n|---|---|---|---|"
+    yield f"## {title}\n\n{document[0].upper()}{document[1:]}.\n"
+    yield "| key | default | constraint | meaning |\n|---|---|---|---|"
     for field, value in values.items():
         if not dataclasses.is_dataclass(value):
             meaning = field.metadata["document"]
@@ -49,12 +49,9 @@ def _default(value: Any) -> str:
 
 
 def _constraint(field: dataclasses.Field[Any]) -> str:
-    words = valid_values(field)
-    if field.metadata["choices"]:
-        return words
     kind = inspect.formatannotation(field.type).removesuffix(" | None")
     kind = {"Any": "see meaning"}.get(kind, "dict" if kind.startswith("dict") else kind)
-    return f"{kind} {words}".strip() + (", or null" if nullable(field) and not words else "")
+    return valid_values(field, "" if field.metadata["choices"] else kind)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ YAML files under `configs/` hold sparse overrides of these dataclasses.
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from pgenrm_train.config.cluster import ClusterConfig, PlanConfig, PreflightConfig, RayConfig
@@ -16,7 +17,7 @@ from pgenrm_train.config.model import ModelConfig
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
 from pgenrm_train.config.setting import setting
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 
 BUDGETS = ("smoke", "demo", "full")
 
@@ -84,11 +85,7 @@ def gpus_per_node(config: Config, *stages: str) -> int:
     A served judge runs next to training, so both count; a served teacher runs before it.
     All nodes count the same, although a served model is on one of them.
     """
-    rewards = {
-        StageName.CRE: config.cre.process_weight,
-        StageName.CURRICULUM: config.curriculum.process_weight,
-    }
-    judged = any(weight for stage, weight in rewards.items() if stage in stages)
+    judged = any(getattr(config, stage).process_weight for stage in GRPO_STAGES if stage in stages)
     judge = config.judge.gpus if judged and config.judge.kind == "vllm" else 0
     teacher = config.teacher.gpus if StageName.BUILD_SEC in stages and config.teacher.kind == "vllm" else 0
     return max(config.cluster.processes_per_node + judge, teacher)
@@ -101,15 +98,12 @@ def masking_of(config: Config, stage: str) -> str:
 
 def seed_of(config: Config, stage: str) -> int:
     """The seed of a GRPO stage: its own if given, else the run's."""
-    own = getattr(config, stage).seed
-    return config.seed if own is None else int(own)
+    return config.seed if (seed := getattr(config, stage).seed) is None else int(seed)
 
 
 def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
+    return attrgetter(key)(config)
 
 
 def to_dict(config: Any) -> dict[str, object]:

@@ -1,7 +1,5 @@
 """One setting: a dataclass field that carries its constraint and its one-line document."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import operator
@@ -29,16 +27,11 @@ def setting(default: T, document: str = "", choices: Iterable[str | int] = (), *
     return cast(T, dataclasses.field(metadata=metadata, **value))
 
 
-def nullable(field: dataclasses.Field[Any]) -> bool:
-    """Whether the field may be null."""
-    return str(field.type).endswith("None")
-
-
-def valid_values(field: dataclasses.Field[Any]) -> str:
-    """The constraint in words, e.g. "above 0 and at most 1"; empty without one."""
+def valid_values(field: dataclasses.Field[Any], kind: str = "") -> str:
+    """The constraint in words, e.g. "above 0, or null"; `kind` names the type of the values."""
     bounds = [f"{BOUNDS[name][0]} {limit:g}" for name, limit in field.metadata["bounds"].items()]
     words = " and ".join(bounds) or ", ".join(map(str, field.metadata["choices"]))
-    return f"{words}, or null" if words and nullable(field) else words
+    return f"{kind} {words}".strip() + (", or null" if str(field.type).endswith("None") else "")
 
 
 def violations(section: Any, prefix: str = "") -> Iterator[str]:

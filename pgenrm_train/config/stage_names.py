@@ -19,7 +19,7 @@ class StageName(StrEnum):
 
     @property
     def starts_from(self) -> tuple[StageName, ...]:
-        """Training stages before this one, the newest first: the first complete one provides the checkpoint."""
+        """Training stages before this one, newest first; the first complete one provides the checkpoint."""
         order = list(StageName)
         return tuple(stage for stage in reversed(TRAINED) if order.index(stage) < order.index(self))
 
