@@ -39,7 +39,7 @@ WritePrompt = Callable[[MaskedView | FullView], Messages]
 
 @dataclass(frozen=True)
 class RowBuilder:
-    """Build the rows of a stage, and what measures their hardness.
+    """Builder of a stage's rows, with the inputs of their hardness.
 
     `synthetic`: user → criteria to judge by if the user stated nothing.  `embed`: for the similarity of
     responses; None compares trigrams.  `prototype_of`: user → prototype, for hard negatives.

@@ -31,7 +31,7 @@ def write_validation(builder: RowBuilder, folder: Path, pairs: Sequence[Preferen
     config, stage = builder.config, builder.stage
     settings: GrpoConfig = getattr(config, stage)
     some = pairs_of_split(pairs, "val", settings.validate_pairs) if settings.validate_every else []
-    # What the stage hides, without its draws.
+    # The stage's masking, without its draws.
     policy = "full" if masking_of(config, stage) == "full" else "masked"
     rows: list[Row] = []
     for pair, probe, history in _questions(some, histories(config, pairs)):
@@ -54,10 +54,12 @@ def _questions(
 
     The other user is that of the next pair of the slice whose user has a history; there may be none.
     """
-    slice_ = [(pair, history_of(pair)) for pair in pairs]
-    for place, (pair, history) in enumerate(slice_):
+    with_history = [(pair, history_of(pair)) for pair in pairs]
+    for place, (pair, history) in enumerate(with_history):
         yield pair, OWN, history
         yield pair, EMPTY, ()
-        others = (h for p, h in slice_[place + 1 :] + slice_[:place] if p.user_id != pair.user_id and h)
+        others = (
+            h for p, h in with_history[place + 1 :] + with_history[:place] if p.user_id != pair.user_id and h
+        )
         if (swapped := next(others, None)) is not None:
             yield pair, SWAPPED, swapped

@@ -31,7 +31,7 @@ SMALLER: dict[str, Any] = {
     "cre.mini_batch_prompts": 4,
     "cre.group_size": 4,
 }
-# verl's configuration: what a CPU cannot do.  Everything else is used as shipped.
+# verl's configuration: settings that a CPU cannot have.  Everything else is used as shipped.
 CPU_SWITCHES: dict[str, Any] = {
     "trainer.device": "cpu",
     f"{ACTOR}.use_torch_compile": False,  # inductor would compile for minutes

@@ -4,8 +4,8 @@ GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a pr
 token-mean loss; clipped ratio; KL as a loss term (low-variance estimator) to a frozen reference; constant
 learning rate; AdamW .9/.999; gradient norm 1.
 
-`grpo_keys` is one flat table of verl keys; `cpu_keys` and `gpu_keys` hold what depends on the device, so a
-test can take a GPU table, change an allow-listed few and run it on a CPU.
+`grpo_keys` is one flat table of verl keys.  `cpu_keys` and `gpu_keys` hold the keys of a device, so a test
+can take a GPU table, change an allow-listed few and run it on a CPU.
 """
 
 from __future__ import annotations

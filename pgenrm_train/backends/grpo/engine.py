@@ -104,8 +104,13 @@ def _sampler(run: PhaseRun, start: Path, trainer: ChainTrainer) -> CurriculumSam
         facts = PairFacts(users=users)
         if source is not None:
             record = hardness(run, source, start, trainer.measure)
-            rates = record.get("pass_rate")
-            facts = PairFacts(record["hard"], record["suspect"], users, rates, source.samples)
+            facts = PairFacts(
+                hard=record["hard"],
+                suspect=record["suspect"],
+                users=users,
+                pass_rates=record.get("pass_rate"),
+                chains=source.samples,
+            )
             if warning := schedule.warning(record["hard"]):
                 print(f"{run.phase.section}: {warning}", flush=True)
     return CurriculumSampler(

@@ -45,9 +45,10 @@ class JudgeSpec:
             return self
         names = ["requests_per_minute", "tokens_per_minute"]
         names += [] if self.cache else ["max_dollars", "max_total_tokens"]
-        limits = {name: limit for name in names if (limit := getattr(self.settings, name)) is not None}
+        shares = {
+            name: limit / samplers for name in names if (limit := getattr(self.settings, name)) is not None
+        }
         in_flight = max(1, self.in_flight // samplers)
-        shares = {name: limit / samplers for name, limit in limits.items()}
         settings = replace(self.settings, **shares, max_in_flight=in_flight)
         return replace(self, settings=settings, in_flight=in_flight)
 

@@ -58,8 +58,14 @@ def _run_child(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / JOB, folder / REPORT
     report.unlink(missing_ok=True)
-    phase_records = [dataclasses.asdict(phase) for phase in phases]
-    write_json(job, {"config": dataclasses.asdict(config), "phases": phase_records, "report": str(report)})
+    write_json(
+        job,
+        {
+            "config": dataclasses.asdict(config),
+            "phases": [dataclasses.asdict(phase) for phase in phases],
+            "report": str(report),
+        },
+    )
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | verl_variables(config)
     shown = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     code = run_child(
