@@ -73,6 +73,15 @@ def publish_folder(staging: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Yield a path for a new folder, which replaces `final` only when the block ends well."""
+    staging = final.with_name(final.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)  # left by a start that was killed here
+    yield staging
+    publish_folder(staging, final)
+
+
 def link(target: Path, place: Path) -> None:
     """Make `place` a relative link to `target`, so that the run folder can be moved."""
     place.unlink(missing_ok=True)

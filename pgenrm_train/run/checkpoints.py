@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+from pgenrm_train.files import read_json, write_json
 
 COMPLETE = "complete.json"
 
@@ -13,6 +17,38 @@ def step_of(checkpoint: Path) -> int:
     return int(re.split(r"[-_]", checkpoint.name)[-1])
 
 
+def mark_complete(checkpoint: Path, facts: Mapping[str, object]) -> None:
+    """Write the marker, which must be the last file of the checkpoint.
+
+    `bytes` among the facts, if given, are the sizes of all files.
+    """
+    write_json(checkpoint / COMPLETE, {"step": step_of(checkpoint), **facts})
+
+
 def complete_checkpoints(folder: Path, pattern: str) -> list[Path]:
     """Folders that match `pattern` and hold the marker, oldest first."""
     return sorted((marker.parent for marker in folder.glob(f"{pattern}/{COMPLETE}")), key=step_of)
+
+
+def newest_complete(folder: Path, pattern: str, *, clean: bool = True) -> Path | None:
+    """Return the newest usable checkpoint; report and remove (`clean`) newer ones that are not usable."""
+    for checkpoint in sorted(folder.glob(pattern), key=step_of, reverse=True):
+        complete = (checkpoint / COMPLETE).exists()
+        if complete and not _damaged(checkpoint):
+            return checkpoint
+        if clean:
+            print(f"ignoring {'damaged' if complete else 'half-written'} checkpoint {checkpoint}", flush=True)
+            shutil.rmtree(checkpoint)
+    return None
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    """Size of every file in bytes."""
+    files = (file for file in checkpoint.rglob("*") if file.is_file())
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
+
+
+def _damaged(checkpoint: Path) -> bool:
+    """Whether a file of the marker is missing or has another size, as after a disk failure."""
+    marker = read_json(checkpoint / COMPLETE)
+    return bool(marker.get("bytes", {}).items() - sizes(checkpoint).items())

@@ -659,7 +659,7 @@ def test_half_written_checkpoints_and_lines_are_dropped(
             (tmp_path / f"global_step_{step}/complete.json").write_text(marker)
     assert newest_checkpoint(tmp_path) == (tmp_path / "global_step_4", 4, {"at": 4})
     assert newest_checkpoint(tmp_path / "none") is None
-    assert "global_step_6 was left half-written" in capsys.readouterr().out
+    assert f"half-written checkpoint {tmp_path / 'global_step_6'}" in capsys.readouterr().out
     (tmp_path / "m.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"ste')
     trim(tmp_path / "m.jsonl", 4)
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n'

@@ -8,7 +8,7 @@ from pathlib import Path
 from pgenrm_train.backends.grpo.phase import Phase
 from pgenrm_train.backends.grpo.trainer import ChainTrainer
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.files import publish_folder
+from pgenrm_train.files import staged_folder
 
 # Copied as they are: saving a loaded tokenizer again may change how it splits text.
 TOKENIZER_FILES = (
@@ -26,14 +26,12 @@ TOKENIZER_FILES = (
 
 def export(trainer: ChainTrainer, phase: Phase, start: Path, dtype: str) -> None:
     """Write `checkpoint.tmp`, load it as a check, and rename it to `<work_dir>/checkpoint`."""
-    draft = phase.work_dir / "checkpoint.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    trainer.export(draft, dtype)
-    for file in TOKENIZER_FILES:
-        if (start / file).exists():
-            shutil.copyfile(start / file, draft / file)
-    _check_loads(draft)
-    publish_folder(draft, phase.checkpoint)
+    with staged_folder(phase.checkpoint) as draft:
+        trainer.export(draft, dtype)
+        for file in TOKENIZER_FILES:
+            if (start / file).exists():
+                shutil.copyfile(start / file, draft / file)
+        _check_loads(draft)
 
 
 def _check_loads(folder: Path) -> None:

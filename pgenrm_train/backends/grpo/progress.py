@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +10,10 @@ import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.curriculum.sampler import CurriculumSampler
+from pgenrm_train.files import read_json
 from pgenrm_train.rewards.hacking_signs import OWN, signs
 from pgenrm_train.rewards.training_rows import RowExtra
-from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
+from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 
 CHECKPOINTS = "global_step_*"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
@@ -36,16 +35,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
     Half-written ones are reported and removed, because verl would write into them again.
     """
-    complete = complete_checkpoints(folder, CHECKPOINTS)
-    for path in folder.glob(CHECKPOINTS):
-        if path not in complete:
-            print(
-                f"{path} was left half-written by an interrupted run; it is ignored and removed", flush=True
-            )
-            shutil.rmtree(path)
-    if not complete:
-        return None
-    return Checkpoint(complete[-1], **json.loads((complete[-1] / COMPLETE).read_text()))
+    newest = newest_complete(folder, CHECKPOINTS)
+    return Checkpoint(newest, **read_json(newest / COMPLETE)) if newest else None
 
 
 def chain_metrics(groups: Sequence[ScoredGroup]) -> Metrics:

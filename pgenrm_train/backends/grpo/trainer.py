@@ -21,7 +21,6 @@ the reasons:
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -58,9 +57,8 @@ from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredChain, ScoredGr
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
-from pgenrm_train.files import write_text
 from pgenrm_train.rewards.training_rows import Row
-from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints
+from pgenrm_train.run.checkpoints import complete_checkpoints, mark_complete
 from pgenrm_train.run.tracking import METRICS, append, read, trim
 
 PROMPTS_AT_ONCE = 64  # of a measurement
@@ -328,8 +326,7 @@ class ChainTrainer(PPOTrainerSync):
         run.beat(step, "saving a checkpoint")
         super()._save_checkpoint()
         checkpoints = run.phase.work_dir / "verl"
-        marker = json.dumps({"step": step, "sampler": run.state_dict()})
-        write_text(checkpoints / f"global_step_{step}" / COMPLETE, marker)
+        mark_complete(checkpoints / f"global_step_{step}", {"sampler": run.state_dict()})
         for old in complete_checkpoints(checkpoints, CHECKPOINTS)[: -run.grpo.keep_checkpoints]:
             shutil.rmtree(old)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.files import read_json, write_json
-from pgenrm_train.run.checkpoints import COMPLETE, step_of
+from pgenrm_train.files import read_json
+from pgenrm_train.run.checkpoints import COMPLETE
 
+STEPS = "checkpoint-*"  # as transformers names them
 MARK_NAMES = {"ranks": "number of processes", "zero_stage": "ZeRO stage", "model": "model or adapter"}
 
 
@@ -22,36 +22,6 @@ class Mark:
     ranks: int
     zero_stage: int
     model: str
-
-
-def newest_complete(steps: Path, *, clean: bool = True) -> Path | None:
-    """Return the newest usable checkpoint; report and remove (`clean`) newer ones that are not usable."""
-    for folder in sorted(steps.glob("checkpoint-*"), key=step_of, reverse=True):
-        complete = (folder / COMPLETE).exists()
-        if complete and not _damaged(folder):
-            return folder
-        if clean:
-            print(f"ignoring {'damaged' if complete else 'half-written'} checkpoint {folder}", flush=True)
-            shutil.rmtree(folder)
-    return None
-
-
-def mark_complete(checkpoint: Path, mark: Mark) -> None:
-    """Write the marker, with the size of every file.  It must be the last file of the checkpoint."""
-    marker = {"step": step_of(checkpoint), **asdict(mark), "bytes": _sizes(checkpoint)}
-    write_json(checkpoint / COMPLETE, marker)
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Size of every file in bytes."""
-    files = (file for file in checkpoint.rglob("*") if file.is_file())
-    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
-
-
-def _damaged(checkpoint: Path) -> bool:
-    """Whether a file of the marker is missing or has another size, as after a disk failure."""
-    marker = read_json(checkpoint / COMPLETE)
-    return bool(marker.get("bytes", {}).items() - _sizes(checkpoint).items())
 
 
 def check_resumable(checkpoint: Path, mark: Mark) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.backends.sft import ray_train
 from pgenrm_train.backends.sft.batches import write_chats
-from pgenrm_train.backends.sft.checkpoints import Mark, check_resumable, is_over, newest_complete, state_of
+from pgenrm_train.backends.sft.checkpoints import STEPS, Mark, check_resumable, is_over, state_of
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.publishing import publish
@@ -24,7 +24,7 @@ from pgenrm_train.backends.sft.rank import train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
-from pgenrm_train.run.checkpoints import step_of
+from pgenrm_train.run.checkpoints import newest_complete, step_of
 from pgenrm_train.run.process import run_child
 from pgenrm_train.run.tracking import trim
 
@@ -51,7 +51,7 @@ def train(
     base = str(Path(start).resolve()) if Path(start).exists() else str(start)
     job = Job(config, base, work_dir.resolve(), mark, validator if config.psi.evaluate_every else None)
     write_chats(job.chats, encode_rows(inspected.tokenizer, rows, inspected.limit))
-    if resume := newest_complete(job.steps):
+    if resume := newest_complete(job.steps, STEPS):
         check_resumable(resume, mark)
     if resume and is_over(config.psi, state_of(resume)):
         trim(job.metrics, step_of(resume))

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.protocols import Trained
-from pgenrm_train.backends.sft.checkpoints import is_over, newest_complete, state_of
+from pgenrm_train.backends.sft.checkpoints import STEPS, is_over, state_of
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, NothingTrainedError
-from pgenrm_train.files import publish_folder
-from pgenrm_train.run.checkpoints import COMPLETE, step_of
+from pgenrm_train.files import staged_folder
+from pgenrm_train.run.checkpoints import COMPLETE, newest_complete, step_of
 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def publish(job: Job, tokenizer: Any) -> Trained:
     """Publish the best checkpoint by validation, or the last one without validation."""
-    last = newest_complete(job.steps)
+    last = newest_complete(job.steps, STEPS)
     state = state_of(last) if last else None
     if last is None or state is None or not is_over(job.config.psi, state):
         made, planned = (state.global_step, state.max_steps) if state else (0, "the")
@@ -30,16 +30,15 @@ def publish(job: Job, tokenizer: Any) -> Trained:
         raise ArtifactError(
             f"{source}, the best checkpoint by validation, is missing; use another run_dir=, or resume=false"
         )
-    staging, final = job.work_dir / "checkpoint.tmp", job.work_dir / "checkpoint"
-    shutil.rmtree(staging, ignore_errors=True)  # left by a start that was killed here
-    if job.config.model.lora.rank:
-        merge_adapter(job.start, source, staging, job.config)
-    else:
-        staging.mkdir()
-        for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
-            shutil.copy2(file, staging)
-    tokenizer.save_pretrained(staging)
-    publish_folder(staging, final)
+    final = job.work_dir / "checkpoint"
+    with staged_folder(final) as staging:
+        if job.config.model.lora.rank:
+            merge_adapter(job.start, source, staging, job.config)
+        else:
+            staging.mkdir()
+            for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
+                shutil.copy2(file, staging)
+        tokenizer.save_pretrained(staging)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     metrics = {"psi/steps": float(state.global_step), "psi/published_step": float(step_of(source))}
     if losses:

@@ -20,11 +20,11 @@ from pgenrm_train.backends.sft.batches import (
     layout_of,
     pad_of,
 )
-from pgenrm_train.backends.sft.checkpoints import newest_complete
+from pgenrm_train.backends.sft.checkpoints import STEPS
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.settings import set_variables, training_arguments
 from pgenrm_train.config import ClusterConfig, Config
-from pgenrm_train.run.checkpoints import step_of
+from pgenrm_train.run.checkpoints import newest_complete, step_of
 from pgenrm_train.run.process import die_with_parent
 from pgenrm_train.run.tracking import trim
 
@@ -40,7 +40,7 @@ def train_rank(job: Job) -> None:
     join_processes(job.config.cluster)
     trainer = _trainer(job)
     first = trainer.is_world_process_zero()
-    resume = newest_complete(job.steps, clean=first)
+    resume = newest_complete(job.steps, STEPS, clean=first)
     if first:
         trim(job.metrics, step_of(resume) if resume else 0)
         if resume:

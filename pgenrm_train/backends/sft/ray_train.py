@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.ray.cluster import join
-from pgenrm_train.backends.sft.checkpoints import newest_complete
+from pgenrm_train.backends.sft.checkpoints import STEPS
 from pgenrm_train.config import ClusterConfig, Config
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, last_line
+from pgenrm_train.run.checkpoints import newest_complete
 
 
 def run(config: Config, job_file: Path, variables: dict[str, str]) -> None:
@@ -82,7 +83,7 @@ def lost_rank_reporter(steps: Path) -> Any:
 
 
 def _format_lost_ranks(errors: Mapping[int, Exception], steps: Path) -> str:
-    newest = newest_complete(steps, clean=False)
+    newest = newest_complete(steps, STEPS, clean=False)
     ranks, kind = ", ".join(map(str, sorted(errors))), type(errors[min(errors)]).__name__
     start = f"from {newest}" if newest else "from the beginning"
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from transformers import Trainer, TrainerCallback
 
 from pgenrm_train.backends.protocols import Validated
 from pgenrm_train.backends.sft.batches import StepOrder
-from pgenrm_train.backends.sft.checkpoints import Mark, mark_complete, stopped_early
+from pgenrm_train.backends.sft.checkpoints import Mark, stopped_early
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError
 from pgenrm_train.files import write_table
+from pgenrm_train.run.checkpoints import mark_complete, sizes
 from pgenrm_train.run.tracking import append, samples_file
 
 
@@ -99,7 +101,8 @@ class PsiCallback(TrainerCallback):  # type: ignore[misc]
         if distributed.is_initialized():
             distributed.barrier()  # every process writes its files
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.mark)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            mark_complete(checkpoint, {**asdict(self.mark), "bytes": sizes(checkpoint)})
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pgenrm_train.backends.sft.batches import encode_chat
-from pgenrm_train.backends.sft.checkpoints import Mark, check_resumable, is_over, newest_complete
+from pgenrm_train.backends.sft.checkpoints import STEPS, Mark, check_resumable, is_over
 from pgenrm_train.backends.sft.job import Job
 from pgenrm_train.backends.sft.nano import CHAT_TEMPLATE, train_tokenizer
 from pgenrm_train.backends.sft.publishing import publish
@@ -16,7 +16,7 @@ from pgenrm_train.chains.chain import JSON_START, write_chain
 from pgenrm_train.config import ROOT, ClusterConfig, Config, ModelConfig, NanoConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, DataError, NothingTrainedError
 from pgenrm_train.files import write_json
-from pgenrm_train.run.checkpoints import COMPLETE
+from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 
 # Like the published templates in all that matters here: headers, a default system message, stripped contents,
 # empty thoughts.
@@ -172,25 +172,25 @@ def checkpoint(steps, number, complete=True):
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert newest_complete(tmp_path / "steps") is None
+    assert newest_complete(tmp_path / "steps", STEPS) is None
 
 
 def test_the_newest_is_by_number_not_by_name(tmp_path):
     checkpoint(tmp_path, 900)
     newest = checkpoint(tmp_path, 1000)
-    assert newest_complete(tmp_path) == newest
+    assert newest_complete(tmp_path, STEPS) == newest
 
 
 def test_a_half_written_one_is_reported_removed_and_skipped(tmp_path, capsys):
     older, whole = checkpoint(tmp_path, 100), checkpoint(tmp_path, 200)
     half = checkpoint(tmp_path, 300, complete=False)
-    assert newest_complete(tmp_path) == whole
+    assert newest_complete(tmp_path, STEPS) == whole
     assert not half.exists() and older.exists() and "checkpoint-300" in capsys.readouterr().out
 
 
 def test_only_half_written_ones_mean_a_new_start(tmp_path):
     checkpoint(tmp_path, 100, complete=False)
-    assert newest_complete(tmp_path) is None and not list(tmp_path.iterdir())
+    assert newest_complete(tmp_path, STEPS) is None and not list(tmp_path.iterdir())
 
 
 MARK = Mark(ranks=8, zero_stage=3, model="abc")
