@@ -44,14 +44,19 @@ def load(path: Path, only: str | None) -> list[PreferencePair]:
 
 
 def strict_hit(teacher: FeatureTeacher, pair: PreferencePair) -> bool:
-    first = teacher.score(pair.user_id, (), pair.query, (pair.chosen, pair.rejected))
-    second = teacher.score(pair.user_id, (), pair.query, (pair.rejected, pair.chosen))
+    first, second = (teacher.score(example_of(pair, order)) for order in (0, 1))
     return first[0] > first[1] and second[1] > second[0]
 
 
+def example_of(pair: PreferencePair, chosen_index: int = 0) -> Example:
+    """The pair without history, with the chosen response first (0) or second (1)."""
+    texts = (pair.chosen, pair.rejected)
+    responses = texts if chosen_index == 0 else texts[::-1]
+    return Example(pair.pair_id, pair.user_id, pair.context, responses, chosen_index)
+
+
 def chain_hit(teacher: FeatureTeacher, pair: PreferencePair) -> bool:
-    example = Example(pair.pair_id, pair.user_id, pair.context, (pair.chosen, pair.rejected), chosen_index=0)
-    parts = teacher.chain_parts(example)
+    parts = teacher.chain_parts(example_of(pair))
     chosen, rejected = np.array(parts.scores) @ [weight for _, weight in parts.criteria]
     return bool(chosen > rejected)
 

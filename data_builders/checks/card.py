@@ -1,7 +1,8 @@
 """The card of a built data set, `README.md` beside the records: counts, hashes, lengths, licence, and what the leak report found.
 
-Made without dates or machine paths, so that the same build writes the same card.  Lengths are in words and punctuation marks, a
-count that no model's vocabulary changes; a subword tokenizer makes about 1.3 tokens of one in English.
+Made without dates or machine paths, so that the same build writes the same card.  Lengths are in words and
+punctuation marks, a count that no model's vocabulary changes; a subword tokenizer makes about 1.3 tokens of
+one in English.
 """
 
 from __future__ import annotations

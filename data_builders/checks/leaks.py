@@ -10,7 +10,8 @@ records as they were written.
                         they are those of a ratio estimator over users (Cochran 1977, §2.9), votes of one user being alike
     duplicates          the same vote twice; contradictory: the same user chose either way
 
-Findings are sentences; a reader of an accuracy should know them.  Memory: hashes are on disk, near duplicates take 0.5 kB a text.
+Findings are sentences; a reader of an accuracy should know them.  Memory: hashes are on disk, near duplicates
+take 0.5 kB a text.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class LeakReport:
 
     def _same_pair(self) -> dict[str, Any]:
         of_user = self.index.db.execute(
-            "SELECT user, MIN(name), MAX(name) FROM votes GROUP BY user, content HAVING COUNT(DISTINCT split) > 1"
+            "SELECT user, MIN(name), MAX(name) FROM votes GROUP BY user, content HAVING COUNT(DISTINCT "
+            "split) > 1"
         ).fetchall()
         seen = f"FROM votes held WHERE held.{HELD_OUT} AND EXISTS (SELECT 1 FROM trained WHERE trained.content = held.content"
         self.index.db.execute(
@@ -92,7 +94,8 @@ class LeakReport:
             ),
             "asked_only": self.index.number(f"SELECT COUNT(*) FROM ({asked}) WHERE user NOT IN ({trained})"),
             "marked_both_ways": self.index.number(
-                f"SELECT COUNT(*) FROM (SELECT DISTINCT user FROM votes WHERE user_split IN ('val', 'test')) WHERE user IN ({trained})"
+                "SELECT COUNT(*) FROM (SELECT DISTINCT user FROM votes WHERE user_split IN ('val', "
+                f"'test')) WHERE user IN ({trained})"
             ),
         }
 
@@ -110,7 +113,8 @@ class LeakReport:
     def _share(self, sign: str, split: str) -> dict[str, Any]:
         """How often the sign is positive where it is not 0, with a 95 % interval over users."""
         rows = self.index.db.execute(
-            f"SELECT SUM(sign > 0), COUNT(*) FROM (SELECT user, {sign} AS sign FROM votes WHERE {_PARTS[split]}) "
+            f"SELECT SUM(sign > 0), COUNT(*) FROM (SELECT user, {sign} AS sign FROM votes WHERE "
+            f"{_PARTS[split]}) "
             "WHERE sign != 0 GROUP BY user"
         )
         return clustered_share(rows)
@@ -119,7 +123,8 @@ class LeakReport:
         groups = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content HAVING votes > 1"
         return {
             "repeated_votes": self.index.number(
-                "SELECT SUM(votes - 1) FROM (SELECT COUNT(*) AS votes FROM votes GROUP BY user, content, chosen)"
+                "SELECT SUM(votes - 1) FROM (SELECT COUNT(*) AS votes FROM votes GROUP BY user, content, "
+                "chosen)"
             ),
             "contradictory_pairs": self.index.number(f"SELECT SUM(ways > 1) FROM ({groups})"),
             "identical_responses": self.index.number("SELECT SUM(identical) FROM votes"),
@@ -138,7 +143,8 @@ _PARTS = {"train": TRAINS, "held_out": HELD_OUT}
 def clustered_share(rows: Iterable[tuple[int, int]]) -> dict[str, Any]:
     """Pooled share of hits with a 95 % interval over users, from (hits, votes) of each user.
 
-    p = Σ hits / Σ votes;  Var(p) ≈ U/(U−1) · Σ_u (hits_u − p·votes_u)² / (Σ votes)².  Null interval with fewer than two users.
+    p = Σ hits / Σ votes;  Var(p) ≈ U/(U−1) · Σ_u (hits_u − p·votes_u)² / (Σ votes)².  Null interval with
+    fewer than two users.
     """
     users = hits = votes = hits_squared = votes_squared = products = 0
     for hit, vote in rows:

@@ -1,7 +1,8 @@
 """Held-out texts that nearly are training texts: MinHash signatures and locality-sensitive banding (Broder 1997; Leskovec et al. §3.4).
 
-datasketch makes the signatures and chooses the bands.  The join over bands is our own and vectorised: each held-out text meets one
-training text a band, so that a thousand copies of one refusal cost no million comparisons, as a query for all candidates would.
+datasketch makes the signatures and chooses the bands.  The join over bands is our own and vectorised: each
+held-out text meets one training text a band, so that a thousand copies of one refusal cost no million
+comparisons, as a query for all candidates would.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class _Texts:
 def nearest_by_band(asked: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each signature of `asked` the row of `known` most like it among one candidate a band, and their estimated Jaccard.
 
-    Both (N, PLACES) uint32; returns rows (N,) and similarities (N,), 0 where no band is shared.  Linear but for a sort.
+    Both (N, PLACES) uint32; returns rows (N,) and similarities (N,), 0 where no band is shared.  Linear but
+    for a sort.
     """
     best, similarity = np.zeros(len(asked), np.int64), np.zeros(len(asked))
     if not len(asked) or not len(known):

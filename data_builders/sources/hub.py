@@ -16,9 +16,9 @@ Rows = Iterator[Mapping[str, Any]]
 def tables(source: str, table: str | None = None, split: str | None = None) -> Iterator[tuple[str, Rows]]:
     """(what messages call it, its rows) for each file or split of a data set, in their order.
 
-    source: hub id, a file, or a folder that holds files of the hub repository; table: the configuration of a hub data set, in a
-    folder the files whose names, or whose folders' names, begin with it; split: only this one, where a source tells splits apart.
-    Raises DataError with one sentence.
+    source: hub id, a file, or a folder that holds files of the hub repository; table: the configuration of a
+    hub data set, in a folder the files whose names, or whose folders' names, begin with it; split: only this
+    one, where a source tells splits apart.  Raises DataError with one sentence.
     """
     path = Path(source)
     if path.is_file():
@@ -28,7 +28,8 @@ def tables(source: str, table: str | None = None, split: str | None = None) -> I
             yield str(file), read_rows(file)
     elif source.startswith((".", "/", "~")) or path.suffix in SUFFIXES:
         raise DataError(
-            f"{source} does not exist; expected a file, a folder, or the id of a data set on the Hugging Face hub"
+            f"{source} does not exist; expected a file, a folder, or the id of a data set on the Hugging "
+            "Face hub"
         )
     else:
         yield from _from_hub(source, table, split)
@@ -73,7 +74,8 @@ def _from_hub(name: str, table: str | None, split: str | None = None) -> Iterato
     ) as error:  # the hub, the network and the cache fail in many ways; none of them is worth a traceback
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name} cannot be loaded from the Hugging Face hub ({reason}); give data.path= for a copy on disk"
+            f"{name} cannot be loaded from the Hugging Face hub ({reason}); give data.path= for a copy on "
+            "disk"
         ) from None
     for of_split in [split] if split in splits else splits:
         yield f"{name}/{of_split}", iter(splits[of_split])

@@ -1,8 +1,9 @@
 """data=lampqa: LaMP-QA (Salemi & Zamani 2025), questions with a personal narrative and a rubric, for evaluation only.
 
-The three configurations are the three subsets.  `data.path` names a copy on disk, `data.answers` a file of several models' answers
-(columns `id`, `model`, `answer`, and `rubric_score` where an answer was graded).  Rubric and narrative go to a file and a type of
-their own: see `pgenrm_train.records.questions`.  A profile item that is the question itself is left out and counted.
+The three configurations are the three subsets.  `data.path` names a copy on disk, `data.answers` a file of
+several models' answers (columns `id`, `model`, `answer`, and `rubric_score` where an answer was graded).
+Rubric and narrative go to a file and a type of their own: see `pgenrm_train.records.questions`.  A profile
+item that is the question itself is left out and counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """data=pairs: anybody's votes from a parquet or JSONL file, or a folder of them, in PersonalRewardBench's schema.
 
-`data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).  `data.on_bad_row=skip` passes
-over rows that do not fit, counted and listed.
+`data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).
+`data.on_bad_row=skip` passes over rows that do not fit, counted and listed.
 """
 
 from __future__ import annotations

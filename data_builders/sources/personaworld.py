@@ -1,21 +1,28 @@
-"""PersonaWorld: users with known preferences, texts in which they must be read, and an oracle that knows the truth.
+"""PersonaWorld: users with known preferences, and texts in which these must be read.
 
-Why it exists: a reward model can only be shown to be *personal* where the truth about each person is known.  The world is small
-enough for a 400k-parameter model on two CPU cores and keeps what makes the real problem hard:
+Why it exists: a reward model can only be proved *personal* if the truth about each person is known.  The
+world is small enough for a 400k-parameter model on two CPU cores and keeps the difficulties of the real
+problem:
 
-- a user comes from a latent **prototype** and varies individually; what they care for **changes with the scenario**;
-- a **response** is a few short sentences; its attributes (formal, cautious, …) are never named, they must be read;
+- a user comes from a latent **prototype** and varies individually; their criteria **change with the
+  scenario**;
+- a **response** is a few short sentences; its attributes (formal, cautious, …) are never named, they must be
+  read;
 - **explicit criteria** exist ("For work I want formal above all, …") and can be masked;
-- votes carry **label noise**; pairs come in **kinds**: `easy` (the chosen one is also of better quality), `medium` (several
-  attributes differ at equal quality), `hard` (exactly one cared-for attribute differs at equal quality), `rival` (the population
-  prefers the rejected one, which may even be of better quality);
-- a share of **personas** (scenario × criteria combinations) is never given to a training user: `cohort` tells test users of
-  seen personas from those of unseen ones;
-- a test pair at equal quality is also put to a user who prefers the *other* response, so that half of such votes are unlearnable
-  from the texts alone.
+- votes carry **label noise**; pairs come in **kinds**: `easy` (the chosen one is also of better quality),
+  `medium` (several attributes differ at equal quality), `hard` (exactly one cared-for attribute differs at
+  equal quality), `rival` (the population prefers the rejected one, which may even be of better quality);
+- a share of **personas** (scenario × criteria combinations) is never given to a training user: `cohort`
+  separates test users of seen personas from those of unseen ones;
+- a test pair at equal quality is also voted on by a user who prefers the *other* response, so that half of
+  such votes are unlearnable from the texts alone.
 
-Utility of a response for a user (our choice): +w for each cared-for attribute it has, −w for each whose opposite it has, weights
-.45/.30/.15 by rank, ±.10 for quality; the vote is the sign of the difference plus Gaussian noise.
+Half of the responses talk exactly of the axes that the voting user cares for
+(`PersonaWorld._draw_responses`).  So the texts hint at WHICH axes matter, never at which pole is preferred.
+
+Utility of a response for a user (our choice): +w for each cared-for attribute it has, −w for each whose
+opposite it has, weights .45/.30/.15 by rank, ±.10 for quality.  The vote is the sign of the difference plus
+Gaussian noise.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pgenrm_train.config import DataConfig
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
@@ -63,11 +70,13 @@ PROTOTYPES = ("analyst", "mentor", "planner", "buddy")
 WEIGHTS = (0.45, 0.30, 0.15)  # of the cared-for attributes, by rank
 QUALITY_WEIGHT = 0.10
 NOISE = 0.05  # standard deviation of the label noise, in units of utility
-MARGIN = 0.15  # least difference of utilities put to a vote
+MARGIN = 0.15  # least difference of utilities in a vote
 KINDS = ("easy", "medium", "hard", "rival")
 HISTORY_PER_SCENARIO = 2
 HELD_OUT_SHARE = 0.3  # of the individual variants of a cell
-# Chosen so that prototypes differ much within each scenario, every attribute is cared for, and every cell has held-out variants.
+# Chosen so that prototypes differ much within each scenario, somewhere every attribute is cared for, and
+# every cell has
+# held-out variants.
 WORLD_SEED, HELD_OUT_SALT = 91, 9
 
 Criteria = tuple[str, ...]  # three poles, most important first
@@ -75,7 +84,7 @@ Criteria = tuple[str, ...]  # three poles, most important first
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """Attributes in reading order (one pole an axis) and quality `good` | `bad`."""
+    """Attributes in reading order (one pole per axis) and quality `good` | `bad`."""
 
     poles: tuple[str, ...]
     quality: str
@@ -85,18 +94,18 @@ class Response:
 
 
 def read_response(text: str) -> Response | None:
-    """The attributes of a rendered response, read back from its sentences; None for a text that is not of this world."""
-    found: list[str] = []
+    """Attributes of a rendered response, read back from its sentences; None for a foreign text."""
+    attributes: list[str] = []
     rest = text.strip()
     while rest:
         phrase = next((p for p in ATTRIBUTE_OF if rest.startswith(p)), None)
         if phrase is None:
             return None
-        found.append(ATTRIBUTE_OF[phrase])
+        attributes.append(ATTRIBUTE_OF[phrase])
         rest = rest[len(phrase) :].lstrip()
-    if not found or found[-1] not in ("good", "bad"):
+    if not attributes or attributes[-1] not in ("good", "bad"):
         return None
-    return Response(tuple(found[:-1]), found[-1])
+    return Response(tuple(attributes[:-1]), attributes[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,7 @@ def utility(
     weights: Sequence[float] = WEIGHTS,
     quality_weight: float = QUALITY_WEIGHT,
 ) -> float:
-    """Utility of a response for a user; other weights give what a chain with those weights would total."""
+    """Utility of a response for a user; with the weights of a chain, that chain's total."""
     total = quality_weight if response.quality == "good" else -quality_weight
     for pole, weight in zip(criteria, weights):
         total += weight * ((pole in response.poles) - (OPPOSITE[pole] in response.poles))
@@ -128,7 +137,7 @@ def utility(
 
 
 class PersonaWorld:
-    """The latent cells (prototype × scenario → criteria) and everything drawn from them; deterministic in `seed`."""
+    """Latent cells (prototype × scenario → criteria) and all draws from them; deterministic in `seed`."""
 
     def __init__(self, seed: int = WORLD_SEED) -> None:
         rng = random.Random(seed)
@@ -141,20 +150,17 @@ class PersonaWorld:
                 self.cells[prototype, scenario] = tuple(rng.sample(adapted, 3))
 
     def variants(self, prototype: str, scenario: str, *, held_out: bool) -> list[Criteria]:
-        """The cell itself (never held out) and its individual variants: the second or third criterion is another."""
+        """The cell itself (never held out) and its variants: another second or third criterion."""
         cell = self.cells[prototype, scenario]
-        found = [] if held_out else [cell]
+        variants = [] if held_out else [cell]
         for position in (1, 2):
+            others = {AXIS[pole] for i, pole in enumerate(cell) if i != position}
             for pole in POLES:
-                if (
-                    AXIS[pole] in {AXIS[p] for i, p in enumerate(cell) if i != position}
-                    or pole == cell[position]
-                ):
-                    continue
                 variant = (*cell[:position], pole, *cell[position + 1 :])
-                if self._is_held_out(scenario, variant) == held_out:
-                    found.append(variant)
-        return found
+                new = AXIS[pole] not in others and pole != cell[position]
+                if new and self._is_held_out(scenario, variant) == held_out:
+                    variants.append(variant)
+        return variants
 
     def _is_held_out(self, scenario: str, criteria: Criteria) -> bool:
         if criteria in (self.cells[p, scenario] for p in PROTOTYPES):
@@ -163,7 +169,10 @@ class PersonaWorld:
         return digest[0] < 256 * HELD_OUT_SHARE
 
     def user(self, rng: random.Random, user_id: str, cohort: str) -> User:
-        """A user of the cohort: half of the scenarios of a seen persona follow the prototype, all of an unseen one vary."""
+        """A user of the cohort.
+
+        Half of the scenarios of a seen persona follow the prototype; all of an unseen one vary.
+        """
         prototype = rng.choice(PROTOTYPES)
         criteria = {}
         for scenario in SCENARIOS:
@@ -173,16 +182,15 @@ class PersonaWorld:
         return User(user_id, prototype, criteria, cohort)
 
     def population_utility(self, scenario: str, response: Response) -> float:
+        """Mean utility over the prototypes."""
         if (key := (scenario, response)) not in self._population:
-            self._population[key] = sum(utility(self.cells[p, scenario], response) for p in PROTOTYPES) / len(
-                PROTOTYPES
-            )
+            total = sum(utility(self.cells[prototype, scenario], response) for prototype in PROTOTYPES)
+            self._population[key] = total / len(PROTOTYPES)
         return self._population[key]
 
     def kind_of(self, scenario: str, chosen: Response, rejected: Response) -> str:
-        popular_loses = (
-            self.population_utility(scenario, chosen) < self.population_utility(scenario, rejected) - 0.05
-        )
+        popular = self.population_utility(scenario, rejected) - 0.05
+        popular_loses = self.population_utility(scenario, chosen) < popular
         if chosen.quality == rejected.quality:
             if sum(a != b for a, b in zip(chosen.poles, rejected.poles)) == 1:
                 return "hard"
@@ -207,7 +215,8 @@ class PersonaWorld:
 
     def _draw_responses(self, rng: random.Random, criteria: Criteria, kind: str) -> tuple[Response, Response]:
         axes = sorted(AXIS[p] for p in criteria)
-        if rng.random() < 0.5:  # else exactly the cared-for attributes are talked of
+        """Two responses about the same three axes: half of the time exactly the axes of the criteria."""
+        if rng.random() < 0.5:
             axes = sorted([*rng.sample(axes, 2), rng.choice([i for i in range(len(AXES)) if i not in axes])])
         first = [rng.choice(AXES[i]) for i in axes]
         second = [rng.choice(AXES[i]) for i in axes]
@@ -225,9 +234,9 @@ class PersonaWorld:
 
 
 def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[PreferencePair]:
-    """Stream the votes of all users: training users, then validation users, then held-out test users with their twins.
+    """Stream the votes of training users, validation users, and held-out test users with their twins.
 
-    Nothing is ever left out.
+    No row is ever left out.
     """
     world = PersonaWorld()
     rng = random.Random(seed)
@@ -251,86 +260,61 @@ def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[Pref
 def _votes(
     world: PersonaWorld, rng: random.Random, user: User, split: str, queries: int
 ) -> Iterator[PreferencePair]:
-    """A user's history part (always `train` within the user, medium pairs) and query part (`split`, all kinds in turn)."""
+    """A user's history (medium pairs, always `train`) and queries (`split`, all kinds in turn)."""
     scenarios = list(SCENARIOS)
     for n in range(HISTORY_PER_SCENARIO * len(scenarios)):
-        yield _vote(world, rng, user, scenarios[n % len(scenarios)], "medium", "train", split, f"h{n}")
+        vote = _vote(world, rng, user, scenarios[n % len(scenarios)], "medium", f"h{n}")
+        yield replace(vote, split="train", user_split=split)
     start = rng.randrange(len(KINDS))
-    for n in range(queries):
-        scenario = scenarios[(n + start) % len(scenarios)]
-        yield _vote(world, rng, user, scenario, KINDS[(n + start) % len(KINDS)], split, split, f"q{n}")
+    for n in range(start, start + queries):
+        scenario, kind = scenarios[n % len(scenarios)], KINDS[n % len(KINDS)]
+        yield replace(_vote(world, rng, user, scenario, kind, f"q{n - start}"), split=split, user_split=split)
 
 
 def _vote(
-    world: PersonaWorld,
-    rng: random.Random,
-    user: User,
-    scenario: str,
-    kind: str,
-    split: str,
-    user_split: str,
-    tag: str,
+    world: PersonaWorld, rng: random.Random, user: User, scenario: str, kind: str, tag: str
 ) -> PreferencePair:
+    """One vote, not yet in a split."""
     chosen, rejected = world.draw_pair(rng, user, scenario, kind)
     query = rng.choice(QUERIES).format(topic=rng.choice(SCENARIOS[scenario]))
-    return _pair(
-        user,
-        scenario,
-        query,
-        chosen.render(rng),
-        rejected.render(rng),
-        kind,
-        split,
-        user_split,
-        f"{user.user_id}-{tag}",
+    pair_id = f"{user.user_id}-{tag}"
+    return PreferencePair(
+        pair_id=pair_id,
+        user_id=user.user_id,
+        context=(Message("user", query),),
+        chosen=chosen.render(rng),
+        rejected=rejected.render(rng),
+        conversation_id=pair_id,
+        kind=kind,
+        scenario=scenario,
+        cohort=user.cohort,
+        explicit=user.explicit(scenario),
     )
 
 
 def _twin(
     world: PersonaWorld, rng: random.Random, pair: PreferencePair, user: User, users: list[User]
 ) -> PreferencePair | None:
-    """The same question put to a user who prefers the other response; None when quality differs or nobody does."""
-    chosen, rejected = read_response(pair.chosen), read_response(pair.rejected)
-    assert chosen is not None and rejected is not None and pair.scenario is not None
+    """The same question with the vote of a user who prefers the other response.
+
+    None if the qualities differ or no such user exists.
+    """
+    chosen, rejected, scenario = read_response(pair.chosen), read_response(pair.rejected), pair.scenario
+    assert chosen is not None and rejected is not None and scenario is not None
     if chosen.quality != rejected.quality:
         return None
     for other in rng.sample(users, min(50, len(users))):
-        gap = utility(other.criteria[pair.scenario], rejected) - utility(
-            other.criteria[pair.scenario], chosen
-        )
+        criteria = other.criteria[scenario]
+        gap = utility(criteria, rejected) - utility(criteria, chosen)
         if other.user_id != user.user_id and other.cohort == user.cohort and gap >= MARGIN:
-            kind = world.kind_of(pair.scenario, rejected, chosen)
-            name = f"{pair.pair_id}-twin"
-            return _pair(
-                other,
-                pair.scenario,
-                pair.query,
-                pair.rejected,
-                pair.chosen,
-                kind,
-                "test",
-                "test",
-                name,
-                pair.pair_id,
+            return replace(
+                pair,
+                pair_id=f"{pair.pair_id}-twin",
+                user_id=other.user_id,
+                chosen=pair.rejected,
+                rejected=pair.chosen,
+                conversation_id=pair.pair_id,
+                kind=world.kind_of(scenario, rejected, chosen),
+                explicit=other.explicit(scenario),
             )
     return None
-
-
-def _pair(
-    user: User, scenario: str, query: str, chosen: str, rejected: str, kind: str, split: str, user_split: str, pair_id: str,
-    conversation_id: str | None = None,
-) -> PreferencePair:  # fmt: skip
-    return PreferencePair(
-        pair_id=pair_id,
-        user_id=user.user_id,
-        context=(Message("user", query),),
-        chosen=chosen,
-        rejected=rejected,
-        conversation_id=conversation_id or pair_id,
-        kind=kind,
-        scenario=scenario,
-        split=split,
-        user_split=user_split,
-        cohort=user.cohort,
-        explicit=user.explicit(scenario),
-    )

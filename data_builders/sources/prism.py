@@ -1,10 +1,11 @@
 """data=prism: PRISM (Kirk et al. 2024), from its survey and conversations to pairs with everything that a user stated.
 
-Each turn shows a user several responses, which they rate 1–100.  Every two responses of a turn whose ratings lie at least
-`data.min_rating_gap` apart are a pair; the conversation so far is its context, with the response that the user went on from.  What the
-user stated rides in typed fields: the system string as style, the self-description, and as attributes the weights that they gave for
-the choices of this conversation, with those of the survey for what they did not weigh again.  The open feedback on a conversation speaks of single responses, so
-it would tell the label and is left out.
+Each turn shows a user several responses, which they rate 1–100.  Every two responses of a turn whose ratings
+lie at least `data.min_rating_gap` apart are a pair; the conversation so far is its context, with the response
+that the user went on from.  What the user stated rides in typed fields: the system string as style, the
+self-description, and as attributes the weights that they gave for the choices of this conversation, with
+those of the survey for what they did not weigh again.  The open feedback on a conversation speaks of single
+responses, so it would tell the label and is left out.
 
 The source has no split: `data.split_by` makes one, of whole conversations (`within_user`) or of users.
 """

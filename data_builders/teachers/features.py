@@ -1,32 +1,32 @@
-"""The `features` teacher: a transparent rule in place of an LLM, and the baseline that an LLM teacher must beat.
+"""The `features` teacher: a transparent rule, and the baseline that an LLM teacher must beat.
 
-It measures what a user's chosen answers have over the rejected ones, weights it per user with shrinkage to the population, and
-writes an evaluation chain (METHOD §2) whose every claim can be re-measured:
+It measures the advantages of a user's chosen answers over the rejected ones, weights them per user with
+shrinkage to the population, and writes an evaluation chain (METHOD §2) whose every claim can be measured
+again:
 
-    x(y) ∈ R^F                      text features, robustly standardised over the training texts, clipped to ±4
-    P(y⁺ ≻ y⁻ | u) = σ(w_uᵀ(x⁺ − x⁻))                       Bradley–Terry with linear utility
+    x(y) ∈ R^F       text features, robustly standardised over the training texts, clipped to ±4
+    P(y⁺ ≻ y⁻ | u) = σ(w_uᵀ(x⁺ − x⁻))        Bradley–Terry with linear utility
     w_pop = ridge logistic regression over all users' rows (no intercept; both signs of every difference)
     w_u   = argmax_w Σ_rows(u) log σ(wᵀd) − τ/2·‖w − w_pop‖²     MAP under w_u ~ N(w_pop, I/τ)
 
-τ is chosen by cross-validated likelihood on conversations new to the user, so that a data set without personal signal gets
-(nearly) the population rule.  The MAP fits of all users run at once, by the EM of Polson, Scott & Windle 2013 (the bound of
-Jaakkola & Jordan 2000): monotone, no step size.
+τ is chosen by cross-validated likelihood on conversations new to the user, so that a data set without
+personal signal gets (nearly) the population rule.  The MAP fits of all users run at once, by the EM of
+Polson, Scott & Windle 2013 (the bound of Jaakkola & Jordan 2000): monotone, no step size.
 
-The label of the asked pair is never used.  If the responses are a training pair of this user, its rows leave the user's fit, and
-the population's is the one made without their fold (cross-fitting: a few fits, however many questions); a history item with these
-same texts is ignored too.  (τ and the feature scales are not recomputed: ten candidate values for τ, and no label in the scales.)
-A known user's weights rest on all their training rows, not only on the history pairs shown.
+The label of the scored pair is never used.  If the responses are a training pair of this user, its rows leave
+the user's fit, and the population's fit is the one without their fold (cross-fitting: a few fits, however
+many pairs are scored).  A history item with the same texts is ignored too.  τ and the feature scales are not
+recomputed: τ has ten candidate values, and the scales use no label.  A known user's weights use all their
+training rows, not only the history pairs of the prompt.
 
-Features (`text_features`) and scales were chosen on train and val rows only; whole conversations in the folds came after a first
-look at test (measured by benchmarks/learning/features_baseline.py).
+Features (`text_features`) and scales were chosen on train and val rows only.  Folds of complete conversations
+came after a first look at test (measured by benchmarks/learning/features_baseline.py).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -35,49 +35,18 @@ from sklearn.linear_model import LogisticRegression
 
 from data_builders.teachers.text_features import FEATURES, TABLE, measure_many
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
 
 CLIP = 4.0
 FOLDS = 5
-PRECISIONS = (
-    1e4,
-    300.0,
-    100.0,
-    50.0,
-    30.0,
-    20.0,
-    10.0,
-    5.0,
-    3.0,
-    1.0,
-)  # τ, descending: each fit starts from the one before
-DEFAULT_PRECISION = 30.0  # when there are too few rows to choose
-CLEAR = 0.5  # standard units by which a chosen answer must differ before a history pair "shows" something
-
-
-class Question(Protocol):
-    """What a chain is written for; `records.Example` is one."""
-
-    @property
-    def user_id(self) -> str: ...
-    @property
-    def history(self) -> Sequence[HistoryItem]: ...
-    @property
-    def query(self) -> str: ...
-    @property
-    def responses(self) -> Sequence[str]: ...
-
-
-@dataclass(frozen=True)
-class _Question:
-    user_id: str
-    history: Sequence[HistoryItem]
-    query: str
-    responses: Sequence[str]
+# τ, descending: each fit starts from the one before.
+PRECISIONS = (1e4, 300.0, 100.0, 50.0, 30.0, 20.0, 10.0, 5.0, 3.0, 1.0)
+DEFAULT_PRECISION = 30.0  # for too few rows to choose
+CLEAR = 0.5  # standard units by which the chosen answer of a clear history pair differs
 
 
 class ChainParts(NamedTuple):
-    """Arguments of `chains.write_chain`: K criteria, integer weights that sum to 100; K scores 1..10 for each response."""
+    """Arguments of `write_chain`: K criteria, weights that sum to 100, and K scores 1..10 per response."""
 
     analysis: str
     criteria: list[tuple[str, int]]
@@ -88,7 +57,8 @@ class ChainParts(NamedTuple):
 class FeatureTeacher:
     """Per-user linear utility over `FEATURES`; see the module's docstring for the model.
 
-    `top`: criteria in a chain.  `precision`: τ, or None to choose it by cross-validation.  `seed`: draws the folds, nothing else.
+    `top`: criteria per chain.  `precision`: τ, or None to choose it by cross-validation.  `seed`: only for
+    the folds.
     """
 
     def __init__(self, top: int = 4, precision: float | None = None, seed: int = 0) -> None:
@@ -99,19 +69,21 @@ class FeatureTeacher:
         self.top, self.precision, self.seed = top, precision, seed
 
     def fit(self, train_pairs: Sequence[PreferencePair]) -> FeatureTeacher:
-        """Learn scales, population weights, τ and each user's weights; linear in rows and users.  DataError without pairs."""
+        """Learn scales, population weights, τ and each user's weights.  Raises DataError without pairs.
+
+        Linear in rows and users.
+        """
         if not train_pairs:
             raise DataError("FeatureTeacher.fit got no pairs; expected at least one training pair")
         chosen, rejected = [p.chosen for p in train_pairs], [p.rejected for p in train_pairs]
         self._fit_scale(measure_many(sorted({*chosen, *rejected})))
         self.differences = self.standardise(chosen) - self.standardise(rejected)
         self._total = self.differences.sum(axis=0)
-        self.spread = np.sqrt((self.differences**2).mean(axis=0))  # around 0, so that the labels play no part
+        self.spread = np.sqrt((self.differences**2).mean(axis=0))  # around 0, so independent of the labels
         self._row_texts = [frozenset(texts) for texts in zip(chosen, rejected)]
-        self._user_rows: dict[str, list[int]] = defaultdict(list)
+        self._user_rows: dict[str, list[int]] = {}
         for row, pair in enumerate(train_pairs):
-            self._user_rows[pair.user_id].append(row)
-        self._user_rows = dict(self._user_rows)  # a look-up of an unknown user must not create it
+            self._user_rows.setdefault(pair.user_id, []).append(row)
         index = {user: i for i, user in enumerate(self._user_rows)}
         owners = np.array([index[p.user_id] for p in train_pairs])
         conversations = _conversations(train_pairs)
@@ -131,7 +103,7 @@ class FeatureTeacher:
     def weights(
         self, user_id: str, history: Iterable[HistoryItem] = (), asked: Iterable[str] = ()
     ) -> np.ndarray:
-        """w_u, shape (F,), from the user's training rows and history items beyond them; rows between `asked` texts stay out."""
+        """w_u, shape (F,), from the user's training rows and further history items, without `asked` texts."""
         rows, extra, left_out = self._evidence(user_id, history, asked)
         if not extra and not left_out:
             return self._user_weights.get(user_id, self.population)
@@ -139,45 +111,34 @@ class FeatureTeacher:
         population = self._population_without(frozenset(self._folds[list(left_out)].tolist()))
         return _user_weights(differences, np.zeros(len(differences), int), population, self.tau, 1)[0]
 
-    def score(
-        self, user_id: str, history: Sequence[HistoryItem], query: str, responses: Sequence[str]
-    ) -> tuple[float, ...]:
-        """Utility of each response for this user on a 1..10 scale; 5.5 is the median training text.  `query` is not read."""
-        utility = (self.standardise(responses) * self.weights(user_id, history, responses)).sum(axis=1)
+    def score(self, example: Example) -> tuple[float, ...]:
+        """Utility of each response for this user on a 1..10 scale; 5.5 is the median training text."""
+        weights = self.weights(example.user_id, example.history, example.responses)
+        utility = (self.standardise(example.responses) * weights).sum(axis=1)
         return tuple(float(s) for s in 1 + 9 * expit(utility / 2))
 
-    def chain_parts(self, question: Question, rng: np.random.Generator | None = None) -> ChainParts:
-        """A chain's contents; criteria are the features that move this user most, grades the responses' deciles on them.
+    def chain_parts(self, example: Example, rng: np.random.Generator | None = None) -> ChainParts:
+        """Content of a chain: this user's strongest features as criteria, the responses' deciles as grades.
 
-        `question` is an `Example` or alike; its `chosen_index` is never read.  `rng` jitters each grade by −1, 0 or 1.
+        The example's `chosen_index` is never read.  `rng` jitters each grade by −1, 0 or 1.
         """
-        weights = self.weights(question.user_id, question.history, question.responses)
-        top = self._top_features(question, weights)
+        user_id, history, responses = example.user_id, example.history, example.responses
+        weights = self.weights(user_id, history, responses)
+        top = self._top_features(weights, user_id, history, responses)
         criteria = _criteria(weights, top)
-        names = [name for name, _ in criteria]
-        return ChainParts(
-            self._analysis(question.history, names),
-            criteria,
-            self._grades(question.responses, top, weights, rng),
-        )
+        analysis = self._analysis(history, [name for name, _ in criteria])
+        return ChainParts(analysis, criteria, self._grades(responses, top, weights, rng))
 
     def preferences(self, user_id: str) -> list[tuple[str, int]]:
-        """What moves this user most, as (criterion, percentage), by all their training rows; the population's for an unknown user."""
+        """This user's strongest criteria as (criterion, percentage); the population's for an unknown user."""
         weights = self.weights(user_id)
-        return _criteria(weights, self._top_features(_Question(user_id, (), "", ()), weights))
+        return _criteria(weights, self._top_features(weights, user_id))
 
-    def write(
-        self,
-        user_id: str,
-        history: Sequence[HistoryItem],
-        query: str,
-        responses: Sequence[str],
-        rng: np.random.Generator | None = None,
-    ) -> str:
+    def write(self, example: Example, rng: np.random.Generator | None = None) -> str:
         """One evaluation chain in the published format (METHOD §2)."""
         from pgenrm_train.chains.chain import write_chain
 
-        return write_chain(*self.chain_parts(_Question(user_id, history, query, responses), rng))
+        return write_chain(*self.chain_parts(example, rng))
 
     def _fit_scale(self, raw: np.ndarray) -> None:
         low, self.median, high = np.percentile(raw, [25, 50, 75], axis=0)
@@ -189,7 +150,7 @@ class FeatureTeacher:
     def _evidence(
         self, user_id: str, history: Iterable[HistoryItem], asked: Iterable[str]
     ) -> tuple[list[int], list[HistoryItem], tuple[int, ...]]:
-        """The user's training rows that may be used, the history items beyond them, and the rows left out."""
+        """The user's usable training rows, the history items beyond them, and the left-out rows."""
         asked, rows = frozenset(asked), self._user_rows.get(user_id, [])
         left_out = tuple(row for row in rows if self._row_texts[row] <= asked)
         known = {self._row_texts[row] for row in rows}
@@ -201,24 +162,36 @@ class FeatureTeacher:
         return [row for row in rows if row not in left_out], extra, left_out
 
     def _differences_of(self, rows: list[int], extra: list[HistoryItem]) -> np.ndarray:
-        shown = self.standardise([h.chosen for h in extra]) - self.standardise([h.rejected for h in extra])
-        return np.vstack([self.differences[rows], shown])
+        return np.vstack([self.differences[rows], self._gaps(extra)])
 
-    def _mean_difference(self, question: Question) -> np.ndarray:
-        """What the user's chosen answers have over the rejected ones, (F,); the population's mean counts as τ further rows."""
-        rows, extra, left_out = self._evidence(question.user_id, question.history, question.responses)
-        own = self._differences_of(rows, extra)
+    def _gaps(self, history: Sequence[HistoryItem]) -> np.ndarray:
+        """Standardised features of each chosen answer minus those of the rejected one."""
+        rejected = self.standardise([item.rejected for item in history])
+        return self.standardise([item.chosen for item in history]) - rejected
+
+    def _mean_difference(
+        self, user_id: str, history: Iterable[HistoryItem], asked: Iterable[str]
+    ) -> np.ndarray:
+        """Mean advantage of the user's chosen answers, (F,); the population's counts as τ further rows."""
+        rows, extra, left_out = self._evidence(user_id, history, asked)
+        differences = self._differences_of(rows, extra)
         others = (self._total - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
-        return (own.sum(axis=0) + self.tau * others) / (len(own) + self.tau)
+        return (differences.sum(axis=0) + self.tau * others) / (len(differences) + self.tau)
 
-    def _top_features(self, question: Question, weights: np.ndarray) -> np.ndarray:
+    def _top_features(
+        self,
+        weights: np.ndarray,
+        user_id: str,
+        history: Iterable[HistoryItem] = (),
+        asked: Iterable[str] = (),
+    ) -> np.ndarray:
         """At most `top` features by |weight| × spread: a rare feature may weigh much and yet seldom decide.
 
-        A feature whose weight opposes the mean difference only corrects for its neighbours (fewer different words, if long);
-        to call that this user's preference would be untrue, so it is no criterion.
+        A feature whose weight opposes the mean difference only corrects for its neighbours (fewer different
+        words, if long).  It would be untrue to call that a preference of this user, so it is no criterion.
         """
         effect = np.abs(weights) * self.spread
-        true_to_sign = weights * self._mean_difference(question) > 0
+        true_to_sign = weights * self._mean_difference(user_id, history, asked) > 0
         order = np.argsort(-np.where(true_to_sign, effect, 0.0), kind="stable")
         return order[: min(self.top, max(1, int(true_to_sign.sum())))]
 
@@ -230,14 +203,15 @@ class FeatureTeacher:
         return self._populations[folds]
 
     def _choose_precision(self, owners: np.ndarray) -> float:
-        """τ of the best held-out log-likelihood on conversations that the user has no other row of."""
+        """τ of the best held-out log-likelihood on conversations without another row of the user."""
         users, likelihood = int(owners.max()) + 1, np.zeros(len(PRECISIONS))
         for fold in range(FOLDS):
-            seen, held = self._folds != fold, self._folds == fold
+            held = self._folds == fold
+            differences, users_of_rows = self.differences[~held], owners[~held]
             population, weights = self._population_without(frozenset({fold})), None
             for i, tau in enumerate(PRECISIONS):
                 weights = _user_weights(
-                    self.differences[seen], owners[seen], population, tau, users, weights, tolerance=1e-2
+                    differences, users_of_rows, population, tau, users, weights, tolerance=1e-2
                 )
                 likelihood[i] += log_expit((self.differences[held] * weights[owners[held]]).sum(axis=1)).sum()
         return PRECISIONS[int(np.argmax(likelihood))]
@@ -245,8 +219,8 @@ class FeatureTeacher:
     def _grades(
         self, responses: Sequence[str], top: np.ndarray, weights: np.ndarray, rng: np.random.Generator | None
     ) -> list[list[int]]:
-        """Integers 1..10, one list per response: the decile of the training texts, counted in the preferred direction."""
-        texts = sorted(set(responses))  # so that jitter, too, depends on the text and not on its place
+        """Per response integers 1..10: deciles of the training texts, counted in the preferred direction."""
+        texts = sorted(set(responses))  # so that jitter, too, depends on the text, not on its place
         raw = measure_many(texts)
         grades = np.array([self._deciles(raw[:, i], i, weights[i]) for i in top]).T
         if rng is not None:
@@ -261,8 +235,7 @@ class FeatureTeacher:
         return 1 + np.floor(10 * (middle_rank if weight >= 0 else 1 - middle_rank))
 
     def _analysis(self, history: Sequence[HistoryItem], names: Sequence[str]) -> str:
-        gaps = self.standardise([h.chosen for h in history]) - self.standardise([h.rejected for h in history])
-        shown = [f"Pair {i}: {_clearest(gap)}." for i, gap in enumerate(gaps, start=1)]
+        shown = [f"Pair {i}: {_clearest(gap)}." for i, gap in enumerate(self._gaps(history), start=1)]
         return " ".join([*shown, f"This user prefers {', '.join(names)} answers."])
 
 
@@ -276,7 +249,7 @@ def _criteria(weights: np.ndarray, top: np.ndarray) -> list[tuple[str, int]]:
 
 
 def _clearest(gap: np.ndarray) -> str:
-    """At most two poles by which the chosen answer stands out most, in standard units."""
+    """At most two poles by which the chosen answer differs most, in standard units."""
     order = np.argsort(-np.abs(gap), kind="stable")[:2]
     return ", ".join(_pole(i, gap[i]) for i in order if abs(gap[i]) >= CLEAR) or "nothing clear"
 
@@ -309,7 +282,10 @@ def _user_weights(
     start: np.ndarray | None = None,
     tolerance: float = 1e-5,
 ) -> np.ndarray:
-    """MAP weights of all users at once, (U, F); `owners[n]` is the user of row n.  A user without rows gets the population's."""
+    """MAP weights of all users at once, (U, F); `owners[n]` is the user of row n.
+
+    A user without rows gets the population's weights.
+    """
     n, f = differences.shape
     by_user = sparse.csr_matrix((np.ones(n), (owners, np.arange(n))), shape=(users, n))
     outer = (differences[:, :, None] * differences[:, None, :]).reshape(n, f * f)
@@ -327,21 +303,21 @@ def _user_weights(
 
 
 def _conversations(pairs: Sequence[PreferencePair]) -> np.ndarray:
-    """(N,) which conversation of which user each pair belongs to; a data set without ids is grouped by the query."""
+    """(N,) number of each pair's conversation and user; data without conversation ids is grouped by query."""
     keys = [(pair.user_id, pair.conversation_id or pair.query) for pair in pairs]
     index = {key: i for i, key in enumerate(sorted(set(keys)))}
     return np.array([index[key] for key in keys])
 
 
 def _folds(owners: np.ndarray, conversations: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) the fold of each row.
+    """(N,) fold of each row.
 
-    Folds hold whole conversations: rows of one share their texts, so that splitting them would flatter the personal weights.
+    A conversation is in one fold: its rows share texts, so that splitting it would flatter the personal
+    weights.
     """
     _, first = np.unique(conversations, return_index=True)
     shuffled = np.random.default_rng(seed).permutation(len(first))
     fold_of = np.empty(len(first), int)
-    fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = (
-        np.arange(len(first)) % FOLDS
-    )  # even within users
+    # even within users
+    fold_of[shuffled[np.argsort(owners[first][shuffled], kind="stable")]] = np.arange(len(first)) % FOLDS
     return fold_of[conversations]

@@ -1,23 +1,23 @@
-"""PersonaWorld's rule-based teacher and judge: they know the truth that a real LLM would have to guess.
+"""PersonaWorld's rule-based teacher and judge, who know the truth that a real LLM would have to guess.
 
-The **teacher** reads history, responses and explicit criteria and writes a correct chain in the contract of `chains`.  Like LLM
-judges it over-weights general quality (PATTERNS), which rejection sampling filters only where it flips the ranking; the
-headroom that this leaves is what reinforcement learning can find.  Its criterion scores carry noise that is shared by both
-responses, so that equal attributes score equally.
+The **teacher** reads history, responses and explicit criteria and writes a correct chain in the contract of
+`chains`.  Like LLM judges it over-weights general quality (PATTERNS).  Rejection sampling filters this only
+if it flips the ranking; the rest is headroom for reinforcement learning.  Both responses share the noise of a
+criterion's scores, so that equal attributes score equally.
 
 The **judge** compares the rubric of a chain with the withheld criteria (process reward, METHOD §4):
 
     PR = max(0, Σ_c min(ŵ_c, w_c) − Σ_c ŵ_{opposite(c)}) / Σ_c w_c
 
-with ŵ the chain's weights and w the user's.  Naming every attribute earns nothing: the opposites cancel what the hits give.
+with ŵ the chain's weights and w the user's.  Naming every attribute earns nothing: the opposites cancel the
+hits.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from data_builders.sources.personaworld import (
     OPPOSITE,
@@ -30,11 +30,8 @@ from data_builders.sources.personaworld import (
 from pgenrm_train.chains.chain import ParseFailure, parse_chain, write_chain
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem
 
-PATTERNS = (
-    ((45, 30, 15), 10),
-    ((30, 25, 15), 30),
-    ((25, 15, 10), 50),
-)  # (criteria, quality); the first is the truth
+# Weights of (criteria, quality); the first pattern is the truth.
+PATTERNS = (((45, 30, 15), 10), ((30, 25, 15), 30), ((25, 15, 10), 50))
 PATTERN_SHARES = (0.2, 0.3, 0.5)
 _CRITERIA = re.compile(r"For (\w+) I want (\w+) above all, then (\w+), then (\w+)\.")
 _PROTOTYPE = re.compile(r"People call me a (\w+)\.")
@@ -47,7 +44,7 @@ def read_criteria(explicit: ExplicitSignals) -> tuple[str, tuple[str, ...]] | No
 
 
 def advantage(item: HistoryItem) -> tuple[str, ...]:
-    """Attributes that the chosen response of an earlier vote has over the rejected one."""
+    """Attributes of a vote's chosen response that its rejected one lacks."""
     chosen, rejected = read_response(item.chosen), read_response(item.rejected)
     if chosen is None or rejected is None:
         return ()
@@ -61,7 +58,7 @@ class OracleTeacher:
         self.seed = seed
 
     def write(self, example: Example, attempt: int = 0) -> str:
-        """One chain.  Raises ValueError for an example that is not of PersonaWorld."""
+        """Write one chain.  Raises ValueError for an example that is not of PersonaWorld."""
         stated = read_criteria(example.explicit)
         responses = [read_response(text) for text in example.responses]
         if stated is None or any(r is None for r in responses):
@@ -88,9 +85,8 @@ class _Scale:
         self.against = {a: rng.randint(2, 4) for a in (*POLES, "bad")}
 
     def scores(self, response: Response, criteria: tuple[str, ...]) -> list[float]:
-        scores = [float(self._score(c, response)) for c in criteria]
-        scores.append(float(self.of["good"] if response.quality == "good" else self.against["bad"]))
-        return scores
+        quality = self.of["good"] if response.quality == "good" else self.against["bad"]
+        return [float(score) for score in (*(self._score(c, response) for c in criteria), quality)]
 
     def _score(self, criterion: str, response: Response) -> int:
         if criterion in response.poles:
@@ -109,7 +105,7 @@ def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str
 
 
 def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
-    """Process reward in [0, 1]; None when the chain cannot be read or no criteria were stated."""
+    """Process reward in [0, 1]; None if the chain is unreadable or no criteria were stated."""
     stated, chain = read_criteria(explicit), parse_chain(chain_text)
     if stated is None or isinstance(chain, ParseFailure):
         return None
@@ -126,10 +122,10 @@ def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: w / total for name, w in positive.items()} if total else {}
 
 
-def judge_for_rewards(**_: Any) -> Any:
-    """Factory named by the GRPO backend: a judge over the withheld criteria that ride in `extra_info`."""
+def judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
+    """Make a judge that reads the withheld criteria in `extra_info`; the GRPO backend names this factory."""
 
-    def judge(chain_text: str, extra_info: Mapping[str, Any]) -> float | None:
+    def judge(chain_text: str, extra_info: Mapping[str, str | None]) -> float | None:
         return oracle_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
 
     return judge

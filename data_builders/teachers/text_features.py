@@ -1,7 +1,8 @@
-"""What the `features` rule measures in a text, and the word for wanting more or less of it.
+"""Text features of the `features` rule, and the words for a wish for more or less of each.
 
-textstat supplies LIX (Björnsson 1968), the readability index that needs no syllable dictionary: no download, no one language.
-The lexicons are English; elsewhere those features are constant, so they say nothing.
+textstat supplies LIX (Björnsson 1968), the readability index that needs no syllable dictionary: no download,
+no one language.  The lexicons are English; in other languages those features are constant and without
+effect.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import textstat
 
-PREFIX = 20_000  # characters that the word statistics read; length is always of the whole text
+PREFIX = 20_000  # characters that the word statistics read; length counts the full text
 READABILITY_PREFIX = 5_000
 
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+"
-)  # a CJK character is a word
+# A CJK character is a word.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _BLOCK = re.compile(r"\s*(?:[-*•+]\s|\d{1,2}[.)]\s|#{1,6}\s|\||```|<li>)")
 _SLIP = re.compile(r"\s[,.!?;]|[,;!?][^\W\d_]|\b(?:i|u|ur|im|dont|cant|wont|thats|doesnt|isnt)\b|[!?]{2,}")
@@ -34,26 +34,31 @@ def _lexicon(words: str) -> frozenset[str]:
 
 
 _HEDGES = _lexicon(
-    "may might could perhaps maybe possibly probably likely seem seems appear appears suggest suggests generally usually often "
-    "sometimes somewhat relatively typically however although unless depends depending arguably potentially presumably"
+    "may might could perhaps maybe possibly probably likely seem seems appear appears suggest suggests "
+    "generally usually often "
+    "sometimes somewhat relatively typically however although unless depends depending arguably potentially "
+    "presumably"
 )
 _CASUAL = _lexicon(
-    "i i'm i've i'll you you're your gonna wanna kinda yeah yes ok okay hey hi lol guys stuff thing things lot really very just "
+    "i i'm i've i'll you you're your gonna wanna kinda yeah yes ok okay hey hi lol guys stuff thing things "
+    "lot really very just "
     "so well cool dont don't can't won't isn't it's that's doesn't let's u ur cause cuz pretty"
 )
 _WARM = _lexicon(
-    "thank thanks please sorry glad happy hope welcome feel feeling love dear friend friends enjoy wonderful great care help "
+    "thank thanks please sorry glad happy hope welcome feel feeling love dear friend friends enjoy "
+    "wonderful great care help "
     "understand together appreciate excited joy we our us"
 )
 _REASONS = _lexicon(
-    "because therefore thus hence since so if then consequently reason reasons due result results means why shows show proves "
+    "because therefore thus hence since so if then consequently reason reasons due result results means why "
+    "shows show proves "
     "evidence example instance according"
 )
 
 
 @dataclass(frozen=True)
 class _Text:
-    """What the features share, computed once: the text, its prefix, words in lower case, sentences and non-blank lines."""
+    """Shared input of the features: text, prefix, words in lower case, sentences and non-blank lines."""
 
     text: str
     prefix: str
@@ -77,7 +82,7 @@ def _parse(text: str) -> _Text:
 
 
 def _structure(t: _Text) -> float:
-    """Log count of lines; a list item, heading, table row or code fence counts twice."""
+    """Log count of lines; list items, headings, table rows and code fences count twice."""
     return float(np.log1p(len(t.lines) + sum(bool(_BLOCK.match(line)) for line in t.lines)))
 
 
@@ -88,7 +93,7 @@ def _formality(t: _Text) -> float:
 
 
 def _readability(t: _Text) -> float:
-    """Minus LIX, so that more is easier; one word of 5,000 letters is no more than 'very hard'."""
+    """Minus LIX, so that more is easier; clipped, so that a word of 5,000 letters is only 'very hard'."""
     return -float(np.clip(textstat.lix(t.prefix[:READABILITY_PREFIX]), 10, 80)) if t.words else -40.0
 
 
@@ -102,7 +107,7 @@ def _polish(t: _Text) -> float:
 
 
 class Feature(NamedTuple):
-    """One measurement: what a user who wants more of it, or less of it, is said to prefer (one English word each)."""
+    """One measurement, with one English word for a wish for more of it and one for less."""
 
     more: str
     less: str
@@ -115,7 +120,7 @@ TABLE: dict[str, Feature] = {
     "hedging": Feature("cautious", "assertive", lambda t: t.share(_HEDGES)),
     "formality": Feature("formal", "casual", _formality),
     "readability": Feature("simple", "complex", _readability),
-    # Guiraud's index: types over the root of tokens, less bound to length than the plain type–token ratio.
+    # Guiraud's index: types over the root of tokens, less dependent on length than the type–token ratio.
     "vocabulary": Feature("varied", "repetitive", lambda t: len(set(t.words)) / max(len(t.words), 1) ** 0.5),
     "reasoning": Feature("reasoned", "unargued", lambda t: t.share(_REASONS)),
     "warmth": Feature("warm", "neutral", lambda t: t.share(_WARM)),
@@ -135,7 +140,10 @@ _MEASURED_AT_MOST = 200_000
 
 
 def measure(text: str) -> np.ndarray:
-    """Raw features of one text: shape (F,), float64, finite, read-only, in the order of `FEATURES`; cached by the text's hash."""
+    """Raw features of one text in the order of `FEATURES`: (F,), float64, finite, read-only.
+
+    Cached by the text's hash.
+    """
     key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     if key not in _measured:
         if len(_measured) >= _MEASURED_AT_MOST:

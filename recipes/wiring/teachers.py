@@ -96,6 +96,6 @@ def features_teacher(config: Config, pairs: Sequence[PreferencePair]) -> Callabl
         key = f"{config.seed}/{example.pair_id}/{example.responses[0]}/{attempt}"
         # The first chain is the rule's own, without jitter.
         rng = np.random.default_rng(list(key.encode())) if attempt else None
-        return rule.write(example.user_id, example.history, example.query, example.responses, rng=rng)
+        return rule.write(example, rng)
 
     return write

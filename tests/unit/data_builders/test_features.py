@@ -240,7 +240,7 @@ def test_the_label_of_the_asked_pair_is_never_used(training):
     for rows in (training, swapped):
         fitted = FeatureTeacher(precision=3.0).fit(rows)
         history = (rows[-1].as_history(), rows[-2].as_history())  # holds the answer itself
-        scores = fitted.score("contrary", history, "Which one?", texts)
+        scores = fitted.score(example("contrary", texts, history))
         parts = fitted.chain_parts(example("contrary", texts, (rows[-2].as_history(),)))
         outcomes.append((scores, parts))
     assert outcomes[0][0] == pytest.approx(outcomes[1][0], abs=1e-9)
@@ -264,8 +264,8 @@ def test_questions_about_training_pairs_share_the_population_s_fits(training, mo
 def test_scores_are_order_equivariant_and_within_the_scale(teacher):
     rng = np.random.default_rng(3)
     responses = [text(rng, n) for n in (3, 60, 20)] + [""]
-    scores = teacher.score("contrary", [], "q", responses)
-    assert teacher.score("contrary", [], "q", responses[::-1]) == scores[::-1]
+    scores = teacher.score(example("contrary", tuple(responses)))
+    assert teacher.score(example("contrary", tuple(responses[::-1]))) == scores[::-1]
     assert all(1 <= s <= 10 for s in scores)
     parts, backwards = (
         teacher.chain_parts(example("contrary", tuple(r))) for r in (responses, responses[::-1])
@@ -275,7 +275,7 @@ def test_scores_are_order_equivariant_and_within_the_scale(teacher):
 
 
 def test_equal_texts_tie_with_and_without_jitter(teacher):
-    assert len(set(teacher.score("contrary", [], "q", ("same words", "same words")))) == 1
+    assert len(set(teacher.score(example("contrary", ("same words", "same words"))))) == 1
     for seed in range(5):
         first, second = teacher.chain_parts(
             example("contrary", ("same words", "same words")), np.random.default_rng(seed)
@@ -308,7 +308,7 @@ def test_criteria_name_the_direction_and_grade_in_it(training, user, preferred):
 def test_a_chain_has_at_most_top_criteria_and_each_agrees_with_what_was_chosen(teacher):
     asked = example("contrary", ("A short one.", "Another, which is longer."))
     weights = teacher.weights(asked.user_id, asked.history, asked.responses)
-    top = teacher._top_features(asked, weights)
+    top = teacher._top_features(weights, asked.user_id, asked.history, asked.responses)
     mean = teacher.differences[teacher._user_rows["contrary"]].mean(axis=0)
     assert 1 <= len(top) <= teacher.top
     assert (weights[top] * mean[top] > 0).all()
@@ -349,7 +349,7 @@ def test_jitter_is_at_most_one_and_repeats_with_its_seed(teacher):
 def test_write_parses_back_to_the_same_rubric(teacher):
     responses = ("A short one.", "A much longer answer, which goes on and on.")
     parts = teacher.chain_parts(example("contrary", responses))
-    parsed = parse_chain(teacher.write("contrary", (), "q", responses), 2)
+    parsed = parse_chain(teacher.write(example("contrary", responses)), 2)
     assert isinstance(parsed, Chain)
     assert parsed.issues == ()
     assert [(name, int(weight)) for name, weight in parsed.criteria] == parts.criteria
