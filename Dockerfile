@@ -1,17 +1,18 @@
-# The GPU set (requirements/gpu.txt) and this checkout.  CUDA 13 with its compiler: DeepSpeed, FlashInfer and Triton build kernels at run time.
+# The GPU pins (requirements/gpu.txt) and this checkout.
+# CUDA 13 with its compiler: DeepSpeed, FlashInfer and Triton build kernels at run time.
 #   docker build -t pgenrm-train:0.1.0 .
 #   docker run --gpus all --shm-size=32g -v "$PWD/runs:/runs" pgenrm-train:0.1.0 recipe=gpu_check run_dir=/runs/gpu-check
 # Keys are given to the container when it starts (-e NAME), never to the build.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
-# The archive keeps one version of a package: a pin would end the build with the next update.
+# The archive keeps one version per package: a pinned version would break the build at the next update.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         git libnuma1 openssh-client python3.12 python3.12-dev python3.12-venv wget \
     && rm -rf /var/lib/apt/lists/*
 
-# $PATH is for the login shell in which KubeRay starts its commands, and which sets PATH anew.
+# KubeRay starts its commands in a login shell, which resets PATH; $PATH is for that shell.
 # hadolint ignore=SC2016
 RUN useradd --create-home --uid 10001 trainer \
     && mkdir -p /opt/venv /opt/pgenrm-train /runs \
@@ -23,7 +24,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
 
-# The pins first: a change of the code leaves this layer, most of the image, as it is.
+# The pins first: this layer, most of the image, stays the same when the code changes.
 COPY --chown=trainer:trainer requirements/gpu.txt /opt/pgenrm-train/requirements/gpu.txt
 RUN python3.12 -m venv /opt/venv \
     && pip install --requirement /opt/pgenrm-train/requirements/gpu.txt

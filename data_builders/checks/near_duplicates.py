@@ -1,14 +1,14 @@
-"""Held-out texts that nearly are training texts: MinHash signatures and locality-sensitive banding (Broder 1997; Leskovec et al. §3.4).
+"""Held-out texts that nearly equal training texts: MinHash signatures and locality-sensitive banding.
 
-datasketch makes the signatures and chooses the bands.  The join over bands is our own and vectorised: each
-held-out text meets one training text a band, so that a thousand copies of one refusal cost no million
-comparisons, as a query for all candidates would.
+Sources: Broder 1997; Leskovec et al. §3.4.  datasketch computes the signatures and chooses the bands.  The
+join over bands is our own and vectorised: a held-out text meets one training text per band.  So a thousand
+copies of one refusal do not cost a million comparisons, as a query for all candidates would.
 """
 
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from datasketch import MinHashLSH
@@ -17,32 +17,57 @@ from pgenrm_train.chains.near_duplicates import PLACES, signature
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.vote_index import text_hash
 
-THRESHOLD = 0.8  # Jaccard similarity of word 3-grams from which two texts are near duplicates
+THRESHOLD = 0.8  # least Jaccard similarity of the word 3-grams of near duplicates
 EXAMPLES = 5
 TRAIN, HELD_OUT = 1, 2
 
 
+class Example(TypedDict):
+    """Pair ids of two near duplicates."""
+
+    held_out: str
+    train: str
+    similarity: float
+
+
+class NearTexts(TypedDict):
+    """Distinct held-out texts, those among them that are in train exactly or nearly, and examples."""
+
+    held_out: int
+    exact: int
+    near: int
+    examples: list[Example]
+
+
+class NearReport(TypedDict):
+    """Near duplicates of a data set."""
+
+    threshold: float
+    queries: NearTexts
+    responses: NearTexts
+
+
 class NearDuplicates:
-    """Collects the distinct queries and responses of a data set, and on which side of the split each stands."""
+    """Collects the distinct queries and responses of a data set, each with its sides of the split."""
 
     def __init__(self) -> None:
-        self.texts = {"queries": _Texts(), "responses": _Texts()}
+        self.queries, self.responses = _Texts(), _Texts()
 
     def add(self, pair: PreferencePair) -> None:
         if pair.split == "train" and not pair.trains:
-            return  # a held-out user's history: neither learnt from nor asked about
+            return  # history of a held-out user: neither training nor test text
         side = TRAIN if pair.trains else HELD_OUT
-        self.texts["queries"].add(pair.query, side, pair.pair_id)
-        self.texts["responses"].add(pair.chosen, side, pair.pair_id)
-        self.texts["responses"].add(pair.rejected, side, pair.pair_id)
+        self.queries.add(pair.query, side, pair.pair_id)
+        self.responses.add(pair.chosen, side, pair.pair_id)
+        self.responses.add(pair.rejected, side, pair.pair_id)
 
-    def report(self) -> dict[str, Any]:
-        """For queries and responses: distinct held-out texts, how many of them are in train exactly or nearly, and examples."""
-        return {"threshold": THRESHOLD} | {what: texts.report() for what, texts in self.texts.items()}
+    def report(self) -> NearReport:
+        queries, responses = self.queries.report(), self.responses.report()
+        return {"threshold": THRESHOLD, "queries": queries, "responses": responses}
 
 
 class _Texts:
-    """Distinct texts: signature, sides and the first pair that showed each."""
+    """Distinct texts: signature, sides and first pair of each."""
 
     def __init__(self) -> None:
         self.places: dict[int, int] = {}
@@ -60,13 +85,13 @@ class _Texts:
         self.first_pair.append(pair_id)
         self.signatures.frombytes(signature(text).tobytes())
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> NearTexts:
         sides = np.frombuffer(self.sides, np.uint8)
         signatures = np.frombuffer(self.signatures, np.uint32).reshape(-1, PLACES)
         train, alone = np.flatnonzero(sides & TRAIN), np.flatnonzero(sides == HELD_OUT)
         match, similarity = nearest_by_band(signatures[alone], signatures[train])
         near = np.flatnonzero(similarity >= THRESHOLD)
-        examples = [
+        examples: list[Example] = [
             {
                 "held_out": self.first_pair[alone[i]],
                 "train": self.first_pair[train[match[i]]],
@@ -78,30 +103,30 @@ class _Texts:
         return {"held_out": exact + len(alone), "exact": exact, "near": len(near), "examples": examples}
 
 
-def nearest_by_band(asked: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each signature of `asked` the row of `known` most like it among one candidate a band, and their estimated Jaccard.
+def nearest_by_band(queries: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Most similar row of `known` for each query, among one candidate per band, and the Jaccard estimate.
 
-    Both (N, PLACES) uint32; returns rows (N,) and similarities (N,), 0 where no band is shared.  Linear but
-    for a sort.
+    Both (N, PLACES) uint32; returns rows (N,) and similarities (N,), 0 without a shared band.
+    Linear except for a sort.
     """
-    best, similarity = np.zeros(len(asked), np.int64), np.zeros(len(asked))
-    if not len(asked) or not len(known):
+    best, similarity = np.zeros(len(queries), np.int64), np.zeros(len(queries))
+    if not len(queries) or not len(known):
         return best, similarity
     bands = MinHashLSH(threshold=THRESHOLD, num_perm=PLACES)
     for band in range(bands.b):
         columns = slice(band * bands.r, (band + 1) * bands.r)
         keys, first = np.unique(_as_keys(known[:, columns]), return_index=True)
-        wanted = _as_keys(asked[:, columns])
+        wanted = _as_keys(queries[:, columns])
         place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         rows = np.flatnonzero(keys[place] == wanted)
         candidates = first[place[rows]]
-        found = (asked[rows] == known[candidates]).mean(axis=1)
-        better = found > similarity[rows]
-        best[rows[better]], similarity[rows[better]] = candidates[better], found[better]
+        estimates = (queries[rows] == known[candidates]).mean(axis=1)
+        better = estimates > similarity[rows]
+        best[rows[better]], similarity[rows[better]] = candidates[better], estimates[better]
     return best, similarity
 
 
 def _as_keys(columns: np.ndarray) -> np.ndarray:
-    """A 64-bit key a row: equal rows have equal keys, and others may only be compared in vain."""
+    """A 64-bit key per row: equal rows have equal keys; a collision only costs a comparison."""
     multipliers = np.random.default_rng(0).integers(1, 2**63, columns.shape[1], np.uint64) | np.uint64(1)
     return (columns.astype(np.uint64) * multipliers).sum(axis=1, dtype=np.uint64)

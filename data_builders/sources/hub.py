@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.raw_rows import read_rows
 from pgenrm_train.records.shards import SUFFIXES, check_complete, data_files
 
-Rows = Iterator[Mapping[str, Any]]
+Row = Mapping[str, object]
+Rows = Iterator[Row]
 
 
 def tables(source: str, table: str | None = None, split: str | None = None) -> Iterator[tuple[str, Rows]]:
-    """(what messages call it, its rows) for each file or split of a data set, in their order.
+    """Yield (name for messages, rows) for each file or split of a data set, in their order.
 
-    source: hub id, a file, or a folder that holds files of the hub repository; table: the configuration of a
-    hub data set, in a folder the files whose names, or whose folders' names, begin with it; split: only this
-    one, where a source tells splits apart.  Raises DataError with one sentence.
+    source: a hub id, a file, or a folder with files of the hub repository.  table: the configuration of a hub
+    data set; in a folder, the files whose path has a part that begins with it.  split: only this one, if the
+    source has separate splits.  Raises DataError with one sentence.
     """
     path = Path(source)
     if path.is_file():
@@ -35,10 +36,8 @@ def tables(source: str, table: str | None = None, split: str | None = None) -> I
         yield from _from_hub(source, table, split)
 
 
-def numbered(
-    source: str, table: str | None = None, split: str | None = None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and row, counted from 1; the row) of all of a data set's tables."""
+def numbered(source: str, table: str | None = None, split: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Yield (file and row number from 1, row) of all tables of a data set."""
     for name, rows in tables(source, table, split):
         for number, row in enumerate(rows, start=1):
             yield f"{name}, row {number}", row
@@ -46,22 +45,17 @@ def numbered(
 
 def _files(folder: Path, table: str, split: str | None) -> list[Path]:
     files = [
-        f for f in data_files(folder) if any(part.startswith(table) for part in f.relative_to(folder).parts)
+        file
+        for file in data_files(folder)
+        if any(part.startswith(table) for part in file.relative_to(folder).parts)
     ]
     if not files:
         raise DataError(
             f"{folder} holds no {table}*.parquet or {table}*.jsonl; expected a copy of the data set's files"
         )
     check_complete(files)
-    if split and (
-        of_split := [
-            f
-            for f in files
-            if f.stem == split or f.stem.startswith(f"{split}-") or f.stem.endswith(f"_{split}")
-        ]
-    ):
-        return of_split
-    return files
+    names = re.compile(rf"{re.escape(split or '')}(-.*)?|.*_{re.escape(split or '')}", re.DOTALL)
+    return [file for file in files if split and names.fullmatch(file.stem)] or files
 
 
 def _from_hub(name: str, table: str | None, split: str | None = None) -> Iterator[tuple[str, Rows]]:
@@ -69,9 +63,7 @@ def _from_hub(name: str, table: str | None, split: str | None = None) -> Iterato
 
     try:
         splits = load_dataset(name, table)
-    except (
-        Exception
-    ) as error:  # the hub, the network and the cache fail in many ways; none of them is worth a traceback
+    except Exception as error:  # the hub, the network and the cache fail in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name} cannot be loaded from the Hugging Face hub ({reason}); give data.path= for a copy on "

@@ -1,9 +1,9 @@
-"""data=lampqa: LaMP-QA (Salemi & Zamani 2025), questions with a personal narrative and a rubric, for evaluation only.
+"""data=lampqa: LaMP-QA (Salemi & Zamani 2025), questions with a narrative and a rubric, for evaluation only.
 
 The three configurations are the three subsets.  `data.path` names a copy on disk, `data.answers` a file of
-several models' answers (columns `id`, `model`, `answer`, and `rubric_score` where an answer was graded).
+several models' answers (columns `id`, `model`, `answer`, and `rubric_score` if the answer was graded).
 Rubric and narrative go to a file and a type of their own: see `pgenrm_train.records.questions`.  A profile
-item that is the question itself is left out and counted.
+item that equals the question is left out and counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from data_builders.checks.card import write_card
 from data_builders.sources import hub
@@ -36,8 +35,11 @@ HUB = "alireza7/LaMP-QA"
 SUBSETS = ("Art_and_Entertainment", "Lifestyle_and_Personal_Development", "Society_and_Culture")
 
 
-def build(config: Config, folder: Path) -> dict[str, Any]:
-    """Write questions, secrets, answers when given, and a card; returns the facts.  Raises DataError with file, row and field."""
+def build(config: Config, folder: Path) -> dict[str, object]:
+    """Write questions, secrets, any answers, and a card; returns the facts.
+
+    DataError names file, row and field.
+    """
     data, left_out = config.data, LeftOut()
     read = list(rows(data, left_out))
     questions = {question.id: question for question, _ in read}
@@ -47,8 +49,8 @@ def build(config: Config, folder: Path) -> dict[str, Any]:
     (folder / ANSWERS).unlink(missing_ok=True)
     if answers:
         write_answers(folder, answers)
-    for what, count in (+left_out).most_common():
-        print(f"lampqa: left out {count} {what}", flush=True)
+    for reason, count in (+left_out).most_common():
+        print(f"lampqa: left out {count} {reason}", flush=True)
     facts = {
         "questions": len(questions),
         "questions_by_subset": dict(Counter(q.subset for q in questions.values())),
@@ -66,31 +68,29 @@ def build(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[UserQuestion, QuestionSecret]]:
-    """The test questions of all subsets, and what they are graded by."""
+    """Test questions of all subsets, each with its grading secret."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
-    seen: set[str] = set()
+    ids: set[str] = set()
     for subset in SUBSETS:
         for where, row in hub.numbered(source, subset, "test"):
             try:
                 question, secret = read(row, subset, where, left_out)
-                if question.id in seen:
+                if question.id in ids:
                     raise DataError(
                         f"{where}, field 'id': expected an id of its own, got {question.id[:60]!r} again"
                     )
             except DataError as error:
                 bad.take(error)
                 continue
-            seen.add(question.id)
+            ids.add(question.id)
             yield question, secret
-    bad.tell(source)
-    if not seen:
+    bad.report(source)
+    if not ids:
         raise DataError(f"{source} holds no usable rows; expected at least one question")
 
 
-def read(
-    row: Mapping[str, Any], subset: str, where: str, left_out: LeftOut
-) -> tuple[UserQuestion, QuestionSecret]:
-    """One raw row.  Raises DataError naming the field and what was expected."""
+def read(row: hub.Row, subset: str, where: str, left_out: LeftOut) -> tuple[UserQuestion, QuestionSecret]:
+    """Read one raw row.  DataError names the field and the expectation."""
     check_texts(row, where)
     name, question = _text(row, "id", where), _text(row, "question", where)
     profile = [
@@ -118,7 +118,7 @@ def read(
     )
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+def _text(row: hub.Row, name: str, where: str) -> str:
     value = row.get(name)
     if isinstance(value, int) and name == "id" and not isinstance(value, bool):
         value = str(value)
@@ -127,7 +127,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _objects(row: Mapping[str, Any], name: str, where: str) -> list[Mapping[str, Any]]:
+def _objects(row: hub.Row, name: str, where: str) -> list[hub.Row]:
     value = row.get(name)
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"{where}, field '{name}': expected a list of objects, got {str(value)[:60]!r}")

@@ -1,14 +1,13 @@
-"""data=pairs: anybody's votes from a parquet or JSONL file, or a folder of them, in PersonalRewardBench's schema.
+"""data=pairs: votes from a parquet or JSONL file, or a folder of them, in PersonalRewardBench's schema.
 
 `data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).
-`data.on_bad_row=skip` passes over rows that do not fit, counted and listed.
+`data.on_bad_row=skip` skips, counts and lists bad rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from data_builders.sources import hub
 from pgenrm_train.config import DataConfig
@@ -17,17 +16,17 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records.rows import row_to_pair
 
-LISTED = 20  # skipped rows that are printed one by one
+LISTED = 20  # skipped rows that are printed
 
 
 def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
-    """Stream the pairs of a file, or of a folder of files.  Raises DataError with file, row, field and expectation."""
+    """Stream the pairs of a file or folder.  DataError names file, row, field and expectation."""
     assert data.path is not None
     yield from read(data.path, data, left_out)
 
 
 def read(source: str, data: DataConfig, left_out: LeftOut) -> Iterator[PreferencePair]:
-    """Raw rows → pairs.  Raises DataError at a bad row, or when none is left."""
+    """Turn raw rows into pairs.  Raises DataError at a bad row, or if none is left."""
     bad, kept = BadRows(data.on_bad_row, left_out), 0
     for table, rows in hub.tables(source):
         for number, row in enumerate(rows, start=1):
@@ -40,32 +39,32 @@ def read(source: str, data: DataConfig, left_out: LeftOut) -> Iterator[Preferenc
                 continue
             kept += 1
             yield pair
-    bad.tell(source)
+    bad.report(source)
     if not kept:
         raise DataError(f"{source} holds no usable rows; expected at least one preference pair")
 
 
 class BadRows:
-    """What becomes of rows that do not fit: the first ends the build, or all are skipped, counted and listed."""
+    """Handling of bad rows: the first one ends the build, or all are skipped, counted and listed."""
 
     def __init__(self, policy: str, left_out: LeftOut) -> None:
         self.policy, self.left_out = policy, left_out
 
     def take(self, error: DataError) -> None:
-        """Raises the error, or notes it when the policy is `skip`."""
+        """Raise the error, or note it if the policy is `skip`."""
         if self.policy == "fail":
             raise error
         self.left_out["rows that do not fit"] += 1
         self.left_out.rows.append(str(error))
 
-    def tell(self, source: str) -> None:
+    def report(self, source: str) -> None:
         for sentence in self.left_out.rows[:LISTED]:
             print(f"skipped: {sentence}", flush=True)
         if count := len(self.left_out.rows):
-            print(f"skipped {count} rows of {source} in all; {SKIPPED} of the build names each", flush=True)
+            print(f"skipped {count} rows of {source} in all; {SKIPPED} of the build lists them", flush=True)
 
 
-def _wanted(row: Mapping[str, Any], only: Mapping[str, Any], where: str) -> bool:
+def _wanted(row: hub.Row, only: Mapping[str, object], where: str) -> bool:
     if missing := [column for column in only if column not in row]:
         raise DataError(f"{where}: data.only names the column '{missing[0]}', which the row does not have")
     return all(str(row[column]) == str(value) for column, value in only.items())

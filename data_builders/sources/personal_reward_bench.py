@@ -1,7 +1,7 @@
-"""data=chatbot_arena and data=prism_personalized: the two parts of PersonalRewardBench (SynthesizeMe, Ryan et al. 2025).
+"""data=chatbot_arena and data=prism_personalized: the two parts of PersonalRewardBench.
 
-`data.path` may name a copy on disk.  Users appear in every split; the `split` column counts, not the hub's
-split.  The columns with other judges' verdicts are ignored.
+Source: SynthesizeMe, Ryan et al. 2025.  `data.path` may name a copy on disk.  Users appear in every split;
+the `split` column counts, not the hub's split.  Columns with verdicts of other judges are ignored.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""data=prism: PRISM (Kirk et al. 2024), from its survey and conversations to pairs with everything that a user stated.
+"""data=prism: PRISM (Kirk et al. 2024), from its survey and conversations to pairs with all stated signals.
 
 Each turn shows a user several responses, which they rate 1–100.  Every two responses of a turn whose ratings
-lie at least `data.min_rating_gap` apart are a pair; the conversation so far is its context, with the response
-that the user went on from.  What the user stated rides in typed fields: the system string as style, the
-self-description, and as attributes the weights that they gave for the choices of this conversation, with
-those of the survey for what they did not weigh again.  The open feedback on a conversation speaks of single
-responses, so it would tell the label and is left out.
+are at least `data.min_rating_gap` apart are a pair.  Its context is the conversation so far, with the
+responses with which the user continued.  Statements of the user go to typed fields: the system string as
+style, the self-description, and as attributes the weights of this conversation's choices, filled up with
+those of the survey.  The open feedback on a conversation describes single responses, so it would give the
+label away and is left out.
 
-The source has no split: `data.split_by` makes one, of whole conversations (`within_user`) or of users.
+The source has no split: `data.split_by` makes one, of complete conversations (`within_user`) or of users.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any, TypeGuard
+from itertools import combinations, takewhile
+from typing import TypeGuard
 
 from data_builders.sources import hub
 from data_builders.sources.pairs import BadRows
@@ -33,11 +33,11 @@ EMPTY = "EMPTY STRING"  # PRISM's word for a response or a field without text
 class _Response:
     text: str
     score: float | None
-    went_on: bool
+    continued: bool
 
 
 def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
-    """Stream the pairs.  Raises DataError naming file, row, field and expectation; what is left out is counted."""
+    """Stream the pairs and count the left-out rows.  DataError names file, row, field and expectation."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
     survey = _survey(source, bad)
     needed = ("conversation_id", "user_id", "conversation_history")
@@ -52,24 +52,24 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
             bad.take(error)
             continue
         yield from pairs
-    bad.tell(source)
+    bad.report(source)
 
 
-def _survey(source: str, bad: BadRows) -> dict[str, Mapping[str, Any]]:
-    """User → what they answered; a second answer of a user is a row that does not fit."""
-    survey: dict[str, Mapping[str, Any]] = {}
+def _survey(source: str, bad: BadRows) -> dict[str, hub.Row]:
+    """User → their answers; a second answer of a user is a bad row."""
+    survey: dict[str, hub.Row] = {}
     for where, row in _required(source, "survey", ("user_id",), bad):
         if (user := str(row["user_id"])) in survey:
-            bad.take(DataError(f"{where}, field 'user_id': expected one row a user, got {user[:60]!r} again"))
+            bad.take(
+                DataError(f"{where}, field 'user_id': expected one row per user, got {user[:60]!r} again")
+            )
         else:
             survey[user] = row
     return survey
 
 
-def _required(
-    source: str, table: str, fields: Sequence[str], bad: BadRows
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(file and row, row) of a table; a row without a value in each of `fields` is bad."""
+def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> Iterator[tuple[str, hub.Row]]:
+    """Yield (file and row, row) of a table; a row without a value in each of `fields` is bad."""
     where = None
     for where, row in hub.numbered(source, table):
         try:
@@ -87,16 +87,16 @@ def _required(
 
 
 def _pairs(
-    row: Mapping[str, Any], where: str, explicit: ExplicitSignals, gap: float, dropped: LeftOut
+    row: hub.Row, where: str, explicit: ExplicitSignals, gap: float, dropped: LeftOut
 ) -> Iterator[PreferencePair]:
     """The pairs of one conversation, turn by turn."""
     context: list[Message] = []
     conversation, user = str(row["conversation_id"]), str(row["user_id"])
-    for turn, (asked, responses) in enumerate(_turns(row, where)):
-        context.append(Message("user", asked))
+    for turn, (query, responses) in enumerate(_turns(row, where)):
+        context.append(Message("user", query))
         usable = [r for r in responses if r.text and r.score is not None]
         dropped["responses without text or rating"] += len(responses) - len(usable)
-        for place_of, (one, other) in enumerate(combinations(usable, 2)):
+        for number, (one, other) in enumerate(combinations(usable, 2)):
             position = int((other.score or 0) > (one.score or 0))
             better, worse = (other, one) if position else (one, other)
             if better.text == worse.text:
@@ -105,18 +105,27 @@ def _pairs(
                 dropped[f"pairs rated less than {gap:g} points apart"] += 1
             else:
                 yield PreferencePair(
-                    pair_id=f"{conversation}/{turn}/{place_of}", user_id=user, context=tuple(context), chosen=better.text,
-                    rejected=worse.text, conversation_id=conversation, chosen_score=better.score, rejected_score=worse.score,
-                    turn=turn, kind=_text(row.get("conversation_type")), explicit=explicit, position=position,
-                )  # fmt: skip
-        following = next((r for r in responses if r.went_on and r.text), None)
-        if following is None:  # nothing that the next turn could have answered to
+                    pair_id=f"{conversation}/{turn}/{number}",
+                    user_id=user,
+                    context=tuple(context),
+                    chosen=better.text,
+                    rejected=worse.text,
+                    conversation_id=conversation,
+                    chosen_score=better.score,
+                    rejected_score=worse.score,
+                    turn=turn,
+                    kind=_text(row.get("conversation_type")),
+                    explicit=explicit,
+                    position=position,
+                )
+        following = next((r for r in responses if r.continued and r.text), None)
+        if following is None:  # the next turn has no context
             return
         context.append(Message("assistant", following.text))
 
 
-def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Response]]]:
-    """(what the user said, the responses shown) for each turn."""
+def _turns(row: hub.Row, row_name: str) -> list[tuple[str, list[_Response]]]:
+    """Per turn the user's text and the responses."""
     turns: dict[int, tuple[str | None, list[_Response]]] = {}
     messages = row["conversation_history"]
     if not isinstance(messages, list):
@@ -131,10 +140,11 @@ def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Respo
             )
         if not _number(message.get("turn")):
             raise DataError(f"{where}.turn: expected a number, got {message.get('turn')!r}")
-        _, responses = turns.setdefault(int(message["turn"]), (None, []))
+        turn = int(message["turn"])
+        _, responses = turns.setdefault(turn, (None, []))
         content = message["content"] if _text(message.get("content")) else ""
         if message["role"] == "user":
-            turns[int(message["turn"])] = (content, responses)
+            turns[turn] = (content, responses)
         else:
             score = message.get("score")
             if (
@@ -144,14 +154,12 @@ def _turns(row: Mapping[str, Any], row_name: str) -> list[tuple[str, list[_Respo
             responses.append(
                 _Response(content, float(score) if _number(score) else None, bool(message.get("if_chosen")))
             )
-    ordered = [turns[turn] for turn in sorted(turns)]
-    until = next(
-        (i for i, (said, _) in enumerate(ordered) if not said), len(ordered)
-    )  # a turn without words ends it
-    return [(said or "", responses) for said, responses in ordered[:until]]
+    # A turn without words ends the conversation.
+    ordered = takewhile(lambda item: item[0], (turns[turn] for turn in sorted(turns)))
+    return [(text or "", responses) for text, responses in ordered]
 
 
-def _explicit(user: Mapping[str, Any], row: Mapping[str, Any]) -> ExplicitSignals:
+def _explicit(user: hub.Row, row: hub.Row) -> ExplicitSignals:
     weights = _weights(user.get("stated_prefs")) | _weights(row.get("choice_attributes"))
     return ExplicitSignals(
         self_description=_text(user.get("self_description")),
@@ -160,14 +168,14 @@ def _explicit(user: Mapping[str, Any], row: Mapping[str, Any]) -> ExplicitSignal
     )
 
 
-def _weights(value: Any) -> dict[str, float]:
+def _weights(value: object) -> dict[str, float]:
     return {str(k): float(v) for k, v in value.items() if _number(v)} if isinstance(value, Mapping) else {}
 
 
-def _number(value: Any) -> TypeGuard[float]:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < WHOLE
 
 
-def _text(value: Any) -> str | None:
-    """A text that says something, else None."""
+def _text(value: object) -> str | None:
+    """A text with content, else None."""
     return value.strip() if isinstance(value, str) and value.strip() and value.strip() != EMPTY else None

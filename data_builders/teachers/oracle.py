@@ -52,7 +52,10 @@ def advantage(item: HistoryItem) -> tuple[str, ...]:
 
 
 class OracleTeacher:
-    """Writes correct chains from the stated criteria.  Deterministic in (seed, pair, order, attempt); never sees the label."""
+    """Writes correct chains from the stated criteria, without the label.
+
+    Deterministic in (seed, pair, order, attempt).
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

@@ -87,7 +87,7 @@ def _structure(t: _Text) -> float:
 
 
 def _formality(t: _Text) -> float:
-    """Long words over the colloquial: a lexical stand-in for Heylighen & Dewaele's F-score, which would need a tagger."""
+    """Long words minus colloquial ones: in place of Heylighen & Dewaele's F-score, which needs a tagger."""
     long_words = 100 * sum(len(word) > 6 for word in t.words) / max(len(t.words), 1)
     return long_words - t.share(_CASUAL) - t.per_100_words(t.prefix.count("!"))
 

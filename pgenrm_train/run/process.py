@@ -59,9 +59,9 @@ def run_child(
 ) -> int:
     """Run a command in a child process that dies with this one; return its exit code.
 
-    If this process is interrupted, the child has `patience` seconds to end by itself.  Without `relay`, Ctrl-C reaches the
-    child as well, and whatever it started is killed with it.  With `relay`, which reads the child's output, the child has a
-    session of its own: it gets SIGTERM and cleans up after itself.
+    If this process is interrupted, the child has `patience` seconds to end by itself.  Without `relay`,
+    Ctrl-C reaches the child as well, and whatever it started is killed with it.  With `relay`, which reads
+    the child's output, the child has a session of its own: it gets SIGTERM and cleans up after itself.
     """
     child = subprocess.Popen(
         command,

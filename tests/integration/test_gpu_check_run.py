@@ -1,4 +1,4 @@
-"""gpu_check on a CPU, tiny: every engine really starts, memory is compared with the plan, the verdict is PASSED."""
+"""gpu_check on a CPU, tiny: every engine starts, memory is compared with the plan, the verdict is PASSED."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ import pytest
 
 from pgenrm_train.config import ROOT
 
-TINY = ["data.users=60", "psi.batch_size=4", "psi.micro_batch_size=4", "sec.max_chains=100", "cre.prompts_per_step=4", "cre.mini_batch_prompts=4",
-        "cre.group_size=4", "cre.micro_batch_size=16", "cre.rows=16", "data.max_test_pairs=4"]  # fmt: skip
+TINY = [
+    "data.users=60",
+    "psi.batch_size=4",
+    "psi.micro_batch_size=4",
+    "sec.max_chains=100",
+    "cre.prompts_per_step=4",
+    "cre.mini_batch_prompts=4",
+    "cre.group_size=4",
+    "cre.micro_batch_size=16",
+    "cre.rows=16",
+    "data.max_test_pairs=4",
+]
 
 
 @pytest.mark.slow  # the engines and settings are those of the pipeline's test

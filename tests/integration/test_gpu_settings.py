@@ -1,4 +1,4 @@
-"""The veRL and vLLM settings that ship for GPUs take a real step on this CPU, with only allow-listed keys changed."""
+"""The shipped GPU settings of veRL and vLLM take a real step on this CPU; only allow-listed keys change."""
 
 from __future__ import annotations
 
@@ -58,8 +58,15 @@ print("TOKENS", sum(len(o.token_ids) for o in output[0].outputs))
 def test_the_shipped_vllm_settings_generate(model: str, cluster: str, tmp_path: Path) -> None:
     from pgenrm_train.backends.vllm import engine as vllm_engine
 
-    shipped = load("recipe=evaluate", f"model={model}", f"cluster={cluster}", "data=pairs", "data.path=none.parquet",
-                   "teacher=features", "judge=none")  # fmt: skip
+    shipped = load(
+        "recipe=evaluate",
+        f"model={model}",
+        f"cluster={cluster}",
+        "data=pairs",
+        "data.path=none.parquet",
+        "teacher=features",
+        "judge=none",
+    )
     settings = vllm_engine.engine_settings(shipped)
     assert settings["dtype"] == "bfloat16" and settings["max_model_len"] == 12288
     verl_world.write_checkpoint(tmp_path / "start", sft_steps=1)

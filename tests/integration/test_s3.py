@@ -1,4 +1,4 @@
-"""Runs at an s3:// URL, as a user starts them, against a real S3 server over HTTP: the machine goes away, another one goes on."""
+"""Runs at an s3:// URL against a real S3 server over HTTP: a machine disappears, another one continues."""
 
 from __future__ import annotations
 
@@ -39,8 +39,13 @@ def server() -> Iterator[dict[str, str]]:
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    boto3.client("s3", endpoint_url=place["AWS_ENDPOINT_URL"], region_name="us-east-1", aws_access_key_id="testing",
-                 aws_secret_access_key=SECRET).create_bucket(Bucket="votes")  # fmt: skip
+    boto3.client(
+        "s3",
+        endpoint_url=place["AWS_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id="testing",
+        aws_secret_access_key=SECRET,
+    ).create_bucket(Bucket="votes")
     yield keys | place
     made.stop()
 
@@ -66,7 +71,7 @@ def said(server: dict[str, str], mirror: Path, *keys: str) -> str:
 
 
 def published(fs: fsspec.AbstractFileSystem, run: str) -> dict[str, str]:
-    """Stage → attempt that counts."""
+    """Stage → valid attempt."""
     return {
         path.split("/")[-2]: json.loads(fs.cat_file(path))["attempt"]
         for path in fs.find(run)

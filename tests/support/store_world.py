@@ -1,4 +1,4 @@
-"""Run folders of small files, machines that share a store, and stores in memory and on disk, for the tests of runs at URLs."""
+"""For tests of runs at URLs: small run folders, machines that share a store, stores in memory and on disk."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def held(url: str) -> set[str]:
-    """What lies at the URL."""
+    """Names of all objects at the URL."""
     fs, root = fsspec.url_to_fs(url)
     return {str(path).partition(f"{root}/")[2] for path in fs.find(root)}

@@ -1,4 +1,4 @@
-"""As much of a W&B server as its own client needs: it takes runs, history and artifacts, and remembers them."""
+"""A minimal W&B server for the real client: it accepts and remembers runs, history and artifacts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "k" * 40
 
 @dataclass
 class Server:
-    """What was sent: one dict a run, the rows of its history, its summary, and (name, type) of its artifacts."""
+    """Received data: one dict per run, history rows, the summary, and (name, type) of artifacts."""
 
     port: int
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Server:
 
 @contextmanager
 def serve(port: int = 0) -> Iterator[Server]:
-    """A server for as long as the block runs; `port` of an earlier one: it is up again."""
+    """A server for the duration of the block; with the `port` of an earlier one, that server is up again."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

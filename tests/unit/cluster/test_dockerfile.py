@@ -59,7 +59,7 @@ def test_the_pins_are_installed_before_the_checkout_is_copied():
 
 def test_it_runs_as_an_ordinary_user():
     users = [text for name, text in instructions() if name == "USER"]
-    # By number: Kubernetes' runAsNonRoot cannot tell who a name is.
+    # By number: Kubernetes' runAsNonRoot cannot resolve a name.
     assert users == ["10001"] and any(
         "useradd" in text and "10001" in text for name, text in instructions() if name == "RUN"
     )

@@ -1,4 +1,4 @@
-"""Launch files: what is emitted composes the same configuration again, passes shellcheck, runs under a fake srun, and holds no key."""
+"""Launch files compose the same configuration, pass shellcheck, run under a fake srun, and hold no key."""
 
 from __future__ import annotations
 
@@ -24,8 +24,20 @@ from pgenrm_train.config import ROOT, Config, load, parse, to_dict
 from pgenrm_train.errors import ConfigError
 
 SHELLCHECK = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
-HOSTILE = ["runs/a b", "runs/$(touch pwned)", "runs/`touch pwned`", "runs/it's; touch pwned", 'runs/"x" && touch pwned', "runs/\\'a\\",
-           "runs/a,b=[c]{d}", "null", "-x", "runs/#no comment", "5", "runs/é %s"]  # fmt: skip
+HOSTILE = [
+    "runs/a b",
+    "runs/$(touch pwned)",
+    "runs/`touch pwned`",
+    "runs/it's; touch pwned",
+    'runs/"x" && touch pwned',
+    "runs/\\'a\\",
+    "runs/a,b=[c]{d}",
+    "null",
+    "-x",
+    "runs/#no comment",
+    "5",
+    "runs/é %s",
+]
 
 
 def composed(*overrides: str) -> Config:
@@ -42,7 +54,7 @@ def with_run_dir(config: Config, run_dir: str) -> Config:
 
 
 def same(config: Config, arguments: list[str]) -> bool:
-    """Whether the command line composes this configuration, apart from what is the planner's."""
+    """True if the command line composes this configuration, apart from the planner's sections."""
     again = to_dict(load(*(a for a in arguments if a != "ray.address=auto")))
     return {k: v for k, v in again.items() if k not in launch.LEFT_OUT} == {
         k: v for k, v in to_dict(config).items() if k not in launch.LEFT_OUT
@@ -140,8 +152,13 @@ def shellcheck(script: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["model=llama31_70b_lora", "cluster=multi_node"], ["model=llama31_8b", "cluster=gpu8", "tracking=wandb"], ["cluster.nodes=2"]]
-)  # fmt: skip
+    "overrides",
+    [
+        ["model=llama31_70b_lora", "cluster=multi_node"],
+        ["model=llama31_8b", "cluster=gpu8", "tracking=wandb"],
+        ["cluster.nodes=2"],
+    ],
+)
 def test_scripts_pass_shellcheck(overrides: list[str]) -> None:
     script = launch.slurm(composed(*overrides), hours=3.2)
     assert shellcheck(script) == ""
@@ -152,8 +169,17 @@ def test_scripts_pass_shellcheck(overrides: list[str]) -> None:
 
 
 def test_a_served_judge_has_gpus_of_its_own() -> None:
-    overrides = ["model=llama31_8b", "cluster=gpu8", "cluster.processes_per_node=7", "cre.mini_batch_prompts=126", "cre.prompts_per_step=126",
-                 "psi.batch_size=126", "judge=vllm", "judge.name=Qwen/Qwen3-8B", "judge.gpus=1"]  # fmt: skip
+    overrides = [
+        "model=llama31_8b",
+        "cluster=gpu8",
+        "cluster.processes_per_node=7",
+        "cre.mini_batch_prompts=126",
+        "cre.prompts_per_step=126",
+        "psi.batch_size=126",
+        "judge=vllm",
+        "judge.name=Qwen/Qwen3-8B",
+        "judge.gpus=1",
+    ]
     gpus = {}
     for stage in ("psi", "cre", "curriculum"):
         config = composed(*overrides, f"plan.stage={stage}")
@@ -163,7 +189,7 @@ def test_a_served_judge_has_gpus_of_its_own() -> None:
 
 
 def hostile(config: Config) -> Config:
-    """Everything that could break out, in a text and in a list."""
+    """Every character that could end a quotation, in a text and in a list."""
     config.run_dir, config.model.lora.target_modules = HOSTILE[3], list(HOSTILE)
     return config
 
@@ -176,10 +202,12 @@ def test_hostile_values_pass_shellcheck() -> None:
 FAKES = {
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && printf "n1\\nn2\\nn3\\nn4\\n"; true',
     "hostname": "echo 10.0.0.1 10.1.0.1",
-    # what follows the options runs here, on the "host"
-    "srun": 'echo "srun $*" >> "$CALLS"; while [[ "$1" == -* ]]; do [ "$1" = -w ] && shift; shift; done; exec "$@"',
+    # the command after the options runs here, on the "host"
+    "srun": 'echo "srun $*" >> "$CALLS"; '
+    'while [[ "$1" == -* ]]; do [ "$1" = -w ] && shift; shift; done; exec "$@"',
     "ray": 'echo "ray $*" >> "$CALLS"; [[ " $* " == *" --block "* ]] && sleep 3',
-    "python": '"$REAL_PYTHON" -c "import json,sys; print(json.dumps(sys.argv[1:]))" "$@" >> "$PYTHON_CALLS"; exit "${DRIVER_EXIT:-0}"',
+    "python": '"$REAL_PYTHON" -c "import json,sys; print(json.dumps(sys.argv[1:]))" "$@" >> "$PYTHON_CALLS"; '
+    'exit "${DRIVER_EXIT:-0}"',
 }
 
 
@@ -193,8 +221,16 @@ def run_script(
         (folder / "bin" / name).chmod(0o755)
     (folder / "job.sh").write_text(script)
     calls, pythons = folder / "calls", folder / "pythons"
-    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), "PYTHON_CALLS": str(pythons), "REAL_PYTHON": sys.executable,
-                   "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(folder), **more}  # fmt: skip
+    environment = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "CALLS": str(calls),
+        "PYTHON_CALLS": str(pythons),
+        "REAL_PYTHON": sys.executable,
+        "SLURM_JOB_NODELIST": "n[1-4]",
+        "SLURM_JOB_ID": "77",
+        "SLURM_SUBMIT_DIR": str(folder),
+        **more,
+    }
     done = subprocess.run(
         ["bash", "job.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
@@ -259,41 +295,81 @@ def test_no_secret_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Kubernetes ----
 
 POD = {
-    "type": "object", "required": ["spec"],
-    "properties": {"spec": {"type": "object", "required": ["containers"], "properties": {"containers": {
-        "type": "array", "minItems": 1, "items": {"type": "object", "required": ["name", "image"]}}}}},
-}  # fmt: skip
+    "type": "object",
+    "required": ["spec"],
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "properties": {
+                "containers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "object", "required": ["name", "image"]},
+                }
+            },
+        }
+    },
+}
 GROUP = {"rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}}, "template": POD}
 COUNT = {"type": "integer", "minimum": 0}
-RAYJOB = {  # what the CRD ray.io/v1 RayJob requires, and the types of what we write
-    "type": "object", "required": ["apiVersion", "kind", "metadata", "spec"],
+RAYJOB = {  # required keys of the CRD ray.io/v1 RayJob, and the types of our keys
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
     "properties": {
         "apiVersion": {"const": "ray.io/v1"},
         "kind": {"const": "RayJob"},
-        "metadata": {"type": "object", "required": ["name"],
-                     "properties": {"name": {"type": "string", "maxLength": 47, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}}},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "maxLength": 47, "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
+            },
+        },
         "spec": {
-            "type": "object", "required": ["entrypoint", "rayClusterSpec"],
+            "type": "object",
+            "required": ["entrypoint", "rayClusterSpec"],
             "properties": {
                 "entrypoint": {"type": "string"},
                 "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
                 "shutdownAfterJobFinishes": {"type": "boolean"},
                 "ttlSecondsAfterFinished": COUNT,
                 "rayClusterSpec": {
-                    "type": "object", "required": ["headGroupSpec"],
+                    "type": "object",
+                    "required": ["headGroupSpec"],
                     "properties": {
                         "rayVersion": {"type": "string"},
-                        "headGroupSpec": {"type": "object", "required": ["rayStartParams", "template"], "properties": GROUP},
-                        "workerGroupSpecs": {"type": "array", "items": {
-                            "type": "object", "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
-                            "properties": {**GROUP, "groupName": {"type": "string"}, "replicas": COUNT, "minReplicas": COUNT,
-                                           "maxReplicas": COUNT}}},
+                        "headGroupSpec": {
+                            "type": "object",
+                            "required": ["rayStartParams", "template"],
+                            "properties": GROUP,
+                        },
+                        "workerGroupSpecs": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "required": [
+                                    "groupName",
+                                    "minReplicas",
+                                    "maxReplicas",
+                                    "rayStartParams",
+                                    "template",
+                                ],
+                                "properties": {
+                                    **GROUP,
+                                    "groupName": {"type": "string"},
+                                    "replicas": COUNT,
+                                    "minReplicas": COUNT,
+                                    "maxReplicas": COUNT,
+                                },
+                            },
+                        },
                     },
                 },
             },
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

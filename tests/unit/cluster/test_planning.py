@@ -1,4 +1,4 @@
-"""The plan: parameter counts that are published, memory by the formulas, batches, and a change that fits when it does not."""
+"""The plan: published parameter counts, memory by the formulas, batches, and a change that fits."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
 
 
 def test_logits_of_psi_are_those_of_one_piece(eight: Config) -> None:
-    """As its loss makes them: 8,193 tokens of a vocabulary of 128,256 would be 11.7 GiB."""
+    """In the pieces of its loss: all logits of 8,193 tokens over 128,256 words would be 11.7 GiB."""
     parts = memory.psi_phases(eight, geometry_of(eight))[0].parts
     assert parts.get("logits", 0.0) < 1.0 and sum(parts.values()) > 0
 
@@ -311,8 +311,16 @@ def test_lengths_are_at_most_the_models() -> None:
 
 
 def test_apis_are_paid_by_the_token() -> None:
-    config = composed("llama31_8b", "gpu8", "teacher=endpoint", "teacher.base_url=http://x/v1", "teacher.name=o3",
-                      "teacher.dollars_per_million_in=2", "teacher.dollars_per_million_out=8", "plan.stage=build_sec")  # fmt: skip
+    config = composed(
+        "llama31_8b",
+        "gpu8",
+        "teacher=endpoint",
+        "teacher.base_url=http://x/v1",
+        "teacher.name=o3",
+        "teacher.dollars_per_million_in=2",
+        "teacher.dollars_per_million_out=8",
+        "plan.stage=build_sec",
+    )
     (sec,) = plan_of(config).stages
     calls = 305 * 2 * 4
     assert sec.work.api_dollars == pytest.approx(calls * (2000 * 2 + 1000 * 8) / 1e6)
@@ -324,8 +332,12 @@ def test_apis_are_paid_by_the_token() -> None:
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pgenrm_train", "recipe=plan", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(ROOT), "COLUMNS": "160", "PATH": "/usr/bin"},
-    )  # fmt: skip
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "160", "PATH": "/usr/bin"},
+    )
 
 
 def test_the_table_is_printed_and_nothing_is_made(tmp_path: Path) -> None:
@@ -361,8 +373,15 @@ def test_mistakes_are_told_in_one_sentence(override: str) -> None:
     assert MISTAKES[override] in str(error.value) and "\n" not in str(error.value)
 
 
+HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "pandas")
+
+
 def test_planning_imports_nothing_heavy() -> None:
-    code = "import sys, recipes.plan, pgenrm_train.cluster.planning\nprint([m for m in ('torch', 'ray', 'verl', 'vllm', 'transformers', 'pandas') if m in sys.modules])"
+    code = (
+        "import sys, recipes.plan, pgenrm_train.cluster.planning\nprint([m for m in "
+        + repr(HEAVY)
+        + " if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -1,4 +1,4 @@
-"""What the machine or the network lacks is said before the stage starts, all at once, each failure with its remedy and its row in the docs."""
+"""Preflight reports all failures at once, each with its remedy and its row in the docs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Config:
 
 @contextmanager
 def server(status: int, body: bytes = b"") -> Iterator[tuple[str, list[str]]]:
-    """A server that answers everything with `status` and `body`; yields its base URL and the Authorization headers that it saw."""
+    """A server that answers `status` and `body`; yields its base URL and received Authorization headers."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -188,7 +188,7 @@ def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pyt
     versions.pins.cache_clear()
 
 
-# ---- what is reached ----
+# ---- reach ----
 
 
 @pytest.mark.parametrize(("section", "stage"), [("teacher", "build_sec"), ("judge", "cre")])
@@ -272,9 +272,7 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "tracking=wandb has no key for api.wandb.ai" in " ".join(reach.check_wandb(asking, "psi"))
-    monkeypatch.setenv(
-        "WANDB_BASE_URL", "http://127.0.0.1:1"
-    )  # nobody answers there: the run would start offline
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")  # no server there: the run would start offline
     (tmp_path / ".netrc").write_text("machine 127.0.0.1 login user password k\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert list(reach.check_wandb(asking, "psi")) == []
@@ -377,7 +375,7 @@ def test_names_of_checks_are_known_to_the_configuration_and_to_the_docs() -> Non
 
 
 def failures_in_the_code() -> list[str]:
-    """Of every sentence that a check can yield: the longest run of fixed words before its remedy."""
+    """Longest run of fixed words before the remedy, of every sentence that a check can yield."""
     import ast
 
     found = []

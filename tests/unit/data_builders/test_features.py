@@ -1,4 +1,4 @@
-"""The features teacher: measurements, shrinkage, and that no chain can know the label of the pair it is asked about."""
+"""The features teacher: measurements, shrinkage, and chains that cannot know the label of their pair."""
 
 import dataclasses
 import time
@@ -19,7 +19,10 @@ from pgenrm_train.records.pairs import Example, HistoryItem, Message, Preference
 
 LENGTH = FEATURES.index("length")
 CONTEXT = (Message("user", "Which one?"),)
-SENTENCE = "the answer may show that people often walk home because rain falls and 12 lamps glow in a quiet considerable street"
+SENTENCE = (
+    "the answer may show that people often walk home because rain falls and 12 lamps glow in a quiet "
+    "considerable street"
+)
 WORDS = SENTENCE.split()
 
 
@@ -56,7 +59,7 @@ def example(user: str, responses: tuple[str, ...], history: tuple[HistoryItem, .
     return Example("p", user, CONTEXT, responses, chosen_index=0, history=history)
 
 
-# ── measurements ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- measurements ----
 
 
 @given(st.text(max_size=300))
@@ -138,7 +141,7 @@ def test_a_hundred_thousand_characters_are_quick():
     assert (time.process_time() - started) / 5 < 0.5
 
 
-# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- the model ----
 
 
 def test_a_user_without_rows_is_the_population(teacher):
@@ -149,7 +152,7 @@ def test_a_user_without_rows_is_the_population(teacher):
 
 
 def test_many_consistent_rows_move_a_user_and_few_rows_move_less(training, teacher):
-    few = FeatureTeacher(precision=3.0).fit(training[:-23])  # two of the contrary user's rows
+    few = FeatureTeacher(precision=3.0).fit(training[:-23])  # two rows of the contrary user
     assert teacher.population[LENGTH] > 0 > teacher.weights("contrary")[LENGTH]
     assert teacher.weights("contrary")[LENGTH] < few.weights("contrary")[LENGTH] < few.population[LENGTH]
 
@@ -174,7 +177,7 @@ def test_user_weights_are_the_posterior_mode(teacher):
 
 
 def test_precision_follows_the_personal_signal():
-    """Votes are noisy (every third is reversed); only where users differ is it worth listening to each alone."""
+    """Noisy votes (every third is reversed): individual weights pay only if users differ."""
 
     def noisy(longer):
         rows = [
@@ -190,7 +193,7 @@ def test_precision_follows_the_personal_signal():
 
 
 def test_rows_of_one_conversation_stay_in_one_fold():
-    """A vote repeated within a conversation says nothing about the user's next one; counted apart, it would look like taste."""
+    """A vote repeated within a conversation does not predict the next one, and so must not cross folds."""
     coin = np.random.default_rng(0)
     once = [
         v
@@ -228,11 +231,11 @@ def test_one_pair_is_enough_to_fit():
     assert fitted.chain_parts(example("only", ("a longer answer", "short"))).criteria
 
 
-# ── scores and chains ────────────────────────────────────────────────────────────────────────────────────────────────
+# ---- scores and chains ----
 
 
 def test_the_label_of_the_asked_pair_is_never_used(training):
-    """Fit with the asked row as it was and with its label swapped: the same texts get the same scores and the same chain."""
+    """Swapping the label of the scored row in the fit changes neither its scores nor its chain."""
     asked = training[-1]
     swapped = [*training[:-1], dataclasses.replace(asked, chosen=asked.rejected, rejected=asked.chosen)]
     texts = (asked.chosen, asked.rejected)

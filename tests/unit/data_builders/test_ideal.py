@@ -101,7 +101,7 @@ def test_the_sampled_imitator_hits_as_often_as_its_probability_says():
         {"responses": ("Dear reader. Check first. Studies agree. Quite right.", "Hey there. Quite right.")},
         {"context": (Message("user", "What is the capital of France?"),)},
     ],
-)  # fmt: skip
+)
 def test_a_pair_of_other_data_is_refused_in_one_sentence(change):
     example = dataclasses.replace(next(iter(examples(3).values())), **change)
     with pytest.raises(DataError, match="PersonaWorld's pairs only; leave them out"):

@@ -1,4 +1,4 @@
-"""LaMP-QA: three subsets become questions, and what they are graded by can reach no prompt of a reward model."""
+"""LaMP-QA: three subsets become questions, and their grading secrets reach no prompt of a reward model."""
 
 import dataclasses
 import json
@@ -32,15 +32,22 @@ from recipes import build_data
 
 def row(number, **change):
     return {
-        "id": f"q{number}", "question": f"How do I do {number}?", "category": "music", "narrative": f"NARRATIVE {number}",
-        "rubric_aspects": [{"aspect": f"ASPECT {number}", "reason": f"REASON {number}", "evidence": f"EVIDENCE {number}"}],
-        "profile": [{"id": f"old{number}", "text": f"I once asked {number}", "category": "music"},
-                    {"id": f"q{number}", "text": "the question's own post", "category": "music"}],
-    } | change  # fmt: skip
+        "id": f"q{number}",
+        "question": f"How do I do {number}?",
+        "category": "music",
+        "narrative": f"NARRATIVE {number}",
+        "rubric_aspects": [
+            {"aspect": f"ASPECT {number}", "reason": f"REASON {number}", "evidence": f"EVIDENCE {number}"}
+        ],
+        "profile": [
+            {"id": f"old{number}", "text": f"I once asked {number}", "category": "music"},
+            {"id": f"q{number}", "text": "the question's own post", "category": "music"},
+        ],
+    } | change
 
 
 def write(folder, rows=None):
-    """As on the hub: a folder a configuration, a file a split; only `test` is asked about."""
+    """Layout of the hub: one folder per configuration, one file per split; only `test` is used."""
     for n, subset in enumerate(lampqa.SUBSETS):
         (folder / subset).mkdir(parents=True, exist_ok=True)
         of_subset = rows if rows is not None and n == 0 else [row(10 * n), row(10 * n + 1)]
@@ -104,7 +111,7 @@ def test_rubric_and_narrative_stand_in_their_own_file_only(tmp_path):
 
 
 def members(kind) -> set[type]:
-    """All types that a record can hold, down to the last."""
+    """All types that a record can hold, recursively."""
     found: set[type] = set()
     waiting = [kind]
     while waiting:

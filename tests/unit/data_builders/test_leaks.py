@@ -1,4 +1,4 @@
-"""The leak report: each planted leak is found, clean data is said to be clean, and errors end the build."""
+"""The leak report finds each planted leak, none in clean data, and its errors end the build."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from pgenrm_train.stages.registry import BUILD_DATA
 from recipes.build_data import build as build_and_describe
 from recipes.wiring.evaluation import notes
 
-WORDS = [f"word{i:03d}" for i in range(500)]  # of one length, so that length tells nothing
+WORDS = [f"word{i:03d}" for i in range(500)]  # of one length, so that length gives nothing away
 
 
 def words(seed: object, count: int = 30) -> str:
@@ -85,7 +85,7 @@ def test_a_pair_that_others_judged_is_reported_and_an_error_when_split_by_pair()
 def test_a_user_on_both_sides_is_an_error_only_where_users_are_disjoint():
     assert report(clean())["same_user"] == {"asked_and_trained": 4, "asked_only": 0, "marked_both_ways": 0}
     (error,) = report(clean(), split_by="user_disjoint")["errors"]
-    assert error == "4 users who are asked about also train, though data.split_by=user_disjoint"
+    assert error == "4 held-out users also train, though data.split_by=user_disjoint"
     held_out = [vote(100 + n, "h", split, user_split="test") for n, split in enumerate(("train", "test"))]
     train = [p for p in clean() if p.split == "train"]
     assert report([*train, *held_out], split_by="user_disjoint")["errors"] == [], (
@@ -100,7 +100,7 @@ def test_a_conversation_in_two_splits_is_reported():
         [*clean(), vote(99, "u0", "test", conversation_id="c0"), vote(98, "v", "test", conversation_id="c1")]
     )
     assert found["same_conversation"] == {"within_user": 1, "conversations": 2, "of": 64}
-    assert "1 conversations of one user lie in two splits" in found["findings"]
+    assert "1 conversations of one user are in two splits" in found["findings"]
 
 
 def test_a_near_duplicate_is_found_whatever_its_case_and_marks_and_a_rewrite_is_not():
@@ -151,8 +151,8 @@ def test_a_label_that_follows_from_length_is_reported(longer):
     }
     word = "longer" if longer else "shorter"
     assert (
-        f"the {word} response is chosen in 100.0% [100.0%, 100.0%] of the held-out votes, so the label can be guessed"
-        in found["findings"]
+        f"the {word} response is chosen in 100.0% [100.0%, 100.0%] of the held-out votes, so the label can "
+        "be guessed" in found["findings"]
     )
 
 

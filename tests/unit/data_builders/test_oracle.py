@@ -1,4 +1,4 @@
-"""The oracle teacher is correct but for its liking of quality, and the oracle judge cannot be flattered."""
+"""The oracle teacher is correct except for its weight of quality, and the oracle judge cannot be deceived."""
 
 import dataclasses
 import itertools
@@ -94,7 +94,7 @@ def test_the_label_is_never_used():
 
 
 def test_scores_are_attached_to_texts_not_to_their_roles():
-    """The same two texts in the same places, one time voted this way and one time that way."""
+    """The same two texts in the same places, with both possible votes."""
     for pair in TEST[:80]:
         other = dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         voted, reversed_ = present(pair, HISTORY(pair), 0), present(other, HISTORY(pair), 1)
@@ -135,11 +135,14 @@ def test_another_attempt_often_mends_a_chain_that_ranks_wrongly():
     assert wrong and statistics.fmean(mended) > 0.3
 
 
-@pytest.mark.parametrize("example", [
-    an_example("Hello, world.", rendered("formal")),
-    an_example(rendered("formal"), rendered("casual"), explicit=ExplicitSignals()),
-    an_example(rendered("formal"), rendered("casual"), explicit=ExplicitSignals("I like it short.")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "example",
+    [
+        an_example("Hello, world.", rendered("formal")),
+        an_example(rendered("formal"), rendered("casual"), explicit=ExplicitSignals()),
+        an_example(rendered("formal"), rendered("casual"), explicit=ExplicitSignals("I like it short.")),
+    ],
+)
 def test_the_teacher_refuses_what_is_not_of_its_world(example):
     with pytest.raises(ValueError, match="PersonaWorld"):
         OracleTeacher().write(example)
@@ -176,8 +179,12 @@ def test_the_true_weights_earn_everything_and_opposites_nothing():
 
 
 def test_the_judge_prefers_truer_weights():
-    ranked = [{"formal": 45, "direct": 30, "warm": 15, "quality": 10}, {"formal": 25, "direct": 15, "warm": 10, "quality": 50},
-              {"formal": 30, "quality": 70}, {"quality": 100}]  # fmt: skip
+    ranked = [
+        {"formal": 45, "direct": 30, "warm": 15, "quality": 10},
+        {"formal": 25, "direct": 15, "warm": 10, "quality": 50},
+        {"formal": 30, "quality": 70},
+        {"quality": 100},
+    ]
     scores = [verdict(weights) for weights in ranked]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
 
@@ -211,12 +218,15 @@ def test_scores_lie_between_0_and_1_whatever_is_named():
             assert 0.0 <= verdict(named) <= 1.0
 
 
-@pytest.mark.parametrize("text,explicit", [
-    ("no chain at all", STATED),
-    ("", STATED),
-    (chain_naming({"formal": 100}), ExplicitSignals()),
-    (chain_naming({"formal": 100}), ExplicitSignals("Keep it short.")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,explicit",
+    [
+        ("no chain at all", STATED),
+        ("", STATED),
+        (chain_naming({"formal": 100}), ExplicitSignals()),
+        (chain_naming({"formal": 100}), ExplicitSignals("Keep it short.")),
+    ],
+)
 def test_no_verdict_without_a_readable_chain_and_stated_criteria(text, explicit):
     assert oracle_judge(text, explicit) is None
 

@@ -1,4 +1,4 @@
-"""PersonaWorld keeps its promises: readable texts, held-out personas, graded kinds, twins, little noise, and constant memory."""
+"""PersonaWorld: readable texts, held-out personas, graded kinds, twins, little noise, and constant memory."""
 
 import itertools
 import random
@@ -33,7 +33,7 @@ def pairs():
 
 
 def stated(pair):
-    """(scenario, criteria by rank) as the user's own words have them."""
+    """(scenario, criteria by rank) in the user's own words."""
     words = pair.explicit.criteria.replace(",", "").replace(".", "").split()
     return words[1], (words[4], words[8], words[10])
 
@@ -68,7 +68,7 @@ def test_a_held_out_user_has_a_history_part_and_a_query_part(pairs):
     history = Counter((p.user_id, p.scenario) for p in pairs if p.user_split == "test" and p.split == "train")
     assert set(history.values()) == {
         2
-    }  # every scenario is covered, so that the history can tell what matters there
+    }  # every scenario is covered, so that the history shows what matters there
 
 
 @pytest.mark.parametrize("poles", [("formal", "direct", "warm"), ("casual",), ()])
@@ -113,7 +113,7 @@ def test_personas_of_unseen_users_are_never_given_to_a_training_user():
     unseen = personas[False, "unseen_persona"]
     assert unseen and not unseen & given
     seen = personas[False, "seen_persona"]
-    assert len(seen & given) / len(seen) > 0.95  # what 1,500 users happen not to cover
+    assert len(seen & given) / len(seen) > 0.95  # variants that 1,500 users happen not to cover
     by_user = Counter(p.cohort for p in {p.user_id: p for p in votes if p.user_split == "test"}.values())
     assert by_user == {"seen_persona": 60, "unseen_persona": 60}
 
@@ -195,7 +195,7 @@ def test_no_surface_rule_decides_among_equal_quality(pairs):
     equal = [p for p in pairs if p.split == "test" and responses(p)[0].quality == responses(p)[1].quality]
     longer = sum((len(p.chosen) > len(p.rejected)) + 0.5 * (len(p.chosen) == len(p.rejected)) for p in equal)
     assert abs(longer / len(equal) - 0.5) < 0.1
-    for pole in POLES[::2]:  # nor is one pole preferred by everybody
+    for pole in POLES[::2]:  # nor do all users prefer one pole
         votes = [
             pole in responses(p)[0].poles
             for p in equal
@@ -210,7 +210,7 @@ def test_label_noise_is_there_and_small(pairs):
         p for p in votes if utility(stated(p)[1], responses(p)[0]) < utility(stated(p)[1], responses(p)[1])
     ]
     assert 0 < len(against) / len(votes) < 0.03
-    for pair in votes:  # nothing within the margin is put to a vote
+    for pair in votes:  # no pair within the margin is voted on
         assert (
             abs(utility(stated(pair)[1], responses(pair)[0]) - utility(stated(pair)[1], responses(pair)[1]))
             >= 0.15 - 1e-9

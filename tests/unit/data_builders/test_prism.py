@@ -1,4 +1,4 @@
-"""PRISM's survey and conversations become pairs: every two ratings far enough apart, with what the user stated and nothing that tells."""
+"""PRISM becomes pairs: ratings far enough apart, the user's statements, nothing that reveals the label."""
 
 import copy
 import json
@@ -18,30 +18,59 @@ from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
 
 SURVEY = {
-    "user_id": "user0", "self_description": "A cook.", "system_string": "Be brief.",
-    "stated_prefs": {"values": 10, "fluency": 90, "personalisation": None}, "age": "25-34",
-}  # fmt: skip
+    "user_id": "user0",
+    "self_description": "A cook.",
+    "system_string": "Be brief.",
+    "stated_prefs": {"values": 10, "fluency": 90, "personalisation": None},
+    "age": "25-34",
+}
 
 
 def model(turn, text, score, chosen=False, place=0):
-    return {"turn": turn, "role": "model", "content": text, "model_name": "m", "score": score, "if_chosen": chosen,
-            "within_turn_id": place}  # fmt: skip
+    return {
+        "turn": turn,
+        "role": "model",
+        "content": text,
+        "model_name": "m",
+        "score": score,
+        "if_chosen": chosen,
+        "within_turn_id": place,
+    }
 
 
 def user(turn, text):
-    return {"turn": turn, "role": "user", "content": text, "model_name": None, "score": None, "if_chosen": None,
-            "within_turn_id": None}  # fmt: skip
+    return {
+        "turn": turn,
+        "role": "user",
+        "content": text,
+        "model_name": None,
+        "score": None,
+        "if_chosen": None,
+        "within_turn_id": None,
+    }
 
 
 CONVERSATION = {
-    "conversation_id": "c0", "user_id": "user0", "opening_prompt": "Hi", "conversation_type": "unguided", "conversation_turns": 2,
+    "conversation_id": "c0",
+    "user_id": "user0",
+    "opening_prompt": "Hi",
+    "conversation_type": "unguided",
+    "conversation_turns": 2,
     "conversation_history": [
-        user(0, "Hi"), model(0, "A", 90, True), model(0, "B", 40), model(0, "C", 85), model(0, "EMPTY STRING", 1),
-        user(1, "More"), model(1, "D", 20), model(1, "E", 70, True), model(1, "F", None),
+        user(0, "Hi"),
+        model(0, "A", 90, True),
+        model(0, "B", 40),
+        model(0, "C", 85),
+        model(0, "EMPTY STRING", 1),
+        user(1, "More"),
+        model(1, "D", 20),
+        model(1, "E", 70, True),
+        model(1, "F", None),
     ],
     "choice_attributes": {"values": 60, "factuality": 80.0, "safety": None},
-    "performance_attributes": {"values": 99}, "open_feedback": "I liked the first one: SECRET",
-}  # fmt: skip
+    "performance_attributes": {"values": 99},
+    "open_feedback": "I liked the first one: SECRET",
+}
 
 
 def write(folder, survey=(SURVEY,), conversations=(CONVERSATION,)):
@@ -66,8 +95,10 @@ def test_every_two_ratings_far_enough_apart_are_a_pair(tmp_path):
     left_out = LeftOut()
     found = list(build(DataConfig(name="prism", path=str(write(tmp_path))), 0, left_out))
     assert [(p.chosen, p.rejected, p.chosen_score, p.rejected_score, p.turn) for p in found] == [
-        ("A", "B", 90.0, 40.0, 0), ("C", "B", 85.0, 40.0, 0), ("E", "D", 70.0, 20.0, 1),
-    ]  # fmt: skip
+        ("A", "B", 90.0, 40.0, 0),
+        ("C", "B", 85.0, 40.0, 0),
+        ("E", "D", 70.0, 20.0, 1),
+    ]
     assert [p.position for p in found] == [0, 1, 1]
     assert +left_out == {"responses without text or rating": 2, "pairs rated less than 10 points apart": 1}
     assert len(pairs(tmp_path, min_rating_gap=5)) == 4 and len(pairs(tmp_path, min_rating_gap=50)) == 2
@@ -180,7 +211,7 @@ def test_a_bad_row_is_named(tmp_path, change, said):
 
 
 def test_parquet_tables_give_the_same_pairs_as_json_lines(tmp_path):
-    """As the hub stores them: structs with nulls, one file a table, and the tables that are not read beside."""
+    """As the hub stores them: structs with nulls, one file per table, and tables that are not read."""
     lines, tables = write(tmp_path / "lines", *world(users=3, conversations=2)), tmp_path / "tables"
     for name in ("survey", "conversations"):
         rows = [json.loads(line) for line in (lines / f"{name}.jsonl").read_text().splitlines()]
@@ -213,7 +244,8 @@ def test_a_user_who_answered_the_survey_twice_is_told_and_the_first_answer_stays
 ):
     write(tmp_path, survey=[SURVEY, SURVEY | {"system_string": "Be long."}])
     with pytest.raises(
-        DataError, match=r"survey\.jsonl, row 2, field 'user_id': expected one row a user, got 'user0' again"
+        DataError,
+        match=r"survey\.jsonl, row 2, field 'user_id': expected one row per user, got 'user0' again",
     ):
         pairs(tmp_path)
     assert {p.explicit.style for p in pairs(tmp_path, on_bad_row="skip")} == {"Be brief."}
@@ -240,11 +272,20 @@ def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
 
 def vote(number, split):
     return {
-        "conversation_id": f"c{number}", "user_id": f"u{number % 3}", "context": [{"role": "user", "content": f"q{number}"}],
-        "chosen": {"role": "model", "content": "good"}, "rejected": {"role": "model", "content": "bad"}, "turns": 1,
-        "type": "unguided", "split": split, "flip": False, "chosen_score": 90.0, "rejected_score": 10.0,
-        "judge_llama_verdict": "LEAK", "judge_llama_score": 1,
-    }  # fmt: skip
+        "conversation_id": f"c{number}",
+        "user_id": f"u{number % 3}",
+        "context": [{"role": "user", "content": f"q{number}"}],
+        "chosen": {"role": "model", "content": "good"},
+        "rejected": {"role": "model", "content": "bad"},
+        "turns": 1,
+        "type": "unguided",
+        "split": split,
+        "flip": False,
+        "chosen_score": 90.0,
+        "rejected_score": 10.0,
+        "judge_llama_verdict": "LEAK",
+        "judge_llama_score": 1,
+    }
 
 
 def test_all_files_of_a_copy_are_read_by_their_split_column_and_judges_are_ignored(tmp_path):
@@ -264,9 +305,9 @@ def test_the_hub_s_own_loader_reads_a_data_set(tmp_path):
     """`load_dataset` on a local repository: the path that a hub id takes."""
     (tmp_path / "train.jsonl").write_text(json.dumps(vote(0, "train")) + "\n")
     (tmp_path / "test.jsonl").write_text(json.dumps(vote(1, "test")) + "\n")
-    assert [(name[-5:], [row["split"] for row in rows]) for name, rows in hub._from_hub(str(tmp_path), None)] == [
-        ("train", ["train"]), ("/test", ["test"])
-    ]  # fmt: skip
+    assert [
+        (name[-5:], [row["split"] for row in rows]) for name, rows in hub._from_hub(str(tmp_path), None)
+    ] == [("train", ["train"]), ("/test", ["test"])]
     assert [row["split"] for _, rows in hub._from_hub(str(tmp_path), None, "test") for row in rows] == [
         "test"
     ]

@@ -87,7 +87,7 @@ def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
     ("raised", "kept"),
     [(BackendError("torchrun ended"), "torchrun ended"), (SystemExit(2), "see its message above")],
 )
-def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypatch):  # type: ignore[no-untyped-def]
+def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypatch):
     def fails(*_: object) -> None:
         raise raised
 
@@ -95,7 +95,7 @@ def test_a_failed_recipe_is_kept_for_the_verdict(shipped, raised, kept, monkeypa
     assert kept in (measure(shipped, "psi", 60.0, "too late").error or "")
 
 
-def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypatch):  # type: ignore[no-untyped-def]
+def test_a_recipe_that_hangs_is_ended_with_all_that_it_started(shipped, monkeypatch):
     import psutil
 
     started: list[psutil.Process] = []

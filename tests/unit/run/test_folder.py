@@ -1,4 +1,4 @@
-"""The run folder: writes are whole or absent, a stage continues only what it began, and manifests hold nothing private."""
+"""The run folder: complete files, stages that continue only their own work, manifests without secrets."""
 
 import json
 import os
@@ -161,13 +161,16 @@ def test_an_interrupted_stage_continues_and_its_seconds_add_up(tmp_path, monkeyp
     assert StageFolder.read(tmp_path, "psi").manifest.wall_seconds == 25
 
 
-@pytest.mark.parametrize("settings,inputs,said", [
-    ({"psi": {"learning_rate": 0.2, "epochs": 1.0}, "seed": 0}, INPUTS, "psi.learning_rate: 0.1 → 0.2"),
-    ({**SETTINGS, "seed": 5}, INPUTS, "seed: 0 → 5"),
-    ({**SETTINGS, "lora": 8}, INPUTS, "lora: None → 8"),
-    (SETTINGS, {"build_sec": "def"}, "input build_sec: abc → def"),
-    ({"psi": {"learning_rate": 1, "epochs": 2, "a": 1, "b": 1, "c": 1}, "seed": 1}, INPUTS, "and 3 more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings,inputs,said",
+    [
+        ({"psi": {"learning_rate": 0.2, "epochs": 1.0}, "seed": 0}, INPUTS, "psi.learning_rate: 0.1 → 0.2"),
+        ({**SETTINGS, "seed": 5}, INPUTS, "seed: 0 → 5"),
+        ({**SETTINGS, "lora": 8}, INPUTS, "lora: None → 8"),
+        (SETTINGS, {"build_sec": "def"}, "input build_sec: abc → def"),
+        ({"psi": {"learning_rate": 1, "epochs": 2, "a": 1, "b": 1, "c": 1}, "seed": 1}, INPUTS, "and 3 more"),
+    ],
+)
 @pytest.mark.parametrize("end", ["finish", "interrupted", "killed"])
 def test_other_settings_are_refused_and_the_changed_key_is_named(tmp_path, settings, inputs, said, end):
     folder = begun(tmp_path)
@@ -189,7 +192,9 @@ def test_a_start_that_made_nothing_binds_the_folder_to_nothing(tmp_path, end):
     again = begun(tmp_path)
     assert again.manifest.settings == SETTINGS and again.manifest.starts == 1
     again.finish()
-    with pytest.raises(ArtifactError, match=r"data\.path"):  # a complete stage is work, whatever it left
+    with pytest.raises(
+        ArtifactError, match=r"data\.path"
+    ):  # a complete stage is work, with or without products
         begun(tmp_path, {**SETTINGS, "data.path": "other.jsonl"})
 
 
@@ -224,7 +229,7 @@ def test_resume_false_twice_within_a_second_loses_nothing(tmp_path):
 
 
 def test_a_run_folder_is_one_process_s(tmp_path):
-    """A second start is told who is at work, and may go on as soon as that process is gone, even by kill -9."""
+    """The error names the process at work; a start succeeds once that process ends, even by kill -9."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

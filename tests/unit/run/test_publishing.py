@@ -1,4 +1,4 @@
-"""A run goes to its store while it goes on, and another machine goes on from there, whatever is killed or lost on the way."""
+"""A run is published while it works, and another machine continues it, whatever is killed or lost."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_kill_between_the_files_and_the_marker_leaves_what_counted_before(
     machine(tmp_path, "b", url)
     assert f"ignoring {url}/psi/{cut_off}, which is half-published" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "b" / "psi" / "steps").iterdir()] == ["checkpoint-2"]
-    again = machine(tmp_path, "a", url)  # the machine that was killed: nobody else's
+    again = machine(tmp_path, "a", url)  # the killed machine, and no other
     assert f"removing {url}/psi/{cut_off}" in capsys.readouterr().out and Store(url).left_over("psi") == {}
     assert (tmp_path / "a" / "psi" / "steps" / "checkpoint-4").exists(), "ahead of the store, and kept"
     assert again.close() == [] and any(
@@ -289,7 +289,8 @@ def test_what_was_given_up_is_removed(tmp_path: Path, url: str) -> None:
     first = machine(tmp_path, "a", url)
     stage(tmp_path / "a", complete=False)
     step(tmp_path / "a", 2)
-    real, first.store.put = first.store.put, lambda *_: (_ for _ in ()).throw(StoreLost("down"))  # type: ignore[method-assign,assignment]
+    real = first.store.put
+    first.store.put = lambda *_: (_ for _ in ()).throw(StoreLost("down"))  # type: ignore[method-assign]
     assert not first.round()
     first.store.put = real  # type: ignore[method-assign]
     step(tmp_path / "a", 4)
@@ -363,8 +364,12 @@ def test_a_phase_of_grpo_goes_on_elsewhere(tmp_path: Path, url: str) -> None:
     assert first.close() == []
     machine(tmp_path, "b", url)
     assert {*content(tmp_path / "b" / "curriculum")} == {
-        "batches.jsonl", *(f"verl/global_step_10/{name}" for name in ("model.safetensors", "trainer_state.json", "complete.json"))
-    }  # fmt: skip
+        "batches.jsonl",
+        *(
+            f"verl/global_step_10/{name}"
+            for name in ("model.safetensors", "trainer_state.json", "complete.json")
+        ),
+    }
 
 
 def test_later_stages_wait_for_the_earlier_ones(

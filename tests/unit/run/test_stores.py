@@ -1,4 +1,4 @@
-"""What a start finds at a URL is checked or refused, in one sentence, and a URL holds no secret."""
+"""Content of a URL is checked or refused in one sentence, and a URL holds no secret."""
 
 from __future__ import annotations
 
@@ -76,15 +76,19 @@ def test_a_store_that_cannot_be_written_is_said_at_the_start_with_the_way_round_
     write_text(Path(config.run_dir) / "config.yaml", "")
     with pytest.raises(
         ArtifactError,
-        match=rf"run_dir=file://{tmp_path}/file/run cannot be used .*; mend that, or continue without it: run_dir={config.run_dir}",
+        match=rf"run_dir=file://{tmp_path}/file/run cannot be used .*; "
+        rf"mend that, or continue without it: run_dir={config.run_dir}",
     ):
         publishing.begin(config)
 
 
-@pytest.mark.parametrize("url,error,said", [
-    ("foo://bucket/x", ConfigError, "fsspec cannot open .*Protocol not known: foo"),
-    ("gs://bucket/x", PreflightError, "needs a package that is not installed: .*gcsfs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url,error,said",
+    [
+        ("foo://bucket/x", ConfigError, "fsspec cannot open .*Protocol not known: foo"),
+        ("gs://bucket/x", PreflightError, "needs a package that is not installed: .*gcsfs"),
+    ],
+)
 def test_a_protocol_that_is_unknown_or_not_installed_is_one_sentence(
     url: str, error: type[Exception], said: str
 ) -> None:
@@ -123,7 +127,7 @@ def test_a_recipe_that_only_reads_fetches_what_is_missing_and_publishes_nothing(
         and publishing._OPEN == {}
     )
     fsspec.url_to_fs(url)[0].rm(fsspec.url_to_fs(url)[1], recursive=True)
-    publishing.fetch(config)  # what is here is not asked for
+    publishing.fetch(config)  # local stages are not fetched
 
 
 def test_a_secret_of_the_endpoint_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +146,16 @@ def test_a_secret_of_the_endpoint_is_not_repeated(tmp_path: Path, monkeypatch: p
 # ---- the configuration ----
 
 
-@pytest.mark.parametrize("url,folder", [
-    ("s3://bucket/runs/arena", "s3/bucket/runs/arena"), ("S3://bucket//runs/arena/", "s3/bucket/runs/arena"),
-    ("gs://bucket/a", "gs/bucket/a"), ("abfs://box@account.dfs.core.windows.net/a", "abfs/box@account.dfs.core.windows.net/a"),
-    ("file:///mnt/runs/a", "file/mnt/runs/a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url,folder",
+    [
+        ("s3://bucket/runs/arena", "s3/bucket/runs/arena"),
+        ("S3://bucket//runs/arena/", "s3/bucket/runs/arena"),
+        ("gs://bucket/a", "gs/bucket/a"),
+        ("abfs://box@account.dfs.core.windows.net/a", "abfs/box@account.dfs.core.windows.net/a"),
+        ("file:///mnt/runs/a", "file/mnt/runs/a"),
+    ],
+)
 def test_a_url_has_a_mirror_of_its_own(url: str, folder: str) -> None:
     config = load("recipe=psi", f"run_dir={url}", "mirror=/scratch/m")
     assert config.run_dir == f"/scratch/m/{folder}"
@@ -154,9 +163,16 @@ def test_a_url_has_a_mirror_of_its_own(url: str, folder: str) -> None:
     assert parse(to_dict(config)) == config, "a child of the pipeline reads it again"
 
 
-@pytest.mark.parametrize("url", [
-    "s3://AKIAID:hidden/part@bucket/x", "ftp://me:hidden@host/x", "abfs://box/x?sig=hidden", "s3://bucket/x#hidden", "https://u:hidden@h:1/x",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIAID:hidden/part@bucket/x",
+        "ftp://me:hidden@host/x",
+        "abfs://box/x?sig=hidden",
+        "s3://bucket/x#hidden",
+        "https://u:hidden@h:1/x",
+    ],
+)
 def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ConfigError, match="credentials come from the environment") as error:
         parse(to_dict(Config(recipe="psi", run_dir=url)))
@@ -204,8 +220,13 @@ def test_jobs_of_a_multirun_have_a_url_each(tmp_path: Path) -> None:
         "data.heldout_users=10",
         "tracking=none",
     ]
-    done = subprocess.run([*command, f"run_dir=file://{tmp_path}/store", f"mirror={tmp_path}/m"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = subprocess.run(
+        [*command, f"run_dir=file://{tmp_path}/store", f"mirror={tmp_path}/m"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "store").iterdir()} == {"job-0", "job-1"} and {
         p.name for p in tmp_path.iterdir()

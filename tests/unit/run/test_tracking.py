@@ -1,4 +1,4 @@
-"""metrics.jsonl is always written; a tracking service is optional, may fail, and never stops a run or learns a secret."""
+"""metrics.jsonl is always written; a tracking service is optional, never stops a run, gets no secret."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_what_is_to_happen_after_a_log_happens(tmp_path):
 
 
 class Service:
-    """Stands where wandb's run would: it records, or fails from the n-th call on."""
+    """In place of wandb's run: it records, or fails from the n-th call on."""
 
     def __init__(self, fails_from: int = 10**9) -> None:
         self.logged, self.fails_from = [], fails_from
@@ -118,7 +118,7 @@ def test_a_validation_of_the_same_step_is_forwarded_too_with_its_sample_chains(t
     with tracker.follow(engine, every=0.02):
         engine.write_text("".join(json.dumps(record) + "\n" for record in records))
         time.sleep(0.2)
-        with engine.open("a") as file:  # a resumed engine writes a step anew
+        with engine.open("a") as file:  # a resumed engine writes a step again
             file.write(json.dumps(records[0]) + "\n")
     (first, second) = service.logged
     assert first == (50, {"psi/loss": 0.5})
@@ -148,7 +148,8 @@ import sys
 from pathlib import Path
 from pgenrm_train.config import Config, TrackingConfig
 from pgenrm_train.run.tracking import Tracker
-tracker = Tracker(Config(recipe="psi", run_dir="run", tracking=TrackingConfig(kind={kind!r})), "psi", Path({folder!r}))
+config = Config(recipe="psi", run_dir="run", tracking=TrackingConfig(kind={kind!r}))
+tracker = Tracker(config, "psi", Path({folder!r}))
 tracker.log(1, {{"psi/loss": 1.0, "psi/nan": float("nan")}})
 tracker.close()
 print("wandb" in sys.modules)
@@ -225,7 +226,7 @@ def sync(command: str, home, server) -> None:
 
 
 def made(folder) -> None:
-    """As a stage leaves its folder."""
+    """Files of a finished stage."""
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "checkpoint" / "model.safetensors").write_text("weights")
     (folder / "predictions.parquet").write_text("rows")
