@@ -1,14 +1,15 @@
-"""The protocols at the boundary: what a stage may ask of an engine, and nothing else.
+"""Protocols between stages and engines, and the records that pass between them.
 
-Stages and `eval` know these names only; recipes choose the concrete engines (`sft`, `grpo`, `vllm`, …).
+Stages and `eval` import only these names; recipes choose the concrete engines (`sft`, `grpo`, `vllm`, …).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pgenrm_train.records.pairs import Example, HistoryItem
 from pgenrm_train.rewards.training_rows import RowExtra
@@ -16,7 +17,10 @@ from pgenrm_train.rewards.training_rows import RowExtra
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`samples` completions of one prompt; `key` is echoed in the results and seeds the sampling together with `seed`."""
+    """A request for `samples` completions of one prompt.
+
+    The results repeat `key`, which seeds the sampling together with `seed`.
+    """
 
     key: str
     messages: tuple[Mapping[str, str], ...]
@@ -26,7 +30,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One completion, or the reason why there is none.  `failure` is null for text that ended by itself."""
+    """One completion, or the reason why there is none; `failure` is None for a text that is complete."""
 
     key: str
     sample: int
@@ -35,8 +39,68 @@ class Generation:
     tokens: int = 0
 
 
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected cost of a stage, each figure as (low, high); `dollars` is None without prices."""
+
+    calls: Range
+    prompt_tokens: Range
+    completion_tokens: Range
+    dollars: Range | None
+    minutes: Range
+
+    def for_manifest(self) -> dict[str, list[float]]:
+        """Rounded figures by the names that manifests use."""
+        return {
+            "calls": [round(count) for count in self.calls],
+            "prompt tokens": [round(count) for count in self.prompt_tokens],
+            "completion tokens": [round(count) for count in self.completion_tokens],
+            **({"dollars": [round(price, 4) for price in self.dollars]} if self.dollars else {}),
+            "minutes": [round(time, 1) for time in self.minutes],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """Calls of this start by outcome; tokens and dollars of all starts."""
+
+    calls: int
+    tries: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    dollars: float
+    failures: Mapping[str, int]
+
+    def __add__(self, other: Spending) -> Spending:
+        return Spending(
+            self.calls + other.calls,
+            self.tries + other.tries,
+            self.cached + other.cached,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.dollars + other.dollars,
+            Counter(self.failures) + Counter(other.failures),
+        )
+
+    def for_manifest(self) -> dict[str, object]:
+        """Rounded figures by the names that manifests use."""
+        return {
+            "calls": self.calls,
+            "tries": self.tries,
+            "from cache": self.cached,
+            "prompt tokens": self.prompt_tokens,
+            "completion tokens": self.completion_tokens,
+            "dollars": round(self.dollars, 4),
+            "failures": dict(self.failures),
+        }
+
+
 class Generator(Protocol):
-    """Runs every request through one global queue and yields completions as they finish, in any order."""
+    """Generate all requests from one global queue; completions come as they finish, in any order."""
 
     def __call__(
         self, requests: Iterable[GenerationRequest], *, temperature: float
@@ -46,46 +110,52 @@ class Generator(Protocol):
 
 
 class Teacher(Protocol):
-    """Writes evaluation chains.  Sees history and explicit signals, never which response was chosen.
+    """A writer of evaluation chains from history and explicit signals, never from the choice.
 
-    `complaint` says what was wrong with the form of the attempt before.  `in_flight`: calls worth making at a time.  `by_rule`: it
-    writes by template, so that its chains resemble each other.  Raises BackendError when no further chain can be had (the server is
-    down, the budget spent).
+    `in_flight` is the number of calls to make at a time.  A teacher `by_rule` writes by template, so that its chains
+    resemble each other.  Raises BackendError if it can write no further chain (server down, budget spent).
     """
 
     in_flight: int
     by_rule: bool
 
-    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation: ...
-
-    def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Mapping[str, Any]:
-        """Tell what up to `tries` calls on each of `questions` like these will cost, and return it; empty for a rule."""
+    def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
+        """Write a chain; `complaint` names the problem of the previous attempt's form."""
         ...
 
-    def facts(self) -> Mapping[str, Any]: ...
+    def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Estimate | None:
+        """Print and return the cost of up to `tries` calls on each of `questions` like these; None for a rule."""
+        ...
+
+    def spending(self) -> Spending | None:
+        """The cost so far; None for a rule."""
+        ...
 
 
 class CriteriaWriter(Protocol):
-    """Infers a user's criteria from their votes, as the JSON text that `synthesis` reads.  Raises BackendError as a teacher does."""
+    """A writer of a user's criteria, inferred from their votes, as JSON for `synthetic_criteria`.
+
+    Raises BackendError as a teacher does.
+    """
 
     in_flight: int
 
     def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation: ...
 
-    def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Mapping[str, Any]: ...
+    def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Estimate | None: ...
 
-    def facts(self) -> Mapping[str, Any]: ...
+    def spending(self) -> Spending | None: ...
 
 
 class Judge(Protocol):
-    """Process reward: how well a chain covers the withheld criteria, in [0, 1]; None when no verdict could be had."""
+    """Process reward in [0, 1]: how well a chain covers the withheld criteria; None without a verdict."""
 
     def __call__(self, chain_text: str, example: RowExtra) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training backend reports back."""
+    """The report of a training backend."""
 
     steps: int
     checkpoint: Path
@@ -94,13 +164,13 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """What a validation found: numbers for metrics.jsonl (`eval/accuracy` among them) and rows of a table of sample chains."""
+    """The result of a validation: numbers for metrics.jsonl, with `eval/accuracy`, and rows of sample chains."""
 
     metrics: Mapping[str, float]
-    samples: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, object]]
 
 
 class Validator(Protocol):
-    """Scores a model while it is trained: asks a fixed slice of questions and judges the answers."""
+    """Score a model in training on a fixed slice of questions."""
 
     def __call__(self, generator: Generator) -> Validated: ...

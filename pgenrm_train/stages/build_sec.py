@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from typing import Protocol, TypedDict
 
-from pgenrm_train.backends.protocols import Teacher
+from pgenrm_train.backends.protocols import Estimate, Teacher
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.chains.near_duplicates import NearDuplicates, signature
 from pgenrm_train.chains.rejection import (
@@ -104,7 +104,7 @@ def run(
 ) -> Yield:
     """Write chains, filter, render prompts; return the yield.  Raises DataError if no chain was kept."""
     if expected := _expected(config, pairs, teacher):
-        folder.note(estimate=expected)
+        folder.note(estimate=expected.for_manifest())
     kept, rejected = without_repetitions(
         config.sec, *sample_chains(config, pairs, teacher), by_rule=teacher.by_rule
     )
@@ -130,7 +130,7 @@ def run(
             "chosen_first": round(sum(item.order == 0 for item in kept) / len(kept), 4),
             "kinds": dict(Counter(item.example.kind or "(none)" for item in kept)),
             "trimmed": dict(writer.trimmed),
-            "teacher": dict(teacher.facts()),
+            "teacher": spending.for_manifest() if (spending := teacher.spending()) else {},
         }
     )
     write_json(folder.path / "yield.json", facts)
@@ -148,12 +148,12 @@ def yield_table(facts: Yield) -> str:
     )
 
 
-def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> Mapping[str, object]:
+def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> Estimate | None:
     """The teacher's estimate of cost, from the prompts of some questions."""
     all_questions, history = questions(config, pairs), histories(config, pairs)
     some = all_questions[:: max(1, len(all_questions) // MEASURED)][:MEASURED]
     examples = [shown(config, pair, order, history) for pair, order in some]
-    return dict(teacher.expect(examples, len(all_questions), config.sec.samples_per_pair))
+    return teacher.expect(examples, len(all_questions), config.sec.samples_per_pair)
 
 
 def sample_chains(

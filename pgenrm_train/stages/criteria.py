@@ -55,7 +55,7 @@ def run(
     """Infer and write; return counts and cost.  Raises DataError if no user's criteria could be inferred."""
     users, tries = votes_of_silent_users(pairs, config.seed), config.sec.samples_per_pair
     if expected := writer.expect([votes for _, votes in users], tries):
-        folder.note(estimate=dict(expected))
+        folder.note(estimate=expected.for_manifest())
     answers = concurrently(lambda user: _infer(*user, writer, tries), users, writer.in_flight)
     in_order = sorted(progress(answers, "synthetic criteria", len(users)), key=lambda numbered: numbered[0])
     rows = [row for _, row in in_order]
@@ -69,7 +69,7 @@ def run(
         "users": len(rows),
         "inferred": len(rows) - failures.total(),
         "failures": dict(failures),
-        "teacher": dict(writer.facts()),
+        "teacher": spending.for_manifest() if (spending := writer.spending()) else {},
     }
 
 

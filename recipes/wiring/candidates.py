@@ -67,7 +67,12 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
     start, close = once(lambda: api_generator(settings, prompt, folder))
     identity = f"{settings.base_url}|{settings.name}|{prompt}"
     return Candidate(
-        config.model.label, identity, start, lambda: plain_writer(config), close, cost=lambda: start().facts()
+        config.model.label,
+        identity,
+        start,
+        lambda: plain_writer(config),
+        close,
+        cost=lambda: start().spending().for_manifest(),
     )
 
 

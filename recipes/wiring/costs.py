@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from eval.studies.evaluation import Evaluation
+from pgenrm_train.backends.protocols import Estimate
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.prompts.masking import apply_masking, present
@@ -21,9 +22,7 @@ from recipes.wiring.llm import plain_writer
 VERDICT_TOKENS = 80
 
 
-def estimate_evaluation(
-    config: Config, evaluation: Evaluation, settings: EndpointConfig
-) -> Mapping[str, object]:
+def estimate_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Estimate:
     """Print and return the estimate of `model=endpoint`; answers of an earlier start are not requested again."""
     from pgenrm_train.backends.api.costs import announce, characters, estimate
 
@@ -52,7 +51,7 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
     return calls
 
 
-def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Mapping[str, object]:
+def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Estimate:
     """Print and return the estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
     from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 

@@ -53,7 +53,8 @@ def evaluate(
         for name, score in fitted.items()
     ]
     if config.model.kind == "endpoint":
-        folder.manifest.facts["estimate"] = estimate_evaluation(config, evaluation, model_endpoint(config))
+        expected = estimate_evaluation(config, evaluation, model_endpoint(config))
+        folder.manifest.facts["estimate"] = expected.for_manifest()
     for candidate in everyone:
         answers, last = folder.path / candidate.name, candidate is everyone[-1]
         tested.append(evaluation.test(candidate, answers, progress, final=last))

@@ -72,7 +72,9 @@ def train(
         phases = [phase(config, stage, None if n else start, judge) for n, stage in enumerate(stages)]
         paid = [p for p in phases if p.judge is not None and p.judge.settings is not None]
         if paid:
-            folder.note(estimate=estimate_judge(config, judge, {p.section: p.rows for p in paid}))
+            folder.note(
+                estimate=estimate_judge(config, judge, {p.section: p.rows for p in paid}).for_manifest()
+            )
         earlier = [p.seconds() for p in phases]
         with tracker.follow(folder.path / METRICS):
             trained = launch(config, phases)[0]

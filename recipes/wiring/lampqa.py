@@ -104,7 +104,7 @@ def _reference(
             if not n:
                 return "no_rubric"
             messages = rubric_messages(questions_by_id[answer.question_id], secret, answer.text)
-            reply = judge.ask(messages, schema=ratings_schema(n))
+            reply = judge.complete(messages, schema=ratings_schema(n))
             score = read_rubric_score(reply.text, n) if reply.text is not None else None
             return score if score is not None else reply.failure or "unreadable"
 

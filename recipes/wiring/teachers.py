@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,11 +55,11 @@ class Rule:
     in_flight = 1
     by_rule = True
 
-    def expect(self, *_: object) -> Mapping[str, object]:
-        return {}
+    def expect(self, *_: object) -> None:
+        return None
 
-    def facts(self) -> Mapping[str, object]:
-        return {}
+    def spending(self) -> None:
+        return None
 
 
 class RuleTeacher(Rule):

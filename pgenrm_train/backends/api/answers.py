@@ -1,7 +1,7 @@
-"""What an endpoint has answered and what that cost, on disk: reruns are free, a resume is exact, a budget holds over restarts.
+"""Answers of an endpoint and their cost, on disk: reruns are free, a resume is exact, a budget outlives restarts.
 
-An answer and its price are written in one transaction, so that neither is there without the other however the process ends.  An
-answer that was paid for and yet is none (cut off, empty) is known too: asked again it would cost the same and be the same.
+An answer and its cost are written in one transaction, so that neither exists without the other after a crash.  Paid
+failures (cut off, empty) are kept too: a second call would cost the same and fail again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ BOUGHT_FAILURES = ("length", "empty")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """`text`, or None and why: timeout · connection · http_<code> · length · empty · malformed · circuit_open · budget · closed."""
+    """The text of an answer, or the reason why there is none.
+
+    Failures: timeout · connection · http_<code> · length · empty · malformed · circuit_open · budget · closed.
+    """
 
     text: str | None
     failure: str | None = None
@@ -26,7 +29,7 @@ class Reply:
 
 
 class NoAnswers:
-    """Nothing is kept."""
+    """A store that keeps no answers."""
 
     def get(self, key: str) -> Reply | None:
         return None
@@ -42,21 +45,21 @@ class NoAnswers:
 
 
 class Answers:
-    """Replies in a folder by the hash of what was asked; safe for threads and for several processes."""
+    """Replies in a folder by the hash of the request; safe for threads and for several processes."""
 
     def __init__(self, folder: Path) -> None:
         import diskcache
 
-        # JSON on disk (the default disk pickles) and no eviction: an answer was paid for
+        # JSON on disk, because the default disk pickles; no eviction, because answers are paid for.
         self._cache = diskcache.Cache(str(folder), disk=diskcache.JSONDisk, eviction_policy="none")
-        self._writing = threading.Lock()  # threads that met in SQLite's own lock would sleep, not queue
+        self._writing = threading.Lock()  # threads would sleep at SQLite's own lock, not queue
 
     def get(self, key: str) -> Reply | None:
-        found = self._cache.get(key)
-        return found and Reply(found["text"], found.get("failure"), found["in"], found["out"])
+        row = self._cache.get(key)
+        return row and Reply(row["text"], row.get("failure"), row["in"], row["out"])
 
     def add(self, key: str, reply: Reply) -> None:
-        """Keep what was paid for; failures that cost nothing are asked again."""
+        """Keep a paid reply; the endpoint repeats calls that failed at no cost."""
         if reply.text is None and reply.failure not in BOUGHT_FAILURES:
             return
         answer = {
@@ -70,7 +73,7 @@ class Answers:
             self._add_up(reply)
 
     def pay(self, reply: Reply) -> None:
-        """Keep the price alone, of an answer that is kept elsewhere."""
+        """Keep the cost alone, of an answer that is kept elsewhere."""
         with self._writing, self._cache.transact():
             self._add_up(reply)
 
@@ -79,7 +82,7 @@ class Answers:
         self._cache.set(PAID, [prompts + reply.prompt_tokens, answers + reply.completion_tokens])
 
     def paid(self) -> tuple[int, int]:
-        """Tokens of prompts and of answers, of all starts and processes."""
+        """Tokens of prompts and of answers in all starts and processes."""
         prompts, answers = self._cache.get(PAID) or (0, 0)
         return prompts, answers
 

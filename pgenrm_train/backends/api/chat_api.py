@@ -1,7 +1,7 @@
-"""One POST to an OpenAI-compatible `/chat/completions`, and what its failures mean.
+"""One POST to an OpenAI-compatible `/chat/completions`, and the meaning of its failures.
 
-Plain httpx: at hundreds of calls a second a client that builds typed models of every request and answer costs more than all the rest
-of the client side (benchmarks/speed/factory_slots.py).
+Plain httpx: at hundreds of calls per second, a client that builds typed models of requests and answers costs more than
+all the rest of the client side (benchmarks/speed/factory_slots.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
 import httpx
 
@@ -16,9 +17,12 @@ from pgenrm_train.backends.api.answers import Reply
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
 
+# Errors of reading an answer that is no chat completion.
+NO_COMPLETION = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
 
 def url_and_headers(settings: EndpointConfig) -> tuple[str, dict[str, str]]:
-    """Where to post, and as whom.  Raises ConfigError when the address, the model's name or the key is missing."""
+    """Address and headers of a request.  Raises ConfigError if the address, model name or key is missing."""
     if not settings.base_url or not settings.name:
         raise ConfigError(
             "an endpoint needs base_url (e.g. http://localhost:8000/v1) and name (the served model)"
@@ -35,7 +39,7 @@ def url_and_headers(settings: EndpointConfig) -> tuple[str, dict[str, str]]:
 
 
 class ChatApi:
-    """The connections to one server, for threads."""
+    """The connections of all threads to one server."""
 
     def __init__(self, settings: EndpointConfig) -> None:
         self._url, headers = url_and_headers(settings)
@@ -48,10 +52,10 @@ class ChatApi:
         )
 
     def post(self, payload: bytes) -> Reply:
-        """The server's completion; a cut-off or empty one is a Reply without text.
+        """Request a completion; a cut-off or empty one is a Reply without text.
 
-        Raises httpx.HTTPError when there is no answer in time, and ValueError, TypeError, LookupError, AttributeError or RecursionError
-        when the answer is no chat completion.
+        Raises httpx.HTTPError if there is no answer in time, and one of `NO_COMPLETION` if the answer is no chat
+        completion.
         """
         end = time.monotonic() + self._seconds
         with self._client.stream("POST", self._url, content=payload) as response:
@@ -65,29 +69,38 @@ class ChatApi:
 
 
 def _read(response: httpx.Response, end: float) -> bytes:
-    """The body, whole by the time `end`: httpx's own limit is on each pause, and some servers send blanks while they think."""
+    """Read the full body by the time `end`.
+
+    httpx limits each pause only, and some servers send blanks while they think.
+    """
     parts = []
     for part in response.iter_bytes():
         parts.append(part)
         if time.monotonic() > end:
-            raise httpx.ReadTimeout("the answer was not whole in time", request=response.request)
+            raise httpx.ReadTimeout("the answer was not complete in time", request=response.request)
     return b"".join(parts)
 
 
-def read_completion(answer: dict[str, object]) -> Reply:
-    used = answer.get("usage") or {}
-    spent = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))  # type: ignore[attr-defined]
-    if used and answer["choices"] == []:  # paid for all the same
+def tokens_of(answer: Any) -> tuple[int, int]:
+    """Tokens of the prompt and of the answers, as the server counts them; 0 if it does not."""
+    usage = answer.get("usage") or {}
+    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+
+
+def read_completion(answer: Any) -> Reply:
+    """The reply in a server's JSON answer."""
+    spent = tokens_of(answer)
+    if answer.get("usage") and answer["choices"] == []:  # paid for, though empty
         return Reply(None, "empty", *spent)
-    choice = answer["choices"][0]  # type: ignore[index]
-    text = whole(choice["message"]["content"])
+    choice = answer["choices"][0]
+    text = replace_surrogates(choice["message"]["content"])
     if choice.get("finish_reason") == "length":
         return Reply(None, "length", *spent)
     return Reply(text, None, *spent) if text and text.strip() else Reply(None, "empty", *spent)
 
 
 def refusal(content: bytes) -> str:
-    """A server's own words for a refusal, on one line: the message of its error object, else how the body begins."""
+    """The server's message of a refusal on one line: that of its error object, else the start of the body."""
     text = content[:2000].decode(errors="replace")
     try:
         error = json.loads(content)["error"]
@@ -97,13 +110,16 @@ def refusal(content: bytes) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def whole(text: str | None) -> str | None:
-    """The text with U+FFFD for half of a surrogate pair, as an emoji cut between two tokens leaves it: no file could hold that."""
+def replace_surrogates(text: str | None) -> str | None:
+    """Replace half of a surrogate pair by U+FFFD.
+
+    An emoji cut between two tokens leaves such a half, which no file can hold.
+    """
     return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def failure_of(error: Exception) -> str:
-    """The reason that a `Reply` gives for an error of `ChatApi.post`."""
+    """The failure of a `Reply` for an error of `ChatApi.post`."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"http_{error.response.status_code}"
     if isinstance(error, httpx.TimeoutException):
@@ -112,14 +128,14 @@ def failure_of(error: Exception) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Worth another try: no connection, too slow, too many requests, the server's own fault."""
+    """Whether to try again: no connection, too slow, too many requests, a fault of the server."""
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in (408, 409, 425, 429) or error.response.status_code >= 500
     return isinstance(error, httpx.TransportError)
 
 
 def retry_after(error: BaseException | None) -> float | None:
-    """Seconds that the server asked us to wait."""
+    """Seconds to wait, as the server requests."""
     if not isinstance(error, httpx.HTTPStatusError):
         return None
     try:

@@ -1,42 +1,21 @@
-"""What a stage will ask of a language model, told before it asks: calls, tokens, dollars and minutes, each from … to ….
+"""Estimate calls, tokens, dollars and minutes of a stage that queries a language model, each as a range.
 
-Low: one call a question, four characters a token, answers of `ANSWER_TOKENS`.  High: every call that may be made, three characters a
-token, answers as long as they may be.  Minutes follow from the stated pace; where none is stated, from `TOKENS_PER_SECOND` of one
-stream.  The rates for money are the user's (`dollars_per_million_in`, `…_out`); without them there is no price.
+Low: one call per question, four characters per token, answers of `ANSWER_TOKENS`.  High: all calls allowed, three
+characters per token, answers of the maximal length.  Minutes follow from the configured pace, or by default from
+`TOKENS_PER_SECOND` of one stream.  Users configure prices (`dollars_per_million_in`, `…_out`); without them dollars are
+not estimated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from pgenrm_train.backends.api.endpoint import dollars
+from pgenrm_train.backends.protocols import Estimate, Range
 from pgenrm_train.config import EndpointConfig
 
 ANSWER_TOKENS = 700  # of a chain
 TOKENS_PER_SECOND = 50.0
-
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Each a (low, high); `dollars` is None where no price is stated."""
-
-    calls: Range
-    prompt_tokens: Range
-    completion_tokens: Range
-    dollars: Range | None
-    minutes: Range
-
-    def facts(self) -> dict[str, Any]:
-        """For manifests."""
-        price = {"dollars": [round(d, 4) for d in self.dollars]} if self.dollars else {}
-        return {
-            "calls": [round(c) for c in self.calls], "prompt tokens": [round(t) for t in self.prompt_tokens],
-            "completion tokens": [round(t) for t in self.completion_tokens], **price, "minutes": [round(m, 1) for m in self.minutes],
-        }  # fmt: skip
 
 
 def estimate(
@@ -48,13 +27,16 @@ def estimate(
     known_share: float = 0.0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Estimate:
-    """`prompt_characters`: mean length of a prompt, or (low, high); `tries`: calls a question at most; `known_share` of the questions is
-    answered already and costs nothing."""
+    """Estimate the cost of `questions`, with at most `tries` calls per question.
+
+    `prompt_characters` is the mean length of a prompt, or (low, high).  A `known_share` of the questions is answered on
+    disk and costs nothing.
+    """
     shortest, longest = (
         prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters, prompt_characters)
     )
-    asked = questions * (1.0 - known_share)
-    calls = (asked, asked * tries)
+    unanswered = questions * (1.0 - known_share)
+    calls = (unanswered, unanswered * tries)
     prompts = (calls[0] * shortest / 4.0, calls[1] * longest / 3.0)
     answers = (calls[0] * min(answer_tokens, settings.max_tokens), calls[1] * settings.max_tokens)
     priced = settings.dollars_per_million_in or settings.dollars_per_million_out
@@ -72,27 +54,28 @@ def estimate(
     )
 
 
-def announce(who: str, settings: EndpointConfig, found: Estimate) -> Mapping[str, Any]:
-    """Tell the estimate, and what it means for the budget; returns its facts."""
-    price = _span(found.dollars, "{:,.2f}") + " dollars" if found.dollars else "no price stated"
+def announce(role: str, settings: EndpointConfig, expected: Estimate) -> Estimate:
+    """Print the estimate, and a warning if it exceeds the budget; return it."""
+    price = _span(expected.dollars, "{:,.2f}") + " dollars" if expected.dollars else "no price configured"
     print(
-        f"{who} {settings.name}: {_span(found.calls)} calls, {_span(found.prompt_tokens)} tokens in, {_span(found.completion_tokens)} out, "
-        f"{price}, {_span(found.minutes, '{:,.1f}')} minutes at {settings.max_in_flight} calls a time",
+        f"{role} {settings.name}: {_span(expected.calls)} calls, {_span(expected.prompt_tokens)} tokens in, "
+        f"{_span(expected.completion_tokens)} out, {price}, {_span(expected.minutes, '{:,.1f}')} minutes at "
+        f"{settings.max_in_flight} calls at a time",
         flush=True,
     )
     limit = settings.max_dollars
-    if limit is not None and found.dollars and found.dollars[1] > limit:
-        sure = "will" if found.dollars[0] > limit else "may"
+    if limit is not None and expected.dollars and expected.dollars[1] > limit:
+        certainty = "will" if expected.dollars[0] > limit else "may"
         print(
-            f"warning: {who}.max_dollars={limit:g} {sure} be spent before the end; the run then stops, what was answered is kept, and "
-            "the same command with a higher limit goes on",
+            f"warning: {role}.max_dollars={limit:g} {certainty} be spent before the end; the run then stops and keeps "
+            "its answers; the same command with a higher limit continues",
             flush=True,
         )
-    return found.facts()
+    return expected
 
 
 def characters(prompts: Sequence[Sequence[Mapping[str, str]]]) -> float:
-    """Mean length of some chats' texts."""
+    """Mean length of the texts of chats."""
     return sum(len(message["content"]) for chat in prompts for message in chat) / max(1, len(prompts))
 
 

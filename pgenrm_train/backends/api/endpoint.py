@@ -1,9 +1,9 @@
-"""One model behind an OpenAI-compatible API, for teacher and judge: bounded, retried, cached, paid for, and honest about failure.
+"""One model behind an OpenAI-compatible API: limits, retries, a cache and a budget, for teacher and judge.
 
-`Endpoint.ask` is synchronous and may be called from many threads; all of them share one limit of calls in flight, one pace, one
-budget and one cache on disk, so that a second run pays for nothing twice and a killed one loses only what was in flight.
-What was paid is on disk beside the answers (see `answers`), so that a budget holds over restarts.
-An answer that could not be had is a `Reply` with its reason, never an exception and never an empty text.
+`Endpoint.complete` is synchronous, and many threads may call it.  They share one limit of calls in flight, one pace, one
+budget and one cache on disk.  So a second run pays for nothing twice, and a killed run loses only the calls in flight.
+The cost is on disk with the answers (see `answers`), so that a budget holds over restarts.
+A failed call is a `Reply` with its reason, never an exception and never an empty text.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pgenrm_train.backends.api.answers import Answers, NoAnswers, Reply
-from pgenrm_train.backends.api.chat_api import ChatApi, failure_of, is_transient, retry_after
+from pgenrm_train.backends.api.chat_api import NO_COMPLETION, ChatApi, failure_of, is_transient, retry_after
+from pgenrm_train.backends.protocols import Spending
 from pgenrm_train.config import EndpointConfig
 
 Messages = Sequence[Mapping[str, str]]
+Schema = Mapping[str, object]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
-NO_API = (
-    "timeout",
-    "connection",
-    "http_",
-    "malformed",
-)  # failures that show no working API; the last is, for one, a login page
+# Failures that show no working API; a malformed answer may be a login page.
+NO_API = ("timeout", "connection", "http_", "malformed")
 OF_THE_PROMPT = ("http_400", "http_413", "http_422")
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
-CHARACTERS_PER_TOKEN = 3.0  # a low guess, until answers tell
+CHARACTERS_PER_TOKEN = 3.0  # a low guess before the first answers
 
 
 def dollars(settings: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float:
-    """Price at the stated rates, which are 0 unless stated."""
+    """Price at the configured rates, by default 0."""
     return (
         prompt_tokens * settings.dollars_per_million_in + completion_tokens * settings.dollars_per_million_out
     ) / 1e6
@@ -46,7 +43,10 @@ def dollars(settings: EndpointConfig, prompt_tokens: int, completion_tokens: int
 
 @dataclass
 class Usage:
-    """What this start asked and paid; `failures` by reason.  Retries count in `tries` only.  `earlier`: tokens of the starts before."""
+    """Calls and tokens of this start; retries count in `tries` only.
+
+    `failures` are by reason, `earlier` the tokens of earlier starts.
+    """
 
     calls: int = 0
     tries: int = 0
@@ -58,39 +58,34 @@ class Usage:
 
     @property
     def paid(self) -> tuple[int, int]:
-        """Tokens of prompts and of answers, of all starts."""
+        """Tokens of prompts and of answers in all starts."""
         return self.earlier[0] + self.prompt_tokens, self.earlier[1] + self.completion_tokens
-
-    def facts(self, settings: EndpointConfig) -> dict[str, Any]:
-        """The cost report, for manifests; calls are of this start, tokens and dollars of all starts."""
-        prompts, answers = self.paid
-        return {
-            "calls": self.calls, "tries": self.tries, "from cache": self.cached, "prompt tokens": prompts,
-            "completion tokens": answers, "dollars": round(dollars(settings, prompts, answers), 4),
-            "failures": dict(self.failures.most_common()),
-        }  # fmt: skip
 
 
 class Endpoint:
-    """See the module's docstring.  `cache`: a folder for answers; None keeps none."""
+    """A model behind an API, with the limits that all callers share.
+
+    `cache` is a folder for answers; None keeps none.
+    """
 
     def __init__(self, settings: EndpointConfig, cache: Path | None = None) -> None:
         self.settings, self.usage = settings, Usage()
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
         self._lock = threading.Lock()
         self._next_start = 0.0
-        self._answers, self._tokens = (
-            0,
-            0,
-        )  # that came back, cut-off and empty ones too: what a call costs the server's limit
-        self._in_a_row, self._open_until, self._heard = 0, 0.0, ""
+        # All answers count, cut-off and empty ones too, because the server's limit counts their tokens.
+        self._answers = self._tokens = 0
+        self._in_a_row, self._open_until, self._refusal = 0, 0.0, ""
         self._known = Answers(cache) if cache else NoAnswers()
         self.usage.earlier = self._known.paid()
         self._closed = threading.Event()
         self._api = ChatApi(settings)
 
-    def ask(self, messages: Messages, *, sample: int = 0, schema: Mapping[str, Any] | None = None) -> Reply:
-        """One completion.  `sample` tells repeated questions apart and seeds the server; `schema` asks for JSON of that shape."""
+    def complete(self, messages: Messages, *, sample: int = 0, schema: Schema | None = None) -> Reply:
+        """Request one completion, with JSON of the shape of `schema`.
+
+        `sample` distinguishes repeated questions and seeds the server.
+        """
         payload = self._payload(messages, sample, schema)
         key = hashlib.sha256(payload).hexdigest()
         if (known := self._known.get(key)) is not None:
@@ -105,63 +100,80 @@ class Endpoint:
             return reply
 
     def knows(self, messages: Messages, *, sample: int = 0) -> bool:
-        """Whether the answer is on disk: it would cost nothing."""
+        """Whether the answer is on disk, so that it costs nothing."""
         return self._known.get(hashlib.sha256(self._payload(messages, sample, None)).hexdigest()) is not None
 
     def close(self) -> None:
-        """Waiting retries give up at once; what is in flight is waited for and kept, since it is paid for."""
+        """Stop retries at once; wait for the calls in flight and keep their answers, which are paid for."""
         self._closed.set()
         deadline = time.monotonic() + self.settings.timeout_seconds
         slots = range(self.settings.max_in_flight)
         ended = sum(self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())) for _ in slots)
-        for _ in range(ended):  # who still waits for a slot is refused
+        for _ in range(ended):  # calls that still wait for a slot are refused
             self._slots.release()
         self._api.close()
         self._known.close()
 
     @property
     def stopped(self) -> str | None:
-        """Why every further call is refused, in words; None while the endpoint works."""
+        """The reason why further calls are refused; None while the endpoint works."""
         reason = self._refused()
         if reason == "circuit_open":
             return self.troubles
         if reason == "budget":
             return (
-                f"the budget of {self.settings.name} is spent: {dollars(self.settings, *self.usage.paid):.2f} dollars and "
-                f"{sum(self.usage.paid)} tokens; what was answered is kept, and the same command with a higher limit goes on from there"
+                f"the budget of {self.settings.name} is spent: {self.spending().dollars:.2f} dollars and "
+                f"{sum(self.usage.paid)} tokens; its answers are kept, and the same command with a higher limit "
+                "continues from there"
             )
         return None
 
     @property
     def down(self) -> bool:
-        """Whether the last calls found no working API: so many that the circuit opened, or all there were.  What is wrong with a
-        prompt is wrong with it tomorrow."""
+        """Whether the API does not work: the circuit is open, or all calls so far failed.
+
+        Failures of a prompt do not count, since they would not pass.
+        """
         made = self.usage.calls - self.usage.cached - sum(self.usage.failures[kind] for kind in REFUSALS)
         own_fault = any(self.usage.failures[kind] for kind in OF_THE_PROMPT)
         return self._refused() == "circuit_open" or (0 < made == self._in_a_row and not own_fault)
 
     @property
     def troubles(self) -> str:
-        """What became of the last calls, in words."""
+        """The outcome of the last calls, for an error."""
         last = ", ".join(f"{n} × {kind}" for kind, n in self.usage.failures.most_common(3))
-        said = f"; it said: {self._heard}" if self._heard else ""
+        refusal = f"; the server's message: {self._refusal}" if self._refusal else ""
         return (
-            f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row ({last}{said}); what was "
-            "answered is kept, and the same command goes on from there"
+            f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row "
+            f"({last}{refusal}); its answers are kept, and the same command continues from there"
         )
 
-    def _payload(self, messages: Messages, sample: int, schema: Mapping[str, Any] | None) -> bytes:
+    def spending(self) -> Spending:
+        """The cost report of the endpoint."""
+        usage, (prompts, answers) = self.usage, self.usage.paid
+        return Spending(
+            usage.calls,
+            usage.tries,
+            usage.cached,
+            prompts,
+            answers,
+            dollars(self.settings, prompts, answers),
+            dict(usage.failures.most_common()),
+        )
+
+    def _payload(self, messages: Messages, sample: int, schema: Schema | None) -> bytes:
         return json.dumps(self.body(messages, sample, schema), sort_keys=True).encode()
 
-    def body(
-        self, messages: Messages, sample: int, schema: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """What is sent."""
+    def body(self, messages: Messages, sample: int, schema: Schema | None = None) -> dict[str, object]:
+        """The body of a request."""
         settings = self.settings
-        body: dict[str, Any] = {
-            "model": settings.name, "messages": [dict(m) for m in messages], "temperature": settings.temperature,
-            settings.max_tokens_field: settings.max_tokens, "seed": sample,
-        }  # fmt: skip
+        body: dict[str, object] = {
+            "model": settings.name,
+            "messages": [dict(m) for m in messages],
+            "temperature": settings.temperature,
+            settings.max_tokens_field: settings.max_tokens,
+            "seed": sample,
+        }
         if schema is not None and settings.structured == "json_schema":
             body["response_format"] = {
                 "type": "json_schema",
@@ -179,7 +191,7 @@ class Endpoint:
         return "circuit_open" if time.monotonic() < self._open_until else None
 
     def _spent(self) -> bool:
-        """Whether a limit is reached, by what all starts and, where answers are kept on disk, all processes have paid."""
+        """Whether the cost of all starts, and with a cache of all processes, has reached a limit."""
         settings = self.settings
         if settings.max_dollars is None and settings.max_total_tokens is None:
             return False
@@ -188,17 +200,17 @@ class Endpoint:
             settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
         )
 
-    def hear(self, words: str) -> None:
-        """Keep a server's words for its last refusal, to be told; some repeat the key."""
+    def note_refusal(self, words: str) -> None:
+        """Keep the server's last refusal for errors, without the key, which some servers repeat."""
         key = os.environ.get(self.settings.api_key_env or "")
-        self._heard = words.replace(key, "…") if key else words
+        self._refusal = words.replace(key, "…") if key else words
 
     def pay(self, reply: Reply) -> None:
-        """Write down what an answer cost that is kept elsewhere."""
+        """Record the cost of an answer that is kept elsewhere."""
         self._known.pay(reply)
 
     def book(self, reply: Reply) -> Reply:
-        """Count the reply; too many failures in a row open the circuit."""
+        """Count a reply; too many failures in a row open the circuit."""
         with self._lock:
             self.usage.calls += 1
             self.usage.prompt_tokens += reply.prompt_tokens
@@ -228,8 +240,8 @@ class Endpoint:
         backoff = wait_random_exponential(multiplier=1, max=MAX_WAIT_SECONDS)
 
         def pause(state: RetryCallState) -> float:
-            asked = retry_after(state.outcome.exception() if state.outcome else None)
-            return backoff(state) if asked is None else min(asked, MAX_WAIT_SECONDS)
+            seconds = retry_after(state.outcome.exception() if state.outcome else None)
+            return backoff(state) if seconds is None else min(seconds, MAX_WAIT_SECONDS)
 
         retrying = Retrying(
             stop=stop_after_attempt(self.settings.attempts) | stop_when_event_set(self._closed),
@@ -240,9 +252,9 @@ class Endpoint:
         )
         try:
             return retrying(self._once, payload)
-        except (httpx.HTTPError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        except (httpx.HTTPError, *NO_COMPLETION) as error:
             if isinstance(error, httpx.HTTPStatusError):
-                self.hear(str(error))
+                self.note_refusal(str(error))
             return Reply(None, failure_of(error))
 
     def _once(self, payload: bytes) -> Reply:
@@ -254,15 +266,15 @@ class Endpoint:
         return reply
 
     def learn(self, tokens: int) -> None:
-        """An answer cost so many tokens."""
+        """Record the tokens of one answer, for the pace."""
         with self._lock:
             self._answers, self._tokens = self._answers + 1, self._tokens + tokens
 
     def start_in(self, characters: int, samples: int = 1) -> float:
-        """Count a try and say in how many seconds it may start: at most `requests_per_minute` starts and `tokens_per_minute`
-        tokens, evenly spread.
+        """Count a try and return the seconds until it may start.
 
-        A call is taken to need as many tokens as calls have needed so far; the first ones, as many as they may.
+        Tries are spread evenly, to at most `requests_per_minute` starts and `tokens_per_minute` tokens.  A call is
+        expected to need the mean tokens of the calls so far; the first ones, their maximum.
         """
         settings, gap = self.settings, 0.0
         if settings.requests_per_minute is not None:

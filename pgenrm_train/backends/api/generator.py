@@ -1,12 +1,12 @@
-"""A model under test behind an API: one asynchronous queue over all requests (METHOD §7), see `base.Generator`.
+"""A model under test behind an API: one asynchronous queue over all requests (METHOD §7), see `protocols.Generator`.
 
-A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once; a server that knows no `n` is asked m
-times.  At most `max_in_flight` samples are on their way, and no request is taken from the caller before there is room for it:
-the event loop runs only while the caller waits for the next answer, so a caller that is slow to store answers slows the queue down
-and not the memory up.  Pace, budget and circuit are the `Endpoint`'s.
+A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once.  A server without `n` gets
+m calls.  At most `max_in_flight` samples are in flight, and the queue takes a request only when it has room.  The event
+loop runs only while the caller waits for the next answer, so a caller that stores answers slowly slows down the queue
+and does not fill the memory.  Pace, budget and circuit are the `Endpoint`'s.
 
-A sample that could not be had is a failed generation, `engine:<kind>`.  When the server is down or the budget spent, what is in
-flight is still handed over, and then comes BackendError.
+A failed sample is a failed generation, `engine:<kind>`.  If the server is down or the budget spent, the queue yields the
+samples in flight and then raises BackendError.
 """
 
 from __future__ import annotations
@@ -14,22 +14,28 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pgenrm_train.backends.api import endpoint as limits
 from pgenrm_train.backends.api.answers import Reply
-from pgenrm_train.backends.api.chat_api import refusal, url_and_headers, whole
+from pgenrm_train.backends.api.chat_api import (
+    NO_COMPLETION,
+    refusal,
+    replace_surrogates,
+    tokens_of,
+    url_and_headers,
+)
 from pgenrm_train.backends.api.endpoint import Endpoint
-from pgenrm_train.backends.protocols import Generation, GenerationRequest
+from pgenrm_train.backends.protocols import Generation, GenerationRequest, Spending
 from pgenrm_train.errors import BackendError
 
-REFUSES_N = ("engine:http_400", "engine:http_422")  # how servers answer a field that they do not take
+REFUSES_N = ("engine:http_400", "engine:http_422")  # how servers answer an unknown field
 ENGINE = "engine:"
 
 
 class EndpointGenerator:
-    """See the module's docstring.  Sample s of a request is seeded with `seed` + s, by vLLM's server with n alike."""
+    """A generator on one endpoint.  Sample s of a request has the seed `seed` + s, as in vLLM's server with n."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -47,16 +53,16 @@ class EndpointGenerator:
             finally:
                 runner.run(queue.close())
 
-    def facts(self) -> Mapping[str, Any]:
-        """What it was paid; see `Usage.facts`."""
-        return self.endpoint.usage.facts(self.endpoint.settings)
+    def spending(self) -> Spending:
+        """The cost so far."""
+        return self.endpoint.spending()
 
     def close(self) -> None:
         self.endpoint.close()
 
 
 class _Trouble(Exception):
-    """A try that brought no answer."""
+    """A try without an answer."""
 
     def __init__(self, kind: str, *, passing: bool = True, retry_after: float | None = None) -> None:
         self.kind, self.passing, self.retry_after = kind, passing, retry_after
@@ -67,27 +73,27 @@ class _Queue:
         self.endpoint, self.waiting = endpoint, iter(requests)
         self.url, self.headers = url_and_headers(endpoint.settings)
         self.exhausted = False
-        self.several = True  # until the server turns out to take no n
+        self.several = True  # until the server refuses n
         self.samples = 0  # in flight
         self.tasks: set[asyncio.Task[None]] = set()
         self.answered: asyncio.Queue[list[Generation] | BaseException] = asyncio.Queue()
         self.session: Any = None
 
     async def next(self) -> list[Generation]:
-        """The answers that have come since the last call, at least those of one request; an empty list is the end."""
+        """Answers since the last call, at least those of one request; an empty list at the end."""
         stopped = self.endpoint.stopped
         if stopped is None:
             self._fill()
         elif not self.samples and not self.exhausted:
             raise BackendError(f"model: {stopped}")
         if not self.samples:
-            if self.endpoint.down:  # a small queue is asked at once, before the circuit opens
+            if self.endpoint.down:  # a small queue is in flight at once, before the circuit opens
                 raise BackendError(f"model: {self.endpoint.troubles}")
             return []
-        found = self._taken(await self.answered.get())
+        generations = self._taken(await self.answered.get())
         while not self.answered.empty():
-            found += self._taken(self.answered.get_nowait())
-        return found
+            generations += self._taken(self.answered.get_nowait())
+        return generations
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -116,46 +122,39 @@ class _Queue:
     async def _answer(self, request: GenerationRequest) -> None:
         try:
             self.answered.put_nowait(await self._sampled(request))
-        except Exception as error:  # a defect of ours; the caller must not wait for ever
+        except Exception as error:  # a bug of ours; the caller must not wait for ever
             self.answered.put_nowait(error)
 
     async def _sampled(self, request: GenerationRequest) -> list[Generation]:
         if not self.several or request.samples == 1:
             return await self._singly(request, 0)
-        found = await self._call(request, 0, request.samples)
-        if len(found) == request.samples and found[0].failure not in REFUSES_N:
-            return found
-        if found[0].failure in REFUSES_N:
-            found = []  # of n, or of the prompt: without n it will show
-        rest = await self._singly(request, len(found))
+        first = await self._call(request, 0, request.samples)
+        if len(first) == request.samples and first[0].failure not in REFUSES_N:
+            return first
+        if first[0].failure in REFUSES_N:
+            first = []  # of n or of the prompt: single calls will show which
+        rest = await self._singly(request, len(first))
         self.several = self.several and any(generation.failure in REFUSES_N for generation in rest)
-        return found + rest
+        return first + rest
 
     async def _singly(self, request: GenerationRequest, first: int) -> list[Generation]:
         calls = [self._call(request, sample, 1) for sample in range(first, request.samples)]
         return [generation for answer in await asyncio.gather(*calls) for generation in answer]
 
     async def _call(self, request: GenerationRequest, first: int, samples: int) -> list[Generation]:
-        """`samples` generations from number `first` on; fewer where the server gives fewer, but at least one."""
+        """`samples` generations from number `first`; at least one, but no more than the server gives."""
         body = self.endpoint.body(request.messages, (request.seed + first) % 2**31)
         if samples > 1:
             body["n"] = samples
         try:
-            answer = await self._tried(body)
+            answer = await self._tried(body, samples)
             choices = [_read(choice) for choice in answer["choices"][:samples]]
-            used = answer.get("usage") or {}
-            spent = int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
+            spent = tokens_of(answer)
             if not choices:
                 raise ValueError
         except _Trouble as trouble:
             return self._failed(request, first, samples, trouble.kind)
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ):  # an answer that is no chat completion
+        except NO_COMPLETION:
             return self._failed(request, first, samples, "malformed")
         self.endpoint.learn(sum(spent))
         self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))
@@ -169,20 +168,20 @@ class _Queue:
         self.endpoint.book(Reply(None, kind))
         return [Generation(request.key, first + i, None, f"{ENGINE}{kind}") for i in range(samples)]
 
-    async def _tried(self, body: dict[str, Any]) -> Any:
-        """As `Endpoint` tries: exponential backoff with jitter, or as long as the server asks for."""
+    async def _tried(self, body: dict[str, object], samples: int) -> Any:
+        """Try as `Endpoint` does: exponential backoff with jitter, or the wait that the server requests."""
         attempt = 0
         while True:
             attempt += 1
             try:
-                return await self._once(body)
+                return await self._once(body, samples)
             except _Trouble as trouble:
                 if not trouble.passing or attempt >= self.endpoint.settings.attempts:
                     raise
                 wait = random.uniform(0, 2.0**attempt) if trouble.retry_after is None else trouble.retry_after
             await asyncio.sleep(min(wait, limits.MAX_WAIT_SECONDS))
 
-    async def _once(self, body: dict[str, Any]) -> Any:
+    async def _once(self, body: dict[str, object], samples: int) -> Any:
         import aiohttp
 
         settings = self.endpoint.settings
@@ -194,7 +193,7 @@ class _Queue:
                 trust_env=True,  # proxies, as other clients do
             )
         payload = json.dumps(body).encode()
-        await asyncio.sleep(self.endpoint.start_in(len(payload), body.get("n", 1)))
+        await asyncio.sleep(self.endpoint.start_in(len(payload), samples))
         try:
             async with self.session.post(self.url, data=payload) as response:
                 content = await response.read()
@@ -203,7 +202,7 @@ class _Queue:
         except aiohttp.ClientError:
             raise _Trouble("connection") from None
         if response.status >= 400:
-            self.endpoint.hear(refusal(content))
+            self.endpoint.note_refusal(refusal(content))
             passing = response.status in (408, 409, 425, 429) or response.status >= 500
             raise _Trouble(
                 f"http_{response.status}",
@@ -215,7 +214,7 @@ class _Queue:
 
 def _read(choice: Any) -> tuple[str | None, str | None]:
     """(text, failure) of one choice."""
-    text = whole(choice["message"]["content"])
+    text = replace_surrogates(choice["message"]["content"])
     if choice.get("finish_reason") == "length":
         return text, "length"
     return (text, None) if isinstance(text, str) and text.strip() else (None, f"{ENGINE}empty")

@@ -75,7 +75,7 @@ def test_a_server_that_is_down_ends_the_evaluation_and_the_same_command_goes_on(
         assert done.returncode == 2
         assert (
             "failed" in done.stderr
-            and "the same command goes on from there" in done.stderr
+            and "the same command continues from there" in done.stderr
             and "Traceback" not in done.stderr
         )
         up["limit"] = 10**9

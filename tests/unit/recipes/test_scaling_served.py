@@ -92,7 +92,7 @@ def test_a_server_that_dies_half_way_loses_nothing(tmp_path, answered):
     with serve(chains) as healthy:
         expected = pool_of(healthy, tmp_path / "whole")
     mortal = serve(lambda body, number: chains(body) if number < answered else {"reset": True})
-    with mortal as dying, pytest.raises(BackendError, match="the same command goes on from there"):
+    with mortal as dying, pytest.raises(BackendError, match="the same command continues from there"):
         pool_of(dying, tmp_path / "broken")
     with serve(chains) as again:
         pool = pool_of(again, tmp_path / "broken")

@@ -178,7 +178,7 @@ def test_a_dead_server_and_a_spent_budget_stop_the_stage_in_one_sentence(
     with (
         serve(lambda body, n: trouble or written(body)) as server,
         teacher(Config(teacher=settings_for(server, **more)), [], tmp_path) as llm,
-        pytest.raises(BackendError, match=f"teacher: .*{said}.*goes on from there"),
+        pytest.raises(BackendError, match=f"teacher: .*{said}.*continues from there"),
     ):
         run(tmp_path, llm)
     assert len(server.bodies) < 30

@@ -35,7 +35,7 @@ def test_what_is_known_costs_nothing_and_no_price_is_no_price():
         found.calls == (0, 0)
         and found.prompt_tokens == (0, 0)
         and found.dollars is None
-        and "dollars" not in found.facts()
+        and "dollars" not in found.for_manifest()
     )
 
 
@@ -83,18 +83,14 @@ def test_a_judge_reads_every_chain_of_users_who_said_something(tmp_path, capsys)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     config = Config(run_dir=str(tmp_path))
     config.cre.steps, config.cre.prompts_per_step, config.cre.group_size = 10, 8, 4
-    facts = estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
-    assert facts["calls"] == [160, 160] and "judge stub: 160 calls" in capsys.readouterr().out
+    expected = estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
+    assert expected.calls == (160, 160) and "judge stub: 160 calls" in capsys.readouterr().out
     probes = [{"extra_info": {"explicit": said}} for said in ("{}", "{}", '{"criteria": "short"}')]
     pq.write_table(pa.Table.from_pylist(probes), tmp_path / "validation.parquet")
     config.cre.validate_every = 4  # at the start and after every fourth step
-    asked = 160 + 1 + -(-config.cre.steps // 4)
-    assert estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})[
-        "calls"
-    ] == [
-        asked,
-        asked,
-    ]
+    calls = 160 + 1 + -(-config.cre.steps // 4)
+    expected = estimate_judge(config, EndpointConfig(**SETTINGS), {"cre": tmp_path / "rows.parquet"})
+    assert expected.calls == (calls, calls)
 
 
 def test_what_a_judge_was_paid_is_summed_over_starts_and_stages(tmp_path):

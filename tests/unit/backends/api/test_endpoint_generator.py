@@ -169,7 +169,7 @@ def test_requests_are_taken_only_as_there_is_room():
 def test_what_is_in_flight_when_a_server_dies_is_handed_over():
     with serve(lambda body, n: several(body, n) if n < 10 else {"status": 404}) as server:
         answers, one = [], generator(server, give_up_after=5)
-        with pytest.raises(BackendError, match="the same command goes on from there"):
+        with pytest.raises(BackendError, match="the same command continues from there"):
             for answer in one(requests(60), temperature=0.7):
                 answers.append(answer)  # noqa: PERF402
         assert sum(a.failure is None for a in answers) == 10
