@@ -87,16 +87,15 @@ def grid(
         raise ConfigError(
             f"eval.ind={list(inds)} and eval.pro={list(pros)} must be numbers of chains, one of them above 0"
         )
-    groups, own, similar = _pivot(pool)
-    for name, wanted, held in (("ind", max(inds), len(own[0][0])), ("pro", max(pros), len(similar[0][0]))):
+    table = _pivot(pool)
+    held_own, held_similar = len(table.own.scores[0]), len(table.similar.scores[0])
+    for name, wanted, held in (("ind", max(inds), held_own), ("pro", max(pros), held_similar)):
         if wanted > held:
             raise ConfigError(
                 f"eval.{name}={wanted} is more than the {held} chains per pair and order in the pool; "
                 "sample more"
             )
-    return pd.concat(
-        [_cell(groups, own, similar, m, n, weights, replicates) for m, n in cells], ignore_index=True
-    )
+    return pd.concat([_cell(table, m, n, weights, replicates) for m, n in cells], ignore_index=True)
 
 
 class _Source(NamedTuple):
@@ -106,15 +105,18 @@ class _Source(NamedTuple):
     failures: np.ndarray
 
 
+class _Table(NamedTuple):
+    """The pool as rectangles: G groups, with user and kind, and the chains of both sources."""
+
+    groups: pd.DataFrame
+    own: _Source
+    similar: _Source
+
+
 def _cell(
-    groups: pd.DataFrame,
-    own: _Source,
-    similar: _Source,
-    m: int,
-    n: int,
-    weights: tuple[float, float],
-    replicates: int | None,
+    table: _Table, m: int, n: int, weights: tuple[float, float], replicates: int | None
 ) -> pd.DataFrame:
+    groups, own, similar = table
     subsets = len(own.scores[0]) // m if m else 1
     subsets = min(subsets, replicates or subsets)
     own_scores, own_failures = (
@@ -149,11 +151,8 @@ def _first_failure(failures: np.ndarray, lost: np.ndarray) -> pd.Series:
     return pd.Series(kinds, dtype=object)  # or pandas would turn None into NaN among texts
 
 
-def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
-    """Split a pool into groups (one row each, with user and kind) and its two sources as rectangles.
-
-    Raises DataError if chains are missing.
-    """
+def _pivot(pool: pd.DataFrame) -> _Table:
+    """Arrange a pool as rectangles.  Raises DataError if chains are missing or double."""
     import pandas as pd
 
     if missing := [name for name in COLUMNS if name not in pool.columns]:
@@ -180,7 +179,7 @@ def _pivot(pool: pd.DataFrame) -> tuple[pd.DataFrame, _Source, _Source]:
     for source in ("ind", "pro"):
         rows = (pool["source"] == source).to_numpy()
         sources.append(_rectangle(groups, number[rows], scores[rows], failures[rows], source))
-    return groups, sources[0], sources[1]
+    return _Table(groups, *sources)
 
 
 def _rectangle(
