@@ -10,7 +10,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -171,6 +173,20 @@ def test_the_question_of_the_readme_is_the_example(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert question["query"] in json.loads(done.stdout)[-1]["content"]
+
+
+def test_the_python_example_of_the_evaluation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", page("evaluation"), re.DOTALL)
+    rows = [
+        {"user_id": f"u{n % 2}", "context": f"Question {n}?", "chosen": "Short.", "rejected": f"Long {n}."}
+        | {"split": "test" if n > 5 else "train"}
+        for n in range(8)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "votes.parquet")
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, Any] = {}
+    exec(block, variables)
+    assert variables["accuracy_report"](variables["table"])["accuracy"] == 1.0
 
 
 def test_versions_agree() -> None:
