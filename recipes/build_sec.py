@@ -1,4 +1,4 @@
-"""build_sec: teacher chains → rejection sampling → the SFT set; for nano, also the untrained model and its tokenizer."""
+"""build_sec: teacher chains → rejection sampling → the SFT set; for nano, also the untrained model."""
 
 from __future__ import annotations
 

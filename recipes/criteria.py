@@ -1,4 +1,4 @@
-"""criteria: infer from training votes what users want who stated nothing, by `teacher=` → supervision for CRE."""
+"""criteria: infer from training votes the wishes of users who stated none, by `teacher=`, for CRE."""
 
 from __future__ import annotations
 

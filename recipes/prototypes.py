@@ -1,4 +1,4 @@
-"""prototypes: the newest checkpoint writes analyses of training users → embeddings → clusters → refined prototypes."""
+"""prototypes: analyses by the newest checkpoint → embeddings → clusters → refined prototypes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """score: one user, one query, N responses → the chain and the scores.
 
-`score.ind=m score.pro=n`: the mean of m sampled chains, and of one chain from each of the n most similar users of the
-run's prototypes.  `records.question_file` describes `score.input=FILE.json`.  `score.dry_run=true` prints the chat
-messages as one JSON array and starts nothing.
+`score.ind=m score.pro=n`: the mean of m sampled chains, and of one chain from each of the n most similar
+users of the run's prototypes.  `records.question_file` describes `score.input=FILE.json`.
+`score.dry_run=true` prints the chat messages as one JSON array and starts nothing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _LOCKS: dict[Path, IO[str]] = {}  # open for as long as this process lives
 
 
 def lock(run_dir: Path) -> None:
-    """Lock a run folder until this process ends, however it ends.  Raises ArtifactError if another process has it."""
+    """Lock a run folder until this process ends.  Raises ArtifactError if another process has it."""
     if run_dir.resolve() in _LOCKS:
         return
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
 Needs a builder.  Makes `pairs.parquet` (a folder of shards) and `card.json`.
 
-The pairs pass through once, into raw shards and an index of hashes on disk.  Ids, splits and limits are decided on the
-index and applied to the shards as Arrow columns.  So memory holds one batch, however many pairs there are.
+The pairs pass through once, into raw shards and an index of hashes on disk.  Ids, splits and limits are
+decided on the index and applied to the shards as Arrow columns.  So memory holds one batch, however many
+pairs there are.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
             f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"
         ):
             raise DataError(
-                "the data holds no pair with split=train of a training user, so there is nothing to learn from"
+                "the data holds no pair with split=train of a training user: there is nothing to learn from"
             )
         counts = _counts(index)
         _write(raw, index, folder.path / PAIRS)
@@ -107,9 +108,9 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     if fails and (count := dropped.total()):
         earlier, later, user = index.overlap()
         raise DataError(
-            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, e.g. "
-            f"{earlier} as {later} by user {user}: a test would repeat what was learnt; correct the source, drop them "
-            "with data.on_overlap=drop, or split again with data.split_by=within_user"
+            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, "
+            f"e.g. {earlier} as {later} by user {user}: a test would repeat what was learnt; correct the source, "
+            "drop them with data.on_overlap=drop, or split again with data.split_by=within_user"
         )
     return dropped
 

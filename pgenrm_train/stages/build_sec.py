@@ -1,10 +1,11 @@
 """build_sec: teacher chains filtered by rejection sampling (METHOD §3) → the SFT set of PSI.
 
-Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` (each rejected chain with its reason) and
-`yield.json`.  `rejection` defines what a chain must be.  Two more rules apply here.  No two kept chains may repeat each
-other: `duplicate` is a text of the same user, `near_duplicate` almost an analysis of the same user.  `boilerplate` is
-almost an analysis of another user, so it describes neither.  And the model must be able to write the chain
-(`over_length`).  The teacher never sees the label; half of the chains present the chosen response first.
+Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` (each rejected chain with its
+reason) and `yield.json`.  `rejection` defines what a chain must be.  Two more rules apply here.  No two kept
+chains may repeat each other: `duplicate` is a text of the same user, `near_duplicate` almost an analysis of
+the same user.  `boilerplate` is almost an analysis of another user, so it describes neither.  And the model
+must be able to write the chain (`over_length`).  The teacher never sees the label; half of the chains present
+the chosen response first.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A chain that did not pass, or a call without an answer, and the reason: one row of `rejected.parquet`."""
+    """A chain that did not pass, or a call without an answer: one row of `rejected.parquet`."""
 
     pair_id: str
     order: int
@@ -159,10 +160,10 @@ def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher)
 def sample_chains(
     config: Config, pairs: Sequence[PreferencePair], teacher: Teacher
 ) -> tuple[list[Kept], list[Rejected]]:
-    """Sample up to `sec.samples_per_pair` chains per pair and order until one passes; record every rejected chain.
+    """Sample chains per pair and order until one passes, at most `sec.samples_per_pair`.
 
-    `teacher.in_flight` questions are open at a time.  The result is in the order of the questions, whatever the order
-    of the answers.
+    Every rejected chain is recorded.  `teacher.in_flight` questions are open at a time.  The result is in the order of the questions, whatever
+    the order of the answers.
     """
     all_questions, history = questions(config, pairs), histories(config, pairs)
 
@@ -178,7 +179,10 @@ def sample_chains(
 
 
 def shown(config: Config, pair: PreferencePair, order: int, history: HistorySampler) -> Example:
-    """What the teacher reads: no more history than the prompt shows, or its chain would cite votes that are not there."""
+    """The example that the teacher reads.
+
+    It has no more history than the prompt shows, or the chain would cite votes that are not there.
+    """
     example = present(pair, history(pair), order)
     if masking_of(config, StageName.PSI) != "history_dropout":
         return example
@@ -215,8 +219,8 @@ def without_repetitions(
 ) -> tuple[list[Kept], list[Rejected]]:
     """Keep the first of chains that repeat each other.
 
-    A rule writes by template: only its exact repetitions count.  The two orders of one pair may share their analysis:
-    they teach that the scores follow the responses.
+    A rule writes by template: only its exact repetitions count.  The two orders of one pair may share their
+    analysis: they teach that the scores follow the responses.
     """
     texts: set[tuple[str, str]] = set()
     near = None if by_rule else NearDuplicates(settings.near_duplicate)

@@ -1,7 +1,8 @@
 """Synthetic criteria for users who stated nothing (METHOD §4): supervision of CRE, kept apart from the data.
 
-Needs `build_data/pairs.parquet` and a writer that infers.  Makes `criteria.parquet`: one row per user with `criteria`,
-or null and the reason; `votes` counts the votes read.  `rewards.synthetic_criteria` defines prompt and limits.
+Needs `build_data/pairs.parquet` and a writer that infers.  Makes `criteria.parquet`: one row per user with
+`criteria`, or null and the reason; `votes` counts the votes read.  `rewards.synthetic_criteria` defines
+prompt and limits.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def load(run_dir: Path) -> dict[str, ExplicitSignals]:
 def votes_of_silent_users(
     pairs: Sequence[PreferencePair], seed: int
 ) -> list[tuple[str, tuple[HistoryItem, ...]]]:
-    """Users who cast a training vote without stating anything, each with up to `VOTES` training votes, oldest first."""
+    """Training users who stated nothing, each with up to `VOTES` training votes, oldest first."""
     votes: dict[str, list[PreferencePair]] = defaultdict(list)
     silent: dict[str, None] = {}
     for pair in pairs:

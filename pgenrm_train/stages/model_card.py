@@ -1,6 +1,7 @@
 """Model card of a trained checkpoint: its training, its use and its limits.
 
-Written from configuration and manifest, without dates or machine paths, so that the same run writes the same card.
+Written from configuration and manifest, without dates or machine paths, so that the same run writes the same
+card.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def write_card(config: Config, stage: Stage, folder: StageFolder, steps: object)
     )
     body = f"""# {config.model.label}, {folder.stage}
 
-A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads earlier preferences of one user and
-two or more new responses, and writes an evaluation chain: persona, weighted criteria, a score for each response.
+A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads earlier preferences of one user
+and two or more new responses. It writes an evaluation chain: persona, weighted criteria, a score per response.
 
 Training: {stage.method}.
 
@@ -51,13 +52,14 @@ Prompts must be built as in training:
 python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_FOLDER score.input=question.json
 ```
 
-`question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`, `chosen`,
-`rejected`.
+`question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`,
+`chosen`, `rejected`.
 
 ## Limits
 
-This card holds no accuracy: `recipe=evaluate` measures it on held-out users and reports protocol and intervals.
-Training data may hold personal preferences; their licence is that of the data and the base model named above.
+This card holds no accuracy: `recipe=evaluate` measures it on held-out users and reports protocol and
+intervals. Training data may hold personal preferences; their licence is that of the data and the base model
+named above.
 """
     write_text(
         folder.path / "checkpoint" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))

@@ -1,9 +1,10 @@
-"""User prototypes (METHOD §6): analyses that a model writes for training users → clusters → refined prototypes.
+"""User prototypes (METHOD §6): analyses of training users → clusters → refined prototypes.
 
 Needs chains of training users, which the recipe supplies, and an embedder.  Makes `prototypes.safetensors`,
 `members.parquet`, `prototypes.json`, `analyses.parquet` (with a 2-D map), `cards.json`, `cards.md`,
-`singular_values.json` and, with chains of users that training has not seen, `cold_start.json`.  Only the preference in
-the *analysis* of a chain is embedded, never its scores, both here and at test time (`clusters.preference_text`).
+`singular_values.json` and, with chains of users that training has not seen, `cold_start.json`.  Only the
+preference in the *analysis* of a chain is embedded, never its scores, both here and at test time
+(`clusters.preference_text`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Analysed(NamedTuple):
 
 
 class Recovery(TypedDict):
-    """Adjusted Rand index of the prototypes against the users' own descriptions, per analysis and per user."""
+    """Adjusted Rand index against the users' own descriptions, per analysis and per user."""
 
     recovery: float | None
     recovery_of_users: float | None
@@ -141,7 +142,8 @@ def remarks(settings: PrototypesConfig, facts: PrototypeFacts) -> Iterator[str]:
     """Remarks that a reader of the console needs to judge the prototypes."""
     if settings.k != "auto" and facts["k"] < int(settings.k):
         yield (
-            f"prototypes.k={settings.k}, but the {facts['analyses']} analyses hold only {facts['k']} distinct preferences"
+            f"prototypes.k={settings.k}, but the {facts['analyses']} analyses hold only {facts['k']} "
+            "distinct preferences"
         )
     if facts["recovery"] is not None:
         yield (
@@ -268,8 +270,8 @@ def _table(rows: Sequence[Analysed], refined: core.Prototypes) -> list[dict[str,
 def recovery(pairs: Sequence[PreferencePair], labels: np.ndarray) -> Recovery:
     """Adjusted Rand index against the users' self-descriptions, by scenario; None if any user has none.
 
-    `recovery` counts every analysis.  `recovery_of_users` counts users per scenario, each with the prototype of most
-    of their analyses there; the lowest wins a tie.
+    `recovery` counts every analysis.  `recovery_of_users` counts users per scenario, each with the prototype
+    of most of their analyses there; the lowest wins a tie.
     """
     if any(p.explicit.self_description is None for p in pairs):
         return {"recovery": None, "recovery_of_users": None}

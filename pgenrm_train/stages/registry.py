@@ -1,8 +1,8 @@
 """Registry of the stages: which stages and settings each depends on.
 
-A stage's fingerprint covers the settings in `reads` and the fingerprints of the stages whose products it uses:
-`after`, and what only the configuration decides, as the stage whose checkpoint it starts from.  Recipes supply the
-bodies, since these need engines.
+A stage's fingerprint covers the settings in `reads` and the fingerprints of the stages whose products it
+uses: `after`, and what only the configuration decides, as the stage whose checkpoint it starts from.  Recipes
+supply the bodies, since these need engines.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stage:
     """Training method, for the model card; None for a stage that trains nothing."""
 
     def settings(self, config: Config) -> dict[str, object]:
-        """Values of `reads`.  Raw data counts by content: a moved file is the same data, a changed file is not."""
+        """Values of `reads`.  Raw data counts by content: a moved file is the same data, a changed one is not."""
         settings = {key: _plain(get(config, key)) for key in self.reads}
         files = {
             key: Path(value)

@@ -1,7 +1,7 @@
-"""How a recipe runs a stage: skip it if complete, check the machine, open the folder, run the body, record the result.
+"""Run of a stage: skip it if complete, check the machine, open the folder, run the body, record the result.
 
-Every stage of `recipe=pipeline` runs in a process of its own (`launch`).  So memory is freed, no engine's settings
-reach the next stage, and a stage run alone takes the same code path as within the pipeline.
+Every stage of `recipe=pipeline` runs in a process of its own (`launch`).  So memory is freed, no engine's
+settings reach the next stage, and a stage run alone takes the same code path as within the pipeline.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ def run_stage(
 ) -> StageFolder:
     """Run `body` in `<run_dir>/<stage>` unless it is complete already; return the stage's folder.
 
-    `summary`: line printed at the end, formatted with the manifest.
-    `inputs`: stages whose products are used in addition to `stage.after`.
-    `renew`: rebuild in place if settings or inputs changed, where other stages refuse.  Safe for stages that train
-    nothing: answers of a model are cached by question.
+    `summary`: line printed at the end, formatted with the manifest. `inputs`: stages whose products are used
+    in addition to `stage.after`. `renew`: rebuild in place if settings or inputs changed, where other stages
+    refuse.  Safe for stages that train nothing: answers of a model are cached by question.
     """
     run_dir = Path(config.run_dir)
     folder = StageFolder.read(run_dir, stage.name)
@@ -73,7 +72,7 @@ def run_stage(
 
 @contextmanager
 def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
-    """Track a stage's numbers, and record in its manifest why it ended early."""
+    """Tracker of the numbers; the manifest records why a stage ended early."""
     tracker = Tracker(config, folder.stage, folder.path)
     tracker.after_log = folder.beat
     try:
@@ -108,7 +107,7 @@ def start_of(config: Config, stages: Sequence[StageName]) -> Start:
 
 
 def newest(config: Config, *stages: StageName) -> StageFolder:
-    """The first complete stage of `stages`, which are given latest first.  Raises ArtifactError if there is none."""
+    """The first complete stage of `stages`, the latest first.  Raises ArtifactError if there is none."""
     for stage in stages:
         folder = StageFolder.read(Path(config.run_dir), stage)
         if folder.complete:
@@ -163,7 +162,10 @@ def prepare(config: Config) -> None:
 
 
 def fail_early(config: Config, stages: Sequence[str]) -> None:
-    """Preflight all remaining stages now, so that a missing judge key fails in seconds.  Raises PreflightError."""
+    """Preflight all remaining stages now, so that a missing judge key fails in seconds.
+
+    Raises PreflightError.
+    """
     failed = (finding for finding in findings(config, still_to_do(config, stages)) if finding.check != "ring")
     if problems := [problem for finding in failed for problem in finding.problems]:
         raise PreflightError("; ".join(problems))

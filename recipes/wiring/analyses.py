@@ -19,7 +19,7 @@ NEWCOMERS = 200  # pairs of validation users for the cold-start curve
 
 
 def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tuple[Written, list[Written]]:
-    """Sample chains on training users, and on newcomers with 0, 1, … known votes; no engine is left afterwards."""
+    """Sample chains on training users, and on newcomers with 0, 1, … known votes; then stop the engines."""
     pairs = load_pairs(Path(config.run_dir))
     sampler = histories(config, pairs)
     train = pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))

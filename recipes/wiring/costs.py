@@ -23,7 +23,7 @@ VERDICT_TOKENS = 80
 
 
 def estimate_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Estimate:
-    """Print and return the estimate of `model=endpoint`; answers of an earlier start are not requested again."""
+    """Print and return the estimate for `model=endpoint`; kept answers are not requested again."""
     from pgenrm_train.backends.api.costs import announce, characters, estimate
 
     write, policy = plain_writer(config), masking_of(config, "eval")
@@ -52,7 +52,7 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
 
 
 def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Estimate:
-    """Print and return the estimate of a judge that reads every chain of the stages in `judged`, stage → its rows."""
+    """Print and return the estimate for a judge of every chain; `judged`: stage → its rows."""
     from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 
     calls, longest = 0.0, ""

@@ -61,7 +61,7 @@ def api_generator(settings: EndpointConfig, prompt: str, folder: Path | None) ->
 def shown_histories(
     config: Config, sampler: HistorySampler, pairs: Sequence[PreferencePair], size: int | None = None
 ) -> Mapping[str, tuple[HistoryItem, ...]]:
-    """pair_id → the history that its question shows: one draw per pair, or per user if a persona is written from it."""
+    """pair_id → the history that its question shows: one draw per pair, or per user for personas."""
     if config.model.prompt != "persona":
         return {p.pair_id: sampler(p, size) for p in pairs}
     of_user: dict[str, tuple[HistoryItem, ...]] = {}

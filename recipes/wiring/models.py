@@ -69,7 +69,7 @@ def check_base(config: Config) -> None:
 
 
 def validation(config: Config) -> Validator:
-    """Accuracy while training: a fixed slice of the validation split, sampled and scored by the shared harness."""
+    """Validation while PSI trains: a fixed slice of the validation split, in the shared harness."""
     sampler, pairs = histories(config, load_pairs(Path(config.run_dir))), validation_pairs(config)
     writer = PromptWriter(config.model, load_tokenizer(base_model(config)))
     return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer)

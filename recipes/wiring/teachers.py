@@ -1,4 +1,4 @@
-"""Teachers: the writers of chains (`build_sec`) and of synthetic criteria (`criteria`) that `teacher=` names."""
+"""Teachers that `teacher=` names: writers of chains, and of synthetic criteria."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RuleTeacher(Rule):
 
 
 class FeatureCriteria(Rule):
-    """Each user's heaviest text features, by the rule of `teacher=features`; see `protocols.CriteriaWriter`."""
+    """Criteria writer by rule: each user's heaviest text features; see `protocols.CriteriaWriter`."""
 
     def __init__(self, pairs: Sequence[PreferencePair]) -> None:
         from data_builders.teachers.features import FeatureTeacher

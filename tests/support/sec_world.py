@@ -1,4 +1,4 @@
-"""A stage of build_sec on small votes: teachers that are rules of a line, a prompt writer that cuts nothing, and how to run them."""
+"""build_sec on small votes: teachers of one line, a prompt writer that cuts nothing, and a runner."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ def vote(number: int, user: str = "u", **more) -> PreferencePair:
 
 
 class Prefers:
-    """A teacher that scores texts beginning with `good` higher; `wrong` first attempts are ranked the other way."""
+    """Teacher that prefers texts beginning with `good`, except in the first `wrong` attempts."""
 
     def __init__(self, wrong: int = 0) -> None:
         self.wrong, self.asked = wrong, []

@@ -1,4 +1,4 @@
-"""build_data: one id a vote, no vote on both sides of a split, limits in whole users, and a card that counts right."""
+"""build_data: one id per vote, no vote on both sides of a split, limits in full users, and a correct card."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def vote(pair_id="p", user="u", chosen="good", rejected="bad", query="q", **more
 
 
 def build(tmp_path, votes, **data) -> tuple[list[PreferencePair], dict]:
-    """Run the stage on given votes; what it wrote, read back, and the card."""
+    """Run the stage on given votes; return the pairs, read back, and the card."""
     config = Config(data=DataConfig(**data))
     folder = StageFolder(tmp_path / "build_data", "build_data")
     card = build_data.run(config, folder, lambda _data, _seed, _left_out: iter(votes))
@@ -171,7 +171,7 @@ def test_pairs_are_asked_for_by_name_of_the_stage_that_makes_them(tmp_path):
         load_pairs(tmp_path)
 
 
-# ---- which pairs a stage asks about ----
+# ---- pairs of a split ----
 
 
 def test_asked_train_leaves_out_held_out_users():
@@ -286,7 +286,7 @@ def test_every_data_name_has_its_builder_and_another_is_told():
         builder(Config(data=DataConfig(name="foo")))
 
 
-# ---- a folder of files, and files that are not whole ----
+# ---- folders of files, and incomplete files ----
 
 
 def write_shards(folder, count=6, shard=2):
@@ -351,7 +351,8 @@ def votes(data, seed, left_out):
             os.kill(os.getpid(), 9)
         yield pair
 
-build_data.run(Config(data=DataConfig(users=400, heldout_users=8)), StageFolder(Path(sys.argv[1]) / "build_data", "build_data"), votes)
+folder = StageFolder(Path(sys.argv[1]) / "build_data", "build_data")
+build_data.run(Config(data=DataConfig(users=400, heldout_users=8)), folder, votes)
 """
 
 

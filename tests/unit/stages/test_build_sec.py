@@ -22,7 +22,7 @@ def test_orders_alternate_and_both_are_equally_frequent(tmp_path):
     assert Counter(row["order"] for row in rows) == {0: 10, 1: 10}
     assert [row["order"] for row in rows] == [0, 1] * 10
     assert len({row["pair_id"] for row in rows}) == 20
-    for row in rows:  # the chosen response stands where the order says
+    for row in rows:  # the order gives the place of the chosen response
         prompt = row["messages"][-2]["content"]
         assert (
             (prompt.index("<response_1>good") > 0)
@@ -86,19 +86,21 @@ def test_the_same_text_is_learnt_once_a_user(tmp_path):
 
 
 LONG = (
-    "This reader asks for recipes on weekdays and has little time, so every answer that starts with the list of ingredients and then "
-    "gives numbered steps earns marks, whereas stories about grandmothers, remarks on the weather and advice to consult a chef cost "
-    "some; the earlier votes agree on it in three of three pairs, and nothing in them speaks of taste in music or of politics at all."
+    "This reader asks for recipes on weekdays and has little time, so every answer that starts with the "
+    "list of ingredients and then gives numbered steps earns marks, whereas stories about grandmothers, "
+    "remarks on the weather and advice to consult a chef cost some; the earlier votes agree on it in "
+    "three of three pairs, and nothing in them speaks of taste in music or of politics at all."
 )
 OTHER = (
-    "Somebody who argues about history for pleasure: sources with dates, a counter-argument taken seriously, and a plain statement of "
-    "what is not known count for more than tone. Length does no harm as long as each paragraph adds a claim that can be checked by "
-    "the reader, which is why bullet points without verbs and bold headings were passed over twice in the votes shown above."
+    "Somebody who argues about history for pleasure: sources with dates, a counter-argument taken "
+    "seriously, and a plain statement of what is not known count for more than tone. Length does no harm "
+    "as long as each paragraph adds a claim that can be checked by the reader, which is why bullet points"
+    " without verbs and bold headings were passed over twice in the votes shown above."
 )
 
 
 class Repeats(Prefers):
-    """A language model that says `said` of every pair, with one word changed."""
+    """Language model that writes `said` about every pair, with one word changed."""
 
     in_flight, by_rule = 2, False
 
@@ -127,7 +129,7 @@ def test_an_analysis_that_says_the_same_again_is_kept_once(tmp_path):
     assert len(rows) == 1 and len(rejected) == 11
     owner = rows[0]["user_id"]
     users = {v.pair_id: v.user_id for v in votes}
-    for row in rejected.itertuples():  # of this user: nothing new; of another: about nobody
+    for row in rejected.itertuples():  # of this user: nothing new; of another: generic
         assert row.reason == ("near_duplicate" if users[row.pair_id] == owner else "boilerplate")
 
 
@@ -206,7 +208,7 @@ def test_mixed_masking_draws_by_pair_and_reproducibly(tmp_path):
 
 
 def test_under_history_dropout_the_teacher_reads_as_many_votes_as_the_prompt_shows(tmp_path):
-    """A chain that spoke of votes which the prompt lacks would teach the model to invent some."""
+    """A chain that cites votes which the prompt lacks would teach the model to invent some."""
 
     class Counts(Prefers):
         def write(self, example, attempt):

@@ -1,4 +1,4 @@
-"""The chain factory as a user starts it, against a server that fails in every way, killed in the middle and started again."""
+"""build_sec as a user starts it, against a server that fails in every way, killed and started again."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ TROUBLES = [
 
 
 class Teacher:
-    """Prefers what begins with `good`; every third call goes wrong.  Counts the completions that were paid for by question."""
+    """Server that prefers texts beginning with `good`; every third call fails.  Counts paid completions by question."""
 
     def __init__(self) -> None:
         self.paid: Counter[str] = Counter()
@@ -50,10 +50,12 @@ class Teacher:
 
 def command(folder: Path, url: str) -> list[str]:
     return [
-        sys.executable, "-m", "pgenrm_train", "recipe=build_sec", f"run_dir={folder / 'run'}", "data=pairs", "sec.orders_per_pair=2", f"data.path={folder / 'votes.jsonl'}",
-        "tracking=none", "teacher=endpoint", f"teacher.base_url={url}", "teacher.name=stub", f"teacher.max_in_flight={IN_FLIGHT}",
-        "teacher.timeout_seconds=1", "teacher.attempts=3", "teacher.dollars_per_million_in=100", "teacher.dollars_per_million_out=100",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "pgenrm_train", "recipe=build_sec", f"run_dir={folder / 'run'}"),
+        *("data=pairs", f"data.path={folder / 'votes.jsonl'}", "sec.orders_per_pair=2", "tracking=none"),
+        *("teacher=endpoint", f"teacher.base_url={url}", "teacher.name=stub"),
+        *(f"teacher.max_in_flight={IN_FLIGHT}", "teacher.timeout_seconds=1", "teacher.attempts=3"),
+        *("teacher.dollars_per_million_in=100", "teacher.dollars_per_million_out=100"),
+    ]
 
 
 def test_a_killed_factory_goes_on_and_pays_twice_for_nothing_but_what_was_in_flight(tmp_path):
@@ -96,7 +98,7 @@ def test_a_killed_factory_goes_on_and_pays_twice_for_nothing_but_what_was_in_fli
     )
     facts = json.loads((folder / "yield.json").read_text())
     assert facts["chains"] == len(kept) >= 0.9 * QUESTIONS
-    # what the kill cut off was paid to nobody's knowledge; all else is in the report
+    # Calls that the kill cut off were paid unseen; all others are in the report.
     paid = sum(teacher.paid.values())
     assert paid - IN_FLIGHT <= facts["teacher"]["dollars"] / 15e-4 <= paid
     assert facts["teacher"]["from cache"] >= known - IN_FLIGHT

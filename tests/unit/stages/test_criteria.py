@@ -1,4 +1,4 @@
-"""Synthetic criteria: inferred from training votes alone, marked, resumable, judged by, and in no prompt whatever the masking."""
+"""Synthetic criteria: from training votes alone, marked, resumable, read by judges, and never in a prompt."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def vote(number: int, user: str = "u0", **more) -> PreferencePair:
     )
 
 
-# ---- what is asked, what is read ----
+# ---- prompts and answers ----
 
 
 def test_an_answer_is_the_asked_object_and_is_marked_as_synthetic():
@@ -49,9 +49,13 @@ def test_an_answer_is_the_asked_object_and_is_marked_as_synthetic():
 
 
 @pytest.mark.parametrize(
-    "text", ["", WANTS, "{}", '{"criteria": ""}', '{"criteria": "short"}', '{"criteria": 7}', '["criteria"]', "[" * 100_000,
-             json.dumps({"criteria": WANTS, "more": 1}), json.dumps({"criteria": "x" * 5000}), f'Sure: {{"criteria": "{WANTS}"}}'],
-)  # fmt: skip
+    "text",
+    [
+        *("", WANTS, "{}", '{"criteria": ""}', '{"criteria": "short"}', '{"criteria": 7}', '["criteria"]'),
+        *("[" * 100_000, json.dumps({"criteria": WANTS, "more": 1}), json.dumps({"criteria": "x" * 5000})),
+        f'Sure: {{"criteria": "{WANTS}"}}',
+    ],
+)
 def test_anything_else_is_no_answer(text):
     assert read_criteria(text) is None
 
@@ -173,7 +177,7 @@ def test_users_who_all_stated_something_need_nobody(tmp_path):
 
 
 def test_the_features_rule_infers_offline():
-    """One user votes for the short, the other for the long; the rule tells them apart."""
+    """One user votes for the short, the other for the long; the rule separates them."""
     pairs = [vote(n, "short") for n in range(40)]
     pairs += [
         replace(vote(n, "long"), pair_id=f"l{n}", chosen=vote(n).rejected, rejected=vote(n).chosen)
@@ -189,7 +193,7 @@ def test_the_features_rule_infers_offline():
         pass
 
 
-# ---- where they go, and where not ----
+# ---- rows that hold them, and prompts that do not ----
 
 
 @pytest.mark.parametrize("policy", ["masked", "history_dropout", "mixed", "full"])
@@ -239,8 +243,10 @@ def test_the_recipe_runs_offline_and_says_what_it_made(tmp_path):
         for n in range(48)
     ]
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "pgenrm_train", "recipe=criteria", f"run_dir={tmp_path / 'run'}", "data=pairs", "tracking=none",
-               f"data.path={tmp_path / 'votes.jsonl'}"]  # fmt: skip
+    command = [
+        *(sys.executable, "-m", "pgenrm_train", "recipe=criteria", f"run_dir={tmp_path / 'run'}"),
+        *("data=pairs", "tracking=none", f"data.path={tmp_path / 'votes.jsonl'}"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "[criteria] criteria of 4 of 4 users who stated none; failures: {}" in done.stdout

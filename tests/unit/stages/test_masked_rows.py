@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from test_prism import CONVERSATION, SURVEY, model, user
+from prism_world import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
 from pgenrm_train.config.stage_names import StageName

@@ -1,4 +1,4 @@
-"""The prototypes stage on PersonaWorld with the oracle's chains: what is embedded, what is recovered, what a reader is shown."""
+"""The prototypes stage on PersonaWorld with the oracle's chains: embedding, recovery and cards."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_settings_out_of_range_are_refused(key, value):
 
 
 def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(world, tmp_path, monkeypatch):
-    """As an evaluation looks similar users up: by what the analysis concludes, among other users of the training split."""
+    """Similar users are found by the conclusion of the analysis, among other users of the training split."""
     import recipes.wiring.embedders
     from pgenrm_train.errors import ArtifactError
     from pgenrm_train.files import write_table
@@ -315,7 +315,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
 def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_the_matrix(
     tmp_path, monkeypatch
 ):
-    """On one GPU the engine's cache leaves no room for the embedder; and what was asked is what is clustered, row by row."""
+    """On one GPU the engine's cache leaves no room for the embedder; every sampled chain is clustered."""
     import recipes.prototypes
     import recipes.wiring.analyses
     from pgenrm_train.backends.protocols import Generation

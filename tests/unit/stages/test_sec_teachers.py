@@ -1,4 +1,4 @@
-"""Teachers by name, and a language model as the teacher: shown no label, told no label, failing, restarted, out of budget."""
+"""Teachers by name, and a language model as teacher: without labels, failing, restarted, out of budget."""
 
 import json
 
@@ -63,7 +63,7 @@ def settings_for(server, **more) -> EndpointConfig:
 
 
 def written(body, wrong_form=False) -> str:
-    """What a model answers that prefers responses which begin with `good`."""
+    """Answer of a model that prefers responses which begin with `good`."""
     first = "<response_1>good" in body["messages"][1]["content"]
     text = (
         chain(8, 3, f"About {hash(str(body['messages'][1]))}.")
@@ -97,7 +97,7 @@ def test_the_llm_teacher_is_shown_everything_but_the_label(tmp_path):
 def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothing_paid_twice(
     tmp_path, short_waits
 ):
-    """Errors, hangs, dropped connections and garbage; then the same command again, and a third time from the cache alone."""
+    """Errors, hangs, dropped connections and garbage; then a second run, and a third from the cache alone."""
     troubles = [{"status": 500}, {"status": 429}, {"reset": True}, {"raw": b"garbage"}, {"hang": True}]
 
     def flaky(body, n):
@@ -125,7 +125,7 @@ def test_nothing_is_lost_with_a_server_that_fails_a_third_of_its_calls_and_nothi
 
 
 def told(server) -> list[str]:
-    """What the second and later tries were told."""
+    """Corrections that the second and later tries read."""
     return [body["messages"][2]["content"] for body in server.bodies if len(body["messages"]) == 3]
 
 
@@ -151,7 +151,7 @@ def test_without_a_second_chance_the_question_is_asked_again_as_it_was(tmp_path)
 
 
 def test_what_a_second_chance_is_told_is_the_same_whatever_the_label(tmp_path):
-    """The ranking is never complained about; a wrong form is, whether the ranking was right or not."""
+    """No correction names the ranking; a wrong form is named, whether the ranking was right or not."""
     with serve(lambda body, n: chain(5, 5)) as server, pytest.raises(DataError, match="tie"):
         asked_with(server, tmp_path / "tie", sec=SecConfig(samples_per_pair=2))
     assert len(told(server)) == 20 and len(set(told(server))) == 1 and "tie" in told(server)[0]

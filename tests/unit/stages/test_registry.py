@@ -1,0 +1,60 @@
+"""Registry of the stages: order, settings that exist, and fingerprints that older run folders hold."""
+
+from dataclasses import replace
+
+import pytest
+
+from pgenrm_train.config import Config, get, load
+from pgenrm_train.config.stage_names import STAGES, TRAINED, StageName
+from pgenrm_train.files import fingerprint
+from pgenrm_train.stages.registry import BUILD_DATA, CRE, REGISTRY
+
+# Of the default settings, as run folders hold them.
+FINGERPRINTS = {
+    StageName.BUILD_DATA: "f28b8193c528f3cc",
+    StageName.CRITERIA: "4fa2db635a210c17",
+    StageName.BUILD_SEC: "a8f563f3ab8fa9a5",
+    StageName.PSI: "2f9b0bb0e612b604",
+    StageName.CRE: "e1d7f7cf3e144eb8",
+    StageName.CURRICULUM: "1eba216f5b0a8403",
+    StageName.PROTOTYPES: "9caeb3c56f0031ef",
+    StageName.EVALUATE: "9d2b64b20adc17f1",
+}
+
+
+def test_every_stage_comes_after_the_stages_that_it_uses():
+    order = list(StageName)
+    assert list(REGISTRY) == order and set(STAGES) == set(order) - {StageName.CRITERIA}
+    for stage in REGISTRY.values():
+        assert all(order.index(earlier) < order.index(stage.name) for earlier in stage.after)
+        assert bool(stage.method) == (stage.name in TRAINED)
+
+
+@pytest.mark.parametrize("stage", StageName)
+def test_a_stage_reads_existing_settings_with_the_fingerprint_of_older_runs(stage):
+    config = load("recipe=pipeline")
+    for key in REGISTRY[stage].reads:
+        get(config, key)
+    assert fingerprint(REGISTRY[stage].settings(config)) == FINGERPRINTS[stage]
+
+
+def test_later_stages_start_from_the_newest_checkpoint_before_them():
+    assert StageName.PSI.starts_from == () == StageName.BUILD_SEC.starts_from
+    assert StageName.CURRICULUM.starts_from == (StageName.CRE, StageName.PSI)
+    assert StageName.EVALUATE.starts_from == tuple(reversed(TRAINED))
+
+
+def test_raw_data_counts_by_content(tmp_path):
+    config, moved = Config(recipe="build_data"), tmp_path / "moved.jsonl"
+    (tmp_path / "votes.jsonl").write_text("{}\n")
+    config.data.path = str(tmp_path / "votes.jsonl")
+    before = BUILD_DATA.settings(config)
+    (tmp_path / "votes.jsonl").rename(moved)
+    moved_config = replace(config, data=replace(config.data, path=str(moved)))
+    assert BUILD_DATA.settings(moved_config) == before
+    moved.write_text("{} \n")
+    assert BUILD_DATA.settings(moved_config) != before
+    assert (
+        CRE.settings(moved_config)["data.path sha256"]
+        == BUILD_DATA.settings(moved_config)["data.path sha256"]
+    )
