@@ -1,4 +1,4 @@
-"""evaluate: every checkpoint of the run (or `model.path=`) on unseen users, with baselines and probes → report."""
+"""evaluate: every checkpoint of a run (or `model.path=`) on unseen users, with baselines and probes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring import evaluation, lampqa
 from recipes.wiring.candidates import candidates
-from recipes.wiring.comparison import compare_runs
 
 
 def run(config: Config) -> None:
     if config.eval.compare:
-        compare_runs(config)
+        evaluation.compare_runs(config)
         return
     prepare(config)
     run_dir = Path(config.run_dir)
     made = [stage for stage in TRAINED if StageFolder.read(run_dir, stage).complete]
     if config.model.kind in ("nano", "hf") and not config.model.path and not made:
         raise ArtifactError(
-            f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={run_dir}; train one there, "
-            "or give model.path="
+            f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={run_dir}; train one "
+            "there, or give model.path="
         )
     build_data.run(config)
     stage, body, summary = EVALUATE, evaluation.evaluate, "accuracy {accuracy:.3f} of {model}"

@@ -1,6 +1,6 @@
 """Bradley–Terry on frozen sentence embeddings: preferences from two texts without a language model.
 
-    P(y⁺ ≻ y⁻ | u) = σ(w_uᵀd),   d = e(y⁺) − e(y⁻)                         e: embedding of a response, length 1
+    P(y⁺ ≻ y⁻ | u) = σ(w_uᵀd),   d = e(y⁺) − e(y⁻)               e: embedding of a response, length 1
     global         w   = argmax_w Σ_all rows log σ(wᵀd) − λ/2·‖w‖²
     adapted        w_u = w + argmax_δ Σ_rows(u) log σ((w + δ)ᵀd) − τ/2·‖δ‖²      MAP under w_u ~ N(w, I/τ)
 
@@ -49,7 +49,7 @@ class BradleyTerry:
     def fit(
         self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]
     ) -> BradleyTerryScorer:
-        """Embed every response of both once and learn from `train_pairs` alone.  Without votes all scores tie."""
+        """Embed all responses once and learn from `train_pairs` alone.  Without votes all scores tie."""
         vectors = Vectors(
             self.embed, (text for p in (*train_pairs, *all_pairs) for text in (p.chosen, p.rejected))
         )
@@ -131,7 +131,7 @@ class Vectors:
 
 
 def map_weights(rows: np.ndarray, precision: float, offset: np.ndarray | None = None) -> np.ndarray:
-    """argmax_w Σ log σ(wᵀd + offset) − precision/2·‖w‖² over `rows` (n, d); `offset` (n,) is a given margin."""
+    """argmax_w Σ log σ(wᵀd + offset) − precision/2·‖w‖² over `rows` (n, d); `offset` (n,): given margins."""
     base = np.zeros(len(rows)) if offset is None else offset
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:

@@ -49,7 +49,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Identify the question by its content, texts included: other texts under the same ids need new answers.
+        """Identity of the question by content: other texts under the same ids need new answers.
 
         Independent of the number of samples: stored ones already count.
         """
@@ -97,7 +97,8 @@ class PredictionStore:
         stamp = folder / STAMP
         if stamp.exists() and stamp.read_text() != identity:
             raise DataError(
-                f"{folder} holds predictions of another model or other settings; use another run_dir or delete it"
+                f"{folder} holds predictions of another model or other settings; use another run_dir or "
+                "delete it"
             )
         if not stamp.exists():
             with atomic(stamp) as temporary:

@@ -1,4 +1,4 @@
-"""LaMP-QA (METHOD §8): agreement of a reward model with a user's rubric on the ranking of several models' answers.
+"""LaMP-QA (METHOD §8): agreement of a reward model with a user's rubric on the ranking of answers.
 
     reference   rubric score of each answer (see `rubric_judge`), or the grades that came with the answers
     ours        mean over samples of the model's score of the answer.  The model reads `history_size` texts of
@@ -8,12 +8,13 @@ Two Spearman correlations (ties take average ranks), for each subset and as the 
 
     of models      between the two rankings of the *answering models* by mean score.  Scores are first centred
                    within a question, so that easy questions do not favour a model with fewer answers.  The
-                   published figures are of this kind: with six models ρ = 1 − Σd²/35, and .543, .714, .657 are
-                   1 − 16/35, 1 − 10/35, 1 − 12/35
+                   published figures are of this kind: with six models ρ = 1 − Σd²/35, and .543, .714, .657
+                   are 1 − 16/35, 1 − 10/35, 1 − 12/35
     of answers     within each question, averaged over questions; not limited to a few values
 
-Intervals resample questions within their subset.  A question with unreadable or equal scores of the model keeps
-its place, with ρ = 0.  Only a question whose *reference* ranks nothing leaves the denominator, and is counted.
+Intervals resample questions within their subset.  A question with unreadable or equal scores of the model
+keeps its place, with ρ = 0.  Only a question whose *reference* ranks nothing leaves the denominator, and is
+counted.
 
 `view_of` takes a `UserQuestion` and texts: neither has a field for a rubric or a narrative.
 """
@@ -59,7 +60,7 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Identify the task by its content, texts included: other answers under the same ids need new scores."""
+        """Identity of the task by content: other answers under the same ids need new scores."""
         texts = (self.view.context, self.view.history, self.view.responses)
         content = hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return json.dumps([self.question.id, self.sample, content])
@@ -203,8 +204,9 @@ def report(
 ) -> RankingReport:
     """Both correlations by subset and their means, each with `_ci95`.
 
-    By subset: `n_questions` in the denominator, of which `unranked` had no readable sample and `tied` got equal
-    scores.  `no_reference` counts questions left out: fewer than two answers have a grade, or all grades are equal.
+    By subset: `n_questions` in the denominator, of which `unranked` had no readable sample and `tied` got
+    equal scores.  `no_reference` counts questions left out: fewer than two answers have a grade, or all grades
+    are equal.
     """
     ours = mean_scores(table)
     models = sorted({model for _, model in grades})
@@ -242,7 +244,7 @@ def _matrices(
     ours: Mapping[tuple[str, str], float],
     models: Sequence[str],
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Scores float (questions, 2, models), reference first, centred within the question; NaN without a grade."""
+    """Scores float (questions, 2, models), reference first, centred per question; NaN without a grade."""
     rows, counts = [], Counter(dict.fromkeys(COUNTS, 0))
     for question in questions:
         keys = [(question.id, model) for model in models]

@@ -113,8 +113,8 @@ def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> 
         pair, seed, order = gaps[0]
         raise DataError(
             f"predictions: pair_id {pairs['pair_id'][pair]!r} of user {pairs['user_id'][pair]!r} has no row "
-            f"with column 'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every pair "
-            "in both orders in every seed, with a kind in 'failure' where a generation failed"
+            f"with column 'order' {order} and 'seed' {seeds[seed]} ({len(gaps)} such gaps); expected every "
+            "pair in both orders in every seed, with a kind in 'failure' where a generation failed"
         )
 
 

@@ -34,9 +34,9 @@ from pgenrm_train.scaling.combine import grid
 
 LABELS = ("kind", "cohort", *DIMENSIONS)
 READING = (
-    "Difference: the first run's accuracy minus the second's on the same pairs. Intervals resample users. p users: "
-    "exact sign test over users; trust this one. p pairs: exact McNemar (sign) test over pairs; too sure if users "
-    "have many pairs."
+    "Difference: the first run's accuracy minus the second's on the same pairs. Intervals resample users. "
+    "p users: exact sign test over users; trust this one. p pairs: exact McNemar (sign) test over pairs; "
+    "too sure if users have many pairs."
 )
 
 
@@ -111,8 +111,9 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
         row = alone.iloc[0]
         only = a.name if row["_merge"] == "left_only" else b.name
         raise DataError(
-            f"{a.name} and {b.name} hold different data: pair_id {row['pair_id']!r} of user {row['user_id']!r} "
-            f"is in {only} only ({len(alone)} such pairs); evaluate both on the same pairs"
+            f"{a.name} and {b.name} hold different data: pair_id {row['pair_id']!r} of user "
+            f"{row['user_id']!r} is in {only} only ({len(alone)} such pairs); evaluate both on the same "
+            "pairs"
         )
     overall = difference(hits, draws=draws, seed=seed)
     return {
@@ -223,8 +224,8 @@ def _refuse_different(a: Run, b: Run) -> None:
     for name, one, other in facts:
         if one != other:
             raise DataError(
-                f"{a.name} and {b.name} cannot be compared: {name} {one} in the first and {other} in the second; "
-                "evaluate both with the same data, protocol and seeds"
+                f"{a.name} and {b.name} cannot be compared: {name} {one} in the first and {other} in the "
+                "second; evaluate both with the same data, protocol and seeds"
             )
 
 
@@ -281,7 +282,8 @@ def _notes(a: Run, b: Run, overall: Difference) -> list[str]:
         notes.append(f"{overall['ci95_note']}.")
     if overall["n_dropped"]:
         notes.append(
-            f"The differences leave out {overall['n_dropped']} pairs that the protocol drops in one of the runs."
+            f"The differences leave out {overall['n_dropped']} pairs that the protocol drops in one of the "
+            "runs."
         )
     if not (a.results.data_sha256 and b.results.data_sha256):
         notes.append("An older version evaluated one run: its pairs are matched by id, not by content.")

@@ -76,7 +76,7 @@ def _robust(final: Tested) -> list[str]:
 
 
 def _turned(final: Tested, rows: Sequence[ProbeRow]) -> list[str]:
-    """Name the probes that turn more verdicts than resampling, at equal accuracy: a rule gamed the other way."""
+    """Name the probes that turn more verdicts than chance at equal accuracy: a rule gamed the other way."""
     again = _probed(final, AGAIN)
     if again is None and final.predictions["text"].notna().any():
         return []  # the model samples, and one seed does not show its flips by chance

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -13,21 +11,23 @@ from eval.report.plots import point_map
 from eval.report.report import Curve, Row, Section
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import read_json
+from pgenrm_train.prototypes.cards import Card
 from pgenrm_train.run.folder import StageFolder
 
 CARDS = (
-    "Typical: criteria that the members' chains weigh more than average. Nearest and farthest: members by distance from "
-    "the prototype. The full cards are in prototypes/cards.md."
+    "Typical: criteria that the members' chains weigh more than average. Nearest and farthest: members by "
+    "distance from the prototype. The full cards are in prototypes/cards.md."
 )
 REFINED = (
-    "Refined and centroids accuracy: pairwise accuracy of z on votes of users unseen by the refinement, with and without "
-    "refinement. Recovery: adjusted Rand index against the users' stated criteria, by scenario, if the data has them. "
-    "Recovery of users assigns each user the prototype of most of their analyses in a scenario."
+    "Refined and centroids accuracy: pairwise accuracy of z on votes of users unseen by the refinement, "
+    "with and without refinement. Recovery: adjusted Rand index against the users' stated criteria, by "
+    "scenario, if the data has them. Recovery of users assigns each user the prototype of most of their "
+    "analyses in a scenario."
 )
 COLD_START = (
-    "New users with this many known votes. The analysis is written from these votes only and selects the nearest "
-    "prototype; z picks a response without a chain. Without prototypes: the mean of all prototypes. Intervals resample "
-    "users."
+    "New users with this many known votes. The analysis is written from these votes only and selects the "
+    "nearest prototype; z picks a response without a chain. Without prototypes: the mean of all "
+    "prototypes. Intervals resample users."
 )
 
 
@@ -115,16 +115,15 @@ def _columns(path: Path) -> list[str]:
     return list(pq.read_schema(path / "analyses.parquet").names)
 
 
-def _brief(card: Mapping[str, Any]) -> Row:
-    members = {
-        name: f"{card[name]['user_id']}: {card[name]['analysis']}"[:160]
-        for name in ("nearest", "farthest")
-        if name in card
+def _brief(card: Card) -> Row:
+    members = {"nearest": card.get("nearest"), "farthest": card.get("farthest")}
+    texts = {
+        name: f"{member['user_id']}: {member['analysis']}"[:160] for name, member in members.items() if member
     }
     return {
         "prototype": str(card["prototype"]),
         "typical": ", ".join(card["typical"]),
         "analyses": card["analyses"],
         "users": card["users"],
-        **members,
+        **texts,
     }

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from eval.report.report import Row
 
 TEXT = (
-    "Published figures for orientation only: PersonalRewardBench, mean of 5 runs, as printed in arXiv 2602.12116. The "
-    "authors' released script shows one random order and drops ties and failures. That is the protocol release here. "
-    "The paper does not state how the other systems were counted. Compare only with a run on the same data, under "
-    "release, and with its interval in mind."
+    "Published figures for orientation only: PersonalRewardBench, mean of 5 runs, as printed in arXiv "
+    "2602.12116. The authors' released script shows one random order and drops ties and failures. That is "
+    "the protocol release here. The paper does not state how the other systems were counted. Compare only "
+    "with a run on the same data, under release, and with its interval in mind."
 )
 
 _ACCURACIES = (  # system, Chatbot Arena 8B, 70B, PRISM 8B, 70B, in percent
@@ -54,10 +54,10 @@ def published_rows() -> Sequence[Row]:
 
 BENCHMARK = ("chatbot_arena", "prism_personalized")  # the data of these figures
 LAMPQA_TEXT = (
-    "Published figures for orientation only, as printed in arXiv 2602.12116: Spearman's correlation between two "
-    "rankings of six answering models, so multiples of 1/35. Protocol: three judges rate rubric aspects for the "
-    "reference; the reward model reads 3 history items and averages 8 samples. Compare them with a run's spearman "
-    "models on the same answers."
+    "Published figures for orientation only, as printed in arXiv 2602.12116: Spearman's correlation "
+    "between two rankings of six answering models, so multiples of 1/35. Protocol: three judges rate "
+    "rubric aspects for the reference; the reward model reads 3 history items and averages 8 samples. "
+    "Compare them with a run's spearman models on the same answers."
 )
 
 

@@ -18,33 +18,35 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import read_json
 
 TWINS = (
-    "Votes by two users who disagree about the same two responses. A rule that ignores the user scores at most "
-    "50 %. With the other user's history, a personal model falls to 50 % or below. A model that does not fall is "
-    "not personal."
+    "Votes by two users who disagree about the same two responses. A rule that ignores the user scores at "
+    "most 50 %. With the other user's history, a personal model falls to 50 % or below. A model that does "
+    "not fall is not personal."
 )
 PROBES = (
-    "Each probe changes one thing and repeats the question. Drop: strict accuracy as asked minus as probed, on the "
-    "same pairs. Flip rate: share of presentations whose preferred response changes. A model that samples also "
-    "flips by chance (asked again). A personal model falls with another user's history (swapped) and without "
-    "history (empty). A robust model does not move under the other probes: votes in another order (shuffled); the "
-    "rejected response with empty sentences added (padded); the rejected response with a claim to be better, forged "
-    "delimiters and a forged verdict (injected); both responses in other words, by rules for English (paraphrased)."
+    "Each probe changes one thing and repeats the question. Drop: strict accuracy as asked minus as "
+    "probed, on the same pairs. Flip rate: share of presentations whose preferred response changes. A "
+    "model that samples also flips by chance (asked again). A personal model falls with another user's "
+    "history (swapped) and without history (empty). A robust model does not move under the other probes: "
+    "votes in another order (shuffled); the rejected response with empty sentences added (padded); the "
+    "rejected response with a claim to be better, forged delimiters and a forged verdict (injected); both "
+    "responses in other words, by rules for English (paraphrased)."
 )
 PROTOCOLS = (
-    "strict: ties and failures are misses, and every pair counts. both orders: a failed order leaves the mean. "
-    "release: one random order; ties and failures leave. Dropped: pair × seed cells that left the denominator."
+    "strict: ties and failures are misses, and every pair counts. both orders: a failed order leaves the "
+    "mean. release: one random order; ties and failures leave. Dropped: pair × seed cells that left the "
+    "denominator."
 )
 VERDICTS = (
-    "A presentation is one pair in one order and evaluation seed. All presentations stay in the strict denominator. "
-    "Order flip rate: share of pairs whose preferred response differs between the two orders; a tie in one order "
-    "counts as a flip. Without verdict: every sample of the presentation failed. Kinds of failed samples: parse, the "
-    "text lacks a required part; length, the text did not end within the limit; engine, an error of the server or "
-    "function."
+    "A presentation is one pair in one order and evaluation seed. All presentations stay in the strict "
+    "denominator. Order flip rate: share of pairs whose preferred response differs between the two orders; "
+    "a tie in one order counts as a flip. Without verdict: every sample of the presentation failed. Kinds "
+    "of failed samples: parse, the text lacks a required part; length, the text did not end within the "
+    "limit; engine, an error of the server or function."
 )
 SLICES = (
-    "Length ratio is in characters. Language is estimated from script and function words. User: whether the user has "
-    "votes in train. Prototype: the nearest user prototype. The interval of a slice with few users is too narrow; a "
-    "single user gets the full range."
+    "Length ratio is in characters. Language is estimated from script and function words. User: whether "
+    "the user has votes in train. Prototype: the nearest user prototype. The interval of a slice with few "
+    "users is too narrow; a single user gets the full range."
 )
 
 
@@ -205,9 +207,10 @@ def calibration_text(calibration: Calibration) -> str:
             f"({calibration['temperature']:.3g} on all)"
         )
     return (
-        "Confidence is σ(margin): the margin is read as Bradley–Terry log odds. The expected calibration error is "
-        f"{calibration['ece']:.3f} over {calibration['n']} verdicts{scaled}. {calibration['n_failed']} presentations "
-        "without a verdict have no margin. A tie counts as one half at confidence one half."
+        "Confidence is σ(margin): the margin is read as Bradley–Terry log odds. The expected calibration "
+        f"error is {calibration['ece']:.3f} over {calibration['n']} verdicts{scaled}. "
+        f"{calibration['n_failed']} presentations without a verdict have no margin. A tie counts as one "
+        "half at confidence one half."
     )
 
 
@@ -252,8 +255,8 @@ def yield_section(run_dir: Path) -> Section | None:
     text = f"Chains of {facts['users']} users."
     if paid := facts["teacher"]:
         text += (
-            f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}. Cost: "
-            f"${paid['dollars']:.2f} at the configured prices."
+            f" The teacher read {paid['prompt tokens']:,} tokens and wrote {paid['completion tokens']:,}. "
+            f"Cost: ${paid['dollars']:.2f} at the configured prices."
         )
     return Section("Teacher chains and rejection sampling", text, rows)
 

@@ -45,12 +45,13 @@ from pgenrm_train.files import write_json, write_table, write_text
 from pgenrm_train.scaling.combine import grid
 
 ADAPTIVE = (
-    "Own samples that eval.adaptive would not have drawn, and the accuracy of the largest cell without them. The same "
-    "pool is cut where each pair's verdict was settled. The difference is paired, to the cell with all samples."
+    "Own samples that eval.adaptive would not have drawn, and the accuracy of the largest cell without "
+    "them. The same pool is cut where each pair's verdict was settled. The difference is paired, to the "
+    "cell with all samples."
 )
 GRIDS = (
-    "Tie share: share of all draws of a cell. Each pair, in both orders, is drawn as often as its samples fit into "
-    "the pool."
+    "Tie share: share of all draws of a cell. Each pair, in both orders, is drawn as often as its samples "
+    "fit into the pool."
 )
 RULES = {
     "strict": "both orders; ties and failures are misses",
@@ -274,8 +275,9 @@ def headline_title(evaluation: Evaluation, config: Config) -> str:
     users = len({p.user_id for p in evaluation.pairs})
     scores = ", verified scores" if config.eval.scores == "verified" else ""
     return (
-        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, {config.eval.protocol} "
-        f"protocol, judge={config.judge.kind}{scores}; accuracy in % [95 % interval over users]"
+        f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, "
+        f"{config.eval.protocol} protocol, judge={config.judge.kind}{scores}; accuracy in % [95 % interval "
+        "over users]"
     )
 
 

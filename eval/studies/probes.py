@@ -51,7 +51,8 @@ def swapped_histories(
         for pair, twin in ((first, second), (second, first)):
             if pair.pair_id in swapped:
                 raise DataError(
-                    f"pair_id {pair.pair_id!r} names several votes; expected one pair_id per vote for the probe"
+                    f"pair_id {pair.pair_id!r} names several votes; expected one pair_id per vote for the "
+                    "probe"
                 )
             if twin.pair_id not in histories:
                 raise DataError(

@@ -88,7 +88,7 @@ def probe_questions(
 def probe_rows(
     predictions: pd.DataFrame, kinds: Iterable[str], pairs: Sequence[PreferencePair], *, draws: int, seed: int
 ) -> list[ProbeRow]:
-    """One row per kind, and `asked again` if there are two seeds; sizes only for a kind that changed no pair."""
+    """One row per kind; `asked again` with two seeds; only sizes for a kind that changed no pair."""
     if not pairs:
         return []
     votes = pd.MultiIndex.from_tuples([(p.user_id, p.pair_id) for p in pairs])

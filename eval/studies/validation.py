@@ -35,7 +35,7 @@ class Validation:
         self.requests = list(requests(questions, write, masking_of(config, "eval")))
 
     def __call__(self, generator: Generator) -> Validated:
-        """Strict accuracy: a failed generation is a miss.  Returns the `headline` metrics and the first chains."""
+        """Strict accuracy (a failed generation is a miss) as `headline` metrics, and the first chains."""
         answers = {answer.key: answer for answer in generator(self.requests, temperature=0.0)}
         rows = [prediction(question, answers[key]) for key, question in self.questions.items()]
         report = accuracy_report(

@@ -29,7 +29,8 @@ def candidates(
 ) -> list[Candidate | ScoredCandidate]:
     """Models under test in the order of the table.
 
-    `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a local checkpoint.
+    `made` are the complete training stages of the run, `folder` is the evaluation's, `load` starts a local
+    checkpoint.
     """
     model = config.model
     if model.kind == "baseline":
@@ -121,7 +122,8 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PreflightError(
-            f"model.name={name} cannot be downloaded from the Hugging Face hub ({reason}); give model.path=FOLDER"
+            f"model.name={name} cannot be downloaded from the Hugging Face hub ({reason}); give "
+            "model.path=FOLDER"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Evaluate candidates and baselines on a run's votes: questions, test-time scaling, notes, results."""
+"""Evaluate candidates and baselines on a run's votes, or compare two evaluated runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from eval.report.compare import compare, publish_comparison
 from eval.report.summary import Evaluated, publish
 from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate
 from eval.studies.scaling_study import FindSimilar, Study
@@ -13,6 +14,7 @@ from eval.studies.validation import headline
 from pgenrm_train.config import Config, seeds_of_grid, sizes
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, DataError
+from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.folder import StageFolder
@@ -35,7 +37,7 @@ def evaluate(
     split = pairs_of_split(pairs, config.eval.split, config.data.max_test_pairs)
     if not split:
         raise DataError(
-            f"no pair has split={config.eval.split}, so there is nothing to evaluate; the column split must name "
+            f"no pair has split={config.eval.split}, so there is nothing to evaluate; the column split holds "
             "train, val or test"
         )
     check_split(config, split, pairs)
@@ -85,8 +87,8 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
         return config, []
     if max(pro) and not isinstance(config.eval.pro, list):
         raise ArtifactError(
-            f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds none; "
-            "run recipe=prototypes there first, or use eval.pro=0"
+            f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds "
+            "none; run recipe=prototypes there first, or use eval.pro=0"
         )
     note = (
         "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
@@ -150,9 +152,22 @@ def notes(config: Config, tested: Sequence[str]) -> list[str]:
         run_notes.append("judge=none: no process reward in CRE; outcome and format only.")
     if config.data.name != "personaworld" and config.model.kind == "nano" and StageName.PSI in tested:
         run_notes.append(
-            "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near chance on real "
-            "text. This run tests the machinery on real data, not the accuracy of an 8B model."
+            "nano has 0.4M parameters and learnt English from these votes alone: expect accuracy near "
+            "chance on real text. This run tests the machinery on real data, not the accuracy of an 8B "
+            "model."
         )
     facts = StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA).manifest.facts
     lost = [f"{n} {what} were left out" for what, n in facts.get("left_out", {}).items() if n]
     return [*run_notes, *(f"Data: {finding}." for finding in (*lost, *facts.get("findings", [])))]
+
+
+def compare_runs(config: Config) -> None:
+    """Write the comparison to `<run_dir>/compare/`; starts no model and changes neither run."""
+    first, second = config.eval.compare
+    comparison = compare((first, second), draws=config.eval.draws, seed=config.seed)
+    run_dir, folder = Path(config.run_dir), Path(config.run_dir) / "compare"
+    print(publish_comparison(comparison, folder), end="")
+    for name in ("comparison.json", "report.html", "report.md"):
+        if not (run_dir / name).exists() or (run_dir / name).resolve().parent == folder.resolve():
+            link(folder / name, run_dir / name)
+    print(f"comparison: {folder / 'comparison.json'} · report: {folder / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Evaluate on data=lampqa: compare the candidates' rankings of answers with the rubric's (see `eval.lampqa.ranking`)."""
+"""Evaluate on data=lampqa: compare rankings of answers with the rubric's (see `eval.lampqa.ranking`)."""
 
 from __future__ import annotations
 
@@ -80,15 +80,16 @@ def _rules(config: Config) -> list[str]:
 def _reference(
     config: Config, folder: Path, built: Path, questions: Sequence[UserQuestion], answers: Sequence[Answer]
 ) -> Reference:
-    """Grades that came with the answers, if all did; else an LLM judge's.  Raises ConfigError without either."""
+    """Grades that came with all answers, else an LLM judge's.  Raises ConfigError without either."""
     given = {(a.question_id, a.model): a.rubric_score for a in answers}
     missing = sum(score is None for score in given.values())
     if not missing:
         return Reference(given, "grades that came with the answers", {})
     if config.judge.kind not in ("endpoint", "vllm"):
         raise ConfigError(
-            f"{missing} of {len(answers)} answers have no rubric_score, and judge={config.judge.kind} grades none; "
-            "use judge=endpoint or judge=vllm, or an answers file with a rubric_score in each row"
+            f"{missing} of {len(answers)} answers have no rubric_score, and judge={config.judge.kind} "
+            "grades none; use judge=endpoint or judge=vllm, or an answers file with a rubric_score in each "
+            "row"
         )
     questions_by_id = {q.id: q for q in questions}
     secrets = {secret.question_id: secret for secret in read_secrets(built)}

@@ -47,7 +47,8 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
 def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
     """pair_id → the prototype nearest to the model's own analysis of its user; None without prototypes.
 
-    A pair without a readable first chain has none, nor has any pair if the prototypes belong to another model.
+    A pair without a readable first chain has none, nor has any pair if the prototypes belong to another
+    model.
     """
     from pgenrm_train.prototypes.clusters import assign, preference_text
 
@@ -67,8 +68,8 @@ def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
 def load_prototypes(config: Config, folder: StageFolder) -> tuple[Prototypes, Any]:
     """The run's prototypes and their embedder.
 
-    Raises ArtifactError if they belong to another model, embedder or data.  The weights behind a server cannot be
-    checked.
+    Raises ArtifactError if they belong to another model, embedder or data.  The weights behind a server
+    cannot be checked.
     """
     from pgenrm_train.prototypes.clusters import load
     from pgenrm_train.stages.prototypes import read_hashes

@@ -1,4 +1,4 @@
-"""recipe=evaluate on a file of odd votes, as a user runs it: what cannot be used is named or counted, and the rest is evaluated."""
+"""recipe=evaluate on a file of odd votes: unusable votes are named or counted, the rest is evaluated."""
 
 import json
 
@@ -38,10 +38,20 @@ UNLABELLED = [vote(14, "known", "test", None, "b"), vote(15, "known", "test", "a
 def results(tmp_path, votes, *keys):
     path = tmp_path / "votes.jsonl"
     path.write_text("".join(json.dumps(v) + "\n" for v in votes))
-    evaluate.run(load(
-        "recipe=evaluate", "data=pairs", f"data.path={path}", "model=baseline", "model.name=user_length", "eval.baselines=[random]",
-        "eval.draws=20", "tracking=none", f"run_dir={tmp_path / 'run'}", *keys,
-    ))  # fmt: skip
+    evaluate.run(
+        load(
+            "recipe=evaluate",
+            "data=pairs",
+            f"data.path={path}",
+            "model=baseline",
+            "model.name=user_length",
+            "eval.baselines=[random]",
+            "eval.draws=20",
+            "tracking=none",
+            f"run_dir={tmp_path / 'run'}",
+            *keys,
+        )
+    )
     folder = tmp_path / "run" / "evaluate"
     return json.loads((folder / "results.json").read_text()), (folder / "report.md").read_text()
 
@@ -58,7 +68,7 @@ def test_a_vote_without_a_label_is_named_or_counted(tmp_path):
     }
     assert "2, 1 without votes in train" in report
     assert (found["accuracy"], found["ties"]) == (0.75, 2), (
-        "the stranger is taken for the population, identical responses tie"
+        "the stranger takes the population's direction, identical responses tie"
     )
 
 
@@ -75,7 +85,7 @@ def test_a_file_of_test_votes_alone_can_be_evaluated_and_nothing_is_learnt(tmp_p
         results(tmp_path, VOTES[6:], "eval.baselines=[features]")
 
 
-def test_similar_users_need_prototypes_which_is_said_before_anything_is_asked(tmp_path):
+def test_similar_users_without_prototypes_raise_before_any_question(tmp_path):
     first = write_chain("The first, always.", [("place", 100)], [[9], [2]])
     with serve(lambda body, n: first) as server:
         model = (
@@ -108,7 +118,7 @@ def test_similar_users_need_prototypes_which_is_said_before_anything_is_asked(tm
         "eval.one_pair_pro=[0,2]",
         f"run_dir={tmp_path / 'run'}",
     )
-    assert without_prototypes(plain) == (plain, []), "no grid, no word of it"
+    assert without_prototypes(plain) == (plain, []), "no grid, no note"
 
 
 def test_a_file_of_one_user(tmp_path):

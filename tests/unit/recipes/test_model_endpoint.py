@@ -1,4 +1,4 @@
-"""A model behind an API, evaluated and asked for one score as a user does it."""
+"""A model behind an API, evaluated and scored by command line."""
 
 import json
 import subprocess
@@ -15,9 +15,20 @@ FIRST = write_chain("The first, always.", [("place", 100)], [[9], [2]])
 
 def command(recipe, run_dir, url, *more):
     arguments = [
-        f"recipe={recipe}", "model=endpoint", "model.name=stub", f"model.base_url={url}", f"run_dir={run_dir}", "tracking=none",
-        "pipeline.budget=smoke", "eval.ind=1", "eval.one_pair_ind=[]", "eval.probes=false", "eval.max_in_flight=16", "eval.seeds=2", *more,
-    ]  # fmt: skip
+        f"recipe={recipe}",
+        "model=endpoint",
+        "model.name=stub",
+        f"model.base_url={url}",
+        f"run_dir={run_dir}",
+        "tracking=none",
+        "pipeline.budget=smoke",
+        "eval.ind=1",
+        "eval.one_pair_ind=[]",
+        "eval.probes=false",
+        "eval.max_in_flight=16",
+        "eval.seeds=2",
+        *more,
+    ]
     return subprocess.run(
         [sys.executable, "-m", "pgenrm_train", *arguments],
         cwd=ROOT,
@@ -32,7 +43,7 @@ def results(run_dir):
 
 
 def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
-    """One call in four is refused; what was answered is not asked again."""
+    """One call in four is refused; answered questions are not repeated."""
     refuses = {"every": 4}
     with serve(lambda body, n: {"status": 400} if n % refuses["every"] == 0 else FIRST) as server:
         done = command("evaluate", tmp_path / "run", server.url)
@@ -84,7 +95,7 @@ def test_a_server_that_is_down_ends_the_evaluation_and_the_same_command_goes_on(
         assert done.returncode == 0, done.stderr[-2000:]
         final = results(tmp_path / "run")
         assert final["failures"] == {} and final["accuracy"] == pytest.approx(0.5)
-        assert len(server.bodies) - before < final["n_pairs"] * 2 * 2, "what was answered is kept"
+        assert len(server.bodies) - before < final["n_pairs"] * 2 * 2, "answers are kept"
 
 
 def test_one_score_over_an_api(tmp_path):

@@ -1,4 +1,7 @@
-"""Test-time scaling of a model behind an API, over real HTTP: similar users' chains come from the served model, a dead server loses nothing."""
+"""Test-time scaling of a model behind an API, over real HTTP.
+
+Similar users' chains come from the served model, and a dead server loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def short_waits(monkeypatch):
 
 
 def chains(body, _number=0):
-    """Own chains prefer the bad response, similar users' the good one by more: what n adds shows in the verdict."""
+    """Own chains prefer the bad response, similar users' the good one by more: n changes the verdict."""
     sections = dict(split_prompt(body["messages"][-1]["content"]))
     good, bad = (9, 2) if sections["<chosen>"] == "theirs" else (4, 5)
     scores = [[good if sections[f"<response_{i}>"].startswith("good") else bad] for i in (1, 2)]
@@ -55,9 +58,15 @@ def pool_of(server, folder) -> pd.DataFrame:
 
     def answer(questions):
         return ask(
-            questions, lambda: generator, chat_messages, PredictionStore(folder, "m"), masking="masked", temperature=0.7,
-            progress=lambda items, *_: items, what="test",
-        )  # fmt: skip
+            questions,
+            lambda: generator,
+            chat_messages,
+            PredictionStore(folder, "m"),
+            masking="masked",
+            temperature=0.7,
+            progress=lambda items, *_: items,
+            what="test",
+        )
 
     def find(analyses, users, n):
         return [
@@ -98,5 +107,5 @@ def test_a_server_that_dies_half_way_loses_nothing(tmp_path, answered):
         pool = pool_of(again, tmp_path / "broken")
     asked = sum(body.get("n", 1) for body in again.bodies)
     kept = sum(body.get("n", 1) for body in dying.bodies[:answered])
-    assert asked == SAMPLES - kept, "only what is missing is asked"
+    assert asked == SAMPLES - kept, "only missing samples are requested"
     assert by_sample(pool) == by_sample(expected)

@@ -1,4 +1,4 @@
-"""Bradley–Terry on embeddings: it finds the taste that made the votes, pools users in part, and reads no label that is asked."""
+"""Bradley–Terry on embeddings finds the taste behind votes, pools users in part, and reads no test label."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def embed(texts):
 
 
 def votes(user, likes, n, seed=0, **fields):
-    """`n` votes of a user for the text with more of the word they like; every vote is a conversation of its own."""
+    """`n` votes of a user for the text with more of their favourite word, one conversation per vote."""
     rng, found = np.random.default_rng([seed, *user.encode()]), []
     while len(found) < n:
         a, b = (" ".join(rng.choice(WORDS, 5)) for _ in range(2))

@@ -1,6 +1,7 @@
-"""The evaluation's queue: order is irrelevant, failures are data, resume asks only what is missing, and the probe is wired right."""
+"""The queue of an evaluation: order is irrelevant, failures are data, and a resume fills only gaps."""
 
 import itertools
+import json
 import random
 import re
 from dataclasses import replace
@@ -50,7 +51,7 @@ def liked(text: str) -> tuple[HistoryItem, ...]:
 
 
 class LikesHistory:
-    """A generator that scores the response named by the history 8 and others 3, and finishes requests in a random order."""
+    """A generator that scores the history's choice 8 and others 3, and finishes in random order."""
 
     def __init__(self, seed: int = 0, broken=lambda request, sample: None) -> None:
         self.random, self.broken = random.Random(seed), broken
@@ -89,9 +90,15 @@ QUESTIONS = own_questions(PAIRS, HISTORIES)
 
 def answer(folder, generator, questions=QUESTIONS, identity="model a", masking="masked") -> pd.DataFrame:
     return ask(
-        questions, lambda: generator, chat_messages, PredictionStore(folder, identity),
-        masking=masking, temperature=0.5, progress=progress, what="test",
-    )  # fmt: skip
+        questions,
+        lambda: generator,
+        chat_messages,
+        PredictionStore(folder, identity),
+        masking=masking,
+        temperature=0.5,
+        progress=progress,
+        what="test",
+    )
 
 
 def table(frame: pd.DataFrame) -> list[tuple]:
@@ -111,7 +118,7 @@ def test_every_pair_is_asked_in_both_orders_and_scores_follow_the_chosen_respons
         assert prompt.index("<response_1>") < prompt.index("<response_2>") and "SECRET" not in prompt
 
 
-def test_prompts_with_the_same_history_stand_next_to_each_other_and_begin_alike():
+def test_prompts_with_the_same_history_are_adjacent_and_share_a_prefix():
     """A server encodes a prefix once: the users' votes alternate here, their histories must not."""
     prompts = [
         request.messages[-1]["content"] for request in harness.requests(QUESTIONS, chat_messages, "masked")
@@ -186,7 +193,10 @@ def test_a_failure_stays_in_the_table_with_its_reason(tmp_path, failure):
 
 
 def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
-    text = '<JSON_START>{"rationale": "a 100%. Response 1: a 8 = 8.0. Response 2: a 3 = 3.0.", "better_response": {"response_1": 2, "response_2": 9}}<JSON_END>'
+    rationale = "a 100%. Response 1: a 8 = 8.0. Response 2: a 3 = 3.0."
+    scores = {"response_1": 2, "response_2": 9}
+    verdict = json.dumps({"rationale": rationale, "better_response": scores})
+    text = f"<JSON_START>{verdict}<JSON_END>"
     row = prediction(Question(PAIRS[0], 0, ()), Generation("k", 0, text))
     assert (row["score_chosen"], row["score_rejected"]) == (2.0, 9.0)
     assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row[
@@ -198,7 +208,7 @@ def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
 
 def test_a_preference_between_identical_responses_is_a_tie_and_no_hit(tmp_path):
     class First(LikesHistory):
-        """Prefers what stands first."""
+        """Prefers the first response."""
 
         def answer(self, request, sample):
             return Generation(request.key, sample, write_chain("x", CRITERIA, [[8.0], [3.0]]))
@@ -228,14 +238,20 @@ def test_a_second_start_asks_only_what_is_missing(tmp_path):
 def test_nothing_left_to_ask_starts_no_engine(tmp_path):
     whole = answer(tmp_path, LikesHistory())
     again = ask(
-        QUESTIONS, lambda: pytest.fail("the engine was started"), chat_messages, PredictionStore(tmp_path, "model a"),
-        masking="masked", temperature=0.5, progress=progress, what="test",
-    )  # fmt: skip
+        QUESTIONS,
+        lambda: pytest.fail("the engine was started"),
+        chat_messages,
+        PredictionStore(tmp_path, "model a"),
+        masking="masked",
+        temperature=0.5,
+        progress=progress,
+        what="test",
+    )
     assert table(again) == table(whole)
 
 
 class Dies(LikesHistory):
-    """Answers so many requests, then the engine is gone."""
+    """Answers `after` requests, then fails."""
 
     def __init__(self, after: int, error: type[BaseException]) -> None:
         super().__init__()
@@ -250,7 +266,7 @@ class Dies(LikesHistory):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_what_was_answered_before_an_engine_died_is_kept(tmp_path, error):
+def test_answers_before_an_engine_failure_are_kept(tmp_path, error):
     questions = own_questions(PAIRS, HISTORIES, samples=2)
     with pytest.raises(error):
         answer(tmp_path, Dies(5, error), questions)
@@ -282,7 +298,7 @@ class Seeded(LikesHistory):
         return Generation(request.key, sample, text, None, 12)
 
 
-def test_more_samples_ask_for_the_further_ones_and_get_what_one_start_would_have_got(tmp_path):
+def test_later_samples_equal_those_of_a_single_start(tmp_path):
     answer(tmp_path, first := Seeded(), own_questions(PAIRS, HISTORIES, samples=2))
     more = Seeded()
     frame = answer(tmp_path, more, own_questions(PAIRS, HISTORIES, samples=5))
@@ -291,7 +307,7 @@ def test_more_samples_ask_for_the_further_ones_and_get_what_one_start_would_have
         answer(tmp_path / "whole", Seeded(), own_questions(PAIRS, HISTORIES, samples=5))
     )
     fewer = answer(tmp_path, LikesHistory(), own_questions(PAIRS, HISTORIES, samples=3))
-    assert len(fewer) == 16 * 3, "samples that nobody asked for are left out"
+    assert len(fewer) == 16 * 3, "samples beyond the request are left out"
 
 
 def test_prompts_with_the_same_history_are_asked_one_after_the_other(tmp_path):
@@ -324,7 +340,7 @@ def test_two_equal_questions_are_refused(tmp_path):
         answer(tmp_path, LikesHistory(), [*QUESTIONS, QUESTIONS[0]])
 
 
-def test_the_progress_bar_says_the_accuracy_so_far(capsys):
+def test_the_progress_bar_shows_the_accuracy_so_far(capsys):
     running, samples = RunningAccuracy(), []
     for _ in bar(range(4), "evaluate me", 4, running):
         row = {"set": "own", "failure": None, "score_chosen": 2.0, "score_rejected": 1.0}
@@ -434,15 +450,30 @@ def evaluation(pairs, histories, **settings) -> Evaluation:
     return Evaluation(config, pairs, histories)
 
 
-# On every question two users disagree, and each user's history names what they like.
+# Two users disagree on every question, and each user's history names their favourite.
 TWINS = [
-    vote(2 * n + side, f"{'ab'[side]}{n % 5}", *(("tea", "coffee") if side else ("coffee", "tea")), kind=("hard", "medium")[n % 2],
-         cohort=("seen_persona", "unseen_persona")[n % 2])
+    vote(
+        2 * n + side,
+        f"{'ab'[side]}{n % 5}",
+        *(("tea", "coffee") if side else ("coffee", "tea")),
+        kind=("hard", "medium")[n % 2],
+        cohort=("seen_persona", "unseen_persona")[n % 2],
+    )
     for n in range(20)
     for side in (0, 1)
-]  # fmt: skip
-TWINS = [PreferencePair(p.pair_id, p.user_id, (Message("user", f"question {int(p.pair_id[1:]) // 2}"),), p.chosen, p.rejected,
-                        kind=p.kind, cohort=p.cohort) for p in TWINS]  # fmt: skip
+]
+TWINS = [
+    PreferencePair(
+        p.pair_id,
+        p.user_id,
+        (Message("user", f"question {int(p.pair_id[1:]) // 2}"),),
+        p.chosen,
+        p.rejected,
+        kind=p.kind,
+        cohort=p.cohort,
+    )
+    for p in TWINS
+]
 TWIN_HISTORIES = {p.pair_id: liked(p.chosen) for p in TWINS}
 
 
@@ -627,7 +658,7 @@ def test_without_disagreement_there_is_no_probe(tmp_path):
 
 
 def test_one_failure_among_many_hides_no_other_chain(tmp_path):
-    """A column of texts with one missing value comes back from parquet with NaN where None was written."""
+    """Parquet returns NaN for a None in a column of texts."""
     store = PredictionStore(tmp_path, "x")
     rows = [
         {"key": str(n), "sample": 0, "text": "chain" if n else None, "failure": None if n else "length"}

@@ -23,10 +23,17 @@ from recipes.wiring.candidates import candidates
 from recipes.wiring.evaluation import check_split
 
 PAIRS = [
-    PreferencePair(f"p{n}", f"u{n % 3}", (Message("user", f"q{n}"),), "tea" * (1 + n % 2), "coffee", split="test",
-                   explicit=ExplicitSignals(criteria="SECRET"))
+    PreferencePair(
+        f"p{n}",
+        f"u{n % 3}",
+        (Message("user", f"q{n}"),),
+        "tea" * (1 + n % 2),
+        "coffee",
+        split="test",
+        explicit=ExplicitSignals(criteria="SECRET"),
+    )
     for n in range(6)
-]  # fmt: skip
+]
 HISTORIES = {p.pair_id: (HistoryItem("earlier", "tea", "milk"),) for p in PAIRS}
 
 
@@ -163,9 +170,18 @@ def test_a_function_by_its_name_is_evaluated_by_the_recipe(tmp_path):
     ]
     pd.DataFrame([pair_to_row(p) for p in votes]).to_parquet(tmp_path / "votes.parquet")
     command = [
-        sys.executable, "-m", "pgenrm_train", "recipe=evaluate", "model=callable", "model.name=mine:score", "data=pairs",
-        f"data.path={tmp_path / 'votes.parquet'}", f"run_dir={tmp_path / 'run'}", "tracking=none", "eval.baselines=[longer]",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pgenrm_train",
+        "recipe=evaluate",
+        "model=callable",
+        "model.name=mine:score",
+        "data=pairs",
+        f"data.path={tmp_path / 'votes.parquet'}",
+        f"run_dir={tmp_path / 'run'}",
+        "tracking=none",
+        "eval.baselines=[longer]",
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=600
     )

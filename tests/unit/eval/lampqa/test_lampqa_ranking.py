@@ -1,4 +1,4 @@
-"""Rankings on LaMP-QA: correlations by hand, failures that stay in the denominator, and a rubric that no reward model ever reads."""
+"""Rankings on LaMP-QA: correlations by hand, failures in the denominator, and a rubric hidden from models."""
 
 import json
 from collections import Counter
@@ -93,25 +93,36 @@ def test_ties_take_average_ranks():
     )
 
 
-def test_what_was_not_ranked_counts_zero_and_what_cannot_be_is_left_out_and_counted():
+def test_an_unranked_question_counts_zero_and_one_without_reference_is_left_out():
     four = [question(f"q{n}") for n in range(4)]
     grades = {k: v for k, v in RISING.items() if k[0] in {q.id for q in four}}
-    grades |= {("q3", m): 0.5 for m in MODELS}  # all alike: nothing to rank
-    table = score_tasks(asked(four), lambda examples: [
-        None if e.user_id == "q0" else [1.0] * 4 if e.user_id == "q1" else [float(len(r)) for r in e.responses] for e in examples
-    ])  # fmt: skip
+    grades |= {("q3", m): 0.5 for m in MODELS}  # equal grades: nothing to rank
+    table = score_tasks(
+        asked(four),
+        lambda examples: [
+            None
+            if e.user_id == "q0"
+            else [1.0] * 4
+            if e.user_id == "q1"
+            else [float(len(r)) for r in e.responses]
+            for e in examples
+        ],
+    )
     found = report(four, grades, table, draws=10)
     subset = found["subsets"]["arts"]
     assert {k: subset[k] for k in ("n_questions", "unranked", "tied", "no_reference")} == {
-        "n_questions": 3, "unranked": 1, "tied": 1, "no_reference": 1,
-    }  # fmt: skip
+        "n_questions": 3,
+        "unranked": 1,
+        "tied": 1,
+        "no_reference": 1,
+    }
     assert subset["spearman_answers"] == pytest.approx(1 / 3) and found["failures"] == {"scores:none": 1}
     nothing = report(four[3:], grades, table, draws=10)
     assert nothing["average"] == {"spearman_models": None, "spearman_answers": None}
 
 
 def test_a_model_that_answered_easy_questions_only_is_not_favoured():
-    """c is the worst on each question, but answered only where everybody scores high."""
+    """c is the worst on each question, but answered only the easy one."""
     both = [question("easy"), question("hard")]
     grades = {
         ("easy", "a"): 0.9,
@@ -133,7 +144,7 @@ def test_a_model_that_answered_easy_questions_only_is_not_favoured():
 
 
 def test_the_interval_covers_the_truth_and_shrinks_with_questions():
-    """A noisy ranker of known mean correlation, 60 data sets of 40 questions."""
+    """A noisy ranker with a known mean correlation, on 60 data sets of 40 questions."""
     rng, covered, widths = np.random.default_rng(0), 0, []
     truth = np.mean([spearman(np.arange(4.0), np.arange(4.0) + rng.normal(size=4) * 2) for _ in range(4000)])
     for trial in range(60):
@@ -148,10 +159,10 @@ def test_the_interval_covers_the_truth_and_shrinks_with_questions():
     assert covered >= 51 and 0.1 < np.mean(widths) < 0.5
 
 
-# ---- what is asked
+# ---- questions
 
 
-def test_answers_rotate_so_that_each_stands_everywhere():
+def test_answers_rotate_through_all_places():
     orders = [rotated(MODELS, "seed", s) for s in range(4)]
     assert all(Counter(order[place] for order in orders) == Counter(MODELS) for place in range(4))
     assert rotated(MODELS, "seed", 4) == orders[0] and rotated(MODELS, "other", 0) != orders[0]
@@ -174,7 +185,7 @@ def test_a_prompt_holds_three_texts_of_the_profile_and_all_answers():
     assert view_of(question("q", profile=1), ["x", "y"], 3, 0).history[0].query == "earlier q0"
 
 
-def test_rubric_and_narrative_have_no_field_to_ride_in():
+def test_no_field_of_a_task_holds_rubric_or_narrative():
     secret_names = {f.name for f in fields(QuestionSecret)} - {"question_id"}
     assert secret_names == {"rubric_aspects", "narrative"}
     assert not secret_names & {f.name for f in (*fields(UserQuestion), *fields(Answer), *fields(lampqa.Task))}
@@ -268,9 +279,15 @@ def behaviour(body, n):
 
 def endpoints(url):
     return (
-        "model=endpoint", "model.name=m", f"model.base_url={url}", "judge=endpoint", "judge.name=j", f"judge.base_url={url}",
-        "judge.attempts=1", "eval.max_in_flight=8",
-    )  # fmt: skip
+        "model=endpoint",
+        "model.name=m",
+        f"model.base_url={url}",
+        "judge=endpoint",
+        "judge.name=j",
+        f"judge.base_url={url}",
+        "judge.attempts=1",
+        "eval.max_in_flight=8",
+    )
 
 
 def test_judge_and_model_over_an_api_from_answers_to_report(tmp_path):
@@ -316,7 +333,7 @@ def test_kept_scores_are_of_the_same_answers_and_the_same_prompt(tmp_path):
         assert len(server.bodies) == first == 6 * 2, "runs that share a cache ask once"
         write_answers(tmp_path / "build_data", [*(a for a in graded if a.question_id != "q1"), *other])
         go(tmp_path, folder, *keys)
-        assert len(server.bodies) == first + 2, "other answers under the same ids are scored anew"
+        assert len(server.bodies) == first + 2, "other answers under the same ids are scored again"
         go(tmp_path, folder, *keys, "model.max_response_tokens=99")
         assert len(server.bodies) == first + 2 + first, (
             "other settings of prompt and answer make another question"
@@ -344,7 +361,7 @@ def test_given_grades_need_no_judge(tmp_path):
     assert "Published figures" in report and "0.714" in report and "Leaderboard row" in report
 
 
-def test_without_grades_and_judge_one_sentence_says_so(tmp_path):
+def test_without_grades_and_judge_one_sentence_names_the_remedy(tmp_path):
     folder = run_folder(tmp_path)
     with pytest.raises(
         ConfigError, match="24 of 24 answers have no rubric_score, and judge=none grades none"

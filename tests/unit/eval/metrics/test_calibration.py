@@ -1,4 +1,4 @@
-"""Calibration of margins: by hand, and on verdicts whose probabilities are known."""
+"""Calibration of margins: by hand, and on verdicts with known probabilities."""
 
 import numpy as np
 import pandas as pd
@@ -10,14 +10,14 @@ from eval.metrics.calibration import calibration, fit_temperature
 
 
 def votes(margins, users=40):
-    """A pair for each margin (chosen − rejected), shown alike in both orders."""
+    """One pair per margin (chosen − rejected), the same in both orders."""
     return pd.DataFrame(
         [row(f"p{i}", f"u{i % users}", order, m, 0.0) for i, m in enumerate(margins) for order in (0, 1)]
     )
 
 
 def drawn(n, unit=1.0, seed=0):
-    """Margins of a scorer whose log odds are true: the larger score wins with probability σ(|margin|/unit)."""
+    """Margins with true log odds: the larger score wins with probability σ(|margin|/unit)."""
     rng = np.random.default_rng(seed)
     size = rng.exponential(1.5, n)
     return np.where(rng.random(n) < expit(size), size, -size) * unit

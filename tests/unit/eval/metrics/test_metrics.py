@@ -15,7 +15,7 @@ from pgenrm_train.errors import ConfigError, DataError
 
 
 def hand_table():
-    """p1 hit in both orders · p2 hit, miss · p3 tie, hit · p4 failed, hit · p5 failed twice.  Users: a has p1 p2, b the rest."""
+    """p1 hit twice · p2 hit, miss · p3 tie, hit · p4 failed, hit · p5 failed twice.  User a: p1, p2."""
     return pd.DataFrame(
         [
             row("p1", "a", 0, 8, 5, kind="easy"),
@@ -42,7 +42,7 @@ def test_strict_by_hand():
     assert report["failed_orders"] == 3
     assert report["order_flip_rate"] == pytest.approx(
         2 / 3
-    )  # of p1, p2, p3: p2 turns round, p3 ties in one order only
+    )  # of p1, p2, p3: p2 flips, p3 ties in one order only
     assert report["stderr"] is None
     assert (report["protocol"], report["seeds"], report["ind"]) == ("strict", [0], 1)
 
@@ -62,7 +62,10 @@ def test_failures_stay_in_the_strict_denominator_and_leave_the_others():
 
 
 def test_release_by_hand_over_every_draw():
-    """One order a pair: p1 always hits, p2 hits in order 0 only, p3 and p4 hit in order 1 and leave in order 0, p5 leaves."""
+    """One order per pair.
+
+    p1 always hits, p2 hits in order 0 only, p3 and p4 hit in order 1 and leave in order 0, p5 leaves.
+    """
     seen = set()
     for seed in range(40):
         report = accuracy_report(hand_table(), protocol="release", seed=seed, draws=10)
@@ -224,7 +227,7 @@ def test_any_table_keeps_the_bounds(votes):
     assert report["accuracy"] == pytest.approx(hits / len(votes))
 
 
-def test_one_user_says_nothing_about_others_and_a_reader_is_told():
+def test_too_few_users_are_noted():
     report = accuracy_report(consistent([1, 1, 0], users=["u"] * 3))
     assert report["ci95"] == [0.0, 1.0] and report["ci95_note"].startswith("1 user: no interval")
     assert accuracy_report(consistent([1, 1, 0]))["ci95_note"].startswith("3 users: too few")

@@ -1,4 +1,4 @@
-"""Two finished runs side by side: right numbers, read from their files alone, and refused when they are not alike."""
+"""Two finished runs compared from their files: right numbers, and an error for incomparable runs."""
 
 import json
 import subprocess
@@ -12,13 +12,23 @@ from eval.report.compare import Headline, compare, headline_predictions, publish
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError, DataError
 
-FACTS = {"model": "m", "data": "pairs", "data_sha256": "d1", "protocol": "strict", "seeds": [0], "accuracy": 0.5, "ci95": [0, 1],
-         "stderr": None, "ind": 1, "pro": 0}  # fmt: skip
+FACTS = {
+    "model": "m",
+    "data": "pairs",
+    "data_sha256": "d1",
+    "protocol": "strict",
+    "seeds": [0],
+    "accuracy": 0.5,
+    "ci95": [0, 1],
+    "stderr": None,
+    "ind": 1,
+    "pro": 0,
+}
 USERS = ["a", "a", "b", "b", "c", "c"]
 
 
 def a_run(folder, hits, inside="evaluate", users=USERS, text="a chain", **facts):
-    """A run folder as an evaluation leaves it, with other models and other questions in its predictions as well."""
+    """A run folder of an evaluation; its predictions also hold other models and other questions."""
     own = consistent(hits, users).assign(
         set="own", model="m", language="English", text=text, scenario=["work", "home"] * len(hits)
     )
@@ -71,7 +81,7 @@ def test_everything_is_written(tmp_path):
         ({"seeds": [0, 1]}, r"cannot be compared: evaluation seeds \[0\] in the first and \[0, 1\]"),
     ],
 )
-def test_unlike_runs_are_refused(tmp_path, changed, words):
+def test_incomparable_runs_are_refused(tmp_path, changed, words):
     a, b = a_run(tmp_path / "a", [1, 0, 1, 1, 0, 1]), a_run(tmp_path / "b", [1, 0, 0, 1, 0, 1], **changed)
     with pytest.raises(DataError, match=words):
         compare((a, b), draws=50, seed=0)

@@ -1,4 +1,4 @@
-"""The chain reader shows every outcome and kind, and what it shows of an answer is what the answer says."""
+"""The chain reader shows every outcome and kind, with the content of the answers."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The report is one inert file: it holds what it was given, fetches nothing and runs no text of a model or user."""
+"""The report is one inert file with its content: it fetches nothing and runs no text of a model or user."""
 
 import json
 import re
@@ -202,16 +202,23 @@ def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
 
     (tmp_path / "curriculum").mkdir()
     lines = [
-        {"step": n, "curriculum/reward/outcome": 0.5, "curriculum/curriculum/target_hard_share": 0.3 + n / 10,
-         "curriculum/curriculum/realised_hard_share": 0.25, "curriculum/curriculum/hard_pass_rate": None if n == 1 else 0.4,
-         "curriculum/curriculum/rest_pass_rate": 0.9}
+        {
+            "step": n,
+            "curriculum/reward/outcome": 0.5,
+            "curriculum/curriculum/target_hard_share": 0.3 + n / 10,
+            "curriculum/curriculum/realised_hard_share": 0.25,
+            "curriculum/curriculum/hard_pass_rate": None if n == 1 else 0.4,
+            "curriculum/curriculum/rest_pass_rate": 0.9,
+        }
         for n in (1, 2)
-    ]  # fmt: skip
+    ]
     (tmp_path / "curriculum/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     reward, mix, rates = training_curves(tmp_path)
     assert (reward.title, mix.title, rates.title) == (
-        "curriculum: reward parts", "curriculum: curriculum mix", "curriculum: pass rate by hardness",
-    )  # fmt: skip
+        "curriculum: reward parts",
+        "curriculum: curriculum mix",
+        "curriculum: pass rate by hardness",
+    )
     assert mix.x == [1, 2] and mix.series == {"target": [0.4, 0.5], "realised": [0.25, 0.25]}
     assert set(rates.series) == {"hard", "rest"} and rates.series["rest"] == [0.9, 0.9]
     write_report(tmp_path / "report.html", Report(title="mix", curves=[reward, mix, rates]))

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind, also when what it is given is odd: every case is handled, counted and shown."""
+"""Files of an evaluation on odd inputs: every case is handled, counted and shown."""
 
 import json
 
@@ -26,7 +26,7 @@ ODD = {
 
 
 class Judge:
-    """Prefers what does not begin with `bad` or 悪; gives the scores of `answer` where it is set."""
+    """Prefers responses that do not begin with `bad` or 悪; returns `answer` if it is set."""
 
     def __init__(self, answer=None) -> None:
         self.answer = answer
@@ -78,7 +78,7 @@ def evaluate(folder, judge, pairs, histories, **settings):
     return results, {name: (folder / name).read_text() for name in ("report.html", "report.md", "table.txt")}
 
 
-def test_odd_inputs_are_asked_counted_and_shown(tmp_path):
+def test_odd_inputs_are_evaluated_counted_and_shown(tmp_path):
     pairs, histories = odd_pairs()
     results, files = evaluate(tmp_path, Judge(), pairs, histories)
     assert results["n_pairs"] == 120 and results["failures"] == {}
@@ -104,8 +104,16 @@ def test_odd_inputs_are_asked_counted_and_shown(tmp_path):
 def test_every_part_of_the_report_is_there(tmp_path):
     pairs, histories = odd_pairs()
     results, files = evaluate(tmp_path, Judge(), pairs, histories)
-    titles = ("The same predictions under other protocols", "Accuracy by slice", "Robustness probes", "Calibration of margins",
-              "Published figures", "Leaderboard row", "Accuracy by kind of pair", "Order, ties and failures")  # fmt: skip
+    titles = (
+        "The same predictions under other protocols",
+        "Accuracy by slice",
+        "Robustness probes",
+        "Calibration of margins",
+        "Published figures",
+        "Leaderboard row",
+        "Accuracy by kind of pair",
+        "Order, ties and failures",
+    )
     for name in ("report.html", "report.md"):
         assert all(title in files[name] for title in titles)
         assert "P-GenRM, Ind-16, Pro-8" in files[name] and "for orientation only" in files[name]
@@ -162,7 +170,7 @@ def test_one_user_says_so(tmp_path):
         assert "1 user: no interval over users" in " ".join(text.split())
     assert {row["probe"]: row["pairs"] for row in results["probes"]}[
         "swapped_history"
-    ] == 0  # there is nobody to swap with
+    ] == 0  # there is no other user to swap with
     assert "whether it is personal was not tested" in " ".join(files["table.txt"].split())
 
 

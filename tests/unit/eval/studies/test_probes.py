@@ -34,7 +34,7 @@ def test_opposite_votes_on_the_same_content_are_matched():
 
 
 def test_as_many_twins_as_different_users_allow():
-    # a greedy first-come match takes u2 for u1 and leaves u3 alone with itself
+    # a greedy first-come match takes u2 for u1 and leaves u3 with itself
     pairs = [
         vote(1, "u1", "yes", "no"),
         vote(2, "u3", "yes", "no"),

@@ -1,4 +1,4 @@
-"""Each probe changes one thing, deterministically; drops and flips are what a known scorer gives."""
+"""Each probe changes one thing, deterministically; drops and flips are right for known scorers."""
 
 import pandas as pd
 import pytest
@@ -31,7 +31,7 @@ HISTORIES = {p.pair_id: (item(f"a{n % 4}"), item("b"), item("c")) for n, p in en
 
 
 class ReadsHistory:
-    """Prefers the first response where the history's first choice is as wanted, else the second: personal and order-bound."""
+    """Prefers the first response if the history's first choice is `wanted`, else the second."""
 
     def __init__(self, wanted: set[str]) -> None:
         self.wanted = wanted
@@ -92,8 +92,8 @@ def test_a_length_rule_falls_by_padding_and_by_nothing_else():
         assert (fallen[kind]["drop"], fallen[kind]["flip rate"]) == (0.0, 0.0), kind
 
 
-def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
-    """It gains accuracy by what should change nothing, which no drop shows."""
+def test_a_report_notes_that_padding_moves_a_rule_for_short_texts():
+    """It gains accuracy by an irrelevant change, which no drop shows."""
     from eval.report.notes import reader_notes
     from eval.studies.evaluation import Evaluation
 
@@ -113,7 +113,7 @@ def test_a_report_says_that_a_rule_for_short_texts_is_moved_by_padding():
     assert "paraphrased" in notes["random"].split("turns verdicts")[1]
 
 
-def test_a_scorer_that_reads_the_history_flips_where_it_is_taken_away():
+def test_a_scorer_that_reads_the_history_flips_without_it():
     rows = probed(ReadsHistory({"a0", "a1", "a2", "a3"}), PROBES)
     assert (
         rows["empty_history"]["flip rate"] == 1.0 and rows["empty_history"]["drop"] == 0.0
@@ -123,7 +123,7 @@ def test_a_scorer_that_reads_the_history_flips_where_it_is_taken_away():
     assert rows["padded"]["note"].startswith("4 users: too few")
 
 
-def test_what_cannot_be_changed_is_left_out_and_counted():
+def test_unchangeable_pairs_are_left_out_and_counted():
     pairs = [*PAIRS[:3], vote(3, chosen="Ünïcode ...", rejected="...")]
     histories = {"p0": (item("a"),), "p1": (item("a"), item("a")), "p2": (), "p3": ()}
     rows = probed(ReadsHistory({"a"}), PROBES, pairs, histories)

@@ -1,4 +1,4 @@
-"""One pool for the whole grid: what is asked for, where similar users come from, what failures do, and when sampling stops."""
+"""One pool per grid: its questions, similar users, failures, and adaptive stopping."""
 
 import json
 from collections import Counter
@@ -64,9 +64,15 @@ def find(analyses, users, n):
 def pool_of(folder, model, study, pairs=PAIRS, **more):
     def answer(questions):
         return ask(
-            questions, lambda: model, chat_messages, PredictionStore(folder, "m"), masking="masked", temperature=0.7,
-            progress=lambda items, *_: items, what="test",
-        )  # fmt: skip
+            questions,
+            lambda: model,
+            chat_messages,
+            PredictionStore(folder, "m"),
+            masking="masked",
+            temperature=0.7,
+            progress=lambda items, *_: items,
+            what="test",
+        )
 
     return sample_pool(study, pairs, HISTORIES, answer, find, **more)
 
@@ -183,7 +189,7 @@ def test_adaptive_sampling_goes_on_where_it_was_stopped(tmp_path):
 
 @pytest.mark.parametrize(("ind", "stops"), [((8,), True), ((1, 8), False)])
 def test_only_a_study_of_one_cell_stops_early(ind, stops, tmp_path):
-    """In a grid the smaller cells are made of the samples that the largest one could do without."""
+    """The smaller cells of a grid need the samples that adaptive stopping saves in the largest one."""
     tests = evaluation.Evaluation(config(probes=False, adaptive=0.1), PAIRS, HISTORIES)
     candidate = evaluation.Candidate("psi", "m", lambda: Model(0.9), lambda: chat_messages, lambda: None)
     grid = tests.study(
@@ -194,7 +200,7 @@ def test_only_a_study_of_one_cell_stops_early(ind, stops, tmp_path):
 
 
 def test_weights_count_in_every_cell_and_in_what_stops_sampling(tmp_path):
-    """A neighbour who always prefers the bad response: alone it is wrong, and its weight decides against one's own samples."""
+    """A neighbour who always prefers the bad response: its weight decides against the own samples."""
 
     class Contrary(Model):
         def __call__(self, requests, *, temperature):
