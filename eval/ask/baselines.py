@@ -24,11 +24,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from eval.ask.scored import Score
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import ContentKey, Example, PreferencePair, content_key
 
-Score = Callable[[Example], Sequence[float]]
-"""Scores the responses of an example, in presentation order; higher is better, equal is a tie."""
 Votes = Sequence[PreferencePair]
 Fit = Callable[[Votes, Votes, int], Score]
 """(training pairs, every pair of the data set with the evaluated ones, seed) → a fitted baseline."""

@@ -205,8 +205,8 @@ def report(
     """Both correlations by subset and their means, each with `_ci95`.
 
     By subset: `n_questions` in the denominator, of which `unranked` had no readable sample and `tied` got
-    equal scores.  `no_reference` counts questions left out: fewer than two answers have a grade, or all grades
-    are equal.
+    equal scores.  `no_reference` counts questions left out: fewer than two answers have a grade, or all
+    grades are equal.
     """
     ours = mean_scores(table)
     models = sorted({model for _, model in grades})

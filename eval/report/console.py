@@ -7,7 +7,18 @@ from typing import cast
 
 from eval.report.report import Rows
 
-WORDS = ("stage", "run", "model", "slice", "value", "protocol", "probe")  # other columns hold numbers
+WORDS = (
+    "stage",
+    "from",
+    "to",
+    "run",
+    "model",
+    "subset",
+    "slice",
+    "value",
+    "protocol",
+    "probe",
+)  # other columns hold numbers
 
 
 def text_table(rows: Rows, title: str, width: int) -> str:

@@ -68,7 +68,8 @@ def sections(
     ]
     kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
     if len(kinds) > 1:
-        tables.append(Section("Accuracy by kind of pair", "", [_by_kind(t, kinds) for t in everyone]))
+        rows = [_by_kind(t, kinds) for t in everyone]
+        tables.append(Section("Accuracy by kind of pair", "Kinds as named by the data.", rows))
     if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
         text = "All test users are unseen. Unseen personas also hold criteria that no training user has."
         tables.append(Section("Seen and unseen personas", text, cohorts))

@@ -50,8 +50,8 @@ ADAPTIVE = (
     "cell with all samples."
 )
 GRIDS = (
-    "Tie share: share of all draws of a cell. Each pair, in both orders, is drawn as often as its samples "
-    "fit into the pool."
+    "Tie share: ties as a share of all draws of a cell. A pool of M samples gives M // m draws per pair and "
+    "order."
 )
 RULES = {
     "strict": "both orders; ties and failures are misses",

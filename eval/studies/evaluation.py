@@ -13,9 +13,8 @@ from typing import TypedDict
 
 import pandas as pd
 
-from eval.ask.baselines import Score
 from eval.ask.harness import PredictionStore, Progress, Question, Write, ask, own_questions, verified
-from eval.ask.scored import ScoreMany, ask_scores, one_by_one, scored
+from eval.ask.scored import Score, ScoreMany, ask_scores, one_by_one, scored
 from eval.metrics.accuracy import AccuracyReport, Difference, Estimate, accuracy_report, paired_difference
 from eval.studies.probes import Twins, disagreement_twins, swapped_histories
 from eval.studies.robustness import ProbeRow, probe_questions, probe_rows, probe_slice

@@ -242,7 +242,8 @@ def _similar_questions(
     chains = ((q, parse_chain(readable_text(first.loc[q.key]) or "")) for q in questions)
     analyses = {q: "" if isinstance(chain, ParseFailure) else chain.analysis for q, chain in chains}
     readable = {q: analysis for q, analysis in analyses.items() if analysis}
-    found = dict(zip(readable, find(list(readable.values()), [q.pair.user_id for q in readable], study.n)))
+    users = [q.pair.user_id for q in readable]
+    neighbours = dict(zip(readable, find(list(readable.values()), users, study.n)))
     similar_questions = [
         replace(
             question,
@@ -251,13 +252,13 @@ def _similar_questions(
             samples=1,
             neighbour=f"{rank}/{similar.user_id}",
         )
-        for question, users in found.items()
-        for rank, similar in enumerate(users[: study.n])
+        for question, ranked in neighbours.items()
+        for rank, similar in enumerate(ranked[: study.n])
     ]
     missing = [
-        _missing(q, rank, "no_neighbour" if q in found else "no_analysis")
-        for q in sorted(questions, key=found.__contains__)
-        for rank in range(len(found.get(q, ())), study.n)
+        _missing(q, rank, "no_neighbour" if q in neighbours else "no_analysis")
+        for q in sorted(questions, key=neighbours.__contains__)  # those without an analysis first
+        for rank in range(len(neighbours.get(q, ())), study.n)
     ]
     return similar_questions, pd.DataFrame(missing)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from eval.ask.baselines import Fit, Score, Votes, fit_baseline
+from eval.ask.baselines import Fit, Votes, fit_baseline
+from eval.ask.scored import Score
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
