@@ -65,10 +65,10 @@ class PreflightConfig:
 
 @dataclass
 class CardConfig:
-    memory_gib: float = setting(REQUIRED, "memory")
-    tflops: float = setting(REQUIRED, "dense bf16 peak")
-    terabytes_per_second: float = setting(REQUIRED, "memory bandwidth")
-    dollars_per_hour: float = setting(REQUIRED, "price per hour")
+    memory_gib: float = setting(REQUIRED, "memory in GiB")
+    tflops: float = setting(REQUIRED, "dense bf16 peak in TFLOP/s")
+    terabytes_per_second: float = setting(REQUIRED, "memory bandwidth in TB/s")
+    dollars_per_hour: float = setting(REQUIRED, "price per card and hour")
 
 
 CARDS = {
@@ -89,7 +89,7 @@ class PlanConfig:
     json: bool = setting(False, "print plan.json instead of the table")
     card: str = setting("h100", "a key of plan.cards; cluster=cpu takes cpu")
     cards: dict[str, CardConfig] = setting(
-        CARDS, "accelerators with the peaks of their data sheets; replace the assumed prices with yours"
+        CARDS, "accelerators by the peaks of their data sheets; replace the assumed prices with yours"
     )
     mfu: float = setting(0.35, "model FLOPs of training and prefill over the card's peak", gt=0, le=1)
     bandwidth_use: float = setting(0.5, "used share of the memory bandwidth during generation", gt=0, le=1)

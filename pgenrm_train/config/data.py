@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pgenrm_train.config.setting import setting
 
 MASKINGS = ("full", "masked", "history_dropout", "mixed")
-HISTORY_POLICIES = ("random", "recent", "most_similar", "same_scenario")
 
 
 @dataclass
@@ -17,7 +16,7 @@ class DataConfig:
         "random",
         "which votes enter a history; random is the paper's, most_similar compares queries, "
         "same_scenario is PersonaWorld's",
-        choices=HISTORY_POLICIES,
+        choices=("random", "recent", "most_similar", "same_scenario"),
     )
     history_kind: str | None = setting(None, "draw history only from pairs of this kind")
     max_train_pairs: int | None = setting(None, "most training pairs; null: all")

@@ -37,9 +37,17 @@ def _tables(section: Any, title: str, document: str, prefix: str) -> Iterator[st
             yield f"| `{prefix}{field.name}` | `{_default(value)}` | {_constraint(field)} | {meaning} |"
     yield ""
     for field, value in values.items():
-        if dataclasses.is_dataclass(value):
-            key = prefix + field.name
-            yield from _tables(value, f"`{key}`", field.metadata["document"], f"{key}.")
+        for key, nested in _sections(prefix + field.name, value):
+            yield from _tables(nested, f"`{key}`", field.metadata["document"], f"{key}.")
+
+
+def _sections(key: str, value: Any) -> list[tuple[str, Any]]:
+    items = (
+        [(f"{key}.{name}", item) for name, item in value.items()]
+        if isinstance(value, dict)
+        else [(key, value)]
+    )
+    return [(name, item) for name, item in items if dataclasses.is_dataclass(item)]
 
 
 def _default(value: Any) -> str:

@@ -16,8 +16,8 @@ BOUNDS = {
 }
 
 
-def setting(default: T, document: str = "", choices: Iterable[str | int] = (), **bounds: float) -> T:
-    """A dataclass field with document and constraint: `choices`, or `bounds` named as in `BOUNDS`.
+def setting(default: T, document: str, choices: Iterable[str | int] = (), **bounds: float) -> T:
+    """A dataclass field with its document and its constraint: `choices`, or `bounds` with names of `BOUNDS`.
 
     A list follows its constraint item by item; a mutable default is copied.
     """

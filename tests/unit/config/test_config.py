@@ -1,4 +1,4 @@
-"""Every shipped choice composes and parses, YAML holds only keys of the schema, and each check names its keys in one sentence."""
+"""Every shipped choice parses, YAML holds only keys of the schema, and each check names its keys."""
 
 import dataclasses
 import importlib
@@ -46,7 +46,7 @@ def load(*overrides: str) -> Config:
     return parse(compose("config", overrides=list(overrides)))
 
 
-def given(data: str) -> list[str]:
+def data_keys(data: str) -> list[str]:
     return [f"data={data}", *(["data.path=votes.parquet"] if data == "pairs" else [])]
 
 
@@ -68,7 +68,7 @@ def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster
     batch = (
         [] if cluster == "cpu" else ["psi.batch_size=128", "psi.micro_batch_size=1"]
     )  # nano's own batch is for one process
-    config = load("recipe=pipeline", *given(data), f"model={model}", f"cluster={cluster}", *batch)
+    config = load("recipe=pipeline", *data_keys(data), f"model={model}", f"cluster={cluster}", *batch)
     assert (config.data.name, config.cluster.name) == (data, cluster)
     assert config.model.label.startswith(model)
     assert config.cluster.device == ("cpu" if cluster == "cpu" else "cuda")
@@ -77,12 +77,12 @@ def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster
 
 @pytest.mark.parametrize("recipe,data", list(zip(RECIPES, itertools.cycle(DATA))))
 def test_every_recipe_composes(recipe, data):
-    assert load(f"recipe={recipe}", *given(data)).recipe == recipe
+    assert load(f"recipe={recipe}", *data_keys(data)).recipe == recipe
 
 
 @pytest.mark.parametrize("data,budget", list(itertools.product(DATA, BUDGETS)))
-def test_what_a_run_folder_holds_starts_the_same_run(data, budget):
-    config = load("recipe=psi", *given(data), f"pipeline.budget={budget}")
+def test_the_configuration_of_a_run_folder_starts_the_same_run(data, budget):
+    config = load("recipe=psi", *data_keys(data), f"pipeline.budget={budget}")
     assert config.pipeline.budget == budget and parse(to_dict(config)) == config
 
 
@@ -90,7 +90,7 @@ def test_smoke_is_refused_where_nano_could_learn_nothing_in_it():
     with pytest.raises(
         ConfigError, match=r"pipeline\.budget=smoke is too short for nano to learn a chain from data=pairs"
     ):
-        load("recipe=pipeline", *given("pairs"), "pipeline.budget=smoke")
+        load("recipe=pipeline", *data_keys("pairs"), "pipeline.budget=smoke")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -123,9 +123,9 @@ def test_defaults_are_the_documented_ones():
     "data,teacher,judge", [("personaworld", "oracle", "oracle"), ("pairs", "features", "none")]
 )
 def test_data_chooses_teacher_and_judge(data, teacher, judge):
-    config = load("recipe=pipeline", *given(data))
+    config = load("recipe=pipeline", *data_keys(data))
     assert (config.teacher.kind, config.judge.kind) == (teacher, judge)
-    chosen = load("recipe=pipeline", *given(data), "teacher=features", "judge=none")
+    chosen = load("recipe=pipeline", *data_keys(data), "teacher=features", "judge=none")
     assert (chosen.teacher.kind, chosen.judge.kind) == ("features", "none")
 
 
@@ -255,6 +255,7 @@ MISTAKES = {
     "cluster.nodes=0": ("cluster.nodes=0", "above 0"),
     "cluster.engines=0": ("cluster.engines=0", "above 0"),
     "cre.group_size=1": ("cre.group_size=1", "at least 2"),
+    "cre.mini_batch_prompts=0": ("cre.mini_batch_prompts=0", "above 0"),
     "cre.max_null_share=2": ("cre.max_null_share=2", "cre.max_null_share=2"),
     "curriculum.max_null_share=-1": ("curriculum.max_null_share=-1", "curriculum.max_null_share=-1"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
@@ -274,37 +275,37 @@ MISTAKES = {
 
 
 def test_a_sampling_of_one_chain_has_nothing_to_stop(hydra):
-    asked = ("recipe=evaluate", "eval.adaptive=0.1", "eval.pro=4")
-    assert load(*asked, "eval.ind=16").eval.adaptive == 0.1
+    keys_given = ("recipe=evaluate", "eval.adaptive=0.1", "eval.pro=4")
+    assert load(*keys_given, "eval.ind=16").eval.adaptive == 0.1
     with pytest.raises(ConfigError, match=r"needs eval\.ind above 1"):
-        load(*asked, "eval.ind=1")
+        load(*keys_given, "eval.ind=1")
 
 
 def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
-    asked = ("recipe=psi", "psi.micro_batch_size=1", "cluster.processes_per_node=4")
-    assert load(*asked, "psi.sequence_parallel=2", "psi.batch_size=6").psi.batch_size == 6
+    keys_given = ("recipe=psi", "psi.micro_batch_size=1", "cluster.processes_per_node=4")
+    assert load(*keys_given, "psi.sequence_parallel=2", "psi.batch_size=6").psi.batch_size == 6
     for more, words in {
         ("psi.sequence_parallel=3",): "must divide the 4 processes",
         ("psi.sequence_parallel=2", "psi.packing=true"): "psi.packing must be false or null",
         ("psi.sequence_parallel=2", "psi.batch_size=7"): r"processes ÷ psi.sequence_parallel = 1 × 4 ÷ 2",
     }.items():
         with pytest.raises(ConfigError, match=words):
-            load(*asked, *more)
+            load(*keys_given, *more)
 
 
 def test_no_more_engines_than_gpus(hydra):
-    asked = (
+    keys_given = (
         "recipe=evaluate",
         "model=llama31_8b",
         "cluster=gpu8",
         "data=personaworld",
         "cluster.tensor_parallel=2",
     )
-    assert load(*asked, "cluster.engines=4").cluster.engines == 4
+    assert load(*keys_given, "cluster.engines=4").cluster.engines == 4
     with pytest.raises(
         ConfigError, match=r"cluster.engines=5 of cluster.tensor_parallel=2 would take 10 GPUs of 8"
     ):
-        load(*asked, "cluster.engines=5")
+        load(*keys_given, "cluster.engines=5")
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def plain(hydra):
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_told_in_one_sentence_that_names_its_key(override, plain):
+def test_a_mistake_gives_one_sentence_that_names_its_key(override, plain):
     key, _, value = override.partition("=")
     changed = OmegaConf.create(plain)
     OmegaConf.update(changed, key, yaml.safe_load(value))
@@ -334,13 +335,13 @@ def test_rows_are_picked_of_votes_only():
 def test_the_oracle_knows_its_own_world_only():
     for section in ("teacher", "judge"):
         with pytest.raises(ConfigError, match=f"{section}=oracle knows data=personaworld only"):
-            load("recipe=pipeline", *given("pairs"), f"{section}=oracle")
+            load("recipe=pipeline", *data_keys("pairs"), f"{section}=oracle")
 
 
 @pytest.mark.parametrize(
     "override", ["psi.batch_siz=8", "modle.kind=nano", "psi.learning_rate=fast", "recipe=nope", "data=nope"]
 )
-def test_what_hydra_refuses(override):
+def test_hydra_refuses_unknown_keys_choices_and_types(override):
     with pytest.raises(HydraException):
         load("recipe=pipeline", override)
 
@@ -367,7 +368,7 @@ def test_a_self_paced_curriculum_needs_pass_rates():
 
 def test_free_dictionaries_take_keys():
     config = load(
-        "recipe=build_data", *given("pairs"), "+data.only.shared_context='True'", "+data.only.language=en"
+        "recipe=build_data", *data_keys("pairs"), "+data.only.shared_context='True'", "+data.only.language=en"
     )
     assert config.data.only == {"shared_context": "True", "language": "en"}
 
@@ -444,7 +445,7 @@ def test_a_judges_prompt_is_no_prompt_to_train_with():
 
 def test_every_baseline_that_may_be_named_is_one():
     config = load("recipe=evaluate")
-    config.eval.baselines = ["nobody"]
+    config.eval.baselines = ["unknown"]
     with pytest.raises(ConfigError) as refusal:
         scorers(config, [])
     assert set(str(refusal.value).partition("one of ")[2].split(", ")) == set(BASELINES)
