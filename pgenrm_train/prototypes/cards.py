@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NotRequired, Protocol, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -19,13 +19,12 @@ from pgenrm_train.records.pairs import PreferencePair
 TYPICAL = 5  # criteria on a card
 
 
-class Row(Protocol):
-    @property
-    def pair(self) -> PreferencePair: ...
-    @property
-    def analysis(self) -> str: ...
-    @property
-    def criteria(self) -> tuple[tuple[str, float], ...]: ...
+class Analysed(NamedTuple):
+    """A pair whose chain could be read."""
+
+    pair: PreferencePair
+    analysis: str
+    criteria: tuple[tuple[str, float], ...]
 
 
 class Member(TypedDict):
@@ -49,14 +48,14 @@ class Card(TypedDict):
     farthest: NotRequired[Member]
 
 
-def cards(rows: Sequence[Row], refined: Prototypes) -> list[Card]:
+def cards(rows: Sequence[Analysed], refined: Prototypes) -> list[Card]:
     """One card per prototype, the largest first."""
     everyone = _weights(rows)
     unsorted = [_card(j, rows, refined, everyone) for j in range(len(refined.A))]
     return sorted(unsorted, key=lambda card: (-card["analyses"], card["prototype"]))
 
 
-def _card(j: int, rows: Sequence[Row], refined: Prototypes, everyone: Mapping[str, float]) -> Card:
+def _card(j: int, rows: Sequence[Analysed], refined: Prototypes, everyone: Mapping[str, float]) -> Card:
     members = np.flatnonzero(refined.labels == j)
     if not len(members):
         return {"prototype": j, "analyses": 0, "users": 0, "typical": [], "criteria": {}}
@@ -105,7 +104,7 @@ def plane(X: np.ndarray) -> np.ndarray:
     return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
 
 
-def _weights(rows: Sequence[Row]) -> dict[str, float]:
+def _weights(rows: Sequence[Analysed]) -> dict[str, float]:
     """Mean weight of every criterion in percent; a chain without it counts 0."""
     total: Counter[str] = Counter()
     for row in rows:
@@ -114,7 +113,7 @@ def _weights(rows: Sequence[Row]) -> dict[str, float]:
     return {name: weight / len(rows) for name, weight in total.items()}
 
 
-def _member(row: Row) -> Member:
+def _member(row: Analysed) -> Member:
     return {"user_id": row.pair.user_id, "analysis": row.analysis}
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import fingerprint, write_json, write_table, write_text
 from pgenrm_train.prototypes import clusters as core
-from pgenrm_train.prototypes.cards import cards, cards_markdown, plane
+from pgenrm_train.prototypes.cards import Analysed, cards, cards_markdown, plane
 from pgenrm_train.prototypes.refinement import RefinementBatch, RefinementSettings, Rows, cold_start, refine
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.run.folder import StageFolder, weights_digest
@@ -42,14 +42,6 @@ class Written:
 
     chains: Chains
     histories: Histories
-
-
-class Analysed(NamedTuple):
-    """A pair whose chain could be read."""
-
-    pair: PreferencePair
-    analysis: str
-    criteria: tuple[tuple[str, float], ...]
 
 
 class Recovery(TypedDict):

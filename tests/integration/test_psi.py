@@ -73,9 +73,9 @@ def answers(config: Config) -> Any:
 
     def validate(generator: Any) -> Validated:
         calls.append(1)
-        said = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
+        texts = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
         return Validated(
-            {"eval/accuracy": len(calls) / 2}, [{"text": said[request.key]} for request in REQUESTS]
+            {"eval/accuracy": len(calls) / 2}, [{"text": texts[request.key]} for request in REQUESTS]
         )
 
     return validate
