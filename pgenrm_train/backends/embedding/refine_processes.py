@@ -64,7 +64,7 @@ def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, 
     """Run one process's part; rank 0 writes the result."""
     import torch
 
-    # one machine needs no host name that resolves
+    # on one machine, the host name need not resolve
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
         torch.cuda.set_device(rank)

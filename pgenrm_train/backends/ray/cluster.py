@@ -45,7 +45,7 @@ def join(address: str, variables: Mapping[str, str], *, show_output: bool = Fals
 
 
 def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Callable[[], None]:
-    """Join the cluster at `ray.address`, or start a local Ray with one CPU per worker; return its closer.
+    """Join the cluster at `ray.address`, or start a local Ray with one CPU per worker; return how to end it.
 
     Raises ConfigError for several nodes without `ray.address`.
     """

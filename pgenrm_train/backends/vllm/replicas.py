@@ -55,8 +55,7 @@ class VllmReplicas:
 
     Each engine has `cluster.tensor_parallel` GPUs.  Sampling is seeded per request as in `VllmGenerator`.  So
     results depend neither on the number of engines nor on the choice of engine, except for rounding in
-    batches of another size.  Raises BackendError if an engine is lost, after all finished answers have been
-    yielded.
+    batches of another size.  If an engine is lost, all finished answers are yielded before BackendError.
     """
 
     def __init__(self, engines: Sequence[Any], checkpoint: Path | str) -> None:
@@ -102,7 +101,7 @@ class VllmReplicas:
 
 def _lost_error(error: Exception) -> BackendError:
     return BackendError(
-        f"a vLLM engine failed ({last_line(error)}); repeat the command to ask for the missing answers"
+        f"a vLLM engine failed ({last_line(error)}); repeat the command to request the missing answers"
     )
 
 
