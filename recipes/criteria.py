@@ -19,7 +19,7 @@ def run(config: Config) -> None:
     prepare(config)
     build_data.run(config)
 
-    def body(folder: StageFolder, _: Tracker) -> criteria.CriteriaFacts:
+    def body(folder: StageFolder, _: Tracker) -> dict[str, object]:
         pairs = load_pairs(Path(config.run_dir))
         with criteria_writer(config, pairs, folder.path) as writer:
             return criteria.run(config, folder, pairs, writer)

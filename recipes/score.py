@@ -31,7 +31,7 @@ def run(config: Config) -> int:
     try:
         text, facts = scorer.score(example)
     finally:
-        scorer.close()
+        scorer.generator.close()
     print(text)
     print(json.dumps(facts, ensure_ascii=False))
     return 0

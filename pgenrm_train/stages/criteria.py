@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from pgenrm_train.backends.protocols import CriteriaWriter
 from pgenrm_train.config import Config
@@ -41,18 +40,9 @@ class Inferred:
     votes: int
 
 
-class CriteriaFacts(TypedDict):
-    """Counts and cost of the stage."""
-
-    users: int
-    inferred: int
-    failures: dict[str, int]
-    teacher: dict[str, object]
-
-
 def run(
     config: Config, folder: StageFolder, pairs: Sequence[PreferencePair], writer: CriteriaWriter
-) -> CriteriaFacts:
+) -> dict[str, object]:
     """Infer and write; return counts and cost.  Raises DataError if no user's criteria could be inferred."""
     users, tries = votes_of_silent_users(pairs, config.seed), config.sec.samples_per_pair
     if expected := writer.expect([votes for _, votes in users], tries):

@@ -34,60 +34,45 @@ class Answer(NamedTuple):
     chain: Chain | ParseFailure
 
 
-class Scored(NamedTuple):
-    """Text of the chain to show, and the facts to print as JSON."""
-
-    text: str | None
-    facts: dict[str, object]
-
-
 @dataclass(frozen=True)
 class Scorer:
-    """A model that scores one example at a time; it must be closed."""
+    """A model that scores one example at a time; its generator must be closed."""
 
     config: Config
     generator: Generator
     write: Write
 
-    def close(self) -> None:
-        self.generator.close()
-
-    def score(self, example: Example) -> Scored:
+    def score(self, example: Example) -> tuple[str | None, dict[str, object]]:
         """Score by one chain, or by several if `score.ind` or `score.pro` requests them.
 
+        Returns the text of the chain to show, and the facts to print as JSON.
         Raises BackendError if the model wrote no readable chain.
         """
         return self._by_one(example) if is_single(self.config) else self._by_mean(example)
 
-    def _by_one(self, example: Example) -> Scored:
+    def _by_one(self, example: Example) -> tuple[str | None, dict[str, object]]:
         (answer,) = self._chains([example], 1)
         chain = _readable(answer)
         scores = {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)}
         verified = list(chain.verified_scores) if chain.verified_scores else None
-        return Scored(
-            answer.text, {"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}
-        )
+        return answer.text, {"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}
 
-    def _by_mean(self, example: Example) -> Scored:
+    def _by_mean(self, example: Example) -> tuple[str | None, dict[str, object]]:
         """Mean of the user's own chains and of those from similar users' histories."""
-        settings = self.config.score
+        settings, responses = self.config.score, len(example.responses)
         own = self._chains([example], settings.ind)
         first = next((answer for answer in own if isinstance(answer.chain, Chain)), own[0])
         chain = _readable(first)
         users = similar_users(self.config, example, chain.analysis) if settings.pro else []
         similar = self._chains([replace(example, history=user.history) for user in users], 1)
         weights = (self.config.eval.weights[0], self.config.eval.weights[1])
-        responses = len(example.responses)
         scaled = scale(_scores(own, responses), _scores(similar, responses), weights)
         names = [user.user_id for user in users]
-        return Scored(
-            first.text,
-            {
-                "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},
-                "own": _usage(own) | {"asked": settings.ind},
-                "similar": _usage(similar) | {"asked": settings.pro, "users": names},
-            },
-        )
+        return first.text, {
+            "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},
+            "own": _usage(own) | {"asked": settings.ind},
+            "similar": _usage(similar) | {"asked": settings.pro, "users": names},
+        }
 
     def _chains(self, examples: Sequence[Example], samples: int) -> list[Answer]:
         """`samples` chains per example, in order."""

@@ -31,7 +31,8 @@ def scored(monkeypatch, own=OWN, **settings):
             text = own if "mine" in request.messages[-1]["content"] else OTHER
             yield from (Generation(request.key, sample, text) for sample in range(request.samples))
 
-    return scorer.Scorer(config, model, chat_messages).score(EXAMPLE).facts
+    _, facts = scorer.Scorer(config, model, chat_messages).score(EXAMPLE)
+    return facts
 
 
 @pytest.mark.parametrize(
