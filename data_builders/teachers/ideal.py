@@ -9,7 +9,7 @@ A reader knows the generator and not the user.  With the history H, the asked sc
     L(c, H_s) = Π_{v ∈ H_s} p(v | c, s, medium)
 
 where p(v | c, s, kind) is the generator's own probability of a vote, normalised per criteria, scenario and
-kind.  It includes which attributes the responses talk of, because half of them talk exactly of those that the
+kind.  It includes which attributes the responses talk of: half of the responses talk exactly of those that the
 user cares for.
 
 Readers, each the ceiling of something:
