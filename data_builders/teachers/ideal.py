@@ -9,8 +9,8 @@ A reader knows the generator and not the user.  With the history H, the asked sc
     L(c, H_s) = Π_{v ∈ H_s} p(v | c, s, medium)
 
 where p(v | c, s, kind) is the generator's own probability of a vote, normalised per criteria, scenario and
-kind.  It includes which attributes the responses talk of: half of the responses talk exactly of those that the
-user cares for.
+kind.  It includes which attributes the responses talk of: half of them talk exactly of those that the user
+cares for.
 
 Readers, each the ceiling of something:
 
@@ -100,6 +100,13 @@ class IdealReader:
         asked = weights * (forwards + backwards + 2 * len(KINDS) * FLOOR)
         first_wins = float(weights @ (forwards + len(KINDS) * FLOOR) / asked.sum())
         return Posterior(tables.criteria, asked / asked.sum(), first_wins)
+
+    def after_votes(self, example: Example) -> dict[Criteria, float]:
+        """Posterior of the criteria given the votes alone, without the responses that are asked about."""
+        scenario = _scenario(example.query, example)
+        weights = self._after_votes(scenario, _votes(example))
+        probabilities = (weights / weights.sum()).tolist()
+        return dict(zip(_tables(scenario).criteria, probabilities, strict=True))
 
     def _after_votes(self, scenario: str, votes: dict[str, list[tuple[Response, Response]]]) -> np.ndarray:
         """Weight of each criteria of the scenario after the votes, up to a factor."""

@@ -1,0 +1,93 @@
+"""Where chains err, on any data: totals against the rubric, orders, criteria.
+
+A chain is *verifiable* if its totals can be recomputed from its own weights and criterion scores, and *faithful*
+if the declared totals are the recomputed ones up to their last digit.  A reward model whose chains are not
+faithful does not explain its scores.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, parse_chain
+
+
+@dataclass(frozen=True, slots=True)
+class ChainErrors:
+    """Shares in [0, 1]; None where nothing can be counted.
+
+    chains: answers.  readable: of all answers.  verifiable: of readable chains.  faithful: of verifiable chains.
+    criteria_stability: mean Jaccard similarity of the criteria that two samples of one question name.
+    heaviest_decides: verifiable chains whose verdict changes without their heaviest criterion.
+    """
+
+    chains: int
+    readable: float | None
+    verifiable: float | None
+    faithful: float | None
+    criteria_stability: float | None
+    heaviest_decides: float | None
+
+
+def chain_errors(predictions: pd.DataFrame) -> ChainErrors:
+    """Count over predictions with the columns `key`, `failure` and `text`; linear in rows."""
+    by_question: dict[str, list[Chain]] = defaultdict(list)
+    for question, text in zip(_questions(predictions), predictions["text"]):
+        chain = parse_chain(text) if isinstance(text, str) else None
+        if isinstance(chain, Chain):
+            by_question[question].append(chain)
+    chains = list(itertools.chain.from_iterable(by_question.values()))
+    verifiable = [chain for chain in chains if chain.verified_scores is not None]
+    faithful = [chain for chain in verifiable if DECLARED_DIFFERS not in chain.issues]
+    return ChainErrors(
+        chains=len(predictions),
+        readable=_share(len(chains), len(predictions)),
+        verifiable=_share(len(verifiable), len(chains)),
+        faithful=_share(len(faithful), len(verifiable)),
+        criteria_stability=_stability(by_question.values()),
+        heaviest_decides=_mean([float(_heaviest_decides(chain)) for chain in verifiable]),
+    )
+
+
+def _questions(predictions: pd.DataFrame) -> Iterable[str]:
+    """Pair and presentation order: evaluation seeds are samples of one question."""
+    return (f"{pair}/{order}" for pair, order in zip(predictions["pair_id"], predictions["order"]))
+
+
+def _stability(groups: Iterable[Sequence[Chain]]) -> float | None:
+    """Mean over questions of the mean similarity of consecutive samples, so that many samples stay linear."""
+    means = []
+    for chains in groups:
+        names = [frozenset(name.casefold() for name, _ in chain.criteria) for chain in chains]
+        pairs = [(a, b) for a, b in itertools.pairwise(names) if a or b]
+        if pairs:
+            means.append(sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs))
+    return _mean(means)
+
+
+def _heaviest_decides(chain: Chain) -> bool:
+    """Whether the sign of the verified difference changes without the heaviest criterion."""
+    weights = [weight for _, weight in chain.criteria]
+    heaviest = max(range(len(weights)), key=weights.__getitem__)
+    rest = [weight if place != heaviest else 0.0 for place, weight in enumerate(weights)]
+    first, second = (chain.criterion_scores or ())[:2]
+    gaps = [a - b for a, b in zip(first, second, strict=True)]
+    whole, without = (sum(w * gap for w, gap in zip(own, gaps, strict=True)) for own in (weights, rest))
+    return _sign(whole) != _sign(without)
+
+
+def _sign(value: float) -> int:
+    return (value > 1e-9) - (value < -1e-9)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
