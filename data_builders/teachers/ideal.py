@@ -141,7 +141,7 @@ class IdealChain:
 
     def score(self, example: Example) -> tuple[float, ...]:
         likeliest = self.reader.read(example).likeliest
-        return tuple(utility(likeliest, response) for response in _responses(example.responses, example))
+        return tuple(round(utility(likeliest, r), 9) for r in _responses(example.responses, example))
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Imitator:
         rng = random.Random(f"{self.seed}/{example.pair_id}/{example.responses[0]}")
         criteria = rng.choices(posterior.criteria, posterior.probabilities.tolist())[0]
         pattern = rng.choices(PATTERNS, PATTERN_SHARES)[0]
-        return tuple(utility(criteria, r, *pattern) for r in _responses(example.responses, example))
+        return tuple(round(utility(criteria, r, *pattern), 9) for r in _responses(example.responses, example))
 
     def hit_probability(self, example: Example, chosen: int) -> float:
         """P(the chosen response scores strictly higher), exactly: over all criteria and weight patterns."""

@@ -52,7 +52,7 @@ def _cell(column: str, value: object, interval: object) -> str:
     if interval:
         low, high = cast("Sequence[float]", interval)
         return f"{value * 100:.1f} [{low * 100:.1f}, {high * 100:.1f}]"
-    if column.endswith(("accuracy", "stderr", "flip rate")):
+    if column.endswith(("accuracy", "stderr", "flip rate", "share")):
         return f"{value * 100:.1f}"
     if isinstance(value, float) and 0 < abs(value) < 1:
         return f"{value:.2g}"

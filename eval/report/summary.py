@@ -22,6 +22,7 @@ from eval.metrics.slices import (
     slice_labels,
     slice_rows,
 )
+from eval.report.chain_section import Ceilings, chain_sections, error_rows
 from eval.report.console import text_table
 from eval.report.curves import calibration_curve, grid_curve, grid_heat_map, grid_title, training_curves
 from eval.report.notes import input_notes, reader_notes
@@ -77,10 +78,16 @@ class Evaluated:
     notes: Sequence[str] = ()
     prototypes: Mapping[str, int] | None = None  # pair_id → nearest prototype
     cost: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # per paid model under test
+    ceilings: Ceilings = field(default_factory=Ceilings)
+    truth: Sequence[Row] = ()  # steps of the chains against the truth, where the data know it
 
     @property
     def everyone(self) -> list[Tested]:
         return [*self.tested, *self.baselines]
+
+    @property
+    def stage_rows(self) -> list[Row]:
+        return [{**stage_row(t), **self.ceilings.cells(t.name, t.report["accuracy"])} for t in self.tested]
 
     @property
     def final(self) -> Tested:
@@ -95,6 +102,7 @@ class Details:
     macro_accuracy_prototypes: float | None
     calibration: Calibration
     probes: Sequence[ProbeRow]
+    chain_errors: Sequence[Row]
 
 
 def publish(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
@@ -103,7 +111,7 @@ def publish(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
     labels = slice_labels(
         evaluation.pairs, evaluation.histories, evaluated.prototypes, evaluation.known_users
     )
-    details = _details(evaluated.config, final, labels)
+    details = _details(evaluated, labels)
     gains = gain_rows(evaluated.tested, evaluated.config)
     odd = odd_inputs(evaluation.pairs, evaluation.histories)
     top = headline(evaluated.config, final, evaluated.grids)
@@ -160,13 +168,15 @@ def _model_name(config: Config) -> str:
     return config.model.path or config.model.name
 
 
-def _details(config: Config, final: Tested, labels: pd.DataFrame) -> Details:
+def _details(evaluated: Evaluated, labels: pd.DataFrame) -> Details:
+    config, final = evaluated.config, evaluated.final
     own, settings, seed = final.own, config.eval, config.seed
     return Details(
         slice_rows(own, labels, protocol=settings.protocol, draws=settings.draws, seed=seed),
         prototype_macro(own, labels, protocol=settings.protocol, seed=seed),
         calibration(own, draws=settings.draws, seed=seed),
         list(final.robustness),
+        error_rows(evaluated.tested, config),
     )
 
 
@@ -182,7 +192,11 @@ def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dic
         "weights": list(config.eval.weights),
         "grids": {g.study.name: g.rows for g in grids},
         "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
-        "stages": {t.name: t.report for t in evaluated.tested},
+        "stages": {
+            t.name: {**t.report, "ceiling": evaluated.ceilings.by_stage.get(t.name)} for t in evaluated.tested
+        },
+        "ceilings": list(evaluated.ceilings.rows),
+        "chain_truth": list(evaluated.truth),
         "baselines": {t.name: t.report for t in evaluated.baselines},
         "probe_swapped_history": {t.name: t.probe for t in evaluated.everyone if t.probe},
         **asdict(details),
@@ -216,6 +230,7 @@ def _report(
         Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains) if gains else None,
         *(Section(grid_title(g), GRIDS, g.rows) for g in grids),
         Section("Adaptive stopping, replayed", ADAPTIVE, stopped) if stopped else None,
+        *chain_sections(evaluated.ceilings, details.chain_errors, evaluated.truth),
         *prototype_sections(run_dir),
         *sections(
             config,
@@ -232,7 +247,7 @@ def _report(
     return Report(
         title=f"{final.name} on {config.data.name}",
         run=run_facts(config, evaluated.evaluation),
-        stages=[stage_row(t) for t in evaluated.tested],
+        stages=evaluated.stage_rows,
         comparisons=[stage_row(t) for t in evaluated.baselines],
         sections=[section for section in optional if section],
         curves=[
@@ -250,7 +265,7 @@ def _report(
 def console_text(evaluated: Evaluated, gains: Sequence[Row], notes: Sequence[str]) -> str:
     """The console's tables at the end of an evaluation, with the notes below."""
     final = evaluated.final
-    rows = [stage_row(t) for t in evaluated.everyone]
+    rows = [*evaluated.stage_rows, *(stage_row(t) for t in evaluated.baselines)]
     return (
         text_table(rows, headline_title(evaluated.evaluation, evaluated.config), 150)
         + (text_table(narrow(gains), GAINS, 150) if gains else "")

@@ -6,7 +6,7 @@ A rule is a pair: whether it is broken, and the sentence for the user, which nam
 from collections.abc import Iterator
 
 from pgenrm_train.config.evaluation import sizes
-from pgenrm_train.config.model import BASELINES
+from pgenrm_train.config.model import BASELINES, EXACT
 from pgenrm_train.config.schema import Config
 from pgenrm_train.config.setting import not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
@@ -224,8 +224,8 @@ def _model(config: Config) -> Rules:
         ),
         *(
             (
-                name == "oracle" and config.data.name != "personaworld",
-                f"{key}=oracle knows data=personaworld only, and not data={config.data.name}; leave it out",
+                name in EXACT and config.data.name != "personaworld",
+                f"{key}={name} knows data=personaworld only, and not data={config.data.name}; leave it out",
             )
             for key, name in (*baseline, *(("eval.baselines", name) for name in config.eval.baselines))
         ),

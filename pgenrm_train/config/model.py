@@ -14,7 +14,13 @@ BASELINES = (
     "bradley_terry",
     "bradley_terry_user",
     "oracle",
+    "ideal",
+    "ideal_all_personas",
+    "ideal_chain",
+    "imitator",
 )
+EXACT = BASELINES[-5:]
+"""Baselines that know how PersonaWorld is generated."""
 PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from eval.ask.baselines import Fit, Votes, fit_baseline
 from eval.ask.scored import Score
 from pgenrm_train.config import Config
+from pgenrm_train.config.model import EXACT
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
 
@@ -19,6 +21,7 @@ def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
     more: dict[str, Fit] = {
         "features": _fit_features,
         "oracle": _fit_oracle,
+        **{name: partial(_fit_exact, name) for name in EXACT if name != "oracle"},
         "bradley_terry": lambda train, every, _: _fit_bradley_terry(config, train, every, adapted=False),
         "bradley_terry_user": lambda train, every, _: _fit_bradley_terry(config, train, every, adapted=True),
     }
@@ -42,6 +45,16 @@ def _fit_features(train_pairs: Votes, _all: Votes, _seed: int) -> Score:
             "the baseline features learns from votes with split=train, and the data holds none; leave it out"
         )
     return FeatureTeacher().fit(train_pairs).score
+
+
+def _fit_exact(name: str, _train: Votes, _all: Votes, seed: int) -> Score:
+    """A reader of the masked prompt that knows how PersonaWorld is generated."""
+    from data_builders.teachers.ideal import SEEN, UNSEEN, Ideal, IdealChain, IdealReader, Imitator
+
+    reader = IdealReader((SEEN, UNSEEN) if name == "ideal_all_personas" else (SEEN,))
+    if name == "ideal_chain":
+        return IdealChain(reader).score
+    return Imitator(reader, seed).score if name == "imitator" else Ideal(reader).score
 
 
 def _fit_oracle(_train: Votes, all_pairs: Votes, seed: int) -> Score:

@@ -21,6 +21,7 @@ from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import Tracker
 from recipes.wiring.baselines import scorers
+from recipes.wiring.ceilings import ceilings, truth_rows
 from recipes.wiring.costs import estimate_evaluation
 from recipes.wiring.llm import model_endpoint, shown_histories
 from recipes.wiring.similar_users import find_similar, nearest_prototypes
@@ -68,7 +69,18 @@ def evaluate(
         tracker.log(step, headline(result.report))
     nearest = nearest_prototypes(config, tested[-1]) if tested else None
     run_notes = [*scaling_notes, *notes(config, [candidate.name for candidate in everyone])]
-    evaluated = Evaluated(config, evaluation, tested, baselines, grids, run_notes, nearest, cost)
+    evaluated = Evaluated(
+        config,
+        evaluation,
+        tested,
+        baselines,
+        grids,
+        run_notes,
+        nearest,
+        cost,
+        ceilings(config, sampler, split),
+        truth_rows(config, split, evaluation.histories, tested),
+    )
     results = publish(evaluated, folder.path)
     for name, facts in cost.items():
         if facts:
