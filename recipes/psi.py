@@ -26,7 +26,7 @@ def run(config: Config) -> None:
         from pgenrm_train.backends.sft import engine as deepspeed_sft
         from pgenrm_train.backends.sft.settings import set_variables
 
-        set_variables(config)
+        set_variables(config.cluster)
         if config.psi.evaluate_every:
             validation_pairs(config)  # fail now rather than at the first validation
         rows, start = Path(config.run_dir) / BUILD_SEC.name / SEC, base_model(config)

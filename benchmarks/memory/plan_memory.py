@@ -78,7 +78,7 @@ def measure(case: str, folder: Path) -> None:
     from pgenrm_train.backends.sft.rank import join_processes
     from pgenrm_train.backends.sft.settings import set_variables
 
-    set_variables(config)
+    set_variables(config.cluster)
     import deepspeed  # noqa: F401
     import pyarrow as pa
     import pyarrow.parquet as pq

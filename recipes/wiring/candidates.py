@@ -93,7 +93,7 @@ def _reward_head(config: Config) -> ScoredCandidate:
     def make() -> Any:
         from pgenrm_train.backends.vllm.reward_head import RewardHead
 
-        return RewardHead(config, checkpoint)
+        return RewardHead(config.model, config.cluster.device, checkpoint)
 
     start, close = once(make)
     return ScoredCandidate(config.model.label, digest, start, close)

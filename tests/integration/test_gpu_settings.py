@@ -70,7 +70,7 @@ def test_the_shipped_vllm_settings_generate(model: str, cluster: str, tmp_path: 
     settings = vllm_engine.engine_settings(shipped)
     assert settings["dtype"] == "bfloat16" and settings["max_model_len"] == 12288
     verl_world.write_checkpoint(tmp_path / "start", sft_steps=1)
-    env = {**os.environ, **vllm_engine.vllm_variables(Config(recipe="evaluate"))}
+    env = {**os.environ, **vllm_engine.vllm_variables("cpu")}
     command = [sys.executable, "-c", VLLM, str(tmp_path / "start"), json.dumps(settings | ON_CPU)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

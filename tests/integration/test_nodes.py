@@ -186,7 +186,7 @@ def test_a_cluster_that_is_too_small_is_an_error_after_a_while(
         with pytest.raises(
             BackendError, match="0 of 2 nodes of the Ray cluster had 1 free GPUs each after 1 s"
         ):
-            ray_cluster.await_gpus(_config(nodes=2), lambda: None, seconds=1.0)
+            ray_cluster.await_gpus(_config(nodes=2).cluster, lambda: None, seconds=1.0)
     finally:
         ray.shutdown()
     assert capsys.readouterr().out.count("waiting for the others") == 1

@@ -114,7 +114,7 @@ class Session:
             variables |= verl_variables(self.config)
             variables.pop("PYTHONPATH")
             join(address, variables)
-            await_gpus(self.config, lambda: self.watchdog.beat("start-up", 0, "waiting for nodes"))
+            await_gpus(self.config.cluster, lambda: self.watchdog.beat("start-up", 0, "waiting for nodes"))
             return
         os.environ.update(variables)
         cpu = self.config.cluster.device == "cpu"

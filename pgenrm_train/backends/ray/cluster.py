@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from pgenrm_train.backends.ray import guardian
-from pgenrm_train.config import ROOT, Config
+from pgenrm_train.config import ROOT, ClusterConfig, Config
 from pgenrm_train.errors import BackendError, ConfigError, NodeLostError
 from pgenrm_train.run.process import sigterm_kept
 
@@ -82,7 +82,7 @@ def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Calla
     return close
 
 
-def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_SECONDS) -> None:
+def await_gpus(cluster: ClusterConfig, beat: Callable[[], None], seconds: float = BACK_SECONDS) -> None:
     """Wait until `cluster.nodes` nodes have `cluster.processes_per_node` free GPUs each.
 
     A node may be away, or still busy with the processes of a former start.
@@ -90,7 +90,7 @@ def await_gpus(config: Config, beat: Callable[[], None], seconds: float = BACK_S
     """
     import ray
 
-    wanted, gpus, reported = config.cluster.nodes, config.cluster.processes_per_node, -1
+    wanted, gpus, reported = cluster.nodes, cluster.processes_per_node, -1
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         free = ray._private.state.available_resources_per_node()

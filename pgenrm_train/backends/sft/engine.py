@@ -44,7 +44,7 @@ def train(
     Raises ConfigError, DataError or ArtifactError before any weight is loaded if the inputs cannot be trained
     on, and NothingTrainedError if fewer optimiser steps were made than planned.
     """
-    set_variables(config)
+    set_variables(config.cluster)
     check_libraries(config.psi)
     inspected = inspect_start(config, start)
     mark = Mark(config.cluster.ranks, config.cluster.zero_stage, inspected.identity)
@@ -66,9 +66,9 @@ def _run(job: Job) -> None:
     if cluster.ranks == 1:
         train_rank(job)
     elif cluster.nodes == 1:
-        _torchrun(job.write(), cluster.processes_per_node, deepspeed_variables(job.config))
+        _torchrun(job.write(), cluster.processes_per_node, deepspeed_variables(cluster))
     else:
-        ray_train.run(job.config, job.write(), deepspeed_variables(job.config))
+        ray_train.run(job.config, job.write(), deepspeed_variables(cluster))
 
 
 def _torchrun(job_file: Path, ranks: int, variables: dict[str, str]) -> None:

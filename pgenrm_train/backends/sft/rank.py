@@ -36,7 +36,7 @@ def train_rank(job: Job) -> None:
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    set_variables(job.config)
+    set_variables(job.config.cluster)
     join_processes(job.config.cluster)
     trainer = _trainer(job)
     first = trainer.is_world_process_zero()

@@ -9,20 +9,20 @@ from typing import Any
 from pgenrm_train.config import ClusterConfig, Config, ModelConfig
 
 
-def deepspeed_variables(config: Config) -> dict[str, str]:
+def deepspeed_variables(cluster: ClusterConfig) -> dict[str, str]:
     """Environment variables that must be set before torch and DeepSpeed are imported."""
     variables = {"TOKENIZERS_PARALLELISM": "false"}
-    if config.cluster.device == "cpu":
+    if cluster.device == "cpu":
         variables |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    if config.cluster.ranks == 1:
+    if cluster.ranks == 1:
         variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return variables
 
 
-def set_variables(config: Config) -> None:
+def set_variables(cluster: ClusterConfig) -> None:
     """Set the variables above in this process; values that are already set stay."""
-    os.environ.update(deepspeed_variables(config) | os.environ)
+    os.environ.update(deepspeed_variables(cluster) | os.environ)
 
 
 def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, object]:

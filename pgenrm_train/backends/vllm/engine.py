@@ -16,9 +16,9 @@ from pgenrm_train.config import Config
 from pgenrm_train.prompts.messages import prompt_ids
 
 
-def vllm_variables(config: Config) -> dict[str, str]:
+def vllm_variables(device: str) -> dict[str, str]:
     """Environment variables that must be set before vLLM is imported."""
-    if config.cluster.device != "cpu":
+    if device != "cpu":
         return {"VLLM_NO_USAGE_STATS": "1"}
     return {
         "VLLM_NO_USAGE_STATS": "1",
@@ -57,7 +57,7 @@ class VllmGenerator:
     """
 
     def __init__(self, config: Config, checkpoint: Path | str) -> None:
-        os.environ.update(vllm_variables(config) | os.environ)  # variables that are set stay
+        os.environ.update(vllm_variables(config.cluster.device) | os.environ)  # variables that are set stay
         from transformers import AutoTokenizer
         from vllm import LLM
 

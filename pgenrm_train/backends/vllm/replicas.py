@@ -42,7 +42,7 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
 
 def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[Any]:
     """Raises ConfigError for several nodes without `ray.address`."""
-    stack.callback(connect(config, engines, vllm_variables(config)))
+    stack.callback(connect(config, engines, vllm_variables(config.cluster.device)))
     import ray
 
     gpus = config.cluster.tensor_parallel if config.cluster.device == "cuda" else 0

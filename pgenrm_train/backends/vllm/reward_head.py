@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import ModelConfig
 from pgenrm_train.errors import ArtifactError, BackendError, first_line
 from pgenrm_train.prompts.messages import neutralise
 from pgenrm_train.records.pairs import Example
@@ -29,13 +29,13 @@ class RewardHead:
     folder of a language model would otherwise get a head of random weights.
     """
 
-    def __init__(self, config: Config, checkpoint: Path) -> None:
+    def __init__(self, config: ModelConfig, device: str, checkpoint: Path) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         _check_architecture(AutoConfig.from_pretrained(checkpoint), checkpoint)
-        self.device = torch.device(config.cluster.device)
-        dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
+        self.device = torch.device(device)
+        dtype = torch.float32 if device == "cpu" else getattr(torch, config.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         try:
             self.model = (
@@ -51,7 +51,7 @@ class RewardHead:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # the model uses it to find the last token of each row
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.limit = config.model.max_prompt_tokens + config.model.max_response_tokens
+        self.limit = config.max_prompt_tokens + config.max_response_tokens
         self.cut = 0
 
     def __call__(self, examples: Sequence[Example]) -> Iterator[tuple[float, ...]]:

@@ -59,7 +59,9 @@ def served(
 def _here(config: Config, settings: EndpointConfig, log: Path, with_training: bool) -> Iterator[str]:
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     split = _split_gpus(config, settings, with_training)
-    variables = vllm_variables(config) | ({"CUDA_VISIBLE_DEVICES": split.server} if split else {})
+    variables = vllm_variables(config.cluster.device) | (
+        {"CUDA_VISIBLE_DEVICES": split.server} if split else {}
+    )
     server = _Server(_arguments(config, settings), variables, log)
     url = server.start("127.0.0.1")
     try:
@@ -82,12 +84,12 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
     from pgenrm_train.backends.ray.cluster import join
 
     assert config.ray.address is not None
-    join(config.ray.address, vllm_variables(config))
+    join(config.ray.address, vllm_variables(config.cluster.device))
     try:
         _check_cluster(config, settings, with_training, ray.cluster_resources().get("GPU", 0))
         gpus = settings.gpus if config.cluster.device == "cuda" else 0
         server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(
-            _arguments(config, settings), vllm_variables(config), log
+            _arguments(config, settings), vllm_variables(config.cluster.device), log
         )
         url = _placed(config, server, gpus)
         try:

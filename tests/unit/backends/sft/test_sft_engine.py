@@ -266,7 +266,7 @@ def test_zero_follows_the_cluster():
 
 
 def test_a_single_process_needs_no_launcher_and_several_are_left_to_it():
-    single = deepspeed_variables(Config())
+    single = deepspeed_variables(ClusterConfig())
     assert single["WORLD_SIZE"] == "1" and single["DS_ACCELERATOR"] == "cpu"
-    many = deepspeed_variables(Config(cluster=ClusterConfig(device="cuda", processes_per_node=8)))
+    many = deepspeed_variables(ClusterConfig(device="cuda", processes_per_node=8))
     assert "WORLD_SIZE" not in many and "DS_ACCELERATOR" not in many

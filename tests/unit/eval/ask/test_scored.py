@@ -252,7 +252,7 @@ def head(folder, **model):
     config = load("recipe=evaluate", "model=reward_head", f"model.path={folder}")
     for key, value in model.items():
         setattr(config.model, key, value)
-    return RewardHead(config, folder)
+    return RewardHead(config.model, config.cluster.device, folder)
 
 
 def one(chosen, rejected, context="q"):
