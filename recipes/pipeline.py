@@ -1,4 +1,4 @@
-"""pipeline: the method from data to report.  Each stage is a recipe of its own and runs in its own process."""
+"""pipeline: the method from data to report, each stage a recipe in a process of its own."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def run(config: Config) -> None:
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> prototypes.PrototypeFacts:
     """Write analyses, then embed and cluster them: the embedder needs the devices that the engines held."""
-    own, newcomers = write_analyses(config, folder, checkpoint)
+    training, newcomers = write_analyses(config, folder, checkpoint)
     embedder = make_embedder(config, workers=config.cluster.ranks)
     hashes = prototypes.read_hashes(config, checkpoint, embedder.fingerprint)
-    refine = refiner(config, len(own.chains))
-    return prototypes.run(config, folder, own, newcomers, embedder, hashes, refine)
+    refine = refiner(config, len(training.chains))
+    return prototypes.run(config, folder, training, newcomers, embedder, hashes, refine)

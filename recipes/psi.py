@@ -1,4 +1,4 @@
-"""psi: chains of build_sec → SFT with transformers on DeepSpeed → a checkpoint that writes evaluation chains."""
+"""psi: chains of build_sec → SFT on DeepSpeed → a checkpoint that writes evaluation chains."""
 
 from __future__ import annotations
 

@@ -108,9 +108,9 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     if fails and (count := dropped.total()):
         earlier, later, user = index.overlap()
         raise DataError(
-            f"{count} votes of the source are cast again by the same user, on the same texts, in a later split, "
-            f"e.g. {earlier} as {later} by user {user}: a test would repeat what was learnt; correct the source, "
-            "drop them with data.on_overlap=drop, or split again with data.split_by=within_user"
+            f"{count} votes of the source are cast again by the same user, on the same texts, in a later "
+            f"split, e.g. {earlier} as {later} by user {user}: a test would repeat what was learnt; correct "
+            "the source, drop them with data.on_overlap=drop, or split again with data.split_by=within_user"
         )
     return dropped
 

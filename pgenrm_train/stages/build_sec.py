@@ -162,8 +162,8 @@ def sample_chains(
 ) -> tuple[list[Kept], list[Rejected]]:
     """Sample chains per pair and order until one passes, at most `sec.samples_per_pair`.
 
-    Every rejected chain is recorded.  `teacher.in_flight` questions are open at a time.  The result is in the order of the questions, whatever
-    the order of the answers.
+    Every rejected chain is recorded.  `teacher.in_flight` questions are open at a time.  The result is in the
+    order of the questions, whatever the order of the answers.
     """
     all_questions, history = questions(config, pairs), histories(config, pairs)
 

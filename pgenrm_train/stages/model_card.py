@@ -36,7 +36,8 @@ def write_card(config: Config, stage: Stage, folder: StageFolder, steps: object)
     body = f"""# {config.model.label}, {folder.stage}
 
 A personalised generative reward model (P-GenRM, arXiv 2602.12116). It reads earlier preferences of one user
-and two or more new responses. It writes an evaluation chain: persona, weighted criteria, a score per response.
+and two or more new responses, and writes an evaluation chain: persona, weighted criteria, a score per
+response.
 
 Training: {stage.method}.
 
@@ -49,7 +50,8 @@ Training: {stage.method}.
 Prompts must be built as in training:
 
 ```bash
-python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_FOLDER score.input=question.json
+python -m pgenrm_train recipe=score model={config.model.label} model.path=THIS_FOLDER \\
+    score.input=question.json
 ```
 
 `question.json` holds `user_id`, `query`, `responses` (a list of texts) and `history`, a list of `query`,

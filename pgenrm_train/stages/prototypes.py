@@ -37,7 +37,7 @@ Refine = Callable[..., tuple[core.Prototypes, Mapping[str, object]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ChainSet:
     """Chains, and the histories by pair that they were written from."""
 
     chains: Chains
@@ -79,8 +79,8 @@ def pairs_to_analyse(settings: PrototypesConfig, train: Sequence[PreferencePair]
 def run(
     config: Config,
     folder: StageFolder,
-    own: Written,
-    newcomers: Sequence[Written],
+    training: ChainSet,
+    newcomers: Sequence[ChainSet],
     embed: Embed,
     hashes: Mapping[str, str],
     refine: Refine = refine,
@@ -89,10 +89,10 @@ def run(
 
     `newcomers`: entry t holds chains of users that training has not seen, written from t history pairs.
     """
-    rows, failures = _readable(own.chains)
+    rows, failures = _readable(training.chains)
     if not rows:
         raise DataError(
-            f"none of {len(own.chains)} chains of training users could be read ({dict(failures)}); "
+            f"none of {len(training.chains)} chains of training users could be read ({dict(failures)}); "
             "prototypes need analyses"
         )
     matrix = embed([core.preference_text(row.analysis) for row in rows])
@@ -100,7 +100,7 @@ def run(
     suggested, curve = core.suggest_k(matrix, config.prototypes.retained_mass)
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
     centroids = core.cluster(matrix, core.count_distinct(matrix, enough=wanted), config.seed, users)
-    samples = _samples([row.pair for row in rows], own.histories, embed)
+    samples = _samples([row.pair for row in rows], training.histories, embed)
     settings = RefinementSettings.of(config.prototypes, config.seed)
     refined, metrics = refine(centroids, samples, settings, device=config.cluster.device)
     core.save(refined, folder.path, hashes)
@@ -198,7 +198,7 @@ def _readable(chains: Chains) -> tuple[list[Analysed], Counter[str]]:
 
 
 def _cold_start(
-    settings: RefinementSettings, refined: core.Prototypes, written: Written, embed: Embed
+    settings: RefinementSettings, refined: core.Prototypes, written: ChainSet, embed: Embed
 ) -> dict[str, object]:
     """One point of the cold-start curve; the mean of all prototypes replaces that of an unreadable chain."""
     rows, failures = _readable(written.chains)

@@ -42,7 +42,7 @@ class Stage:
     """Training method, for the model card; None for a stage that trains nothing."""
 
     def settings(self, config: Config) -> dict[str, object]:
-        """Values of `reads`.  Raw data counts by content: a moved file is the same data, a changed one is not."""
+        """Values of `reads`.  Raw data counts by content: a moved file is the same data."""
         settings = {key: _plain(get(config, key)) for key in self.reads}
         files = {
             key: Path(value)

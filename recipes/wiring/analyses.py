@@ -11,14 +11,14 @@ from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
 from pgenrm_train.run.folder import StageFolder, weights_digest
 from pgenrm_train.run.progress import progress
-from pgenrm_train.stages.prototypes import Written, pairs_to_analyse
+from pgenrm_train.stages.prototypes import ChainSet, pairs_to_analyse
 from recipes.wiring.candidates import once
 from recipes.wiring.models import load_tokenizer
 
 NEWCOMERS = 200  # pairs of validation users for the cold-start curve
 
 
-def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tuple[Written, list[Written]]:
+def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tuple[ChainSet, list[ChainSet]]:
     """Sample chains on training users, and on newcomers with 0, 1, … known votes; then stop the engines."""
     pairs = load_pairs(Path(config.run_dir))
     sampler = histories(config, pairs)
@@ -46,8 +46,8 @@ def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tup
             what="analyses of users",
         ).set_index("key")
         close()
-    own, *others = [
-        Written([(q.pair, readable_text(table.loc[q.key])) for q in group], sets[name][1])
+    training, *others = [
+        ChainSet([(q.pair, readable_text(table.loc[q.key])) for q in group], sets[name][1])
         for name, group in questions.items()
     ]
-    return own, [written for written in others if written.chains]
+    return training, [written for written in others if written.chains]

@@ -61,9 +61,8 @@ def check_base(config: Config) -> None:
     """Check the model that PSI starts from before chains are sampled and paid for."""
     from pgenrm_train.backends.sft.checks import check_libraries, inspect_start
 
-    if config.model.kind == "hf" and still_to_do(
-        config, [StageName.PSI]
-    ):  # a nano may be made from the chains
+    # A nano may be made from the chains.
+    if config.model.kind == "hf" and still_to_do(config, [StageName.PSI]):
         check_libraries(config.psi)
         inspect_start(config, base_model(config))
 

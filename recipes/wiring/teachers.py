@@ -38,7 +38,8 @@ def criteria_writer(
     """The features rule, or the language model of `teacher=`, whose answers `folder` keeps."""
     if config.teacher.kind == "oracle":
         raise ConfigError(
-            "recipe=criteria needs teacher=features, endpoint or vllm: the oracle's users state their criteria"
+            "recipe=criteria needs teacher=features, endpoint or vllm: "
+            "the oracle's users state their criteria"
         )
     if config.teacher.kind == "features":
         yield FeatureCriteria(pairs)

@@ -27,7 +27,10 @@ TROUBLES = [
 
 
 class Teacher:
-    """Server that prefers texts beginning with `good`; every third call fails.  Counts paid completions by question."""
+    """Server that prefers texts beginning with `good`; every third call fails.
+
+    Counts paid completions by question.
+    """
 
     def __init__(self) -> None:
         self.paid: Counter[str] = Counter()

@@ -23,7 +23,7 @@ from pgenrm_train.prompts.writer import histories, pairs_of_split
 from pgenrm_train.prototypes import clusters as core
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.prototypes import Written, prototype_of_users, remarks, reopen_damaged
+from pgenrm_train.stages.prototypes import ChainSet, prototype_of_users, remarks, reopen_damaged
 
 HASHES = {"model": "m", "embedder": "e", "data": "d"}
 
@@ -68,8 +68,8 @@ def made(world, folder, embed=None, **settings):
         setattr(config.prototypes, name, value)
     stage = StageFolder.read(folder, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
-    later = [Written(*known) for known in newcomers]
-    facts = prototypes.run(config, stage, Written(chains, shown), later, embed or Words(), HASHES)
+    later = [ChainSet(*known) for known in newcomers]
+    facts = prototypes.run(config, stage, ChainSet(chains, shown), later, embed or Words(), HASHES)
     stage.finish(**facts)
     return stage, facts
 
@@ -90,7 +90,7 @@ def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
     first = [(pair, chains[0][1]) for pair, _ in chains]
     stage = StageFolder.read(tmp_path, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
-    facts = prototypes.run(config, stage, Written(first, shown), [], Words(), HASHES)
+    facts = prototypes.run(config, stage, ChainSet(first, shown), [], Words(), HASHES)
     assert facts["k"] == 1
     assert (
         next(remarks(config.prototypes, facts))
