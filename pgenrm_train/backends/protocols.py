@@ -112,8 +112,9 @@ class Generator(Protocol):
 class Teacher(Protocol):
     """A writer of evaluation chains from history and explicit signals, never from the choice.
 
-    `in_flight` is the number of calls to make at a time.  A teacher `by_rule` writes by template, so that its chains
-    resemble each other.  Raises BackendError if it can write no further chain (server down, budget spent).
+    `in_flight` is the number of calls to make at a time.  A teacher `by_rule` writes by template, so that its
+    chains resemble each other.  Raises BackendError if it can write no further chain (server down, budget
+    spent).
     """
 
     in_flight: int

@@ -1,12 +1,15 @@
-"""Which earlier votes of a user an example may show (METHOD §1: h randomly drawn pairs).
+"""Histories: the earlier votes of a user that an example may show (METHOD §1: h randomly drawn pairs).
 
-Rules that hold for every policy: only pairs of the same user's `train` part; never the asked pair itself, a vote on the same two
-texts, or one on the same prompt that shares a response with it (that A beat C tells much of A against B); never its future (a later
-vote where votes have times, a later turn of the same conversation).  The draw depends on (seed, pair) alone, so that every stage
-shows the same history for the same pair.
+Rules of all policies:
+- only pairs of the same user's `train` part
+- never the pair itself, nor a vote on the same two texts
+- no vote on the same prompt that shares a response with it: that A beat C implies much about A against B
+- nothing from its future: no later vote where votes have times, no later turn of the same conversation
 
-Policies: `random` (the paper), `recent`, `most_similar` (TF–IDF cosine of the queries, within the user; ties to the newer vote),
-`same_scenario` (random, those of the asked scenario first).
+The draw depends only on (seed, pair), so that all stages show the same history for a pair.
+
+Policies: `random` (the paper), `recent`, `most_similar` (TF–IDF cosine of the queries within the user, ties
+to the newer vote), `same_scenario` (random, votes of the pair's scenario first).
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK ch
 
 
 class HistorySampler:
-    """Draws `size` history items a pair from the `train` rows among `pairs`; O(rows) to build, O(rows of the user) a draw."""
+    """A sampler of `size` history items per pair from the `train` rows among `pairs`.
+
+    It takes O(rows) to build and O(rows of the user) per draw.
+    """
 
     def __init__(
         self,
@@ -41,13 +47,12 @@ class HistorySampler:
             if pair.split == "train" and kind in (None, pair.kind):
                 self._by_user[pair.user_id].append(pair)
         for votes in self._by_user.values():
-            votes.sort(
-                key=lambda p: -math.inf if p.time is None else p.time
-            )  # stable: rows without times keep their order
+            # The sort is stable: rows without times keep their order.
+            votes.sort(key=lambda p: -math.inf if p.time is None else p.time)
         self._queries: dict[str, _Queries] = {}
 
     def __call__(self, pair: PreferencePair, size: int | None = None) -> tuple[HistoryItem, ...]:
-        """Up to `size` items, oldest first; fewer when the user has fewer."""
+        """Draw up to `size` items, oldest first; fewer if the user has fewer."""
         size = self.size if size is None else size
         votes = self._by_user.get(pair.user_id, [])
         usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair)]
@@ -70,38 +75,41 @@ class HistorySampler:
         return indices[:size]
 
 
-def _may_show(vote: PreferencePair, asked: PreferencePair) -> bool:
-    if vote.pair_id == asked.pair_id:
-        return False
-    shared = {vote.chosen, vote.rejected} & {asked.chosen, asked.rejected}
-    if shared and (vote.query == asked.query or shared == {asked.chosen, asked.rejected}):
-        return False
-    if asked.time is not None and (vote.time is None or vote.time >= asked.time):
-        return False
-    return (
-        not asked.conversation_id or vote.conversation_id != asked.conversation_id or vote.turn <= asked.turn
+def _may_show(vote: PreferencePair, pair: PreferencePair) -> bool:
+    shared = {vote.chosen, vote.rejected} & {pair.chosen, pair.rejected}
+    same = vote.pair_id == pair.pair_id or shared == {pair.chosen, pair.rejected}
+    later = pair.time is not None and (vote.time is None or vote.time >= pair.time)
+    same_conversation = bool(pair.conversation_id) and vote.conversation_id == pair.conversation_id
+    return not (
+        same
+        or (shared and vote.query == pair.query)
+        or later
+        or (same_conversation and vote.turn > pair.turn)
     )
 
 
 class _Queries:
-    """One user's queries as TF–IDF vectors, w = (1 + ln tf) · (1 + ln((1 + n) / (1 + df))), normalised, behind an inverted index."""
+    """An inverted index of one user's queries as normalised TF–IDF vectors.
+
+    w = (1 + ln tf) · (1 + ln((1 + n) / (1 + df)))
+    """
 
     def __init__(self, queries: Sequence[str]) -> None:
         counts = [_words(query) for query in queries]
         documents = Counter(word for words in counts for word in words)
         self._idf = {word: 1 + math.log((1 + len(counts)) / (1 + df)) for word, df in documents.items()}
-        self._found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._weights_of: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for i, words in enumerate(counts):
             weights = self._weights(words)
             length = math.sqrt(sum(w * w for w in weights.values())) or 1.0
             for word, weight in weights.items():
-                self._found[word].append((i, weight / length))
+                self._weights_of[word].append((i, weight / length))
 
     def similarity(self, query: str) -> dict[int, float]:
-        """Query number → cosine up to the asked query's own length, which does not change an order; absent is 0."""
+        """Query number → cosine times the length of `query`, which keeps the order; absent is 0."""
         scores: dict[int, float] = defaultdict(float)
         for word, weight in self._weights(_words(query)).items():
-            for i, other in self._found[word]:
+            for i, other in self._weights_of[word]:
                 scores[i] += weight * other
         return scores
 

@@ -1,15 +1,18 @@
-"""Which of a user's signals a stage may see, decided by type rather than by discipline.
+"""Masking: the signals of a user that a stage may see, decided by type.
 
-Stage 2 (METHOD §4) hides what the user *said* (explicit criteria) and keeps it as supervision.  Here a prompt is
-written from a view:
+Stage 2 (METHOD §4) hides a user's explicit criteria and keeps them as supervision.  A prompt is written from
+a view:
 
-    MaskedView                  context, history, responses; it has no field in which a criterion could ride
-    └── FullView                the same and the explicit signals
-    Supervision                 what is withheld: the label and the explicit signals, for teachers, judges and rewards only
+    MaskedView        context, history, responses; it has no field for a criterion
+    └── FullView      the same and the explicit signals
+    Supervision       the withheld label and explicit signals, for teachers, judges and rewards only
 
-Policies: `full` shows everything (METHOD §3), `masked` never shows explicit signals (§4), `history_dropout` also drops a random
-part of some histories (*our choice*: users with little feedback), `mixed` draws between full and masked (*our choice*: one model
-for users with and without stated criteria).  `show_probability` is the share that these two leave whole.
+Policies: - `full` shows everything (METHOD §3). - `masked` never shows explicit signals (METHOD §4). -
+`history_dropout` is `masked`, and drops a random part of some histories.  *Our choice*, for users with little
+feedback. - `mixed` draws between full and masked.  *Our choice*: one model for users with and without stated
+criteria.
+
+`show_probability` is the share of complete histories of `history_dropout`, and of full views of `mixed`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ POLICIES = ("full", "masked", "history_dropout", "mixed")
 
 @dataclass(frozen=True)
 class MaskedView:
-    """What a model may read when the explicit signals are withheld; `responses` are in presentation order."""
+    """A model's view without explicit signals; `responses` are in presentation order."""
 
     context: tuple[Message, ...]
     history: tuple[HistoryItem, ...]
@@ -40,27 +43,27 @@ class MaskedView:
 
 @dataclass(frozen=True)
 class FullView(MaskedView):
-    """A view that shows the explicit signals as well."""
+    """A view with the explicit signals."""
 
     explicit: ExplicitSignals
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What no prompt of the reward model holds: which response was chosen, and what the user said about their taste."""
+    """The fields that no prompt of the reward model holds: the choice and the explicit signals."""
 
     chosen_index: int
     explicit: ExplicitSignals
 
 
 def present(pair: PreferencePair, history: Sequence[HistoryItem], order: int) -> Example:
-    """The question that a pair asks: order 0 shows the chosen response first, order 1 second.
+    """The example of a pair; order 0 shows the chosen response first, order 1 second.
 
     Raises ValueError for another order.
     """
     if order not in (0, 1):
         raise ValueError(
-            f"order: {order!r} is not a presentation order; valid ones are 0 (chosen first) and 1 (chosen second)"
+            f"order: {order!r} is no presentation order; valid ones are 0 (chosen first) and 1 (second)"
         )
     responses = (pair.chosen, pair.rejected) if order == 0 else (pair.rejected, pair.chosen)
     return Example(
@@ -79,10 +82,10 @@ def present(pair: PreferencePair, history: Sequence[HistoryItem], order: int) ->
 def apply_masking(
     example: Example, policy: str, rng: random.Random, *, show_probability: float = 0.5
 ) -> tuple[MaskedView | FullView, Supervision]:
-    """Split an example into what the model sees under `policy` and what is withheld from it.
+    """Split an example into the model's view under `policy` and the withheld supervision.
 
-    `rng` is drawn from by `history_dropout` and `mixed` only; `show_probability` (0..1) is the share of whole histories of the
-    one and of full views of the other.  Raises ConfigError for an unknown policy or a probability outside [0, 1].
+    Only `history_dropout` and `mixed` draw from `rng`.  Raises ConfigError for an unknown policy, or for a
+    `show_probability` outside [0, 1].
     """
     if policy not in POLICIES:
         raise ConfigError(
@@ -106,7 +109,7 @@ def apply_masking(
 def drop_history(
     history: tuple[HistoryItem, ...], rng: random.Random, show_probability: float
 ) -> tuple[HistoryItem, ...]:
-    """The whole history with `show_probability`, else k of its h items in their order, k uniform on 0..h."""
+    """The full history with `show_probability`, else k of its h items in their order, k uniform on 0..h."""
     if rng.random() < show_probability:
         return history
     kept = rng.sample(range(len(history)), rng.randint(0, len(history)))

@@ -44,8 +44,8 @@ def pairs_of_split(
 ) -> list[PreferencePair]:
     """Select the pairs of a split, about `limit` of them.
 
-    `train` means the train part of training users; that of held-out users is history only.  A limit keeps all votes on
-    the same conversation together and draws conversations by the hash of their ids.
+    `train` means the train part of training users; that of held-out users is history only.  A limit keeps all
+    votes on the same conversation together and draws conversations by the hash of their ids.
     """
     selected = [p for p in pairs if (p.trains if split == "train" else p.split == split)]
     if limit is None or len(selected) <= limit:
@@ -68,8 +68,9 @@ class PromptWriter:
     2. The oldest history items are dropped.
     3. Queries and responses are cut to the greatest common length that fits.
 
-    A cut text ends in ` …(+N words)`, so that a reader can judge its length.  `trimmed` counts prompts, cut texts,
-    dropped history items, prompts cut to fit, and prompts whose responses differ only in the parts cut off.
+    A cut text ends in ` …(+N words)`, so that a reader can judge its length.  `trimmed` counts prompts, cut
+    texts, dropped history items, prompts cut to fit, and prompts whose responses differ only in the parts cut
+    off.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Any) -> None:

@@ -1,7 +1,7 @@
 """Answers of an endpoint and their cost, on disk: reruns are free, a resume is exact, a budget outlives restarts.
 
-An answer and its cost are written in one transaction, so that neither exists without the other after a crash.  Paid
-failures (cut off, empty) are kept too: a second call would cost the same and fail again.
+An answer and its cost are written in one transaction, so that neither exists without the other after a crash.
+Paid failures (cut off, empty) are kept too: a second call would cost the same and fail again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BOUGHT_FAILURES = ("length", "empty")
 class Reply:
     """The text of an answer, or the reason why there is none.
 
-    Failures: timeout · connection · http_<code> · length · empty · malformed · circuit_open · budget · closed.
+    Failures: timeout · connection · http_<code> · length · empty · malformed · circuit_open · budget ·
+    closed.
     """
 
     text: str | None

@@ -1,7 +1,7 @@
 """One POST to an OpenAI-compatible `/chat/completions`, and the meaning of its failures.
 
-Plain httpx: at hundreds of calls per second, a client that builds typed models of requests and answers costs more than
-all the rest of the client side (benchmarks/speed/factory_slots.py).
+Plain httpx: at hundreds of calls per second, a client that builds typed models of requests and answers costs
+more than all the rest of the client side (benchmarks/speed/factory_slots.py).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class ChatApi:
     def post(self, payload: bytes) -> Reply:
         """Request a completion; a cut-off or empty one is a Reply without text.
 
-        Raises httpx.HTTPError if there is no answer in time, and one of `NO_COMPLETION` if the answer is no chat
-        completion.
+        Raises httpx.HTTPError if there is no answer in time, and one of `NO_COMPLETION` if the answer is no
+        chat completion.
         """
         end = time.monotonic() + self._seconds
         with self._client.stream("POST", self._url, content=payload) as response:

@@ -1,9 +1,9 @@
 """Estimate calls, tokens, dollars and minutes of a stage that queries a language model, each as a range.
 
-Low: one call per question, four characters per token, answers of `ANSWER_TOKENS`.  High: all calls allowed, three
-characters per token, answers of the maximal length.  Minutes follow from the configured pace, or by default from
-`TOKENS_PER_SECOND` of one stream.  Users configure prices (`dollars_per_million_in`, `…_out`); without them dollars are
-not estimated.
+Low: one call per question, four characters per token, answers of `ANSWER_TOKENS`.  High: all calls allowed,
+three characters per token, answers of the maximal length.  Minutes follow from the configured pace, or by
+default from `TOKENS_PER_SECOND` of one stream.  Users configure prices (`dollars_per_million_in`, `…_out`);
+without them dollars are not estimated.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def estimate(
 ) -> Estimate:
     """Estimate the cost of `questions`, with at most `tries` calls per question.
 
-    `prompt_characters` is the mean length of a prompt, or (low, high).  A `known_share` of the questions is answered on
-    disk and costs nothing.
+    `prompt_characters` is the mean length of a prompt, or (low, high).  A `known_share` of the questions is
+    answered on disk and costs nothing.
     """
     shortest, longest = (
         prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters, prompt_characters)

@@ -1,9 +1,9 @@
 """One model behind an OpenAI-compatible API: limits, retries, a cache and a budget, for teacher and judge.
 
-`Endpoint.complete` is synchronous, and many threads may call it.  They share one limit of calls in flight, one pace, one
-budget and one cache on disk.  So a second run pays for nothing twice, and a killed run loses only the calls in flight.
-The cost is on disk with the answers (see `answers`), so that a budget holds over restarts.
-A failed call is a `Reply` with its reason, never an exception and never an empty text.
+`Endpoint.complete` is synchronous, and many threads may call it.  They share one limit of calls in flight,
+one pace, one budget and one cache on disk.  So a second run pays for nothing twice, and a killed run loses
+only the calls in flight. The cost is on disk with the answers (see `answers`), so that a budget holds over
+restarts. A failed call is a `Reply` with its reason, never an exception and never an empty text.
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ class Endpoint:
     def start_in(self, characters: int, samples: int = 1) -> float:
         """Count a try and return the seconds until it may start.
 
-        Tries are spread evenly, to at most `requests_per_minute` starts and `tokens_per_minute` tokens.  A call is
-        expected to need the mean tokens of the calls so far; the first ones, their maximum.
+        Tries are spread evenly, to at most `requests_per_minute` starts and `tokens_per_minute` tokens.  A
+        call is expected to need the mean tokens of the calls so far; the first ones, their maximum.
         """
         settings, gap = self.settings, 0.0
         if settings.requests_per_minute is not None:

@@ -1,12 +1,13 @@
 """A model under test behind an API: one asynchronous queue over all requests (METHOD §7), see `protocols.Generator`.
 
-A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once.  A server without `n` gets
-m calls.  At most `max_in_flight` samples are in flight, and the queue takes a request only when it has room.  The event
-loop runs only while the caller waits for the next answer, so a caller that stores answers slowly slows down the queue
-and does not fill the memory.  Pace, budget and circuit are the `Endpoint`'s.
+A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once.  A server
+without `n` gets m calls.  At most `max_in_flight` samples are in flight, and the queue takes a request only
+when it has room.  The event loop runs only while the caller waits for the next answer, so a caller that
+stores answers slowly slows down the queue and does not fill the memory.  Pace, budget and circuit are the
+`Endpoint`'s.
 
-A failed sample is a failed generation, `engine:<kind>`.  If the server is down or the budget spent, the queue yields the
-samples in flight and then raises BackendError.
+A failed sample is a failed generation, `engine:<kind>`.  If the server is down or the budget spent, the queue
+yields the samples in flight and then raises BackendError.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from pgenrm_train.run.concurrency import concurrently
 class PersonaGenerator(EndpointGenerator):
     """A generator that writes personas first; see `protocols.Generator`.
 
-    `personas` is an endpoint with a cache, so that a restart reuses them.  A question without its persona is a failed
-    generation, `engine:persona_<kind>`.
+    `personas` is an endpoint with a cache, so that a restart reuses them.  A question without its persona is
+    a failed generation, `engine:persona_<kind>`.
     """
 
     def __init__(self, endpoint: Endpoint, personas: Endpoint) -> None:

@@ -90,7 +90,8 @@ class LlmCriteria:
 class LlmJudge:
     """A judge of chains by the withheld signals; see `protocols.Judge`.  A failure is None, and counted by kind.
 
-    One chain in `AUDIT_EVERY`, chosen by its text, is judged twice, and the absolute difference of the scores is kept.
+    One chain in `AUDIT_EVERY`, chosen by its text, is judged twice, and the absolute difference of the scores
+    is kept.
     """
 
     AUDIT_EVERY = 50

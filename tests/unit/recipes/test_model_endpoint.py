@@ -50,7 +50,8 @@ def test_an_evaluation_counts_failures_and_asks_for_them_again(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         first, asked = results(tmp_path / "run"), len(server.bodies)
         assert (
-            f"model stub: {asked} calls" in done.stdout.replace(",", "") and "no price stated" in done.stdout
+            f"model stub: {asked} calls" in done.stdout.replace(",", "")
+            and "no price configured" in done.stdout
         )
         assert first["n_pairs"] * 2 * 2 == asked, "every pair, both orders, two seeds"
         assert first["failures"] == {"engine:http_400": asked // 4} and first["accuracy"] < 0.5, (
