@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on this machine that behaves as badly as it is told to."""
+"""A small local OpenAI-compatible server that misbehaves as a test configures it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 Behaviour = Callable[
     [dict[str, Any], int], Any
-]  # (request body, number of the call from 0) → what `answer` takes
+]  # (request body, number of the call from 0) → argument of `answer`
 
 
 class Server(ThreadingHTTPServer):
@@ -51,21 +51,24 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.busy -= 1
 
-    def answer(self, what: Any) -> None:
-        """A text → a completion; {"status", "headers"} → an error; {"raw"} → these bytes; {"reset"} → the connection drops;
-        {"blanks"} → so many, a tenth of a second apart, before anything else comes."""
-        if isinstance(what, str):
-            return self.send(200, json.dumps(completion(what)).encode(), {})
-        if what.get("reset"):
+    def answer(self, form: Any) -> None:
+        """Send an answer of one of these forms.
+
+        A text → a completion; {"status", "headers"} → an error; {"raw"} → these bytes; {"reset"} → the
+        connection drops; {"blanks"} → that many blanks, a tenth of a second apart, before the rest.
+        """
+        if isinstance(form, str):
+            return self.send(200, json.dumps(completion(form)).encode(), {})
+        if form.get("reset"):
             self.close_connection = True
             return self.connection.close()
-        if "blanks" in what:
-            return self.trickle(what["blanks"])
-        if "raw" in what:
-            return self.send(200, what["raw"], {})
-        if "completion" in what:
-            return self.send(200, json.dumps(what["completion"]).encode(), {})
-        return self.send(what["status"], b'{"error": {"message": "no"}}', what.get("headers", {}))
+        if "blanks" in form:
+            return self.trickle(form["blanks"])
+        if "raw" in form:
+            return self.send(200, form["raw"], {})
+        if "completion" in form:
+            return self.send(200, json.dumps(form["completion"]).encode(), {})
+        return self.send(form["status"], b'{"error": {"message": "no"}}', form.get("headers", {}))
 
     def send(self, status: int, payload: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -1,4 +1,4 @@
-"""Small predictions tables for tests."""
+"""Small tables of predictions for tests."""
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ def row(pair, user, order, chosen, rejected, failure=None, sample=0, seed=0, kin
 
 
 def consistent(hits, users=None, score=(2, 1)):
-    """Both orders alike: pair i of user i is a hit where hits[i]."""
+    """Equal rows for both orders: pair i of user i is a hit where hits[i]."""
     users = users or [f"u{i}" for i in range(len(hits))]
     high, low = score
     return pd.DataFrame(

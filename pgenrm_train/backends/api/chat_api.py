@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -127,18 +128,21 @@ def failure_of(error: Exception) -> str:
     return "connection" if isinstance(error, httpx.TransportError) else "malformed"
 
 
+def is_transient_status(code: int) -> bool:
+    """Whether an HTTP error may pass."""
+    return code in (408, 409, 425, 429) or code >= 500
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether to try again: no connection, too slow, too many requests, a fault of the server."""
     if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in (408, 409, 425, 429) or error.response.status_code >= 500
+        return is_transient_status(error.response.status_code)
     return isinstance(error, httpx.TransportError)
 
 
-def retry_after(error: BaseException | None) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait, as the server requests."""
-    if not isinstance(error, httpx.HTTPStatusError):
-        return None
     try:
-        return float(error.response.headers["retry-after"])
+        return float(headers["retry-after"])
     except (KeyError, ValueError):
         return None

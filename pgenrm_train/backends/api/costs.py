@@ -32,25 +32,19 @@ def estimate(
     `prompt_characters` is the mean length of a prompt, or (low, high).  A `known_share` of the questions is
     answered on disk and costs nothing.
     """
-    shortest, longest = (
-        prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters, prompt_characters)
-    )
+    span = prompt_characters if isinstance(prompt_characters, tuple) else (prompt_characters,) * 2
     unanswered = questions * (1.0 - known_share)
     calls = (unanswered, unanswered * tries)
-    prompts = (calls[0] * shortest / 4.0, calls[1] * longest / 3.0)
+    prompts = (calls[0] * span[0] / 4.0, calls[1] * span[1] / 3.0)
     answers = (calls[0] * min(answer_tokens, settings.max_tokens), calls[1] * settings.max_tokens)
-    priced = settings.dollars_per_million_in or settings.dollars_per_million_out
+    low, high = (dollars(settings, round(p), round(a)) for p, a in zip(prompts, answers, strict=True))
+    fast, slow = (_minutes(settings, *figures) for figures in zip(calls, prompts, answers, strict=True))
     return Estimate(
         calls,
         prompts,
         answers,
-        (_dollars(settings, prompts[0], answers[0]), _dollars(settings, prompts[1], answers[1]))
-        if priced
-        else None,
-        (
-            _minutes(settings, calls[0], prompts[0], answers[0]),
-            _minutes(settings, calls[1], prompts[1], answers[1]),
-        ),
+        (low, high) if settings.dollars_per_million_in or settings.dollars_per_million_out else None,
+        (fast, slow),
     )
 
 
@@ -77,10 +71,6 @@ def announce(role: str, settings: EndpointConfig, expected: Estimate) -> Estimat
 def characters(prompts: Sequence[Sequence[Mapping[str, str]]]) -> float:
     """Mean length of the texts of chats."""
     return sum(len(message["content"]) for chat in prompts for message in chat) / max(1, len(prompts))
-
-
-def _dollars(settings: EndpointConfig, prompts: float, answers: float) -> float:
-    return dollars(settings, round(prompts), round(answers))
 
 
 def _minutes(settings: EndpointConfig, calls: float, prompts: float, answers: float) -> float:

@@ -240,7 +240,8 @@ class Endpoint:
         backoff = wait_random_exponential(multiplier=1, max=MAX_WAIT_SECONDS)
 
         def pause(state: RetryCallState) -> float:
-            seconds = retry_after(state.outcome.exception() if state.outcome else None)
+            error = state.outcome.exception() if state.outcome else None
+            seconds = retry_after(error.response.headers if isinstance(error, httpx.HTTPStatusError) else {})
             return backoff(state) if seconds is None else min(seconds, MAX_WAIT_SECONDS)
 
         retrying = Retrying(

@@ -22,8 +22,10 @@ from pgenrm_train.backends.api import endpoint as limits
 from pgenrm_train.backends.api.answers import Reply
 from pgenrm_train.backends.api.chat_api import (
     NO_COMPLETION,
+    is_transient_status,
     refusal,
     replace_surrogates,
+    retry_after,
     tokens_of,
     url_and_headers,
 )
@@ -204,11 +206,10 @@ class _Queue:
             raise _Trouble("connection") from None
         if response.status >= 400:
             self.endpoint.note_refusal(refusal(content))
-            passing = response.status in (408, 409, 425, 429) or response.status >= 500
             raise _Trouble(
                 f"http_{response.status}",
-                passing=passing,
-                retry_after=_seconds(response.headers.get("retry-after")),
+                passing=is_transient_status(response.status),
+                retry_after=retry_after(response.headers),
             )
         return json.loads(content)
 
@@ -219,10 +220,3 @@ def _read(choice: Any) -> tuple[str | None, str | None]:
     if choice.get("finish_reason") == "length":
         return text, "length"
     return (text, None) if isinstance(text, str) and text.strip() else (None, f"{ENGINE}empty")
-
-
-def _seconds(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None

@@ -10,7 +10,7 @@ from pgenrm_train.chains.chain import JSON_END, JSON_START, Chain, parse_chain
 
 
 def read(rationale: str, n: int = 2) -> Chain:
-    """The chain of a rationale, with declared scores that no test looks at."""
+    """The chain of a rationale, with declared scores that no test reads."""
     scores = {f"response_{i}": 5 for i in range(1, n + 1)}
     text = json.dumps({"rationale": rationale, "better_response": scores})
     chain = parse_chain(f"{JSON_START}{text}{JSON_END}", n)

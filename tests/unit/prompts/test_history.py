@@ -1,4 +1,4 @@
-"""Histories: only the user's own train part, never the asked vote, and the same one in every stage."""
+"""Histories hold the user's own train part without the vote in question, equal in all stages."""
 
 import dataclasses
 import random
@@ -117,7 +117,7 @@ def test_recent_takes_the_newest():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 30])
 def test_sizes_and_pools_that_are_smaller(policy, size):
-    sampler = HistorySampler(VOTES[:6], size=3, policy=policy)  # two votes a user
+    sampler = HistorySampler(VOTES[:6], size=3, policy=policy)  # two votes per user
     assert len(sampler(ASKED, size)) == min(size, 2)
     assert sampler(vote("stranger", 1)) == ()
 
@@ -150,7 +150,9 @@ def test_every_stage_draws_the_same_history_by_configuration():
     )
     shuffled = VOTES[:]
     random.Random(0).shuffle(shuffled)
-    shuffled.sort(key=lambda pair: int(pair.pair_id[1:]))  # users in another order, each with their own
+    shuffled.sort(
+        key=lambda pair: int(pair.pair_id[1:])
+    )  # users in another order, each with their votes in order
     assert histories(config, VOTES)(ASKED) == histories(config, shuffled)(ASKED)
     assert len(histories(config, VOTES)(ASKED)) == 2
 
@@ -160,7 +162,7 @@ def test_every_stage_draws_the_same_history_by_configuration():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_vote_on_the_same_prompt_that_shares_a_response_is_never_shown(policy):
-    """PRISM's turns: A is rated above B and C, so that "A beat C" would tell of A against B."""
+    """PRISM's turns: A is rated above B and C, so that "A beat C" implies much about A against B."""
     asked = dataclasses.replace(ASKED, split="train")
     sharing = dataclasses.replace(ASKED, pair_id="shares", rejected="third", split="train")
     elsewhere = dataclasses.replace(

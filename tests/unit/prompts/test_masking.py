@@ -1,4 +1,4 @@
-"""Masking is a matter of type, and a masked prompt cannot carry what the user said."""
+"""Masking is a matter of type, and a masked prompt cannot carry the user's explicit signals."""
 
 import dataclasses
 import random

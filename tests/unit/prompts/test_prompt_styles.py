@@ -1,4 +1,4 @@
-"""Judges' prompts: each shows what it should and no more, the persona is written once a history, and all are scored alike."""
+"""Judges' prompts: the right signals in each, one persona per history, and equal scoring."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_a_persona_that_cannot_be_had_is_a_failure_of_its_questions(tmp_path):
 def test_a_server_that_is_down_ends_the_run(tmp_path):
     with (
         serve(lambda body, n: {"status": 404}) as server,
-        pytest.raises(BackendError, match="the same command goes on"),
+        pytest.raises(BackendError, match="the same command continues"),
     ):
         many = [r for n in range(40) for r in requests(1, (HistoryItem(f"q{n}", "a", "b"),))]
         list(generator(server.url, tmp_path / "personas", give_up_after=3)(many, temperature=0.7))

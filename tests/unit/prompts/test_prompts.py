@@ -1,4 +1,4 @@
-"""The layout of a prompt, and that no text of a dataset can change it."""
+"""The layout of a prompt, which no text of a data set can change."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Prompts fit their budget by a stated policy, and every engine sees the same ids (the tokenizer is nano's own, trained here)."""
+"""Prompts fit their budget, and all engines see the same ids; the tokenizer is nano's, trained here."""
 
 import re
 
@@ -55,7 +55,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def loaded(tokenizer, tmp_path_factory):
-    """The tokenizer as vLLM, veRL and the Trainer load it: by model type, from files."""
+    """The tokenizer as vLLM, veRL and the Trainer load it: from files, by model type."""
     from transformers import AutoTokenizer, Qwen2Config
 
     folder = tmp_path_factory.mktemp("nano")
@@ -132,7 +132,7 @@ def test_the_vocabulary_has_the_asked_size(tokenizer):
     assert len(more) < len(tokenizer) <= 600 + len(FIXED) + 20
 
 
-# ---- what is too long ----
+# ---- over-long prompts ----
 
 
 def test_what_fits_is_left_alone(tokenizer):
@@ -225,7 +225,7 @@ def test_a_long_query_is_cut_as_well(tokenizer):
 
 
 def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
-    """First to max_text_tokens, then to fit the prompt: what is counted is the user's words, not our own remark."""
+    """Cuts to max_text_tokens and to fit the prompt both count the user's words, not our remark."""
     long = " ".join(f"word{i}" for i in range(500))
     write = writer(tokenizer, max_text_tokens=120, max_prompt_tokens=130)
     kept, gone = CUT.match(
@@ -234,7 +234,7 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
     assert long.startswith(kept) and int(gone) == len(long[len(kept) :].split())
 
 
-def test_what_was_cut_is_told_and_responses_that_the_cut_made_equal_are_counted(tokenizer):
+def test_cuts_are_reported_and_responses_that_a_cut_made_equal_are_counted(tokenizer):
     write = writer(tokenizer, max_text_tokens=20)
     write(a_view())
     assert write.trim_warning("psi") == ""

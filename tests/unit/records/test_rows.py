@@ -47,7 +47,7 @@ def a_pair(number: int = 0, **changes) -> PreferencePair:
 
 
 def a_row(**changes) -> dict:
-    """A raw row as the published data sets have it."""
+    """A raw row in the form of the published data sets."""
     row = {
         "user_id": "u1",
         "context": [{"role": "user", "content": "hi"}],
@@ -66,7 +66,7 @@ def write_jsonl(folder: Path, *rows) -> Path:
 
 
 def problem(path: Path) -> str:
-    """The one sentence with which reading ends."""
+    """The one-sentence error of reading a file."""
     with pytest.raises(DataError) as error:
         list(read_pairs(path))
     sentence = str(error.value)
@@ -354,7 +354,7 @@ def test_a_bad_field_names_file_row_field_and_expectation(tmp_path, name):
 
 
 def test_a_text_column_of_other_bytes_is_one_sentence(tmp_path):
-    """Arrow checks no text when a file is written; pandas or Spark would fail on this one, too."""
+    """Arrow checks no text when a file is written; pandas and Spark would fail on this file too."""
     texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"good", b"\xff"]).buffers())
     table = pa.table({"user_id": ["u", "u"], "context": ["q", "r"], "chosen": texts, "rejected": ["a", "b"]})
     pq.write_table(table, tmp_path / "votes.parquet")

@@ -1,4 +1,4 @@
-"""An endpoint over real HTTP: what is retried, what is a failure, what is paid, what stops it."""
+"""An endpoint over real HTTP: retries, failures, cost, and the reasons to stop."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_refusal_is_told_in_the_server_s_words(body, said):
     assert refusal(body) == said
 
 
-def test_a_server_that_repeats_the_key_does_not_have_it_told(monkeypatch):
+def test_an_error_hides_a_key_that_the_server_repeats(monkeypatch):
     monkeypatch.setenv("STUB_KEY", "sk-very-secret")
     with serve(lambda body, n: "x") as server:
         one = Endpoint(to(server, api_key_env="STUB_KEY", give_up_after=1))
@@ -184,12 +184,12 @@ def test_a_spent_budget_stops_everything(tmp_path):
         one = Endpoint(to(server, dollars_per_million_in=1e5, max_dollars=2.5), tmp_path)
         assert [one.complete(ASK, sample=i).failure for i in range(5)] == [None] * 3 + ["budget"] * 2
         assert one.stopped.startswith("the budget of stub is spent: 3.00 dollars and 45 tokens")
-        assert one.complete(ASK, sample=0).text == "hi", "what is known costs nothing"
+        assert one.complete(ASK, sample=0).text == "hi", "an answer on disk costs nothing"
         assert Endpoint(to(server, max_total_tokens=15)).complete(ASK).text == "hi"
 
 
 def test_a_budget_holds_over_restarts_and_a_higher_one_goes_on(tmp_path):
-    price = {"dollars_per_million_in": 1e5}  # one dollar a call
+    price = {"dollars_per_million_in": 1e5}  # one dollar per call
     with serve(lambda body, n: "hi") as server:
         for limit, failures in (
             (2, [None, None, "budget"]),
@@ -279,7 +279,7 @@ def test_tokens_keep_the_pace_that_earlier_answers_give():
         one.complete(ASK)
         used = one.usage.prompt_tokens + one.usage.completion_tokens
         assert used > 0
-        one.settings.tokens_per_minute = 600.0 * used  # ten calls a second
+        one.settings.tokens_per_minute = 600.0 * used  # ten calls per second
         began = time.monotonic()
         for i in range(1, 6):
             one.complete(ASK, sample=i)
@@ -292,7 +292,7 @@ def test_the_first_call_is_taken_to_need_all_that_it_may():
         began = time.monotonic()
         for i in range(2):
             one.complete(ASK, sample=i)
-        assert time.monotonic() - began >= 1.0  # a thousand tokens a second
+        assert time.monotonic() - began >= 1.0  # a thousand tokens per second
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(monkeypatch, tmp_path):

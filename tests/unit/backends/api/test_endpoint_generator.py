@@ -1,4 +1,4 @@
-"""The queue of a model behind an API, over real HTTP: n a call, failures as data, order, back-pressure, a server that dies."""
+"""The queue of a model behind an API, over real HTTP: n per call, failures as data, back-pressure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def generator(server, **more) -> EndpointGenerator:
 
 
 def several(body, number):
-    """A server that takes n: choice i says who asked and which sample it is."""
+    """A server that takes n; choice i holds the question and the number of the sample."""
     texts = [f"{body['messages'][0]['content']}/{body['seed'] + i}" for i in range(body.get("n", 1))]
     choices = [
         {"index": i, "finish_reason": "stop", "message": {"content": text}} for i, text in enumerate(texts)
@@ -52,7 +52,7 @@ def several(body, number):
     }
 
 
-def told(answers):
+def sorted_fields(answers):
     return sorted((a.key, a.sample, a.text, a.failure) for a in answers)
 
 
@@ -64,7 +64,7 @@ def test_all_samples_of_a_prompt_are_one_call():
         one = generator(server)
         answers = list(one(requests(5, 4, seed=40), temperature=0.7))
         assert (
-            told(answers) == EXPECTED
+            sorted_fields(answers) == EXPECTED
             and len(server.bodies) == 5
             and {body["n"] for body in server.bodies} == {4}
         )
@@ -91,7 +91,7 @@ def test_a_server_without_n_is_asked_sample_by_sample(refusal):
 
     with serve(behaviour) as server:
         answers = list(generator(server, max_in_flight=4)(requests(5, 4, seed=40), temperature=0.7))
-        assert told(answers) == EXPECTED
+        assert sorted_fields(answers) == EXPECTED
         assert sum("n" in body for body in server.bodies) == 1, "it is not asked for n again"
 
 
@@ -113,7 +113,7 @@ def until_it_ends(answers):
     ("trouble", "ends"), [({"status": 500}, True), ({"raw": b"log in"}, True), ({"status": 400}, False)]
 )
 def test_a_queue_that_found_no_api_at_all_ends_in_a_sentence(trouble, ends):
-    """However short it is: an evaluation made of nothing but such failures must not count as made."""
+    """A short queue raises too: an evaluation of such failures alone must not count as complete."""
     with serve(lambda body, n: trouble) as server:
         answers = generator(server, attempts=1)(requests(3), temperature=0.7)
         with (
@@ -149,11 +149,11 @@ def test_slow_answers_time_out_and_passing_trouble_passes():
         lambda body, n: slowly(1.0, "late") if n < 1 else {"status": 503} if n < 2 else several(body, n)
     ) as server:
         answers = list(generator(server, timeout_seconds=0.3)(requests(1), temperature=0.7))
-        assert told(answers) == [("k0", 0, "q0/0", None)] and len(server.bodies) == 3
+        assert sorted_fields(answers) == [("k0", 0, "q0/0", None)] and len(server.bodies) == 3
 
 
 def test_requests_are_taken_only_as_there_is_room():
-    """A caller that reads slowly holds the queue back: memory holds what is in flight, not the whole evaluation."""
+    """A slow caller slows down the queue: memory holds the calls in flight, not the full evaluation."""
     taken = count()
     endless = (
         GenerationRequest(f"k{next(taken)}", ({"role": "user", "content": "q"},), 2) for _ in iter(int, 1)
@@ -166,7 +166,7 @@ def test_requests_are_taken_only_as_there_is_room():
         assert next(taken) <= 4 + 6 and server.most_busy <= 4
 
 
-def test_what_is_in_flight_when_a_server_dies_is_handed_over():
+def test_samples_in_flight_when_a_server_dies_are_yielded():
     with serve(lambda body, n: several(body, n) if n < 10 else {"status": 404}) as server:
         answers, one = [], generator(server, give_up_after=5)
         with pytest.raises(BackendError, match="the same command continues from there"):
