@@ -111,10 +111,10 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
 def check_split(config: Config, evaluated: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
     """Raise DataError if `user_disjoint` would name accuracy on users with training votes."""
     if config.eval.protocol == "user_disjoint" and (
-        known := {p.user_id for p in evaluated} & {p.user_id for p in pairs if p.trains}
+        training := {p.user_id for p in evaluated} & {p.user_id for p in pairs if p.trains}
     ):
         raise DataError(
-            f"eval.protocol=user_disjoint: {len(known)} of the evaluated users also train; "
+            f"eval.protocol=user_disjoint: {len(training)} of the evaluated users also train; "
             "use data.split_by=user_disjoint, or eval.protocol=strict, which counts in the same way"
         )
 

@@ -79,7 +79,7 @@ class LikesHistory:
     def close(self) -> None: ...
 
 
-def progress(items, _what, _total, _told):
+def progress(items, _name, _total, _status):
     return items
 
 
@@ -353,7 +353,7 @@ def test_the_progress_bar_shows_the_accuracy_so_far(capsys):
         running.add(row | change)
         samples.append(str(running))
     assert samples == ["accuracy 1.000", "accuracy 0.500", "accuracy 0.333", "accuracy 0.333"]
-    assert "4/4" in (told := capsys.readouterr().err) and "accuracy 0.333" in told.splitlines()[-1]
+    assert "4/4" in (shown := capsys.readouterr().err) and "accuracy 0.333" in shown.splitlines()[-1]
 
 
 # ---- shards ----

@@ -108,7 +108,7 @@ def test_pairs_that_cannot_be_asked_are_named():
         score_pairs(shorter, PAIRS, {})
 
 
-def progress(items, _what, _total, _told):
+def progress(items, _name, _total, _status):
     return items
 
 

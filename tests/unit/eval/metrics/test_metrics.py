@@ -278,7 +278,7 @@ def test_paired_difference_under_a_protocol_that_drops_counts_what_it_drops():
     assert paired_difference(a, b)["n_pairs"] == 3
 
 
-def test_paired_difference_refuses_uncommon_pairs_unless_told():
+def test_paired_difference_refuses_uncommon_pairs_by_default():
     a, b = consistent([1, 0, 1]), consistent([1, 0])
     with pytest.raises(DataError, match=r"pair_id 'p2'.*first table only"):
         paired_difference(a, b)

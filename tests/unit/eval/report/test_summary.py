@@ -46,7 +46,7 @@ class Judge:
     def close(self) -> None: ...
 
 
-def progress(items, _what, _total, _told):
+def progress(items, _name, _total, _status):
     return items
 
 

@@ -173,9 +173,9 @@ def test_adaptive_sampling_draws_what_a_replay_on_the_full_pool_says(tmp_path):
     study = Study("scaling", (16,), (3,))
     full = pool_of(tmp_path / "full", Model(0.7), study)
     fewer = pool_of(tmp_path / "adaptive", Model(0.7), study, adaptive=0.1)
-    told = replayed(full, study, config())
-    assert told["saved share"] == pytest.approx((fewer["failure"] == SETTLED).sum() / 640)
-    assert told["accuracy"] == cells(fewer, study, config())[0]["accuracy"]
+    saved = replayed(full, study, config())
+    assert saved["saved share"] == pytest.approx((fewer["failure"] == SETTLED).sum() / 640)
+    assert saved["accuracy"] == cells(fewer, study, config())[0]["accuracy"]
     assert replayed(fewer, study, config()) is None
 
 
@@ -250,12 +250,12 @@ def test_one_cell_is_the_headline_and_sampled_in_every_seed(tmp_path):
     assert "stderr" not in cells(pool, Study("scaling", (4,), (2,)), config())[0]
 
 
-def test_what_a_run_will_ask_counts_the_seeds_of_its_headline_cell():
+def test_the_estimate_of_calls_counts_the_seeds_of_the_headline_cell():
     tests = evaluation.Evaluation(config(probes=False), PAIRS, HISTORIES)
-    calls = {ind: evaluation_calls(config(ind=ind, pro=2, probes=False), tests) for ind in (4, (4,))}
-    probes = evaluation_calls(config(ind=4, pro=2, probe_pairs=6), tests) - calls[4]
+    cell, grid = (evaluation_calls(config(ind=ind, pro=2, probes=False), tests) for ind in (4, [4]))
+    probes = evaluation_calls(config(ind=4, pro=2, probe_pairs=6), tests) - cell
     assert probes == 2 * 6 * len(config().eval.probe_kinds) > 0
-    assert calls == {4: 2 * 20 * 5 * (1 + 4 + 2), (4,): 2 * 20 * (5 + 4 + 2)}
+    assert (cell, grid) == (2 * 20 * 5 * (1 + 4 + 2), 2 * 20 * (5 + 4 + 2))
 
 
 def test_ties_are_a_share_of_what_a_cell_decides(tmp_path):
