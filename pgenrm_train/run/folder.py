@@ -51,21 +51,14 @@ def weights_digest(checkpoint: Path) -> str:
     return fingerprint([(path.name, sha256_file(path)) for path in sorted(checkpoint.glob("*.safetensors"))])
 
 
-class GitState(TypedDict):
-    """Commit of the checkout, and whether files differ from it."""
-
-    commit: str
-    dirty: bool
-
-
 class EnvironmentFacts(TypedDict):
-    """Versions, machine and git state."""
+    """Versions, machine and git state: the commit, and whether files differ from it."""
 
     python: str
     platform: str
     cpus: int | None
     packages: dict[str, str | None]
-    git: GitState | None
+    git: dict[str, str | bool] | None
 
 
 def environment_facts() -> EnvironmentFacts:
@@ -87,7 +80,7 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _git_state() -> GitState | None:
+def _git_state() -> dict[str, str | bool] | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments],

@@ -35,7 +35,7 @@ def measure(config: Config, recipe: str, seconds: float, late: str) -> Measureme
     A failure is kept for the verdict.
     """
     measurement, began = Measurement(), time.monotonic()
-    with watching(config, recipe, measurement), ending(measurement, seconds, late):
+    with watching(config, recipe, measurement, end=began + seconds, late=late):
         try:
             launch(config, recipe)
         except PGenRMError as error:
@@ -47,38 +47,30 @@ def measure(config: Config, recipe: str, seconds: float, late: str) -> Measureme
 
 
 @contextmanager
-def ending(measurement: Measurement, seconds: float, late: str) -> Iterator[None]:
-    """Kill all processes that the block has started if it takes longer."""
-    import psutil
+def watching(
+    config: Config,
+    recipe: str,
+    measurement: Measurement,
+    *,
+    every: float = 0.25,
+    end: float = float("inf"),
+    late: str = "",
+) -> Iterator[None]:
+    """While the block runs, sample memory and note the times of new lines in the stage's metrics.jsonl.
 
-    def end() -> None:
-        measurement.error = late
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    timer = threading.Timer(max(0.0, seconds), end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-@contextmanager
-def watching(config: Config, recipe: str, measurement: Measurement, every: float = 0.25) -> Iterator[None]:
-    """Sample memory, and note the times of new lines in the stage's metrics.jsonl, while the block runs."""
+    From the time `end` on all child processes are killed.
+    """
     ended, metrics = threading.Event(), Path(config.run_dir) / recipe / METRICS
     before = used_gib(config)
 
     def watch() -> None:
-        lines = 0
         while not ended.wait(every):
             measurement.peak_gib = max(measurement.peak_gib, used_gib(config) - before)
-            written = metrics.read_text().count("\n") if metrics.exists() else 0
-            measurement.steps += [time.monotonic()] * max(0, written - lines)
-            lines = written
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            measurement.steps += [time.monotonic()] * (lines - len(measurement.steps))
+            if time.monotonic() > end:
+                measurement.error = late
+                _kill_children()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -87,6 +79,14 @@ def watching(config: Config, recipe: str, measurement: Measurement, every: float
     finally:
         ended.set()
         thread.join()
+
+
+def _kill_children() -> None:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def used_gib(config: Config) -> float:
