@@ -87,7 +87,7 @@ def count_tokens(text: str) -> int:
 
 
 def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
-    """Per percentage of PERCENTILES the least value that this share of the counted values does not exceed."""
+    """Percentiles of counted values: the least value that so many per cent do not exceed."""
     total, below, waiting = sum(counts.values()), 0, list(PERCENTILES)
     table: dict[str, int] = {}
     for value in sorted(counts):

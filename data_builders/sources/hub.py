@@ -17,9 +17,10 @@ Rows = Iterator[Row]
 def tables(source: str, table: str | None = None, split: str | None = None) -> Iterator[tuple[str, Rows]]:
     """Yield (name for messages, rows) for each file or split of a data set, in their order.
 
-    source: a hub id, a file, or a folder with files of the hub repository.  table: the configuration of a hub
-    data set; in a folder, the files whose path has a part that begins with it.  split: only this one, if the
-    source has separate splits.  Raises DataError with one sentence.
+    `source`: a hub id, a file, or a folder with files of the hub repository.
+    `table`: the configuration of a hub data set; in a folder, the files with a path part that begins with it.
+    `split`: only this one, if the source has separate splits.
+    Raises DataError with one sentence.
     """
     path = Path(source)
     if path.is_file():

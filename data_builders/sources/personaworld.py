@@ -74,8 +74,8 @@ MARGIN = 0.15  # least difference of utilities in a vote
 KINDS = ("easy", "medium", "hard", "rival")
 HISTORY_PER_SCENARIO = 2
 HELD_OUT_SHARE = 0.3  # of the individual variants of a cell
-# Chosen so that prototypes differ much within each scenario, somewhere every attribute is cared for, and
-# every cell has
+# Chosen so that prototypes differ much within each scenario, every attribute is in some cell, and every cell
+# has
 # held-out variants.
 WORLD_SEED, HELD_OUT_SALT = 91, 9
 

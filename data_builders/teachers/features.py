@@ -101,10 +101,10 @@ class FeatureTeacher:
         return np.clip((measure_many(texts) - self.median) / self.scale, -CLIP, CLIP)
 
     def weights(
-        self, user_id: str, history: Iterable[HistoryItem] = (), asked: Iterable[str] = ()
+        self, user_id: str, history: Iterable[HistoryItem] = (), scored: Iterable[str] = ()
     ) -> np.ndarray:
-        """w_u, shape (F,), from the user's training rows and further history items, without `asked` texts."""
-        rows, extra, left_out = self._evidence(user_id, history, asked)
+        """w_u, (F,), from the user's training rows and further history items, without the `scored` texts."""
+        rows, extra, left_out = self._evidence(user_id, history, scored)
         if not extra and not left_out:
             return self._user_weights.get(user_id, self.population)
         differences = self._differences_of(rows, extra)
@@ -148,16 +148,16 @@ class FeatureTeacher:
         self._sorted = np.sort(raw, axis=0)
 
     def _evidence(
-        self, user_id: str, history: Iterable[HistoryItem], asked: Iterable[str]
+        self, user_id: str, history: Iterable[HistoryItem], scored: Iterable[str]
     ) -> tuple[list[int], list[HistoryItem], tuple[int, ...]]:
         """The user's usable training rows, the history items beyond them, and the left-out rows."""
-        asked, rows = frozenset(asked), self._user_rows.get(user_id, [])
-        left_out = tuple(row for row in rows if self._row_texts[row] <= asked)
+        scored, rows = frozenset(scored), self._user_rows.get(user_id, [])
+        left_out = tuple(row for row in rows if self._row_texts[row] <= scored)
         known = {self._row_texts[row] for row in rows}
         extra = [
             h
             for h in history
-            if (texts := frozenset((h.chosen, h.rejected))) not in known and not texts <= asked
+            if (texts := frozenset((h.chosen, h.rejected))) not in known and not texts <= scored
         ]
         return [row for row in rows if row not in left_out], extra, left_out
 
@@ -170,10 +170,10 @@ class FeatureTeacher:
         return self.standardise([item.chosen for item in history]) - rejected
 
     def _mean_difference(
-        self, user_id: str, history: Iterable[HistoryItem], asked: Iterable[str]
+        self, user_id: str, history: Iterable[HistoryItem], scored: Iterable[str]
     ) -> np.ndarray:
         """Mean advantage of the user's chosen answers, (F,); the population's counts as τ further rows."""
-        rows, extra, left_out = self._evidence(user_id, history, asked)
+        rows, extra, left_out = self._evidence(user_id, history, scored)
         differences = self._differences_of(rows, extra)
         others = (self._total - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
         return (differences.sum(axis=0) + self.tau * others) / (len(differences) + self.tau)
@@ -183,7 +183,7 @@ class FeatureTeacher:
         weights: np.ndarray,
         user_id: str,
         history: Iterable[HistoryItem] = (),
-        asked: Iterable[str] = (),
+        scored: Iterable[str] = (),
     ) -> np.ndarray:
         """At most `top` features by |weight| × spread: a rare feature may weigh much and yet seldom decide.
 
@@ -191,7 +191,7 @@ class FeatureTeacher:
         words, if long).  It would be untrue to call that a preference of this user, so it is no criterion.
         """
         effect = np.abs(weights) * self.spread
-        true_to_sign = weights * self._mean_difference(user_id, history, asked) > 0
+        true_to_sign = weights * self._mean_difference(user_id, history, scored) > 0
         order = np.argsort(-np.where(true_to_sign, effect, 0.0), kind="stable")
         return order[: min(self.top, max(1, int(true_to_sign.sum())))]
 
@@ -259,10 +259,10 @@ def _percentages(sizes: np.ndarray) -> list[int]:
     total = sizes.sum()
     shares = sizes / total if total > 0 else np.full(len(sizes), 1 / len(sizes))
     exact = shares * (100 - len(sizes))  # one point each is given first: no criterion of weight 0
-    whole = np.floor(exact).astype(int)
-    short = 100 - len(sizes) - int(whole.sum())
-    whole[np.argsort(-(exact - whole), kind="stable")[:short]] += 1
-    return (whole + 1).tolist()
+    floors = np.floor(exact).astype(int)
+    short = 100 - len(sizes) - int(floors.sum())
+    floors[np.argsort(-(exact - floors), kind="stable")[:short]] += 1
+    return (floors + 1).tolist()
 
 
 def _population_weights(differences: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A stage is one W&B run; the stages of a pipeline share a group.  `eval/accuracy` is the key of accuracy in
 every stage and in the summary.  Products of a stage become artifacts; checkpoints only by reference, so that
-no weights are copied. Without the network a run starts offline.  `wandb sync` later sends everything that W&B
-lacks.
+no weights are copied.  Without the network a run starts offline.  `wandb sync` later sends everything that
+W&B lacks.
 
 Nothing that is sent may hold a secret: addresses and names of credential variables are removed from the
 settings.
@@ -122,8 +122,7 @@ class Tracker:
     def link(self, facts: Mapping[str, object]) -> None:
         """Write the accuracy of a finished stage to the summary, and link its products as artifacts.
 
-        An evaluation has its own accuracy.  A training has its best one, because that checkpoint is
-        published.
+        An evaluation has its own accuracy; a training has its best one, that of the published checkpoint.
         """
         if self._wandb is None:
             return

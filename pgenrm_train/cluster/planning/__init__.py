@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pgenrm_train.cluster.planning.advice import nearest_fit, problems_of
 from pgenrm_train.cluster.planning.batches import Batches, batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
-from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of, ranks_of
+from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of
 from pgenrm_train.cluster.planning.work import Work, work_of
 from pgenrm_train.config import Config, gpus_per_node
 from pgenrm_train.config.stage_names import StageName
@@ -100,7 +100,7 @@ class Plan:
             "cluster": {
                 "name": cluster.name,
                 "nodes": cluster.nodes,
-                "processes": ranks_of(self.config),
+                "processes": self.config.cluster.ranks,
                 "card": card_name(self.config),
                 **asdict(card_of(self.config)),
             },

@@ -17,7 +17,6 @@ from pgenrm_train.cluster.planning.memory import (
     grpo_of,
     longest,
     phases_of,
-    ranks_of,
 )
 from pgenrm_train.config import Config
 from pgenrm_train.config.stage_names import GRPO_STAGES, TRAINED, StageName
@@ -104,9 +103,9 @@ def _psi_changes(config: Config) -> Iterator[Change]:
     cluster, psi, cuda = config.cluster, config.psi, config.cluster.device == "cuda"
     if not psi.gradient_checkpointing:
         yield (("psi.gradient_checkpointing", True),)
-    if cuda or ranks_of(config) > 1:
+    if cuda or config.cluster.ranks > 1:
         yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
-    unit = max(1, psi.micro_batch_size * ranks_of(config) // psi.sequence_parallel)
+    unit = max(1, psi.micro_batch_size * config.cluster.ranks // psi.sequence_parallel)
     if psi.batch_size % unit:
         yield (("psi.batch_size", max(unit, psi.batch_size // unit * unit)),)
     if cuda and not cluster.offload_optimizer:
@@ -115,7 +114,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
 
 
 def _grpo_batches(config: Config, stage: StageName) -> Iterator[Change]:
-    grpo, ranks = grpo_of(config, stage), ranks_of(config)
+    grpo, ranks = grpo_of(config, stage), config.cluster.ranks
     if grpo.mini_batch_prompts * grpo.group_size % ranks:
         prompts = max(ranks, grpo.mini_batch_prompts // ranks * ranks)
         yield ((f"{stage}.mini_batch_prompts", prompts), (f"{stage}.prompts_per_step", prompts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pgenrm_train.cluster.planning.memory import grpo_of, ranks_of
+from pgenrm_train.cluster.planning.memory import grpo_of
 from pgenrm_train.config import Config
 from pgenrm_train.config.checks import psi_problems
 from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
@@ -26,7 +26,7 @@ def batches_of(config: Config, stage: StageName) -> Batches | None:
 
 def psi_batches(config: Config) -> Batches:
     """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
-    ranks, psi = ranks_of(config), config.psi
+    ranks, psi = config.cluster.ranks, config.psi
     facts = {
         "sequences a step": psi.batch_size,
         "processes": ranks,
@@ -38,7 +38,7 @@ def psi_batches(config: Config) -> Batches:
 
 def grpo_batches(config: Config, stage: StageName) -> Batches:
     """rollouts = prompts × group; one mini-batch is one update, divided over processes and micro-batches."""
-    grpo, ranks = grpo_of(config, stage), ranks_of(config)
+    grpo, ranks = grpo_of(config, stage), config.cluster.ranks
     rollouts = grpo.mini_batch_prompts * grpo.group_size
     facts = {
         "prompts a step": grpo.prompts_per_step,
@@ -55,7 +55,11 @@ def grpo_batches(config: Config, stage: StageName) -> Batches:
 
 def grpo_problems(config: Config, stage: StageName) -> list[str]:
     """One sentence, with its keys, per division of a GRPO step that leaves a rest."""
-    grpo, ranks, tensor_parallel = grpo_of(config, stage), ranks_of(config), config.cluster.tensor_parallel
+    grpo, ranks, tensor_parallel = (
+        grpo_of(config, stage),
+        config.cluster.ranks,
+        config.cluster.tensor_parallel,
+    )
     rollouts = grpo.mini_batch_prompts * grpo.group_size
     problems = []
     if rollouts % ranks:

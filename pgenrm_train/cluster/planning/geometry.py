@@ -69,8 +69,8 @@ class Geometry:
     def forward_flops(self, length: float) -> float:
         """FLOPs per token of the forward pass in a sequence of `length` tokens.
 
-        2 per matrix weight, and attention over the tokens before. PaLM (Chowdhery et al. 2022), appendix B:
-        2N + 4·L·(heads·head_dim)·T; half of the T positions are visible on average. The input embedding is a
+        2 per matrix weight, and attention over the tokens before.  PaLM (Chowdhery et al. 2022), appendix B:
+        2N + 4·L·(heads·head_dim)·T; half of the T positions are visible on average.  The input embedding is a
         look-up and does no arithmetic.
         """
         matrices = self.parameters - (0 if self.tied else self.embedding_parameters)

@@ -14,7 +14,7 @@ LoRA a frozen bf16 base, 2·Ψ/N.  Layers are gathered in bf16.  The reference m
 memory (veRL offloads models that are never trained).  Offloaded weights and moments leave the GPU while vLLM
 generates and return for the update.
 
-Activations per token and layer follow Korthikanti et al. 2022 (§4.1), counted again for RMSNorm, SwiGLU,
+Activations per token and layer follow Korthikanti et al. 2022 (§4.1), recounted for RMSNorm, SwiGLU,
 grouped queries and attention without a stored T×T matrix:  2h(4 + 2b) of the two norms (an fp32 copy, the
 normalised input, the output), b(q + k + v + out) of attention, 4·b·f of the MLP (gate, its activation, up,
 their product).  `sdpa` repeats k and v to the width of q; `eager` adds heads·T probabilities.  With
@@ -104,10 +104,6 @@ def card_of(config: Config) -> CardConfig:
     return config.plan.cards[card_name(config)]
 
 
-def ranks_of(config: Config) -> int:
-    return config.cluster.ranks
-
-
 def longest(config: Config) -> int:
     """Tokens of the longest prompt and answer."""
     return config.model.max_prompt_tokens + config.model.max_response_tokens
@@ -186,7 +182,7 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     )
     step = dict(states)
     if config.cluster.zero_stage and not config.cluster.offload_optimizer:
-        piece = trained_parameters(config, geometry) / ranks_of(config)
+        piece = trained_parameters(config, geometry) / config.cluster.ranks
         step["fp32 gradients"] = 4 * (min(piece, LIVE) if config.cluster.zero_stage == 3 else piece) / GIB
     base, memory = overhead(config, StageName.PSI), card_of(config).memory_gib
     return [
@@ -197,18 +193,18 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
 
 def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], dict[str, float]]:
     """(GiB on the GPU, GiB in host memory) of weights, gradients, optimizer and buckets under ZeRO."""
-    b, n, cluster = element_bytes(config), ranks_of(config), config.cluster
-    stage, whole, trained = cluster.zero_stage, geometry.parameters, trained_parameters(config, geometry)
+    b, n, cluster = element_bytes(config), config.cluster.ranks, config.cluster
+    stage, parameters, trained = cluster.zero_stage, geometry.parameters, trained_parameters(config, geometry)
     optimizer = trained * (12 if b == 2 or stage else 8) / (n if stage >= 1 else 1)
     gradients = trained * b / (n if stage >= 2 else 1)
     offloaded = cluster.offload_optimizer and stage >= 1
     parts = {
-        "weights": whole * b / (n if stage == 3 else 1),
+        "weights": parameters * b / (n if stage == 3 else 1),
         "gradients": 0.0 if offloaded and stage >= 2 else gradients,
         "optimizer": 0.0 if offloaded else optimizer,
     }
     if stage == 3:
-        parts["gathered layers and buckets"] = b * (min(LIVE, whole) + 2 * min(BUCKET, trained))
+        parts["gathered layers and buckets"] = b * (min(LIVE, parameters) + 2 * min(BUCKET, trained))
     elif stage:
         parts["buckets"] = b * 2 * min(BUCKET, trained)
     host = {"offloaded optimizer": cluster.processes_per_node * trained * 16 / n} if offloaded else {}
@@ -220,9 +216,13 @@ def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], d
 
 def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Phase]:
     """Rollout (vLLM next to the resident actor) and update (vLLM asleep)."""
-    grpo, cpu, n = grpo_of(config, stage), config.cluster.device == "cpu", ranks_of(config)
-    lora, trained, whole = config.model.lora.rank, trained_parameters(config, geometry), geometry.parameters
-    weights = (2 * whole if lora and not cpu else 4 * whole) / n
+    grpo, cpu, n = grpo_of(config, stage), config.cluster.device == "cpu", config.cluster.ranks
+    lora, trained, parameters = (
+        config.model.lora.rank,
+        trained_parameters(config, geometry),
+        geometry.parameters,
+    )
+    weights = (2 * parameters if lora and not cpu else 4 * parameters) / n
     states = {"actor weights": weights, "gradients": 4 * trained / n, "optimizer": 8 * trained / n}
     length = longest(config)
     tokens = grpo.micro_batch_size * length
@@ -237,12 +237,12 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     }
     memory = card_of(config).memory_gib
     if cpu:  # vLLM never sleeps on a CPU: its weights and cache stay
-        resident = {"vLLM weights": 4 * whole / GIB, "vLLM KV cache": 1.0}
+        resident = {"vLLM weights": 4 * parameters / GIB, "vLLM KV cache": 1.0}
         return [Phase(stage, "update", update | resident, memory)]
     local, offload = config.cluster.processes_per_node, config.cluster.offload_optimizer
     host = {
         "offloaded actor": local * (weights + states["optimizer"]) if offload else 0.0,
-        "reference model": local * 4 * whole / n if grpo.kl_coefficient and not lora else 0.0,
+        "reference model": local * 4 * parameters / n if grpo.kl_coefficient and not lora else 0.0,
     }
     kept = {} if offload else _gib({name: states[name] for name in ("actor weights", "optimizer")})
     cluster = config.cluster

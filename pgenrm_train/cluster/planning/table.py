@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pgenrm_train.cluster.planning import Plan, StagePlan
-from pgenrm_train.cluster.planning.memory import card_name, card_of, ranks_of
+from pgenrm_train.cluster.planning.memory import card_name, card_of
 
 
 def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     config, card = plan.config, card_of(plan.config)
     console.print(
-        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {ranks_of(config)} × "
+        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {config.cluster.ranks} × "
         f"{card_name(config)} "
         f"({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
         markup=False,

@@ -1,8 +1,11 @@
 """Tokens, hours, dollars and disk of a stage, from stated rates and mean lengths.
 
-Training: (1 + 2) forward passes per token, 1 + 1 with LoRA, whose frozen base has no weight gradients. hours
-= FLOPs / (mfu · peak · GPUs).  MFU (PaLM, appendix B) counts the model's FLOPs only, so the recomputation of
-checkpointing is inside `plan.mfu`.
+Training: (1 + 2) forward passes per token, 1 + 1 with LoRA, whose frozen base has no weight gradients.
+
+    hours = FLOPs / (mfu · peak · GPUs)
+
+MFU (PaLM, appendix B) counts the model's FLOPs only, so the recomputation of checkpointing is inside
+`plan.mfu`.
 
 Generation: one step of a vLLM replica makes one token for each of its c sequences and reads weights and their
 KV cache once,
@@ -32,7 +35,6 @@ from pgenrm_train.cluster.planning.memory import (
     element_bytes,
     grpo_of,
     kv_gib,
-    ranks_of,
     trained_parameters,
     vllm_parts,
 )
@@ -106,7 +108,7 @@ def training_seconds(
 ) -> float:
     """Seconds of `passes` forward-equivalents (3: full training, 2: LoRA, 1: forward) on all processes."""
     flops = tokens * passes * geometry.forward_flops(length)
-    return flops / (config.plan.mfu * card_of(config).tflops * 1e12 * ranks_of(config))
+    return flops / (config.plan.mfu * card_of(config).tflops * 1e12 * config.cluster.ranks)
 
 
 def passes_of(config: Config) -> float:
@@ -118,7 +120,7 @@ def generation_rate(
 ) -> float:
     """Tokens per second of all nodes while vLLM generates with at most `limit` sequences per replica."""
     plan, card, tp = config.plan, card_of(config), config.cluster.tensor_parallel
-    ranks = ranks_of(config)
+    ranks = config.cluster.ranks
     if plan.tokens_per_second:
         return plan.tokens_per_second * ranks
     prompt, response = lengths(config)
@@ -207,19 +209,19 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     }
     judged = rollouts if grpo.process_weight and config.judge.kind in ("endpoint", "vllm") else 0
     judge_tokens = {"read": float(judged) * (response + 500), "written": judged * 50.0}
-    trained, whole = trained_parameters(config, geometry), geometry.parameters
-    saved = 2 * whole + 12 * trained if config.model.lora.rank else 4 * whole + 8 * trained
+    trained, parameters = trained_parameters(config, geometry), geometry.parameters
+    saved = 2 * parameters + 12 * trained if config.model.lora.rank else 4 * parameters + 8 * trained
     return Work(
         {"steps": grpo.steps, "rollouts": rollouts, "chains for mining": mined, "calls to the judge": judged},
         {"read": read, "generated": float(rollouts + mined) * response, "trained on": trained_on},
         {name: spent / 3600 for name, spent in seconds.items() if spent},
         {
             "optimizer states and weights": grpo.keep_checkpoints * saved / GIB,
-            "checkpoint": whole * element_bytes(config) / GIB,
+            "checkpoint": parameters * element_bytes(config) / GIB,
         },
         _api_dollars(config.judge, judge_tokens) if judged else 0.0,
         (
-            f"vLLM generates {rate / ranks_of(config):,.0f} tokens per second and process "
+            f"vLLM generates {rate / config.cluster.ranks:,.0f} tokens per second and process "
             "(plan.tokens_per_second= when measured)",
         ),
     )

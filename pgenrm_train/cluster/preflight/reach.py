@@ -163,7 +163,7 @@ def nodes_at(address: str) -> list[dict[str, float]]:
 
 
 def cluster_problems(config: Config, stage: str, nodes: Sequence[Mapping[str, float]]) -> Iterator[str]:
-    """Reasons for which the placement of workers would wait without end; busy GPUs count as present."""
+    """Reasons why the placement of workers would wait without end; busy GPUs count as present."""
     cluster, gpus = config.cluster, config.cluster.processes_per_node
     if cluster.device == "cpu" and stage not in GRPO_STAGES:  # only veRL's ranks take logical GPUs on a CPU
         return

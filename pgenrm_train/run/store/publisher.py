@@ -3,7 +3,7 @@
 At the start everything is fetched that the store has and this machine lacks.  Then a thread checks every few
 seconds for complete stages and new step checkpoints, and publishes them, earlier stages first.  A failing
 store never stops the run: the failure is reported and tried again.  An error at the end names everything that
-the store still lacks. Only one process publishes a run: of a pipeline, the outer one.
+the store still lacks.  Only one process publishes a run: of a pipeline, the outer one.
 """
 
 from __future__ import annotations
