@@ -360,7 +360,7 @@ def test_json_is_printed_and_left_in_a_run_folder_that_exists(tmp_path: Path) ->
 
 MISTAKES = {
     "plan.stage=all_of_it": "plan.stage=all_of_it is not one of build_sec, psi",
-    "plan.emit=pbs": "plan.emit=pbs is not one of null, slurm, rayjob",
+    "plan.emit=pbs": "plan.emit=pbs is not one of slurm, rayjob, or null",
     "plan.card=h300": "plan.card=h300 is not one of a100, h100",
     "model=baseline": "model=baseline trains nothing",
 }
