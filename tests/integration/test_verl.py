@@ -582,8 +582,10 @@ def test_a_group_without_advantage_is_sampled_again_and_its_chains_are_counted()
         async def run() -> tuple[list[float], tuple[int, int], int]:
             prompt = Prompt("s1p00000", verl_world.example(0), 1, "0", 2, 1.0, limit)
             kept = await sampler._with_advantage(prompt)
-            chains = [chain.score for chain in await kept.scoring]
-            return chains, (kept.discarded_passes, kept.discarded_chains), sampler.calls
+            await kept.scoring
+            group = kept.scored()
+            discarded = group.discarded_passes, group.discarded_chains
+            return [chain.score for chain in group.chains], discarded, sampler.calls
 
         return asyncio.run(run())
 
