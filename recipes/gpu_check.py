@@ -2,8 +2,8 @@
 
 Preflight, three steps of PSI and of CRE, an evaluation, one verdict.  The stages are the recipes themselves,
 each in a process of its own as in the pipeline.  The model has random weights (nano's code path,
-`model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory are tested, not learning.  Peak memory is
-compared with the plan.  The same recipe runs on a CPU.
+`model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory are tested, not learning.
+Peak memory is compared with the plan.  The same recipe runs on a CPU.
 """
 
 from __future__ import annotations

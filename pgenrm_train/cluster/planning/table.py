@@ -13,9 +13,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     config, card = plan.config, card_of(plan.config)
     console.print(
-        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · {config.cluster.ranks} × "
-        f"{card_name(config)} "
-        f"({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
+        f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · "
+        f"{config.cluster.ranks} × {card_name(config)} ({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
         markup=False,
     )
     console.print(memory_table(plan))
