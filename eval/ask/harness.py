@@ -28,6 +28,8 @@ from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 Progress = Callable[..., Iterable[Any]]
+Histories = Mapping[str, tuple[HistoryItem, ...]]
+"""pair_id → the history in its prompt"""
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
@@ -312,7 +314,7 @@ def verified(predictions: pd.DataFrame) -> pd.DataFrame:
 
 def own_questions(
     pairs: Iterable[PreferencePair],
-    histories: Mapping[str, tuple[HistoryItem, ...]],
+    histories: Histories,
     *,
     seeds: int = 1,
     samples: int = 1,

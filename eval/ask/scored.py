@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -31,6 +31,7 @@ import pandas as pd
 
 from eval.ask.harness import (
     ENGINE_FAILURE,
+    Histories,
     Prediction,
     PredictionStore,
     Progress,
@@ -42,7 +43,7 @@ from eval.ask.harness import (
 )
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import present
-from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import Example, ExplicitSignals, PreferencePair
 
 Score = Callable[[Example], Any]
 Scored = tuple[float, ...] | str
@@ -55,7 +56,7 @@ CHUNK = 256  # questions that a batched model sees at a time
 def score_pairs(
     score: Score,
     pairs: Iterable[PreferencePair],
-    histories: Mapping[str, tuple[HistoryItem, ...]] | None = None,
+    histories: Histories | None = None,
 ) -> pd.DataFrame:
     """The predictions table of a function, both orders of every pair.
 

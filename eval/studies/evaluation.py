@@ -13,7 +13,16 @@ from typing import TypedDict
 
 import pandas as pd
 
-from eval.ask.harness import PredictionStore, Progress, Question, Write, ask, own_questions, verified
+from eval.ask.harness import (
+    Histories,
+    PredictionStore,
+    Progress,
+    Question,
+    Write,
+    ask,
+    own_questions,
+    verified,
+)
 from eval.ask.scored import Score, ScoreMany, ask_scores, one_by_one, scored
 from eval.metrics.accuracy import AccuracyReport, Difference, Estimate, accuracy_report, paired_difference
 from eval.studies.probes import Twins, disagreement_twins, swapped_histories
@@ -31,11 +40,10 @@ from eval.studies.scaling_study import (
 from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.files import fingerprint
-from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import PreferencePair
 
 # Settings that shape prompt and answer.
 PROMPT = ("instructions", "max_prompt_tokens", "max_response_tokens", "max_text_tokens")
-Histories = Mapping[str, tuple[HistoryItem, ...]]
 
 
 @dataclass(frozen=True)

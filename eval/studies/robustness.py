@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 
-from eval.ask.harness import Question
+from eval.ask.harness import Histories, Question
 from eval.metrics.accuracy import paired_difference
 from eval.metrics.intervals import few_users, interval
 from eval.metrics.outcomes import Outcomes, outcomes
@@ -38,7 +38,6 @@ from eval.studies.perturb import inject, pad, paraphrase
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 History = tuple[HistoryItem, ...]
-Histories = Mapping[str, History]
 Changed = tuple[PreferencePair, History] | None
 Change = Callable[[PreferencePair, History, int], Changed]
 """(pair, history, order) → the changed pair and history, or None if the change does not apply."""

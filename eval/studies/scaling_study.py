@@ -9,14 +9,14 @@ the reason.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 
-from eval.ask.harness import Question, own_questions, readable_text
+from eval.ask.harness import Histories, Question, own_questions, readable_text
 from eval.metrics.accuracy import accuracy_report, paired_difference
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.config import Config
@@ -24,7 +24,6 @@ from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.scaling.combine import GROUP, grid
 from pgenrm_train.scaling.stopping import looks, replay, settled
 
-Histories = Mapping[str, tuple[HistoryItem, ...]]
 SETTLED = "settled"  # failure of a sample that adaptive stopping did not draw
 REPLAYED_LEVEL = 0.1
 

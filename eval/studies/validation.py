@@ -6,15 +6,15 @@ accuracy orders checkpoints and reveals trouble.  Report the number of `recipe=e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
-from eval.ask.harness import Write, own_questions, prediction, requests
+from eval.ask.harness import Histories, Write, own_questions, prediction, requests
 from eval.metrics.accuracy import AccuracyReport, accuracy_report
 from pgenrm_train.backends.protocols import Generator, Validated
 from pgenrm_train.config import Config, masking_of
-from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.records.pairs import PreferencePair
 
 SHOWN = ("pair_id", "order", "score_chosen", "score_rejected", "failure", "issues", "tokens", "text")
 
@@ -26,7 +26,7 @@ class Validation:
         self,
         config: Config,
         pairs: Sequence[PreferencePair],
-        histories: Mapping[str, tuple[HistoryItem, ...]],
+        histories: Histories,
         write: Write,
     ) -> None:
         self.config = config
