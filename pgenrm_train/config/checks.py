@@ -28,6 +28,7 @@ def check(config: Config) -> None:
 
 
 def _problems(config: Config) -> Iterator[str]:
+    # Single keys come first: the other rules compute with valid values.
     yield from violations(config)
     yield from _not_counts(config)
     rules = [
@@ -261,15 +262,12 @@ def _model(config: Config) -> Rules:
 
 def _machines(config: Config) -> Rules:
     cluster, plan = config.cluster, config.plan
-    gpus, needed = (
-        cluster.ranks,
-        (cluster.engines or 0) * cluster.tensor_parallel,
-    )
+    needed = (cluster.engines or 0) * cluster.tensor_parallel
     return [
         (
-            cluster.device == "cuda" and needed > gpus,
+            cluster.device == "cuda" and needed > cluster.ranks,
             f"cluster.engines={cluster.engines} of cluster.tensor_parallel={cluster.tensor_parallel} "
-            f"would take {needed} GPUs of {gpus}",
+            f"would take {needed} GPUs of {cluster.ranks}",
         ),
         (plan.card not in plan.cards, not_one_of("plan.card", plan.card, plan.cards)),
     ]
