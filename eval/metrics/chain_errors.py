@@ -1,8 +1,8 @@
 """Where chains err, on any data: totals against the rubric, orders, criteria.
 
-A chain is *verifiable* if its totals can be recomputed from its own weights and criterion scores, and *faithful*
-if the declared totals are the recomputed ones up to their last digit.  A reward model whose chains are not
-faithful does not explain its scores.
+A chain is *verifiable* if its totals can be recomputed from its own weights and criterion scores, and
+*faithful* if the declared totals are the recomputed ones up to their last digit.  A reward model whose chains
+are not faithful does not explain its scores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, parse_chain
 class ChainErrors:
     """Shares in [0, 1]; None where nothing can be counted.
 
-    chains: answers.  readable: of all answers.  verifiable: of readable chains.  faithful: of verifiable chains.
+    chains: answers.  readable: of all answers.  verifiable: of readable chains.  faithful: of verifiable
+    chains.
     criteria_stability: mean Jaccard similarity of the criteria that two samples of one question name.
     heaviest_decides: verifiable chains whose verdict changes without their heaviest criterion.
     """

@@ -14,21 +14,24 @@ from pgenrm_train.config import Config
 
 CHANCE = 0.5
 CEILINGS = (
-    "Exact readers of the same prompts. ideal: the posterior probability that a response was chosen; no reader of "
-    "the prompt does better. ideal_chain: the likeliest criteria with the true weights; the best single chain. "
-    "imitator: criteria drawn from the posterior, weights drawn as the teacher draws them; a perfect imitator of the "
-    "teacher. Personas: those of training users, which is all that training can teach, or all of the world."
+    "Exact readers of the same prompts. ideal: the posterior probability that a response was chosen; no "
+    "reader of the prompt does better. ideal_chain: the likeliest criteria with the true weights; the best "
+    "single chain. imitator: criteria drawn from the posterior, weights drawn as the teacher draws them; a "
+    "perfect imitator of the teacher. Personas: those of training users, which is all that training can "
+    "teach, or all of the world."
 )
 ERRORS = (
-    "Of chains with the user's own history. Verifiable: the totals can be recomputed from the chain's own weights and "
-    "criterion scores. Faithful: of these, the declared totals are the recomputed ones. Verified accuracy: by "
-    "recomputed totals; a chain without them is a miss. Criteria stability: similarity (Jaccard) of the criteria of "
-    "two samples of one question. Heaviest decides: verdicts that change without the heaviest criterion."
+    "Of chains with the user's own history. Verifiable: the totals can be recomputed from the chain's own "
+    "weights and criterion scores. Faithful: of these, the declared totals are the recomputed ones. "
+    "Verified accuracy: by recomputed totals; a chain without them is a miss. Criteria stability: "
+    "similarity (Jaccard) of the criteria of two samples of one question. Heaviest decides: verdicts that "
+    "change without the heaviest criterion."
 )
 TRUTH = (
-    "Each step of the chains against the truth of PersonaWorld. Votes: earlier votes restated right. Criteria recalled: "
-    "the user's criteria that are named. Criteria allowed: the named criteria have a posterior above 0.0001 given the "
-    "votes, under the personas of training users. Responses: described right. Scores: fit criterion and response."
+    "Each step of the chains against the truth of PersonaWorld. Votes: earlier votes restated right. "
+    "Criteria recalled: the user's criteria that are named. Criteria allowed: the named criteria have a "
+    "posterior above 0.0001 given the votes, under the personas of training users. Responses: described "
+    "right. Scores: fit criterion and response."
 )
 
 

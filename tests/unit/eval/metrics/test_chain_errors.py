@@ -36,7 +36,8 @@ def test_a_total_edited_by_hand_is_not_faithful():
 
 
 def test_a_chain_without_a_rubric_is_readable_and_not_verifiable():
-    bare = '<JSON_START>{"rationale": "I like it", "better_response": {"response_1": 7, "response_2": 3}}<JSON_END>'
+    verdict = '{"rationale": "I like it", "better_response": {"response_1": 7, "response_2": 3}}'
+    bare = f"<JSON_START>{verdict}<JSON_END>"
     errors = chain_errors(predictions(bare))
     assert (errors.readable, errors.verifiable, errors.faithful, errors.heaviest_decides) == (
         1,
