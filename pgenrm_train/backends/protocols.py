@@ -125,7 +125,7 @@ class Teacher(Protocol):
         ...
 
     def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Estimate | None:
-        """Print and return the cost of up to `tries` calls on each of `questions` like these; None for a rule."""
+        """Print and return the cost of up to `tries` calls per question; None for a rule."""
         ...
 
     def spending(self) -> Spending | None:
@@ -165,7 +165,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """The result of a validation: numbers for metrics.jsonl, with `eval/accuracy`, and rows of sample chains."""
+    """The result of a validation: numbers for metrics.jsonl with `eval/accuracy`, and sample chains."""
 
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, object]]

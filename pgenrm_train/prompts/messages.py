@@ -39,7 +39,7 @@ _SECTIONS = (
 )
 _TURNS = ("turn_user", "turn_assistant", "turn_system")
 TAGS = tuple(f"<{name}>" for name in (*_SECTIONS, *_TURNS, *(f"response_{i}" for i in range(1, 9))))
-"""The delimiters, each worth one token in a small vocabulary; `<response_9>` and up exist but are not listed."""
+"""The delimiters, each one token in a small vocabulary; `<response_9>` and higher are not listed."""
 
 INSTRUCTIONS = f"""You judge responses on behalf of one particular user. The message holds sections, each \
 opened by a tag: \
@@ -77,7 +77,8 @@ _OUR_NAMES = "|".join((*_SECTIONS, *_TURNS, "json_start", "json_end", "response(
 _CHAT_NAMES = "s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|think(?:ing)?"
 # Possessive quantifiers: no backtracking, so that a megabyte of "<" and blanks costs one pass.
 _DELIMITER = re.compile(
-    rf"<\s*+(?:/\s*+)?+(?:{_OUR_NAMES}|{_CHAT_NAMES})\s*+(?:/\s*+)?+>|<<\s*+(?:/\s*+)?+SYS\s*+>>|\[\s*+(?:/\s*+)?+INST\s*+\]"
+    rf"<\s*+(?:/\s*+)?+(?:{_OUR_NAMES}|{_CHAT_NAMES})\s*+(?:/\s*+)?+>"
+    r"|<<\s*+(?:/\s*+)?+SYS\s*+>>|\[\s*+(?:/\s*+)?+INST\s*+\]"
     r"|<(?=[|｜])|(?<=[|｜])>",
     re.IGNORECASE,
 )
@@ -117,8 +118,9 @@ def split_prompt(text: str) -> list[tuple[str, str]]:
 
 
 def neutralise(text: str, reserved: Sequence[str] = ()) -> str:
-    """Make untrusted text harmless but legible: `<query>` → `‹query›`, `[INST]` → `(INST)`; ordinary `<` stays.
+    """Make untrusted text harmless but legible: `<query>` → `‹query›`, `[INST]` → `(INST)`.
 
+    An ordinary `<` stays.
     Our tags and markers, the chat-control strings of common templates and all of `reserved` lose their
     meaning.  Control characters other than tab and line break are removed, and so are lone surrogates.
     Idempotent; linear in the length.

@@ -19,8 +19,8 @@ from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.messages import JSON_END, JSON_START, chat_messages, neutralise
 
 _VOTES = (
-    "<history> with earlier votes of one user (<query>, the response they preferred as <chosen>, the other as <rejected>) or texts "
-    "they wrote (<query> alone), "
+    "<history> with earlier votes of one user (<query>, the response they preferred as <chosen>, the other "
+    "as <rejected>) or texts they wrote (<query> alone), "
 )
 _PERSONA = "<self_description> with a persona of this user that was inferred from their votes, "
 
@@ -36,7 +36,10 @@ Explain your judgement in a few sentences. Then write {start}, one JSON object w
 "better_response", an object that \
 gives every response a score from 1 (poor) to 10 (excellent), then {end}, and nothing after it. Example: \
 {start}{{"better_response": {{"response_1": 6.5, "response_2": 8}}}}{end}"""
-_QUALITY = "Rate how good each response is: helpful, relevant, accurate, deep, creative and as detailed as the query asks for."
+_QUALITY = (
+    "Rate how good each response is: helpful, relevant, accurate, deep, creative and "
+    "as detailed as the query asks for."
+)
 _PERSONAL = (
     "Rate how much this particular user would like each response, which need not be what others would like."
 )

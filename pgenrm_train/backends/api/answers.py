@@ -1,4 +1,4 @@
-"""Answers of an endpoint and their cost, on disk: reruns are free, a resume is exact, a budget outlives restarts.
+"""Answers of an endpoint and their cost, on disk: free reruns, exact resumes, one budget over restarts.
 
 An answer and its cost are written in one transaction, so that neither exists without the other after a crash.
 Paid failures (cut off, empty) are kept too: a second call would cost the same and fail again.

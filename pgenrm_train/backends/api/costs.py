@@ -61,8 +61,8 @@ def announce(role: str, settings: EndpointConfig, expected: Estimate) -> Estimat
     if limit is not None and expected.dollars and expected.dollars[1] > limit:
         certainty = "will" if expected.dollars[0] > limit else "may"
         print(
-            f"warning: {role}.max_dollars={limit:g} {certainty} be spent before the end; the run then stops and keeps "
-            "its answers; the same command with a higher limit continues",
+            f"warning: {role}.max_dollars={limit:g} {certainty} be spent before the end; the run then "
+            "stops and keeps its answers; the same command with a higher limit continues",
             flush=True,
         )
     return expected

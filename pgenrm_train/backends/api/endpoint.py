@@ -2,8 +2,8 @@
 
 `Endpoint.complete` is synchronous, and many threads may call it.  They share one limit of calls in flight,
 one pace, one budget and one cache on disk.  So a second run pays for nothing twice, and a killed run loses
-only the calls in flight. The cost is on disk with the answers (see `answers`), so that a budget holds over
-restarts. A failed call is a `Reply` with its reason, never an exception and never an empty text.
+only the calls in flight.  The cost is on disk with the answers (see `answers`), so that a budget holds over
+restarts.  A failed call is a `Reply` with its reason, never an exception and never an empty text.
 """
 
 from __future__ import annotations
@@ -123,16 +123,16 @@ class Endpoint:
         if reason == "budget":
             return (
                 f"the budget of {self.settings.name} is spent: {self.spending().dollars:.2f} dollars and "
-                f"{sum(self.usage.paid)} tokens; its answers are kept, and the same command with a higher limit "
-                "continues from there"
+                f"{sum(self.usage.paid)} tokens; its answers are kept, and the same command with a "
+                "higher limit continues from there"
             )
         return None
 
     @property
     def down(self) -> bool:
-        """Whether the API does not work: the circuit is open, or all calls so far failed.
+        """Whether the API does not work: the circuit is open, or all calls so far failed to reach it.
 
-        Failures of a prompt do not count, since they would not pass.
+        A failure that a prompt causes shows that the API works.
         """
         made = self.usage.calls - self.usage.cached - sum(self.usage.failures[kind] for kind in REFUSALS)
         own_fault = any(self.usage.failures[kind] for kind in OF_THE_PROMPT)

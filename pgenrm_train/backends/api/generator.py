@@ -1,4 +1,4 @@
-"""A model under test behind an API: one asynchronous queue over all requests (METHOD §7), see `protocols.Generator`.
+"""A model under test behind an API: one asynchronous queue over all requests (METHOD §7).
 
 A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once.  A server
 without `n` gets m calls.  At most `max_in_flight` samples are in flight, and the queue takes a request only
@@ -38,7 +38,7 @@ ENGINE = "engine:"
 
 
 class EndpointGenerator:
-    """A generator on one endpoint.  Sample s of a request has the seed `seed` + s, as in vLLM's server with n."""
+    """A generator on one endpoint; sample s of a request has the seed `seed` + s, as in vLLM's server."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint

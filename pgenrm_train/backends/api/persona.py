@@ -1,4 +1,4 @@
-"""Questions in style `persona` (SynthesizeMe): one persona per distinct history, then the judgement with it."""
+"""Questions in style `persona` (SynthesizeMe): one persona per distinct history, then the judgement."""
 
 from __future__ import annotations
 

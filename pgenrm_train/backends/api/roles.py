@@ -88,7 +88,9 @@ class LlmCriteria:
 
 
 class LlmJudge:
-    """A judge of chains by the withheld signals; see `protocols.Judge`.  A failure is None, and counted by kind.
+    """A judge of chains by the withheld signals; see `protocols.Judge`.
+
+    A failure is None, and counted by kind.
 
     One chain in `AUDIT_EVERY`, chosen by its text, is judged twice, and the absolute difference of the scores
     is kept.

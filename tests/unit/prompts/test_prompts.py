@@ -82,7 +82,8 @@ def user_text(view, **options) -> str:
 
 def test_layout_of_a_masked_example():
     assert user_text(a_view()) == (
-        "<history>\n<query>tips on my budget\n<chosen>Dear sir. Studies show.\n<rejected>Hey pal. My uncle did.\n"
+        "<history>\n<query>tips on my budget\n<chosen>Dear sir. Studies show.\n"
+        "<rejected>Hey pal. My uncle did.\n"
         "<current>\n<query>fix my team\n<response_1>Dear team.\n<response_2>Yo team."
     )
 
@@ -95,7 +96,8 @@ def test_layout_without_history_and_with_earlier_turns():
         Message("user", "fix my team"),
     )
     assert user_text(a_view(history=(), context=context)) == (
-        "<history>\n<current>\n<turn_system>be brief\n<turn_user>hello\n<turn_assistant>hi\n<query>fix my team\n"
+        "<history>\n<current>\n<turn_system>be brief\n<turn_user>hello\n"
+        "<turn_assistant>hi\n<query>fix my team\n"
         "<response_1>Dear team.\n<response_2>Yo team."
     )
 

@@ -243,7 +243,8 @@ def test_cuts_are_reported_and_responses_that_a_cut_made_equal_are_counted(token
     write(a_view(responses=(f"{same} x", "short")))
     assert write.trimmed["prompts_left_with_equal_responses"] == 1
     assert write.trim_warning("psi").endswith(
-        "3 prompts (oldest history first, then the longest texts): 3 texts, 1 prompts left with equal responses"
+        "3 prompts (oldest history first, then the longest texts): 3 texts, "
+        "1 prompts left with equal responses"
     )
     write(a_view(responses=("equal before", "equal before")))
     assert write.trimmed["prompts_left_with_equal_responses"] == 1
