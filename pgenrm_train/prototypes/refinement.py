@@ -17,8 +17,8 @@ Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
 - A sample without history has v = 0.  Held-out users are drawn by seed; their votes never reach the
   optimiser.
 - Several processes (`Part`) divide every mini-batch and add up their gradients before each step, so that
-  their updates are those of one process.  The all-reduces are explicit, because a call could bypass a wrapper,
-  and NCCL does not add up sparse gradients.
+  their updates are those of one process.  The all-reduces are explicit, because a call could bypass a
+  wrapper, and NCCL does not add up sparse gradients.
 """
 
 from __future__ import annotations

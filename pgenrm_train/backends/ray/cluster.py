@@ -45,8 +45,9 @@ def join(address: str, variables: Mapping[str, str], *, show_output: bool = Fals
 
 
 def connect(config: Config, workers: int, variables: Mapping[str, str]) -> Callable[[], None]:
-    """Join the cluster at `ray.address`, or start a local Ray with one CPU per worker; return how to end it.
+    """Join the cluster at `ray.address`, or start a local Ray with one CPU per worker.
 
+    Returns the function that ends the connection, and a local Ray with it.
     Raises ConfigError for several nodes without `ray.address`.
     """
     import ray

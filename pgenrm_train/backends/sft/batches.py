@@ -5,7 +5,7 @@ over the step's trained tokens under every layout:
 
     padded     micro-batches in the permutation's order, each row padded to the longest
     grouped    the step's sequences first sorted by length: a micro-batch holds similar lengths
-    packed     the step's sequences dealt to micro-batches of similar token counts, each a row without padding
+    packed     the step's sequences dealt to micro-batches of similar token counts, as one unpadded row
 
 So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is
 *our choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step
