@@ -60,7 +60,7 @@ def read_free_text(rationale: str, n_responses: int) -> Rubric:
     if len(rationale) > _MAX_RATIONALE:
         return (), None
     head, segments = _segments(rationale, n_responses)
-    readings = _criteria(head) or _criteria(segments[0])
+    readings = _criteria(head) or _criteria("".join(segments[:1]))
     scored = [(criteria, _scores(segments, criteria)) for criteria in readings]
     complete = [rubric for rubric in scored if rubric[1] is not None]
     if len(complete) == 1:
