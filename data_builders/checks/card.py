@@ -126,8 +126,8 @@ def write_card(
             "## Lengths\n\n" + _table(heads, [(name, *of.values()) for name, of in lengths.items()])
         )
     if leaks:
-        sentences = [*(f"ERROR: {error}" for error in leaks["errors"]), *leaks["findings"]] or ["none"]
-        listed = "".join(f"- {sentence}\n" for sentence in sentences)
+        sentences = [*(f"ERROR: {error}" for error in leaks["errors"]), *leaks["findings"]]
+        listed = "".join(f"- {sentence}\n" for sentence in sentences or ["nothing found"])
         sections.append(f"## Leaks\n\n{listed}\n`leaks.json` holds every figure.")
     text = "\n\n".join(sections)
     write_text(folder / "README.md", str(DatasetCard(f"---\n{header.to_yaml()}\n---\n\n{text}\n")))
