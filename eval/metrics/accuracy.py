@@ -115,6 +115,13 @@ def accuracy_report(
 
     Raises DataError for a table that does not fit, ConfigError for an unknown protocol or an `extra` that
     hides a measurement.
+
+    >>> row = {"pair_id": "p1", "user_id": "ann", "seed": 0, "sample": 0, "failure": None, "kind": None}
+    >>> orders = [{"order": 0, "score_chosen": 8.0, "score_rejected": 6.0},
+    ...           {"order": 1, "score_chosen": 7.0, "score_rejected": 7.0}]
+    >>> report = accuracy_report(pd.DataFrame([row | order for order in orders]))
+    >>> report["accuracy"], report["ties"]
+    (0.5, 1)
     """
     grid = outcomes(predictions)
     values, users = protocol_values(grid, protocol, seed), grid.users

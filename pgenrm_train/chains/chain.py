@@ -84,6 +84,12 @@ def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
     """Read the last valid block of `text`; without one, return the failure of the last complete block.
 
     Raises on no string.
+
+    >>> text = write_chain("Wants it short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]])
+    >>> parse_chain(text).scores
+    (8.6, 5.2)
+    >>> parse_chain("Response 1 is better.").kind
+    'no_markers'
     """
     starts = [match.end() for match in _START.finditer(text)]
     limits = [start - len(JSON_START) for start in starts[1:]] + [len(text)]

@@ -49,7 +49,11 @@ class Schedule:
     suspect_weight: float = 1.0
 
     def hard_share(self, progress: float) -> float:
-        """Target share of hard pairs at `progress` in [0, 1].  Raises ConfigError for an unknown schedule."""
+        """Target share of hard pairs at `progress` in [0, 1].  Raises ConfigError for an unknown schedule.
+
+        >>> Schedule("linear", start=0.3, end=0.8).hard_share(1.0)
+        0.8
+        """
         progress = min(max(progress, 0.0), 1.0)
         shapes = {
             "linear": progress,
@@ -138,6 +142,10 @@ class CurriculumSampler:
     the observations, so ranks with equal arguments agree.  `target` and `realised` are the shares of hard
     pairs in the latest batch (None under `uniform`), `drawn` the totals per bucket.  Raises ConfigError,
     before anything is drawn, for a bucket too small for the schedule.
+
+    >>> sampler = CurriculumSampler(4, prompts_per_step=2, steps=2, seed=0)
+    >>> sorted(sampler.next_batch(1) + sampler.next_batch(2))
+    [0, 1, 2, 3]
     """
 
     def __init__(

@@ -86,6 +86,12 @@ def apply_masking(
 
     Only `history_dropout` and `mixed` draw from `rng`.  Raises ConfigError for an unknown policy, or for a
     `show_probability` outside [0, 1].
+
+    >>> question, stated = (Message("user", "Fix my garden?"),), ExplicitSignals(criteria="be formal")
+    >>> example = Example("p1", "ann", question, ("Gladly.", "No."), chosen_index=0, explicit=stated)
+    >>> view, supervision = apply_masking(example, "masked", random.Random(0))
+    >>> hasattr(view, "explicit"), supervision.explicit.criteria
+    (False, 'be formal')
     """
     if policy not in POLICIES:
         raise ConfigError(

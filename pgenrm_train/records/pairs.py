@@ -53,7 +53,12 @@ class HistoryItem:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """One vote: `user_id` preferred `chosen` to `rejected` after `context`, which ends with a user turn."""
+    """One vote: `user_id` preferred `chosen` to `rejected` after `context`, which ends with a user turn.
+
+    >>> pair = PreferencePair("p1", "ann", (Message("user", "Fix my garden?"),), "Gladly.", "No.")
+    >>> pair.query, pair.split
+    ('Fix my garden?', 'train')
+    """
 
     pair_id: str
     user_id: str

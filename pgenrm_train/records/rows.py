@@ -46,6 +46,14 @@ def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
 
     Raises DataError with file, row, field and expectation at the first row that does not fit.  Also raises it
     for a missing, empty or truncated file.  Rows are counted from 1 in each file.
+
+    >>> import tempfile
+    >>> row = {"user_id": "ann", "context": "Fix my garden?", "chosen": "Gladly.", "rejected": "No."}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "votes.jsonl")
+    ...     _ = path.write_text(json.dumps(row))
+    ...     [pair.chosen for pair in read_pairs(path)]
+    ['Gladly.']
     """
     path = Path(path)
     empty = True

@@ -59,6 +59,13 @@ def chain_reward(
     """Parse `text` and compute its reward; the user preferred `responses[chosen_index]`.
 
     Raises ValueError for an index outside the responses, and as `reward_of` does.
+
+    >>> from pgenrm_train.chains.chain import write_chain
+    >>> text = write_chain("Wants it short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]])
+    >>> chain_reward(text, chosen_index=0, process=0.8).total
+    1.4
+    >>> chain_reward("not a chain", chosen_index=0).total
+    -0.1
     """
     if not 0 <= chosen_index < n_responses:
         raise ValueError(

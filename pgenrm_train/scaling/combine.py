@@ -42,6 +42,9 @@ def scale(own: np.ndarray, similar: np.ndarray, weights: tuple[float, float] = (
 
     A chain is a row.  A chain with a NaN among its scores is a failure and counts in no mean.  With m = 0, n
     = 0 or a weight of 0 the other term remains.  Raises ConfigError for negative or all-zero weights.
+
+    >>> scale(np.array([[8, 6], [6, 6]]), np.array([[9, 3]])).scores
+    array([16.,  9.])
     """
     if min(weights) < 0 or not sum(weights):
         raise ConfigError(f"scaling weights {tuple(weights)} must be at least 0, and one of them above 0")
