@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_links_of_a_page_resolve(path: Path) -> None:
 def test_the_reading_order_names_every_page_once() -> None:
     linked = re.findall(r"^\d+\. \[[^]]+\]\((\w+\.md)\)", page("README"), re.MULTILINE)
     assert sorted(linked) == [path.name for path in DOCS if path.name != "README.md"]
+
+
+def test_the_architecture_page_has_the_layers_of_the_import_contract() -> None:
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = next(
+        c for c in tables["tool"]["importlinter"]["contracts"] if c["containers"] == ["pgenrm_train"]
+    )
+    drawing = page("architecture").partition("## Layers")[2].partition("```text\n")[2].partition("```")[0]
+    rows = [re.match(r"[\w, |]+?(?= {2}|$)", line.strip()) for line in drawing.splitlines()[3:]]
+    drawn = [set(re.findall(r"\w+", row[0])) for row in rows if row]
+    layers = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+    assert set().union(*drawn) == set().union(*layers)
+    order = {name: place for place, names in enumerate(drawn) for name in names}
+    places = [min(order[name] for name in layer) for layer in layers]
+    assert places == sorted(places)
 
 
 def test_make_gpu_check_composes() -> None:
