@@ -1,9 +1,10 @@
-"""Count what makes the house easy or hard to enter: folders, statements, untyped dicts, stage names, and odd English.
+"""Count what makes the code easy or hard to enter: folders, statements, untyped dicts, odd English.
 
     python benchmarks/house.py                      # this checkout
     python benchmarks/house.py 705d5bd .            # a revision and this checkout, as two columns
 
-Code: `pgenrm_train`, `recipes`, `eval`, `data_builders`.  English: docstrings and comments of that code, and `docs/`, `README.md`.
+Code: `pgenrm_train`, `recipes`, `eval`, `data_builders`.
+English: docstrings and comments of that code; `docs/` and `README.md`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ REGISTRY = ("pgenrm_train/config/stage_names.py", "pgenrm_train/stages/registry.
 UNTYPED = re.compile(r"\b(?:dict|Mapping)\[str, Any\]")
 WIDE = 110
 ODD = r"said|says|tells?|told|handed|anew|beside|stands|nobody|somebody|alike"
-# "chains a pair" where "chains per pair" is meant: a unit after `a`, unless a word of NOT_PER comes first, as in "of a pair".
+# "chains a pair" where "chains per pair" is meant: `a` and a unit, but not after a word of NOT_PER: "of a pair".
 UNITS = (
-    "row|pair|step|chain|user|token|question|seed|GPU|process|node|core|sample|prompt|second|minute|group|line|stage|run|model|"
-    "batch|file|rank|epoch|request|call"
+    "row|pair|step|chain|user|token|question|seed|GPU|process|node|core|sample|prompt|second|minute|group|"
+    "line|stage|run|model|batch|file|rank|epoch|request|call"
 )
 PER = re.compile(rf"(\w+) an? (?:{UNITS})\b")
 NOT_PER = re.compile(

@@ -1,4 +1,4 @@
-"""Generated examples have no time limit: what is slow is the first import, or another program on the machine."""
+"""Give generated examples no time limit: first imports and a busy machine are slow."""
 
 from hypothesis import settings
 

@@ -18,7 +18,7 @@ from pgenrm_train.prompts.masking import present
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 if TYPE_CHECKING:
-    from data_builders.checks.chain_truth import ChainTruth
+    from data_builders.teachers.chain_truth import ChainTruth
     from data_builders.teachers.ideal import IdealReader
 
 COLUMNS = {
@@ -90,7 +90,7 @@ def truth_rows(
     """Per model, the mean over readable chains of each share of `ChainTruth`; empty for other data."""
     if config.data.name != "personaworld":
         return []
-    from data_builders.checks.chain_truth import chain_truth
+    from data_builders.teachers.chain_truth import chain_truth
     from data_builders.teachers.ideal import IdealReader
 
     reader, by_id = IdealReader(), {pair.pair_id: pair for pair in pairs}

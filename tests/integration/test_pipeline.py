@@ -1,4 +1,4 @@
-"""The whole method at smoke size, as a user runs it: real DeepSpeed, veRL, Ray and vLLM; then killed in every stage."""
+"""The whole method at smoke size, as a user runs it, with real engines; then killed in every stage."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
         assert (finished / name).exists(), name
     results = json.loads((finished / "results.json").read_text())
     promised = {
-        "accuracy", "stderr", "ci95", "macro_accuracy", "n_pairs", "n_users", "ties", "failures", "order_flip_rate",
-        "protocol", "ind", "pro", "model", "data", "seeds",
+        "accuracy", "stderr", "ci95", "macro_accuracy", "n_pairs", "n_users", "ties", "failures",
+        "order_flip_rate", "protocol", "ind", "pro", "model", "data", "seeds",
     }  # fmt: skip
     assert promised <= results.keys()
     assert list(results["stages"]) == ["psi", "cre", "curriculum"]

@@ -1,11 +1,11 @@
-"""Chains against PersonaWorld's truth: a teacher's chain is right in every step, and each error shows in its own."""
+"""Chains against the truth of PersonaWorld: a teacher's chain is right, and each error shows in its step."""
 
 import dataclasses
 from functools import cache
 
 import pytest
 
-from data_builders.checks.chain_truth import chain_truth
+from data_builders.teachers.chain_truth import chain_truth
 from data_builders.sources.personaworld import OPPOSITE, build
 from data_builders.teachers.ideal import IdealReader
 from data_builders.teachers.oracle import OracleTeacher, read_criteria

@@ -1,7 +1,7 @@
 """Where a chain errs in PersonaWorld: each step of its reasoning against the truth.
 
-A chain restates the votes, names criteria, describes the responses and scores them.  The votes and the responses
-can be read exactly, the criteria are known, and the ideal reader says which criteria the votes allow.
+A chain restates the votes, names criteria, describes the responses and scores them.  Votes and responses can
+be read exactly, the criteria are known, and the ideal reader computes which criteria the votes allow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _NOTE = re.compile(r"Response (\d{1,3}): ([^;]{0,200});")
 class ChainTruth:
     """Shares of one chain's statements that are right; None where the chain makes none.
 
-    votes: earlier votes restated right.  recalled: the user's criteria that are named.  allowed: 1.0 if the named
-    criteria have a posterior above `ALLOWED` given the votes.  responses: descriptions of the responses.
+    votes: earlier votes restated right.  recalled: the user's criteria that are named.  allowed: 1.0 if the
+    named criteria have a posterior above `ALLOWED` given the votes.  responses: descriptions of the responses.
     scores: criterion scores that fit criterion and response.  quality: weight of quality in percent.
     """
 
