@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 
-from data_builders.teachers.chain_truth import chain_truth
 from data_builders.sources.personaworld import OPPOSITE, build
+from data_builders.teachers.chain_truth import chain_truth
 from data_builders.teachers.ideal import IdealReader
 from data_builders.teachers.oracle import OracleTeacher, read_criteria
 from pgenrm_train.chains.chain import Chain, parse_chain
