@@ -29,8 +29,8 @@ from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import ContentKey, Example, PreferencePair, content_key
 
 Votes = Sequence[PreferencePair]
+# (training pairs, every pair of the data set with the evaluated ones, seed) → a fitted baseline
 Fit = Callable[[Votes, Votes, int], Score]
-"""(training pairs, every pair of the data set with the evaluated ones, seed) → a fitted baseline."""
 PRIOR = 5.0  # average votes that a user's direction starts with, for `user_length`
 
 

@@ -31,8 +31,7 @@ from scipy.special import expit, log_expit
 from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
 
 T = TypeVar("T")
-Embed = Callable[[Sequence[str]], np.ndarray]
-"""texts → float (N, d), rows of length 1"""
+Embed = Callable[[Sequence[str]], np.ndarray]  # texts → float (N, d), rows of length 1
 
 FOLDS = 3
 RIDGES = (1.0, 0.1, 10.0)  # λ; here and below the first is the default without folds
@@ -57,11 +56,8 @@ class BradleyTerry:
         if not votes:
             return BradleyTerryScorer(vectors, np.zeros(vectors.dimension), {}, np.inf)
         rows = vectors.differences(votes)
-        folds = [
-            held_out
-            for held_out in (np.array([_fold(p) for p in votes]) == k for k in range(FOLDS))
-            if _splits(held_out)
-        ]
+        fold_of_vote = np.array([_fold(p) for p in votes])
+        folds = [fold_of_vote == k for k in np.unique(fold_of_vote)] if np.ptp(fold_of_vote) else []
         ridge = max(RIDGES, key=lambda value: sum(_held_out_likelihood(rows, fold, value) for fold in folds))
         weights = map_weights(rows, ridge)
         if not self.adapted:
@@ -175,7 +171,3 @@ def _fold(pair: PreferencePair) -> int:
     """Fold of a pair; conversations of a user stay whole, so each fold tests conversations new to them."""
     name = repr((pair.user_id, pair.conversation_id or pair.query)).encode("utf-8", "surrogatepass")
     return hashlib.sha256(name).digest()[0] % FOLDS
-
-
-def _splits(held_out: np.ndarray) -> bool:
-    return bool(held_out.any() and not held_out.all())

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict
 
 import pandas as pd
 
@@ -24,12 +24,12 @@ from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import atomic
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 Progress = Callable[..., Iterable[Any]]
-Histories = Mapping[str, tuple[HistoryItem, ...]]
-"""pair_id → the history in its prompt"""
+Histories = Mapping[str, tuple[HistoryItem, ...]]  # pair_id → the history in its prompt
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
@@ -55,13 +55,12 @@ class Question:
 
         Independent of the number of samples: stored ones already count.
         """
-        names = [self.set, self.pair.pair_id, self.pair.user_id, self.order, self.seed, self.neighbour]
-        return json.dumps([*names, self._content])
-
-    @property
-    def _content(self) -> str:
-        texts = (self.pair.context, self.pair.chosen, self.pair.rejected, self.pair.explicit, self.history)
-        return hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        pair = self.pair
+        texts = (pair.context, pair.chosen, pair.rejected, pair.explicit, self.history)
+        content = hashlib.sha256(repr(texts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        return json.dumps(
+            [self.set, pair.pair_id, pair.user_id, self.order, self.seed, self.neighbour, content]
+        )
 
 
 class Prediction(TypedDict):
@@ -111,8 +110,6 @@ class PredictionStore:
     def done(self) -> set[tuple[str, int]]:
         """(key, sample) of stored answers, without engine failures: another start samples those again."""
         frame = self.read()
-        if frame.empty:
-            return set()
         failed = frame["failure"].astype("string").str.startswith(ENGINE_FAILURE).fillna(False)
         return set(zip(frame.loc[~failed, "key"], frame.loc[~failed, "sample"]))
 
@@ -138,16 +135,44 @@ class PredictionStore:
         """All rows; the newest of a question's sample."""
         shards = sorted(self.folder.glob("part-*.parquet"))
         if not shards:
-            return pd.DataFrame()
+            return pd.DataFrame(columns=list(Prediction.__annotations__))
         frame = pd.concat([pd.read_parquet(s) for s in shards], ignore_index=True)
         return frame.drop_duplicates(["key", "sample"], keep="last", ignore_index=True)
 
 
-@runtime_checkable
-class TrimCounter(Protocol):
-    """A prompt writer that counts the texts it cut."""
+class RunningAccuracy:
+    """Strict accuracy over this start's samples with the user's own history, for the progress bar."""
 
-    def trim_warning(self, name: str) -> str: ...
+    def __init__(self) -> None:
+        self.hits = self.total = 0
+
+    def add(self, row: Prediction) -> None:
+        if row["set"].endswith("own"):
+            self.total += 1
+            chosen, rejected = row["score_chosen"], row["score_rejected"]
+            self.hits += chosen is not None and rejected is not None and chosen > rejected
+
+    def __str__(self) -> str:
+        return f"accuracy {self.hits / self.total:.3f}" if self.total else ""
+
+
+def keep(
+    rows: Iterable[Prediction], total: int, store: PredictionStore, progress: Progress, what: str
+) -> int:
+    """Store rows as they arrive, with a progress bar; returns their number."""
+    running = RunningAccuracy()
+    bar = iter(progress(range(total), what, total, running))
+    stored = 0
+    try:
+        for row in rows:
+            store.add(row)
+            running.add(row)
+            stored += 1
+            next(bar, None)
+        next(bar, None)
+    finally:  # an engine that fails and Ctrl-C lose no answer
+        store.flush()
+    return stored
 
 
 def ask(
@@ -171,41 +196,19 @@ def ask(
     runs = {run.key: run for run in _missing(questions, store.done())}
     if runs:
         answers = generator()(_requests(runs.values(), write, masking), temperature=temperature)
-        total = unanswered = sum(run.samples for run in runs.values())
-        try:
-            running = RunningAccuracy()
-            bar = iter(progress(range(total), what, total, running))
-            for answer, _ in zip(answers, bar):
-                run = runs[answer.key]
-                row = prediction(run.question, replace(answer, sample=run.first + answer.sample))
-                store.add(row)
-                running.add(row)
-                unanswered -= 1
-            next(bar, None)
-        finally:  # an engine that fails and Ctrl-C lose no answer
-            store.flush()
-        if isinstance(write, TrimCounter) and (warning := write.trim_warning(what)):
+        total = sum(run.samples for run in runs.values())
+        rows = (
+            prediction(run.question, replace(answer, sample=run.first + answer.sample))
+            for answer in answers
+            for run in [runs[answer.key]]
+        )
+        answered = keep(rows, total, store, progress, what)
+        if isinstance(write, PromptWriter) and (warning := write.trim_warning(what)):
             print(warning, flush=True)
-        if unanswered:
-            raise DataError(f"the engine ended with {unanswered} of {total} samples unanswered")
+        if answered < total:
+            raise DataError(f"the engine ended with {total - answered} of {total} samples unanswered")
     frame = store.read()
     return frame[frame["sample"] < frame["key"].map(samples)].reset_index(drop=True)
-
-
-class RunningAccuracy:
-    """Strict accuracy over this start's samples with the user's own history, for the progress bar."""
-
-    def __init__(self) -> None:
-        self.hits = self.total = 0
-
-    def add(self, row: Prediction) -> None:
-        if row["set"].endswith("own"):
-            self.total += 1
-            chosen, rejected = row["score_chosen"], row["score_rejected"]
-            self.hits += chosen is not None and rejected is not None and chosen > rejected
-
-    def __str__(self) -> str:
-        return f"accuracy {self.hits / self.total:.3f}" if self.total else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +236,13 @@ def _missing(questions: Sequence[Question], done: Set[tuple[str, int]]) -> list[
             elif not missing and start is not None:
                 runs.append(_Run(question, start, sample - start))
                 start = None
-    return sorted(runs, key=lambda run: (_texts(run.question.history), run.question.pair.query))
-
-
-def _texts(history: Iterable[HistoryItem]) -> tuple[str, ...]:
-    return tuple(text for item in history for text in (item.query, item.chosen, item.rejected))
+    return sorted(
+        runs,
+        key=lambda run: (
+            [(item.query, item.chosen, item.rejected) for item in run.question.history],
+            run.question.pair.query,
+        ),
+    )
 
 
 def prediction(question: Question, generation: Generation) -> Prediction:
@@ -332,17 +337,13 @@ def own_questions(
 
 def requests(questions: Sequence[Question], write: Write, masking: str) -> Iterator[GenerationRequest]:
     """Requests for a generator: each question's prompt under the masking policy, with its own seed."""
-    yield from _requests(_missing(questions, set()), write, masking)
+    return _requests(_missing(questions, set()), write, masking)
 
 
 def _requests(runs: Iterable[_Run], write: Write, masking: str) -> Iterator[GenerationRequest]:
     for run in runs:
         q = run.question
-        example = present(q.pair, q.history, q.order)
-        view, _ = apply_masking(example, masking, random.Random(q.key))
+        view, _ = apply_masking(present(q.pair, q.history, q.order), masking, random.Random(q.key))
+        seed = int.from_bytes(hashlib.sha256(q.key.encode()).digest()[:4], "big")
         # Engines seed sample i with seed + i, so later samples do not depend on the first request.
-        yield GenerationRequest(run.key, tuple(write(view)), run.samples, _seed(q.key) + run.first)
-
-
-def _seed(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+        yield GenerationRequest(run.key, tuple(write(view)), run.samples, seed + run.first)

@@ -36,9 +36,9 @@ from eval.ask.harness import (
     PredictionStore,
     Progress,
     Question,
-    RunningAccuracy,
     answer_row,
     by_choice,
+    keep,
     own_questions,
 )
 from pgenrm_train.errors import DataError
@@ -46,10 +46,9 @@ from pgenrm_train.prompts.masking import present
 from pgenrm_train.records.pairs import Example, ExplicitSignals, PreferencePair
 
 Score = Callable[[Example], Any]
-Scored = tuple[float, ...] | str
-"""The scores of one example, or the kind of its failure."""
+Scored = tuple[float, ...] | str  # the scores of one example, or the kind of its failure
+# A batched model: yields for each example the result of a `Score`, or a failure as text.
 ScoreMany = Callable[[Sequence[Example]], Iterable[Any]]
-"""A batched model: yields for each example the result of a `Score`, or a failure as text."""
 CHUNK = 256  # questions that a batched model sees at a time
 
 
@@ -110,17 +109,9 @@ def ask_scores(
     done = store.done()
     todo = [q for q in questions if (q.key, 0) not in done]
     if todo:
-        model, running = start(), RunningAccuracy()
-        bar = iter(progress(range(len(todo)), what, len(todo), running))
-        try:
-            for at in range(0, len(todo), CHUNK):
-                for row in _rows(todo[at : at + CHUNK], model):
-                    store.add(row)
-                    running.add(row)
-                    next(bar, None)
-            next(bar, None)
-        finally:  # Ctrl-C loses no answer
-            store.flush()
+        model = start()
+        rows = (row for at in range(0, len(todo), CHUNK) for row in _rows(todo[at : at + CHUNK], model))
+        keep(rows, len(todo), store, progress, what)
     frame = store.read()
     return frame[frame["key"].isin({q.key for q in questions})].reset_index(drop=True)
 

@@ -18,8 +18,7 @@ The protocols differ in their treatment of ties and failures:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NotRequired, TypedDict, cast
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -103,7 +102,6 @@ def accuracy_report(
     protocol: str = "strict",
     draws: int = 2000,
     seed: int = 0,
-    extra: Mapping[str, object] | None = None,
 ) -> AccuracyReport:
     """Compute the accuracy fields of `results.json`.
 
@@ -111,10 +109,8 @@ def accuracy_report(
     `order` 0 presents the chosen response first.  Scores must be finite only where `failure` is null; texts
     such as "10.0" count as numbers.
     draws, seed: bootstrap draws and their seed (`seed` also draws the orders of `release`).
-    extra: facts to add (model, data, pro, …); `ind` is measured unless given here.
 
-    Raises DataError for a table that does not fit, ConfigError for an unknown protocol or an `extra` that
-    hides a measurement.
+    Raises DataError for a table that does not fit, ConfigError for an unknown protocol.
 
     >>> row = {"pair_id": "p1", "user_id": "ann", "seed": 0, "sample": 0, "failure": None, "kind": None}
     >>> orders = [{"order": 0, "score_chosen": 8.0, "score_rejected": 6.0},
@@ -126,7 +122,9 @@ def accuracy_report(
     grid = outcomes(predictions)
     values, users = protocol_values(grid, protocol, seed), grid.users
     n_users = int(users.max()) + 1
-    report = {
+    kinds = grid.pairs["kind"].fillna(NO_KIND).to_numpy()
+    slices = sorted(set(kinds)) if grid.pairs["kind"].notna().any() else []
+    return {
         "accuracy": intervals.accuracy(values),
         "stderr": intervals.stderr(values),
         "ci95": interval(values, users, draws, seed),
@@ -141,14 +139,10 @@ def accuracy_report(
         "order_flip_rate": _flip_rate(grid.sign),
         "protocol": protocol,
         "seeds": [int(s) for s in grid.seeds],
-        "slices": _slices(grid.pairs, values, users, draws, seed),
+        "slices": {kind: slice_statistics(values, users, kinds == kind, draws, seed) for kind in slices},
         "protocols": {name: _under(name, grid, users, draws, seed) for name in SAME_PREDICTIONS},
+        "ind": grid.samples,
     }
-    if hidden := sorted(report.keys() & (extra or {}).keys()):
-        raise ConfigError(
-            f"extra holds {', '.join(hidden)}, which accuracy_report measures; expected other names"
-        )
-    return cast(AccuracyReport, {**report, "ind": grid.samples, **(extra or {})})
 
 
 def pair_accuracy(predictions: pd.DataFrame, protocol: str = "strict", seed: int = 0) -> pd.DataFrame:
@@ -176,14 +170,8 @@ def paired_difference(
     Pairs of only one table raise DataError, unless `common_only`: then `only_a` and `only_b` count them.
     """
     both = paired_hits(a, b, protocol=protocol, seed=seed)
-    alone = both[both["_merge"] != "both"]
-    if len(alone) and not common_only:
-        row = alone.iloc[0]
-        raise DataError(
-            f"predictions to compare: pair_id {row['pair_id']!r} of user {row['user_id']!r} is in the "
-            f"{'first' if row['_merge'] == 'left_only' else 'second'} table only ({len(alone)} such pairs); "
-            "expected the same pairs in both"
-        )
+    if not common_only:
+        refuse_unpaired(both, "the predictions to compare", "the first table", "the second table")
     common = both[both["_merge"] == "both"]
     if common.empty:
         raise DataError("predictions to compare: no pair_id is in both tables; expected common pairs")
@@ -204,6 +192,18 @@ def paired_hits(a: pd.DataFrame, b: pd.DataFrame, *, protocol: str = "strict", s
     )
 
 
+def refuse_unpaired(hits: pd.DataFrame, both: str, first: str, second: str) -> None:
+    """Raise DataError for a pair of only one table; `both`, `first` and `second` name the tables."""
+    alone = hits[hits["_merge"] != "both"]
+    if len(alone):
+        row = alone.iloc[0]
+        raise DataError(
+            f"{both} hold different data: pair_id {row['pair_id']!r} of user {row['user_id']!r} is in "
+            f"{first if row['_merge'] == 'left_only' else second} only ({len(alone)} such pairs); evaluate "
+            "both on the same pairs"
+        )
+
+
 def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> Difference:
     """Mean of `hit_a` − `hit_b` over the rows of `paired_hits`, with an interval and two exact tests.
 
@@ -214,15 +214,12 @@ def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> Diffe
     kept = hits.dropna(subset=["hit_a", "hit_b"])
     change = _unrounded((kept["hit_a"] - kept["hit_b"]).to_numpy(dtype=float))
     users = user_codes(kept)
-    by_user = _unrounded(np.bincount(users, weights=change)) if len(kept) else change
+    by_user = _unrounded(np.bincount(users, weights=change))
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     users_better, users_worse = int((by_user > 0).sum()), int((by_user < 0).sum())
-    ci95 = (
-        interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0)) if len(kept) else [-1.0, 1.0]
-    )
     return {
         "difference": _mean(change),
-        "ci95": ci95,
+        "ci95": interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0)),
         "ci95_note": few_users(len(by_user)),
         "p_value_users": _sign_test(users_better, users_worse),
         "p_value": _sign_test(better, worse),
@@ -266,15 +263,10 @@ def protocol_values(grid: Outcomes, protocol: str, seed: int) -> np.ndarray:
         valid = ~np.isnan(sign)
         with np.errstate(invalid="ignore"):
             return hit.sum(axis=2) / valid.sum(axis=2)
-    order = _drawn_orders(grid.seeds, len(sign), seed)
-    drawn = np.take_along_axis(sign, order[:, :, None], axis=2)[:, :, 0]
+    # Drawn per evaluation seed, equal in every call.
+    orders = [np.random.default_rng([seed, int(s)]).integers(0, 2, size=len(sign)) for s in grid.seeds]
+    drawn = np.take_along_axis(sign, np.stack(orders, axis=1)[:, :, None], axis=2)[:, :, 0]
     return np.where(np.isnan(drawn) | (drawn == 0), np.nan, drawn > 0)
-
-
-def _drawn_orders(seeds: np.ndarray, n_pairs: int, seed: int) -> np.ndarray:
-    """An order for each (pair, seed), int (pairs, seeds): drawn per evaluation seed, equal in every call."""
-    columns = [np.random.default_rng([seed, int(s)]).integers(0, 2, size=n_pairs) for s in seeds]
-    return np.stack(columns, axis=1)
 
 
 def _under(protocol: str, grid: Outcomes, users: np.ndarray, draws: int, seed: int) -> ProtocolAccuracy:
@@ -295,15 +287,6 @@ def _flip_rate(sign: np.ndarray) -> float | None:
     """
     valid = ~np.isnan(sign).any(axis=2)
     return float((sign[..., 0] != sign[..., 1])[valid].mean()) if valid.any() else None
-
-
-def _slices(
-    pairs: pd.DataFrame, values: np.ndarray, users: np.ndarray, draws: int, seed: int
-) -> dict[str, SliceAccuracy]:
-    if pairs["kind"].isna().all():
-        return {}
-    kinds = pairs["kind"].fillna(NO_KIND).to_numpy()
-    return {kind: slice_statistics(values, users, kinds == kind, draws, seed) for kind in sorted(set(kinds))}
 
 
 def slice_statistics(

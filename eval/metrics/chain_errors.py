@@ -37,27 +37,22 @@ class ChainErrors:
 
 def chain_errors(predictions: pd.DataFrame) -> ChainErrors:
     """Count over predictions with the columns `key`, `failure` and `text`; linear in rows."""
-    by_question: dict[str, list[Chain]] = defaultdict(list)
-    for question, text in zip(_questions(predictions), predictions["text"]):
+    by_question: dict[tuple[str, int], list[Chain]] = defaultdict(list)
+    # Evaluation seeds are samples of one question.
+    for pair, order, text in predictions[["pair_id", "order", "text"]].itertuples(index=False):
         chain = parse_chain(text) if isinstance(text, str) else None
         if isinstance(chain, Chain):
-            by_question[question].append(chain)
+            by_question[pair, order].append(chain)
     chains = list(itertools.chain.from_iterable(by_question.values()))
     verifiable = [chain for chain in chains if chain.verified_scores is not None]
-    faithful = [chain for chain in verifiable if DECLARED_DIFFERS not in chain.issues]
     return ChainErrors(
         chains=len(predictions),
-        readable=_share(len(chains), len(predictions)),
-        verifiable=_share(len(verifiable), len(chains)),
-        faithful=_share(len(faithful), len(verifiable)),
+        readable=len(chains) / len(predictions) if len(predictions) else None,
+        verifiable=len(verifiable) / len(chains) if chains else None,
+        faithful=_mean([DECLARED_DIFFERS not in chain.issues for chain in verifiable]),
         criteria_stability=_stability(by_question.values()),
-        heaviest_decides=_mean([float(_heaviest_decides(chain)) for chain in verifiable]),
+        heaviest_decides=_mean([_heaviest_decides(chain) for chain in verifiable]),
     )
-
-
-def _questions(predictions: pd.DataFrame) -> Iterable[str]:
-    """Pair and presentation order: evaluation seeds are samples of one question."""
-    return (f"{pair}/{order}" for pair, order in zip(predictions["pair_id"], predictions["order"]))
 
 
 def _stability(groups: Iterable[Sequence[Chain]]) -> float | None:
@@ -84,10 +79,6 @@ def _heaviest_decides(chain: Chain) -> bool:
 
 def _sign(value: float) -> int:
     return (value > 1e-9) - (value < -1e-9)
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -56,15 +56,14 @@ def outcomes(predictions: pd.DataFrame) -> Outcomes:
     cell = (pair * len(seeds) + seed) * 2 + frame["order"].to_numpy()
     shape = (len(pairs), len(seeds), 2)
     counts = np.bincount(cell, minlength=int(np.prod(shape)))
-    _refuse_duplicates(frame, cell)
+    repeated = pd.DataFrame({"cell": cell, "sample": frame["sample"]}).duplicated()
+    _refuse(repeated, frame, "sample", "one row per pair_id, user_id, order, seed and sample")
     _refuse_gaps(counts.reshape(shape), pairs, seeds)
     valid = frame["failure"].isna().to_numpy()
-    means = []
-    for column in ("score_chosen", "score_rejected"):
-        sums = np.bincount(cell[valid], weights=frame[column].to_numpy()[valid], minlength=counts.size)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(sums / np.bincount(cell[valid], minlength=counts.size))
-    chosen, rejected = means
+    n_valid = np.bincount(cell[valid], minlength=counts.size)
+    scores = (frame[column].to_numpy()[valid] for column in ("score_chosen", "score_rejected"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        chosen, rejected = (np.bincount(cell[valid], s, minlength=counts.size) / n_valid for s in scores)
     margin = np.where(np.isclose(chosen, rejected, rtol=TIE_RTOL, atol=0.0), 0.0, chosen - rejected)
     failures = {str(k): int(n) for k, n in frame["failure"].value_counts().sort_index().items()}
     return Outcomes(pairs, seeds, margin.reshape(shape), failures, int(counts.max()))
@@ -81,11 +80,10 @@ def _validated(predictions: pd.DataFrame) -> pd.DataFrame:
     frame = {c: _ids(source, c) for c in ("pair_id", "user_id")}
     frame |= {c: _integers(source, c) for c in ("order", "seed", "sample")}
     _refuse(frame["order"] > 1, source, "order", "0 (chosen response first) or 1")
-    valid = failure.isna().to_numpy()
     for column in ("score_chosen", "score_rejected"):
-        numbers = _numbers(source, column)
-        _refuse(valid & ~np.isfinite(numbers), source, column, "a finite number where 'failure' is null")
-        frame[column] = numbers
+        frame[column] = _numbers(source, column)
+        wrong = failure.isna() & ~np.isfinite(frame[column])
+        _refuse(wrong, source, column, "a finite number where 'failure' is null")
     frame["failure"] = failure
     frame["kind"] = (
         _optional_text(source, "kind") if "kind" in source else pd.Series([None] * len(source), dtype=object)
@@ -100,11 +98,6 @@ def _pairs(frame: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
     kind = pd.factorize(frame["kind"])[0]
     _refuse(kind != kind[first][code], frame, "kind", "one kind for all rows of a pair")
     return code, frame.iloc[first][["pair_id", "user_id", "kind"]].reset_index(drop=True)
-
-
-def _refuse_duplicates(frame: pd.DataFrame, cell: np.ndarray) -> None:
-    repeated = pd.DataFrame({"cell": cell, "sample": frame["sample"]}).duplicated()
-    _refuse(repeated, frame, "sample", "one row per pair_id, user_id, order, seed and sample")
 
 
 def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> None:

@@ -148,15 +148,16 @@ def slice_rows(
     for name, column in several(labelled):
         for label in sorted(column.unique()):
             part = slice_statistics(values, users, (column == label).to_numpy(), draws, seed)
-            row: SliceRow = {
-                "slice": name,
-                "value": label,
-                "accuracy": part["accuracy"],
-                "ci95": part["ci95"],
-                "users": part["n_users"],
-                "pairs": part["n_pairs"],
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "slice": name,
+                    "value": label,
+                    "accuracy": part["accuracy"],
+                    "ci95": part["ci95"],
+                    "users": part["n_users"],
+                    "pairs": part["n_pairs"],
+                }
+            )
     return rows
 
 

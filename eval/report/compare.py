@@ -23,7 +23,7 @@ from typing import TypedDict
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from eval.metrics.accuracy import Difference, Estimate, difference, paired_hits
+from eval.metrics.accuracy import Difference, Estimate, difference, paired_hits, refuse_unpaired
 from eval.metrics.slices import DIMENSIONS, KEYS, several
 from eval.report.console import text_table
 from eval.report.report import Report, Row, Section, write_markdown, write_report
@@ -106,15 +106,7 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
         hits = paired_hits(a.predictions, b.predictions, protocol=a.results.protocol, seed=seed)
     except DataError as error:
         raise DataError(f"{a.name} and {b.name} cannot be compared: {error}") from None
-    alone = hits[hits["_merge"] != "both"]
-    if len(alone):
-        row = alone.iloc[0]
-        only = a.name if row["_merge"] == "left_only" else b.name
-        raise DataError(
-            f"{a.name} and {b.name} hold different data: pair_id {row['pair_id']!r} of user "
-            f"{row['user_id']!r} is in {only} only ({len(alone)} such pairs); evaluate both on the same "
-            "pairs"
-        )
+    refuse_unpaired(hits, f"{a.name} and {b.name}", a.name, b.name)
     overall = difference(hits, draws=draws, seed=seed)
     return {
         "runs": [

@@ -132,12 +132,9 @@ def test_one_pair_id_may_be_voted_on_by_several_users():
     assert (report["accuracy"], report["n_pairs"], report["n_users"]) == (0.5, 2, 2)
 
 
-def test_report_is_json_and_takes_extra_facts():
-    report = accuracy_report(hand_table(), extra={"model": "nano", "pro": 0, "ind": 8})
+def test_report_is_json():
+    report = accuracy_report(hand_table())
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert (report["model"], report["ind"]) == ("nano", 8)
-    with pytest.raises(ConfigError, match="accuracy"):
-        accuracy_report(hand_table(), extra={"accuracy": 1.0})
     with pytest.raises(ConfigError, match=r"eval\.protocol='lenient'.*strict"):
         accuracy_report(hand_table(), protocol="lenient")
 
