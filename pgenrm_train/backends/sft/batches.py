@@ -19,19 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import atomic
 from pgenrm_train.prompts.messages import JSON_START
 
-if TYPE_CHECKING:
-    import torch
-
-MicroBatch: TypeAlias = "dict[str, torch.Tensor | int]"
+MicroBatch: TypeAlias = dict[str, torch.Tensor | int]
 
 
 class Layout(StrEnum):
@@ -89,8 +89,6 @@ class Chats:
     """
 
     def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
         table = pq.read_table(path, memory_map=True).combine_chunks()
         ids = table["ids"].chunk(0)
         self._ids, self._offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
@@ -107,9 +105,6 @@ class Chats:
 
 def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
     """Write the file that `Chats` reads."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pa.table(
         {
             "ids": pa.array([chat.ids for chat in chats], pa.list_(pa.int32())),
@@ -163,8 +158,6 @@ class StepOrder:
         return len(self.lengths) * self.copies
 
     def __iter__(self) -> Iterator[int]:
-        import torch
-
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         permutation = torch.randperm(len(self.lengths), generator=generator).tolist()
         for first in range(0, len(permutation), self.batch_size):
@@ -206,8 +199,6 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
     that restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any
     other attention makes a block-diagonal mask of the positions.
     """
-    import torch
-
     lengths = [len(chat.ids) for chat in batch]
     width = sum(lengths) if packed else max(lengths)
     starts = [sum(lengths[:n]) if packed else n * width for n in range(len(batch))]
@@ -226,18 +217,13 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
         "labels": ids[places + 1],
         "weights": torch.cat(weights),
     }
-    return laid_out | (_boundaries(lengths) if packed else {})
-
-
-def _boundaries(lengths: Sequence[int]) -> MicroBatch:
-    import torch
-
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    return {
-        "position_ids": positions,
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    if packed:
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        laid_out |= {
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+    return laid_out

@@ -10,25 +10,27 @@ resume recognises and skips a half-written one.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.backends.sft import ray_train
 from pgenrm_train.backends.sft.batches import write_chats
-from pgenrm_train.backends.sft.checkpoints import STEPS, Mark, check_resumable, is_over, state_of
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
-from pgenrm_train.backends.sft.job import Job
-from pgenrm_train.backends.sft.publishing import publish
+from pgenrm_train.backends.sft.job import STEPS, Job, Mark, check_resumable, is_over, state_of
 from pgenrm_train.backends.sft.rank import train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError
-from pgenrm_train.run.checkpoints import newest_complete, step_of
+from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
+from pgenrm_train.files import staged_folder
+from pgenrm_train.run.checkpoints import COMPLETE, newest_complete, step_of
 from pgenrm_train.run.process import run_child
 from pgenrm_train.run.tracking import trim
 
 STOP_SECONDS = 15.0  # for torchrun to end its ranks
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def train(
@@ -65,15 +67,56 @@ def _run(job: Job) -> None:
     cluster = job.config.cluster
     if cluster.ranks == 1:
         train_rank(job)
-    elif cluster.nodes == 1:
-        _torchrun(job.write(), cluster.processes_per_node, deepspeed_variables(cluster))
-    else:
+    elif cluster.nodes > 1:
         ray_train.run(job.config, job.write(), deepspeed_variables(cluster))
+    else:
+        ranks = f"--nproc_per_node={cluster.processes_per_node}"
+        module = ["-m", "pgenrm_train.backends.sft.rank", str(job.write())]
+        command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", ranks, *module]
+        if code := run_child(command, os.environ | deepspeed_variables(cluster), patience=STOP_SECONDS):
+            raise BackendError(f"torchrun exited with code {code}; see the messages of its ranks above")
 
 
-def _torchrun(job_file: Path, ranks: int, variables: dict[str, str]) -> None:
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    module = ["-m", "pgenrm_train.backends.sft.rank", str(job_file)]
-    command = [torchrun, "--standalone", f"--nproc_per_node={ranks}", *module]
-    if code := run_child(command, os.environ | variables, patience=STOP_SECONDS):
-        raise BackendError(f"torchrun exited with code {code}; see the messages of its ranks above")
+def publish(job: Job, tokenizer: Any) -> Trained:
+    """Publish the best checkpoint by validation, or the last one without validation."""
+    last = newest_complete(job.steps, STEPS)
+    state = state_of(last) if last else None
+    if last is None or state is None or not is_over(job.config.psi, state):
+        made, planned = (state.global_step, state.max_steps) if state else (0, "the")
+        raise NothingTrainedError(f"PSI made {made} of {planned} planned optimiser steps")
+    best = state.best_global_step if job.validator else None
+    source = job.steps / f"checkpoint-{best}" if best else last
+    if not (source / COMPLETE).exists():
+        raise ArtifactError(
+            f"{source}, the best checkpoint by validation, is missing; use another run_dir=, or resume=false"
+        )
+    final = job.work_dir / "checkpoint"
+    with staged_folder(final) as staging:
+        if job.config.model.lora.rank:
+            merge_adapter(job.start, source, staging, job.config)
+        else:
+            staging.mkdir()
+            for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
+                shutil.copy2(file, staging)
+        tokenizer.save_pretrained(staging)
+    losses = [line["loss"] for line in state.log_history if "loss" in line]
+    metrics = {"psi/steps": float(state.global_step), "psi/published_step": float(step_of(source))}
+    if losses:
+        metrics["psi/train_loss"] = sum(losses) / len(losses)
+    return Trained(state.global_step, final, metrics)
+
+
+def merge_adapter(start: Path | str, adapter: Path, merged: Path, config: Config) -> None:
+    """Merge base and adapter into one plain checkpoint.
+
+    This takes place in host memory: otherwise every GPU would have to gather the sharded weights.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard the base while it loads
+    dtype = torch.float32 if config.cluster.device == "cpu" else getattr(torch, config.model.dtype)
+    base = AutoModelForCausalLM.from_pretrained(start, dtype=dtype)
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(merged)

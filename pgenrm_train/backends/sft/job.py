@@ -1,14 +1,28 @@
-"""Training job: the facts that every process of one training needs, passed on as a file."""
+"""Training job: the facts that every process of one training needs, and the checkpoints that it leaves."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from pgenrm_train.backends.sft.checkpoints import Mark
-from pgenrm_train.config import Config, parse, to_dict
+from pgenrm_train.config import Config, PsiConfig, parse, to_dict
+from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
+from pgenrm_train.run.checkpoints import COMPLETE
 from pgenrm_train.run.tracking import METRICS
+
+STEPS = "checkpoint-*"  # as transformers names them
+MARK_NAMES = {"ranks": "number of processes", "zero_stage": "ZeRO stage", "model": "model or adapter"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Written into each checkpoint; training resumes only from a checkpoint with an equal mark."""
+
+    ranks: int
+    zero_stage: int
+    model: str
 
 
 @dataclass(frozen=True)
@@ -45,5 +59,34 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         job = read_json(path)
-        mark, work_dir = Mark(**job["mark"]), Path(job["work_dir"])
-        return cls(parse(job["config"]), job["start"], work_dir, mark, job["validator"])
+        config, mark = parse(job["config"]), Mark(**job["mark"])
+        return cls(config, job["start"], Path(job["work_dir"]), mark, job["validator"])
+
+
+def check_resumable(checkpoint: Path, mark: Mark) -> None:
+    """Raise ArtifactError unless `mark` is the one that the checkpoint was written with."""
+    marker = read_json(checkpoint / COMPLETE)
+    for key, value in asdict(mark).items():
+        if marker.get(key) != value:
+            raise ArtifactError(
+                f"{checkpoint} was written with another {MARK_NAMES[key]} ({marker.get(key)}, now {value}); "
+                "restore the old setting, or use another run_dir="
+            )
+
+
+def state_of(checkpoint: Path) -> Any:
+    from transformers import TrainerState
+
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def is_over(psi: PsiConfig, state: Any) -> bool:
+    """Whether all planned steps are made, or validation has ended training."""
+    return bool(state.global_step >= state.max_steps > 0) or stopped_early(psi, state)
+
+
+def stopped_early(psi: PsiConfig, state: Any) -> bool:
+    """Whether `psi.patience` validations have passed since the best one; depends on the state alone."""
+    if not psi.patience or not psi.evaluate_every or not state.best_global_step:
+        return False
+    return bool(state.global_step - state.best_global_step >= psi.patience * psi.evaluate_every)

@@ -20,8 +20,7 @@ from pgenrm_train.backends.sft.batches import (
     layout_of,
     pad_of,
 )
-from pgenrm_train.backends.sft.checkpoints import STEPS
-from pgenrm_train.backends.sft.job import Job
+from pgenrm_train.backends.sft.job import STEPS, Job
 from pgenrm_train.backends.sft.settings import set_variables, training_arguments
 from pgenrm_train.config import ClusterConfig, Config
 from pgenrm_train.run.checkpoints import newest_complete, step_of
@@ -143,15 +142,11 @@ def _collate(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> MicroB
     return part_of(batch, int(os.environ["RANK"]) % psi.sequence_parallel, psi.sequence_parallel, pad)
 
 
-def main(job_file: str) -> None:
+if __name__ == "__main__":
     # ranks that outlive a killed run would hold the GPUs, and write into the files of its successor
     die_with_parent()
-    train_rank(Job.read(Path(job_file)))
+    train_rank(Job.read(Path(sys.argv[1])))
     from torch import distributed
 
     # a rank that exits with its threads running may abort, and torchrun would end the others
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

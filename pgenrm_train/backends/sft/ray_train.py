@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.ray.cluster import join
-from pgenrm_train.backends.sft.checkpoints import STEPS
-from pgenrm_train.config import ClusterConfig, Config
+from pgenrm_train.backends.sft.job import STEPS, Job
+from pgenrm_train.config import Config
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import BackendError, ConfigError, last_line
 from pgenrm_train.run.checkpoints import newest_complete
@@ -33,42 +33,36 @@ def run(config: Config, job_file: Path, variables: dict[str, str]) -> None:
             "(ray start --head there, ray start --address=HOST:PORT on the other nodes)"
         )
     join(config.ray.address, variables | {"RAY_TRAIN_V2_ENABLED": "1"}, show_output=True)
-    try:
-        _fit(config.cluster, job_file)
-    finally:
-        ray.shutdown()
-
-
-def _fit(cluster: ClusterConfig, job_file: Path) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    cuda = cluster.device == "cuda"
-    trainer = TorchTrainer(
-        _train_rank,
-        train_loop_config={"job": str(job_file)},
-        torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.ranks,
-            use_gpu=cuda,
-            # PACK keeps a node's GPUs together; SPREAD gives logical CPU nodes one rank each
-            placement_strategy="PACK" if cuda else "SPREAD",
-        ),
-        run_config=RunConfig(
-            name=StageName.PSI.value,
-            storage_path=str(job_file.parent / "ray_train"),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[lost_rank_reporter(job_file.parent / "steps")],
-        ),
-    )
+    cuda, failures = config.cluster.device == "cuda", config.cluster.max_failures
     try:
-        trainer.fit()
+        TorchTrainer(
+            _train_rank,
+            train_loop_config={"job": str(job_file)},
+            torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=config.cluster.ranks,
+                use_gpu=cuda,
+                # PACK keeps a node's GPUs together; SPREAD gives logical CPU nodes one rank each
+                placement_strategy="PACK" if cuda else "SPREAD",
+            ),
+            run_config=RunConfig(
+                name=StageName.PSI.value,
+                storage_path=str(job_file.parent / "ray_train"),
+                failure_config=FailureConfig(max_failures=failures),
+                callbacks=[lost_rank_reporter(job_file.parent / "steps")],
+            ),
+        ).fit()
     except TrainingFailedError as error:
         raise BackendError(
-            f"PSI failed more than cluster.max_failures={cluster.max_failures} times on the cluster; "
+            f"PSI failed more than cluster.max_failures={failures} times on the cluster; "
             f"last error: {last_line(error)}"
         ) from error
+    finally:
+        ray.shutdown()
 
 
 def lost_rank_reporter(steps: Path) -> Any:
@@ -77,23 +71,18 @@ def lost_rank_reporter(steps: Path) -> Any:
 
     class LostRankReporter(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            print(_format_lost_ranks(worker_exceptions, steps), flush=True)
+            newest, ranks = newest_complete(steps, STEPS, clean=False), sorted(worker_exceptions)
+            print(
+                f"psi: rank {', '.join(map(str, ranks))} of the cluster was lost "
+                f"({type(worker_exceptions[ranks[0]]).__name__}); all start again "
+                f"from {newest or 'the beginning'} once enough nodes are there",
+                flush=True,
+            )
 
     return LostRankReporter()
 
 
-def _format_lost_ranks(errors: Mapping[int, Exception], steps: Path) -> str:
-    newest = newest_complete(steps, STEPS, clean=False)
-    ranks, kind = ", ".join(map(str, sorted(errors))), type(errors[min(errors)]).__name__
-    start = f"from {newest}" if newest else "from the beginning"
-    return (
-        f"psi: rank {ranks} of the cluster was lost ({kind}); "
-        f"all start again {start} once enough nodes are there"
-    )
-
-
 def _train_rank(settings: dict[str, str]) -> None:
-    from pgenrm_train.backends.sft.job import Job
     from pgenrm_train.backends.sft.rank import train_rank
 
     train_rank(Job.read(Path(settings["job"])))

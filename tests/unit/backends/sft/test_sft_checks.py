@@ -11,8 +11,8 @@ from data_builders.sources.personaworld import build
 from eval.studies.validation import Validation
 from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
+from pgenrm_train.backends.sft.engine import merge_adapter
 from pgenrm_train.backends.sft.generate import TrainingGenerator
-from pgenrm_train.backends.sft.publishing import merge_adapter
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError, PGenRMError

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from pgenrm_train.backends.sft.batches import encode_chat
-from pgenrm_train.backends.sft.checkpoints import STEPS, Mark, check_resumable, is_over
-from pgenrm_train.backends.sft.job import Job
+from pgenrm_train.backends.sft.engine import publish
+from pgenrm_train.backends.sft.job import STEPS, Job, Mark, check_resumable, is_over
 from pgenrm_train.backends.sft.nano import CHAT_TEMPLATE, train_tokenizer
-from pgenrm_train.backends.sft.publishing import publish
 from pgenrm_train.backends.sft.settings import deepspeed_settings, deepspeed_variables
 from pgenrm_train.chains.chain import JSON_START, write_chain
 from pgenrm_train.config import ROOT, ClusterConfig, Config, ModelConfig, NanoConfig, PsiConfig, load
