@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
-from pgenrm_train.stages.registry import BUILD_DATA
 from pgenrm_train.stages.stage import prepare, run_stage
 
 
 def run(config: Config) -> None:
-    if config.data.name == "lampqa" and config.recipe not in (BUILD_DATA.name, StageName.EVALUATE):
+    if config.data.name == "lampqa" and config.recipe not in (StageName.BUILD_DATA, StageName.EVALUATE):
         raise ConfigError(f"data=lampqa is for evaluation only; recipe={config.recipe} needs another data=")
     prepare(config)
-    pairs, questions = "{pairs} pairs of {users} users", "{questions} questions, {answers} answers"
-    summary = questions if config.data.name == "lampqa" else pairs
-    run_stage(config, BUILD_DATA, lambda folder, _: build(config, folder), summary)
+    summary = (
+        "{questions} questions, {answers} answers"
+        if config.data.name == "lampqa"
+        else "{pairs} pairs of {users} users"
+    )
+    run_stage(config, StageName.BUILD_DATA, lambda folder, _: build(config, folder), summary)
 
 
 def build(config: Config, folder: StageFolder) -> Mapping[str, object]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import build_sec
-from pgenrm_train.stages.registry import BUILD_SEC
 from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring.models import load_tokenizer, make_base
@@ -30,6 +29,6 @@ def run(config: Config) -> None:
             return build_sec.run(config, folder, pairs, writes, writer_for)
 
     # With other settings an unfinished set is rebuilt in place: paid answers are cached by question.
-    unfinished = not StageFolder.read(Path(config.run_dir), BUILD_SEC.name).complete
+    unfinished = not StageFolder.read(Path(config.run_dir), StageName.BUILD_SEC).complete
     summary = "{chains} chains kept of {asked} requested; teacher: {teacher}"
-    run_stage(config, BUILD_SEC, body, summary, renew=unfinished)
+    run_stage(config, StageName.BUILD_SEC, body, summary, renew=unfinished)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import GRPO_STAGES
+from pgenrm_train.config import GRPO_STAGES, Config
 from recipes.wiring.grpo import run_stages
 
 

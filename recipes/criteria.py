@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.prompts.writer import load_pairs
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import criteria
-from pgenrm_train.stages.registry import CRITERIA
 from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring.teachers import criteria_writer
@@ -27,4 +26,4 @@ def run(config: Config) -> None:
     summary = (
         "criteria of {inferred} of {users} users who stated none; failures: {failures}; teacher: {teacher}"
     )
-    run_stage(config, CRITERIA, body, summary, renew=True)
+    run_stage(config, StageName.CRITERIA, body, summary, renew=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from recipes.wiring.grpo import run_stages
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from pgenrm_train.backends.vllm.replicas import local_engines
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import TRAINED, StageName
+from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
-from pgenrm_train.stages.registry import EVALUATE, JUDGE
 from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_data
 from recipes.wiring import evaluation, lampqa
@@ -32,10 +29,9 @@ def run(config: Config) -> None:
             "there, or give model.path="
         )
     build_data.run(config)
-    stage, body, summary = EVALUATE, evaluation.evaluate, "accuracy {accuracy:.3f} of {model}"
+    body, summary = evaluation.evaluate, "accuracy {accuracy:.3f} of {model}"
     if config.data.name == "lampqa":
         body, summary = lampqa.evaluate, "Spearman {spearman} of {model}"
-        stage = replace(stage, reads=(*stage.reads, *JUDGE))  # the reference ranking may be a judge's
     clustered = StageFolder.read(run_dir, StageName.PROTOTYPES).complete
     inputs = (*made, *([StageName.PROTOTYPES] if clustered else []))
 
@@ -43,5 +39,5 @@ def run(config: Config) -> None:
         with local_engines(config) as load:
             return body(config, folder, tracker, candidates(config, made, folder.path, load))
 
-    folder = run_stage(config, stage, test, summary, inputs=inputs, renew=True)
+    folder = run_stage(config, StageName.EVALUATE, test, summary, inputs=inputs, renew=True)
     print((folder.path / "table.txt").read_text(), end="")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import STAGES, TRAINED, StageName
+from pgenrm_train.config import STAGES, TRAINED, Config, StageName
 from pgenrm_train.files import link, write_json
 from pgenrm_train.run.folder import MANIFEST, StageFolder, Status, environment_facts
 from pgenrm_train.run.tracking import METRICS
@@ -55,5 +54,4 @@ def publish(config: Config, seconds: float) -> None:
     }
     write_json(run_dir / MANIFEST, facts)
     spent = ", ".join(f"{stage} {manifest.wall_seconds:.0f} s" for stage, manifest in manifests.items())
-    print(f"time: {spent}")
-    print(f"run folder: {run_dir} · report: {run_dir / 'report.html'}")
+    print(f"time: {spent}\nrun folder: {run_dir} · report: {run_dir / 'report.html'}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.registry import PROTOTYPES
 from pgenrm_train.stages.stage import prepare, run_stage, start_of
 from recipes import build_data
 from recipes.wiring.analyses import write_analyses
@@ -17,15 +16,15 @@ from recipes.wiring.embedders import make_embedder, refiner
 
 def run(config: Config) -> None:
     prepare(config)
-    start = start_of(config, PROTOTYPES.name.starts_from)
+    start = start_of(config, StageName.PROTOTYPES.starts_from)
     build_data.run(config)
-    prototypes.reopen_damaged(StageFolder.read(Path(config.run_dir), PROTOTYPES.name))
+    prototypes.reopen_damaged(StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES))
 
     def body(folder: StageFolder, _: Tracker) -> prototypes.PrototypeFacts:
         return make(config, folder, start.checkpoint)
 
     summary = "k={k} from {analyses} analyses of {users} users"
-    run_stage(config, PROTOTYPES, body, summary, inputs=start.made_by, renew=True)
+    run_stage(config, StageName.PROTOTYPES, body, summary, inputs=start.made_by, renew=True)
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> prototypes.PrototypeFacts:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight import stages_of
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import METRICS, Tracker
 from pgenrm_train.stages.build_sec import SEC
-from pgenrm_train.stages.registry import BUILD_SEC, PSI
 from pgenrm_train.stages.stage import fail_early, prepare, run_stage
 from recipes import build_sec
 from recipes.wiring.models import base_model, check_base, validation_pairs
@@ -29,11 +28,11 @@ def run(config: Config) -> None:
         set_variables(config.cluster)
         if config.psi.evaluate_every:
             validation_pairs(config)  # fail now rather than at the first validation
-        rows, start = Path(config.run_dir) / BUILD_SEC.name / SEC, base_model(config)
+        rows, start = Path(config.run_dir) / StageName.BUILD_SEC / SEC, base_model(config)
         with tracker.follow(folder.path / METRICS):
             trained = deepspeed_sft.train(
                 config, rows, start=start, work_dir=folder.path, validator="recipes.wiring.models:validation"
             )
         return {"steps": trained.steps, "metrics": dict(trained.metrics)}
 
-    run_stage(config, PSI, body, "{steps} optimiser steps")
+    run_stage(config, StageName.PSI, body, "{steps} optimiser steps")

@@ -32,6 +32,5 @@ def run(config: Config) -> int:
         text, facts = scorer.score(example)
     finally:
         scorer.generator.close()
-    print(text)
-    print(json.dumps(facts, ensure_ascii=False))
+    print(f"{text}\n{json.dumps(facts, ensure_ascii=False)}")
     return 0

@@ -14,7 +14,7 @@ from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import ANSWER_KEYS, EndpointConfig
 from pgenrm_train.config.evaluation import EvalConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
-from pgenrm_train.config.model import BASELINES, PROMPTS, LoraConfig, ModelConfig, NanoConfig
+from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig
 from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
@@ -29,7 +29,7 @@ from pgenrm_train.config.schema import (
     to_dict,
 )
 from pgenrm_train.config.setting import not_one_of
-from pgenrm_train.config.stage_names import STAGES, StageName
+from pgenrm_train.config.stage_names import GRPO_STAGES, STAGES, TRAINED, StageName
 from pgenrm_train.errors import ConfigError
 
 __all__ = [
@@ -37,9 +37,12 @@ __all__ = [
     "BASELINES",
     "BUDGETS",
     "CONFIG_DIR",
+    "EXACT",
+    "GRPO_STAGES",
     "PROMPTS",
     "ROOT",
     "STAGES",
+    "TRAINED",
     "CardConfig",
     "ClusterConfig",
     "Config",

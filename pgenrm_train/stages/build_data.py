@@ -16,8 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import PAIRS

@@ -29,8 +29,7 @@ from pgenrm_train.chains.rejection import (
     form_problem,
     reason_to_reject,
 )
-from pgenrm_train.config import Config, SecConfig, masking_of
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, SecConfig, StageName, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pgenrm_train.backends.protocols import CriteriaWriter
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferencePair

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.files import write_text
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.registry import Stage

@@ -18,8 +18,7 @@ from typing import TypedDict
 import numpy as np
 
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
-from pgenrm_train.config import Config, PrototypesConfig
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, PrototypesConfig, StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import fingerprint, write_json, write_table, write_text
 from pgenrm_train.prototypes import clusters as core

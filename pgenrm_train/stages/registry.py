@@ -12,8 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.config import ANSWER_KEYS, Config, CurriculumConfig, GrpoConfig, PsiConfig, get, to_dict
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import (
+    ANSWER_KEYS,
+    Config,
+    CurriculumConfig,
+    GrpoConfig,
+    PsiConfig,
+    StageName,
+    get,
+    to_dict,
+)
 from pgenrm_train.records.shards import digest
 
 FREE = (  # a run may continue with other values: they train nothing
@@ -38,12 +46,13 @@ class Stage:
     name: StageName
     after: tuple[StageName, ...]
     reads: tuple[str, ...]
-    method: str | None = None
-    """Training method, for the model card; None for a stage that trains nothing."""
+    method: str | None = None  # training method, for the model card; None if it trains nothing
 
     def settings(self, config: Config) -> dict[str, object]:
         """Values of `reads`.  Raw data counts by content: a moved file is the same data."""
-        settings = {key: _plain(get(config, key)) for key in self.reads}
+        # On LaMP-QA the reference ranking may be a judge's.
+        judged = self.name == StageName.EVALUATE and config.data.name == "lampqa"
+        settings = {key: _plain(get(config, key)) for key in (*self.reads, *(JUDGE if judged else ()))}
         files = {
             key: Path(value)
             for key, value in (("path", config.data.path), ("answers", config.data.answers))
@@ -59,7 +68,6 @@ def _plain(value: object) -> object:
 
 
 def _fields(section: StageName, settings: type[PsiConfig] | type[GrpoConfig]) -> Iterator[str]:
-    """Keys of a training section, without those that train nothing."""
     return (f"{section}.{field.name}" for field in dataclasses.fields(settings) if field.name not in FREE)
 
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight import check_machine, findings, still_to_do
-from pgenrm_train.config import Config, to_dict
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.lock import lock, unlock
@@ -23,40 +22,40 @@ from pgenrm_train.run.process import child_environment, run_child
 from pgenrm_train.run.store import publisher
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages.model_card import write_card
-from pgenrm_train.stages.registry import Stage
+from pgenrm_train.stages.registry import REGISTRY
 
 CHILD = "PGENRM_PIPELINE_CHILD"
+# Makes the stage's products in its folder; returns the facts that its manifest keeps.
 Body = Callable[[StageFolder, Tracker], Mapping[str, object]]
-"""Makes the stage's products in its folder; returns the facts that its manifest keeps."""
 
 
 def run_stage(
     config: Config,
-    stage: Stage,
+    name: StageName,
     body: Body,
     summary: str,
     *,
     inputs: Sequence[StageName] = (),
     renew: bool = False,
 ) -> StageFolder:
-    """Run `body` in `<run_dir>/<stage>` unless it is complete already; return the stage's folder.
+    """Run `body` in `<run_dir>/<name>` unless it is complete already; return the stage's folder.
 
     `summary`: line printed at the end, formatted with the manifest. `inputs`: stages whose products are used
     in addition to `stage.after`. `renew`: rebuild in place if settings or inputs changed, where other stages
     refuse.  Safe for stages that train nothing: answers of a model are cached by question.
     """
-    run_dir = Path(config.run_dir)
-    folder = StageFolder.read(run_dir, stage.name)
+    run_dir, stage = Path(config.run_dir), REGISTRY[name]
+    folder = StageFolder.read(run_dir, name)
     made_from: dict[str, str] = {
-        name: StageFolder.read(run_dir, name).manifest.fingerprint or "" for name in (*stage.after, *inputs)
+        used: StageFolder.read(run_dir, used).manifest.fingerprint or "" for used in (*stage.after, *inputs)
     }
     settings = stage.settings(config)
     unchanged = folder.made_from(settings, made_from)
     if folder.complete and unchanged:
-        if stage.name == config.recipe:
-            print(f"[{stage.name}] complete in {folder.path}", flush=True)
+        if name == config.recipe:
+            print(f"[{name}] complete in {folder.path}", flush=True)
         return folder
-    check_machine(config, stage.name)
+    check_machine(config, name)
     if renew and not unchanged:
         folder.manifest = Manifest()
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
@@ -66,7 +65,7 @@ def run_stage(
             write_card(config, stage, folder, facts["steps"])
         tracker.link(facts)
     folder.finish(**facts)
-    print(f"[{stage.name}] {summary.format(**folder.manifest.as_json())}", flush=True)
+    print(f"[{name}] {summary.format(**folder.manifest.as_json())}", flush=True)
     return folder
 
 
@@ -77,11 +76,9 @@ def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
     tracker.after_log = folder.beat
     try:
         yield tracker
-    except KeyboardInterrupt:
-        folder.interrupted("interrupted by the user")
-        raise
-    except Exception as error:
-        folder.interrupted(f"{type(error).__name__}: {error}")
+    except (KeyboardInterrupt, Exception) as error:
+        by_user = isinstance(error, KeyboardInterrupt)
+        folder.interrupted("interrupted by the user" if by_user else f"{type(error).__name__}: {error}")
         raise
     finally:
         tracker.close()
@@ -166,6 +163,11 @@ def fail_early(config: Config, stages: Sequence[str]) -> None:
 
     Raises PreflightError.
     """
-    failed = (finding for finding in findings(config, still_to_do(config, stages)) if finding.check != "ring")
-    if problems := [problem for finding in failed for problem in finding.problems]:
+    problems = [
+        problem
+        for finding in findings(config, still_to_do(config, stages))
+        if finding.check != "ring"
+        for problem in finding.problems
+    ]
+    if problems:
         raise PreflightError("; ".join(problems))

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+from data_builders.teachers.ideal import SEEN, UNSEEN, Ideal, IdealChain, IdealReader, Imitator
+from data_builders.teachers.oracle import OracleTeacher
 from eval.ask.baselines import Fit, Votes, fit_baseline
+from eval.ask.bradley_terry import BradleyTerry
 from eval.ask.scored import Score
-from pgenrm_train.config import Config
-from pgenrm_train.config.model import EXACT
+from pgenrm_train.chains.chain import Chain, parse_chain
+from pgenrm_train.config import EXACT, Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
+from recipes.wiring.embedders import make_embedder
 
 
 def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
@@ -30,14 +34,10 @@ def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
 
 
 def _fit_bradley_terry(config: Config, train_pairs: Votes, all_pairs: Votes, *, adapted: bool) -> Score:
-    from eval.ask.bradley_terry import BradleyTerry
-    from recipes.wiring.embedders import make_embedder
-
     return BradleyTerry(make_embedder(config), adapted).fit(train_pairs, all_pairs).score
 
 
 def _fit_features(train_pairs: Votes, _all: Votes, _seed: int) -> Score:
-    """The features teacher's rule."""
     from data_builders.teachers.features import FeatureTeacher
 
     if not train_pairs:
@@ -49,8 +49,6 @@ def _fit_features(train_pairs: Votes, _all: Votes, _seed: int) -> Score:
 
 def _fit_exact(name: str, _train: Votes, _all: Votes, seed: int) -> Score:
     """A reader of the masked prompt that knows how PersonaWorld is generated."""
-    from data_builders.teachers.ideal import SEEN, UNSEEN, Ideal, IdealChain, IdealReader, Imitator
-
     reader = IdealReader((SEEN, UNSEEN) if name == "ideal_all_personas" else (SEEN,))
     if name == "ideal_chain":
         return IdealChain(reader).score
@@ -59,9 +57,6 @@ def _fit_exact(name: str, _train: Votes, _all: Votes, seed: int) -> Score:
 
 def _fit_oracle(_train: Votes, all_pairs: Votes, seed: int) -> Score:
     """PersonaWorld's teacher, which reads the stated criteria: the ceiling of the table."""
-    from data_builders.teachers.oracle import OracleTeacher
-    from pgenrm_train.chains.chain import Chain, parse_chain
-
     teacher, explicit = OracleTeacher(seed), {p.pair_id: p.explicit for p in all_pairs}
 
     def score(example: Example) -> Sequence[float]:

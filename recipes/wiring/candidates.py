@@ -12,9 +12,9 @@ from typing import Any
 from eval.ask.scored import Score, one_by_one
 from eval.studies.evaluation import Candidate, ScoredCandidate
 from pgenrm_train.backends.protocols import Generator
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
-from pgenrm_train.errors import ConfigError, PreflightError
+from pgenrm_train.backends.vllm.reward_head import RewardHead
+from pgenrm_train.config import Config, StageName
+from pgenrm_train.errors import ConfigError, PreflightError, first_line
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
@@ -66,10 +66,9 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, l
 def _endpoint(config: Config, folder: Path) -> Candidate:
     settings, prompt = model_endpoint(config), config.model.prompt
     start, close = once(lambda: api_generator(settings, prompt, folder))
-    identity = f"{settings.base_url}|{settings.name}|{prompt}"
     return Candidate(
         config.model.label,
-        identity,
+        f"{settings.base_url}|{settings.name}|{prompt}",
         start,
         lambda: plain_writer(config),
         close,
@@ -89,13 +88,7 @@ def _callable(config: Config) -> ScoredCandidate:
 def _reward_head(config: Config) -> ScoredCandidate:
     checkpoint = Path(config.model.path) if config.model.path else _from_hub(config.model.name)
     digest = weights_digest(check_checkpoint(checkpoint))
-
-    def make() -> Any:
-        from pgenrm_train.backends.vllm.reward_head import RewardHead
-
-        return RewardHead(config.model, config.cluster.device, checkpoint)
-
-    start, close = once(make)
+    start, close = once(lambda: RewardHead(config.model, config.cluster.device, checkpoint))
     return ScoredCandidate(config.model.label, digest, start, close)
 
 
@@ -120,9 +113,8 @@ def _from_hub(name: str) -> Path:
         )
     # The hub client raises a dozen unrelated types: bad name, offline, gated, no such repository.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PreflightError(
-            f"model.name={name} cannot be downloaded from the Hugging Face hub ({reason}); give "
+            f"model.name={name} cannot be downloaded from the Hugging Face hub ({first_line(error)}); give "
             "model.path=FOLDER"
         ) from None
 

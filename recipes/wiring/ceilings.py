@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from data_builders.teachers.chain_truth import ChainTruth, chain_truth
+from data_builders.teachers.ideal import SEEN, TIE, UNSEEN, Ideal, IdealChain, IdealReader, Imitator
 from eval.report.chain_section import Ceilings
 from eval.report.report import Row
 from eval.studies.evaluation import Tested
 from pgenrm_train.chains.chain import Chain, parse_chain
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import present
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
-
-if TYPE_CHECKING:
-    from data_builders.teachers.chain_truth import ChainTruth
-    from data_builders.teachers.ideal import IdealReader
 
 COLUMNS = {
     "votes": "votes share",
@@ -41,13 +37,10 @@ def ceilings(config: Config, sampler: HistorySampler, pairs: Sequence[Preference
     """Exact accuracies by reader, prior and known votes; empty for other data."""
     if config.data.name != "personaworld":
         return Ceilings()
-    from data_builders.teachers.ideal import SEEN, UNSEEN, IdealReader
-
-    most = config.data.history_size
     rows: list[Row] = []
     by_reader: dict[str, float] = {}
     for prior, cohorts in (("training users'", (SEEN,)), ("all", (SEEN, UNSEEN))):
-        for size in sorted({most, 1, 0}, reverse=True):
+        for size in sorted({config.data.history_size, 1, 0}, reverse=True):
             hits = _hits(IdealReader(cohorts), sampler, pairs, size)
             rows += [
                 {"reader": name, "personas": prior, "known votes": size, **shares}
@@ -64,8 +57,6 @@ def _hits(
 
     Presentation order cannot matter, so each pair is read once, with the chosen response first.
     """
-    from data_builders.teachers.ideal import TIE, Ideal, IdealChain, Imitator
-
     hits: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in READERS}
     for pair in pairs:
         example = present(pair, sampler(pair, size), 0)
@@ -90,20 +81,15 @@ def truth_rows(
     """Per model, the mean over readable chains of each share of `ChainTruth`; empty for other data."""
     if config.data.name != "personaworld":
         return []
-    from data_builders.teachers.chain_truth import chain_truth
-    from data_builders.teachers.ideal import IdealReader
-
     reader, by_id = IdealReader(), {pair.pair_id: pair for pair in pairs}
     rows: list[Row] = []
     for model in tested:
         truths = []
-        own = model.own
-        for pair_id, order, text in zip(own["pair_id"], own["order"], own["text"], strict=True):
+        for pair_id, order, text in model.own[["pair_id", "order", "text"]].itertuples(index=False):
             chain = parse_chain(text) if isinstance(text, str) else None
             if isinstance(chain, Chain):
-                pair = by_id[pair_id]
-                example = present(pair, histories[pair_id], order)
-                truths.append(chain_truth(chain, text, example, pair.explicit, reader))
+                example = present(by_id[pair_id], histories[pair_id], order)
+                truths.append(chain_truth(chain, text, example, by_id[pair_id].explicit, reader))
         if truths:
             rows.append({"model": model.name, "chains": len(truths), **_means(truths)})
     return rows

@@ -9,9 +9,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from eval.studies.evaluation import Evaluation
+from pgenrm_train.backends.api.answers import Answers
+from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
+from pgenrm_train.backends.api.endpoint import dollars
 from pgenrm_train.backends.protocols import Estimate
-from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, masking_of, seeds_of_grid, sizes
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import (
+    Config,
+    EndpointConfig,
+    GrpoConfig,
+    StageName,
+    masking_of,
+    seeds_of_grid,
+    sizes,
+)
 from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
@@ -24,8 +34,6 @@ VERDICT_TOKENS = 80
 
 def estimate_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Estimate:
     """Print and return the estimate for `model=endpoint`; kept answers are not requested again."""
-    from pgenrm_train.backends.api.costs import announce, characters, estimate
-
     write, policy = plain_writer(config), masking_of(config, "eval")
     some = evaluation.pairs[:: max(1, len(evaluation.pairs) // MEASURED)][:MEASURED]
     examples = [present(pair, evaluation.histories[pair.pair_id], 0) for pair in some]
@@ -53,8 +61,6 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
 
 def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Estimate:
     """Print and return the estimate for a judge of every chain; `judged`: stage → its rows."""
-    from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
-
     calls, longest = 0.0, ""
     for stage, rows in judged.items():
         settings = getattr(config, stage)
@@ -90,9 +96,6 @@ def _chain_characters(run_dir: Path) -> float | None:
 
 def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, float]:
     """Tokens and dollars of the judge over all starts, from its caches; empty if there are none."""
-    from pgenrm_train.backends.api.answers import Answers
-    from pgenrm_train.backends.api.endpoint import dollars
-
     paid = []
     for folder in filter(Path.exists, caches):
         answers = Answers(folder)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
+from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
+from pgenrm_train.backends.embedding.workers import EmbedderWorkers
 from pgenrm_train.config import Config
 from pgenrm_train.prototypes.refinement import refine
 from pgenrm_train.stages.prototypes import Refine
-
-if TYPE_CHECKING:
-    from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
 
 LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
 
@@ -21,13 +20,11 @@ def make_embedder(config: Config, name: str | None = None, workers: int = 1) -> 
 
     `workers` above 1: Ray actors share large sets; nothing else may hold the devices then.
     """
-    from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
-    from pgenrm_train.backends.embedding.workers import EmbedderWorkers
-
-    cache = Path(config.run_dir) / "embeddings"
-    shared = EmbedderWorkers(config, workers, LARGE) if workers > 1 else None
     return SentenceEmbedder(
-        name or config.prototypes.embedder, device=config.cluster.device, cache_dir=cache, shared=shared
+        name or config.prototypes.embedder,
+        device=config.cluster.device,
+        cache_dir=Path(config.run_dir) / "embeddings",
+        shared=EmbedderWorkers(config, workers, LARGE) if workers > 1 else None,
     )
 
 
@@ -35,6 +32,4 @@ def refiner(config: Config, analyses: int) -> Refine:
     """`refine`, for large sets on all processes of this node."""
     if analyses < LARGE or config.cluster.processes_per_node == 1:
         return refine
-    from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
-
     return functools.partial(refine_in_processes, processes=config.cluster.processes_per_node)

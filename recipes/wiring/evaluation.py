@@ -11,8 +11,7 @@ from eval.report.summary import Evaluated, publish
 from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate
 from eval.studies.scaling_study import FindSimilar, Study
 from eval.studies.validation import headline
-from pgenrm_train.config import Config, seeds_of_grid, sizes
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split

@@ -31,7 +31,6 @@ from pgenrm_train.stages.grpo import (
 )
 from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from pgenrm_train.stages.prototypes import prototype_of_users
-from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
 from recipes import build_data, criteria
 from recipes.wiring.costs import estimate_judge, judge_cost
@@ -53,7 +52,7 @@ def run_stages(config: Config, stages: Sequence[StageName]) -> None:
         inputs = (*start.made_by, *([StageName.CRITERIA] if synthesized(config, stage) else []))
         body = functools.partial(train, config, stages[number:], start.checkpoint)
         summary = "{steps} optimiser steps, judge={judge}"
-        folder = run_stage(config, REGISTRY[stage], body, summary, inputs=inputs)
+        folder = run_stage(config, stage, body, summary, inputs=inputs)
         start = Start(folder.path / "checkpoint", (stage,))
 
 

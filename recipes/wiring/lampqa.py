@@ -14,8 +14,7 @@ from eval.lampqa.ranking import MEASURES, Task, ask_tasks, report, score_tasks, 
 from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
 from eval.lampqa.summary import Ranked, Reference, publish
 from eval.studies.evaluation import Candidate, ScoredCandidate, kept_answers
-from pgenrm_train.config import Config, sizes
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName, sizes
 from pgenrm_train.errors import BackendError, ConfigError, DataError
 from pgenrm_train.records.questions import (
     Answer,

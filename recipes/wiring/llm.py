@@ -10,6 +10,7 @@ from pathlib import Path
 from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.backends.api.persona import PersonaGenerator
+from pgenrm_train.backends.vllm.server import served
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
@@ -24,8 +25,6 @@ def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointCon
     if settings.kind != "vllm":
         yield settings
         return
-    from pgenrm_train.backends.vllm.server import served
-
     print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
     with served(config, settings, log, with_training=section == "judge") as endpoint:
         yield endpoint

@@ -9,10 +9,11 @@ from typing import Any
 
 from eval.studies.validation import Validation
 from pgenrm_train.backends.protocols import Validator
+from pgenrm_train.backends.sft.checks import check_libraries, check_template, inspect_start
+from pgenrm_train.backends.sft.nano import make_nano
 from pgenrm_train.chains.chain import FORMAT_STRINGS
 from pgenrm_train.cluster.preflight import still_to_do
-from pgenrm_train.config import ROOT, Config, masking_of
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import ROOT, Config, StageName, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import apply_masking
 from pgenrm_train.prompts.messages import TAGS, chat_messages
@@ -38,8 +39,6 @@ def make_base(config: Config, kept: Sequence[Kept]) -> Path | str:
     """`base_model`, made from the kept chains if it is a nano from random weights."""
     base = base_model(config)
     if base == Path(config.run_dir) / StageName.BUILD_SEC / "base":
-        from pgenrm_train.backends.sft.nano import make_nano
-
         chains = [_as_text(config, item) for item in kept[:TOKENIZER_SAMPLE]]
         reserved = [*TAGS, *(text.rstrip() for text in FORMAT_STRINGS)]
         make_nano(base, chains, reserved, config.model.nano, config.seed)
@@ -50,8 +49,6 @@ def load_tokenizer(model: Path | str) -> Any:
     """Tokenizer of a checkpoint or hub model.  Raises DataError if it cannot write chats."""
     from transformers import AutoTokenizer
 
-    from pgenrm_train.backends.sft.checks import check_template
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     check_template(tokenizer, model)
     return tokenizer
@@ -59,8 +56,6 @@ def load_tokenizer(model: Path | str) -> Any:
 
 def check_base(config: Config) -> None:
     """Check the model that PSI starts from before chains are sampled and paid for."""
-    from pgenrm_train.backends.sft.checks import check_libraries, inspect_start
-
     # A nano may be made from the chains.
     if config.model.kind == "hf" and still_to_do(config, [StageName.PSI]):
         check_libraries(config.psi)

@@ -15,9 +15,9 @@ import numpy as np
 from eval.ask.harness import UNVERIFIED, Write
 from eval.studies.scaling_study import Similar
 from pgenrm_train.backends.protocols import GenerationRequest, Generator
+from pgenrm_train.backends.vllm.engine import VllmGenerator
 from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
@@ -25,6 +25,7 @@ from pgenrm_train.records.pairs import Example
 from pgenrm_train.scaling.combine import scale
 from pgenrm_train.stages.stage import start_of
 from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
+from recipes.wiring.similar_users import find_similar
 
 
 class Answer(NamedTuple):
@@ -43,43 +44,38 @@ class Scorer:
     write: Write
 
     def score(self, example: Example) -> tuple[str | None, dict[str, object]]:
-        """Score by one chain, or by several if `score.ind` or `score.pro` requests them.
+        """Score by one chain, or by the mean of own chains and of those from similar users' histories.
 
         Returns the text of the chain to show, and the facts to print as JSON.
         Raises BackendError if the model wrote no readable chain.
         """
-        return self._by_one(example) if is_single(self.config) else self._by_mean(example)
-
-    def _by_one(self, example: Example) -> tuple[str | None, dict[str, object]]:
-        (answer,) = self._chains([example], 1)
-        chain = _readable(answer)
-        scores = {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)}
-        verified = list(chain.verified_scores) if chain.verified_scores else None
-        return answer.text, {"scores": scores, "verified_scores": verified, "issues": list(chain.issues)}
-
-    def _by_mean(self, example: Example) -> tuple[str | None, dict[str, object]]:
-        """Mean of the user's own chains and of those from similar users' histories."""
         settings, responses = self.config.score, len(example.responses)
         own = self._chains([example], settings.ind)
         first = next((answer for answer in own if isinstance(answer.chain, Chain)), own[0])
         chain = _readable(first)
+        if is_single(self.config):
+            return first.text, {
+                "scores": {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)},
+                "verified_scores": list(chain.verified_scores) if chain.verified_scores else None,
+                "issues": list(chain.issues),
+            }
         users = similar_users(self.config, example, chain.analysis) if settings.pro else []
         similar = self._chains([replace(example, history=user.history) for user in users], 1)
         weights = (self.config.eval.weights[0], self.config.eval.weights[1])
         scaled = scale(_scores(own, responses), _scores(similar, responses), weights)
-        names = [user.user_id for user in users]
         return first.text, {
             "scores": {f"response_{i}": round(float(s), 4) for i, s in enumerate(scaled.scores, start=1)},
             "own": _usage(own) | {"asked": settings.ind},
-            "similar": _usage(similar) | {"asked": settings.pro, "users": names},
+            "similar": _usage(similar) | {"asked": settings.pro, "users": [user.user_id for user in users]},
         }
 
     def _chains(self, examples: Sequence[Example], samples: int) -> list[Answer]:
         """`samples` chains per example, in order."""
-        views = (view_of(self.config, example) for example in examples)
         requests = [
-            GenerationRequest(str(number), tuple(self.write(view)), samples, self.config.seed)
-            for number, view in enumerate(views)
+            GenerationRequest(
+                str(number), tuple(self.write(view_of(self.config, example))), samples, self.config.seed
+            )
+            for number, example in enumerate(examples)
         ]
         generations = self.generator(requests, temperature=temperature(self.config))
         return [
@@ -106,8 +102,6 @@ def load_scorer(config: Config) -> Scorer:
         settings = replace(model_endpoint(config), temperature=temperature(config))
         return Scorer(config, api_generator(settings, config.model.prompt, None), plain_writer(config))
     checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
-    from pgenrm_train.backends.vllm.engine import VllmGenerator
-
     generator = VllmGenerator(config, checkpoint)
     return Scorer(config, generator, PromptWriter(config.model, generator.tokenizer))
 
@@ -120,7 +114,6 @@ def view_of(config: Config, example: Example) -> MaskedView | FullView:
 
 
 def is_single(config: Config) -> bool:
-    """Whether one chain is requested."""
     return (config.score.ind, config.score.pro) == (1, 0)
 
 
@@ -131,8 +124,6 @@ def temperature(config: Config) -> float:
 
 def similar_users(config: Config, example: Example, analysis: str) -> list[Similar]:
     """The `score.pro` users of the run's prototypes whose analyses are nearest."""
-    from recipes.wiring.similar_users import find_similar
-
     find = find_similar(config, load_pairs(Path(config.run_dir)))
     return find([analysis], [example.user_id], config.score.pro)[0]
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.metrics.slices import first_analyses
 from eval.studies.evaluation import Tested
 from eval.studies.scaling_study import FindSimilar, Similar
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import TRAINED, StageName
+from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.prompts.writer import histories
+from pgenrm_train.prototypes.clusters import Neighbourhood, Prototypes, assign, load, preference_text
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.stages.prototypes import read_hashes
 from pgenrm_train.stages.stage import newest
-
-if TYPE_CHECKING:
-    from pgenrm_train.prototypes.clusters import Prototypes
+from recipes.wiring.embedders import make_embedder
 
 
 def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:
     """Nearest training users by the text of an analysis, from the run's prototypes (METHOD §7)."""
     import pandas as pd
-
-    from pgenrm_train.prototypes.clusters import Neighbourhood, preference_text
 
     folder = newest(config, StageName.PROTOTYPES)
     prototypes, embedder = load_prototypes(config, folder)
@@ -50,8 +47,6 @@ def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
     A pair without a readable first chain has none, nor has any pair if the prototypes belong to another
     model.
     """
-    from pgenrm_train.prototypes.clusters import assign, preference_text
-
     folder = StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES)
     analyses = first_analyses(final.predictions) if folder.complete else {}
     if not analyses:
@@ -71,10 +66,6 @@ def load_prototypes(config: Config, folder: StageFolder) -> tuple[Prototypes, An
     Raises ArtifactError if they belong to another model, embedder or data.  The weights behind a server
     cannot be checked.
     """
-    from pgenrm_train.prototypes.clusters import load
-    from pgenrm_train.stages.prototypes import read_hashes
-    from recipes.wiring.embedders import make_embedder
-
     embedder, checkpoint = make_embedder(config), checkpoint_under_test(config)
     expect = read_hashes(config, checkpoint or Path("-"), embedder.fingerprint)
     if checkpoint is None:

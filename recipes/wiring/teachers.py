@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data_builders.teachers.oracle import OracleTeacher
+from pgenrm_train.backends.api.roles import LlmCriteria, LlmTeacher
 from pgenrm_train.backends.protocols import CriteriaWriter, Generation, Teacher
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import Example, HistoryItem, PreferencePair
+from pgenrm_train.rewards.synthetic_criteria import write_criteria
 from recipes.wiring.llm import endpoint
 
 
@@ -19,14 +22,10 @@ from recipes.wiring.llm import endpoint
 def teacher(config: Config, pairs: Sequence[PreferencePair], folder: Path) -> Iterator[Teacher]:
     """The teacher of `teacher=`; `folder` keeps the answers of a language model."""
     if config.teacher.kind == "oracle":
-        from data_builders.teachers.oracle import OracleTeacher
-
         yield RuleTeacher(OracleTeacher(config.seed).write)
     elif config.teacher.kind == "features":
         yield RuleTeacher(features_teacher(config, pairs))
     else:
-        from pgenrm_train.backends.api.roles import LlmTeacher
-
         with endpoint(config, "teacher", folder) as model:
             yield LlmTeacher(model)
 
@@ -44,8 +43,6 @@ def criteria_writer(
     if config.teacher.kind == "features":
         yield FeatureCriteria(pairs)
     else:
-        from pgenrm_train.backends.api.roles import LlmCriteria
-
         with endpoint(config, "teacher", folder) as model:
             yield LlmCriteria(model)
 
@@ -82,8 +79,6 @@ class FeatureCriteria(Rule):
         self.rule = FeatureTeacher().fit([pair for pair in pairs if pair.trains])
 
     def infer(self, user_id: str, votes: Sequence[HistoryItem], attempt: int) -> Generation:
-        from pgenrm_train.rewards.synthetic_criteria import write_criteria
-
         return Generation(user_id, attempt, write_criteria(self.rule.preferences(user_id)))
 
 

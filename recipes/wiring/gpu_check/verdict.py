@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pgenrm_train.cluster.planning import Plan, plan_of
 from pgenrm_train.cluster.preflight import stages_of
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import TRAINED, StageName
+from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.files import read_json
 from pgenrm_train.run.folder import StageFolder, environment_facts
 from pgenrm_train.run.tracking import METRICS

@@ -270,7 +270,7 @@ def test_settings_out_of_range_are_refused(key, value):
 
 def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(world, tmp_path, monkeypatch):
     """Similar users are found by the conclusion of the analysis, among other users of the training split."""
-    import recipes.wiring.embedders
+    import recipes.wiring.similar_users
     from pgenrm_train.errors import ArtifactError
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
@@ -286,7 +286,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     data.finish(sha256="d")
     embed = Words()
     embed.fingerprint = "e"
-    monkeypatch.setattr(recipes.wiring.embedders, "make_embedder", lambda _: embed)
+    monkeypatch.setattr(recipes.wiring.similar_users, "make_embedder", lambda _: embed)
     stage, _ = made((config, (chains, shown), []), tmp_path, embed)
     indexed, embed.texts = embed.texts[: len(chains)], []
 
