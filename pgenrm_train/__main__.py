@@ -4,8 +4,6 @@ Imports nothing heavy.  Exit codes: 0 for success, 1 for an internal error (with
 mistake (one sentence on stderr), 130 when interrupted.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Bootstrap over users: pairs of one user are not independent, so users are drawn with all their pairs."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Sentences for mistakes on the command line, from the errors of Hydra and OmegaConf."""
 
-from __future__ import annotations
-
 import re
 from difflib import get_close_matches
 

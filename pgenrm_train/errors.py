@@ -13,8 +13,6 @@
 A failure of one generation, judgement or row is *data*, not an exception: see `chains.ParseFailure`.
 """
 
-from __future__ import annotations
-
 
 class PGenRMError(Exception):
     """Base of every user-facing error; its text is one sentence with the remedy."""

@@ -15,6 +15,7 @@ from pgenrm_train.errors import ArtifactError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 
 @contextmanager
@@ -48,19 +49,17 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, object]] | pd.DataFrame) -> None:
-    """Write rows as parquet, atomically."""
+def write_table(path: Path, rows: Sequence[Mapping[str, object]] | pd.DataFrame | pa.Table) -> None:
+    """Write rows, a frame without its index or an Arrow table as parquet, atomically."""
     import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
-    table = (
-        pa.Table.from_pandas(rows, preserve_index=False)
-        if isinstance(rows, pd.DataFrame)
-        else pa.Table.from_pylist(list(rows))
-    )
+    if isinstance(rows, pd.DataFrame):
+        rows = pyarrow.Table.from_pandas(rows, preserve_index=False)
+    elif not isinstance(rows, pyarrow.Table):
+        rows = pyarrow.Table.from_pylist(list(rows))
     with atomic(path) as temporary:
-        pq.write_table(table, temporary)
+        pyarrow.parquet.write_table(rows, temporary)
 
 
 def publish_folder(staging: Path, final: Path) -> None:
@@ -89,11 +88,8 @@ def link(target: Path, place: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,7 +1,5 @@
 """Public names of a package, imported on first use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from importlib import import_module
 

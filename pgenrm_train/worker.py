@@ -3,8 +3,6 @@
 `recipe=pipeline` starts each of its recipes so.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

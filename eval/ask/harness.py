@@ -22,7 +22,7 @@ import pandas as pd
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
-from pgenrm_train.files import atomic
+from pgenrm_train.files import write_table, write_text
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
@@ -102,8 +102,7 @@ class PredictionStore:
                 "delete it"
             )
         if not stamp.exists():
-            with atomic(stamp) as temporary:
-                temporary.write_text(identity)
+            write_text(stamp, identity)
         self._pending: list[Mapping[str, object]] = []
         self._flushed = time.monotonic()
 
@@ -127,8 +126,7 @@ class PredictionStore:
                 (int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")),
                 default=-1,
             )
-            with atomic(self.folder / f"part-{number:06d}.parquet") as temporary:
-                pd.DataFrame(self._pending).to_parquet(temporary)
+            write_table(self.folder / f"part-{number:06d}.parquet", pd.DataFrame(self._pending))
         self._pending, self._flushed = [], time.monotonic()
 
     def read(self) -> pd.DataFrame:

@@ -122,15 +122,12 @@ class Teacher(Protocol):
 
     def write(self, example: Example, attempt: int, complaint: str | None = None) -> Generation:
         """Write a chain; `complaint` names the problem of the previous attempt's form."""
-        ...
 
     def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Estimate | None:
         """Print and return the cost of up to `tries` calls per question; None for a rule."""
-        ...
 
     def spending(self) -> Spending | None:
         """The cost so far; None for a rule."""
-        ...
 
 
 class CriteriaWriter(Protocol):

@@ -15,8 +15,6 @@ writes anything.
 `rubric` reads and recomputes rubrics.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -48,8 +46,8 @@ ISSUES = (NO_RUBRIC, WEIGHTS, SCORE_RANGE, DECLARED_DIFFERS, TRAILING_TEXT)
 _OPEN = f'{JSON_START}{{"rationale": "'
 _SCORES = '", "better_response": {"response_1": '
 _CLOSE = f"}}}}{JSON_END}"
+# The writer's fixed strings for two responses; a small vocabulary holds each as one token.
 FORMAT_STRINGS = (_OPEN, ". Response 1: ", ". Response 2: ", _SCORES, ', "response_2": ', _CLOSE)
-"""The writer's fixed strings for two responses; a small vocabulary holds each as one token."""
 
 _MAX_OBJECTS = 16  # places in a block at which a JSON object is tried; each costs one pass over the block
 _ROUNDING = 0.05 + 1e-6  # a total given to one decimal is off by at most this much
@@ -142,25 +140,40 @@ def write_chain(
 def _check_rubric(
     criteria: Sequence[tuple[str, float]], scores: Sequence[Sequence[float]], notes: Sequence[str] | None
 ) -> None:
-    names = [name for name, _ in criteria]
-    if not 1 <= len(names) <= MAX_CRITERIA or len(set(names)) != len(names):
-        raise ValueError(f"criteria: expected 1 to {MAX_CRITERIA} different names, got {names}")
-    for name in names:
-        if not name.strip() or re.search(r"[,;%=\n]", name):
-            raise ValueError(
-                f"criteria: {name!r} cannot be read back; use a name without line breaks and without , ; % ="
-            )
-    if not scores or any(len(row) != len(names) for row in scores):
-        raise ValueError(
-            f"scores: expected a row of {len(names)} per response, got rows of {[len(row) for row in scores]}"
-        )
-    if notes and len(notes) != len(scores):
-        raise ValueError(f"notes: expected {len(scores)}, one per response, got {len(notes)}")
-    numbers = [weight for _, weight in criteria] + [score for row in scores for score in row]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError("criteria, scores: every weight and score must be finite")
-    if min(weight for _, weight in criteria) < 0 or sum(weight for _, weight in criteria) <= 0:
-        raise ValueError("criteria: weights must not be negative and need a positive sum")
+    names, weights = [name for name, _ in criteria], [weight for _, weight in criteria]
+    unreadable = [name for name in names if not name.strip() or re.search(r"[,;%=\n]", name)]
+    rules = [
+        (
+            not 1 <= len(names) <= MAX_CRITERIA or len(set(names)) != len(names),
+            f"criteria: expected 1 to {MAX_CRITERIA} different names, got {names}",
+        ),
+        (
+            bool(unreadable),
+            f"criteria: {', '.join(map(repr, unreadable))} cannot be read back; use names without line breaks "
+            "and without , ; % =",
+        ),
+        (
+            not scores or any(len(row) != len(names) for row in scores),
+            f"scores: expected a row of {len(names)} per response, got rows of {[len(row) for row in scores]}",
+        ),
+        (
+            bool(notes) and len(notes or ()) != len(scores),
+            f"notes: expected {len(scores)}, one per response, got {len(notes or ())}",
+        ),
+        (
+            not all(
+                math.isfinite(number) for number in (*weights, *(mark for row in scores for mark in row))
+            ),
+            "criteria, scores: every weight and score must be finite",
+        ),
+        (
+            min(weights, default=0) < 0 or sum(weights) <= 0,
+            "criteria: weights must not be negative and need a positive sum",
+        ),
+    ]
+    for broken, sentence in rules:
+        if broken:
+            raise ValueError(sentence)
 
 
 def _plain(number: float) -> str:

@@ -8,9 +8,6 @@ similar texts cost no more than a few.  J is estimated to ± 0.03 near 0.9.
 Sources: Broder 1997 (MinHash), Indyk & Motwani 1998 (bands).
 """
 
-from __future__ import annotations
-
-import re
 import zlib
 from collections import defaultdict
 from functools import cache
@@ -19,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pgenrm_train.prompts.history import WORD
+
 # With 8 places per band, texts of J = 0.9 share a band with probability 0.9999, of J = 0.5 with 0.06.
 PLACES, BANDS = 128, 16
 PER_BUCKET = 8
 SHINGLE = 3  # words
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
 
 Signature = NDArray[np.uint32]
 
@@ -51,7 +49,7 @@ class NearDuplicates:
 
 def shingles(text: str) -> set[bytes]:
     """Word triples without case and punctuation; a shorter text is one shingle."""
-    words = _WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold())
     grams = (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
     return {gram.encode("utf-8", "surrogatepass") for gram in grams}
 

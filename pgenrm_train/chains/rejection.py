@@ -10,8 +10,6 @@ The complaint before another try depends on the teacher's own answer (`form_prob
 learn that the ranking was wrong is to learn the vote, and the next chain would argue backwards from it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -21,6 +19,7 @@ WRONG_RANKING, TIE, VERIFIED_RANKING, LABEL_LEAK = "wrong_ranking", "tie", "veri
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
 BOILERPLATE, OVER_LENGTH = "boilerplate", "over_length"
 
+# Complaints without the label, for the teacher's next try.
 COMPLAINTS = {
     TIE: "two responses share the highest total, and a user who compares them prefers one",
     VERIFIED_RANKING: "the totals rank the responses otherwise than the weighted scores do",
@@ -32,7 +31,6 @@ COMPLAINTS = {
     "issue:declared_differs": "a total is not the weighted sum of its scores",
     "issue:trailing_text": "text follows the end marker",
 }
-"""Complaints without the label, for the teacher's next try."""
 
 # Each leak of a vote has one of these.
 _CUES = ("chose", "reject", "truth", "gold", "label", "vote", "pick", "select", "prefer")

@@ -5,8 +5,6 @@ Three readers are tried in this order: the optional `rubric` object, the writer'
 weighted totals is *our choice* (METHOD §2).  Time is linear in the length of the text.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

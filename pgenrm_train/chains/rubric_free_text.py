@@ -6,8 +6,6 @@ scores: better none than false ones.  Every pattern is bounded, so that no text 
 time is linear in the length of the text.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

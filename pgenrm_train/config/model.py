@@ -19,8 +19,7 @@ BASELINES = (
     "ideal_chain",
     "imitator",
 )
-EXACT = BASELINES[-5:]
-"""Baselines that know how PersonaWorld is generated."""
+EXACT = BASELINES[-5:]  # they know how PersonaWorld is generated
 PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
 
 

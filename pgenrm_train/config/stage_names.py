@@ -25,7 +25,6 @@ class StageName(StrEnum):
 
 
 GRPO_STAGES = (StageName.CRE, StageName.CURRICULUM)
-TRAINED = (StageName.PSI, *GRPO_STAGES)
-"""Stages that make a checkpoint."""
+TRAINED = (StageName.PSI, *GRPO_STAGES)  # they make a checkpoint
+# Stages of every pipeline; CRE runs `criteria` too if `sec.synthesize_criteria` is set.
 STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)
-"""Stages of every pipeline; CRE runs `criteria` too if `sec.synthesize_criteria` is set."""

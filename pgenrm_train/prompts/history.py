@@ -12,8 +12,6 @@ Policies: `random` (the paper), `recent`, `most_similar` (TF–IDF cosine of the
 to the newer vote), `same_scenario` (random, votes of the pair's scenario first).
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re
@@ -22,8 +20,7 @@ from collections.abc import Iterable, Sequence
 
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
-POLICIES = ("random", "recent", "most_similar", "same_scenario")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
 
 
 class HistorySampler:
@@ -118,4 +115,4 @@ class _Queries:
 
 
 def _words(text: str) -> Counter[str]:
-    return Counter(_WORD.findall(text.lower()))
+    return Counter(WORD.findall(text.lower()))

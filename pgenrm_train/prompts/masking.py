@@ -15,8 +15,6 @@ criteria.
 `show_probability` is the share of complete histories of `history_dropout`, and of full views of `mixed`.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ All texts pass `neutralise` first.  The layout is ours.  The task text follows F
 and requests the paper's output format (METHOD §2).
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -38,8 +36,8 @@ _SECTIONS = (
     "current",
 )
 _TURNS = ("turn_user", "turn_assistant", "turn_system")
+# The delimiters, each one token in a small vocabulary; `<response_9>` and higher are not listed.
 TAGS = tuple(f"<{name}>" for name in (*_SECTIONS, *_TURNS, *(f"response_{i}" for i in range(1, 9))))
-"""The delimiters, each one token in a small vocabulary; `<response_9>` and higher are not listed."""
 
 INSTRUCTIONS = f"""You judge responses on behalf of one particular user. The message holds sections, each \
 opened by a tag: \
@@ -101,10 +99,12 @@ def chat_messages(
             sections += [("<chosen>", item.chosen), ("<rejected>", item.rejected)]
     if isinstance(view, FullView):
         sections += _explicit_sections(view.explicit)
-    sections.append(("<current>", ""))
-    sections += [(f"<turn_{turn.role}>", turn.content) for turn in view.context[:-1]]
-    sections.append(("<query>", view.query))
-    sections += [(f"<response_{i}>", response) for i, response in enumerate(view.responses, start=1)]
+    sections += [
+        ("<current>", ""),
+        *((f"<turn_{turn.role}>", turn.content) for turn in view.context[:-1]),
+        ("<query>", view.query),
+        *((f"<response_{i}>", response) for i, response in enumerate(view.responses, start=1)),
+    ]
     user = "\n".join(tag + neutralise(text, reserved) for tag, text in sections)
     system = [{"role": "system", "content": INSTRUCTIONS}] if instructions else []
     return [*system, {"role": "user", "content": user}]

@@ -11,8 +11,6 @@ under test.  The wording is ours.  SynthesizeMe also selects demonstrations and 
 votes.  Here the persona is written once, from the votes that all models see, and the prompt keeps the votes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from pgenrm_train.prompts.masking import FullView, MaskedView

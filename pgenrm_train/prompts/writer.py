@@ -1,7 +1,5 @@
 """The input that all stages share: built pairs, histories, and prompts within the model's token budget."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections import Counter
@@ -113,8 +111,8 @@ class PromptWriter:
 
     def can_be_written(self, response: str) -> bool:
         """Whether the model, with its end token, may write a text as long as `response`."""
-        encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        return len(encoded) < self.config.max_response_tokens
+        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        return len(ids) < self.config.max_response_tokens
 
     def _messages(self, view: MaskedView | FullView) -> Messages:
         return styled_messages(

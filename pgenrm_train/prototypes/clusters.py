@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
-from pgenrm_train.files import atomic, read_json, sha256_file, write_json
+from pgenrm_train.files import atomic, read_json, sha256_file, write_json, write_table
 
 LARGE = 20_000  # above this many rows, K-means uses faiss if installed, else mini-batches
 FAISS_ROWS = 256  # rows per centroid in the sample that faiss clusters: its own default
@@ -202,8 +202,7 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic(folder / TENSORS) as path:
         save_file(contiguous, path)
-    with atomic(folder / MEMBERS) as path:
-        members.to_parquet(path, index=False)
+    write_table(folder / MEMBERS, members)
     manifest = {
         "format": FORMAT,
         "k": len(prototypes.A),

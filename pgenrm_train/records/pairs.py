@@ -8,8 +8,6 @@ is a matter of type (see `prompts.masking`).
 `rows` reads and writes pairs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 

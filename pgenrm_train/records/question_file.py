@@ -4,8 +4,6 @@ The file holds {"user_id", "history": [{"query", "chosen", "rejected"}], "criter
 "responses": [str, …]}.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

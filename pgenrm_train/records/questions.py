@@ -9,8 +9,6 @@ a file of their own.  Neither `UserQuestion` nor `Answer` has a field for them, 
     build_data/answers.parquet     Answer; absent before the first answers
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.errors import ArtifactError, DataError
-from pgenrm_train.files import atomic
+from pgenrm_train.files import write_table
 from pgenrm_train.records.raw_rows import read_rows
 
 QUESTIONS, SECRETS, ANSWERS = "questions.parquet", "secrets.parquet", "answers.parquet"
@@ -77,28 +75,19 @@ class Answer:
 
 def write_questions(folder: Path, questions: Iterable[UserQuestion]) -> None:
     """Write `questions.parquet`, atomically."""
-    item = {"id": "string", "text": "string", "category": "string"}
-    _write(
-        folder / QUESTIONS,
-        questions,
-        {"id": "string", "question": "string", "category": "string", "subset": "string"},
-        profile=item,
-    )
+    texts = ("id", "question", "category", "subset")
+    _write(folder / QUESTIONS, questions, texts, profile=("id", "text", "category"))
 
 
 def write_secrets(folder: Path, secrets: Iterable[QuestionSecret]) -> None:
     """Write `secrets.parquet`, atomically."""
-    aspect = {"aspect": "string", "reason": "string", "evidence": "string"}
-    _write(folder / SECRETS, secrets, {"question_id": "string", "narrative": "string"}, rubric_aspects=aspect)
+    aspect = ("aspect", "reason", "evidence")
+    _write(folder / SECRETS, secrets, ("question_id", "narrative"), rubric_aspects=aspect)
 
 
 def write_answers(folder: Path, answers: Iterable[Answer]) -> None:
     """Write `answers.parquet`, atomically."""
-    _write(
-        folder / ANSWERS,
-        answers,
-        {"question_id": "string", "model": "string", "text": "string", "rubric_score": "float64"},
-    )
+    _write(folder / ANSWERS, answers, ("question_id", "model", "text"), numbers=("rubric_score",))
 
 
 def read_questions(folder: Path) -> list[UserQuestion]:
@@ -186,16 +175,22 @@ def _rows(path: Path) -> Iterator[Any]:
 
 
 def _write(
-    path: Path, records: Iterable[Any], columns: Mapping[str, str], **lists: Mapping[str, str]
+    path: Path,
+    records: Iterable[Any],
+    texts: Iterable[str],
+    *,
+    numbers: Iterable[str] = (),
+    **lists: Iterable[str],
 ) -> None:
+    """Write columns of texts, of numbers and of lists of records, whose members are texts."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    fields = [pa.field(name, pa.type_for_alias(kind)) for name, kind in columns.items()]
-    for name, members in lists.items():
-        struct = pa.struct([pa.field(member, pa.type_for_alias(kind)) for member, kind in members.items()])
-        fields.append(pa.field(name, pa.list_(struct)))
-    with atomic(path) as temporary:
-        pq.write_table(
-            pa.Table.from_pylist([asdict(record) for record in records], schema=pa.schema(fields)), temporary
-        )
+    texts_of = {name: [(member, pa.string()) for member in members] for name, members in lists.items()}
+    schema = pa.schema(
+        [
+            *((name, pa.string()) for name in texts),
+            *((name, pa.float64()) for name in numbers),
+            *((name, pa.list_(pa.struct(members))) for name, members in texts_of.items()),
+        ]
+    )
+    write_table(path, pa.Table.from_pylist([asdict(record) for record in records], schema=schema))

@@ -1,7 +1,5 @@
 """Raw rows of a parquet or JSON file, for the readers that validate them and turn them into records."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_pers
 columns.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -158,7 +156,6 @@ class _Fields:
     where: str  # file and row number
 
     def error(self, name: str, expected: str, value: object) -> DataError:
-        """The error of a field that holds `value`."""
         got = "nothing (missing or null)" if value is None else repr(value)
         got = got if len(got) <= _MAX_SHOWN else f"{got[: _MAX_SHOWN - 3]}…"
         return DataError(f"{self.where}, field '{name}': expected {expected}, got {got}")
@@ -171,29 +168,23 @@ class _Fields:
     def label(self, name: str) -> str:
         """A text, or a number as text; empty if absent."""
         value = self.value(name)
-        if value is None:
-            return ""
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
             raise self.error(name, "a text or a number", value)
-        return str(value)
+        return "" if value is None else str(value)
 
     def text(self, name: str) -> str | None:
         """A text that may be absent, stripped; None if empty."""
         value = self.value(name)
-        if value is None:
-            return None
-        if not isinstance(value, str):
+        if not isinstance(value, str | None):
             raise self.error(name, "a text or null", value)
-        return value.strip() or None
+        return value.strip() or None if value else None
 
     def number(self, name: str, expected: str = "a number or null") -> float | None:
         """A finite number that may be absent."""
         value = self.value(name)
-        if value is None:
-            return None
-        if not _finite(value):
+        if value is not None and not _finite(value):
             raise self.error(name, expected, value)
-        return float(value)
+        return None if value is None else float(value)
 
     def flag(self, name: str) -> bool:
         """A boolean; False if absent."""
@@ -218,9 +209,10 @@ class _Fields:
         if not isinstance(value, list) or not value:
             raise self.error("context", "a non-empty list of {role, content}", value)
         messages = tuple(self._message(f"context[{i}]", turn) for i, turn in enumerate(value))
-        if messages[-1].role != "user":
-            expected = "a conversation that ends with a user turn"
-            raise self.error("context", expected, f"a last turn of role {messages[-1].role}")
+        if (last := messages[-1].role) != "user":
+            raise self.error(
+                "context", "a conversation that ends with a user turn", f"a last turn of role {last}"
+            )
         return messages
 
     def _message(self, name: str, turn: object) -> Message:

@@ -112,14 +112,20 @@ def parts(path: Path) -> list[Path]:
 
 def data_files(folder: Path) -> list[Path]:
     """Parquet and JSON files below a folder, by path, without hidden ones such as a downloader's cache."""
-    files = (f for f in folder.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def check_complete(files: list[Path]) -> None:
     """Raise DataError if by the files' names some of their set are missing."""
-    named = ((file, _PART.fullmatch(file.name)) for file in files)
-    counts = Counter((file.parent, match[1], int(match[2])) for file, match in named if match)
+    counts = Counter(
+        (file.parent, match[1], int(match[2])) for file in files if (match := _PART.fullmatch(file.name))
+    )
     for (folder, stem, expected), count in counts.items():
         if count != expected:
             raise DataError(
@@ -133,21 +139,19 @@ def digest(path: Path) -> str:
     total = hashlib.sha256()
     for file in parts(path):
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                total.update(block)
+            hashlib.file_digest(stream, lambda: total)  # adds the file to the same hash
     return total.hexdigest()
 
 
 def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
     """Stream Arrow record batches from a parquet file or folder.  Raises DataError for an incomplete file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
     for file in parts(path):
         try:
-            with pq.ParquetFile(file) as table:
+            with pyarrow.parquet.ParquetFile(file) as table:
                 yield from table.iter_batches(batch_size=batch)
-        except (pa.ArrowException, OSError):
+        except (pyarrow.ArrowException, OSError):
             raise DataError(
                 f"{file} cannot be read as parquet: it was cut off while written or copied, or has "
                 "another format"

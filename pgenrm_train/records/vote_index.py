@@ -5,8 +5,6 @@ limits, votes that return on the other side of a split.  The index, a temporary 
 and labels per vote.  Its decisions take effect when the pairs are written.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sqlite3
 from collections import Counter

@@ -4,14 +4,11 @@ An answer and its cost are written in one transaction, so that neither exists wi
 Paid failures (cut off, empty) are kept too: a second call would cost the same and fail again.
 """
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 PAID = "paid"
-BOUGHT_FAILURES = ("length", "empty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +26,6 @@ class Reply:
     cached: bool = False
 
 
-class NoAnswers:
-    """A store that keeps no answers."""
-
-    def get(self, key: str) -> Reply | None:
-        return None
-
-    def add(self, key: str, reply: Reply) -> None: ...
-
-    def pay(self, reply: Reply) -> None: ...
-
-    def paid(self) -> tuple[int, int]:
-        return 0, 0
-
-    def close(self) -> None: ...
-
-
 class Answers:
     """Replies in a folder by the hash of the request; safe for threads and for several processes."""
 
@@ -59,9 +40,12 @@ class Answers:
         row = self._cache.get(key)
         return row and Reply(row["text"], row.get("failure"), row["in"], row["out"])
 
-    def add(self, key: str, reply: Reply) -> None:
-        """Keep a paid reply; the endpoint repeats calls that failed at no cost."""
-        if reply.text is None and reply.failure not in BOUGHT_FAILURES:
+    def add(self, key: str | None, reply: Reply) -> None:
+        """Keep a paid reply and its cost; without a key the cost alone, of an answer that is kept elsewhere.
+
+        A call that failed at no cost is not kept, so that the endpoint repeats it.
+        """
+        if reply.text is None and reply.failure not in ("length", "empty"):
             return
         answer = {
             "text": reply.text,
@@ -70,17 +54,10 @@ class Answers:
             "out": reply.completion_tokens,
         }
         with self._writing, self._cache.transact():
-            self._cache.set(key, answer)
-            self._add_up(reply)
-
-    def pay(self, reply: Reply) -> None:
-        """Keep the cost alone, of an answer that is kept elsewhere."""
-        with self._writing, self._cache.transact():
-            self._add_up(reply)
-
-    def _add_up(self, reply: Reply) -> None:
-        prompts, answers = self.paid()
-        self._cache.set(PAID, [prompts + reply.prompt_tokens, answers + reply.completion_tokens])
+            if key is not None:
+                self._cache.set(key, answer)
+            prompts, answers = self.paid()
+            self._cache.set(PAID, [prompts + reply.prompt_tokens, answers + reply.completion_tokens])
 
     def paid(self) -> tuple[int, int]:
         """Tokens of prompts and of answers in all starts and processes."""

@@ -4,8 +4,6 @@ Plain httpx: at hundreds of calls per second, a client that builds typed models 
 more than all the rest of the client side (benchmarks/speed/factory_slots.py).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

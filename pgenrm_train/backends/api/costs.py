@@ -6,8 +6,6 @@ default from `TOKENS_PER_SECOND` of one stream.  Users configure prices (`dollar
 without them dollars are not estimated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from pgenrm_train.backends.api.endpoint import dollars

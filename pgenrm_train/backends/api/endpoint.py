@@ -6,8 +6,6 @@ only the calls in flight.  The cost is on disk with the answers (see `answers`),
 restarts.  A failed call is a `Reply` with its reason, never an exception and never an empty text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -18,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pgenrm_train.backends.api.answers import Answers, NoAnswers, Reply
+from pgenrm_train.backends.api.answers import Answers, Reply
 from pgenrm_train.backends.api.chat_api import NO_COMPLETION, ChatApi, failure_of, is_transient, retry_after
 from pgenrm_train.backends.protocols import Spending
 from pgenrm_train.config import EndpointConfig
@@ -76,8 +74,8 @@ class Endpoint:
         # All answers count, cut-off and empty ones too, because the server's limit counts their tokens.
         self._answers = self._tokens = 0
         self._in_a_row, self._open_until, self._refusal = 0, 0.0, ""
-        self._known = Answers(cache) if cache else NoAnswers()
-        self.usage.earlier = self._known.paid()
+        self._known = Answers(cache) if cache else None
+        self.usage.earlier = self._known.paid() if self._known else (0, 0)
         self._closed = threading.Event()
         self._api = ChatApi(settings)
 
@@ -88,7 +86,7 @@ class Endpoint:
         """
         payload = self._payload(messages, sample, schema)
         key = hashlib.sha256(payload).hexdigest()
-        if (known := self._known.get(key)) is not None:
+        if self._known and (known := self._known.get(key)) is not None:
             with self._lock:
                 self.usage.calls += 1
                 self.usage.cached += 1
@@ -96,12 +94,14 @@ class Endpoint:
         with self._slots:
             refused = self._refused()
             reply = self.book(self._tried(payload) if refused is None else Reply(None, refused))
-            self._known.add(key, reply)
+            if self._known:
+                self._known.add(key, reply)
             return reply
 
     def knows(self, messages: Messages, *, sample: int = 0) -> bool:
         """Whether the answer is on disk, so that it costs nothing."""
-        return self._known.get(hashlib.sha256(self._payload(messages, sample, None)).hexdigest()) is not None
+        key = hashlib.sha256(self._payload(messages, sample, None)).hexdigest()
+        return self._known is not None and self._known.get(key) is not None
 
     def close(self) -> None:
         """Stop retries at once; wait for the calls in flight and keep their answers, which are paid for."""
@@ -112,7 +112,8 @@ class Endpoint:
         for _ in range(ended):  # calls that still wait for a slot are refused
             self._slots.release()
         self._api.close()
-        self._known.close()
+        if self._known:
+            self._known.close()
 
     @property
     def stopped(self) -> str | None:
@@ -195,7 +196,7 @@ class Endpoint:
         settings = self.settings
         if settings.max_dollars is None and settings.max_total_tokens is None:
             return False
-        paid = max(self._known.paid(), self.usage.paid, key=sum)
+        paid = max(self._known.paid() if self._known else (0, 0), self.usage.paid, key=sum)
         return (settings.max_dollars is not None and dollars(settings, *paid) >= settings.max_dollars) or (
             settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
         )
@@ -207,7 +208,8 @@ class Endpoint:
 
     def pay(self, reply: Reply) -> None:
         """Record the cost of an answer that is kept elsewhere."""
-        self._known.pay(reply)
+        if self._known:
+            self._known.add(None, reply)
 
     def book(self, reply: Reply) -> Reply:
         """Count a reply; too many failures in a row open the circuit."""

@@ -10,8 +10,6 @@ A failed sample is a failed generation, `engine:<kind>`.  If the server is down 
 yields the samples in flight and then raises BackendError.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

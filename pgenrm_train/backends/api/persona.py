@@ -1,7 +1,5 @@
 """Questions in style `persona` (SynthesizeMe): one persona per distinct history, then the judgement."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -27,7 +25,9 @@ class PersonaGenerator(EndpointGenerator):
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         waiting = [(request, persona_messages(request.messages)) for request in requests]
-        replies = self._written(messages for _, messages in waiting if messages)
+        distinct = list({_history(messages): messages for _, messages in waiting if messages}.values())
+        written = concurrently(self._write, distinct, self.personas.settings.max_in_flight)
+        replies = {_history(distinct[index]): reply for index, reply in written}
         ready = []
         for request, messages in waiting:
             persona = replies[_history(messages)] if messages else None
@@ -47,11 +47,6 @@ class PersonaGenerator(EndpointGenerator):
     def close(self) -> None:
         super().close()
         self.personas.close()
-
-    def _written(self, wanted: Iterable[Messages]) -> dict[str, Reply]:
-        distinct = list({_history(messages): messages for messages in wanted}.values())
-        replies = concurrently(self._write, distinct, self.personas.settings.max_in_flight)
-        return {_history(distinct[index]): reply for index, reply in replies}
 
     def _write(self, messages: Messages) -> Reply:
         if stopped := self.personas.stopped:

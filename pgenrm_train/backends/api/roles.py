@@ -1,7 +1,5 @@
 """Teacher, writer of criteria and judge: language models behind an `Endpoint`."""
 
-from __future__ import annotations
-
 import threading
 import zlib
 from collections import Counter

@@ -26,7 +26,7 @@ from pgenrm_train.backends.grpo.scoring import ScoredChain
 from pgenrm_train.config import CurriculumConfig
 from pgenrm_train.curriculum.hardness import ORDERS, SIGNALS, MinedPair, records
 from pgenrm_train.errors import ArtifactError
-from pgenrm_train.files import atomic, write_json
+from pgenrm_train.files import write_json, write_table
 from pgenrm_train.rewards.training_rows import read_extras
 from pgenrm_train.run.folder import weights_digest
 
@@ -60,8 +60,7 @@ def publish(phase: Phase, record: Mapping[str, Sequence[Any]]) -> None:
     if "margin" in suspects.column_names:
         suspects = suspects.sort_by("margin")
     for name, content in ((HARDNESS, table), (SUSPECTS, suspects)):
-        with atomic(folder / name) as draft:
-            pq.write_table(content, draft)
+        write_table(folder / name, content)
     cold = next((name for name in ORDERS if name in record), "signals")
     hard, suspect = sum(record["hard"]), suspects.num_rows
     measured_by = "model" if "pass_rate" in record else cold
@@ -81,8 +80,7 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
         places = range(len(pairs), min(len(pairs) + BLOCK, len(run.pair_ids)))
         pairs += mine(run, source.samples, mirror, places, measure)
         table = pa.Table.from_pylist([asdict(pair) for pair in pairs])
-        with atomic(run.phase.work_dir / MINING) as draft:
-            pq.write_table(table.replace_schema_metadata(mark), draft)
+        write_table(run.phase.work_dir / MINING, table.replace_schema_metadata(mark))
     return pairs
 
 

@@ -28,7 +28,7 @@ import torch
 
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.files import atomic
+from pgenrm_train.files import write_table
 from pgenrm_train.prompts.messages import JSON_START
 
 MicroBatch: TypeAlias = dict[str, torch.Tensor | int]
@@ -112,8 +112,7 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
             "score_from": pa.array([chat.score_from for chat in chats], pa.int32()),
         }
     )
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary)
+    write_table(path, table)
 
 
 def layout_of(psi: PsiConfig, device: str) -> Layout:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgenrm_train.config import Config
-from pgenrm_train.prompts.history import POLICIES, HistorySampler
+from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.writer import histories
 from pgenrm_train.records.pairs import Message, PreferencePair
 
@@ -29,6 +29,7 @@ def vote(user: str, number: int, split: str = "train", **more) -> PreferencePair
 
 VOTES = [vote(user, n) for n in range(10) for user in "abc"]
 ASKED = vote("a", 99, "test", scenario="work")
+[POLICIES] = (f.metadata["choices"] for f in dataclasses.fields(DataConfig) if f.name == "history_policy")
 
 
 def queries(items):
