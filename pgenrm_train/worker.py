@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from pgenrm_train.__main__ import run_recipe
-from pgenrm_train.config import ROOT, parse
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import ROOT, StageName, parse
 from pgenrm_train.errors import PGenRMError
 from pgenrm_train.run.process import end_on_sigterm
 

@@ -13,8 +13,7 @@ from eval.report import published
 from eval.report.report import Row, Section
 from eval.studies.evaluation import Tested
 from eval.studies.robustness import ProbeRow
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.files import read_json
 
 TWINS = (

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from pgenrm_train.config import Config, CurriculumConfig, GrpoConfig, masking_of, seed_of
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, CurriculumConfig, GrpoConfig, StageName, masking_of, seed_of
 from pgenrm_train.curriculum.hard_negatives import GIVEN, HardNegative, hard_negatives
 from pgenrm_train.curriculum.hardness import Embed, Votes
 from pgenrm_train.curriculum.hardness import signals as model_free_signals

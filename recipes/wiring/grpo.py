@@ -11,8 +11,7 @@ from pathlib import Path
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.supervisor import RESTARTS, launch
-from pgenrm_train.config import Config, EndpointConfig, GrpoConfig
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, StageName
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.protocols import Trained
-from pgenrm_train.config import Config, GrpoConfig, seed_of
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, GrpoConfig, StageName, seed_of
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json

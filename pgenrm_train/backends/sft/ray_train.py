@@ -13,8 +13,7 @@ from typing import Any
 
 from pgenrm_train.backends.ray.cluster import join
 from pgenrm_train.backends.sft.job import STEPS, Job
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import BackendError, ConfigError, last_line
 from pgenrm_train.run.checkpoints import newest_complete
 

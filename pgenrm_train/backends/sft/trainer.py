@@ -15,8 +15,7 @@ from transformers import Trainer, TrainerCallback
 from pgenrm_train.backends.protocols import Validated
 from pgenrm_train.backends.sft.batches import StepOrder
 from pgenrm_train.backends.sft.job import Mark, stopped_early
-from pgenrm_train.config import PsiConfig
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import PsiConfig, StageName
 from pgenrm_train.errors import BackendError
 from pgenrm_train.files import write_table
 from pgenrm_train.run.checkpoints import mark_complete, sizes

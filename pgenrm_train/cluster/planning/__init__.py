@@ -14,8 +14,7 @@ from pgenrm_train.cluster.planning.batches import Batches, batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
 from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of
 from pgenrm_train.cluster.planning.work import Work, work_of
-from pgenrm_train.config import Config, gpus_per_node
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName, gpus_per_node
 
 STAGES = tuple(stage for stage in StageName if stage not in (StageName.BUILD_DATA, StageName.CRITERIA))
 __all__ = ["STAGES", "Plan", "StagePlan", "plan_of"]

@@ -18,8 +18,7 @@ from pgenrm_train.cluster.planning.memory import (
     longest,
     phases_of,
 )
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import GRPO_STAGES, TRAINED, StageName
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
 
 T = TypeVar("T")
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pgenrm_train.cluster.planning.memory import grpo_of
-from pgenrm_train.config import Config
+from pgenrm_train.config import GRPO_STAGES, Config, StageName
 from pgenrm_train.config.checks import psi_problems
-from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 
 
 @dataclass(frozen=True, slots=True)

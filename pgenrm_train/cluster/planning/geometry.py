@@ -11,8 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.config import ROOT, Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import ROOT, Config, StageName
 from pgenrm_train.errors import ConfigError
 
 

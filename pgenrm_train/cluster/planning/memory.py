@@ -36,8 +36,7 @@ from dataclasses import dataclass, field
 
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.cluster.sizes import PIECE
-from pgenrm_train.config import CardConfig, Config, EndpointConfig, GrpoConfig
-from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
+from pgenrm_train.config import GRPO_STAGES, CardConfig, Config, EndpointConfig, GrpoConfig, StageName
 from pgenrm_train.errors import ConfigError
 
 GIB = 2.0**30

@@ -38,8 +38,7 @@ from pgenrm_train.cluster.planning.memory import (
     trained_parameters,
     vllm_parts,
 )
-from pgenrm_train.config import Config, EndpointConfig, seeds_of_grid, sizes
-from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
+from pgenrm_train.config import GRPO_STAGES, Config, EndpointConfig, StageName, seeds_of_grid, sizes
 
 # Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
 PUBLISHED = {"chatbot_arena": (305, 798)}

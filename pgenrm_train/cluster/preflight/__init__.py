@@ -30,8 +30,7 @@ from pgenrm_train.cluster.preflight.reach import (
     check_wandb,
 )
 from pgenrm_train.cluster.preflight.versions import check_versions
-from pgenrm_train.config import STAGES, Config
-from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
+from pgenrm_train.config import GRPO_STAGES, STAGES, Config, StageName
 from pgenrm_train.errors import PreflightError
 from pgenrm_train.run.folder import StageFolder
 

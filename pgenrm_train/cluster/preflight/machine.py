@@ -12,8 +12,7 @@ from pathlib import Path
 
 from pgenrm_train.cluster.preflight.child import ChildFailed, run_module
 from pgenrm_train.cluster.preflight.reach import check_ray
-from pgenrm_train.config import Config, gpus_per_node
-from pgenrm_train.config.stage_names import TRAINED, StageName
+from pgenrm_train.config import TRAINED, Config, StageName, gpus_per_node
 
 HEAVY = (*TRAINED, StageName.EVALUATE)
 RING_SECONDS = 180.0

@@ -12,8 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pgenrm_train.cluster.preflight.child import ChildFailed, run_module
-from pgenrm_train.config import ROOT, Config, EndpointConfig, ModelConfig
-from pgenrm_train.config.stage_names import GRPO_STAGES, TRAINED, StageName
+from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, Config, EndpointConfig, ModelConfig, StageName
 from pgenrm_train.run.folder import StageFolder
 
 SECONDS = 5.0  # per request: a server that is up answers in less

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from pgenrm_train.config import ROOT, Config
-from pgenrm_train.config.stage_names import TRAINED
+from pgenrm_train.config import ROOT, TRAINED, Config
 from pgenrm_train.run.folder import PACKAGES, installed_version
 
 

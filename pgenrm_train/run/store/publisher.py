@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pgenrm_train.config import Config
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, sha256_file, write_json
 from pgenrm_train.run.folder import set_aside
