@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("pgenrm_train", "recipes", "eval", "data_builders")
+# Typed again, because a revision before `stage_names` is counted by the same names.
 STAGES = ("build_data", "build_sec", "psi", "cre", "curriculum", "prototypes", "evaluate")
 REGISTRY = ("pgenrm_train/config/stage_names.py", "pgenrm_train/stages/registry.py")
 UNTYPED = re.compile(r"\b(?:dict|Mapping)\[str, Any\]")

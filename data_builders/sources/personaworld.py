@@ -74,9 +74,8 @@ MARGIN = 0.15  # least difference of utilities in a vote
 KINDS = ("easy", "medium", "hard", "rival")
 HISTORY_PER_SCENARIO = 2
 HELD_OUT_SHARE = 0.3  # of the individual variants of a cell
-# Chosen so that prototypes differ much within each scenario, every attribute is in some cell, and every cell
-# has
-# held-out variants.
+# Chosen so that prototypes differ much within each scenario, every attribute is in some cell, and every
+# cell has held-out variants.
 WORLD_SEED, HELD_OUT_SALT = 91, 9
 
 Criteria = tuple[str, ...]  # three poles, most important first
@@ -214,8 +213,8 @@ class PersonaWorld:
                 return chosen, rejected
 
     def _draw_responses(self, rng: random.Random, criteria: Criteria, kind: str) -> tuple[Response, Response]:
+        """Draw two responses about the same three axes; half of the time, exactly those of the criteria."""
         axes = sorted(AXIS[p] for p in criteria)
-        """Two responses about the same three axes: half of the time exactly the axes of the criteria."""
         if rng.random() < 0.5:
             axes = sorted([*rng.sample(axes, 2), rng.choice([i for i in range(len(AXES)) if i not in axes])])
         first = [rng.choice(AXES[i]) for i in axes]

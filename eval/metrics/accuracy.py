@@ -5,10 +5,9 @@ The protocols differ in their treatment of ties and failures:
     strict         Both orders.  An order is a hit only if the chosen response scores strictly higher.
                    A tie, or an order whose samples all failed, counts 0.  Every pair stays in the
                    denominator.  The default.
-    both_orders    SynthesizeMe: both orders, a tie is wrong.  METHOD §8 grants "every pair stays in the
-                   denominator" to strict alone, and §11 lists failures that leave it among the defects of
-                   the field.  So here an order without a valid sample leaves the mean, and a pair without a
-                   valid order leaves the denominator.
+    both_orders    SynthesizeMe: both orders, a tie is wrong.  An order without a valid sample leaves the
+                   mean; a pair without a valid order leaves the denominator.  METHOD §8 keeps every pair
+                   only for strict; §11 lists failures that leave it among the defects of the field.
     release        The authors' script: one random order per pair and seed; ties and failures leave the
                    denominator.
     user_disjoint  P-Check: a split of the users, not another metric; computed as strict.

@@ -29,7 +29,7 @@ class Outcomes:
 
     pairs: pd.DataFrame  # pair_id, user_id, kind (str|None); sorted, one row per pair
     seeds: np.ndarray
-    margin: np.ndarray  # float (pairs, seeds, 2), see below
+    margin: np.ndarray  # float (pairs, seeds, 2), see above
     failures: dict[str, int]
     samples: int  # the most samples of any (pair, order, seed)
 

@@ -9,7 +9,7 @@
     user           whether the user has votes that a model may train on
     prototype      the nearest user prototype, if the run has prototypes (METHOD §6)
 
-The data's conversation type (`kind`) is a slice of its own in `metrics`.  Our choice; not in the paper.
+`accuracy.accuracy_report` has the data's conversation type (`kind`) in its own `slices`.  Our choice; not in the paper.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ ReplayedRow = TypedDict(
 class Study:
     """Cells to sample: `name` keys the questions, `ind` and `pro` list the cells.
 
-    `weights` are those of `scaling.scale`; each of the `seeds` has its own samples.
+    `weights` are those of `scaling.combine.scale`; each of the `seeds` has its own samples.
     """
 
     name: str
@@ -107,7 +107,7 @@ def sample_pool(
     adaptive: float | None = None,
     orders: Sequence[int] = (0, 1),
 ) -> pd.DataFrame:
-    """Sample the largest m and n; returns the pool of `scaling.grid`.
+    """Sample the largest m and n; returns the pool of `scaling.combine.grid`.
 
     `adaptive` is an error level: a pair's own samples stop once its verdict is settled (see `stopping`).
     Samples that are not drawn have a row with the failure `settled`.

@@ -81,7 +81,7 @@ class ParseFailure:
 def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
     """Read the last valid block of `text`; without one, return the failure of the last complete block.
 
-    Raises on no string.
+    Never raises on a string.
 
     >>> text = write_chain("Wants it short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]])
     >>> parse_chain(text).scores

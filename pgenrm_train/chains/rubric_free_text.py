@@ -97,7 +97,9 @@ def _criteria(text: str) -> list[Criteria]:
 
 
 def _readings(names: Sequence[str | None], weights: Sequence[float]) -> list[Criteria]:
-    """The criteria of names and weights, without a stated sum; two readings where the last may be one.
+    """The criteria of names and weights, without a stated sum.
+
+    Two readings if the last weight may be a criterion or the sum.
 
     A sum is named as such and is 100, or it is the last weight and has no name.
     """

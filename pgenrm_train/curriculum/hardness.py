@@ -223,8 +223,8 @@ def records(
 ) -> dict[str, list[Any]]:
     """The hardness record of N pairs by column: measurements, signals, `hard`, `suspect` and `why`.
 
-    `mined`: None for a cold start.  `signals`: see `signals`, or None; for another order, `by` is a column of
-    it too. Raises ConfigError without both.
+    `mined`: None for a cold start.  `signals`: see `signals`, or None.  If `by` is not `hardness`, `signals`
+    must have a column of that name.  Raises ConfigError without both.
     """
     if mined is None and signals is None:
         raise ConfigError("hardness needs measured pass rates (curriculum.mine=true) or model-free signals")

@@ -206,7 +206,7 @@ class CurriculumSampler:
         others = self.buckets[REST].count + (self._count(SUSPECT) if self.schedule.suspect_weight else 0)
         most, least = max(ends, key=ends.__getitem__), min(ends, key=ends.__getitem__)
         self._check_bucket(HARD, self.buckets[HARD].count, ends[most], "widen", f"lower curriculum.{most}")
-        self._check_bucket("other", others, 1 - ends[least], "narrow", f"raise curriculum.{least}")
+        self._check_bucket("not hard", others, 1 - ends[least], "narrow", f"raise curriculum.{least}")
 
     def _check_bucket(self, name: str, have: int, share: float, widen: str, change: str) -> None:
         """Refuse a bucket from which a batch would need a pair twice."""

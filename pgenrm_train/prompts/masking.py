@@ -7,10 +7,12 @@ a view:
     └── FullView      the same and the explicit signals
     Supervision       the withheld label and explicit signals, for teachers, judges and rewards only
 
-Policies: - `full` shows everything (METHOD §3). - `masked` never shows explicit signals (METHOD §4). -
-`history_dropout` is `masked`, and drops a random part of some histories.  *Our choice*, for users with little
-feedback. - `mixed` draws between full and masked.  *Our choice*: one model for users with and without stated
-criteria.
+Policies:
+- `full` shows everything (METHOD §3).
+- `masked` never shows explicit signals (METHOD §4).
+- `history_dropout` is `masked`, and drops a random part of some histories.  *Our choice*, for users with
+  little feedback.
+- `mixed` draws between full and masked.  *Our choice*: one model for users with and without stated criteria.
 
 `show_probability` is the share of complete histories of `history_dropout`, and of full views of `mixed`.
 """

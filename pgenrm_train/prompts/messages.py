@@ -3,10 +3,16 @@
 The user message is a series of sections.  Each starts with a tag, its text follows on the same line, and it
 ends at the next tag.  There are no closing tags, because tokens are precious for small models:
 
-    <history> <query>…            one triple per history pair; a text that the user wrote has no responses
-    <chosen>… <rejected>… <criteria>…         explicit signals, only for a FullView: <criteria>
-    <self_description> <style> <attributes> <current> <turn_user>…        earlier turns of the conversation,
-    when there are any <query>… <response_1>… <response_2>…
+    <history>
+    <query>…            one triple per history pair; a text that the user wrote is a <query> alone
+    <chosen>…
+    <rejected>…
+    <criteria>…         explicit signals, only for a FullView; also <self_description>, <style>, <attributes>
+    <current>
+    <turn_user>…        earlier turns of the conversation, if there are any
+    <query>…
+    <response_1>…
+    <response_2>…
 
 All texts pass `neutralise` first.  The layout is ours.  The task text follows Figures 10 and 11 of the paper
 and requests the paper's output format (METHOD §2).
@@ -120,10 +126,9 @@ def split_prompt(text: str) -> list[tuple[str, str]]:
 def neutralise(text: str, reserved: Sequence[str] = ()) -> str:
     """Make untrusted text harmless but legible: `<query>` → `‹query›`, `[INST]` → `(INST)`.
 
-    An ordinary `<` stays.
     Our tags and markers, the chat-control strings of common templates and all of `reserved` lose their
-    meaning.  Control characters other than tab and line break are removed, and so are lone surrogates.
-    Idempotent; linear in the length.
+    meaning.  An ordinary `<` stays.  Control characters other than tab and line break are removed, and so are
+    lone surrogates.  Idempotent; linear in the length.
     """
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = _DELIMITER.sub(_make_legible, text)

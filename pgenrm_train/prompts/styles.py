@@ -1,9 +1,10 @@
 """Styles of prompts that request scores: the model's own, and those of the judges it is compared with.
 
-    p_genrm         `messages.chat_messages`: analysis, rubric, scores; for an untrained model, "PSI prompt
-    only" judge           an LLM judge that sees the query and the responses, and nothing of the user
-    judge_history   the same with the user's earlier votes persona         the same with the votes and a
-    persona that the model inferred from them before
+    p_genrm         `messages.chat_messages`: analysis, rubric, scores; for an untrained model, this is the
+                    baseline "PSI prompt only"
+    judge           an LLM judge that sees the query and the responses, and nothing of the user
+    judge_history   the same with the user's earlier votes
+    persona         the same with the votes and a persona that the model inferred from them before
                     (SynthesizeMe, arXiv 2506.05598)
 
 All end in the block that `chains.parse_chain` reads, so that judges are scored, and fail, like the model

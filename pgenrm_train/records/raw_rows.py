@@ -48,7 +48,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, object]]:
 
 
 def check_texts(row: Mapping[str, object], where: str, columns: Iterable[str] | None = None) -> None:
-    """Raise DataError if a text of `columns`, by default of all, is none that UTF-8 can hold.
+    """Raise DataError if a text cannot be encoded as UTF-8 (default: all columns).
 
     JSON can spell half of a surrogate pair, as a text cut within an emoji has it; UTF-8 cannot.
     """

@@ -1,4 +1,4 @@
-"""Rows of votes: the one reader of pairs, the validation of a raw row, and the flat row of a pair.
+"""Validate raw rows of votes; read built pairs; write the flat row of a pair.
 
 Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_personalized_0125`) plus optional
 columns.

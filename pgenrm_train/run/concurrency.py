@@ -25,8 +25,7 @@ def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -
     running: dict[Future[R], int] = {}
     try:
         while True:
-            # Twice as many calls as workers are submitted, so that no worker idles while results are
-            # consumed.
+            # Submit twice as many calls as workers, so that no worker idles while results are consumed.
             for index, item in islice(numbered, 2 * workers - len(running)):
                 running[pool.submit(function, item)] = index
             if not running:

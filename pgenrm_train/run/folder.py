@@ -191,7 +191,10 @@ class StageFolder:
         self.save()
 
     def _holds_work(self) -> bool:
-        """True if there is any product: a start with a mistyped path binds the folder to nothing."""
+        """True if there is any product.
+
+        A start that failed before any product may be repeated with other settings.
+        """
         return self.complete or any(
             path.name not in ("config.yaml", MANIFEST, "wandb") for path in self.path.iterdir()
         )

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, status: object = "") -> Iterator[T]:
-    """Yield `items` and show a bar with ETA; the text of `status`, as it is by then, is shown at its end."""
+    """Yield `items` and show a bar with ETA, with `str(status)` after each item."""
     from tqdm import tqdm
 
     for item in (bar := tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True)):

@@ -1,25 +1,31 @@
 """Sequential rule for when sampling of a pair may stop within a budget of M chains (METHOD §7).
 
-A chain votes for the response that it scores higher; ties and failures vote for neither.  Of the budget's M
-chains, drawn or not, D vote, W of them for one response.  The order of the draws is not informative, so the
-votes so far are a sample *without replacement*.  Sampling stops for a response when it is proven to have the
-majority of the full budget: if W ≤ D/2, for any D, the probability of a stop for it is at most α, over all
-looks together.
+A chain votes for the response that it scores higher; ties and failures vote for neither.
 
-The test is group-sequential with one nominal level for all looks (Pocock, *Group sequential methods in the
-design and analysis of clinical trials*, Biometrika 1977).  At a look, p is the probability of so many votes
-in the sample if half of D voted so and all remaining chains vote (hypergeometric tail).  p ≤ c and more votes
-for than against stop.  c is the largest level that keeps α.  The error of each level is computed exactly, by
-propagating the distribution of the votes from draw to draw, for every D in its worst case W = ⌊D/2⌋.  (With a
-smaller W, every path of votes for the response is less likely.)  The computation omits stops for the other
-response and the condition on the mean below, which can only overstate the error.
+    M   chains of the budget, drawn or not
+    D   those of them that vote; W: the votes for one response
+    p   probability at a look of so many votes for it in the sample, if half of D voted so and all remaining
+        chains vote (hypergeometric tail)
+
+    stop for the response if p ≤ c and it has more votes for than against
+    c = the largest level with P(stop for it at any look | W ≤ D/2) ≤ α, for every D
+
+The order of the draws is not informative, so the votes so far are a sample *without replacement*.  A stop
+means that the response has the majority of the full budget, with error at most α over all looks together.
+The test is group-sequential with one nominal level c for all looks (Pocock, *Group sequential methods in the
+design and analysis of clinical trials*, Biometrika 1977).
+
+The error of each level is computed exactly, by propagating the distribution of the votes from draw to draw,
+for every D in its worst case W = ⌊D/2⌋.  (With a smaller W, every path of votes for the response is less
+likely.)  The computation omits stops for the other response and the condition on the mean below, which can
+only overstate the error.
 
 Our choices.
 - The score stays the *mean* of METHOD §7, while the proof is about votes.  So a stop also requires that the
   running mean agrees with the votes.  `replay` and benchmarks/learning/adaptive_stopping.py measure the
   saving of both conditions, and how often the mean over all M would have decided otherwise.
 - The mean of n similar users' chains shifts every vote.  The similar users depend on the first chain, whose
-  analysis finds them, so the order is slightly informative: the bound then holds on average over orders, not
+  analysis finds them, so the order is slightly informative.  The bound then holds on average over orders, not
   given the shift.
 - α bounds the error for each response: a pair that is an exact draw may be stopped for either.
 - α is not a level for the accuracy, which loses less: verdicts that are close to a draw are right about as

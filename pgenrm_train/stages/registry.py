@@ -1,8 +1,8 @@
 """Registry of the stages: which stages and settings each depends on.
 
-A stage's fingerprint covers the settings in `reads` and the fingerprints of the stages whose products it
-uses: `after`, and what only the configuration decides, as the stage whose checkpoint it starts from.  Recipes
-supply the bodies, since these need engines.
+A stage's fingerprint covers the settings in `reads` and the fingerprints of its inputs.  Inputs are the
+stages in `after`, plus those that `run_stage(inputs=…)` names, e.g. the stage that made the start checkpoint.
+Recipes supply the bodies, since these need engines.
 """
 
 from __future__ import annotations

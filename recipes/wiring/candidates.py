@@ -79,9 +79,9 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
 def _callable(config: Config) -> ScoredCandidate:
     """Identified by its name and its module's source: an edited file is another model."""
     name = config.model.name
-    function, source = _imported(name)
+    function, digest = _imported(name)
     return ScoredCandidate(
-        config.model.label, fingerprint(name, source), lambda: one_by_one(function), lambda: None
+        config.model.label, fingerprint(name, digest), lambda: one_by_one(function), lambda: None
     )
 
 

@@ -155,6 +155,8 @@ def judge_spec(config: Config, judge: EndpointConfig, rows: Path) -> JudgeSpec |
         return None
     if judge.kind == "oracle":
         return JudgeSpec(RULE_JUDGE)
+    if judge.kind not in ("endpoint", "vllm"):
+        raise ConfigError(f"judge.kind={judge.kind} has no judge; use oracle, endpoint, vllm or none")
     if not any(withheld_signals(extra) for extra in read_extras(rows)):
         raise ConfigError(
             f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} "

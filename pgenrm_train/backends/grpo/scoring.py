@@ -40,7 +40,7 @@ class JudgeSpec:
     in_flight: int = 64
 
     def share(self, samplers: int) -> JudgeSpec:
-        """One sampler's part of the run's limits; a budget stays undivided if all read it from one cache."""
+        """Divide the rate limits by the samplers; divide budgets only without a shared cache."""
         if self.settings is None or samplers == 1:
             return self
         names = ["requests_per_minute", "tokens_per_minute"]
@@ -162,7 +162,7 @@ def _score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None
     text = sample.text if sample.finished else ""
     chain = parse_chain(text, extra["n_responses"])
     failure = chain.kind if isinstance(chain, ParseFailure) else None
-    # No verdict is missing where there is nothing to judge by.
+    # Without withheld signals the judge is not called, so this is not a null verdict.
     if failure is not None or judge is None or not withheld_signals(extra):
         judge = None
     verdict = None if judge is None else judge(text, extra)

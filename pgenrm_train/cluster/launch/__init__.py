@@ -168,8 +168,7 @@ def overrides_of(config: Config) -> list[str]:
         "tracking": config.tracking.kind,
     }
     chosen = [f"{group}={name}" for group, name in groups.items()]
-    # The differences may hold keys that a group requires (data.path, judge.name, …), so the base is not
-    # checked.
+    # Unchecked, because the differences may hold keys that a group requires (data.path, judge.name, …).
     base = to_dict(load(*chosen, checked=False))
     wanted = to_dict(config) | {"run_dir": config.store or config.run_dir, "store": None}
     return chosen + list(_differences(wanted, base, LEFT_OUT))

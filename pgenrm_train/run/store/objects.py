@@ -148,8 +148,7 @@ class Store:
     def put(self, name: str, content: bytes | Path) -> None:
         """Write one object, completely or not at all."""
         local, path = self._local(), self._path(name)
-        # In an object store an object appears with its last byte; a local file grows and is renamed at the
-        # end.
+        # In an object store an object appears with its last byte; a local file grows, so rename it last.
         target = f"{path}.tmp" if local else path
         if local:
             self._call(lambda: self.fs.makedirs(self.fs._parent(path), exist_ok=True))

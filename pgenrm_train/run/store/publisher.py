@@ -63,7 +63,7 @@ class Publisher:
         self._thread.start()
 
     def _pass_over(self, stage: str) -> None:
-        """Report attempts that were cut off; remove those of this machine: another one may be at work."""
+        """Remove own cut-off attempts; only report others, which may still be running."""
         attempts = self._attempts()
         for attempt, files in self.store.left_over(stage).items():
             mine = attempts.get(attempt) == "made"

@@ -11,9 +11,11 @@ from llm_server import serve
 from pgenrm_train.backends.api import endpoint as endpoint_module
 from pgenrm_train.backends.api.roles import judge_for_rewards
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
-from pgenrm_train.config import EndpointConfig
+from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import ExplicitSignals
 from pgenrm_train.rewards.judging import judge_messages, read_verdict, signals
+from recipes.wiring.grpo import judge_spec
 
 STATED = {"criteria": "short answers"}
 GOOD = '{"reason": "names it", "covered": 0.8, "unsupported": 0.25}'
@@ -170,3 +172,10 @@ def test_samplers_share_the_limits_of_a_run():
     assert part.settings.max_dollars == 10, "they read the costs from one disk"
     assert uncached.share(4).settings.max_dollars == 2.5
     assert cached.share(1) is cached and JudgeSpec("module:rule").share(4) == JudgeSpec("module:rule")
+
+
+def test_an_unknown_kind_of_judge_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"judge\.kind=features has no judge; use oracle, endpoint, vllm or"
+    ):
+        judge_spec(Config(), EndpointConfig("features"), tmp_path / "rows.parquet")
