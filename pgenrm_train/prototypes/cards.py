@@ -51,8 +51,10 @@ class Card(TypedDict):
 def cards(rows: Sequence[Analysed], refined: Prototypes) -> list[Card]:
     """One card per prototype, the largest first."""
     everyone = _weights(rows)
-    unsorted = [_card(j, rows, refined, everyone) for j in range(len(refined.A))]
-    return sorted(unsorted, key=lambda card: (-card["analyses"], card["prototype"]))
+    return sorted(
+        (_card(j, rows, refined, everyone) for j in range(len(refined.A))),
+        key=lambda card: (-card["analyses"], card["prototype"]),
+    )
 
 
 def _card(j: int, rows: Sequence[Analysed], refined: Prototypes, everyone: Mapping[str, float]) -> Card:
@@ -118,5 +120,4 @@ def _member(row: Analysed) -> Member:
 
 
 def _plain(text: str) -> str:
-    """Escape `text` for one line of Markdown."""
     return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(str(text).split()))

@@ -188,20 +188,18 @@ def save(prototypes: Prototypes, folder: str | Path, hashes: Mapping[str, str]) 
             f"prototypes are saved with hashes of {', '.join(HASHES)}; "
             f"got {', '.join(sorted(hashes)) or 'none'}"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, rows = Path(folder), np.arange(len(prototypes.labels))
+    members = pd.DataFrame(
+        {"user_id": prototypes.users, "prototype": prototypes.labels, "row": rows}
+    ).sort_values(["prototype", "user_id", "row"])
     tensors = {
         "A": prototypes.A,
         "labels": prototypes.labels,
         "embeddings": prototypes.embeddings,
         **prototypes.maps,
     }
-    rows = np.arange(len(prototypes.labels))
-    members = pd.DataFrame({"user_id": prototypes.users, "prototype": prototypes.labels, "row": rows})
-    members = members.sort_values(["prototype", "user_id", "row"])
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic(folder / TENSORS) as path:
-        save_file(contiguous, path)
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
     write_table(folder / MEMBERS, members)
     manifest = {
         "format": FORMAT,

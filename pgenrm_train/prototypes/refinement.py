@@ -360,19 +360,15 @@ class Refinement:
 
     def batch(self, samples: RefinementBatch, rows: np.ndarray) -> Batch:
         """Gather `rows`; this is the only copy of a memory-mapped sample."""
+        import torch
+
         mask = np.asarray(samples.mask[rows], dtype=bool)
         past = samples.history_chosen[rows][mask] - samples.history_rejected[rows][mask]
         items = np.concatenate([samples.history_query[rows][mask], past], axis=-1)
         difference = samples.chosen[rows] - samples.rejected[rows]
         arrays = (self.labels[rows], samples.query[rows], difference, items, mask)
-        return Batch(*(self._tensor(x) for x in arrays))
-
-    def _tensor(self, x: np.ndarray) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else np.ascontiguousarray(x)).to(
-            self.device
-        )
+        typed = (x.astype(np.float32) if x.dtype.kind == "f" else np.ascontiguousarray(x) for x in arrays)
+        return Batch(*(torch.from_numpy(x).to(self.device) for x in typed))
 
 
 def _cluster_means(prototypes: Prototypes) -> np.ndarray:

@@ -91,9 +91,8 @@ def grid(
             f"eval.ind={list(inds)} and eval.pro={list(pros)} must be numbers of chains, one of them above 0"
         )
     table = _pivot(pool)
-    held_own, held_similar = len(table.own.scores[0]), len(table.similar.scores[0])
-    for name, wanted, held in (("ind", max(inds), held_own), ("pro", max(pros), held_similar)):
-        if wanted > held:
+    for name, wanted, source in (("ind", max(inds), table.own), ("pro", max(pros), table.similar)):
+        if wanted > (held := len(source.scores[0])):
             raise ConfigError(
                 f"eval.{name}={wanted} is more than the {held} chains per pair and order in the pool; "
                 "sample more"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
+from pgenrm_train.backends.embedding.embedder import EmbedderWorkers, SentenceEmbedder
 from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
-from pgenrm_train.backends.embedding.workers import EmbedderWorkers
 from pgenrm_train.config import Config
 from pgenrm_train.prototypes.refinement import refine
 from pgenrm_train.stages.prototypes import Refine

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from pgenrm_train.backends.embedding import embedder
-from pgenrm_train.backends.embedding.embedder import SentenceEmbedder
-from pgenrm_train.backends.embedding.workers import EmbedderWorkers
+from pgenrm_train.backends.embedding.embedder import EmbedderWorkers, SentenceEmbedder
 from pgenrm_train.config import load
 from pgenrm_train.curriculum.hardness import cosines, similarity
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError

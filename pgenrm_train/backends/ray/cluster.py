@@ -19,7 +19,7 @@ import psutil
 
 from pgenrm_train.backends.ray import guardian
 from pgenrm_train.config import ROOT, ClusterConfig, Config
-from pgenrm_train.errors import BackendError, ConfigError, NodeLostError
+from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.run.process import sigterm_kept
 
 CODE = ("pgenrm_train", "recipes", "configs", "data_builders", "eval", "requirements")
@@ -135,16 +135,8 @@ def dead_node(nodes: Mapping[str, str], seconds: float = 0.0) -> str | None:
         time.sleep(0.5)
 
 
-def node_lost_error(address: str, stage: str, step: int) -> NodeLostError:
-    return NodeLostError(f"{stage}: node {address} of the Ray cluster was lost at step {step}")
-
-
-def main(address: str) -> None:
+if __name__ == "__main__":
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level="error")
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
     print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

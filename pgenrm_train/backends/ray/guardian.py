@@ -53,16 +53,12 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def main(folder: Path) -> None:
+if __name__ == "__main__":
     sys.stdin.read()
     end, quiet = time.monotonic() + SECONDS, 0
     while quiet < 3 and time.monotonic() < end:
-        left = holders(folder)
+        left = holders(Path(sys.argv[1]))
         quiet = 0 if left else quiet + 1
         kill(left)
         time.sleep(0.3)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)

@@ -11,14 +11,17 @@ import socket
 import sys
 from datetime import timedelta
 
+import ray
+import torch
+from torch import distributed
+
+from pgenrm_train.backends.ray.cluster import join
+
 TIMEOUT = timedelta(seconds=120)
 
 
 def sums_correctly(backend: str, local: int) -> bool:
     """Sum the ranks over the process group, and check that every element is 0 + 1 + … + (N − 1)."""
-    import torch
-    from torch import distributed
-
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -30,27 +33,15 @@ def sums_correctly(backend: str, local: int) -> bool:
     return correct
 
 
-def here(backend: str) -> bool:
-    """Check the ring as one of torchrun's processes."""
-    from torch import distributed
-
-    distributed.init_process_group(backend, timeout=TIMEOUT)
-    return sums_correctly(backend, int(os.environ["LOCAL_RANK"]))
-
-
 class Rank:
     """Actor that is one rank on a cluster; Ray makes its GPU the only visible one."""
 
     def address(self) -> str:
-        import ray
-
         with socket.socket() as free:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def ring(self, backend: str, address: str, rank: int, ranks: int) -> bool:
-        from torch import distributed
-
         distributed.init_process_group(
             backend, init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT
         )
@@ -62,11 +53,8 @@ def over_cluster(backend: str, address: str, ranks: int) -> bool:
 
     Ray places them as it will place training: one GPU per rank with NCCL, spread over the nodes with gloo.
     """
-    import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    from pgenrm_train.backends.ray.cluster import join
 
     names = ("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME")
     join(address, {name: os.environ[name] for name in names if name in os.environ})
@@ -86,7 +74,9 @@ def over_cluster(backend: str, address: str, ranks: int) -> bool:
 
 
 if __name__ == "__main__":
-    closed = (
-        over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3])) if len(sys.argv) > 2 else here(sys.argv[1])
-    )
+    if len(sys.argv) > 2:
+        closed = over_cluster(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    else:  # one of torchrun's processes
+        distributed.init_process_group(sys.argv[1], timeout=TIMEOUT)
+        closed = sums_correctly(sys.argv[1], int(os.environ["LOCAL_RANK"]))
     sys.exit(0 if closed else 1)

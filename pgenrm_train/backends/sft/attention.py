@@ -16,14 +16,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED = "sdpa_packed"
 
 
 def register_packed() -> str:
     """Register attention over packed rows with transformers; return its `attn_implementation`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     AttentionInterface.register(PACKED, attend_packed)
     AttentionMaskInterface.register(PACKED, mask_packed)
     return PACKED
@@ -42,12 +44,8 @@ def attend_packed(
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, key heads, tokens, d) → (1, tokens, heads, d)."""
     if cu_seq_lens_q is None or attention_mask is not None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        out: torch.Tensor = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )[0]
-        return out, None
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return out[0], None
     lengths = cu_seq_lens_q.diff().tolist()
     sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     attended = [
@@ -69,8 +67,6 @@ def mask_packed(
     *args: Any, attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
     """Return None if borders or causality alone decide: without padding and without a window."""
-    from transformers.masking_utils import sdpa_mask
-
     if attention_mask is None and local_size is None:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
@@ -83,8 +79,6 @@ def share_heads(shape: Any, attention: str, processes: int) -> None:
     """
     from deepspeed.runtime.sequence_parallel import parallel_state_sp as groups
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-    from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     groups.initialize_sequence_parallel(processes)
     alone, heads = ALL_ATTENTION_FUNCTIONS[attention], shape.num_attention_heads

@@ -19,19 +19,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from pgenrm_train.config import PsiConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.messages import JSON_START
 
-MicroBatch: TypeAlias = dict[str, torch.Tensor | int]
+if TYPE_CHECKING:
+    import torch
+
+MicroBatch: TypeAlias = "dict[str, torch.Tensor | int]"
 
 
 class Layout(StrEnum):
@@ -157,6 +159,8 @@ class StepOrder:
         return len(self.lengths) * self.copies
 
     def __iter__(self) -> Iterator[int]:
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         permutation = torch.randperm(len(self.lengths), generator=generator).tolist()
         for first in range(0, len(permutation), self.batch_size):
@@ -198,6 +202,8 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
     that restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any
     other attention makes a block-diagonal mask of the positions.
     """
+    import torch
+
     lengths = [len(chat.ids) for chat in batch]
     width = sum(lengths) if packed else max(lengths)
     starts = [sum(lengths[:n]) if packed else n * width for n in range(len(batch))]

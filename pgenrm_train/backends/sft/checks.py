@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from pgenrm_train.backends.sft.batches import Encoded, encode_chat
 from pgenrm_train.config import Config, LoraConfig, PsiConfig
@@ -90,6 +89,7 @@ def _check_heads(parts: int, shape: Any) -> None:
 
 def _identity(lora: LoraConfig, shape: Any) -> str:
     """Hash names and shapes of all weights.  Raises ConfigError if a LoRA target names no module."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -102,7 +102,9 @@ def _identity(lora: LoraConfig, shape: Any) -> str:
 
 def _check_targets(targets: Sequence[str], model: Any) -> None:
     """Match targets as peft does: by a module's full name, or by its end after a dot."""
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    from torch.nn import Linear
+
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear)]
     unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if unknown or not targets:
         layers = sorted({name.rsplit(".", 1)[-1] for name in names} - HEADS)

@@ -63,7 +63,6 @@ def train(
 
 
 def _run(job: Job) -> None:
-    """Train on all ranks, and return when the last one has ended."""
     cluster = job.config.cluster
     if cluster.ranks == 1:
         train_rank(job)

@@ -75,6 +75,9 @@ class TrainingGenerator:
         from transformers import GenerationConfig
 
         width, device, pad = max(len(p.ids) for p in batch), self.model.device, pad_of(self.tokenizer)
+        model_ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])}
+        ends -= {None}
         prompts = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in batch], device=device)
         mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch], device=device)
         settings = GenerationConfig(
@@ -85,22 +88,15 @@ class TrainingGenerator:
             top_k=0,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=sorted(self._ends()),
+            eos_token_id=sorted(ends),
         )
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch[0].request.seed + batch[0].sample)
             output = self.model.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
-        rows = output[:, width:].tolist()
-        return [self._generation(prompt, row) for prompt, row in zip(batch, rows, strict=True)]
-
-    def _generation(self, prompt: Prompt, row: list[int]) -> Generation:
-        ends = self._ends()
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        kept = row if end is None else row[:end]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        failure = "length" if end is None else None
-        return Generation(prompt.request.key, prompt.sample, text, failure, len(kept) + (end is not None))
-
-    def _ends(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        answers = []
+        for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            failure, tokens = ("length", len(row)) if end is None else (None, end + 1)
+            answers.append(Generation(prompt.request.key, prompt.sample, text, failure, tokens))
+        return answers

@@ -66,14 +66,13 @@ def train_tokenizer(texts: Iterable[str], fixed: Iterable[str], config: NanoConf
     from tokenizers import pre_tokenizers, trainers
     from transformers import AddedToken, Qwen2Tokenizer
 
-    blank = Qwen2Tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[],
         show_progress=False,
     )
-    bpe = blank.backend_tokenizer
+    bpe = Qwen2Tokenizer().backend_tokenizer
     fixed = [*fixed, *DIGITS]
     # The fixed strings are cut out first: merges must be learnt on the text that remains between them.
     cuts = re.compile("|".join(re.escape(text) for text in sorted(fixed, key=len, reverse=True)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ class VllmReplicas:
         from ray.util.queue import Queue
 
         queue = Queue(maxsize=AHEAD * len(self._engines), actor_options={"num_cpus": 0})
-        feed = _Feed(queue, requests, len(self._engines))
+        feeding = ThreadPoolExecutor(1).submit(_feed, queue, requests, len(self._engines))
         streams = [
             engine.run.options(num_returns="streaming").remote(queue, temperature) for engine in self._engines
         ]
@@ -84,7 +84,7 @@ class VllmReplicas:
             raise _lost_error(error) from error
         finally:
             queue.shutdown(force=True)
-        feed.check()
+        feeding.result()  # raises an error of the requests
 
     def close(self) -> None:
         """Drop the checkpoint and its KV caches; the engines wait for another."""
@@ -124,34 +124,17 @@ class _Engine:
         del self._generator
 
 
-class _Feed(threading.Thread):
-    """Thread that fills the queue with prompts while answers are read; one None per engine ends it."""
+def _feed(queue: Any, requests: Iterable[GenerationRequest], engines: int) -> None:
+    """Fill the queue with prompts while answers are read; one None per engine ends it, also after an error."""
+    from ray.exceptions import RayError
 
-    def __init__(self, queue: Any, requests: Iterable[GenerationRequest], engines: int) -> None:
-        super().__init__(name="feed", daemon=True)
-        self._queue, self._requests, self._engines = queue, iter(requests), engines
-        self._error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        from ray.exceptions import RayError
-
-        with contextlib.suppress(RayError):  # the reader has given up and closed the queue
-            for block in self._prompts():
-                self._queue.put(block)
-            for _ in range(self._engines):
-                self._queue.put(None)
-
-    def _prompts(self) -> Iterator[list[GenerationRequest]]:
+    with contextlib.suppress(RayError):  # the reader has given up and closed the queue
         try:
-            yield from _blocks(self._requests)
-        except Exception as error:  # of the prompts; `check` raises it in the reader's thread
-            self._error = error
-
-    def check(self) -> None:
-        self.join()
-        if self._error is not None:
-            raise self._error
+            for block in _blocks(iter(requests)):
+                queue.put(block)
+        finally:
+            for _ in range(engines):
+                queue.put(None)
 
 
 def _blocks(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from pgenrm_train.backends.ray.cluster import join
 from pgenrm_train.backends.vllm.engine import vllm_variables
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import BackendError, last_line
@@ -81,8 +82,6 @@ def _here(config: Config, settings: EndpointConfig, log: Path, with_training: bo
 def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_training: bool) -> Iterator[str]:
     import ray
 
-    from pgenrm_train.backends.ray.cluster import join
-
     assert config.ray.address is not None
     join(config.ray.address, vllm_variables(config.cluster.device))
     try:
@@ -91,7 +90,13 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
         server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(
             _arguments(config, settings), vllm_variables(config.cluster.device), log
         )
-        url = _placed(config, server, gpus)
+        try:
+            url = str(_result(server.start.remote(), PLACE_SECONDS))
+        except ray.exceptions.GetTimeoutError:
+            raise BackendError(
+                f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for the vLLM server "
+                f"within {PLACE_SECONDS:.0f} s; lower gpus or cluster.processes_per_node"
+            ) from None
         try:
             _wait(lambda: _result(server.exit_code.remote()), url, log)
             yield url
@@ -100,19 +105,6 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
                 _result(server.stop.remote())
     finally:
         ray.shutdown()  # which also ends the actor
-
-
-def _placed(config: Config, server: Any, gpus: int) -> str:
-    """Wait until Ray has found room for the actor, and return its URL."""
-    import ray
-
-    try:
-        return str(_result(server.start.remote(), PLACE_SECONDS))
-    except ray.exceptions.GetTimeoutError:
-        raise BackendError(
-            f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for the vLLM server "
-            f"within {PLACE_SECONDS:.0f} s; lower gpus or cluster.processes_per_node"
-        ) from None
 
 
 def _result(reference: Any, seconds: float | None = None) -> Any:
@@ -156,7 +148,6 @@ class _Server:
         return f"http://{host}:{port}"
 
     def exit_code(self) -> int | None:
-        """Exit code of the server, None while it runs."""
         return self.process.poll()
 
     def stop(self) -> None:
@@ -186,7 +177,6 @@ def _split_gpus(config: Config, settings: EndpointConfig, with_training: bool) -
 
 
 def _check_cluster(config: Config, settings: EndpointConfig, with_training: bool, gpus: float) -> None:
-    """Raise BackendError if the cluster is too small for the server and training."""
     if config.cluster.device == "cpu":
         return
     training = config.cluster.ranks if with_training else 0
