@@ -8,12 +8,10 @@ from pgenrm_train.errors import PGenRMError, first_line
 
 
 def groups() -> list[str]:
-    """Groups of the configuration."""
     return sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir())
 
 
 def choices(group: str) -> list[str]:
-    """Choices of a group."""
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 

@@ -56,7 +56,6 @@ class ShardWriter:
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def row(self, row: Mapping[str, object]) -> None:
-        """Append one row."""
         self._waiting.append(row)
         if len(self._waiting) >= BATCH:
             self._flush()

@@ -51,7 +51,6 @@ class VoteIndex:
         self._waiting: list[tuple[object, ...]] = []
 
     def add(self, pair: PreferencePair) -> None:
-        """Append a vote."""
         texts = sorted((pair.chosen, pair.rejected))
         longer = len(pair.chosen) - len(pair.rejected)
         self._waiting.append(

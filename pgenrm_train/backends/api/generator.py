@@ -55,7 +55,6 @@ class EndpointGenerator:
                 runner.run(queue.close())
 
     def spending(self) -> Spending:
-        """The cost so far."""
         return self.endpoint.spending()
 
     def close(self) -> None:

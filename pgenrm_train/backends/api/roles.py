@@ -58,8 +58,10 @@ class LlmTeacher:
         return self.endpoint.spending()
 
     def _messages(self, example: Example) -> list[dict[str, str]]:
-        view = FullView(example.context, example.history, example.responses, example.explicit)
-        return chat_messages(view, instructions=self.endpoint.settings.instructions)
+        return chat_messages(
+            FullView(example.context, example.history, example.responses, example.explicit),
+            instructions=self.endpoint.settings.instructions,
+        )
 
 
 class LlmCriteria:
