@@ -419,7 +419,7 @@ def test_a_save_that_dies_leaves_no_artefact_and_no_scratch(world, tmp_path, mon
     def die(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pandas.DataFrame.to_parquet", die)
+    monkeypatch.setattr("pyarrow.parquet.write_table", die)
     with pytest.raises(OSError, match="disk full"):
         proto.save(world[0], tmp_path, HASHES)
     assert [p.name for p in tmp_path.iterdir()] == ["prototypes.safetensors"]
