@@ -17,8 +17,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import PreflightError
 from pgenrm_train.files import write_json
 from pgenrm_train.stages.stage import prepare
-from recipes.wiring.gpu_check.measure import Measurement, measure
-from recipes.wiring.gpu_check.verdict import MINUTES, STEPS, report_of
+from recipes.wiring.gpu_check import MINUTES, STEPS, Measurement, measure, report_of
 
 END_MINUTES = 2 * MINUTES  # a recipe that still runs then hangs, and is killed: a verdict always comes
 

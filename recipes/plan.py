@@ -37,9 +37,8 @@ def emit(config: Config, plan: Plan) -> int:
     from pgenrm_train.cluster.launch import rayjob, slurm
 
     for stage in plan.stages:
-        for problem in stage.problems:
-            print(f"warning: {problem}", file=sys.stderr)
-        if stage.change:
-            print(f"warning: {stage.stage} fits with {' '.join(stage.change)}", file=sys.stderr)
+        change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []
+        for warning in (*stage.problems, *change):
+            print(f"warning: {warning}", file=sys.stderr)
     print({"slurm": slurm, "rayjob": rayjob}[config.plan.emit or ""](config, hours=plan.hours), end="")
     return 0 if plan.fits else 1

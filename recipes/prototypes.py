@@ -11,7 +11,7 @@ from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.stage import prepare, run_stage, start_of
 from recipes import build_data
 from recipes.wiring.analyses import write_analyses
-from recipes.wiring.embedders import make_embedder, refiner
+from recipes.wiring.models import make_embedder, refiner
 
 
 def run(config: Config) -> None:

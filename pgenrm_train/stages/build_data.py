@@ -28,8 +28,8 @@ from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 from pgenrm_train.run.folder import StageFolder
 
 USER_SPLITS = ("train", "dev", "val", "test")
+# (data configuration, seed, `LeftOut` that counts omitted votes by reason) → pairs
 Builder = Callable[..., Iterable[PreferencePair]]
-"""(data configuration, seed, `LeftOut` that counts omitted votes by reason) → pairs"""
 
 
 class Counts(TypedDict):
@@ -82,8 +82,10 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
         shutil.rmtree(raw, ignore_errors=True)
     for word, users in counts["users_by_user_split"].items():
         if word not in USER_SPLITS:  # it may have been meant to hold them out
-            note = f"warning: {users} users train, since their user_split={word!r} is neither val nor test"
-            print(note, flush=True)
+            print(
+                f"warning: {users} users train, since their user_split={word!r} is neither val nor test",
+                flush=True,
+            )
     for reason, count in (+left_out).most_common():
         print(f"{config.data.name}: left out {count} {reason}", flush=True)
     card: Card = {

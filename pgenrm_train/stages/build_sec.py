@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
-from typing import Protocol, TypedDict
+from typing import TypedDict
 
 from pgenrm_train.backends.protocols import Estimate, Teacher
 from pgenrm_train.chains.chain import Chain, parse_chain
@@ -33,8 +33,8 @@ from pgenrm_train.config import Config, SecConfig, StageName, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler
-from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, drop_history, present
-from pgenrm_train.prompts.writer import Messages, histories, pairs_of_split
+from pgenrm_train.prompts.masking import apply_masking, drop_history, present
+from pgenrm_train.prompts.writer import PromptWriter, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.concurrency import concurrently
 from pgenrm_train.run.folder import StageFolder
@@ -66,6 +66,7 @@ class Rejected:
     text: str | None
 
 
+# Content of `yield.json`; `asked` counts the chains requested.
 Yield = TypedDict(
     "Yield",
     {
@@ -80,19 +81,6 @@ Yield = TypedDict(
         "teacher": dict[str, object],
     },
 )
-"""Content of `yield.json`; `asked` counts the chains requested."""
-
-
-class ChatWriter(Protocol):
-    """View → chat messages that fit the model; `prompts.writer.PromptWriter` is one."""
-
-    trimmed: Counter[str]
-
-    def __call__(self, view: MaskedView | FullView) -> Messages: ...
-
-    def can_be_written(self, response: str) -> bool: ...
-
-    def trim_warning(self, name: str) -> str: ...
 
 
 def run(
@@ -100,7 +88,7 @@ def run(
     folder: StageFolder,
     pairs: Sequence[PreferencePair],
     teacher: Teacher,
-    writer_for: Callable[[Sequence[Kept]], ChatWriter],
+    writer_for: Callable[[Sequence[Kept]], PromptWriter],
 ) -> Yield:
     """Write chains, filter, render prompts; return the yield.  Raises DataError if no chain was kept."""
     if expected := _expected(config, pairs, teacher):
@@ -149,7 +137,6 @@ def yield_table(facts: Yield) -> str:
 
 
 def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> Estimate | None:
-    """The teacher's estimate of cost, from the prompts of some questions."""
     all_questions, history = questions(config, pairs), histories(config, pairs)
     some = all_questions[:: max(1, len(all_questions) // MEASURED)][:MEASURED]
     examples = [shown(config, pair, order, history) for pair, order in some]
@@ -258,14 +245,12 @@ def questions(config: Config, pairs: Sequence[PreferencePair]) -> list[tuple[Pre
     """Shuffled (pair, order); with one order per pair, orders alternate so that both are equally frequent."""
     train = pairs_of_split(pairs, "train")
     random.Random(config.seed).shuffle(train)
-    if config.sec.orders_per_pair == 1:
-        pairs_in_order = [(pair, n % 2) for n, pair in enumerate(train)]
-    else:
-        pairs_in_order = [(pair, order) for pair in train for order in (0, 1)]
-    return pairs_in_order[: config.sec.max_chains]
+    one = config.sec.orders_per_pair == 1
+    in_order = [(pair, order) for n, pair in enumerate(train) for order in ((n % 2,) if one else (0, 1))]
+    return in_order[: config.sec.max_chains]
 
 
-def _row(config: Config, item: Kept, writer: ChatWriter) -> dict[str, object]:
+def _row(config: Config, item: Kept, writer: PromptWriter) -> dict[str, object]:
     rng = random.Random(f"{config.seed}/mask/{item.example.pair_id}/{item.order}")
     # History that was dropped is not in the teacher's prompt either.
     policy = masking_of(config, StageName.PSI).replace("history_dropout", "masked")

@@ -47,8 +47,8 @@ def run(
     if expected := writer.expect([votes for _, votes in users], tries):
         folder.note(estimate=expected.for_manifest())
     answers = concurrently(lambda user: _infer(*user, writer, tries), users, writer.in_flight)
-    in_order = sorted(progress(answers, "synthetic criteria", len(users)), key=lambda numbered: numbered[0])
-    rows = [row for _, row in in_order]
+    results = dict(progress(answers, "synthetic criteria", len(users)))
+    rows = [results[index] for index in range(len(users))]
     failures = Counter(row.failure for row in rows if row.failure)
     if rows and len(rows) == failures.total():
         raise DataError(f"no user's criteria could be inferred; reasons: {dict(failures)}")
@@ -80,14 +80,11 @@ def votes_of_silent_users(
 ) -> list[tuple[str, tuple[HistoryItem, ...]]]:
     """Training users who stated nothing, each with up to `VOTES` training votes, oldest first."""
     votes: dict[str, list[PreferencePair]] = defaultdict(list)
-    silent: dict[str, None] = {}
-    for pair in pairs:
-        if pair.trains:
-            votes[pair.user_id].append(pair)
-            if not signals(pair.explicit):
-                silent[pair.user_id] = None
+    training = [pair for pair in pairs if pair.trains]
+    for pair in training:
+        votes[pair.user_id].append(pair)
     users = []
-    for user in silent:
+    for user in dict.fromkeys(pair.user_id for pair in training if not signals(pair.explicit)):
         count = len(votes[user])
         drawn = random.Random(f"{seed}/criteria/{user}").sample(range(count), min(count, VOTES))
         users.append((user, tuple(votes[user][i].as_history() for i in sorted(drawn))))

@@ -28,11 +28,9 @@ from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.run.folder import StageFolder, weights_digest
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-Chains = Sequence[tuple[PreferencePair, str | None]]
-"""One generated text per pair, None where generation failed."""
+Chains = Sequence[tuple[PreferencePair, str | None]]  # one text per pair, None where generation failed
 Histories = Mapping[str, tuple[HistoryItem, ...]]
-Refine = Callable[..., tuple[core.Prototypes, Mapping[str, object]]]
-"""As `refinement.refine`."""
+Refine = Callable[..., tuple[core.Prototypes, Mapping[str, object]]]  # as `refinement.refine`
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import EXACT, Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
-from recipes.wiring.embedders import make_embedder
+from recipes.wiring.models import make_embedder
 
 
 def scorers(config: Config, pairs: Votes) -> dict[str, Score]:

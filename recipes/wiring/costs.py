@@ -26,7 +26,7 @@ from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.stages.build_sec import MEASURED, SEC
-from pgenrm_train.stages.grpo_validation import VALIDATION
+from pgenrm_train.stages.grpo import VALIDATION
 from recipes.wiring.llm import plain_writer
 
 VERDICT_TOKENS = 80
@@ -78,7 +78,6 @@ def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, P
 
 
 def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
-    """Judged rows of the validation slice, times the validations."""
     if not rows.exists():
         return 0
     judged = [extra for extra in read_extras(rows) if withheld_signals(extra)]

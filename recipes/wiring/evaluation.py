@@ -66,16 +66,14 @@ def evaluate(
         candidate.close()
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
-    nearest = nearest_prototypes(config, tested[-1]) if tested else None
-    run_notes = [*scaling_notes, *notes(config, [candidate.name for candidate in everyone])]
     evaluated = Evaluated(
         config,
         evaluation,
         tested,
         baselines,
         grids,
-        run_notes,
-        nearest,
+        [*scaling_notes, *notes(config, [candidate.name for candidate in everyone])],
+        nearest_prototypes(config, tested[-1]) if tested else None,
         cost,
         ceilings(config, sampler, split),
         truth_rows(config, split, evaluation.histories, tested),
@@ -101,10 +99,9 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
             f"eval.pro={config.eval.pro} needs user prototypes, of which run_dir={config.run_dir} holds "
             "none; run recipe=prototypes there first, or use eval.pro=0"
         )
-    note = (
+    return replace(config, eval=replace(config.eval, pro=[0], one_pair_pro=[])), [
         "The grids hold no similar users (Pro-n): this run has no prototypes; recipe=prototypes makes them."
-    )
-    return replace(config, eval=replace(config.eval, pro=[0], one_pair_pro=[])), [note]
+    ]
 
 
 def check_split(config: Config, evaluated: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
@@ -175,8 +172,8 @@ def notes(config: Config, tested: Sequence[str]) -> list[str]:
 def compare_runs(config: Config) -> None:
     """Write the comparison to `<run_dir>/compare/`; starts no model and changes neither run."""
     first, second = config.eval.compare
-    comparison = compare((first, second), draws=config.eval.draws, seed=config.seed)
     run_dir, folder = Path(config.run_dir), Path(config.run_dir) / "compare"
+    comparison = compare((first, second), draws=config.eval.draws, seed=config.seed)
     print(publish_comparison(comparison, folder), end="")
     for name in ("comparison.json", "report.html", "report.md"):
         if not (run_dir / name).exists() or (run_dir / name).resolve().parent == folder.resolve():

@@ -24,17 +24,18 @@ from pgenrm_train.stages.grpo import (
     MIRROR,
     ROWS,
     SIGNALS,
+    VALIDATION,
     RowBuilder,
     mines,
     write_rows,
+    write_validation,
 )
-from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
 from pgenrm_train.stages.prototypes import prototype_of_users
 from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
 from recipes import build_data, criteria
 from recipes.wiring.costs import estimate_judge, judge_cost
 from recipes.wiring.llm import settings_of
-from recipes.wiring.models import load_tokenizer
+from recipes.wiring.models import load_tokenizer, make_embedder
 
 RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
 LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
@@ -101,19 +102,18 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
     rows, validation = work_dir / ROWS, work_dir / VALIDATION
     if not rows.exists():
         make_rows(config, stage, start or Path(config.run_dir) / StageName.PSI / "checkpoint")
-    weights = RewardWeights(
-        outcome=settings.outcome_weight,
-        process=settings.process_weight,
-        format_error=settings.format_error,
-        verified=settings.verified_weight,
-    )
     return Phase(
         section=stage,
         start=start,
         rows=rows,
         work_dir=work_dir,
         steps=settings.steps,
-        weights=weights,
+        weights=RewardWeights(
+            outcome=settings.outcome_weight,
+            process=settings.process_weight,
+            format_error=settings.format_error,
+            verified=settings.verified_weight,
+        ),
         judge=judge_spec(config, judge, rows) if settings.process_weight else None,
         hardness=hardness_source(config, work_dir) if stage == StageName.CURRICULUM else None,
         validation=validation if validation.exists() else None,
@@ -122,8 +122,6 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
 
 def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
     """Write a stage's rows, and those of its validation."""
-    from recipes.wiring.embedders import make_embedder
-
     run_dir, settings = Path(config.run_dir), config.curriculum
     folder, pairs = run_dir / stage, load_pairs(run_dir)
     write = PromptWriter(config.model, load_tokenizer(tokenizer))

@@ -43,8 +43,10 @@ def evaluate(
         raise DataError(f"{built}: no question has answers of two models or more; nothing can be ranked")
     reference = _reference(config, folder.path, built, questions, answers)
     first = [t for t in every if t.sample == 0]
-    scores = {name: fit_baseline(name, [], [], seed=config.seed) for name in _rules(config)}
-    tables = {name: score_tasks(first, one_by_one(score)) for name, score in scores.items()}
+    tables = {
+        name: score_tasks(first, one_by_one(fit_baseline(name, [], [], seed=config.seed)))
+        for name in _rules(config)
+    }
     for candidate in everyone:
         tables[candidate.name] = _ask(config, candidate, every, folder.path)
     reports = {
@@ -92,7 +94,6 @@ def _reference(
         )
     questions_by_id = {q.id: q for q in questions}
     secrets = {secret.question_id: secret for secret in read_secrets(built)}
-    failures: Counter[str] = Counter()
     with endpoint(config, "judge", folder) as judge:
 
         def grade(answer: Answer) -> float | str:
@@ -108,13 +109,13 @@ def _reference(
             score = read_rubric_score(reply.text, n) if reply.text is not None else None
             return score if score is not None else reply.failure or "unreadable"
 
-        grades: dict[tuple[str, str], float | None] = {}
         calls = concurrently(grade, answers, judge.settings.max_in_flight)
-        for index, result in progress(calls, "grade answers", len(answers)):
-            if isinstance(result, str):
-                failures[result] += 1
-            key = answers[index].question_id, answers[index].model
-            grades[key] = None if isinstance(result, str) else result
+        results = dict(progress(calls, "grade answers", len(answers)))
+    grades = {
+        (answers[i].question_id, answers[i].model): None if isinstance(result, str) else result
+        for i, result in results.items()
+    }
+    failures = Counter(result for result in results.values() if isinstance(result, str))
     return Reference(grades, f"judge {config.judge.name}", dict(failures))
 
 

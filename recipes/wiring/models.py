@@ -1,13 +1,16 @@
-"""Base model of PSI, tokenizers, and validation while PSI trains."""
+"""Base model of PSI, tokenizers, validation while PSI trains, and the embedder of prototypes."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.studies.validation import Validation
+from pgenrm_train.backends.embedding.embedder import EmbedderWorkers, SentenceEmbedder
+from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
 from pgenrm_train.backends.protocols import Validator
 from pgenrm_train.backends.sft.checks import check_libraries, check_template, inspect_start
 from pgenrm_train.backends.sft.nano import make_nano
@@ -18,9 +21,12 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import apply_masking
 from pgenrm_train.prompts.messages import TAGS, chat_messages
 from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
+from pgenrm_train.prototypes.refinement import refine
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.stages.build_sec import Kept
+from pgenrm_train.stages.prototypes import Refine
 
+LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
 TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
 
 
@@ -84,3 +90,23 @@ def _as_text(config: Config, item: Kept) -> str:
     view, _ = apply_masking(item.example, masking_of(config, StageName.PSI), random.Random(0))
     prompt = "\n".join(m["content"] for m in chat_messages(view, instructions=config.model.instructions))
     return f"{prompt}\n{item.text}"
+
+
+def make_embedder(config: Config, name: str | None = None, workers: int = 1) -> SentenceEmbedder:
+    """The embedder `name`, by default that of the prototypes.
+
+    `workers` above 1: Ray actors share large sets; nothing else may hold the devices then.
+    """
+    return SentenceEmbedder(
+        name or config.prototypes.embedder,
+        device=config.cluster.device,
+        cache_dir=Path(config.run_dir) / "embeddings",
+        shared=EmbedderWorkers(config, workers, LARGE) if workers > 1 else None,
+    )
+
+
+def refiner(config: Config, analyses: int) -> Refine:
+    """`refine`, for large sets on all processes of this node."""
+    if analyses < LARGE or config.cluster.processes_per_node == 1:
+        return refine
+    return functools.partial(refine_in_processes, processes=config.cluster.processes_per_node)

@@ -17,7 +17,7 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.prototypes import read_hashes
 from pgenrm_train.stages.stage import newest
-from recipes.wiring.embedders import make_embedder
+from recipes.wiring.models import make_embedder
 
 
 def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:

@@ -17,9 +17,8 @@ from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, PreflightError
 from recipes import gpu_check
 from recipes.gpu_check import attention
-from recipes.wiring.gpu_check import measure as measuring
-from recipes.wiring.gpu_check.measure import Measurement, measure, watching
-from recipes.wiring.gpu_check.verdict import STEPS, report_of
+from recipes.wiring import gpu_check as measuring
+from recipes.wiring.gpu_check import STEPS, Measurement, measure, report_of, watching
 
 
 @pytest.fixture(scope="module")

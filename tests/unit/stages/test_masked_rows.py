@@ -23,8 +23,7 @@ from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.records.rows import pair_to_row
-from pgenrm_train.stages.grpo import ROWS, RowBuilder, write_rows
-from pgenrm_train.stages.grpo_validation import VALIDATION, write_validation
+from pgenrm_train.stages.grpo import ROWS, VALIDATION, RowBuilder, write_rows, write_validation
 from recipes.build_data import builder
 
 # Words of no other text: a leak cannot hide behind a coincidence.

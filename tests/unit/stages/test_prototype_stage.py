@@ -384,7 +384,7 @@ def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
 
 def test_large_sets_are_refined_by_all_processes_of_the_node():
     from pgenrm_train.prototypes.refinement import refine
-    from recipes.wiring.embedders import LARGE, refiner
+    from recipes.wiring.models import LARGE, refiner
 
     config = Config(recipe="prototypes")
     config.cluster.processes_per_node = 4

@@ -1,1 +1,0 @@
-"""Measurement and verdict of gpu_check."""
