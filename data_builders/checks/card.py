@@ -8,16 +8,17 @@ one.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 from data_builders.checks.leaks import LeakReport, Leaks
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_text
-from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.rows import read_pairs
 from pgenrm_train.records.shards import digest, parts
 from pgenrm_train.stages.build_data import Card
@@ -46,15 +47,18 @@ def describe(config: Config, folder: Path, card: Card) -> dict[str, object]:
     Returns the card with the findings.  Raises DataError, after writing both, if a leak makes the data unfit
     for use.
     """
-    leaks, lengths = LeakReport(config.data.split_by, config.data.near_duplicates), Lengths()
+    leaks = LeakReport(config.data.split_by, config.data.near_duplicates)
+    lengths: dict[str, Counter[int]] = {name: Counter() for name in ("context", "chosen", "rejected")}
     for pair in read_pairs(folder / "pairs.parquet"):
         leaks.add(pair)
-        lengths.add(pair)
+        lengths["context"][sum(count_tokens(message.content) for message in pair.context)] += 1
+        lengths["chosen"][count_tokens(pair.chosen)] += 1
+        lengths["rejected"][count_tokens(pair.rejected)] += 1
     report = leaks.report(
         card["train_votes_dropped_as_repeated_in_val_or_test"] + card["val_votes_dropped_as_repeated_in_test"]
     )
     write_json(folder / "leaks.json", report)
-    write_card(config, folder, card, lengths.table(), report)
+    write_card(config, folder, card, {name: percentiles(counts) for name, counts in lengths.items()}, report)
     if report["errors"]:
         raise DataError(
             f"the data leaks: {'; '.join(report['errors'])} (see {folder / 'leaks.json'} for all figures)"
@@ -62,22 +66,6 @@ def describe(config: Config, folder: Path, card: Card) -> dict[str, object]:
     for finding in report["findings"]:
         print(f"[leaks] {finding}", flush=True)
     return {**card, "findings": report["findings"]}
-
-
-class Lengths:
-    """Histograms of lengths in words and marks: context, chosen, rejected."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, Counter[int]] = {name: Counter() for name in ("context", "chosen", "rejected")}
-
-    def add(self, pair: PreferencePair) -> None:
-        self.counts["context"][sum(count_tokens(m.content) for m in pair.context)] += 1
-        self.counts["chosen"][count_tokens(pair.chosen)] += 1
-        self.counts["rejected"][count_tokens(pair.rejected)] += 1
-
-    def table(self) -> dict[str, dict[str, int]]:
-        """{field: {"p50": …, "p90": …, "p99": …, "p100": …}}"""
-        return {name: percentiles(counts) for name, counts in self.counts.items()}
 
 
 @lru_cache(maxsize=1 << 14)
@@ -88,13 +76,9 @@ def count_tokens(text: str) -> int:
 
 def percentiles(counts: Mapping[int, int]) -> dict[str, int]:
     """Percentiles of counted values: the least value that so many per cent do not exceed."""
-    total, below, waiting = sum(counts.values()), 0, list(PERCENTILES)
-    table: dict[str, int] = {}
-    for value in sorted(counts):
-        below += counts[value]
-        while waiting and below * 100 >= waiting[0] * total:
-            table[f"p{waiting.pop(0)}"] = value
-    return table
+    values = sorted(counts)
+    upto = list(accumulate(counts[value] for value in values))
+    return {f"p{p}": values[bisect_left(upto, p * upto[-1] / 100)] for p in PERCENTILES if values}
 
 
 def write_card(
@@ -129,8 +113,8 @@ def write_card(
         sentences = [*(f"ERROR: {error}" for error in leaks["errors"]), *leaks["findings"]]
         listed = "".join(f"- {sentence}\n" for sentence in sentences or ["nothing found"])
         sections.append(f"## Leaks\n\n{listed}\n`leaks.json` holds every figure.")
-    text = "\n\n".join(sections)
-    write_text(folder / "README.md", str(DatasetCard(f"---\n{header.to_yaml()}\n---\n\n{text}\n")))
+    page = "\n\n".join([f"---\n{header.to_yaml()}\n---", *sections])
+    write_text(folder / "README.md", str(DatasetCard(f"{page}\n")))
 
 
 def _flat(facts: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
@@ -142,12 +126,10 @@ def _flat(facts: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, 
             yield title, value
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(heads)]
-    lines += [["---"] * len(lines[0]), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text without marks that end a cell or start markup: names of kinds are the source's."""
-    return re.sub(r"[|<>`\r\n\[\]]", " ", text)
+def _table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    # Names of kinds are the source's: without marks that end a cell or start markup.
+    cells = [
+        [re.sub(r"[|<>`\r\n\[\]]", " ", str(cell)) for cell in row]
+        for row in (heads, ["---"] * len(heads), *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

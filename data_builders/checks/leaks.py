@@ -25,10 +25,15 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 
 if TYPE_CHECKING:
-    from data_builders.checks.near_duplicates import NearDuplicates, NearReport
+    from data_builders.checks.near_duplicates import NearReport
 
 HELD_OUT = "split != 'train'"
 _SPLITS_OF = "(SELECT COUNT(DISTINCT split) AS splits FROM votes GROUP BY {})"
+_DUPLICATES = {
+    "repeated_votes": "{} votes repeat an earlier one of the same user",
+    "contradictory_pairs": "on {} pairs the same user chose either way",
+    "identical_responses": "{} votes are between two equal texts",
+}
 
 
 class Share(TypedDict):
@@ -80,7 +85,11 @@ class LeakReport:
     def __init__(self, split_by: str = "source", near_duplicates: bool = True) -> None:
         self.split_by = split_by
         self.index = VoteIndex()
-        self.near = _near_duplicates() if near_duplicates else None
+        if near_duplicates:
+            from data_builders.checks.near_duplicates import (
+                NearDuplicates,
+            )  # datasketch imports half of scipy
+        self.near = NearDuplicates() if near_duplicates else None
 
     def add(self, pair: PreferencePair) -> None:
         self.index.add(pair)
@@ -90,22 +99,41 @@ class LeakReport:
     def report(self, left_out: int = 0) -> Leaks:
         """Content of leaks.json.  `left_out`: repeated votes that the build has dropped."""
         self.index.added()
+        number = self.index.number
+        users, count = "SELECT DISTINCT user FROM votes WHERE", "SELECT COUNT(*) FROM"
+        trained, marked = f"({users} {TRAINS})", f"({users} user_split IN ('val', 'test'))"
+        votes = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content"
         measures: Measures = {
-            "votes": self.index.number("SELECT COUNT(*) FROM votes"),
-            "held_out_votes": self.index.number(f"SELECT COUNT(*) FROM votes WHERE {HELD_OUT}"),
+            "votes": number("SELECT COUNT(*) FROM votes"),
+            "held_out_votes": number(f"SELECT COUNT(*) FROM votes WHERE {HELD_OUT}"),
             "same_pair": self._same_pair(left_out),
-            "same_user": self._same_user(),
-            "same_conversation": self._same_conversation(),
-            "near_duplicates": self.near.report() if self.near else None,
-            "longer_is_chosen": {split: self._share("longer", split) for split in ("train", "held_out")},
-            "shown_first_is_chosen": {
-                split: self._share("1 - 2 * position", split) for split in ("train", "held_out")
+            "same_user": {
+                "asked_and_trained": number(f"{count} ({users} {HELD_OUT}) WHERE user IN {trained}"),
+                "asked_only": number(f"{count} ({users} {HELD_OUT}) WHERE user NOT IN {trained}"),
+                "marked_both_ways": number(f"{count} {marked} WHERE user IN {trained}"),
             },
-            "duplicates": self._duplicates(),
+            "same_conversation": {
+                "within_user": number(
+                    f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('user, conversation')}"
+                ),
+                "conversations": number(f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('conversation')}"),
+                "of": number("SELECT COUNT(DISTINCT conversation) FROM votes"),
+            },
+            "near_duplicates": self.near.report() if self.near else None,
+            "longer_is_chosen": self._shares("longer"),
+            "shown_first_is_chosen": self._shares("1 - 2 * position"),
+            "duplicates": {
+                "repeated_votes": number(f"SELECT SUM(votes - 1) FROM ({votes}, chosen)"),
+                "contradictory_pairs": number(f"SELECT SUM(ways > 1) FROM ({votes})"),
+                "identical_responses": number("SELECT SUM(identical) FROM votes"),
+            },
         }
         self.index.close()
-        errors, findings = list(_errors(measures, self.split_by)), list(_findings(measures))
-        return {**measures, "errors": errors, "findings": findings}
+        return {
+            **measures,
+            "errors": list(_errors(measures, self.split_by)),
+            "findings": list(_findings(measures)),
+        }
 
     def _same_pair(self, left_out: int) -> SamePair:
         of_user = self.index.db.execute(
@@ -128,50 +156,16 @@ class LeakReport:
             "left_out": left_out,
         }
 
-    def _same_user(self) -> dict[str, int]:
-        users, count = "SELECT DISTINCT user FROM votes WHERE", "SELECT COUNT(*) FROM"
-        trained, marked = f"({users} {TRAINS})", f"({users} user_split IN ('val', 'test'))"
-        return {
-            "asked_and_trained": self.index.number(f"{count} ({users} {HELD_OUT}) WHERE user IN {trained}"),
-            "asked_only": self.index.number(f"{count} ({users} {HELD_OUT}) WHERE user NOT IN {trained}"),
-            "marked_both_ways": self.index.number(f"{count} {marked} WHERE user IN {trained}"),
-        }
-
-    def _same_conversation(self) -> dict[str, int]:
-        return {
-            "within_user": self.index.number(
-                f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('user, conversation')}"
-            ),
-            "conversations": self.index.number(
-                f"SELECT SUM(splits > 1) FROM {_SPLITS_OF.format('conversation')}"
-            ),
-            "of": self.index.number("SELECT COUNT(DISTINCT conversation) FROM votes"),
-        }
-
-    def _share(self, sign: str, split: str) -> Share:
-        """Share of positive signs among those that are not 0."""
-        signs = f"SELECT user, {sign} AS sign FROM votes WHERE {_PARTS[split]}"
-        rows = self.index.db.execute(
-            f"SELECT SUM(sign > 0), COUNT(*) FROM ({signs}) WHERE sign != 0 GROUP BY user"
+    def _shares(self, sign: str) -> dict[str, Share]:
+        """Share of positive signs among those that are not 0, per split."""
+        query = (
+            f"SELECT SUM(sign > 0), COUNT(*) FROM (SELECT user, {sign} AS sign FROM votes WHERE {{}}) "
+            "WHERE sign != 0 GROUP BY user"
         )
-        return clustered_share(rows)
-
-    def _duplicates(self) -> dict[str, int]:
-        votes = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content"
+        parts = {"train": TRAINS, "held_out": HELD_OUT}
         return {
-            "repeated_votes": self.index.number(f"SELECT SUM(votes - 1) FROM ({votes}, chosen)"),
-            "contradictory_pairs": self.index.number(f"SELECT SUM(ways > 1) FROM ({votes})"),
-            "identical_responses": self.index.number("SELECT SUM(identical) FROM votes"),
+            name: clustered_share(self.index.db.execute(query.format(part))) for name, part in parts.items()
         }
-
-
-def _near_duplicates() -> NearDuplicates:
-    from data_builders.checks.near_duplicates import NearDuplicates  # datasketch imports half of scipy
-
-    return NearDuplicates()
-
-
-_PARTS = {"train": TRAINS, "held_out": HELD_OUT}
 
 
 def clustered_share(rows: Iterable[tuple[int, int]]) -> Share:
@@ -211,27 +205,23 @@ def _findings(report: Measures) -> Iterable[str]:
     if not held_out:
         yield "nothing is held out: no vote is in val or test (data.split_by=within_user makes a split)"
     if count := report["same_pair"]["held_out_votes_between_users"]:
-        share = _percent(count, held_out)
-        yield f"{share} of the held-out votes are on pairs that other users judged in train"
+        yield f"{count / held_out:.1%} of the held-out votes are on pairs that other users judged in train"
     if count := report["same_conversation"]["within_user"]:
         yield f"{count} conversations of one user are in two splits"
     if near := report["near_duplicates"]:
         for name, texts in (("queries", near["queries"]), ("responses", near["responses"])):
             if count := texts["exact"] + texts["near"]:
-                share = _percent(count, texts["held_out"])
-                yield f"{share} of the held-out {name} are in train, too ({texts['near']} of {count} nearly)"
+                share = count / texts["held_out"]
+                yield f"{share:.1%} of the held-out {name} are in train, too ({texts['near']} of {count} nearly)"
     for shares, words in (
         (report["longer_is_chosen"], ("longer", "shorter")),
         (report["shown_first_is_chosen"], ("first shown", "later shown")),
     ):
         for part, measured in shares.items():
             yield from _predictable(words, part.replace("_", "-"), measured)
-    if count := report["duplicates"]["repeated_votes"]:
-        yield f"{count} votes repeat an earlier one of the same user"
-    if count := report["duplicates"]["contradictory_pairs"]:
-        yield f"on {count} pairs the same user chose either way"
-    if count := report["duplicates"]["identical_responses"]:
-        yield f"{count} votes are between two equal texts"
+    for name, sentence in _DUPLICATES.items():
+        if count := report["duplicates"][name]:
+            yield sentence.format(count)
 
 
 def _predictable(words: tuple[str, str], part: str, measured: Share) -> Iterable[str]:
@@ -245,7 +235,3 @@ def _predictable(words: tuple[str, str], part: str, measured: Share) -> Iterable
             f"the {word} response is chosen in {share:.1%} [{low:.1%}, {high:.1%}] of the {part} votes, "
             "so the label can be guessed"
         )
-
-
-def _percent(count: int, of: int) -> str:
-    return f"{count / of:.1%}"

@@ -62,13 +62,14 @@ class NearDuplicates:
         self.responses.add(pair.rejected, side, pair.pair_id)
 
     def report(self) -> NearReport:
-        queries, responses = self.queries.report(), self.responses.report()
-        return {"threshold": THRESHOLD, "queries": queries, "responses": responses}
+        return {
+            "threshold": THRESHOLD,
+            "queries": self.queries.report(),
+            "responses": self.responses.report(),
+        }
 
 
 class _Texts:
-    """Distinct texts: signature, sides and first pair of each."""
-
     def __init__(self) -> None:
         self.places: dict[int, int] = {}
         self.sides = bytearray()
@@ -91,16 +92,20 @@ class _Texts:
         train, alone = np.flatnonzero(sides & TRAIN), np.flatnonzero(sides == HELD_OUT)
         match, similarity = nearest_by_band(signatures[alone], signatures[train])
         near = np.flatnonzero(similarity >= THRESHOLD)
-        examples: list[Example] = [
-            {
-                "held_out": self.first_pair[alone[i]],
-                "train": self.first_pair[train[match[i]]],
-                "similarity": round(float(similarity[i]), 3),
-            }
-            for i in near[:EXAMPLES]
-        ]
         exact = int((sides == TRAIN | HELD_OUT).sum())
-        return {"held_out": exact + len(alone), "exact": exact, "near": len(near), "examples": examples}
+        return {
+            "held_out": exact + len(alone),
+            "exact": exact,
+            "near": len(near),
+            "examples": [
+                {
+                    "held_out": self.first_pair[alone[i]],
+                    "train": self.first_pair[train[match[i]]],
+                    "similarity": round(float(similarity[i]), 3),
+                }
+                for i in near[:EXAMPLES]
+            ],
+        }
 
 
 def nearest_by_band(queries: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +115,7 @@ def nearest_by_band(queries: np.ndarray, known: np.ndarray) -> tuple[np.ndarray,
     Linear except for a sort.
     """
     best, similarity = np.zeros(len(queries), np.int64), np.zeros(len(queries))
-    if not len(queries) or not len(known):
+    if not (len(queries) and len(known)):
         return best, similarity
     bands = MinHashLSH(threshold=THRESHOLD, num_perm=PLACES)
     for band in range(bands.b):

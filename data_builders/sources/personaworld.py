@@ -96,15 +96,11 @@ def read_response(text: str) -> Response | None:
     """Attributes of a rendered response, read back from its sentences; None for a foreign text."""
     attributes: list[str] = []
     rest = text.strip()
-    while rest:
-        phrase = next((p for p in ATTRIBUTE_OF if rest.startswith(p)), None)
-        if phrase is None:
-            return None
+    while phrase := next((p for p in ATTRIBUTE_OF if rest.startswith(p)), None):
         attributes.append(ATTRIBUTE_OF[phrase])
         rest = rest[len(phrase) :].lstrip()
-    if not attributes or attributes[-1] not in ("good", "bad"):
-        return None
-    return Response(tuple(attributes[:-1]), attributes[-1])
+    complete = not rest and attributes and attributes[-1] in ("good", "bad")
+    return Response(tuple(attributes[:-1]), attributes[-1]) if complete else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,21 +147,19 @@ class PersonaWorld:
     def variants(self, prototype: str, scenario: str, *, held_out: bool) -> list[Criteria]:
         """The cell itself (never held out) and its variants: another second or third criterion."""
         cell = self.cells[prototype, scenario]
-        variants = [] if held_out else [cell]
-        for position in (1, 2):
-            others = {AXIS[pole] for i, pole in enumerate(cell) if i != position}
-            for pole in POLES:
-                variant = (*cell[:position], pole, *cell[position + 1 :])
-                new = AXIS[pole] not in others and pole != cell[position]
-                if new and self._is_held_out(scenario, variant) == held_out:
-                    variants.append(variant)
-        return variants
+        variants = [(*cell[:position], pole, *cell[position + 1 :]) for position in (1, 2) for pole in POLES]
+        return [cell] * (not held_out) + [
+            variant
+            for variant in variants
+            if variant != cell
+            and len({AXIS[pole] for pole in variant}) == len(cell)
+            and self._is_held_out(scenario, variant) == held_out
+        ]
 
     def _is_held_out(self, scenario: str, criteria: Criteria) -> bool:
-        if criteria in (self.cells[p, scenario] for p in PROTOTYPES):
-            return False
         digest = hashlib.sha256(" ".join((str(HELD_OUT_SALT), scenario, *criteria)).encode()).digest()
-        return digest[0] < 256 * HELD_OUT_SHARE
+        cells = (self.cells[prototype, scenario] for prototype in PROTOTYPES)
+        return criteria not in cells and digest[0] < 256 * HELD_OUT_SHARE
 
     def user(self, rng: random.Random, user_id: str, cohort: str) -> User:
         """A user of the cohort.
@@ -188,13 +182,13 @@ class PersonaWorld:
         return self._population[key]
 
     def kind_of(self, scenario: str, chosen: Response, rejected: Response) -> str:
+        equal = chosen.quality == rejected.quality
+        if equal and sum(a != b for a, b in zip(chosen.poles, rejected.poles)) == 1:
+            return "hard"
         popular = self.population_utility(scenario, rejected) - 0.05
-        popular_loses = self.population_utility(scenario, chosen) < popular
-        if chosen.quality == rejected.quality:
-            if sum(a != b for a, b in zip(chosen.poles, rejected.poles)) == 1:
-                return "hard"
-            return "rival" if popular_loses else "medium"
-        return "rival" if popular_loses and rejected.quality == "good" else "easy"
+        if self.population_utility(scenario, chosen) < popular and (equal or rejected.quality == "good"):
+            return "rival"
+        return "medium" if equal else "easy"
 
     def draw_pair(
         self, rng: random.Random, user: User, scenario: str, kind: str
@@ -207,10 +201,13 @@ class PersonaWorld:
             if abs(gap) < MARGIN:
                 continue
             chosen, rejected = (first, second) if gap + rng.gauss(0, NOISE) > 0 else (second, first)
-            if self.kind_of(scenario, chosen, rejected) == kind and not (
-                kind == "easy" and chosen.quality == "bad"
-            ):
+            if self.allows(kind, scenario, chosen, rejected):
                 return chosen, rejected
+
+    def allows(self, kind: str, scenario: str, chosen: Response, rejected: Response) -> bool:
+        """True if a pair is of the kind; the chosen response of an easy pair is also good."""
+        good = kind != "easy" or chosen.quality == "good"
+        return good and self.kind_of(scenario, chosen, rejected) == kind
 
     def _draw_responses(self, rng: random.Random, criteria: Criteria, kind: str) -> tuple[Response, Response]:
         """Draw two responses about the same three axes; half of the time, exactly those of the criteria."""
@@ -220,15 +217,11 @@ class PersonaWorld:
         first = [rng.choice(AXES[i]) for i in axes]
         second = [rng.choice(AXES[i]) for i in axes]
         if kind == "hard":
-            second = list(first)
             flip = rng.randrange(len(axes))
-            second[flip] = OPPOSITE[first[flip]]
-        quality = rng.choice(("good", "good", "bad"))
-        other = (
-            {"good": "bad", "bad": "good"}[quality]
-            if kind == "easy" or (kind == "rival" and rng.random() < 0.6)
-            else quality
-        )
+            second = [OPPOSITE[pole] if i == flip else pole for i, pole in enumerate(first)]
+        quality = other = rng.choice(("good", "good", "bad"))
+        if kind == "easy" or (kind == "rival" and rng.random() < 0.6):
+            other = {"good": "bad", "bad": "good"}[quality]
         return Response(tuple(first), quality), Response(tuple(second), other)
 
 
@@ -242,13 +235,10 @@ def build(data: DataConfig, seed: int, left_out: object = None) -> Iterator[Pref
     queries = max(1, data.pairs_per_user - HISTORY_PER_SCENARIO * len(SCENARIOS))
     for i in range(data.users):
         yield from _votes(world, rng, world.user(rng, f"train-{i:05d}", "seen_persona"), "train", queries)
+    cohorts = ("seen_persona", "unseen_persona")
     for i in range(max(2, data.heldout_users // 4)):
-        cohort = ("seen_persona", "unseen_persona")[i % 2]
-        yield from _votes(world, rng, world.user(rng, f"val-{i:04d}", cohort), "val", queries)
-    test_users = [
-        world.user(rng, f"test-{i:04d}", ("seen_persona", "unseen_persona")[i % 2])
-        for i in range(max(2, data.heldout_users))
-    ]
+        yield from _votes(world, rng, world.user(rng, f"val-{i:04d}", cohorts[i % 2]), "val", queries)
+    test_users = [world.user(rng, f"test-{i:04d}", cohorts[i % 2]) for i in range(max(2, data.heldout_users))]
     for user in test_users:
         for pair in _votes(world, rng, user, "test", queries):
             yield pair
@@ -266,14 +256,13 @@ def _votes(
         yield replace(vote, split="train", user_split=split)
     start = rng.randrange(len(KINDS))
     for n in range(start, start + queries):
-        scenario, kind = scenarios[n % len(scenarios)], KINDS[n % len(KINDS)]
-        yield replace(_vote(world, rng, user, scenario, kind, f"q{n - start}"), split=split, user_split=split)
+        vote = _vote(world, rng, user, scenarios[n % len(scenarios)], KINDS[n % len(KINDS)], f"q{n - start}")
+        yield replace(vote, split=split, user_split=split)
 
 
 def _vote(
     world: PersonaWorld, rng: random.Random, user: User, scenario: str, kind: str, tag: str
 ) -> PreferencePair:
-    """One vote, not yet in a split."""
     chosen, rejected = world.draw_pair(rng, user, scenario, kind)
     query = rng.choice(QUERIES).format(topic=rng.choice(SCENARIOS[scenario]))
     pair_id = f"{user.user_id}-{tag}"

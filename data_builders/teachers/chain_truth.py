@@ -42,47 +42,29 @@ def chain_truth(
     chain: Chain, text: str, example: Example, explicit: ExplicitSignals, reader: IdealReader
 ) -> ChainTruth:
     """Compare a chain with the truth.  Raises DataError for an example that is not of PersonaWorld."""
-    named = tuple(name for name, _ in chain.criteria if name != QUALITY)
-    responses = [read_response(response) for response in example.responses]
-    read = [response for response in responses if response is not None]
+    criteria, names = read_criteria(explicit), [name for name, _ in chain.criteria]
+    named, total = tuple(n for n in names if n != QUALITY), sum(weight for _, weight in chain.criteria)
+    responses = [response for answer in example.responses if (response := read_response(answer)) is not None]
     return ChainTruth(
-        votes=_share(_restated(chain.analysis, example)),
-        recalled=_recalled(named, explicit),
+        votes=_right(_VOTE, chain.analysis, [" ".join(advantage(v)) or "nothing" for v in example.history]),
+        recalled=len({*named} & {*criteria[1]}) / len(criteria[1]) if criteria else None,
         allowed=float(reader.after_votes(example).get(named, 0.0) > ALLOWED) if named else None,
-        responses=_share(_described(text, read)),
-        scores=_share(_fitting(chain, read)),
-        quality=_quality_share(chain),
+        responses=_right(_NOTE, text, [" ".join((*r.poles, r.quality)) for r in responses]),
+        scores=_share(
+            [
+                _fits(name, score, response)
+                for response, row in zip(responses, chain.criterion_scores or ())
+                for name, score in zip(names, row, strict=True)
+            ]
+        ),
+        quality=100 * dict(chain.criteria).get(QUALITY, 0.0) / total if total > 0 else None,
     )
 
 
-def _restated(analysis: str, example: Example) -> list[bool]:
-    stated = {int(number): words for number, words in _VOTE.findall(analysis)}
-    return [
-        stated.get(number) == (" ".join(advantage(item)) or "nothing")
-        for number, item in enumerate(example.history, start=1)
-    ]
-
-
-def _recalled(named: tuple[str, ...], explicit: ExplicitSignals) -> float | None:
-    criteria = read_criteria(explicit)
-    return None if criteria is None else len(set(named) & set(criteria[1])) / len(criteria[1])
-
-
-def _described(text: str, responses: list[Response]) -> list[bool]:
-    notes = {int(number): words for number, words in _NOTE.findall(text)}
-    return [
-        notes.get(number) == " ".join((*response.poles, response.quality))
-        for number, response in enumerate(responses, start=1)
-    ]
-
-
-def _fitting(chain: Chain, responses: list[Response]) -> list[bool]:
-    names = [name for name, _ in chain.criteria]
-    return [
-        _fits(name, score, response)
-        for response, row in zip(responses, chain.criterion_scores or ())
-        for name, score in zip(names, row, strict=True)
-    ]
+def _right(pattern: re.Pattern[str], text: str, truth: list[str]) -> float | None:
+    """Share of the numbered statements, from 1 on, that the text makes in the words of the truth."""
+    stated = {int(number): words for number, words in pattern.findall(text)}
+    return _share([stated.get(number) == words for number, words in enumerate(truth, start=1)])
 
 
 def _fits(criterion: str, score: float, response: Response) -> bool:
@@ -92,11 +74,6 @@ def _fits(criterion: str, score: float, response: Response) -> bool:
     if criterion in response.poles:
         return 7 <= score <= 9
     return 2 <= score <= 4 if OPPOSITE.get(criterion) in response.poles else score == 5
-
-
-def _quality_share(chain: Chain) -> float | None:
-    total = sum(weight for _, weight in chain.criteria)
-    return 100 * dict(chain.criteria).get(QUALITY, 0.0) / total if total > 0 else None
 
 
 def _share(right: list[bool]) -> float | None:

@@ -63,6 +63,8 @@ _RESPONSES = tuple(
     for quality in ("good", "bad")
 )
 _PER_AXES = 16  # responses that talk of the same three axes: 2³ poles × 2 qualities
+_BLOCKS = [_RESPONSES[i : i + _PER_AXES] for i in range(0, len(_RESPONSES), _PER_AXES)]
+_PLACES = {response: place for place, response in enumerate(_RESPONSES)}
 _SCENARIO_OF = {topic: scenario for scenario, topics in SCENARIOS.items() for topic in topics}
 
 
@@ -95,8 +97,8 @@ class IdealReader:
         scenario, (first, second) = _scenario(example.query, example), _responses(example.responses, example)
         weights = self._after_votes(scenario, _votes(example))
         tables = _tables(scenario)
-        forwards = tables.votes[:, :, _place(first), _within(second)].sum(axis=1)
-        backwards = tables.votes[:, :, _place(second), _within(first)].sum(axis=1)
+        forwards = tables.votes[:, :, _PLACES[first], _within(second)].sum(axis=1)
+        backwards = tables.votes[:, :, _PLACES[second], _within(first)].sum(axis=1)
         asked = weights * (forwards + backwards + 2 * len(KINDS) * FLOOR)
         first_wins = float(weights @ (forwards + len(KINDS) * FLOOR) / asked.sum())
         return Posterior(tables.criteria, asked / asked.sum(), first_wins)
@@ -105,8 +107,7 @@ class IdealReader:
         """Posterior of the criteria given the votes alone, without the responses that are asked about."""
         scenario = _scenario(example.query, example)
         weights = self._after_votes(scenario, _votes(example))
-        probabilities = (weights / weights.sum()).tolist()
-        return dict(zip(_tables(scenario).criteria, probabilities, strict=True))
+        return dict(zip(_tables(scenario).criteria, (weights / weights.sum()).tolist(), strict=True))
 
     def _after_votes(self, scenario: str, votes: dict[str, list[tuple[Response, Response]]]) -> np.ndarray:
         """Weight of each criteria of the scenario after the votes, up to a factor."""
@@ -166,7 +167,7 @@ class Imitator:
         posterior = self.reader.read(example)
         responses = _responses(example.responses, example)
         totals = _tables(_scenario(example.query, example)).totals
-        gaps = totals[:, :, _place(responses[chosen])] - totals[:, :, _place(responses[1 - chosen])]
+        gaps = totals[:, :, _PLACES[responses[chosen]]] - totals[:, :, _PLACES[responses[1 - chosen]]]
         return float(np.array(PATTERN_SHARES) @ (gaps > TIE) @ posterior.probabilities)
 
 
@@ -184,9 +185,7 @@ class _Tables:
     totals: np.ndarray
 
 
-@functools.cache
-def _world() -> PersonaWorld:
-    return PersonaWorld()
+_world = functools.cache(PersonaWorld)
 
 
 @functools.cache
@@ -207,7 +206,7 @@ def _tables(scenario: str) -> _Tables:
     for number, kind in enumerate(KINDS):
         draws = _draws(kind)  # chosen × rejected, the same for all axes
         allowed = np.array(
-            [[[_allowed(world, scenario, kind, a, b) for b in block] for a in block] for block in _blocks()]
+            [[[world.allows(kind, scenario, a, b) for b in block] for a in block] for block in _BLOCKS]
         )
         weights = talk[:, :, None, None] * (draws + draws.T) * wins * allowed
         sums = weights.sum(axis=(1, 2, 3), keepdims=True)
@@ -217,19 +216,14 @@ def _tables(scenario: str) -> _Tables:
     return _Tables(criteria, votes.reshape(places), np.array(totals))
 
 
-def _blocks() -> list[tuple[Response, ...]]:
-    return [_RESPONSES[i : i + _PER_AXES] for i in range(0, len(_RESPONSES), _PER_AXES)]
-
-
 def _talks_of(criteria: Criteria, axes: tuple[int, ...]) -> float:
     """Probability that the responses talk of `axes`: half of the time exactly those cared for."""
-    shared = len({AXIS[pole] for pole in criteria} & set(axes))
-    return {3: 0.5, 2: 0.5 / 6}.get(shared, 0.0)
+    return {3: 0.5, 2: 0.5 / 6}.get(len({AXIS[pole] for pole in criteria} & set(axes)), 0.0)
 
 
 def _draws(kind: str) -> np.ndarray:
     """P(first response, second response | axes, kind), before the vote, over 16 × 16 responses."""
-    block = _blocks()[0]
+    block = _BLOCKS[0]
     table = np.zeros((_PER_AXES, _PER_AXES))
     for (i, first), (j, second) in itertools.product(enumerate(block), enumerate(block)):
         differ = sum(x != y for x, y in zip(first.poles, second.poles, strict=True))
@@ -238,12 +232,6 @@ def _draws(kind: str) -> np.ndarray:
         quality = flipped if first.quality != second.quality else 1.0 - flipped
         table[i, j] = (2 / 3 if first.quality == "good" else 1 / 3) / 8 * poles * quality
     return table
-
-
-def _allowed(world: PersonaWorld, scenario: str, kind: str, chosen: Response, rejected: Response) -> bool:
-    return world.kind_of(scenario, chosen, rejected) == kind and not (
-        kind == "easy" and chosen.quality == "bad"
-    )
 
 
 @functools.cache
@@ -261,45 +249,30 @@ def _prior(cohort: str, prototype: str, scenario: str) -> np.ndarray:
 def _likelihoods(scenario: str, votes: Sequence[tuple[Response, Response]]) -> np.ndarray:
     """L(c, votes) for each criteria of the scenario; every vote of a history is of kind medium."""
     medium = _tables(scenario).votes[:, KINDS.index("medium")]
-    factors = [medium[:, _place(chosen), _within(rejected)] + FLOOR for chosen, rejected in votes]
-    return np.prod(factors, axis=0)
-
-
-@functools.cache
-def _places() -> dict[Response, int]:
-    return {response: place for place, response in enumerate(_RESPONSES)}
-
-
-def _place(response: Response) -> int:
-    return _places()[response]
+    return np.prod([medium[:, _PLACES[c], _within(r)] + FLOOR for c, r in votes], axis=0)
 
 
 def _within(response: Response) -> int:
-    return _place(response) % _PER_AXES
+    return _PLACES[response] % _PER_AXES
 
 
 def _votes(example: Example) -> dict[str, list[tuple[Response, Response]]]:
     votes = defaultdict[str, list[tuple[Response, Response]]](list)
     for item in example.history:
-        chosen, rejected = _responses((item.chosen, item.rejected), example)
-        votes[_scenario(item.query, example)].append((chosen, rejected))
+        vote = _responses((item.chosen, item.rejected), example)
+        votes[_scenario(item.query, example)].append(vote)
     return votes
 
 
 def _responses(texts: Sequence[str], example: Example) -> tuple[Response, Response]:
-    responses = [response for text in texts if (response := _read(text)) in _places()]
-    if len(responses) != 2 or len(texts) != 2 or _axes(responses[0]) != _axes(responses[1]):
+    responses = [response for text in texts if (response := _read(text)) in _PLACES]
+    same_axes = len({_PLACES[response] // _PER_AXES for response in responses}) == 1
+    if len(responses) != 2 or len(texts) != 2 or not same_axes:
         raise _foreign(example)
     return responses[0], responses[1]
 
 
-@functools.lru_cache(maxsize=100_000)
-def _read(text: str) -> Response | None:
-    return read_response(text)
-
-
-def _axes(response: Response) -> list[int]:
-    return [AXIS[pole] for pole in response.poles]
+_read = functools.lru_cache(maxsize=100_000)(read_response)
 
 
 def _scenario(query: str, example: Example) -> str:
