@@ -35,14 +35,14 @@ def build(config: Config, folder: StageFolder) -> Mapping[str, object]:
 
 
 def builder(config: Config) -> build_data.Builder:
-    """The builder of `data=`; each is one file in data_builders/sources."""
-    from data_builders.sources import pairs, personal_reward_bench, personaworld, prism
+    """The builder of `data=`, in data_builders/sources."""
+    from data_builders.sources import pairs, personaworld, prism
 
     builders = {
         "pairs": pairs.build,
         "personaworld": personaworld.build,
-        "chatbot_arena": personal_reward_bench.build,
-        "prism_personalized": personal_reward_bench.build,
+        "chatbot_arena": pairs.build,
+        "prism_personalized": pairs.build,
         "prism": prism.build,
     }
     if config.data.name not in builders:

@@ -1,4 +1,9 @@
-"""data=pairs: votes from a parquet or JSONL file, or a folder of them, in PersonalRewardBench's schema.
+"""data=pairs, chatbot_arena and prism_personalized: votes in PersonalRewardBench's schema.
+
+Source of `pairs`: the parquet or JSONL file of `data.path`, or a folder of them.  The others are the two parts of
+PersonalRewardBench (SynthesizeMe, Ryan et al. 2025), for which `data.path` may name a copy on disk.  Users appear
+in every split; the `split` column counts, not the hub's split.  Columns with verdicts of other judges are
+ignored.
 
 `data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).
 `data.on_bad_row=skip` skips, counts and lists bad rows.
@@ -16,17 +21,16 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records.rows import row_to_pair
 
+HUB = {
+    "chatbot_arena": "MichaelR207/chatbot_arena_personalized_0125",
+    "prism_personalized": "MichaelR207/prism_personalized_0125",
+}
 LISTED = 20  # skipped rows that are printed
 
 
 def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
-    """Stream the pairs of a file or folder.  DataError names file, row, field and expectation."""
-    assert data.path is not None
-    yield from read(data.path, data, left_out)
-
-
-def read(source: str, data: DataConfig, left_out: LeftOut) -> Iterator[PreferencePair]:
-    """Turn raw rows into pairs.  Raises DataError at a bad row, or if none is left."""
+    """Stream the pairs.  DataError names file, row, field and expectation, or reports that no row is left."""
+    source = data.path or HUB[data.name]
     bad, kept = BadRows(data.on_bad_row, left_out), 0
     for table, rows in hub.tables(source):
         for number, row in enumerate(rows, start=1):

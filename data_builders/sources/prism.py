@@ -40,8 +40,9 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
     """Stream the pairs and count the left-out rows.  DataError names file, row, field and expectation."""
     source, bad = data.path or HUB, BadRows(data.on_bad_row, left_out)
     survey = _survey(source, bad)
-    needed = ("conversation_id", "user_id", "conversation_history")
-    for where, row in _required(source, "conversations", needed, bad):
+    for where, row in _required(
+        source, "conversations", ("conversation_id", "user_id", "conversation_history"), bad
+    ):
         user = survey.get(str(row["user_id"]))
         if user is None:
             left_out["conversations whose user is not in the survey"] += 1
@@ -59,12 +60,10 @@ def _survey(source: str, bad: BadRows) -> dict[str, hub.Row]:
     """User → their answers; a second answer of a user is a bad row."""
     survey: dict[str, hub.Row] = {}
     for where, row in _required(source, "survey", ("user_id",), bad):
-        if (user := str(row["user_id"])) in survey:
+        if survey.setdefault(user := str(row["user_id"]), row) is not row:
             bad.take(
                 DataError(f"{where}, field 'user_id': expected one row per user, got {user[:60]!r} again")
             )
-        else:
-            survey[user] = row
     return survey
 
 
@@ -89,7 +88,6 @@ def _required(source: str, table: str, fields: Sequence[str], bad: BadRows) -> I
 def _pairs(
     row: hub.Row, where: str, explicit: ExplicitSignals, gap: float, dropped: LeftOut
 ) -> Iterator[PreferencePair]:
-    """The pairs of one conversation, turn by turn."""
     context: list[Message] = []
     conversation, user = str(row["conversation_id"]), str(row["user_id"])
     for turn, (query, responses) in enumerate(_turns(row, where)):
@@ -160,11 +158,12 @@ def _turns(row: hub.Row, row_name: str) -> list[tuple[str, list[_Response]]]:
 
 
 def _explicit(user: hub.Row, row: hub.Row) -> ExplicitSignals:
-    weights = _weights(user.get("stated_prefs")) | _weights(row.get("choice_attributes"))
     return ExplicitSignals(
         self_description=_text(user.get("self_description")),
         style=_text(user.get("system_string")),
-        attributes=tuple(weights.items()),
+        attributes=tuple(
+            (_weights(user.get("stated_prefs")) | _weights(row.get("choice_attributes"))).items()
+        ),
     )
 
 

@@ -92,8 +92,8 @@ class FeatureTeacher:
         self.population = self._population_without(frozenset())
         enough = conversations.max() + 1 >= 4 * FOLDS
         self.tau = self.precision or (self._choose_precision(owners) if enough else DEFAULT_PRECISION)
-        fitted = _user_weights(self.differences, owners, self.population, self.tau, len(index))
-        self._user_weights = dict(zip(index, fitted))
+        weights = _user_weights(self.differences, owners, self.population, self.tau, len(index))
+        self._user_weights = dict(zip(index, weights))
         return self
 
     def standardise(self, texts: Sequence[str]) -> np.ndarray:
@@ -126,8 +126,9 @@ class FeatureTeacher:
         weights = self.weights(user_id, history, responses)
         top = self._top_features(weights, user_id, history, responses)
         criteria = _criteria(weights, top)
-        analysis = self._analysis(history, [name for name, _ in criteria])
-        return ChainParts(analysis, criteria, self._grades(responses, top, weights, rng))
+        shown = [f"Pair {i}: {_clearest(gap)}." for i, gap in enumerate(self._gaps(history), start=1)]
+        wish = f"This user prefers {', '.join(name for name, _ in criteria)} answers."
+        return ChainParts(" ".join([*shown, wish]), criteria, self._grades(responses, top, weights, rng))
 
     def preferences(self, user_id: str) -> list[tuple[str, int]]:
         """This user's strongest criteria as (criterion, percentage); the population's for an unknown user."""
@@ -166,17 +167,7 @@ class FeatureTeacher:
 
     def _gaps(self, history: Sequence[HistoryItem]) -> np.ndarray:
         """Standardised features of each chosen answer minus those of the rejected one."""
-        rejected = self.standardise([item.rejected for item in history])
-        return self.standardise([item.chosen for item in history]) - rejected
-
-    def _mean_difference(
-        self, user_id: str, history: Iterable[HistoryItem], scored: Iterable[str]
-    ) -> np.ndarray:
-        """Mean advantage of the user's chosen answers, (F,); the population's counts as τ further rows."""
-        rows, extra, left_out = self._evidence(user_id, history, scored)
-        differences = self._differences_of(rows, extra)
-        others = (self._total - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
-        return (differences.sum(axis=0) + self.tau * others) / (len(differences) + self.tau)
+        return self.standardise([h.chosen for h in history]) - self.standardise([h.rejected for h in history])
 
     def _top_features(
         self,
@@ -190,9 +181,13 @@ class FeatureTeacher:
         A feature whose weight opposes the mean difference only corrects for its neighbours (fewer different
         words, if long).  It would be untrue to call that a preference of this user, so it is no criterion.
         """
-        effect = np.abs(weights) * self.spread
-        true_to_sign = weights * self._mean_difference(user_id, history, scored) > 0
-        order = np.argsort(-np.where(true_to_sign, effect, 0.0), kind="stable")
+        rows, extra, left_out = self._evidence(user_id, history, scored)
+        differences = self._differences_of(rows, extra)
+        others = (self._total - self.differences[list(left_out)].sum(axis=0)) / len(self.differences)
+        # Mean advantage of the user's chosen answers, (F,); the population's counts as τ further rows.
+        mean = (differences.sum(axis=0) + self.tau * others) / (len(differences) + self.tau)
+        true_to_sign = weights * mean > 0
+        order = np.argsort(-np.where(true_to_sign, np.abs(weights) * self.spread, 0.0), kind="stable")
         return order[: min(self.top, max(1, int(true_to_sign.sum())))]
 
     def _population_without(self, folds: frozenset[int]) -> np.ndarray:
@@ -233,10 +228,6 @@ class FeatureTeacher:
         below, upto = (np.searchsorted(column, values, side) for side in ("left", "right"))
         middle_rank = (below + upto) / (2 * len(column))
         return 1 + np.floor(10 * (middle_rank if weight >= 0 else 1 - middle_rank))
-
-    def _analysis(self, history: Sequence[HistoryItem], names: Sequence[str]) -> str:
-        shown = [f"Pair {i}: {_clearest(gap)}." for i, gap in enumerate(self._gaps(history), start=1)]
-        return " ".join([*shown, f"This user prefers {', '.join(names)} answers."])
 
 
 def _pole(feature: int, sign: float) -> str:

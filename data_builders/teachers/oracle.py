@@ -69,11 +69,10 @@ class OracleTeacher:
                 f"pair {example.pair_id}: the oracle teacher reads PersonaWorld's texts and criteria only"
             )
         rng = random.Random(f"{self.seed}/{example.pair_id}/{example.responses[0]}/{attempt}")
-        scenario, criteria = stated
         weights, quality_weight = rng.choices(PATTERNS, PATTERN_SHARES)[0]
-        scale = _Scale(rng)
+        scale, criteria = _Scale(rng), stated[1]
         return write_chain(
-            _analysis(example, scenario, criteria),
+            _analysis(example, *stated),
             [*zip(criteria, weights), ("quality", quality_weight)],
             [scale.scores(r, criteria) for r in responses if r is not None],
             [" ".join((*r.poles, r.quality)) for r in responses if r is not None],
@@ -88,13 +87,10 @@ class _Scale:
         self.against = {a: rng.randint(2, 4) for a in (*POLES, "bad")}
 
     def scores(self, response: Response, criteria: tuple[str, ...]) -> list[float]:
+        held = {a: self.of[a] for a in response.poles}
+        opposed = {OPPOSITE[a]: self.against[OPPOSITE[a]] for a in response.poles}
         quality = self.of["good"] if response.quality == "good" else self.against["bad"]
-        return [float(score) for score in (*(self._score(c, response) for c in criteria), quality)]
-
-    def _score(self, criterion: str, response: Response) -> int:
-        if criterion in response.poles:
-            return self.of[criterion]
-        return self.against[criterion] if OPPOSITE[criterion] in response.poles else 5
+        return [float(score) for score in (*((opposed | held).get(c, 5) for c in criteria), quality)]
 
 
 def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str:
@@ -103,8 +99,8 @@ def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str
         for i, item in enumerate(example.history, start=1)
     ]
     match = _PROTOTYPE.search(example.explicit.self_description or "")
-    who = match[1] if match else "person"
-    return " ".join((*pairs, f"This {who} for {scenario} wants {' '.join(criteria)}."))
+    wish = f"This {match[1] if match else 'person'} for {scenario} wants {' '.join(criteria)}."
+    return " ".join((*pairs, wish))
 
 
 def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
@@ -113,16 +109,12 @@ def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
     if stated is None or isinstance(chain, ParseFailure):
         return None
     true = {**dict(zip(stated[1], WEIGHTS)), "quality": QUALITY_WEIGHT}
-    named = _normalised(dict(chain.criteria))
+    positive = {name: max(0.0, weight) for name, weight in dict(chain.criteria).items()}
+    total = sum(positive.values())
+    named = {name: weight / total for name, weight in positive.items() if total}
     covered = sum(min(named.get(c, 0.0), w) for c, w in true.items())
     contradicted = sum(named.get(OPPOSITE[c], 0.0) for c in stated[1])
     return max(0.0, covered - contradicted) / sum(true.values())
-
-
-def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
-    positive = {name: max(0.0, w) for name, w in weights.items()}
-    total = sum(positive.values())
-    return {name: w / total for name, w in positive.items()} if total else {}
 
 
 def judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:

@@ -8,7 +8,7 @@ import pytest
 from prism_world import CONVERSATION, SURVEY, model, user
 
 from data_builders.sources import hub
-from data_builders.sources.personal_reward_bench import build as build_personalised
+from data_builders.sources.pairs import build as build_personalised
 from data_builders.sources.prism import build
 from pgenrm_train.config import Config, DataConfig, load
 from pgenrm_train.errors import DataError
