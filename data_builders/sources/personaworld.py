@@ -148,7 +148,7 @@ class PersonaWorld:
         """The cell itself (never held out) and its variants: another second or third criterion."""
         cell = self.cells[prototype, scenario]
         variants = [(*cell[:position], pole, *cell[position + 1 :]) for position in (1, 2) for pole in POLES]
-        return [cell] * (not held_out) + [
+        return ([] if held_out else [cell]) + [
             variant
             for variant in variants
             if variant != cell

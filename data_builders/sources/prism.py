@@ -60,10 +60,12 @@ def _survey(source: str, bad: BadRows) -> dict[str, hub.Row]:
     """User → their answers; a second answer of a user is a bad row."""
     survey: dict[str, hub.Row] = {}
     for where, row in _required(source, "survey", ("user_id",), bad):
-        if survey.setdefault(user := str(row["user_id"]), row) is not row:
+        if (user := str(row["user_id"])) in survey:
             bad.take(
                 DataError(f"{where}, field 'user_id': expected one row per user, got {user[:60]!r} again")
             )
+        else:
+            survey[user] = row
     return survey
 
 

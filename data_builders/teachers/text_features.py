@@ -81,10 +81,20 @@ def _parse(text: str) -> _Text:
     return _Text(text, prefix, words, sentences, tuple(line for line in prefix.splitlines() if line.strip()))
 
 
+def _structure(t: _Text) -> float:
+    """Log count of lines; list items, headings, table rows and code fences count twice."""
+    return float(np.log1p(len(t.lines) + sum(bool(_BLOCK.match(line)) for line in t.lines)))
+
+
 def _formality(t: _Text) -> float:
     """Long words minus colloquial ones: in place of Heylighen & Dewaele's F-score, which needs a tagger."""
     long_words = 100 * sum(len(word) > 6 for word in t.words) / max(len(t.words), 1)
     return long_words - t.share(_CASUAL) - t.per_100_words(t.prefix.count("!"))
+
+
+def _readability(t: _Text) -> float:
+    """Minus LIX, so that more is easier; clipped, so that a word of 5,000 letters is only 'very hard'."""
+    return -float(np.clip(textstat.lix(t.prefix[:READABILITY_PREFIX]), 10, 80)) if t.words else -40.0
 
 
 def _polish(t: _Text) -> float:
@@ -106,20 +116,10 @@ class Feature(NamedTuple):
 
 TABLE: dict[str, Feature] = {
     "length": Feature("longer", "shorter", lambda t: float(np.log(len(t.text) + 10))),
-    # List items, headings, table rows and code fences count twice.
-    "structure": Feature(
-        "structured",
-        "plain",
-        lambda t: float(np.log1p(len(t.lines) + sum(bool(_BLOCK.match(line)) for line in t.lines))),
-    ),
+    "structure": Feature("structured", "plain", _structure),
     "hedging": Feature("cautious", "assertive", lambda t: t.share(_HEDGES)),
     "formality": Feature("formal", "casual", _formality),
-    # Minus LIX, so that more is easier; clipped, so that a word of 5,000 letters is only 'very hard'.
-    "readability": Feature(
-        "simple",
-        "complex",
-        lambda t: -float(np.clip(textstat.lix(t.prefix[:READABILITY_PREFIX]), 10, 80)) if t.words else -40.0,
-    ),
+    "readability": Feature("simple", "complex", _readability),
     # Guiraud's index: types over the root of tokens, less dependent on length than the type–token ratio.
     "vocabulary": Feature("varied", "repetitive", lambda t: len(set(t.words)) / max(len(t.words), 1) ** 0.5),
     "reasoning": Feature("reasoned", "unargued", lambda t: t.share(_REASONS)),
