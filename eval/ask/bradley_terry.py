@@ -54,11 +54,16 @@ class BradleyTerry:
         )
         votes = [p for p in train_pairs if p.chosen != p.rejected]
         if not votes:
-            return BradleyTerryScorer(vectors, np.zeros(vectors.dimension), {}, np.inf)
+            return BradleyTerryScorer(vectors, np.zeros(len(vectors(""))), {}, np.inf)
         rows = vectors.differences(votes)
         fold_of_vote = np.array([_fold(p) for p in votes])
         folds = [fold_of_vote == k for k in np.unique(fold_of_vote)] if np.ptp(fold_of_vote) else []
-        ridge = max(RIDGES, key=lambda value: sum(_held_out_likelihood(rows, fold, value) for fold in folds))
+        ridge = max(
+            RIDGES,
+            key=lambda value: sum(
+                log_expit(rows[fold] @ map_weights(rows[~fold], value)).sum() for fold in folds
+            ),
+        )
         weights = map_weights(rows, ridge)
         if not self.adapted:
             return BradleyTerryScorer(vectors, weights, {}, np.inf)
@@ -117,10 +122,6 @@ class Vectors:
             self._known[text] = self.embed([text])[0]
         return self._known[text]
 
-    @property
-    def dimension(self) -> int:
-        return len(self(""))
-
     def differences(self, votes: Sequence[PreferencePair] | Sequence[HistoryItem]) -> np.ndarray:
         """d of each vote, float64 (votes, dimension)."""
         return np.stack([self(v.chosen) - self(v.rejected) for v in votes]).astype(float)
@@ -150,10 +151,6 @@ def adapt(rows: np.ndarray, users: Sequence[T], weights: np.ndarray, precision: 
         user: weights + map_weights(rows[indices], precision, rows[indices] @ weights)
         for user, indices in of_user.items()
     }
-
-
-def _held_out_likelihood(rows: np.ndarray, fold: np.ndarray, ridge: float) -> float:
-    return float(log_expit(rows[fold] @ map_weights(rows[~fold], ridge)).sum())
 
 
 def _held_out_user_likelihood(

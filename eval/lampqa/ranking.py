@@ -41,10 +41,9 @@ from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
 from pgenrm_train.records.questions import Answer, UserQuestion
 
-Grades = Mapping[tuple[str, str], float | None]
-"""(question id, answering model) → rubric score or None"""
+Grades = Mapping[tuple[str, str], float | None]  # (question id, answering model) → rubric score or None
+# Both measures, their intervals as `<measure>_ci95`, and the counts of a subset.
 Statistics = dict[str, float | list[float] | None]
-"""Both measures, their intervals as `<measure>_ci95`, and the counts of a subset"""
 MEASURES = ("spearman_models", "spearman_answers")
 COUNTS = ("n_questions", "unranked", "tied", "no_reference")
 

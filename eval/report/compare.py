@@ -15,7 +15,6 @@ raise DataError.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -132,7 +131,9 @@ def publish_comparison(comparison: Comparison, folder: Path) -> str:
     """Write comparison.json, report.html, report.md and table.txt; returns the console's text."""
     overall, notes = comparison["overall"], comparison["notes"]
     rows = [_row("all", "", overall), *(_row(s["slice"], s["value"], s) for s in comparison["slices"])]
-    short = _short_names([run["run"] for run in comparison["runs"]])
+    paths = [run["run"] for run in comparison["runs"]]
+    folders = [Path(path).name for path in paths]
+    short = folders if len(set(folders)) == len(folders) else paths
     names = " − ".join(short)
     protocol = comparison["protocol"]
     title = f"{names}: difference in accuracy, {protocol} protocol, in % [95 % interval over users]"
@@ -180,8 +181,7 @@ def read_run(path: Path) -> Run:
         raise ArtifactError(
             f"eval.compare: {folder / 'predictions.parquet'} cannot be read ({error})"
         ) from None
-    own = _own(table, results)
-    samples = "text" in own and bool(own["text"].notna().any())
+    samples = "text" in table and bool(_own(table, results)["text"].notna().any())
     return Run(str(path), results, headline_predictions(table, results), samples)
 
 
@@ -205,16 +205,15 @@ def _own(table: pd.DataFrame, results: Headline) -> pd.DataFrame:
 
 def _refuse_different(a: Run, b: Run) -> None:
     first, second = a.results, b.results
-    facts: list[tuple[str, object, object]] = [
-        ("data", first.data, second.data),
-        ("protocol", first.protocol, second.protocol),
-    ]
-    if first.data_sha256 and second.data_sha256:
-        facts.append(("data, by content", first.data_sha256, second.data_sha256))
-    if a.samples and b.samples:
-        facts.append(("evaluation seeds", first.seeds, second.seeds))
-    for name, one, other in facts:
-        if one != other:
+    hashed = first.data_sha256 and second.data_sha256
+    facts: tuple[tuple[str, object, object, object], ...] = (  # name, values, whether both runs have it
+        ("data", first.data, second.data, True),
+        ("protocol", first.protocol, second.protocol, True),
+        ("data, by content", first.data_sha256, second.data_sha256, hashed),
+        ("evaluation seeds", first.seeds, second.seeds, a.samples and b.samples),
+    )
+    for name, one, other, comparable in facts:
+        if comparable and one != other:
             raise DataError(
                 f"{a.name} and {b.name} cannot be compared: {name} {one} in the first and {other} in the "
                 "second; evaluate both with the same data, protocol and seeds"
@@ -255,32 +254,30 @@ def _row(name: str, value: str, part: Difference | SliceDifference) -> Row:
     }
 
 
-def _short_names(runs: Sequence[str]) -> list[str]:
-    """Folder names if they differ, else the paths as given."""
-    names = [Path(run).name for run in runs]
-    return names if len(set(names)) == len(names) else list(runs)
-
-
 def _notes(a: Run, b: Run, overall: Difference) -> list[str]:
     low, high = overall["ci95"]
     verdict = "they differ" if low > 0 or high < 0 else "no difference is proven"
-    notes = [
-        f"{a.scores} of {a.name} against {b.scores} of {b.name}, {overall['n_pairs']} pairs of "
-        f"{overall['n_users']} users: {overall['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; {verdict}."
-        if overall["difference"] is not None
-        else "The protocol drops every pair in one of the runs: nothing can be compared."
-    ]
-    if overall["ci95_note"]:
-        notes.append(f"{overall['ci95_note']}.")
-    if overall["n_dropped"]:
-        notes.append(
-            f"The differences leave out {overall['n_dropped']} pairs that the protocol drops in one of the "
-            "runs."
-        )
-    if not (a.results.data_sha256 and b.results.data_sha256):
-        notes.append("An older version evaluated one run: its pairs are matched by id, not by content.")
-    if a.samples != b.samples:
-        notes.append(
-            "A scorer without sampling has one seed; it is compared with all seeds of the other run."
-        )
-    return notes
+    dropped = overall["n_dropped"]
+    notes = (  # sentence, whether it applies
+        (
+            f"{a.scores} of {a.name} against {b.scores} of {b.name}, {overall['n_pairs']} pairs of "
+            f"{overall['n_users']} users: {overall['difference']:+.1%} [{low:+.1%}, {high:+.1%}]; {verdict}."
+            if overall["difference"] is not None
+            else "The protocol drops every pair in one of the runs: nothing can be compared.",
+            True,
+        ),
+        (f"{overall['ci95_note']}.", overall["ci95_note"]),
+        (
+            f"The differences leave out {dropped} pairs that the protocol drops in one of the runs.",
+            dropped,
+        ),
+        (
+            "An older version evaluated one run: its pairs are matched by id, not by content.",
+            not (a.results.data_sha256 and b.results.data_sha256),
+        ),
+        (
+            "A scorer without sampling has one seed; it is compared with all seeds of the other run.",
+            a.samples != b.samples,
+        ),
+    )
+    return [note for note, applies in notes if applies]

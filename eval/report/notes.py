@@ -12,8 +12,11 @@ UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes th
 
 def reader_notes(final: Tested) -> list[str]:
     """Notes above the tables: number of users, personalisation, robustness."""
-    note = final.report["ci95_note"]
-    return [*([f"{note}."] if note else []), *_personal(final), *_robust(final)]
+    few = [f"{note}."] if (note := final.report["ci95_note"]) else []
+    if final.predictions["failure"].notna().all():
+        unread = "no answer is readable, so no figure here describes the model's judgement"
+        return [*few, f"{final.name}: {unread}."]
+    return [*few, *_personal(final), *_robust(final)]
 
 
 def input_notes(odd: Mapping[str, int]) -> list[str]:
@@ -25,14 +28,8 @@ def input_notes(odd: Mapping[str, int]) -> list[str]:
     return notes
 
 
-def _unreadable(final: Tested) -> bool:
-    return bool(final.predictions["failure"].notna().all())
-
-
 def _personal(final: Tested) -> list[str]:
     """State whether the final model is shown to depend on whose history it reads."""
-    if _unreadable(final):
-        return [f"{final.name}: no answer is readable, so no figure here describes the model's judgement."]
     if final.probe:
         subject = f"{final.probe['n_pairs']} votes on which two users disagree"
         own, swapped = final.probe["own"]["accuracy"], final.probe["swapped"]["accuracy"]
@@ -65,13 +62,15 @@ def _depends(low: float, few: str | None) -> str:
 def _robust(final: Tested) -> list[str]:
     """Name the probes that cost accuracy or turn verdicts but should not."""
     rows = [row for kind in UNMOVED if (row := _probed(final, kind))]
-    if not rows or _unreadable(final):
+    if not rows:
         return []
     few = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-    if moved := [_moved(row) for row in rows if row["drop ci95"][0] > 0]:
-        note = f"{final.name} loses accuracy under irrelevant changes: {', '.join(moved)}{few}."
-    else:
-        note = f"{final.name}: no loss of accuracy is proven under {len(rows)} irrelevant changes{few}."
+    moved = ", ".join(_moved(row) for row in rows if row["drop ci95"][0] > 0)
+    note = (
+        f"{final.name} loses accuracy under irrelevant changes: {moved}{few}."
+        if moved
+        else f"{final.name}: no loss of accuracy is proven under {len(rows)} irrelevant changes{few}."
+    )
     return [note, *_turned(final, [row for row in rows if row["drop ci95"][0] <= 0])]
 
 

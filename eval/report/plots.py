@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -44,9 +46,7 @@ _STYLE: Any = {
 
 def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]], *, prefix: str) -> Markup:
     """SVG of horizontal bars (label, accuracy in [0, 1], 95 % interval or None) and a line at one half."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 0.75 + 0.34 * len(bars)), layout="constrained")
-        axes = figure.subplots()
+    with _axes(5.0, 0.75 + 0.34 * len(bars)) as (figure, axes):
         rows = np.arange(len(bars))
         axes.barh(rows, [100 * bar[1] for bar in bars], height=0.62, color=_COLOURS[0], alpha=0.55)
         for row, (_, accuracy, interval) in enumerate(bars):
@@ -57,16 +57,14 @@ def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]],
         axes.set(xlim=(0, 100), ylim=(len(bars) - 0.4, -0.6), xlabel="accuracy, % (dotted: chance)")
         axes.set_yticks(rows, [_short(bar[0]) for bar in bars])
         axes.tick_params(axis="y", length=0)
-        return Markup(_inline(figure, prefix))
+        return _inline(figure, prefix)
 
 
 def line_plot(
     x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str
 ) -> Markup:
     """SVG of lines over `x`; None and NaN are gaps, few points get markers, colours and dashes differ."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
-        axes = figure.subplots()
+    with _axes(5.0, 3.0) as (figure, axes):
         for i, (name, values) in enumerate(series.items()):
             numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
             marker = "o" if np.isfinite(numbers).sum() <= 30 else ""
@@ -80,7 +78,7 @@ def line_plot(
         axes.grid(True, color="#8888", linewidth=0.4)
         if len(series) > 1:
             figure.legend(loc="outside upper left", ncols=min(3, len(series)), fontsize=9)
-        return Markup(_inline(figure, prefix))
+        return _inline(figure, prefix)
 
 
 def heat_map(
@@ -88,11 +86,7 @@ def heat_map(
 ) -> Markup:
     """Fractions in [0, 1] as percent, one cell per value, the best in bold; None is an empty cell."""
     grid = 100 * np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)), layout="constrained"
-        )
-        axes = figure.subplots()
+    with _axes(max(5.0, 1.0 + 0.75 * len(columns)), 0.7 + 0.42 * len(rows)) as (figure, axes):
         axes.pcolormesh(np.ma.masked_invalid(grid), cmap=_HEAT, edgecolor="none")
         for (y, x), value in np.ndenumerate(grid):
             if np.isfinite(value):
@@ -103,7 +97,7 @@ def heat_map(
         axes.invert_yaxis()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        return Markup(_inline(figure, prefix))
+        return _inline(figure, prefix)
 
 
 def point_map(
@@ -113,9 +107,7 @@ def point_map(
     kept = np.arange(len(x))
     if len(kept) > POINTS:
         kept = np.sort(np.random.default_rng(0).choice(kept, POINTS, replace=False))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.0, 4.0), layout="constrained")
-        axes = figure.subplots()
+    with _axes(5.0, 4.0) as (figure, axes):
         for j, name in enumerate(names):
             inside, shown = label == j, kept[label[kept] == j]
             if inside.any():
@@ -133,22 +125,25 @@ def point_map(
                     _short(name), middle, (0, 3), textcoords="offset points", ha="center", fontsize=8
                 )
         axes.set(xlabel="first principal axis", ylabel="second principal axis", xticks=[], yticks=[])
-        return Markup(_inline(figure, prefix))
+        return _inline(figure, prefix)
 
 
-def _inline(figure: Figure, prefix: str) -> str:
+@contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def _inline(figure: Figure, prefix: str) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    head, body = svg.split(">", 1)
+    head, body = buffer.getvalue().split("<svg", 1)[1].split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None, "matplotlib writes a viewBox"
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
-    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
-    return f'<svg {view.group()} aria-hidden="true">{body}'.replace(_INK, "currentColor")
+    body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{prefix}-", body).replace("xlink:href", "href")
+    return Markup(f'<svg {view.group()} aria-hidden="true">{body}'.replace(_INK, "currentColor"))
 
 
 def _short(text: str, limit: int = 28) -> str:

@@ -33,8 +33,7 @@ from pgenrm_train.records.pairs import HistoryItem
 
 TEMPLATES = Path(__file__).parent / "templates"
 DASH = "–"
-Row = Mapping[str, object]
-"""Column → value of any kind; `_cell` formats it."""
+Row = Mapping[str, object]  # column → value of any kind; `_cell` formats it
 Rows = Sequence[Row]
 
 _FRACTION = re.compile(
@@ -154,10 +153,9 @@ def write_report(path: str | Path, report: Report) -> None:
 def write_markdown(path: str | Path, report: Report) -> None:
     """Write facts, tables and notes as Markdown; it only counts the curves and chains of the HTML."""
     parts = [f"# {_plain(report.title)}", *(f"- {_plain(note)}" for note in report.notes)]
-    if report.run:
-        facts = [{"fact": _heading(name), "value": _fact(value)} for name, value in report.run.items()]
-        parts += ["## Run", _markdown_table(_table(facts))]
-    for heading, table in (("Results", report.stages), ("Baselines and references", report.comparisons)):
+    facts = [{"fact": _heading(name), "value": _fact(value)} for name, value in report.run.items()]
+    tables = {"Run": facts, "Results": report.stages, "Baselines and references": report.comparisons}
+    for heading, table in tables.items():
         if len(table):
             parts += [f"## {heading}", _markdown_table(_table(table))]
     for title, text, rows in report.sections:
@@ -171,10 +169,8 @@ def write_markdown(path: str | Path, report: Report) -> None:
 
 def _plots(report: Report) -> list[tuple[str, Markup]]:
     """(title, inline SVG); matplotlib writes the SVG and escapes every label."""
-    plots = []
-    bars = [bar for rows in (report.stages, report.comparisons) for bar in _bars(rows)]
-    if bars:
-        plots.append(("Accuracy with 95 % intervals", accuracy_bars(bars, prefix="bars")))
+    bars = _bars([*report.stages, *report.comparisons])
+    plots = [("Accuracy with 95 % intervals", accuracy_bars(bars, prefix="bars"))] if bars else []
     curves = [(c.title, line_plot(*c[1:], prefix=f"curve{i}")) for i, c in enumerate(report.curves)]
     return [*plots, *curves, *report.drawings]
 
@@ -184,10 +180,9 @@ def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:
     bars = []
     for row in rows:
         accuracy = cast("float | None", row.get("accuracy"))
-        interval = cast("Sequence[float] | None", row.get("ci95"))
+        interval = cast("tuple[float, float] | None", row.get("ci95"))
         if accuracy is not None and math.isfinite(accuracy):
-            bounds = (float(interval[0]), float(interval[1])) if interval is not None else None
-            bars.append((str(next(iter(row.values()))), float(accuracy), bounds))
+            bars.append((str(next(iter(row.values()))), accuracy, interval))
     return bars
 
 
@@ -207,8 +202,7 @@ def _table(rows: pd.DataFrame | Rows) -> Table:
 def _records(rows: pd.DataFrame | Rows) -> Rows:
     if not isinstance(rows, pd.DataFrame):
         return rows
-    named_index = rows.index.name is not None or rows.index.nlevels > 1
-    return cast(Rows, (rows.reset_index() if named_index else rows).to_dict("records"))
+    return cast(Rows, (rows.reset_index() if rows.index.names != [None] else rows).to_dict("records"))
 
 
 def _measure(name: str) -> str | None:
@@ -267,8 +261,8 @@ def _markdown_table(table: Table) -> str:
     lines = [
         [_plain(heading) for heading, _ in table.columns],
         ["---:" if n else "---" for _, n in table.columns],
+        *([_plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows),
     ]
-    lines += [[_plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.metrics.accuracy import AccuracyReport, accuracy_report, paired_difference
+from eval.metrics.accuracy import Estimate, accuracy_report, paired_difference
 from eval.metrics.calibration import Calibration
 from eval.metrics.slices import SliceRow
 from eval.report import published
@@ -42,6 +42,7 @@ VERDICTS = (
     "of failed samples: parse, the text lacks a required part; length, the text did not end within the "
     "limit; engine, an error of the server or function."
 )
+COHORTS = "All test users are unseen. Unseen personas also hold criteria that no training user has."
 SLICES = (
     "Length ratio is in characters. Language is estimated from script and function words. User: whether "
     "the user has votes in train. Prototype: the nearest user prototype. The interval of a slice with few "
@@ -59,48 +60,51 @@ def sections(
 ) -> list[Section]:
     """Protocols, verdicts, accuracy by kind, cohort and slice, probes, calibration and published figures."""
     final = (tested or everyone)[-1]
-    tables = [
+    mean = "" if prototype_mean is None else f" Mean over prototypes: {prototype_mean:.1%}."
+    several_kinds = len({kind for t in everyone for kind in t.report["slices"]}) > 1
+    by_kind = [{"model": t.name, **_accuracy_cells(t.report["slices"])} for t in everyone if several_kinds]
+    cohorts = [row for t in tested for row in cohort_rows(t, config)]
+    twins = [
+        {
+            "model": t.name,
+            **_accuracy_cells({"own history": t.probe["own"], "swapped": t.probe["swapped"]}),
+            "pairs": t.probe["n_pairs"],
+        }
+        for t in everyone
+        if t.probe
+    ]
+    optional = [
         Section(
             "The same predictions under other protocols", PROTOCOLS, [protocol_cells(t) for t in everyone]
         ),
         Section("Order, ties and failures", VERDICTS, [_verdicts(t) for t in everyone]),
+        Section("Accuracy by kind of pair", "Kinds as named by the data.", by_kind),
+        Section("Seen and unseen personas", COHORTS, cohorts),
+        Section("Accuracy by slice", f"Of {final.name}. {SLICES}{mean}", slices),
+        Section("Is it personal? Swapped histories", TWINS, twins),
+        Section("Robustness probes", f"Of {final.name}. {PROBES}", probe_table(final.robustness)),
     ]
-    kinds = sorted({kind for t in everyone for kind in t.report["slices"]})
-    if len(kinds) > 1:
-        rows = [_by_kind(t, kinds) for t in everyone]
-        tables.append(Section("Accuracy by kind of pair", "Kinds as named by the data.", rows))
-    if cohorts := [row for t in tested for row in cohort_rows(t, config)]:
-        text = "All test users are unseen. Unseen personas also hold criteria that no training user has."
-        tables.append(Section("Seen and unseen personas", text, cohorts))
-    if slices:
-        mean = "" if prototype_mean is None else f" Mean over prototypes: {prototype_mean:.1%}."
-        tables.append(Section("Accuracy by slice", f"Of {final.name}. {SLICES}{mean}", slices))
-    if twins := [row for t in everyone for row in _twins(t)]:
-        tables.append(Section("Is it personal? Swapped histories", TWINS, twins))
-    if final.robustness:
-        text = f"Of {final.name}. {PROBES}"
-        tables.append(Section("Robustness probes", text, probe_table(final.robustness)))
-    tables.append(Section("Calibration of margins", calibration_text(calibration), calibration["curve"]))
+    margins = Section("Calibration of margins", calibration_text(calibration), calibration["curve"])
+    tables = [*(section for section in optional if len(section.table)), margins]
     figures = Section("Published figures", published.TEXT, published.published_rows())
-    tables.insert(0 if config.data.name in published.BENCHMARK else len(tables), figures)
-    return tables
+    return [figures, *tables] if config.data.name in published.BENCHMARK else [*tables, figures]
 
 
 def stage_row(tested: Tested) -> Row:
     """One row of the headline table."""
     report = tested.report
-    row: dict[str, object] = {
+    probe: Mapping[str, Estimate] = {"swapped history": tested.probe["swapped"]} if tested.probe else {}
+    return {
         "stage": tested.name,
         "accuracy": report["accuracy"],
         "ci95": report["ci95"],
         "stderr": report["stderr"],
-        **_kind_cells(report, [kind for kind in ("hard", "rival") if kind in report["slices"]]),
+        **_accuracy_cells({k: part for k, part in report["slices"].items() if k in ("hard", "rival")}),
+        **_accuracy_cells(probe),
+        "format failures": sum(report["failures"].values()),
+        "ties": report["ties"],
+        "seconds": tested.seconds,
     }
-    if tested.probe:
-        row["swapped history accuracy"] = tested.probe["swapped"]["accuracy"]
-        row["swapped history accuracy ci95"] = tested.probe["swapped"]["ci95"]
-    failures = sum(report["failures"].values())
-    return row | {"format failures": failures, "ties": report["ties"], "seconds": tested.seconds}
 
 
 def cohort_rows(tested: Tested, config: Config) -> list[Row]:
@@ -130,22 +134,19 @@ def gain_rows(tested: Sequence[Tested], config: Config) -> list[Row]:
     One column for all pairs and, with several kinds, one per kind.  Raises DataError if the stages answered
     different pairs.
     """
-    steps = list(itertools.pairwise(tested))
-    if len(tested) > 2:
-        steps.append((tested[0], tested[-1]))
+    overall = [(tested[0], tested[-1])] if len(tested) > 2 else []
     return [
-        {"from": before.name, "to": after.name, **_gains(before, after, config)} for before, after in steps
+        {"from": before.name, "to": after.name, **_gains(before, after, config)}
+        for before, after in (*itertools.pairwise(tested), *overall)
     ]
 
 
 def _gains(before: Tested, after: Tested, config: Config) -> Row:
     new, old = after.own, before.own
     kinds = sorted(new["kind"].dropna().unique())
-    parts = {"all": (new, old)}
-    if len(kinds) > 1:
-        parts |= {kind: (new[new["kind"] == kind], old[old["kind"] == kind]) for kind in kinds}
+    parts = {kind: (new[new["kind"] == kind], old[old["kind"] == kind]) for kind in kinds}
     row: dict[str, object] = {}
-    for name, tables in parts.items():
+    for name, tables in {"all": (new, old), **(parts if len(kinds) > 1 else {})}.items():
         gain = paired_difference(*tables, draws=config.eval.draws, seed=config.seed)
         row |= {f"{name} difference": gain["difference"], f"{name} difference ci95": gain["ci95"]}
     return row
@@ -181,10 +182,8 @@ def protocol_rows(final: Tested) -> list[Row]:
 def protocol_cells(tested: Tested) -> Row:
     """One row per model with all protocols: the report's table."""
     protocols = tested.report["protocols"]
-    row: dict[str, object] = {"model": tested.name}
-    for name, p in protocols.items():
-        row |= {f"{name} accuracy": p["accuracy"], f"{name} accuracy ci95": p["ci95"]}
-    return row | {f"{name} dropped": p["n_dropped"] for name, p in protocols.items() if p["n_dropped"]}
+    dropped = {f"{name} dropped": p["n_dropped"] for name, p in protocols.items() if p["n_dropped"]}
+    return {"model": tested.name, **_accuracy_cells(protocols), **dropped}
 
 
 def probe_table(rows: Sequence[ProbeRow]) -> list[Row]:
@@ -200,12 +199,12 @@ def calibration_text(calibration: Calibration) -> str:
     """Introduction of the reliability table."""
     if calibration["ece"] is None:
         return "No verdict is readable, so there is no margin."
-    scaled = ""
-    if calibration["ece_scaled"] is not None:
-        scaled = (
-            f", and {calibration['ece_scaled']:.3f} with a temperature fitted on other users "
-            f"({calibration['temperature']:.3g} on all)"
-        )
+    scaled = (
+        f", and {calibration['ece_scaled']:.3f} with a temperature fitted on other users "
+        f"({calibration['temperature']:.3g} on all)"
+        if calibration["ece_scaled"] is not None
+        else ""
+    )
     return (
         "Confidence is σ(margin): the margin is read as Bradley–Terry log odds. The expected calibration "
         f"error is {calibration['ece']:.3f} over {calibration['n']} verdicts{scaled}. "
@@ -214,31 +213,10 @@ def calibration_text(calibration: Calibration) -> str:
     )
 
 
-def _kind_cells(report: AccuracyReport, kinds: Sequence[str]) -> Row:
-    row: dict[str, object] = {}
-    for kind in kinds:
-        if part := report["slices"].get(kind):
-            row |= {f"{kind} accuracy": part["accuracy"], f"{kind} accuracy ci95": part["ci95"]}
-    return row
-
-
-def _by_kind(tested: Tested, kinds: Sequence[str]) -> Row:
-    return {"model": tested.name, **_kind_cells(tested.report, kinds)}
-
-
-def _twins(tested: Tested) -> list[Row]:
-    if not (probe := tested.probe):
-        return []
-    return [
-        {
-            "model": tested.name,
-            "own history accuracy": probe["own"]["accuracy"],
-            "own history accuracy ci95": probe["own"]["ci95"],
-            "swapped accuracy": probe["swapped"]["accuracy"],
-            "swapped accuracy ci95": probe["swapped"]["ci95"],
-            "pairs": probe["n_pairs"],
-        }
-    ]
+def _accuracy_cells(estimates: Mapping[str, Estimate]) -> Row:
+    """Two columns per estimate: `<name> accuracy` and its interval."""
+    accuracies = {f"{name} accuracy": part["accuracy"] for name, part in estimates.items()}
+    return accuracies | {f"{name} accuracy ci95": part["ci95"] for name, part in estimates.items()}
 
 
 def yield_section(run_dir: Path) -> Section | None:

@@ -22,12 +22,19 @@ from eval.metrics.slices import (
     slice_labels,
     slice_rows,
 )
-from eval.report.chain_section import Ceilings, chain_sections, error_rows
+from eval.report.chain_section import Ceilings, chain_sections, chain_views, error_rows
 from eval.report.console import text_table
-from eval.report.curves import calibration_curve, grid_curve, grid_heat_map, grid_title, training_curves
+from eval.report.figures import (
+    calibration_curve,
+    grid_curve,
+    grid_heat_map,
+    grid_title,
+    prototype_curves,
+    prototype_maps,
+    prototype_sections,
+    training_curves,
+)
 from eval.report.notes import input_notes, reader_notes
-from eval.report.prototype_section import prototype_curves, prototype_maps, prototype_sections
-from eval.report.reader import chain_views
 from eval.report.report import Report, Row, Section, write_markdown, write_report
 from eval.report.sections import (
     cost_section,
@@ -111,7 +118,14 @@ def publish(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
     labels = slice_labels(
         evaluation.pairs, evaluation.histories, evaluated.prototypes, evaluation.known_users
     )
-    details = _details(evaluated, labels)
+    own, settings, seed = final.own, evaluated.config.eval, evaluated.config.seed
+    details = Details(
+        slice_rows(own, labels, protocol=settings.protocol, draws=settings.draws, seed=seed),
+        prototype_macro(own, labels, protocol=settings.protocol, seed=seed),
+        calibration(own, draws=settings.draws, seed=seed),
+        list(final.robustness),
+        error_rows(evaluated.tested, evaluated.config),
+    )
     gains = gain_rows(evaluated.tested, evaluated.config)
     odd = odd_inputs(evaluation.pairs, evaluation.histories)
     top = headline(evaluated.config, final, evaluated.grids)
@@ -168,18 +182,6 @@ def _model_name(config: Config) -> str:
     return config.model.path or config.model.name
 
 
-def _details(evaluated: Evaluated, labels: pd.DataFrame) -> Details:
-    config, final = evaluated.config, evaluated.final
-    own, settings, seed = final.own, config.eval, config.seed
-    return Details(
-        slice_rows(own, labels, protocol=settings.protocol, draws=settings.draws, seed=seed),
-        prototype_macro(own, labels, protocol=settings.protocol, seed=seed),
-        calibration(own, draws=settings.draws, seed=seed),
-        list(final.robustness),
-        error_rows(evaluated.tested, config),
-    )
-
-
 def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dict[str, object]:
     config, grids = evaluated.config, evaluated.grids
     return {
@@ -225,7 +227,6 @@ def _report(
 ) -> Report:
     config, grids, final = evaluated.config, evaluated.grids, evaluated.final
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
-    curve = details.calibration["curve"]
     optional = [
         Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains) if gains else None,
         *(Section(grid_title(g), GRIDS, g.rows) for g in grids),
@@ -252,7 +253,7 @@ def _report(
         sections=[section for section in optional if section],
         curves=[
             *(grid_curve(g) for g in grids),
-            *([calibration_curve(details.calibration, final.name)] if curve else []),
+            *([calibration_curve(details.calibration, final.name)] if details.calibration["curve"] else []),
             *training_curves(run_dir),
             *prototype_curves(run_dir),
         ],

@@ -21,6 +21,8 @@ from eval.ask.harness import (
     Write,
     ask,
     own_questions,
+    prediction,
+    requests,
     verified,
 )
 from eval.ask.scored import Score, ScoreMany, ask_scores, one_by_one, scored
@@ -37,11 +39,13 @@ from eval.studies.scaling_study import (
     replayed,
     sample_pool,
 )
-from pgenrm_train.backends.protocols import Generator
+from pgenrm_train.backends.protocols import Generator, Validated
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.records.pairs import PreferencePair
 
+# Columns of the chains that a validation logs.
+SHOWN = ("pair_id", "order", "score_chosen", "score_rejected", "failure", "issues", "tokens", "text")
 # Settings that shape prompt and answer.
 PROMPT = ("instructions", "max_prompt_tokens", "max_response_tokens", "max_text_tokens")
 
@@ -135,7 +139,6 @@ class Evaluation:
         """`known_users`, for the report: users with votes that a model may train on; None if unknown."""
         self.config, self.pairs, self.histories, self.known_users = config, pairs, histories, known_users
         self.twins: Twins = disagreement_twins(pairs) if config.eval.probes else []
-        self.twin_ids = {p.pair_id for twin in self.twins for p in twin}
         self.probe_pairs = probe_slice(pairs, config.eval.probe_pairs) if config.eval.probes else []
 
     def test(
@@ -146,15 +149,13 @@ class Evaluation:
         Resumes from the answers in `folder`.
         """
         seeds = self.config.eval.seeds if isinstance(candidate, Candidate) else 1
-        questions = self._questions(seeds, final)
-        predictions = self.asker(candidate, folder, progress, "predictions")(questions)
+        predictions = self.asker(candidate, folder, progress, "predictions")(self._questions(seeds, final))
         return self.judge(candidate.name, predictions, candidate.seconds, final=final)
 
     def asker(
         self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str
     ) -> Ask:
         """A function that answers questions with the candidate and stores the answers by identity."""
-        masking, temperature = masking_of(self.config, "eval"), self.config.eval.temperature
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
             kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
@@ -165,8 +166,8 @@ class Evaluation:
                 candidate.start,
                 candidate.write(),
                 kept,
-                masking=masking,
-                temperature=temperature,
+                masking=masking_of(self.config, "eval"),
+                temperature=self.config.eval.temperature,
                 progress=progress,
                 what=what,
             )
@@ -187,7 +188,7 @@ class Evaluation:
         pairs = self.pairs[: self.config.eval.grid_pairs]
         asker = self.asker(candidate, folder, progress, "samples")
         # A smaller cell would lack the samples that adaptive stopping saves in the largest one.
-        adaptive = self.config.eval.adaptive if study.cells == 1 else None
+        adaptive = self.config.eval.adaptive if len(study.ind) == len(study.pro) == 1 else None
         pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
         return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
 
@@ -197,15 +198,9 @@ class Evaluation:
         """Measure accuracy on all pairs and the probe on the twins; for the `final` model also robustness."""
         report = self._accuracy(predictions[predictions["set"] == "own"])
         report["model"] = name
-        settings, rows = self.config.eval, []
-        if final:
-            rows = probe_rows(
-                predictions,
-                settings.probe_kinds,
-                self.probe_pairs,
-                draws=settings.draws,
-                seed=self.config.seed,
-            )
+        kinds, draws = self.config.eval.probe_kinds, self.config.eval.draws
+        probe_pairs = self.probe_pairs if final else []
+        rows = probe_rows(predictions, kinds, probe_pairs, draws=draws, seed=self.config.seed)
         return Tested(name, predictions, report, self._probe(predictions), seconds, rows)
 
     def baseline(self, name: str, score: Score, *, final: bool = False) -> Tested:
@@ -214,33 +209,31 @@ class Evaluation:
 
     def _questions(self, seeds: int, final: bool) -> list[Question]:
         """All pairs, the twins with swapped histories, and for the `final` model the robustness probes."""
-        questions = own_questions(self.pairs, self.histories, seeds=seeds)
-        if self.twins:
-            twins = [p for twin in self.twins for p in twin]
-            questions += own_questions(
-                twins, swapped_histories(self.twins, self.histories), set_name="swapped"
-            )
-        if final:
-            questions += probe_questions(self.config.eval.probe_kinds, self.probe_pairs, self.histories)
-        return questions
+        twins = [p for twin in self.twins for p in twin]
+        swapped = swapped_histories(self.twins, self.histories)
+        probe_pairs = self.probe_pairs if final else []
+        return [
+            *own_questions(self.pairs, self.histories, seeds=seeds),
+            *own_questions(twins, swapped, set_name="swapped"),
+            *probe_questions(self.config.eval.probe_kinds, probe_pairs, self.histories),
+        ]
 
     def _accuracy(self, predictions: pd.DataFrame) -> AccuracyReport:
-        settings = self.config.eval
-        return accuracy_report(
-            predictions, protocol=settings.protocol, draws=settings.draws, seed=self.config.seed
-        )
+        protocol, draws = self.config.eval.protocol, self.config.eval.draws
+        return accuracy_report(predictions, protocol=protocol, draws=draws, seed=self.config.seed)
 
     def _probe(self, predictions: pd.DataFrame) -> HistoryProbe | None:
         if not self.twins:
             return None
-        own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(self.twin_ids)]
+        twin_ids = {p.pair_id for twin in self.twins for p in twin}
+        own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(twin_ids)]
         swapped = predictions[predictions["set"] == "swapped"]
-        draws, seed = self.config.eval.draws, self.config.seed
+        difference = paired_difference(own, swapped, draws=self.config.eval.draws, seed=self.config.seed)
         return {
-            "n_pairs": len(self.twin_ids),
+            "n_pairs": len(twin_ids),
             "own": _brief(self._accuracy(own)),
             "swapped": _brief(self._accuracy(swapped)),
-            "difference": paired_difference(own, swapped, draws=draws, seed=seed),
+            "difference": difference,
         }
 
 
@@ -251,3 +244,47 @@ def _brief(report: AccuracyReport) -> SetAccuracy:
         "n_pairs": report["n_pairs"],
         "ties": report["ties"],
     }
+
+
+class Validation:
+    """A `Validator`: accuracy while training, on a fixed slice of pairs with the harness of the evaluation.
+
+    One greedy chain per pair and order, so only the weights change between validations.  The slice is small:
+    its accuracy orders checkpoints and reveals trouble.  Report the number of `recipe=evaluate` instead.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pairs: Sequence[PreferencePair],
+        histories: Histories,
+        write: Write,
+    ) -> None:
+        self.config = config
+        questions = own_questions(pairs, histories)
+        self.questions = {q.key: q for q in questions}
+        self.requests = list(requests(questions, write, masking_of(config, "eval")))
+
+    def __call__(self, generator: Generator) -> Validated:
+        """Strict accuracy (a failed generation is a miss) as `headline` metrics, and the first chains."""
+        answers = {answer.key: answer for answer in generator(self.requests, temperature=0.0)}
+        rows = [prediction(question, answers[key]) for key, question in self.questions.items()]
+        report = accuracy_report(
+            pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed
+        )
+        shown = [
+            {k: v for k, v in row.items() if k in SHOWN} for row in rows[: self.config.eval.chains_in_report]
+        ]
+        return Validated(headline(report), shown)
+
+
+def headline(report: AccuracyReport) -> dict[str, float]:
+    """Metrics of an accuracy report for W&B and metrics.jsonl, with the same keys in every stage."""
+    metrics = {
+        "eval/accuracy": report["accuracy"],
+        "eval/macro_accuracy": report["macro_accuracy"],
+        "eval/ties": report["ties"],
+        "eval/format_failures": sum(report["failures"].values()),
+        "eval/order_flip_rate": report["order_flip_rate"],
+    }
+    return {k: float(v) for k, v in metrics.items() if v is not None}

@@ -37,8 +37,8 @@ class Similar:
 
 
 Ask = Callable[[Sequence[Question]], pd.DataFrame]
+# (analyses, their users, n) → similar users per analysis, the most similar first
 FindSimilar = Callable[[Sequence[str], Sequence[str], int], list[list[Similar]]]
-"""(analyses, their users, n) → similar users per analysis, the most similar first"""
 
 CellRow = TypedDict(
     "CellRow",
@@ -92,10 +92,6 @@ class Study:
     def n(self) -> int:
         return max(self.pro)
 
-    @property
-    def cells(self) -> int:
-        return len(self.ind) * len(self.pro)
-
 
 def sample_pool(
     study: Study,
@@ -135,11 +131,11 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[CellRow]:
 
     With several seeds, `stderr` is over seeds and disjoint subsets of a pool (M // m of them).
     """
-    table = grid(pool, study.ind, study.pro, study.weights)
+    parts = list(grid(pool, study.ind, study.pro, study.weights).groupby(["ind", "pro"], sort=True))
     settings, seed = config.eval, config.seed
+    undrawn = (pool["failure"] == SETTLED).sum()
     rows: list[CellRow] = []
-    first = None
-    for (m, n), part in table.groupby(["ind", "pro"], sort=True):
+    for (m, n), part in parts:
         report = accuracy_report(part, protocol=settings.protocol, draws=settings.draws, seed=seed)
         row: CellRow = {
             "ind": int(m),
@@ -152,12 +148,10 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[CellRow]:
         }
         if study.seeds > 1:  # not for one pool: its cells share chains
             row["stderr"] = report["stderr"]
-        if (undrawn := (pool["failure"] == SETTLED).sum()) > 0:
+        if undrawn:
             row["saved share"] = float(undrawn / (pool["source"] == "ind").sum())
-        if first is None:
-            first = part
-        else:
-            difference = paired_difference(part, first, draws=settings.draws, seed=seed)
+        if rows:
+            difference = paired_difference(part, parts[0][1], draws=settings.draws, seed=seed)
             row["paired difference"] = difference["difference"]
             row["paired difference ci95"] = difference["ci95"]
         rows.append(row)

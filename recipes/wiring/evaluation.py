@@ -8,9 +8,8 @@ from pathlib import Path
 
 from eval.report.compare import compare, publish_comparison
 from eval.report.summary import Evaluated, publish
-from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate
+from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, headline
 from eval.studies.scaling_study import FindSimilar, Study
-from eval.studies.validation import headline
 from pgenrm_train.config import Config, StageName, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link

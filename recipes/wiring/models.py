@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.studies.validation import Validation
+from eval.studies.evaluation import Validation
 from pgenrm_train.backends.embedding.embedder import EmbedderWorkers, SentenceEmbedder
 from pgenrm_train.backends.embedding.refine_processes import refine_in_processes
 from pgenrm_train.backends.protocols import Validator

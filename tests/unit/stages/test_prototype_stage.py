@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from data_builders.sources.personaworld import build
 from data_builders.teachers.oracle import OracleTeacher
-from eval.report.prototype_section import prototype_curves, prototype_maps, prototype_sections
+from eval.report.figures import prototype_curves, prototype_maps, prototype_sections
 from eval.report.report import Report, write_report
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config

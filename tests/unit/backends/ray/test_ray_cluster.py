@@ -21,7 +21,7 @@ def test_the_package_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
         "pgenrm_train/backends/grpo/cpu.py",
         "recipes/psi.py",
         "configs/config.yaml",
-        "eval/studies/validation.py",
+        "eval/studies/evaluation.py",
     } <= set(names)
     assert not any("__pycache__" in name for name in names)
 

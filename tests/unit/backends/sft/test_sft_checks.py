@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from data_builders.sources.personaworld import build
-from eval.studies.validation import Validation
+from eval.studies.evaluation import Validation
 from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.backends.sft.engine import merge_adapter

@@ -6,7 +6,7 @@ import pandas as pd
 from test_summary import Judge, evaluate, odd_pairs
 
 from eval.ask.scored import one_by_one
-from eval.report.reader import chain_views, shown_rows
+from eval.report.chain_section import chain_views, shown_rows
 from eval.studies.evaluation import Evaluation, ScoredCandidate
 from pgenrm_train.config import Config
 

@@ -198,7 +198,7 @@ def test_markdown_holds_the_tables_and_escapes_text(tmp_path):
 
 
 def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
-    from eval.report.curves import training_curves
+    from eval.report.figures import training_curves
 
     (tmp_path / "curriculum").mkdir()
     lines = [
@@ -226,7 +226,7 @@ def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
 
 
 def test_validation_and_its_probes_are_a_curve_beside_the_rewards(tmp_path):
-    from eval.report.curves import training_curves
+    from eval.report.figures import training_curves
 
     (tmp_path / "cre").mkdir()
     lines = [

@@ -5,8 +5,15 @@ import pytest
 
 from eval.ask.baselines import fit_baseline
 from eval.ask.scored import one_by_one, score_pairs, scored
-from eval.studies.perturb import inject, pad, paraphrase
-from eval.studies.robustness import KINDS, probe_questions, probe_rows, probe_slice
+from eval.studies.robustness import (
+    KINDS,
+    inject,
+    pad,
+    paraphrase,
+    probe_questions,
+    probe_rows,
+    probe_slice,
+)
 from pgenrm_train.config import Config
 from pgenrm_train.config.evaluation import PROBES
 from pgenrm_train.prompts.masking import MaskedView

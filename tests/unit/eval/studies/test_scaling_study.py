@@ -219,7 +219,7 @@ def test_weights_count_in_every_cell_and_in_what_stops_sampling(tmp_path):
 
 
 def test_a_grid_that_varies_both_ways_has_a_heat_map(tmp_path):
-    from eval.report.curves import grid_heat_map
+    from eval.report.figures import grid_heat_map
     from eval.studies.evaluation import Grid
 
     study = Study("scaling", (0, 1), (0, 2))
