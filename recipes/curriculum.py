@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgenrm_train.config import Config, StageName
-from recipes.wiring.grpo import run_stages
+from recipes.cre_and_curriculum import run_stages
 
 
 def run(config: Config) -> None:

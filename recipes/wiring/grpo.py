@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,29 +30,12 @@ from pgenrm_train.stages.grpo import (
     write_validation,
 )
 from pgenrm_train.stages.prototypes import prototype_of_users
-from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
-from recipes import build_data, criteria
 from recipes.wiring.costs import estimate_judge, judge_cost
 from recipes.wiring.llm import settings_of
 from recipes.wiring.models import load_tokenizer, make_embedder
 
 RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
 LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
-
-
-def run_stages(config: Config, stages: Sequence[StageName]) -> None:
-    """Train `stages` one after the other; the engine is started once for all incomplete ones."""
-    prepare(config)
-    start = start_of(config, stages[0].starts_from)
-    build_data.run(config)
-    if any(synthesized(config, stage) for stage in stages):
-        criteria.run(config)
-    for number, stage in enumerate(stages):
-        inputs = (*start.made_by, *([StageName.CRITERIA] if synthesized(config, stage) else []))
-        body = functools.partial(train, config, stages[number:], start.checkpoint)
-        summary = "{steps} optimiser steps, judge={judge}"
-        folder = run_stage(config, stage, body, summary, inputs=inputs)
-        start = Start(folder.path / "checkpoint", (stage,))
 
 
 def synthesized(config: Config, stage: StageName) -> bool:
