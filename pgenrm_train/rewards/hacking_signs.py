@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pgenrm_train.chains.chain import Chain, ParseFailure
 
 # Whose history a validation question shows.
@@ -60,7 +62,6 @@ def ranking_of(chain: Chain | ParseFailure, chosen_index: int) -> Ranking | None
 
 
 def _margin(scores: Sequence[float], chosen_index: int) -> float:
-    """Score of the chosen response minus the best other score."""
     return scores[chosen_index] - max(score for i, score in enumerate(scores) if i != chosen_index)
 
 
@@ -70,16 +71,17 @@ def signs(rankings: Iterable[Ranking | None]) -> dict[str, float | None]:
     verified = [ranking for ranking in readable if ranking.verified_margin is not None]
     sets = [tuple(sorted({name.casefold() for name in r.criteria})) for r in readable if r.criteria]
     return {
-        "verified_disagreement": _mean([ranking.contradicts_itself for ranking in verified]),
-        "unverifiable_share": _mean([ranking.verified_margin is None for ranking in readable]),
+        "verified_disagreement": mean([ranking.contradicts_itself for ranking in verified]),
+        "unverifiable_share": mean([ranking.verified_margin is None for ranking in readable]),
         "criterion_kinds": _effective_number([name for names in sets for name in names]),
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
-        "score_spread": _mean([ranking.spread for ranking in readable]),
+        "score_spread": mean([ranking.spread for ranking in readable]),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None for no values."""
+    return float(np.mean(values)) if values else None
 
 
 def _effective_number(names: Sequence[str]) -> float | None:

@@ -87,7 +87,12 @@ def reward_of(
     None. Raises ValueError for a process score outside [0, 1].
     """
     given = None if callable(process) else _checked(process)
-    verified = {"verified": _agrees(chain)} if weights.verified else {}
+    agrees = (  # a complete rubric whose sums are the scores that the chain declares
+        isinstance(chain, Chain)
+        and chain.verified_scores is not None
+        and DECLARED_DIFFERS not in chain.issues
+    )
+    verified = {"verified": float(agrees)} if weights.verified else {}
     if isinstance(chain, ParseFailure):
         parts = {"outcome": 0.0, "process": math.nan, "format": weights.format_error}
         return Reward(weights.format_error, parts | verified)
@@ -98,15 +103,6 @@ def reward_of(
     total += weights.verified * verified.get("verified", 0.0)
     parts = {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0}
     return Reward(total, parts | verified)
-
-
-def _agrees(chain: Chain | ParseFailure) -> float:
-    """1 for a chain with a complete rubric whose sums are the scores that it declares."""
-    return float(
-        isinstance(chain, Chain)
-        and chain.verified_scores is not None
-        and DECLARED_DIFFERS not in chain.issues
-    )
 
 
 def group_advantages(totals: Sequence[float], *, epsilon: float = 1e-6) -> list[float]:

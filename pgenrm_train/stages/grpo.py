@@ -61,9 +61,12 @@ class RowBuilder:
 
     def row(self, index: int, pair: PreferencePair, example: Example) -> Row:
         """A row under the stage's policy of masking, with a seeded draw per pair."""
-        policy, show = masking_of(self.config, self.stage), self.config.masking.show_probability
-        rng = random.Random(f"{seed_of(self.config, self.stage)}/{self.stage}/mask/{pair.pair_id}")
-        view, withheld = apply_masking(example, policy, rng, show_probability=show)
+        view, withheld = apply_masking(
+            example,
+            masking_of(self.config, self.stage),
+            random.Random(f"{seed_of(self.config, self.stage)}/{self.stage}/mask/{pair.pair_id}"),
+            show_probability=self.config.masking.show_probability,
+        )
         explicit = withheld.explicit
         if not signals(explicit):
             explicit = self.synthetic.get(pair.user_id, explicit)
@@ -91,11 +94,7 @@ class RowBuilder:
         }
 
 
-def write_rows(
-    builder: RowBuilder,
-    folder: Path,
-    pairs: Sequence[PreferencePair],
-) -> int:
+def write_rows(builder: RowBuilder, folder: Path, pairs: Sequence[PreferencePair]) -> int:
     """Write the rows that the stage's steps can use; returns their number.
 
     Presentation orders alternate, so that both are equally frequent.

@@ -31,7 +31,7 @@ from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 from pgenrm_train.rewards.reward import RewardWeights
 
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
-CHILD = "backends.grpo.child"  # in the command line of the training process
+CHILD = "backends.grpo.supervisor"  # in the command line of the training process
 
 
 def config(run_dir: Path, max_failures: int = 0, **changed: Any) -> Config:

@@ -21,6 +21,7 @@ from pgenrm_train.files import read_json
 
 TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
 MODULE = "pgenrm_train.backends.grpo.cpu"
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def verl_variables(config: Config) -> dict[str, str]:
@@ -76,8 +77,7 @@ def to_verl(
     from omegaconf import OmegaConf, open_dict
 
     check(config, section, start)
-    folder = Path(verl_config.__file__).parent
-    with initialize_config_dir(config_dir=str(folder), version_base=None):
+    with initialize_config_dir(config_dir=str(Path(verl_config.__file__).parent), version_base=None):
         composed = compose(config_name="ppo_trainer")
     keys = grpo_keys(config, section) | {
         "actor_rollout_ref.model.path": str(start),
@@ -114,8 +114,6 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
     """Keys that do not depend on the device."""
     grpo: GrpoConfig = getattr(config, section)
     model, cluster, seed = config.model, config.cluster, seed_of(config, section)
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    length = model.max_prompt_tokens + model.max_response_tokens
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
@@ -128,32 +126,32 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         "actor_rollout_ref.model.lora_rank": model.lora.rank,
         "actor_rollout_ref.model.lora_alpha": model.lora.alpha,
         "actor_rollout_ref.model.target_modules": list(model.lora.target_modules),
-        f"{actor}.strategy": "fsdp2",
-        f"{actor}.fsdp_config.strategy": "fsdp2",
+        f"{ACTOR}.strategy": "fsdp2",
+        f"{ACTOR}.fsdp_config.strategy": "fsdp2",
         "actor_rollout_ref.ref.fsdp_config.strategy": "fsdp2",
-        f"{actor}.ppo_mini_batch_size": grpo.mini_batch_prompts,
-        f"{actor}.ppo_micro_batch_size_per_gpu": grpo.micro_batch_size,
+        f"{ACTOR}.ppo_mini_batch_size": grpo.mini_batch_prompts,
+        f"{ACTOR}.ppo_micro_batch_size_per_gpu": grpo.micro_batch_size,
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
-        f"{rollout}.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
-        f"{actor}.clip_ratio": grpo.clip_ratio,
-        f"{actor}.clip_ratio_low": grpo.clip_ratio,
-        f"{actor}.clip_ratio_high": grpo.clip_ratio,
-        f"{actor}.loss_agg_mode": "token-mean",
-        f"{actor}.entropy_coeff": grpo.entropy_coefficient,
-        f"{actor}.use_kl_loss": grpo.kl_coefficient > 0,
-        f"{actor}.kl_loss_coef": grpo.kl_coefficient,
-        f"{actor}.kl_loss_type": "low_var_kl",
-        f"{actor}.data_loader_seed": seed,
-        f"{actor}.optim.lr": grpo.learning_rate,
-        f"{actor}.optim.lr_warmup_steps": grpo.warmup_steps,
-        f"{actor}.optim.weight_decay": grpo.weight_decay,
-        f"{rollout}.name": "vllm",
-        f"{rollout}.n": grpo.group_size,
-        f"{rollout}.temperature": grpo.temperature,
-        f"{rollout}.seed": seed,
-        f"{rollout}.tensor_model_parallel_size": cluster.tensor_parallel,
-        f"{rollout}.max_model_len": length,
-        f"{rollout}.enable_prefix_caching": True,
+        f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
+        f"{ACTOR}.clip_ratio": grpo.clip_ratio,
+        f"{ACTOR}.clip_ratio_low": grpo.clip_ratio,
+        f"{ACTOR}.clip_ratio_high": grpo.clip_ratio,
+        f"{ACTOR}.loss_agg_mode": "token-mean",
+        f"{ACTOR}.entropy_coeff": grpo.entropy_coefficient,
+        f"{ACTOR}.use_kl_loss": grpo.kl_coefficient > 0,
+        f"{ACTOR}.kl_loss_coef": grpo.kl_coefficient,
+        f"{ACTOR}.kl_loss_type": "low_var_kl",
+        f"{ACTOR}.data_loader_seed": seed,
+        f"{ACTOR}.optim.lr": grpo.learning_rate,
+        f"{ACTOR}.optim.lr_warmup_steps": grpo.warmup_steps,
+        f"{ACTOR}.optim.weight_decay": grpo.weight_decay,
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.n": grpo.group_size,
+        f"{ROLLOUT}.temperature": grpo.temperature,
+        f"{ROLLOUT}.seed": seed,
+        f"{ROLLOUT}.tensor_model_parallel_size": cluster.tensor_parallel,
+        f"{ROLLOUT}.max_model_len": model.max_prompt_tokens + model.max_response_tokens,
+        f"{ROLLOUT}.enable_prefix_caching": True,
         "reward.num_workers": 0,  # rewards are computed where chains are sampled
         "trainer.nnodes": cluster.nodes,
         "trainer.n_gpus_per_node": cluster.processes_per_node,
@@ -178,34 +176,35 @@ def cpu_keys(config: Config, section: str) -> dict[str, object]:
     The log-probabilities of sampling equal the actor's, so they are not computed again.
     """
     grpo: GrpoConfig = getattr(config, section)
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    executor = "uni" if config.cluster.tensor_parallel == 1 else "mp"
     fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    length = config.model.max_prompt_tokens + config.model.max_response_tokens
     return {
         "algorithm.rollout_correction.bypass_mode": True,
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"},
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
-        f"{actor}.use_torch_compile": False,
-        f"{actor}.fsdp_config.use_torch_compile": False,
-        f"{actor}.fsdp_config.mixed_precision": fp32,
+        f"{ACTOR}.use_torch_compile": False,
+        f"{ACTOR}.fsdp_config.use_torch_compile": False,
+        f"{ACTOR}.fsdp_config.mixed_precision": fp32,
         "actor_rollout_ref.ref.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
         "actor_rollout_ref.ref.fsdp_config.mixed_precision": fp32,
-        f"{rollout}.dtype": "float32",
-        f"{rollout}.enforce_eager": True,
-        f"{rollout}.free_cache_engine": False,
-        f"{rollout}.enable_sleep_mode": False,
-        f"{rollout}.load_format": "auto",
-        f"{rollout}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
-        f"{rollout}.max_num_batched_tokens": max(8192, length),
+        f"{ROLLOUT}.dtype": "float32",
+        f"{ROLLOUT}.enforce_eager": True,
+        f"{ROLLOUT}.free_cache_engine": False,
+        f"{ROLLOUT}.enable_sleep_mode": False,
+        f"{ROLLOUT}.load_format": "auto",
+        f"{ROLLOUT}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
+        f"{ROLLOUT}.max_num_batched_tokens": max(
+            8192, config.model.max_prompt_tokens + config.model.max_response_tokens
+        ),
         # vLLM 0.28 rewinds the generator of a seeded request after a partial prefill: no CPU generator can.
-        f"{rollout}.enable_chunked_prefill": False,
-        f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
-        f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": executor,
-        f"{rollout}.agent.num_workers": 0,  # a thread of the driver collects chains: one process less
+        f"{ROLLOUT}.enable_chunked_prefill": False,
+        f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 64,
+        f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": (
+            "uni" if config.cluster.tensor_parallel == 1 else "mp"
+        ),
+        f"{ROLLOUT}.agent.num_workers": 0,  # a thread of the driver collects chains: one process less
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
     }
 
@@ -216,22 +215,21 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
     vLLM shares the GPUs and sleeps during updates.
     """
     model, cluster = config.model, config.cluster
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     offload = cluster.offload_optimizer
     return {
         "actor_rollout_ref.model.use_remove_padding": model.attention == "flash_attention_2",
         "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
         "actor_rollout_ref.model.enable_gradient_checkpointing": True,
-        f"{actor}.fsdp_config.dtype": model.dtype,
-        f"{actor}.fsdp_config.param_offload": offload,
-        f"{actor}.fsdp_config.optimizer_offload": offload,
+        f"{ACTOR}.fsdp_config.dtype": model.dtype,
+        f"{ACTOR}.fsdp_config.param_offload": offload,
+        f"{ACTOR}.fsdp_config.optimizer_offload": offload,
         # fp32 master weights, unless the base is frozen.
-        f"{actor}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",
+        f"{ACTOR}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
-        f"{rollout}.dtype": model.dtype,
-        f"{rollout}.gpu_memory_utilization": cluster.gpu_memory_utilization,
-        f"{rollout}.load_format": "safetensors" if model.lora.rank else "dummy",
-        f"{rollout}.layered_summon": bool(model.lora.rank),
-        f"{rollout}.max_num_batched_tokens": max(8192, model.max_prompt_tokens + model.max_response_tokens),
-        f"{rollout}.agent.num_workers": 2 * cluster.nodes,
+        f"{ROLLOUT}.dtype": model.dtype,
+        f"{ROLLOUT}.gpu_memory_utilization": cluster.gpu_memory_utilization,
+        f"{ROLLOUT}.load_format": "safetensors" if model.lora.rank else "dummy",
+        f"{ROLLOUT}.layered_summon": bool(model.lora.rank),
+        f"{ROLLOUT}.max_num_batched_tokens": max(8192, model.max_prompt_tokens + model.max_response_tokens),
+        f"{ROLLOUT}.agent.num_workers": 2 * cluster.nodes,
     }

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import psutil
@@ -85,6 +85,7 @@ class CpuPlatform(PlatformBase):
 
     set_device = synchronize = set_allocator_settings = empty_cache = _skip
     profiler_start = profiler_stop = cudart = _skip
+    nvtx_range = nullcontext
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
         return None, None
@@ -94,10 +95,6 @@ class CpuPlatform(PlatformBase):
 
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
 
     def ray_resource_name(self) -> str:
         return "GPU"  # declared with ray.init(num_gpus=…), so that verl's placement works unchanged
@@ -113,12 +110,9 @@ def use_gloo() -> None:
     """Start process groups on gloo alone instead of `cpu:gloo,cpu:gloo`."""
     import verl.utils.distributed as distributed
 
-    start = distributed.initialize_global_process_group_ray
-
-    def start_on_gloo(timeout_second: int | None = None, backend: str | None = None) -> Any:
-        return start(timeout_second, backend or "gloo")
-
-    distributed.initialize_global_process_group_ray = start_on_gloo
+    distributed.initialize_global_process_group_ray = partial(
+        distributed.initialize_global_process_group_ray, backend="gloo"
+    )
 
 
 def allow_unpinned_offload() -> None:

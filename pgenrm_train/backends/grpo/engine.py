@@ -10,22 +10,36 @@ another order, and the kernels of a GPU.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgenrm_train.backends.grpo.config import to_verl, verl_variables
 from pgenrm_train.backends.grpo.mining import check_cache, hardness
-from pgenrm_train.backends.grpo.phase import Phase, PhaseRun
-from pgenrm_train.backends.grpo.supervisor import REPORT
+from pgenrm_train.backends.grpo.phase import REPORT, Phase, PhaseRun
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, CurriculumConfig
 from pgenrm_train.curriculum.sampler import CurriculumSampler, PairFacts, Schedule
-from pgenrm_train.errors import BackendError, ConfigError, NothingTrainedError
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
+from pgenrm_train.files import staged_folder
 
 if TYPE_CHECKING:
     from pgenrm_train.backends.grpo.session import Session
     from pgenrm_train.backends.grpo.trainer import ChainTrainer
+
+# Copied as they are: saving a loaded tokenizer again may change how it splits text.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
 
 
 def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -> list[Trained]:
@@ -55,10 +69,9 @@ def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: P
     first, first_start = phases[0]
     verl = _verl(first.config(config), first, first_start)
     verl.actor_rollout_ref.actor.use_kl_loss = any(grpo.kl_coefficient > 0 for grpo in sections)
-    stall_seconds = min(grpo.stall_seconds for grpo in sections)
-    with Session(config, verl, stall_seconds, report) as session:
+    with Session(config, verl, min(grpo.stall_seconds for grpo in sections), report) as session:
         for phase, start in phases:
-            session.watchdog.follow(phase.work_dir)
+            session.watchdog.folder = phase.work_dir
             _run_phase(PhaseRun(phase, config, session.watchdog.beat), start, session)
 
 
@@ -71,8 +84,6 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
 
 def _run_phase(run: PhaseRun, start: Path, session: Session) -> None:
     """Measure hardness if needed, train to the planned step, export, and write `trained.json`."""
-    from pgenrm_train.backends.grpo.export import export
-
     config, phase, trainer = run.config, run.phase, session.trainer
     run.beat(0, "preparing the phase")
     trainer.prepare(run, _verl(config, phase, start), start)
@@ -84,7 +95,13 @@ def _run_phase(run: PhaseRun, start: Path, session: Session) -> None:
             f"see {phase.work_dir / 'metrics.jsonl'}"
         )
     run.beat(phase.steps, "exporting the checkpoint")
-    export(trainer, phase, start, "float32" if config.cluster.device == "cpu" else config.model.dtype)
+    dtype = "float32" if config.cluster.device == "cpu" else config.model.dtype
+    with staged_folder(phase.checkpoint) as draft:
+        trainer.actor_rollout_wg.export(str(draft), dtype)
+        for file in TOKENIZER_FILES:
+            if (start / file).exists():
+                shutil.copyfile(start / file, draft / file)
+        _check_loads(draft)
     run.write_report()
 
 
@@ -121,6 +138,16 @@ def _sampler(run: PhaseRun, start: Path, trainer: ChainTrainer) -> CurriculumSam
         schedule=schedule,
         facts=facts,
     )
+
+
+def _check_loads(checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(checkpoint)
+    _, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if broken := {kind: list(info[kind]) for kind in kinds if info[kind]}:
+        raise ArtifactError(f"the exported checkpoint {checkpoint} does not load as written: {broken}")
 
 
 def _check_environment(config: Config) -> None:

@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase, PhaseRun
-from pgenrm_train.backends.grpo.progress import mean
 from pgenrm_train.backends.grpo.scoring import ScoredChain
 from pgenrm_train.config import CurriculumConfig
 from pgenrm_train.curriculum.hardness import ORDERS, SIGNALS, MinedPair, records
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import write_json, write_table
+from pgenrm_train.rewards.hacking_signs import mean
 from pgenrm_train.rewards.training_rows import read_extras
 from pgenrm_train.run.folder import weights_digest
 
@@ -64,8 +64,10 @@ def publish(phase: Phase, record: Mapping[str, Sequence[Any]]) -> None:
     cold = next((name for name in ORDERS if name in record), "signals")
     hard, suspect = sum(record["hard"]), suspects.num_rows
     measured_by = "model" if "pass_rate" in record else cold
-    counts = {"pairs": table.num_rows, "hard": hard, "suspect": suspect, "measured_by": measured_by}
-    write_json(folder / COUNTS, counts)
+    write_json(
+        folder / COUNTS,
+        {"pairs": table.num_rows, "hard": hard, "suspect": suspect, "measured_by": measured_by},
+    )
     listed = f" (down-weighted, listed in {folder / SUSPECTS})" if suspect else ""
     print(
         f"{phase.section}: {hard} of {table.num_rows} pairs are hard, {suspect} suspect{listed}", flush=True

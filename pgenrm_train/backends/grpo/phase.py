@@ -21,6 +21,7 @@ from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights
 
+REPORT = "verl_report.json"  # of a session, for the process that launched it
 TRAINED = "trained.json"
 
 
@@ -67,8 +68,7 @@ class Phase:
     def config(self, config: Config) -> Config:
         """The configuration with this phase's settings."""
         changed = dataclasses.replace(config)
-        section = dataclasses.replace(getattr(config, self.section), **self.settings)
-        setattr(changed, self.section, section)
+        setattr(changed, self.section, dataclasses.replace(getattr(config, self.section), **self.settings))
         return changed
 
     def trained(self) -> Trained | None:
@@ -117,9 +117,11 @@ class PhaseRun:
 
     def write_report(self) -> None:
         """Write `trained.json`, which makes the phase complete."""
-        report = {
-            "steps": self.phase.steps,
-            "metrics": {name: value for name, value in self.last.items() if value is not None},
-            "seconds": round(time.monotonic() - self.opened, 1),
-        }
-        write_json(self.phase.work_dir / TRAINED, report)
+        write_json(
+            self.phase.work_dir / TRAINED,
+            {
+                "steps": self.phase.steps,
+                "metrics": {name: value for name, value in self.last.items() if value is not None},
+                "seconds": round(time.monotonic() - self.opened, 1),
+            },
+        )

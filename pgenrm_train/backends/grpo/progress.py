@@ -11,7 +11,7 @@ import numpy as np
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.files import read_json
-from pgenrm_train.rewards.hacking_signs import OWN, signs
+from pgenrm_train.rewards.hacking_signs import OWN, mean, signs
 from pgenrm_train.rewards.training_rows import RowExtra
 from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 
@@ -70,11 +70,6 @@ def _values(chains: Sequence[ScoredChain], part: str) -> list[float]:
     """A part of the reward, or the margin, of the chains that have it."""
     owners = [chain.ranking if part == "margin" else chain for chain in chains]
     return [value for owner in owners if (value := getattr(owner, part, None)) is not None]
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None for no values."""
-    return float(np.mean(values)) if values else None
 
 
 def _signs(chains: Sequence[ScoredChain]) -> Metrics:
@@ -157,11 +152,10 @@ def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metri
     for group, extra in rows:
         won = float(np.mean([chain.passed for chain in group]))
         hits.setdefault(extra["pair_id"], {})[extra["order"]] = won
-    both = [won for won in hits.values() if len(won) == 2]
     first, second = ([won[order] for won in hits.values() if order in won] for order in (0, 1))
     return {
         "validation/accuracy": float(np.mean([np.mean(list(won.values())) for won in hits.values()])),
-        "validation/order_flip_rate": mean([won[0] != won[1] for won in both]),
+        "validation/order_flip_rate": mean([won[0] != won[1] for won in hits.values() if len(won) == 2]),
         "validation/accuracy_chosen_first": mean(first),
         "validation/accuracy_chosen_second": mean(second),
     }
@@ -174,11 +168,10 @@ def progress_line(stage: str, step: int, steps: int, metrics: Metrics, seconds: 
         value = metrics[f"reward/{name}"]
         return "–" if value is None else f"{value:.3f}"
 
-    left = seconds * (steps - step) / 60
     return (
         f"{stage} {step}/{steps} · reward {show('total')} (outcome {show('outcome')}, "
         f"process {show('process')}, format errors {metrics['format_error_share']:.1%}) · "
-        f"{metrics['time/step']:.1f} s · {left:.1f} min left"
+        f"{metrics['time/step']:.1f} s · {seconds * (steps - step) / 60:.1f} min left"
     )
 
 

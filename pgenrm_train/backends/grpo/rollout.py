@@ -79,7 +79,9 @@ class Group:
 class ChainSampler:
     """Sample and score groups with vLLM servers, on a thread of the driver or in Ray actors."""
 
-    def __init__(self, config: Any, servers: Sequence[Any]) -> None:
+    def __init__(self, config: Any, servers: Sequence[Any], in_actor: bool = False) -> None:
+        if in_actor:
+            tq.init()  # join the session's TransferQueue
         self.config, self.servers = config, list(servers)
         self.in_flight = [0] * len(self.servers)
         model = config.actor_rollout_ref.model
@@ -157,30 +159,30 @@ class ChainSampler:
 
     async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
         """All samples of one prompt, each being scored since it ended; each attempt has seeds of its own."""
-        ids = self._prompt_ids(prompt)
-        numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
-        pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
-        samples, scored = [sample for sample, _ in pairs], [task for _, task in pairs]
-        return Group(prompt, samples, asyncio.create_task(self._settle(scored)))
-
-    async def _settle(self, scored: Sequence[asyncio.Task[ScoredChain]]) -> list[ScoredChain]:
-        chains = await asyncio.gather(*scored)
-        return settle(chains, self.rewards.weights.process, self.rewards.null_policy)
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenizer.apply_chat_template(
             list(prompt.row["prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
         )
         limit = self.config.data.max_prompt_length
         if len(ids) > limit:
             raise ConfigError(f"the prompt has {len(ids)} tokens and model.max_prompt_tokens={limit}")
-        return list(ids)
+        numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
+        pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
+        samples, scored = [sample for sample, _ in pairs], [task for _, task in pairs]
+        return Group(prompt, samples, asyncio.create_task(self._settle(scored)))
+
+    async def _settle(self, scored: Sequence[asyncio.Task[ScoredChain]]) -> list[ScoredChain]:
+        weight, null_policy = self.rewards.weights.process, self.rewards.null_policy
+        return settle(await asyncio.gather(*scored), weight, null_policy)
 
     async def _sample(
         self, prompt: Prompt, ids: list[int], number: int
     ) -> tuple[Sample, asyncio.Task[ScoredChain]]:
         """One chain, and the task that scores it."""
+        from vllm.sampling_params import RequestOutputKind
+
         limit = self.config.data.max_response_length
+        identity = f"{prompt.seed}/{prompt.step}/{prompt.uid}/{number}"
+        digest = hashlib.blake2b(identity.encode(), digest_size=4).digest()
         parameters = {
             "temperature": prompt.temperature,
             "top_p": 1.0,
@@ -188,8 +190,8 @@ class ChainSampler:
             "logprobs": True,
             "detokenize": False,
             "max_tokens": limit,
-            "seed": _seed(prompt, number),
-            "output_kind": _final_only(),
+            "seed": int.from_bytes(digest, "big") >> 1,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
         }
         place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
         self.in_flight[place] += 1
@@ -231,10 +233,8 @@ class Rollout:
             self.loop = asyncio.new_event_loop()
             threading.Thread(target=self.loop.run_forever, name="chain-sampler", daemon=True).start()
         else:
-            actor = ray.remote(_RemoteSampler)
-            self.actors = [
-                actor.options(scheduling_strategy="SPREAD").remote(config, servers) for _ in range(workers)
-            ]
+            spread = ray.remote(ChainSampler).options(scheduling_strategy="SPREAD")
+            self.actors = [spread.remote(config, servers, in_actor=True) for _ in range(workers)]
 
     def use_rewards(self, spec: RewardSpec) -> None:
         if not self.actors:
@@ -283,14 +283,6 @@ class Rollout:
 
     def _wait(self, started: list[Any]) -> list[Any]:
         return ray.get(started) if self.actors else [future.result() for future in started]
-
-
-class _RemoteSampler(ChainSampler):
-    """`ChainSampler` in a Ray actor: it joins the session's TransferQueue first."""
-
-    def __init__(self, config: Any, servers: Sequence[Any]) -> None:
-        tq.init()
-        super().__init__(config, servers)
 
 
 def _put_group(group: Group) -> None:
@@ -347,13 +339,6 @@ def _tag(prompt: Prompt, sample: Sample) -> dict[str, object]:
     }
 
 
-def _seed(prompt: Prompt, number: int) -> int:
-    digest = hashlib.blake2b(
-        f"{prompt.seed}/{prompt.step}/{prompt.uid}/{number}".encode(), digest_size=4
-    ).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def _end_tokens(tokenizer: Any, path: str) -> set[int]:
     """Tokens at which vLLM stops: the tokenizer's end token and those of the generation config."""
     from transformers import GenerationConfig
@@ -364,9 +349,3 @@ def _end_tokens(tokenizer: Any, path: str) -> set[int]:
     except OSError:  # a checkpoint need not have one
         return ends
     return ends | set(declared if isinstance(declared, list) else [] if declared is None else [declared])
-
-
-def _final_only() -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
-    return RequestOutputKind.FINAL_ONLY

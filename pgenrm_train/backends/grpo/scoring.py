@@ -127,8 +127,8 @@ class ScoredGroup:
 
     def evidence(self) -> tuple[int, int]:
         """(passes, chains) of all groups sampled; the kept group alone would be a selection."""
-        passes = sum(chain.passed for chain in self.chains)
-        return passes + self.discarded_passes, len(self.chains) + self.discarded_chains
+        passes = self.discarded_passes + sum(chain.passed for chain in self.chains)
+        return passes, self.discarded_chains + len(self.chains)
 
     def to_extra_fields(self) -> list[dict[str, object]]:
         """veRL's `extra_fields` per chain."""

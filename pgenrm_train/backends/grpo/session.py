@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,21 @@ GRACE_SECONDS = 15.0
 
 
 class Watchdog:
-    """Call `on_stall` once `beat` was not called for `seconds`."""
+    """Call `on_stall` once `beat` was not called for `seconds`; `heartbeat.json` is kept in `folder`."""
 
-    def __init__(self, seconds: float, on_stall: Callable[[PGenRMError], None]) -> None:
-        self.seconds, self.on_stall = seconds, on_stall
+    def __init__(self, seconds: float, on_stall: Callable[[PGenRMError], None], folder: Path) -> None:
+        self.seconds, self.on_stall, self.folder = seconds, on_stall, folder
         self.stage, self.step, self.doing = "start-up", 0, "starting Ray, the actor and vLLM"
         self.last, self.stepped = time.monotonic(), False
-        self.file: Path | None = None
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def follow(self, folder: Path) -> None:
-        """Write `heartbeat.json` to `folder` from now on."""
-        self.file = folder / "heartbeat.json"
 
     def beat(self, stage: str, step: int, doing: str) -> None:
         # The first step of a session also imports and compiles: it has the patience of the start-up.
         self.stepped = self.stepped or (stage == self.stage and 0 < self.step < step)
         self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()
-        if self.file is not None:
-            write_json(
-                self.file,
-                {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()},
-            )
+        record = {"time": time.time(), "stage": stage, "step": step, "doing": doing, "pid": os.getpid()}
+        write_json(self.folder / "heartbeat.json", record)
 
     def _watch(self) -> None:
         while not self.stopped.wait(min(1.0, self.seconds / 4)):
@@ -79,7 +72,7 @@ class Watchdog:
                 return
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """Ray, `trainer` and vLLM.  Use it as a context manager; leaving it leaves no process behind.
 
     A stall ends the process, with its message in `report` and the heartbeat in the same folder.
@@ -88,15 +81,13 @@ class Session:
     def __init__(self, config: Config, verl: Any, stall_seconds: float, report: Path) -> None:
         self.config, self.report = config, report
         self.folder = Path(tempfile.mkdtemp(prefix="pg_", dir="/tmp"))  # AF_UNIX paths end at 107 characters
-        self.watchdog = Watchdog(stall_seconds, self._end_stalled)
-        self.watchdog.follow(report.parent)
+        self.watchdog = Watchdog(stall_seconds, self._end_stalled, report.parent)
         self.guardian = guardian.watch_over(self.folder)
         self.failed = True
         self.nodes: dict[str, str] = {}  # of a cluster, with workers of ours
         try:
             self._start_ray(verl)
             self._start_trainer(verl)
-            self._look_after_nodes()
         except BaseException:
             self.close()
             raise
@@ -137,8 +128,6 @@ class Session:
         transfer_queue.init(verl.transfer_queue)
         self.trainer = ChainTrainer(verl)
         self.trainer.init()
-
-    def _look_after_nodes(self) -> None:
         if self.config.ray.address is not None:
             pools = self.trainer.resource_pool_manager.resource_pool_dict.values()
             self.nodes = nodes_of([group for pool in pools for group in pool.pgs or ()])
@@ -155,9 +144,6 @@ class Session:
         stage, step = self.watchdog.stage, self.watchdog.step
         return NodeLostError(f"{stage}: node {address} of the Ray cluster was lost at step {step}")
 
-    def __enter__(self) -> Session:
-        return self
-
     def __exit__(self, kind: Any, error: BaseException | None, *_: object) -> None:
         """Close; raises NodeLostError in place of an error that the loss of a node has caused."""
         self.failed = kind is not None
@@ -172,7 +158,7 @@ class Session:
     def close(self) -> None:
         """Stop Ray and every child of this process.  Worker logs are kept if the session failed."""
         self.watchdog.stopped.set()
-        shut_down(self.folder, self.watchdog.file.parent if self.failed and self.watchdog.file else None)
+        shut_down(self.folder, self.watchdog.folder if self.failed else None)
         guardian.dismiss(self.guardian)
 
     def _end_stalled(self, error: PGenRMError) -> None:

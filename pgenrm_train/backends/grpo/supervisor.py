@@ -1,6 +1,6 @@
 """Run GRPO in a child process, which is started again if its engine or a node of the cluster was lost.
 
-The child's environment is set before anything heavy is imported there:
+The child runs `main` of this module, in an environment set before anything heavy is imported there:
 
     launch(config, [Phase(StageName.CRE, start, rows, cre_dir, 80),
                     Phase(StageName.CURRICULUM, None, rows, curriculum_dir, 60)])
@@ -13,26 +13,26 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pgenrm_train import errors
 from pgenrm_train.backends.grpo.config import verl_variables
-from pgenrm_train.backends.grpo.phase import Phase
+from pgenrm_train.backends.grpo.phase import PHASES, REPORT, Phase
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config
-from pgenrm_train.errors import BackendError, EngineLostError
+from pgenrm_train.errors import BackendError, EngineLostError, PGenRMError
 from pgenrm_train.files import read_json, write_json
-from pgenrm_train.run.process import run_child
+from pgenrm_train.run.process import die_with_parent, end_on_sigterm, run_child
 from pgenrm_train.run.tracking import append
 
-ENGINE_LOG, RESTARTS = "engine.log", "restarts.jsonl"
-JOB, REPORT = "verl_job.json", "verl_report.json"
+ENGINE_LOG, RESTARTS, JOB = "engine.log", "restarts.jsonl", "verl_job.json"
 
 
 def launch(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """`engine.train` in a child process, at most 1 + `cluster.max_failures` times.
+    """Run `engine.train` in a child process, at most 1 + `cluster.max_failures` times.
 
     A new start waits for a lost node to come back.  Raises the errors of `train`, and EngineLostError if the
     child was killed.
@@ -53,7 +53,6 @@ def with_restarts(work: Callable[[], list[Trained]], allowed: int, log: Path) ->
 
 
 def _run_child(config: Config, phases: Sequence[Phase]) -> list[Trained]:
-    """One child, from its start to its report."""
     folder = phases[0].work_dir
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / JOB, folder / REPORT
@@ -69,7 +68,7 @@ def _run_child(config: Config, phases: Sequence[Phase]) -> list[Trained]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | verl_variables(config)
     shown = ("cluster:", *(f"{phase.section}{sign}" for phase in phases for sign in " :"))
     code = run_child(
-        [sys.executable, "-m", "pgenrm_train.backends.grpo.child", str(job)],
+        [sys.executable, "-m", "pgenrm_train.backends.grpo.supervisor", str(job)],
         env,
         patience=40.0,
         relay=lambda lines: _relay(lines, folder / ENGINE_LOG, shown),
@@ -93,10 +92,53 @@ def read_report(report: Path, code: int) -> list[Trained]:
         # SIGINT and SIGTERM come from a user or a scheduler; any other signal is an accident.
         killed = code < 0 and -code not in (signal.SIGINT, signal.SIGTERM)
         kind = EngineLostError if killed else BackendError
-        log = report.with_name(ENGINE_LOG)
-        raise kind(f"veRL's process exited with code {code} and no report; see the end of {log}")
+        raise kind(
+            f"veRL's process exited with code {code} and no report; see the end of "
+            f"{report.with_name(ENGINE_LOG)}"
+        )
     content = read_json(report)
     if "error" in content:
         kind = getattr(errors, content["error"], BackendError)
         raise kind(content["message"])
     return [Trained(t["steps"], Path(t["checkpoint"]), t["metrics"]) for t in content["trained"]]
+
+
+def main(job_path: Path) -> int:
+    """Train the phases of a job and write its report, in the child; returns the exit code."""
+    from omegaconf import OmegaConf
+
+    from pgenrm_train.backends.grpo.engine import train
+
+    die_with_parent(signal.SIGTERM)
+    end_on_sigterm()
+    job = read_json(job_path)
+    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), job["config"]))
+    report = Path(job["report"])
+    try:
+        trained = train(config, PHASES.validate_python(job["phases"]), report)
+    except PGenRMError as error:
+        write_json(report, {"error": type(error).__name__, "message": str(error)})
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        kind = EngineLostError if process_lost(error) else BackendError
+        write_json(
+            report,
+            {"error": kind.__name__, "message": f"veRL failed with {type(error).__name__}: {error}"},
+        )
+        return 1
+    write_json(report, {"trained": [dataclasses.asdict(t) for t in trained]})
+    return 0
+
+
+def process_lost(error: Exception) -> bool:
+    """Whether a process or machine of the session is gone, as opposed to an error in its code."""
+    from ray import exceptions
+
+    return isinstance(
+        error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.WorkerCrashedError
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -117,9 +117,19 @@ class ChainTrainer(PPOTrainerSync):
 
     def begin(self, sampler: CurriculumSampler) -> int:
         """Load the phase's newest complete checkpoint, if there is one; returns its step, else 0."""
-        run = self.run
+        run, work_dir = self.run, self.run.phase.work_dir
         run.sampler = sampler
-        self.global_steps = self._resume(run)
+        newest = newest_checkpoint(work_dir / "verl")
+        for file in (METRICS, "batches.jsonl"):
+            trim(work_dir / file, 0 if newest is None else newest.step)
+        if newest is not None:
+            print(f"{run.phase.section}: resuming after step {newest.step} from {newest.folder}", flush=True)
+            self.actor_rollout_wg.load_checkpoint(
+                local_path=str(newest.folder / "actor"), del_local_after_load=False
+            )
+            sampler.load_state_dict(newest.sampler)
+            self.loaded, self.global_steps = str(newest.folder), newest.step
+            self._sync()
         self._init_dump_executor()
         self.validate()  # the start, or a step whose validation a kill has cut off
         run.first_step, run.started = self.global_steps, time.monotonic()
@@ -135,27 +145,9 @@ class ChainTrainer(PPOTrainerSync):
         self.checkpoint_manager.update_weights(self.global_steps)
         self.awake = True
 
-    def _resume(self, run: PhaseRun) -> int:
-        work_dir = run.phase.work_dir
-        newest = newest_checkpoint(work_dir / "verl")
-        for file in (METRICS, "batches.jsonl"):
-            trim(work_dir / file, 0 if newest is None else newest.step)
-        if newest is None:
-            return 0
-        print(f"{run.phase.section}: resuming after step {newest.step} from {newest.folder}", flush=True)
-        actor = str(newest.folder / "actor")
-        self.actor_rollout_wg.load_checkpoint(local_path=actor, del_local_after_load=False)
-        run.sampler.load_state_dict(newest.sampler)
-        self.loaded, self.global_steps = str(newest.folder), newest.step
-        self._sync()
-        return newest.step
-
     def fit(self) -> None:
         self.loaded = None  # the next phase may start where this one did
         super().fit(self.rollout)
-
-    def export(self, folder: Path, dtype: str) -> None:
-        self.actor_rollout_wg.export(str(folder), dtype)
 
     def measure(
         self,
@@ -200,11 +192,11 @@ class ChainTrainer(PPOTrainerSync):
             name: metrics[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")
         }
         self._log(headline | under_stage(phase.section, metrics))
-        accuracy = headline[ACCURACY]
-        print(f"{phase.section} {step}/{phase.steps} · validation accuracy {accuracy:.3f}", flush=True)
+        print(
+            f"{phase.section} {step}/{phase.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True
+        )
 
     def _log(self, metrics: Metrics) -> None:
-        """Append a line of metrics of the current step."""
         phase = self.run.phase
         append(phase.work_dir / METRICS, {"step": self.global_steps, "stage": str(phase.section)} | metrics)
 
@@ -228,9 +220,8 @@ class ChainTrainer(PPOTrainerSync):
         run, step = self.run, self.global_steps
         run.beat(step, "sampling chains")
         drawn = run.drawn = run.sampler.next_batch(step)
-        samples = self.config.actor_rollout_ref.rollout.n
         prompts = [
-            self._prompt(row, f"s{step}p{place:05d}", samples, step)
+            self._prompt(row, f"s{step}p{place:05d}", run.grpo.group_size, step)
             for place, row in enumerate(run.table.take(drawn).to_pylist())
         ]
         append(

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from pgenrm_train.backends.grpo.child import process_lost
 from pgenrm_train.backends.grpo.progress import chain_metrics, rewards_problem
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
-from pgenrm_train.backends.grpo.supervisor import read_report, with_restarts
+from pgenrm_train.backends.grpo.supervisor import process_lost, read_report, with_restarts
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.errors import BackendError, ConfigError, EngineLostError, NodeLostError
 from pgenrm_train.rewards.hacking_signs import Ranking
