@@ -45,7 +45,11 @@ def hard_negatives(
     which two answers are a near tie.  `prototype_of`: user → prototype, of the users that have one.
     """
     train = [pair for pair in pairs if pair.trains]
-    votes, camps = Votes(train), _camps(train, prototype_of)
+    votes = Votes(train)
+    camps = {
+        prototype: Votes(pair for pair in train if prototype_of.get(pair.user_id) == prototype)
+        for prototype in set(prototype_of.values())
+    }
     negatives = [HardNegative(pair, NEAR_TIE) for pair in near_ties(pairs, near)]
     for pair in train:
         prototype = prototype_of.get(pair.user_id)
@@ -58,23 +62,13 @@ def hard_negatives(
     return negatives
 
 
-def _camps(train: Sequence[PreferencePair], prototype_of: Mapping[str, int]) -> dict[int, Votes]:
-    """Prototype → the votes of its users."""
-    members: dict[int, list[PreferencePair]] = defaultdict(list)
-    for pair in train:
-        if pair.user_id in prototype_of:
-            members[prototype_of[pair.user_id]].append(pair)
-    return {prototype: Votes(pairs) for prototype, pairs in members.items()}
-
-
 def _against(pair: PreferencePair, votes: Votes) -> bool:
     agree, disagree = votes.others(pair)
     return disagree > agree
 
 
-def near_ties(pairs: Iterable[PreferencePair], near: float) -> list[PreferencePair]:
+def near_ties(pairs: Sequence[PreferencePair], near: float) -> list[PreferencePair]:
     """New pairs of neighbouring ratings of one user and context, less than `near` apart and not equal."""
-    pairs = list(pairs)
     given: set[tuple[str, ContentKey]] = {(pair.user_id, key_of(pair)) for pair in pairs}
     ties = []
     for source, rated in _rated(pair for pair in pairs if pair.trains):

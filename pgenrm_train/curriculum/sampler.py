@@ -167,7 +167,8 @@ class CurriculumSampler:
         self.schedule, self.uniform = schedule, schedule.name == "uniform"
         self.self_paced = schedule.name == "self_paced"
         self.buckets = self._buckets(facts)
-        self._check()
+        if not self.uniform:
+            self._check()
         self.chains, self.passes = self._evidence(facts)
         self.before: dict[int, tuple[float, float]] = {}  # observed pair → its evidence at the start
         self.carry = {HARD: 0.0, SUSPECT: 0.0}
@@ -182,21 +183,16 @@ class CurriculumSampler:
         if self.uniform:
             return {REST: Bucket(user_of, np.ones(self.pairs, dtype=bool))}
         if facts.hard is None or len(facts.hard) != self.pairs:
-            given = "none" if facts.hard is None else len(facts.hard)
             raise ConfigError(
                 f"curriculum.schedule={self.schedule.name} needs the hardness of each of {self.pairs} pairs, "
-                f"got {given}"
+                f"got {'none' if facts.hard is None else len(facts.hard)}"
             )
         hard = np.asarray(facts.hard, dtype=bool)
-        suspect = np.zeros(self.pairs, dtype=bool)
-        if facts.suspect is not None:
-            suspect = np.asarray(facts.suspect, dtype=bool) & ~hard
+        suspect = ~hard & (False if facts.suspect is None else np.asarray(facts.suspect, dtype=bool))
         buckets = {HARD: Bucket(user_of, hard), REST: Bucket(user_of, ~hard & ~suspect)}
         return buckets | ({SUSPECT: Bucket(user_of, suspect)} if suspect.any() else {})
 
     def _check(self) -> None:
-        if self.uniform:
-            return
         ends = {"hard_share_start": self.schedule.start, "hard_share_end": self.schedule.end}
         for key, share in (ends | {"suspect_weight": self.schedule.suspect_weight}).items():
             if not 0.0 <= share <= 1.0:
@@ -221,16 +217,14 @@ class CurriculumSampler:
 
     def _evidence(self, facts: PairFacts) -> tuple[np.ndarray, np.ndarray]:
         """(chains, passes) behind each estimate, decayed counts of shape (N,)."""
-        counts, passes = np.zeros(self.pairs, dtype=np.float32), np.zeros(self.pairs, dtype=np.float32)
-        if facts.pass_rates is not None:
-            rates = np.array(facts.pass_rates, dtype=float)  # None becomes NaN
-            if np.any((rates < 0) | (rates > 1)):
-                raise ConfigError(
-                    f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}"
-                )
-            known = np.isfinite(rates)
-            counts[known], passes[known] = facts.chains, facts.chains * rates[known]
-        return counts, passes
+        given = np.full(self.pairs, np.nan) if facts.pass_rates is None else facts.pass_rates
+        rates = np.array(given, dtype=float)  # None becomes NaN
+        if np.any((rates < 0) | (rates > 1)):
+            raise ConfigError(
+                f"pass rates must lie in [0, 1], got {np.nanmin(rates):g} … {np.nanmax(rates):g}"
+            )
+        chains = np.where(np.isfinite(rates), facts.chains, 0).astype(np.float32)
+        return chains, (facts.chains * np.nan_to_num(rates)).astype(np.float32)
 
     def _count(self, name: str) -> int:
         return self.buckets[name].count if name in self.buckets else 0
@@ -266,8 +260,7 @@ class CurriculumSampler:
             hard = size if available else 0
         else:
             # A moving band may hold fewer pairs than the target needs.
-            limit = min(size, available) if self.self_paced else size
-            hard = self._whole(HARD, self.target * size, limit)
+            hard = self._whole(HARD, self.target * size, min(size, available) if self.self_paced else size)
         self.realised = hard / size
         doubtful = self._whole(SUSPECT, (size - hard) * weighted / others, size - hard) if weighted else 0
         if not self._count(REST):

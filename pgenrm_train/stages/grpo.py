@@ -41,7 +41,6 @@ from pgenrm_train.run.progress import progress
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
 VALIDATION = "validation.parquet"
 WritePrompt = Callable[[MaskedView | FullView], Messages]
-History = tuple[HistoryItem, ...]
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,8 @@ def write_validation(builder: RowBuilder, folder: Path, pairs: Sequence[Preferen
 
 
 def _questions(
-    pairs: Sequence[PreferencePair], history_of: Callable[[PreferencePair], History]
-) -> Iterator[tuple[PreferencePair, str, History]]:
+    pairs: Sequence[PreferencePair], history_of: Callable[[PreferencePair], tuple[HistoryItem, ...]]
+) -> Iterator[tuple[PreferencePair, str, tuple[HistoryItem, ...]]]:
     """(pair, probe, history).
 
     The other user is that of the next pair of the slice whose user has a history; there may be none.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgenrm_train.backends.grpo.config import to_verl, verl_variables
-from pgenrm_train.backends.grpo.mining import check_cache, hardness
+from pgenrm_train.backends.grpo.mining import Measure, check_cache, hardness
 from pgenrm_train.backends.grpo.phase import REPORT, Phase, PhaseRun
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, CurriculumConfig
@@ -25,7 +25,6 @@ from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, Nothin
 from pgenrm_train.files import staged_folder
 
 if TYPE_CHECKING:
-    from pgenrm_train.backends.grpo.session import Session
     from pgenrm_train.backends.grpo.trainer import ChainTrainer
 
 # Copied as they are: saving a loaded tokenizer again may change how it splits text.
@@ -48,7 +47,12 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
     With LoRA each has a session of its own, because the adapter is merged in between.
     Must run in the environment of `verl_variables(config)`.  `report`: file for the watchdog's message.
     """
-    _check_environment(config)
+    needed = verl_variables(config)
+    names = ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE")
+    if wrong := [name for name in names if os.environ.get(name) != needed[name]]:
+        raise BackendError(
+            f"{', '.join(wrong)} must be set by verl_variables(config) before verl is imported; use launch()"
+        )
     if not phases or phases[0].start is None:
         raise ConfigError("the first phase needs a start checkpoint")
     starts = [phase.start or phases[i - 1].checkpoint for i, phase in enumerate(phases)]
@@ -60,7 +64,6 @@ def train(config: Config, phases: Sequence[Phase], report: Path | None = None) -
 
 
 def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: Path) -> None:
-    """Run phases, each with its start checkpoint, on one engine."""
     from pgenrm_train.backends.grpo.session import Session
 
     for phase, start in phases:
@@ -72,7 +75,7 @@ def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: P
     with Session(config, verl, min(grpo.stall_seconds for grpo in sections), report) as session:
         for phase, start in phases:
             session.watchdog.folder = phase.work_dir
-            _run_phase(PhaseRun(phase, config, session.watchdog.beat), start, session)
+            _run_phase(PhaseRun(phase, config, session.watchdog.beat), start, session.trainer)
 
 
 def _verl(config: Config, phase: Phase, start: Path) -> Any:
@@ -82,12 +85,12 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
     )
 
 
-def _run_phase(run: PhaseRun, start: Path, session: Session) -> None:
+def _run_phase(run: PhaseRun, start: Path, trainer: ChainTrainer) -> None:
     """Measure hardness if needed, train to the planned step, export, and write `trained.json`."""
-    config, phase, trainer = run.config, run.phase, session.trainer
+    config, phase = run.config, run.phase
     run.beat(0, "preparing the phase")
     trainer.prepare(run, _verl(config, phase, start), start)
-    if trainer.begin(_sampler(run, start, trainer)) < phase.steps:
+    if trainer.begin(_sampler(run, start, trainer.measure)) < phase.steps:
         trainer.fit()
     if (saved := trainer.last_saved()) != phase.steps:
         raise NothingTrainedError(
@@ -105,7 +108,7 @@ def _run_phase(run: PhaseRun, start: Path, session: Session) -> None:
     run.write_report()
 
 
-def _sampler(run: PhaseRun, start: Path, trainer: ChainTrainer) -> CurriculumSampler:
+def _sampler(run: PhaseRun, start: Path, measure: Measure) -> CurriculumSampler:
     """The phase's sampler; measures hardness first if the schedule needs it."""
     grpo, source = run.grpo, run.phase.hardness
     schedule, facts = Schedule(), PairFacts()
@@ -120,7 +123,7 @@ def _sampler(run: PhaseRun, start: Path, trainer: ChainTrainer) -> CurriculumSam
         users = run.user_ids if grpo.user_balanced else None
         facts = PairFacts(users=users)
         if source is not None:
-            record = hardness(run, source, start, trainer.measure)
+            record = hardness(run, source, start, measure)
             facts = PairFacts(
                 hard=record["hard"],
                 suspect=record["suspect"],
@@ -148,12 +151,3 @@ def _check_loads(checkpoint: Path) -> None:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     if broken := {kind: list(info[kind]) for kind in kinds if info[kind]}:
         raise ArtifactError(f"the exported checkpoint {checkpoint} does not load as written: {broken}")
-
-
-def _check_environment(config: Config) -> None:
-    needed = verl_variables(config)
-    names = ("VERL_USE_EXTERNAL_MODULES", "TRANSFER_QUEUE_ENABLE")
-    if wrong := [name for name in names if os.environ.get(name) != needed[name]]:
-        raise BackendError(
-            f"{', '.join(wrong)} must be set by verl_variables(config) before verl is imported; use launch()"
-        )

@@ -78,11 +78,17 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
     """Measurements of `mining.parquet`; makes the missing ones.  Raises ArtifactError as `cached` does."""
     pairs = cached(run.phase.work_dir, start, source.samples, run.pair_ids)
     mark, mirror = _mark(start, source.samples), source.mirror and pq.read_table(source.mirror)
+    turned = source.samples // 2 if mirror is not None else 0  # chains in the other order
     while len(pairs) < len(run.pair_ids):
         places = range(len(pairs), min(len(pairs) + BLOCK, len(run.pair_ids)))
-        pairs += mine(run, source.samples, mirror, places, measure)
-        table = pa.Table.from_pylist([asdict(pair) for pair in pairs])
-        write_table(run.phase.work_dir / MINING, table.replace_schema_metadata(mark))
+        groups = measure(run.table, source.samples - turned, "mine", places=places)
+        others = measure(mirror, turned, "turned", places=places) if turned else [[]] * len(groups)
+        pairs += [
+            summarise(i, run.pair_ids[i], group, other)
+            for i, group, other in zip(places, groups, others, strict=True)
+        ]
+        table = pa.Table.from_pylist([asdict(pair) for pair in pairs], metadata=mark)
+        write_table(run.phase.work_dir / MINING, table)
     return pairs
 
 
@@ -125,19 +131,6 @@ def cached(folder: Path, start: Path, samples: int, pair_ids: Sequence[str]) -> 
 
 def _mark(start: Path, samples: int) -> dict[bytes, bytes]:
     return {b"checkpoint": weights_digest(start).encode(), b"samples": str(samples).encode()}
-
-
-def mine(
-    run: PhaseRun, samples: int, mirror: pa.Table | None, places: range, measure: Measure
-) -> list[MinedPair]:
-    """Sample the rows at `places` from the current actor, half of the chains in the other order."""
-    turned = samples // 2 if mirror is not None else 0
-    groups = measure(run.table, samples - turned, "mine", places=places)
-    others = measure(mirror, turned, "turned", places=places) if turned else [[]] * len(groups)
-    return [
-        summarise(i, run.pair_ids[i], group, other)
-        for i, group, other in zip(places, groups, others, strict=True)
-    ]
 
 
 def summarise(

@@ -177,7 +177,6 @@ class ChainSampler:
     async def _sample(
         self, prompt: Prompt, ids: list[int], number: int
     ) -> tuple[Sample, asyncio.Task[ScoredChain]]:
-        """One chain, and the task that scores it."""
         from vllm.sampling_params import RequestOutputKind
 
         limit = self.config.data.max_response_length
@@ -269,7 +268,6 @@ class Rollout:
         return sums
 
     def _call(self, call: str) -> list[Any]:
-        """The results of a method of every sampler."""
         if self.actors:
             return self._wait([getattr(actor, call).remote() for actor in self.actors])
         return self._wait([asyncio.run_coroutine_threadsafe(getattr(self.sampler, call)(), self.loop)])

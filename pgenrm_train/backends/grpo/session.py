@@ -162,7 +162,6 @@ class Session(AbstractContextManager["Session"]):
         guardian.dismiss(self.guardian)
 
     def _end_stalled(self, error: PGenRMError) -> None:
-        """Report the error and the stacks, stop everything, and exit."""
         print(error, file=sys.stderr, flush=True)
         write_json(self.report, {"error": type(error).__name__, "message": str(error)})
         with (self.report.parent / "stall_stacks.txt").open("w") as stacks:
