@@ -89,10 +89,10 @@ def _rated(pairs: Iterable[PreferencePair]) -> list[tuple[PreferencePair, dict[s
         for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
             if score is not None:
                 ratings[place][text].add(score)
-    agreed = {
-        place: {text: min(s) for text, s in texts.items() if len(s) == 1} for place, texts in ratings.items()
-    }
-    return [(sources[place], texts) for place, texts in agreed.items()]
+    return [
+        (sources[place], {text: min(scores) for text, scores in texts.items() if len(scores) == 1})
+        for place, texts in ratings.items()
+    ]
 
 
 def _name(pair: PreferencePair) -> str:

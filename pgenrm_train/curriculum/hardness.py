@@ -113,9 +113,10 @@ def signals(
     lengths = np.array([(len(p.chosen), len(p.rejected)) for p in pairs], dtype=float).reshape(-1, 2)
     ratings = np.array([(p.chosen_score, p.rejected_score) for p in pairs], dtype=float).reshape(-1, 2)
     shorter, longer = lengths.min(axis=1), lengths.max(axis=1)
-    similarities = cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs]
     return {
-        "similarity": np.asarray(similarities, dtype=float),
+        "similarity": np.array(
+            cosines(pairs, embed) if embed else [similarity(p.chosen, p.rejected) for p in pairs], dtype=float
+        ),
         "length_ratio": np.divide(shorter, longer, out=np.ones(len(pairs)), where=longer > 0),
         "rating_gap": ratings[:, 0] - ratings[:, 1],
         "disagreement": np.array([votes.disagreement(pair) for pair in pairs], dtype=float),

@@ -251,8 +251,7 @@ class CurriculumSampler:
         size = self.prompts_per_step
         if self.uniform:
             return {REST: size}
-        progress = (step - 1) / max(self.steps - 1, 1)
-        self.target = self.schedule.hard_share(progress)
+        self.target = self.schedule.hard_share((step - 1) / max(self.steps - 1, 1))
         weighted = self.schedule.suspect_weight * self._count(SUSPECT)
         others = self._count(REST) + weighted
         available = self.buckets[HARD].count

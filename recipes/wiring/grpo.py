@@ -143,6 +143,10 @@ def judge_spec(config: Config, judge: EndpointConfig, rows: Path) -> JudgeSpec |
             "states criteria, style, attributes or a self-description; use judge=none, or "
             "sec.synthesize_criteria=true to infer criteria from their votes"
         )
-    # Several nodes share no file that SQLite can lock.
-    cache = rows.parent / "judge_cache" if config.cluster.nodes == 1 else None
-    return JudgeSpec(LLM_JUDGE, judge, cache, judge.max_in_flight)
+    return JudgeSpec(
+        LLM_JUDGE,
+        settings=judge,
+        # Several nodes share no file that SQLite can lock.
+        cache=rows.parent / "judge_cache" if config.cluster.nodes == 1 else None,
+        in_flight=judge.max_in_flight,
+    )

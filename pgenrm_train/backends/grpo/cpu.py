@@ -33,7 +33,7 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 def _device_module() -> types.ModuleType:
     """`torch.cpu` with the memory and cache calls that verl makes on any device module, without effect."""
     module = types.ModuleType("pgenrm_cpu_device")
-    vars(module).update({name: value for name, value in vars(torch.cpu).items() if not name.startswith("_")})
+    public = {name: value for name, value in vars(torch.cpu).items() if not name.startswith("_")}
     zero = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
     nothing = (
         "empty_cache",
@@ -46,7 +46,7 @@ def _device_module() -> types.ModuleType:
         "manual_seed_all",
     )
     vars(module).update(
-        dict.fromkeys(zero, lambda *_, **__: 0) | dict.fromkeys(nothing, lambda *_, **__: None),
+        public | dict.fromkeys(zero, lambda *_, **__: 0) | dict.fromkeys(nothing, lambda *_, **__: None),
         mem_get_info=lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
         is_available=lambda: False,
         current_device=lambda: "cpu",

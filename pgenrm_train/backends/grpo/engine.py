@@ -69,8 +69,7 @@ def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: P
     for phase, start in phases:
         check_cache(phase, start)
     sections = [getattr(phase.config(config), phase.section) for phase, _ in phases]
-    first, first_start = phases[0]
-    verl = _verl(first.config(config), first, first_start)
+    verl = _verl(config, *phases[0])
     verl.actor_rollout_ref.actor.use_kl_loss = any(grpo.kl_coefficient > 0 for grpo in sections)
     with Session(config, verl, min(grpo.stall_seconds for grpo in sections), report) as session:
         for phase, start in phases:
@@ -81,7 +80,12 @@ def _run_session(config: Config, phases: Sequence[tuple[Phase, Path]], report: P
 def _verl(config: Config, phase: Phase, start: Path) -> Any:
     phase.work_dir.mkdir(parents=True, exist_ok=True)
     return to_verl(
-        config, phase.section, start=start, rows=phase.rows, work_dir=phase.work_dir, total_steps=phase.steps
+        phase.config(config),
+        phase.section,
+        start=start,
+        rows=phase.rows,
+        work_dir=phase.work_dir,
+        total_steps=phase.steps,
     )
 
 

@@ -61,12 +61,16 @@ def publish(phase: Phase, record: Mapping[str, Sequence[Any]]) -> None:
         suspects = suspects.sort_by("margin")
     for name, content in ((HARDNESS, table), (SUSPECTS, suspects)):
         write_table(folder / name, content)
-    cold = next((name for name in ORDERS if name in record), "signals")
     hard, suspect = sum(record["hard"]), suspects.num_rows
-    measured_by = "model" if "pass_rate" in record else cold
+    cold = next((name for name in ORDERS if name in record), "signals")
     write_json(
         folder / COUNTS,
-        {"pairs": table.num_rows, "hard": hard, "suspect": suspect, "measured_by": measured_by},
+        {
+            "pairs": table.num_rows,
+            "hard": hard,
+            "suspect": suspect,
+            "measured_by": "model" if "pass_rate" in record else cold,
+        },
     )
     listed = f" (down-weighted, listed in {folder / SUSPECTS})" if suspect else ""
     print(

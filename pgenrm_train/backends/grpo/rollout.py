@@ -89,7 +89,6 @@ class ChainSampler:
             model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code
         )
         self.ends = _end_tokens(self.tokenizer, model.path)
-        self.failures: list[str] = []
         self.use_rewards(RewardSpec())
 
     def use_rewards(self, spec: RewardSpec) -> None:
@@ -98,14 +97,15 @@ class ChainSampler:
         if spec.judge is not None:
             self.threads = ThreadPoolExecutor(spec.judge.in_flight, thread_name_prefix="reward")
 
-    async def train(self, prompts: Sequence[Prompt]) -> None:
+    async def train(self, prompts: Sequence[Prompt]) -> list[str]:
         """Write every group to TransferQueue when it is sampled, and all rewards when they are known.
 
-        A prompt that fails is marked as such, and its reason is kept.
+        Returns the reasons of prompts that failed, which are marked as such.
         """
-        groups = await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
-        if written := [group for group in groups if group is not None]:
-            await asyncio.to_thread(_put_rewards, written)
+        results = await asyncio.gather(*(self._train_group(prompt) for prompt in prompts))
+        if groups := [result for result in results if isinstance(result, Group)]:
+            await asyncio.to_thread(_put_rewards, groups)
+        return [result for result in results if isinstance(result, str)]
 
     async def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
         """Scored chains per prompt that no training uses (mining, validation).  Raises on engine failure."""
@@ -116,27 +116,25 @@ class ChainSampler:
         """The judge's own counts (calls, cost, missing verdicts) since the start; empty for a rule."""
         return dict(getattr(self.judge, "metrics", dict)())
 
-    async def take_failures(self) -> list[str]:
-        taken, self.failures = self.failures, []
-        return taken
-
-    async def _train_group(self, prompt: Prompt) -> Group | None:
-        """The group, written and then scored; None when the engine failed."""
-        status, group = "finished", None
+    async def _train_group(self, prompt: Prompt) -> Group | str:
+        """The group, written and then scored, or the reason why the engine failed."""
         try:
             group = await self._with_advantage(prompt)
             await asyncio.to_thread(_put_group, group)
+            result: Group | str = group
         except Exception as error:
             # An engine failure of one prompt must not strand the others; the trainer counts them.
-            self.failures.append(
-                f"{prompt.row['extra_info']['pair_id']}: {type(error).__name__}: {error}"[:300]
-            )
-            status, group = "failure", None
-        tags = [{"is_prompt": True, "status": status, "global_steps": prompt.step}]
-        await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=tags)
-        if group is not None:
-            await group.scoring
-        return group
+            result = f"{prompt.row['extra_info']['pair_id']}: {type(error).__name__}: {error}"[:300]
+        status = "failure" if isinstance(result, str) else "finished"
+        await asyncio.to_thread(
+            tq.kv_batch_put,
+            keys=[prompt.uid],
+            partition_id="train",
+            tags=[{"is_prompt": True, "status": status, "global_steps": prompt.step}],
+        )
+        if isinstance(result, Group):
+            await result.scoring
+        return result
 
     async def _with_advantage(self, prompt: Prompt) -> Group:
         """The first group whose rewards differ, else the last of `1 + prompt.resample`.
@@ -247,16 +245,13 @@ class Rollout:
         """Start sampling and return; results arrive in TransferQueue."""
         self.training = self._start("train", prompts)
 
-    def settled(self) -> None:
-        """Wait until the rewards of all groups that `train` started are in TransferQueue."""
-        self._wait(self.training)
+    def settled(self) -> list[str]:
+        """Wait until all rewards of `train` are in TransferQueue; returns the reasons of failed prompts."""
+        return [reason for reasons in self._wait(self.training) for reason in reasons]
 
     def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
         """Scored chains per prompt, in order."""
         return [group for part in self._wait(self._start("measure", prompts)) for group in part]
-
-    def take_failures(self) -> list[str]:
-        return [line for lines in self._call("take_failures") for line in lines]
 
     def judge_metrics(self) -> dict[str, float]:
         """The judges' counts, summed over samplers."""
@@ -285,8 +280,12 @@ class Rollout:
 
 def _put_group(group: Group) -> None:
     fields = list_of_dict_to_tensordict([_trajectory(group.prompt, sample) for sample in group.samples])
-    tags = [_tag(group.prompt, sample) for sample in group.samples]
-    tq.kv_batch_put(keys=group.trajectories, fields=fields, tags=tags, partition_id="train")
+    tq.kv_batch_put(
+        keys=group.trajectories,
+        fields=fields,
+        tags=[_tag(group.prompt, sample) for sample in group.samples],
+        partition_id="train",
+    )
 
 
 def _put_rewards(groups: Sequence[Group]) -> None:

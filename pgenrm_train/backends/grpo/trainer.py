@@ -228,8 +228,11 @@ class ChainTrainer(PPOTrainerSync):
             run.phase.work_dir / "batches.jsonl",
             {"step": step, "rows": drawn, "pairs": [p.row["extra_info"]["pair_id"] for p in prompts]},
         )
-        tags = [{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts]
-        tq.kv_batch_put(keys=[p.uid for p in prompts], partition_id="train", tags=tags)
+        tq.kv_batch_put(
+            keys=[prompt.uid for prompt in prompts],
+            partition_id="train",
+            tags=[{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts],
+        )
         self.rollout.train(prompts)
         return {}
 
@@ -260,13 +263,13 @@ class ChainTrainer(PPOTrainerSync):
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:
             # verl's replay buffer raises if no prompt of the step has a chain: add the reason.
-            if failures := self.rollout.take_failures():
+            if failures := self.rollout.settled():
                 raise EngineLostError(
                     f"{phase.section} has no chains at step {self.global_steps}: {failures[0]}"
                 ) from error
             raise
         by_place = self._groups(batch)
-        groups, failures = list(by_place.values()), self.rollout.take_failures()
+        groups, failures = list(by_place.values()), self.rollout.settled()
         by_pair = {run.drawn[place]: group for place, group in by_place.items()}
         ours = chain_metrics(groups) | mix_metrics(by_pair, run.sampler) | self.rollout.judge_metrics()
         ours["rollout/failed_prompts"] = len(failures)

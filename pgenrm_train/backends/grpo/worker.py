@@ -96,8 +96,9 @@ def load_weights(engine: Any, start: str) -> None:
 
     state: dict[str, torch.Tensor] = {}
     if torch.distributed.get_rank() == 0:
-        dtype = next(engine.module.parameters()).dtype
-        state = AutoModelForCausalLM.from_pretrained(start, dtype=dtype).state_dict()
+        state = AutoModelForCausalLM.from_pretrained(
+            start, dtype=next(engine.module.parameters()).dtype
+        ).state_dict()
     offloads = getattr(engine, "_uses_fsdp2_cpu_offload_policy", False)
     fsdp2_load_full_state_dict(engine.module, state, engine.device_mesh, True if offloads else None)
     if engine.is_param_offload_enabled:
