@@ -7,8 +7,6 @@ Code: `pgenrm_train`, `recipes`, `eval`, `data_builders`.
 English: docstrings and comments of that code; `docs/` and `README.md`.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import io
@@ -28,7 +26,7 @@ REGISTRY = ("pgenrm_train/config/stage_names.py", "pgenrm_train/stages/registry.
 UNTYPED = re.compile(r"\b(?:dict|Mapping)\[str, Any\]")
 WIDE = 110
 ODD = r"said|says|tells?|told|handed|anew|beside|stands|nobody|somebody|alike"
-# "chains a pair" where "chains per pair" is meant: `a` and a unit, but not after a word of NOT_PER: "of a pair".
+# "chains a pair" for "chains per pair": `a` and a unit, but not after a word of NOT_PER, as in "of a pair".
 UNITS = (
     "row|pair|step|chain|user|token|question|seed|GPU|process|node|core|sample|prompt|second|minute|group|"
     "line|stage|run|model|batch|file|rank|epoch|request|call"

@@ -1,7 +1,5 @@
 """build_data: raw source → preference pairs, a card and a leak report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from pgenrm_train.config import Config, StageName

@@ -1,7 +1,5 @@
 """build_sec: teacher chains → rejection sampling → the SFT set; for nano, also the untrained model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

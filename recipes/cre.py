@@ -1,7 +1,5 @@
 """cre: GRPO on veRL from the PSI checkpoint; masked criteria supervise through the judge."""
 
-from __future__ import annotations
-
 from pgenrm_train.config import Config, StageName
 from recipes.cre_and_curriculum import run_stages
 

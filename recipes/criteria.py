@@ -1,7 +1,5 @@
 """criteria: infer from training votes the wishes of users who stated none, by `teacher=`, for CRE."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pgenrm_train.config import Config, StageName

@@ -1,7 +1,5 @@
 """curriculum: GRPO on veRL from CRE; outcome and format only, with a growing share of hard negatives."""
 
-from __future__ import annotations
-
 from pgenrm_train.config import Config, StageName
 from recipes.cre_and_curriculum import run_stages
 

@@ -1,7 +1,5 @@
 """evaluate: every checkpoint of a run (or `model.path=`) on unseen users, with baselines and probes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

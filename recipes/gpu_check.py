@@ -6,8 +6,6 @@ each in a process of its own as in the pipeline.  The model has random weights (
 Peak memory is compared with the plan.  The same recipe runs on a CPU.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import time
 from pathlib import Path

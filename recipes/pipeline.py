@@ -1,7 +1,5 @@
 """pipeline: the method from data to report, each stage a recipe in a process of its own."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

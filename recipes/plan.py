@@ -7,8 +7,6 @@ the problems of stages that do not fit to stderr.  If `run_dir` exists already, 
 Exit code 1 if a stage does not fit.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """prototypes: analyses by the newest checkpoint → embeddings → clusters → refined prototypes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pgenrm_train.config import Config, StageName

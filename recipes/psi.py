@@ -1,7 +1,5 @@
 """psi: chains of build_sec → SFT on DeepSpeed → a checkpoint that writes evaluation chains."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

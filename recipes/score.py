@@ -5,8 +5,6 @@ users of the run's prototypes.  `records.question_file` describes `score.input=F
 `score.dry_run=true` prints the chat messages as one JSON array and starts nothing.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

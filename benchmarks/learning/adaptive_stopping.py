@@ -14,8 +14,6 @@ Prints the share of own samples saved, the accuracy (strict, both orders) with a
 rule, and the share of verdicts that differ.  Seeds are fixed.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import numpy as np

@@ -25,8 +25,6 @@ seeds and the 95 % interval over users.  `--publish` makes them from the kept ce
 arms in one go: arms of a CRE that was trained again join kept ones only if its weights are the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

@@ -9,8 +9,6 @@ totals in the written chains (four criteria, integer scores: coarser than `featu
 bootstrap over users, of the pooled accuracy.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path

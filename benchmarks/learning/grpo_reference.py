@@ -8,8 +8,6 @@ and the KL term.
     python benchmarks/learning/grpo_reference.py --start CHECKPOINT --rows ROWS.parquet --out FOLDER
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -10,8 +10,6 @@ its result and its settings:
                steps, chains, seconds, the commit, counts of hard pairs, and a few metrics per step
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

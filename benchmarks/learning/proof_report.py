@@ -3,8 +3,6 @@
 See `curriculum_proof` and `kept_cells`.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ on the same texts stays in the later split alone (`data.on_overlap=drop`), so no
 code 1 when a reference is missed.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

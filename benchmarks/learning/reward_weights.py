@@ -12,8 +12,6 @@ pairs, and the paper's own accuracies.  It also has the last value of each rewar
 the cells' `cre/metrics.jsonl`.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ seeds, the standard error over seeds, and for the pooled pairs the 95 % interval
 users.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -8,8 +8,6 @@ logits.  Sizes are nano's with larger matrices, so that tensors dominate and not
     python benchmarks/memory/plan_memory.py            # about a minute on two cores
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ once.  Printed after each step: seconds, the peak of resident memory (which coun
 be dropped), the anonymous memory (which could not), and the adjusted Rand index.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import tempfile

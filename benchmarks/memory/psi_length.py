@@ -7,8 +7,6 @@ sequence, a third of it trained.  Each length runs in a process of its own; its 
 resident set after a short first step.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import subprocess

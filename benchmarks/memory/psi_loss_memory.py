@@ -6,8 +6,6 @@ Forward and backward of head and loss alone.  Each way runs in a process of its 
 growth of the resident set.  The hidden size is small, so that logits dominate.  Ratios are to the whole.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import subprocess

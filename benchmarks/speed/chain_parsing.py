@@ -7,8 +7,6 @@ their own in every chain.  CPU time, best of five rounds.  The ratio is to readi
 standard library alone.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

@@ -8,8 +8,6 @@ them. Printed, from one run: set-up seconds, bytes per pair (of the arrays kept,
 per second of processor time, the ratio of the two rates, and the size and time of a saved state.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -8,8 +8,6 @@ factory's path is the real one (prompts, queue, cache on disk, parsing, rejectio
 same run is a thread pool around the openai client that discards the answers.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -18,8 +18,6 @@ after the log-probabilities.  So the rest of a judge's latency is that of the ch
 the time of the log-probabilities.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Wall clock, CPU time and peak memory of one command of the project, in a process of its own."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

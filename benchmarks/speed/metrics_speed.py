@@ -13,8 +13,6 @@ must give the same accuracy and nearly the same interval, which are printed.  `-
 pair per user) is the hardest case for a bootstrap over users.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

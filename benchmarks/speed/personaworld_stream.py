@@ -8,8 +8,6 @@ duplicates, since these texts are made of few phrases) and card.  Memory that gr
 show in the ratio of the peaks.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -8,8 +8,6 @@ same files with the standard library's json alone.  The limits are 60 s without,
 on two idle cores.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import tempfile

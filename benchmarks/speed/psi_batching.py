@@ -8,8 +8,6 @@ time of this process.  The packed layout runs PyTorch's kernel one sequence at a
 each chat to between a tenth and all of its length, for sets whose lengths vary more than PersonaWorld's.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

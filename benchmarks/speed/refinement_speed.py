@@ -12,8 +12,6 @@ since their products are too small to share.
 Prints the rates, the ratios, and the difference of the losses of one step on the same samples.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

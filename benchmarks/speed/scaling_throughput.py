@@ -25,8 +25,6 @@ samples from the user's own history, then one from each of `--pro` similar users
   with prompts, parsing and parquet.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -11,8 +11,6 @@ After that no request is left to take a slot.  `of the full time` is the same fr
 the last answer.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -5,8 +5,6 @@ punctuation marks, independent of any vocabulary; in English a subword tokenizer
 one.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections import Counter

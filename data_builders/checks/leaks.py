@@ -212,7 +212,8 @@ def _findings(report: Measures) -> Iterable[str]:
         for name, texts in (("queries", near["queries"]), ("responses", near["responses"])):
             if count := texts["exact"] + texts["near"]:
                 share = count / texts["held_out"]
-                yield f"{share:.1%} of the held-out {name} are in train, too ({texts['near']} of {count} nearly)"
+                nearly = f"({texts['near']} of {count} nearly)"
+                yield f"{share:.1%} of the held-out {name} are in train, too {nearly}"
     for shares, words in (
         (report["longer_is_chosen"], ("longer", "shorter")),
         (report["shown_first_is_chosen"], ("first shown", "later shown")),

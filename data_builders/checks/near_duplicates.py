@@ -5,8 +5,6 @@ join over bands is our own and vectorised: a held-out text meets one training te
 copies of one refusal do not cost a million comparisons, as a query for all candidates would.
 """
 
-from __future__ import annotations
-
 from array import array
 from typing import TypedDict
 

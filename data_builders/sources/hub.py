@@ -1,7 +1,5 @@
 """Tables from the Hugging Face hub, or from a copy of them on disk."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

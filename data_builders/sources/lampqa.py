@@ -6,8 +6,6 @@ Rubric and narrative go to a file and a type of their own: see `pgenrm_train.rec
 item that equals the question is left out and counted.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path

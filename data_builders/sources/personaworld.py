@@ -25,8 +25,6 @@ opposite it has, weights .45/.30/.15 by rank, ±.10 for quality.  The vote is th
 Gaussian noise.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator, Sequence

@@ -10,8 +10,6 @@ label away and is left out.
 The source has no split: `data.split_by` makes one, of complete conversations (`within_user`) or of users.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile

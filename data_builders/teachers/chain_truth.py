@@ -4,8 +4,6 @@ A chain restates the votes, names criteria, describes the responses and scores t
 be read exactly, the criteria are known, and the ideal reader computes which criteria the votes allow.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -26,8 +24,8 @@ class ChainTruth:
     """Shares of one chain's statements that are right; None where the chain makes none.
 
     votes: earlier votes restated right.  recalled: the user's criteria that are named.  allowed: 1.0 if the
-    named criteria have a posterior above `ALLOWED` given the votes.  responses: descriptions of the responses.
-    scores: criterion scores that fit criterion and response.  quality: weight of quality in percent.
+    named criteria, in their order, have a posterior above `ALLOWED` given the votes.  responses: descriptions
+    of the responses.  scores: criterion scores that fit criterion and response.  quality: weight of quality in percent.
     """
 
     votes: float | None

@@ -21,8 +21,6 @@ Readers, each the ceiling of something:
 The prior holds the personas of training users, which is all that training can teach, or all of the world.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

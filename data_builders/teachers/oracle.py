@@ -13,8 +13,6 @@ with ŵ the chain's weights and w the user's.  Naming every attribute earns noth
 hits.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Mapping

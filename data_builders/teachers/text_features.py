@@ -5,8 +5,6 @@ no one language.  The lexicons are English; in other languages those features ar
 effect.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence

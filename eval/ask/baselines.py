@@ -17,8 +17,6 @@ A baseline is fitted once and yields a function of an example (`scored.score_pai
 everything else that a model may see is in the `Example`; the label is not.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ similar users' histories share this code; only the question's `set` differs.  A 
 within the limit, unreadable chain, engine error) stays in the table with its reason.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -19,8 +19,6 @@ Pure scores count as deterministic: one evaluation seed, one sample.  Use withou
     print(accuracy_report(table))
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence

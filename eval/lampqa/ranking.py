@@ -19,8 +19,6 @@ counted.
 `view_of` takes a `UserQuestion` and texts: neither has a field for a rubric or a narrative.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -8,8 +8,6 @@ answer is a model's text, so it is passed as one JSON string.  Ratings count onl
 answer in the requested form.
 """
 
-from __future__ import annotations
-
 import json
 
 from pydantic import BaseModel, ConfigDict, ValidationError

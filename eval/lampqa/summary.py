@@ -1,7 +1,5 @@
 """Write the results of an evaluation on LaMP-QA: results.json, predictions.parquet, table.txt and report."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,8 +15,6 @@ The protocols differ in their treatment of ties and failures:
 `n_dropped` counts everything that leaves a denominator.
 """
 
-from __future__ import annotations
-
 from typing import NotRequired, TypedDict
 
 import numpy as np

@@ -14,8 +14,6 @@ confidence one half.  An order without a valid sample has no margin; `n_failed` 
 in the paper.
 """
 
-from __future__ import annotations
-
 from typing import TypedDict
 
 import numpy as np

@@ -5,8 +5,6 @@ A chain is *verifiable* if its totals can be recomputed from its own weights and
 are not faithful does not explain its scores.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

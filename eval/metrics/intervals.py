@@ -4,8 +4,6 @@ A value is the accuracy of one pair in one evaluation seed, NaN where the protoc
 resamples users, not pairs: a user comes with all their pairs.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from pgenrm_train.bootstrap import user_bootstrap

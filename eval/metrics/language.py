@@ -6,8 +6,6 @@ so Russian and Ukrainian, or Hindi and Marathi, are one.  This suffices to see t
 language than on another.  It does not identify a single short text.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

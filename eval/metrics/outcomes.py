@@ -5,8 +5,6 @@ Ind-m), and the two means are compared as numbers.  A *pair* is one vote, identi
 several data sets give one `pair_id` to all who voted on the same two responses.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

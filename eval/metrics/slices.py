@@ -9,10 +9,9 @@
     user           whether the user has votes that a model may train on
     prototype      the nearest user prototype, if the run has prototypes (METHOD §6)
 
-`accuracy.accuracy_report` has the data's conversation type (`kind`) in its own `slices`.  Our choice; not in the paper.
+`accuracy.accuracy_report` has the data's conversation type (`kind`) in its own `slices`.  Our choice; not in
+the paper.
 """
-
-from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set

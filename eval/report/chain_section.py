@@ -3,8 +3,6 @@
 The reader shows a choice of the final model's answers, of every outcome and kind.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -13,8 +13,6 @@ Slices are many tests on the same votes, so their p values are adjusted together
 raise DataError.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict

@@ -1,7 +1,5 @@
 """Console tables with the rows of the report."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

@@ -3,8 +3,6 @@
 Those of prototypes are empty for a run without prototypes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Plain sentences that qualify the figures of a report: is the model personal, is it robust?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from eval.studies.evaluation import Tested

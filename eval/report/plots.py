@@ -5,8 +5,6 @@ metadata, namespaces (the HTML parser supplies them), global style rule and fixe
 its text the page's colour.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ PRISM-personalised (720 users).  8B and 70B are Llama-3.1 models of that size.  
 are from the same paper.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from eval.report.report import Row

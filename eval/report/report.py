@@ -10,8 +10,6 @@ fraction, shown in percent.  `ci95` (or `X_ci95`) is folded into `accuracy` (or 
 dash.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import itertools

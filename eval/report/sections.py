@@ -1,7 +1,5 @@
 """The sections of a report: tables of an evaluation with an introduction."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path

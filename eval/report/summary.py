@@ -3,8 +3,6 @@
 Files: results.json, predictions.parquet, table.txt, report.html and report.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Every candidate gets the same questions.  `own` questions give the headline accu
 disagreement probe (see `probes`), `probe/…` ones the robustness probes (see `robustness`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path

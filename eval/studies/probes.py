@@ -10,8 +10,6 @@ Use: predict the pairs of `disagreement_twins(test_pairs)` once with their own h
 `swapped_histories(twins, histories)`.  Pass both tables to `accuracy_report` and `paired_difference`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -19,8 +19,6 @@ A probe leaves out and counts the pairs that it cannot change (an empty history,
 choice; not in the paper.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

@@ -6,8 +6,6 @@ users.  A pair without a readable analysis, or with fewer than n neighbours, has
 the reason.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

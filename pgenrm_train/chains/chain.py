@@ -149,12 +149,12 @@ def _check_rubric(
         ),
         (
             bool(unreadable),
-            f"criteria: {', '.join(map(repr, unreadable))} cannot be read back; use names without line breaks "
-            "and without , ; % =",
+            f"criteria: {', '.join(map(repr, unreadable))} cannot be read back; use names without "
+            "line breaks and without , ; % =",
         ),
         (
             not scores or any(len(row) != len(names) for row in scores),
-            f"scores: expected a row of {len(names)} per response, got rows of {[len(row) for row in scores]}",
+            f"scores: expected {len(names)} numbers per response, got {[len(row) for row in scores]}",
         ),
         (
             bool(notes) and len(notes or ()) != len(scores),

@@ -1,6 +1,4 @@
 """Sizes that an engine works with and the planner counts."""
 
-from __future__ import annotations
-
 # Logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256.
 PIECE = 2**26

@@ -12,8 +12,6 @@ ties join neighbours in a user's order of ratings: they are linear in number, an
 two.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

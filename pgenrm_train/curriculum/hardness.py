@@ -26,8 +26,6 @@ hard, and none is suspect.
 histories hard (users with few votes), `scenario` those of rarer-than-median scenarios.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

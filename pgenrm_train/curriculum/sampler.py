@@ -17,8 +17,6 @@ their own.  The fractional part of a batch's target is carried to the next, so s
 on average.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ The texts are a model's words about users: the Markdown escapes them, so that th
 interpreted.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@ Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
 `refinement` moves the centroids by users' votes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence

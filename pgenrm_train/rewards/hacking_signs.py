@@ -9,8 +9,6 @@ All of them are *our choice*:
     score_spread            mean of best minus worst score; near 0 the chain separates no responses
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence

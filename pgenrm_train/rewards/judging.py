@@ -10,8 +10,6 @@ and line breaks escaped, so it can close nothing.  A verdict counts only as the 
 requested shape, so nothing quoted from the chain is read as a verdict.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import TypeVar

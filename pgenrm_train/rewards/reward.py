@@ -11,8 +11,6 @@ the reward, and the breakdown holds NaN.  VR = 1 for a chain whose declared scor
 its own rubric; γ = 0 by default.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

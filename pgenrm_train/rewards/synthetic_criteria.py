@@ -7,8 +7,6 @@ are read.  The vote of a row may be among them.  That leaks nothing to the model
 nor the inferred criteria.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 

@@ -3,8 +3,6 @@
 The layout is veRL's.  Anything that masking keeps out of the prompt is in `extra_info` alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training checkpoints of a run.  Engines write `complete.json` last: a folder without it is half-written."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Lock of a run folder: two processes must not write one run."""
 
-from __future__ import annotations
-
 import atexit
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The end of processes: SIGTERM, with which a scheduler ends a job, acts as Ctrl-C; children die with us."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Progress bar of a stage, on stderr."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 

@@ -32,8 +32,6 @@ Our choices.
   often one way as the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 

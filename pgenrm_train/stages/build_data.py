@@ -7,8 +7,6 @@ decided on the index and applied to the shards as Arrow columns.  So memory hold
 pairs there are.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable

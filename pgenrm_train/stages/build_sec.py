@@ -8,8 +8,6 @@ must be able to write the chain (`over_length`).  The teacher never sees the lab
 the chosen response first.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence

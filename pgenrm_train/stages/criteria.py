@@ -5,8 +5,6 @@ Needs `build_data/pairs.parquet` and a writer that infers.  Makes `criteria.parq
 prompt and limits.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ another user, and with none (`extra_info.probe`).  A model that reads whose vote
 with another user's.  A model that has learnt general taste does not.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -4,8 +4,6 @@ Written from configuration and manifest, without dates or machine paths, so that
 card.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pgenrm_train.config import Config, StageName

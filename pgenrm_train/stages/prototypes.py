@@ -7,8 +7,6 @@ preference in the *analysis* of a chain is embedded, never its scores, both here
 (`clusters.preference_text`).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ stages in `after`, plus those that `run_stage(inputs=…)` names, e.g. the stage
 Recipes supply the bodies, since these need engines.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every stage of `recipe=pipeline` runs in a process of its own (`launch`).  So me
 settings reach the next stage, and a stage run alone takes the same code path as within the pipeline.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Chains of training users and of newcomers, from which prototypes are made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from eval.ask.harness import PredictionStore, ask, own_questions, readable_text

@@ -1,7 +1,5 @@
 """Fit the baselines that an evaluation names, on training pairs (see `eval.ask.baselines`)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The models under test of a configuration; each is loaded on its first question."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Ceilings of PersonaWorld: what exact readers of the masked prompt reach on the evaluated pairs."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import fmean

@@ -1,7 +1,5 @@
 """Estimate a run's cost of paid models before it starts, and sum it up when it ends."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluate candidates and baselines on a run's votes, or compare two evaluated runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ Memory comes from NVML on GPUs, and from the kernel's share of each process on a
 measurements next to the plan's numbers, and the verdict.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Shared by `cre` and `curriculum`: GRPO on veRL, both stages in one warm session if both are requested."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Evaluate on data=lampqa: compare rankings of answers with the rubric's (see `eval.lampqa.ranking`)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Language models that a run queries: behind an API, or served here by vLLM while a stage runs."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Base model of PSI, tokenizers, validation while PSI trains, and the embedder of prototypes."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """preflight.only=true: a table of all checks of the recipe's stages; exit code 2 if one fails."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 

@@ -1,7 +1,5 @@
 """Scores of the responses to one query: those of one chain, or the mean of several (METHOD §7)."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

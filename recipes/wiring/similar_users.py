@@ -1,7 +1,5 @@
 """Similar users and nearest prototypes, from the prototypes of a run (METHOD §6, §7)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Teachers that `teacher=` names: writers of chains, and of synthetic criteria."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

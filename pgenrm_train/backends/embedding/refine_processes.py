@@ -4,8 +4,6 @@ Arrays are passed as files that every process maps, so that a large matrix is in
 that of one process, except for the order in which gradients are added up (`refinement.Part`).
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from dataclasses import fields, replace

@@ -8,8 +8,6 @@ learning rate; AdamW .9/.999; gradient norm 1.
 can take a GPU table, change an allow-listed few and run it on a CPU.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

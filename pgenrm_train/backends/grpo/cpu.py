@@ -17,8 +17,6 @@ never imported on a GPU.  verl registers its engines for cuda and npu only, so a
 `tests/integration/test_verl.py` asserts that the pinned versions still need each of them.
 """
 
-from __future__ import annotations
-
 import sys
 import types
 from contextlib import nullcontext

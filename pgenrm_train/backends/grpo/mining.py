@@ -9,8 +9,6 @@ Files in the phase's folder:
     hardness.json     counts, for the manifest
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One stage of GRPO: its description, sent as JSON to the training process, and its state there."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -1,7 +1,5 @@
 """Metrics, progress lines and complete checkpoints of a running GRPO phase.  No veRL in here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -10,8 +10,6 @@ Requests carry seeds derived from (run, stage, step, place in the batch, sample)
 chains that the interrupted one would have sampled.  The rewards themselves are in `scoring`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import threading

@@ -6,8 +6,6 @@ The child runs `main` of this module, in an environment set before anything heav
                     Phase(StageName.CURRICULUM, None, rows, curriculum_dir, 60)])
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import signal

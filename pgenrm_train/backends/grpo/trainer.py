@@ -19,8 +19,6 @@ the reasons:
   verdicts) therefore leaves a resumable run, and `metrics.jsonl` has every step that a checkpoint has.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ Without flash-attn verl takes log-probabilities one *token* at a time: its loop 
 token on a GPU, so it is done in chunks here.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -4,8 +4,6 @@ This module joins a cluster, waits for its nodes and notices the loss of one.
 `python -m pgenrm_train.backends.ray.cluster ADDRESS` prints the resources of each living node for preflight.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -5,8 +5,6 @@ dead server.  The driver holds the other end of this process's standard input.  
 guardian kills every process that still has a file of the session's folder open, and removes the folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ torchrun … -m pgenrm_train.backends.ray.ring nccl|gloo
 python -m pgenrm_train.backends.ray.ring nccl|gloo ADDRESS RANKS
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -10,8 +10,6 @@ part of its heads.  DeepSpeed's exchange wraps the attention that the model uses
 generation every process answers prompts of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

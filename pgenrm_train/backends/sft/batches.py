@@ -12,8 +12,6 @@ So the three give the same gradient, up to rounding: a layout changes the speed 
 similar.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks of an SFT run before a weight is loaded or a GPU is touched; each failure is one sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

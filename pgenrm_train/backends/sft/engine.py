@@ -7,8 +7,6 @@ nodes by Ray Train; both run `rank` on a job file.  Each checkpoint gets a marke
 resume recognises and skips a half-written one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

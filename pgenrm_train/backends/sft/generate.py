@@ -5,8 +5,6 @@ magnitude, and under ZeRO-3 every token gathers the weights again.  `recipe=eval
 vLLM.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 

@@ -8,8 +8,6 @@ they are computed piece by piece: the logits of a piece are dropped after the fo
 in the backward pass.  The head then runs three times instead of twice, and the memory is that of one piece.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

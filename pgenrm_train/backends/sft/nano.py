@@ -5,8 +5,6 @@ pre-tokeniser.  So the tokenizer is trained *through that class*, and SFT, veRL,
 same ids.  The vocabulary equals `len(tokenizer)`: veRL masks ids beyond it in vLLM but not in the actor.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Program of each rank, whether it starts in place, by torchrun or by Ray Train."""
 
-from __future__ import annotations
-
 import functools
 import os
 import pkgutil

@@ -5,8 +5,6 @@ run folder, which every node sees.  Ray Train's own record would be late: a work
 save has not reported it yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

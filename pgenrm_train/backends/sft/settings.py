@@ -1,7 +1,5 @@
 """Settings of DeepSpeed and of transformers' Trainer, from the configuration."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

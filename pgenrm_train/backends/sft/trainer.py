@@ -1,7 +1,5 @@
 """transformers' Trainer with our order of sequences, our loss weights, and validation by generation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

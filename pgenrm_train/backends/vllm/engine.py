@@ -4,8 +4,6 @@ Each prompt is encoded once for all its samples.  The tokenizer is the same as i
 prompts as ids, so that both sides see the same tokens.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path

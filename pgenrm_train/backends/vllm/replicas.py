@@ -1,7 +1,5 @@
 """Generation by several vLLM engines, one Ray actor each; a common queue balances the load."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -125,7 +123,7 @@ class _Engine:
 
 
 def _feed(queue: Any, requests: Iterable[GenerationRequest], engines: int) -> None:
-    """Fill the queue with prompts while answers are read; one None per engine ends it, also after an error."""
+    """Fill the queue while answers are read; one None per engine ends it, also after an error."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):  # the reader has given up and closed the queue

@@ -7,8 +7,6 @@ because these models were not trained on one.  Equal pairs of conversation and r
 questions are scored once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

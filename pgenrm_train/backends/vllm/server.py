@@ -4,8 +4,6 @@ On one machine the server is a child of this process.  With `ray.address` it is 
 finds and reserves the GPUs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -94,7 +92,7 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
             url = str(_result(server.start.remote(), PLACE_SECONDS))
         except ray.exceptions.GetTimeoutError:
             raise BackendError(
-                f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for the vLLM server "
+                f"the cluster at {config.ray.address} had no {gpus} free GPUs on one node for vLLM "
                 f"within {PLACE_SECONDS:.0f} s; lower gpus or cluster.processes_per_node"
             ) from None
         try:

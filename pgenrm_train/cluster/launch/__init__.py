@@ -6,8 +6,6 @@ SLURM exports the submitter's environment, Kubernetes reads a secret.  User inpu
 or YAML's own writer, so that no value can become a command.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

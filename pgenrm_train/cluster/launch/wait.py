@@ -3,8 +3,6 @@
 python -m pgenrm_train.cluster.launch.wait ADDRESS NODES
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -5,8 +5,6 @@ docstrings of `geometry` (parameters, FLOPs), `memory` (bytes) and `work` (time)
 against measurements.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from pgenrm_train.cluster.planning.advice import nearest_fit, problems_of

@@ -3,8 +3,6 @@
 Fewest changes come first, then the cheapest in time.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Iterator

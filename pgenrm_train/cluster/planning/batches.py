@@ -1,7 +1,5 @@
 """Batch arithmetic: divisions of a batch, and those that leave a rest."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pgenrm_train.cluster.planning.memory import grpo_of

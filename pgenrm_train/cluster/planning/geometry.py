@@ -5,8 +5,6 @@ points: biases of q, k and v (Qwen2), norms of q and k (Qwen3), and whether inpu
 one matrix.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

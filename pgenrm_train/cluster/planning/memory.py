@@ -28,8 +28,6 @@ vLLM (Kwon et al. 2023): weights over tensor-parallel GPUs, a profiled step, and
 share.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

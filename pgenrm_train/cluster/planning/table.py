@@ -1,7 +1,5 @@
 """A plan as tables for people: memory per stage, and work."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -14,7 +12,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
     config, card = plan.config, card_of(plan.config)
     console.print(
         f"{config.model.label}: {plan.geometry.parameters / 1e6:,.1f} M parameters · "
-        f"{config.cluster.ranks} × {card_name(config)} ({card.memory_gib:g} GiB) on {config.cluster.nodes} node(s)",
+        f"{config.cluster.ranks} × {card_name(config)} ({card.memory_gib:g} GiB) "
+        f"on {config.cluster.nodes} node(s)",
         markup=False,
     )
     console.print(memory_table(plan))

@@ -20,8 +20,6 @@ Not counted: start-up (minutes), saving, evaluation probes, waiting for the slow
 to an API.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ sentence has a row in docs/troubleshooting.md, and `preflight.skip=[NAME]` skips
 default settings they take milliseconds: nothing heavy is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks that need a process of their own, so that no driver, CUDA context or torch stays in this one."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Checks of this machine: disk, memory, GPUs, shared memory, ports, and a ring of its processes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """Checks of a run's sources and services: data, model, Ray, W&B, and the APIs of teacher, judge and model."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

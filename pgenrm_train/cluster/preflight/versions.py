@@ -1,7 +1,5 @@
 """Installed frameworks against the pins of the cluster's device, and kernels that a configuration uses."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

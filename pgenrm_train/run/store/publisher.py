@@ -6,8 +6,6 @@ store never stops the run: the failure is reported and tried again.  An error at
 the store still lacks.  Only one process publishes a run: of a pipeline, the outer one.
 """
 
-from __future__ import annotations
-
 import secrets
 import shutil
 import sys

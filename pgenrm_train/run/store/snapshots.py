@@ -5,8 +5,6 @@ an engine has written a complete step checkpoint: with it go all files from whic
 continue.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
