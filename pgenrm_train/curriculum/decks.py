@@ -12,8 +12,6 @@ a swap with the border of its region.  The state lists the positions that ever c
 deals and not with N.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

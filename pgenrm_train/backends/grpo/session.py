@@ -6,8 +6,6 @@ for `stall_seconds`, because a Ray call on a dead vLLM worker never returns.  On
 checks that the nodes of the workers are alive.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import shutil
