@@ -1,12 +1,9 @@
 """data=pairs, chatbot_arena and prism_personalized: votes in PersonalRewardBench's schema.
 
 Source of `pairs`: the parquet or JSONL file of `data.path`, or a folder of them.  The others are the two
-parts of PersonalRewardBench (SynthesizeMe, Ryan et al. 2025), for which `data.path` may name a copy on disk.  Users
-appear in every split; the `split` column counts, not the hub's split.  Columns with verdicts of other judges
-are ignored.
-
-`data.only={column: value}` keeps the rows whose raw column equals the value (compared as text).
-`data.on_bad_row=skip` skips, counts and lists bad rows.
+parts of PersonalRewardBench (SynthesizeMe, Ryan et al. 2025), for which `data.path` may name a copy on disk.
+Users appear in every split; the `split` column counts, not the hub's split.  Columns with verdicts of other
+judges are ignored.
 """
 
 from collections.abc import Iterator, Mapping

@@ -25,7 +25,7 @@ class ChainTruth:
 
     votes: earlier votes restated right.  recalled: the user's criteria that are named.  allowed: 1.0 if the
     named criteria, in their order, have a posterior above `ALLOWED` given the votes.  responses: descriptions
-    of the responses.  scores: criterion scores that fit criterion and response.  quality: its weight in percent.
+    of the responses.  scores: criterion scores that fit criterion and response.  quality: weight in percent.
     """
 
     votes: float | None
