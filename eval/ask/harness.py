@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import pandas as pd
 
@@ -22,7 +22,6 @@ from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table, write_text
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
-from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
@@ -171,6 +170,13 @@ def keep(
     return stored
 
 
+@runtime_checkable
+class TrimCounter(Protocol):
+    """A prompt writer that counts the texts it cut."""
+
+    def trim_warning(self, name: str) -> str: ...
+
+
 def ask(
     questions: Sequence[Question],
     generator: Callable[[], Generator],
@@ -199,7 +205,7 @@ def ask(
             for run in [runs[answer.key]]
         )
         answered = keep(rows, total, store, progress, what)
-        if isinstance(write, PromptWriter) and (warning := write.trim_warning(what)):
+        if isinstance(write, TrimCounter) and (warning := write.trim_warning(what)):
             print(warning, flush=True)
         if answered < total:
             raise DataError(f"the engine ended with {total - answered} of {total} samples unanswered")
