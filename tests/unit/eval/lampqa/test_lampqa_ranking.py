@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -190,8 +191,8 @@ def test_no_field_of_a_task_holds_rubric_or_narrative():
     assert secret_names == {"rubric_aspects", "narrative"}
     assert not secret_names & {f.name for f in (*fields(UserQuestion), *fields(Answer), *fields(lampqa.Task))}
     assert (
-        view_of.__annotations__["question"] == "UserQuestion"
-        and view_of.__annotations__["answers"] == "Sequence[str]"
+        view_of.__annotations__["question"] is UserQuestion
+        and view_of.__annotations__["answers"] == Sequence[str]
     )
 
 
@@ -377,6 +378,6 @@ def test_a_judge_that_is_down_ends_the_run_resumably(tmp_path):
     folder = run_folder(tmp_path)
     with (
         serve(lambda body, n: {"status": 400}) as server,
-        pytest.raises(BackendError, match=r"judge: .*the same command goes on"),
+        pytest.raises(BackendError, match=r"judge: .*the same command continues"),
     ):
         go(tmp_path, folder, *endpoints(server.url), "judge.give_up_after=2", "judge.max_in_flight=1")
