@@ -1,7 +1,5 @@
 """Atomic writes, hashes and links of files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -49,7 +47,7 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} is not JSON ({error}); delete it and run again") from None
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, object]] | pd.DataFrame | pa.Table) -> None:
+def write_table(path: Path, rows: "Sequence[Mapping[str, object]] | pd.DataFrame | pa.Table") -> None:
     """Write rows, a frame without its index or an Arrow table as parquet, atomically."""
     import pandas as pd
     import pyarrow.parquet

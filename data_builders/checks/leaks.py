@@ -16,8 +16,6 @@ resampling, because the votes of one user are similar.  Findings are sentences t
 should know.  Memory: hashes are on disk; near duplicates take 0.5 kB per text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypedDict
 
@@ -63,7 +61,7 @@ class Measures(TypedDict):
     same_pair: SamePair
     same_user: dict[str, int]
     same_conversation: dict[str, int]
-    near_duplicates: NearReport | None
+    near_duplicates: "NearReport | None"
     longer_is_chosen: dict[str, Share]
     shown_first_is_chosen: dict[str, Share]
     duplicates: dict[str, int]

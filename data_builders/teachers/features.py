@@ -23,8 +23,6 @@ Features (`text_features`) and scales were chosen on train and val rows only.  F
 came after a first look at test (measured by benchmarks/learning/features_baseline.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -68,7 +66,7 @@ class FeatureTeacher:
             raise DataError(f"precision is {precision}; expected a number above 0, or None to choose it")
         self.top, self.precision, self.seed = top, precision, seed
 
-    def fit(self, train_pairs: Sequence[PreferencePair]) -> FeatureTeacher:
+    def fit(self, train_pairs: Sequence[PreferencePair]) -> "FeatureTeacher":
         """Learn scales, population weights, τ and each user's weights.  Raises DataError without pairs.
 
         Linear in rows and users.

@@ -16,8 +16,6 @@ The label of an evaluated pair is not used, unless the training split itself is 
 throughout: the paper's Bradley–Terry models are language models with a head (`model=reward_head`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,7 +45,7 @@ class BradleyTerry:
 
     def fit(
         self, train_pairs: Sequence[PreferencePair], all_pairs: Sequence[PreferencePair]
-    ) -> BradleyTerryScorer:
+    ) -> "BradleyTerryScorer":
         """Embed all responses once and learn from `train_pairs` alone.  Without votes all scores tie."""
         vectors = Vectors(
             self.embed, (text for p in (*train_pairs, *all_pairs) for text in (p.chosen, p.rejected))
@@ -86,7 +84,7 @@ class BradleyTerryScorer:
     `precision` τ adapts other users to the history in the example; ∞ does not.
     """
 
-    vectors: Vectors
+    vectors: "Vectors"
     weights: np.ndarray
     by_user: Mapping[str, np.ndarray]
     precision: float

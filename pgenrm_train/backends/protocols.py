@@ -3,8 +3,6 @@
 Stages and `eval` import only these names; recipes choose the concrete engines (`sft`, `grpo`, `vllm`, …).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +73,7 @@ class Spending:
     dollars: float
     failures: Mapping[str, int]
 
-    def __add__(self, other: Spending) -> Spending:
+    def __add__(self, other: "Spending") -> "Spending":
         return Spending(
             self.calls + other.calls,
             self.tries + other.tries,

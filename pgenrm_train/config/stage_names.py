@@ -1,7 +1,5 @@
 """Names and order of the stages, as typed on the command line and as folders of a run."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 
@@ -18,7 +16,7 @@ class StageName(StrEnum):
     EVALUATE = "evaluate"
 
     @property
-    def starts_from(self) -> tuple[StageName, ...]:
+    def starts_from(self) -> tuple["StageName", ...]:
         """Training stages before this one, newest first; the first complete one provides the checkpoint."""
         order = list(StageName)
         return tuple(stage for stage in reversed(TRAINED) if order.index(stage) < order.index(self))

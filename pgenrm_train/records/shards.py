@@ -7,8 +7,6 @@ The folder appears under its name only once every shard is complete.  Each name 
 that a copy that lost one is noticed.  pandas, pyarrow and `datasets` read such a folder like a file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil
@@ -16,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import publish_folder
@@ -40,7 +38,7 @@ class ShardWriter:
         self._file: Any = None
         self._in_file = self._shards = 0
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
         return self

@@ -5,8 +5,6 @@ covers the settings that the stage reads and the fingerprints of its inputs.  A 
 fingerprint is kept. One with another fingerprint is never silently reused.  An incomplete one continues.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import fingerprint, read_json, sha256_file, write_json, write_text
@@ -120,7 +118,7 @@ class Manifest:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, record: Mapping[str, object]) -> Manifest:
+    def parse(cls, record: Mapping[str, object]) -> Self:
         """A manifest of any version: missing keys get defaults, unknown ones become facts."""
         names = {item.name for item in fields(cls)} - {"facts"}
         facts = {key: value for key, value in record.items() if key not in names}
@@ -143,7 +141,7 @@ class StageFolder:
     _started: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def read(cls, run_dir: Path, stage: str) -> StageFolder:
+    def read(cls, run_dir: Path, stage: str) -> Self:
         """Open without changing anything; an absent folder has an empty manifest."""
         path = run_dir / stage
         file = path / MANIFEST

@@ -9,8 +9,6 @@ Nothing that is sent may hold a secret: addresses and names of credential variab
 settings.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ One class embeds every text, so that an index and its queries are embedded in th
 adds no instruction prefix, and never runs code from a model repository.  Ray actors share large sets.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os
@@ -46,7 +44,7 @@ class SentenceEmbedder:
         batch_size: int = 64,
         device: str = "cpu",
         cache_dir: str | Path | None = None,
-        shared: EmbedderWorkers | None = None,
+        shared: "EmbedderWorkers | None" = None,
     ) -> None:
         self.name, self.batch_size, self.device = str(name_or_path), batch_size, device
         self.cache_dir, self.shared = Path(cache_dir) if cache_dir else None, shared

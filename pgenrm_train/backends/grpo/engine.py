@@ -7,8 +7,6 @@ step count.  Two things are not bit-exact then: sums over a batch when several r
 another order, and the kernels of a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence
@@ -89,7 +87,7 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
     )
 
 
-def _run_phase(run: PhaseRun, start: Path, trainer: ChainTrainer) -> None:
+def _run_phase(run: PhaseRun, start: Path, trainer: "ChainTrainer") -> None:
     """Measure hardness if needed, train to the planned step, export, and write `trained.json`."""
     config, phase = run.config, run.phase
     run.beat(0, "preparing the phase")

@@ -6,8 +6,6 @@ group, so its advantage is zero.  A judge without a verdict is null, never 0: no
 process reward, because GRPO compares within the group.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +37,7 @@ class JudgeSpec:
     cache: Path | None = None
     in_flight: int = 64
 
-    def share(self, samplers: int) -> JudgeSpec:
+    def share(self, samplers: int) -> "JudgeSpec":
         """Divide the rate limits by the samplers; divide budgets only without a shared cache."""
         if self.settings is None or samplers == 1:
             return self
@@ -140,7 +138,7 @@ class ScoredGroup:
         return [shared | {"reward_extra_info": asdict(chain)} for chain in self.chains]
 
     @classmethod
-    def from_extra_fields(cls, fields: Sequence[Mapping[str, Any]]) -> ScoredGroup:
+    def from_extra_fields(cls, fields: Sequence[Mapping[str, Any]]) -> "ScoredGroup":
         """Inverse of `to_extra_fields`."""
         chains = [_SCORED_CHAIN.validate_python(chain["reward_extra_info"]) for chain in fields]
         return cls(

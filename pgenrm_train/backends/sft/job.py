@@ -1,7 +1,5 @@
 """Training job: the facts that every process of one training needs, and the checkpoints that it leaves."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,7 @@ class Job:
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Job:
+    def read(cls, path: Path) -> "Job":
         job = read_json(path)
         config, mark = parse(job["config"]), Mark(**job["mark"])
         return cls(config, job["start"], Path(job["work_dir"]), mark, job["validator"])

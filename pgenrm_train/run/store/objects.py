@@ -11,8 +11,6 @@ A reader trusts `published.json` and checks every file against it.  An attempt t
 off and is ignored.  fsspec takes credentials from the environment or from the machine's role.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict
@@ -20,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pgenrm_train.errors import ArtifactError, ConfigError, PreflightError
 from pgenrm_train.files import sha256_file
@@ -58,7 +56,7 @@ class Publication:
     files: tuple[StoredFile, ...]
 
     @classmethod
-    def parse(cls, stage: str, text: bytes) -> Publication:
+    def parse(cls, stage: str, text: bytes) -> Self:
         record = json.loads(text)
         files = tuple(StoredFile(**item) for item in record["files"])
         for path in (PurePosixPath(p) for file in files for p in (file.name, file.at)):
