@@ -200,7 +200,8 @@ class Tracker:
                 silent=True,
                 console="off",
                 save_code=False,
-                x_disable_stats=True,
+                # utilisation and memory of the GPUs
+                x_disable_stats=config.cluster.device == "cpu",
                 init_timeout=START_SECONDS,
                 finish_timeout=FINISH_SECONDS,
                 finish_timeout_raises=True,

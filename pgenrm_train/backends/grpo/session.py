@@ -32,7 +32,8 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, NodeLostError, PGenRMError
 from pgenrm_train.files import write_json
 
-STARTUP_SECONDS = 900.0  # least patience until the end of the session's first step
+# Least patience until the end of the session's first step: 70B loads and compiles without a beat.
+STARTUP_SECONDS = 3600.0
 STALLED = 3  # exit code of a run that the watchdog ended
 # After the loss of a node: most calls fail by themselves, and one that does not is ended.
 GRACE_SECONDS = 15.0

@@ -19,6 +19,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import torch_functional
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.device import get_device_name
+from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict, get_fsdp_full_state_dict
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
@@ -41,6 +42,13 @@ torch_functional.logprobs_from_logits_v2 = logprobs_in_chunks
 
 class ChainWorker(ActorRolloutRefWorker):
     """Actor, rollout adapter and reference of one rank."""
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        """Join the process group with our timeout, then build the models."""
+        # verl's own call passes no timeout, so NCCL's ten minutes would apply; it finds this group
+        initialize_global_process_group_ray(timeout_second=self.config.nccl_timeout)
+        super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin_phase(self, actor: Any, start: str, reload: bool) -> None:

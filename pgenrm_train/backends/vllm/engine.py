@@ -17,7 +17,8 @@ from pgenrm_train.prompts.messages import prompt_ids
 def vllm_variables(device: str) -> dict[str, str]:
     """Environment variables that must be set before vLLM is imported."""
     if device != "cpu":
-        return {"VLLM_NO_USAGE_STATS": "1"}
+        # FlashInfer's sampler is compiled at the first sampling step, which needs nvcc
+        return {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     return {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",

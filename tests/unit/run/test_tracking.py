@@ -170,6 +170,31 @@ def test_offline_tracking_leaves_files_and_says_nothing(tmp_path):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+SYSTEM = """
+import sys
+from pathlib import Path
+from pgenrm_train.config import Config, TrackingConfig
+from pgenrm_train.run.tracking import Tracker
+config = Config(recipe="psi", run_dir="run", tracking=TrackingConfig(kind="offline"))
+config.cluster.device = sys.argv[2]
+tracker = Tracker(config, "psi", Path(sys.argv[1]))
+print("hidden", tracker._wandb.settings.x_disable_stats)
+tracker.close()
+"""
+
+
+@pytest.mark.parametrize(("device", "hidden"), [("cuda", "False"), ("cpu", "True")])
+def test_wandb_records_the_gpus(device, hidden, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SYSTEM, str(tmp_path), device],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split()[-2:] == ["hidden", hidden], done.stderr
+
+
 def test_a_wandb_that_cannot_start_does_not_stop_the_run(tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('broken installation')\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
