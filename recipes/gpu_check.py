@@ -10,9 +10,8 @@ import importlib.util
 import time
 from pathlib import Path
 
-from pgenrm_train.cluster.preflight import findings
+from pgenrm_train.cluster.preflight.checks import check_machine
 from pgenrm_train.config import Config
-from pgenrm_train.errors import PreflightError
 from pgenrm_train.files import write_json
 from pgenrm_train.stages.stage import prepare
 from recipes.wiring.gpu_check import MINUTES, STEPS, Measurement, measure, report_of
@@ -23,9 +22,7 @@ END_MINUTES = 2 * MINUTES  # a recipe that still runs then hangs, and is killed:
 def run(config: Config) -> int:
     config.model.attention = attention(config)
     prepare(config)
-    problems = [problem for finding in findings(config, STEPS) for problem in finding.problems]
-    if problems:
-        raise PreflightError("; ".join(problems))
+    check_machine(config, *STEPS)
     print(f"preflight: ok · attention: {config.model.attention}", flush=True)
     measurements: dict[str, Measurement] = {}
     end, late = time.monotonic() + 60 * END_MINUTES, f"killed: not done after {END_MINUTES:g} minutes in all"

@@ -3,11 +3,12 @@
 import time
 from pathlib import Path
 
+from pgenrm_train.cluster.preflight.checks import fail_early
 from pgenrm_train.config import STAGES, TRAINED, Config, StageName
 from pgenrm_train.files import link, write_json
 from pgenrm_train.run.folder import MANIFEST, StageFolder, Status, environment_facts
 from pgenrm_train.run.tracking import METRICS
-from pgenrm_train.stages.stage import fail_early, launch, prepare
+from pgenrm_train.stages.stage import launch, prepare
 from recipes.wiring.models import check_base
 
 RECIPES = (

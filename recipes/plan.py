@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from pgenrm_train.cluster.planning import Plan, plan_of
+from pgenrm_train.cluster.planning.plan import Plan, plan_of
 from pgenrm_train.cluster.planning.table import show
 from pgenrm_train.config import Config
 from pgenrm_train.files import write_json
@@ -32,7 +32,7 @@ def run(config: Config) -> int:
 
 def emit(config: Config, plan: Plan) -> int:
     """Print the launch file to stdout, so that it can be redirected."""
-    from pgenrm_train.cluster.launch import rayjob, slurm
+    from pgenrm_train.cluster.launch.files import rayjob, slurm
 
     for stage in plan.stages:
         change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from pgenrm_train.cluster.preflight import stages_of
+from pgenrm_train.cluster.preflight.checks import fail_early, stages_of
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import METRICS, Tracker
 from pgenrm_train.stages.build_sec import SEC
-from pgenrm_train.stages.stage import fail_early, prepare, run_stage
+from pgenrm_train.stages.stage import prepare, run_stage
 from recipes import build_sec
 from recipes.wiring.models import base_model, check_base, validation_pairs
 

@@ -6,6 +6,7 @@ A rule is a pair: whether it is broken, and the sentence for the user, which nam
 from collections.abc import Iterator
 
 from pgenrm_train.config.evaluation import sizes
+from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT
 from pgenrm_train.config.schema import Config
 from pgenrm_train.config.setting import not_one_of, violations
@@ -67,6 +68,31 @@ def psi_problems(config: Config) -> list[str]:
         (
             ranks % shared == 0 and psi.batch_size * shared % (psi.micro_batch_size * ranks) > 0,
             f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}",
+        ),
+    ]
+    return [sentence for broken, sentence in rules if broken]
+
+
+def grpo_problems(config: Config, stage: StageName) -> list[str]:
+    """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys."""
+    grpo: GrpoConfig = getattr(config, stage)
+    ranks, tensor_parallel = config.cluster.ranks, config.cluster.tensor_parallel
+    rollouts = grpo.mini_batch_prompts * grpo.group_size
+    rules = [
+        (
+            rollouts % ranks > 0,
+            f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
+            f"cluster.nodes × cluster.processes_per_node = {ranks}",
+        ),
+        (
+            (rollouts // ranks) % grpo.micro_batch_size > 0,
+            f"{stage}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts "
+            f"of a process ({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes)",
+        ),
+        (
+            ranks % tensor_parallel > 0,
+            f"cluster.tensor_parallel={tensor_parallel} must divide the {ranks} processes of "
+            "cluster.processes_per_node",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from pgenrm_train.config.setting import REQUIRED, setting
-from pgenrm_train.config.stage_names import STAGES
+from pgenrm_train.config.stage_names import PLANNED
 
 PREFLIGHT = (
     "disk",
@@ -82,7 +82,7 @@ CARDS = {
 
 @dataclass
 class PlanConfig:
-    stage: str = setting("all", "stage to plan", choices=(*STAGES[1:], "all"))
+    stage: str = setting("all", "stage to plan", choices=(*PLANNED, "all"))
     emit: str | None = setting(
         None, "print a launch file for the stage instead of the table", choices=("slurm", "rayjob")
     )

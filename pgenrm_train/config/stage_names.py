@@ -26,3 +26,4 @@ GRPO_STAGES = (StageName.CRE, StageName.CURRICULUM)
 TRAINED = (StageName.PSI, *GRPO_STAGES)  # they make a checkpoint
 # Stages of every pipeline; CRE runs `criteria` too if `sec.synthesize_criteria` is set.
 STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)
+PLANNED = STAGES[1:]  # building data needs no plan

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgenrm_train.cluster.preflight import check_machine, findings, still_to_do
+from pgenrm_train.cluster.preflight.checks import check_machine
 from pgenrm_train.config import Config, StageName, to_dict
-from pgenrm_train.errors import ArtifactError, BackendError, PreflightError
+from pgenrm_train.errors import ArtifactError, BackendError
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.lock import lock, unlock
 from pgenrm_train.run.process import child_environment, run_child
@@ -154,18 +154,3 @@ def prepare(config: Config) -> None:
         publisher.begin(config)
     except OSError as error:
         raise ArtifactError(f"run_dir={run_dir} cannot be written ({error.strerror})") from None
-
-
-def fail_early(config: Config, stages: Sequence[str]) -> None:
-    """Preflight all remaining stages now, so that a missing judge key fails in seconds.
-
-    Raises PreflightError.
-    """
-    problems = [
-        problem
-        for finding in findings(config, still_to_do(config, stages))
-        if finding.check != "ring"
-        for problem in finding.problems
-    ]
-    if problems:
-        raise PreflightError("; ".join(problems))

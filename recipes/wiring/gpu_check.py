@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from pgenrm_train.cluster.planning import Plan, plan_of
-from pgenrm_train.cluster.preflight import stages_of
+from pgenrm_train.cluster.planning.plan import Plan, plan_of
+from pgenrm_train.cluster.preflight.checks import stages_of
 from pgenrm_train.cluster.preflight.machine import visible_gpus
 from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.errors import PGenRMError

@@ -13,7 +13,7 @@ from pgenrm_train.backends.protocols import Validator
 from pgenrm_train.backends.sft.checks import check_libraries, check_template, inspect_start
 from pgenrm_train.backends.sft.nano import make_nano
 from pgenrm_train.chains.chain import FORMAT_STRINGS
-from pgenrm_train.cluster.preflight import still_to_do
+from pgenrm_train.cluster.preflight.checks import still_to_do
 from pgenrm_train.config import ROOT, Config, StageName, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import apply_masking

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from pgenrm_train.cluster.preflight import CHECKS, findings, stages_of
+from pgenrm_train.cluster.preflight.checks import CHECKS, findings, stages_of
 from pgenrm_train.config import Config
 
 

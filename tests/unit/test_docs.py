@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 import pgenrm_train
-from pgenrm_train.cluster.planning import plan_of
 from pgenrm_train.cluster.planning.advice import apply
+from pgenrm_train.cluster.planning.plan import plan_of
 from pgenrm_train.config import ROOT, load
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

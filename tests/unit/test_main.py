@@ -69,7 +69,7 @@ def test_nothing_heavy_is_imported_before_a_recipe_runs(arguments):
 
 def test_the_core_imports_nothing_heavy():
     core = (
-        "chains.chain cluster.preflight config curriculum.sampler errors files prompts.history "
+        "chains.chain cluster.preflight.checks config curriculum.sampler errors files prompts.history "
         "prompts.masking prompts.messages prompts.writer records.pairs rewards.reward run.folder "
         "run.tracking scaling.combine stages.build_sec"
     )

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.cluster.planning.batches import grpo_problems
 from pgenrm_train.config import ROOT, Config, GrpoConfig, StageName, seed_of
+from pgenrm_train.config.checks import grpo_problems
 from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import read_json
 

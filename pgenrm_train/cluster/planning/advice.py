@@ -1,4 +1,4 @@
-"""Problems of a stage, and the nearest change of the configuration that solves them.
+"""Batches and problems of a stage, and the nearest change of the configuration that solves them.
 
 Fewest changes come first, then the cheapest in time.
 """
@@ -6,9 +6,9 @@ Fewest changes come first, then the cheapest in time.
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
-from pgenrm_train.cluster.planning.batches import batches_of
 from pgenrm_train.cluster.planning.geometry import Geometry
 from pgenrm_train.cluster.planning.memory import (
     Phase,
@@ -17,10 +17,54 @@ from pgenrm_train.cluster.planning.memory import (
     phases_of,
 )
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
+from pgenrm_train.config.checks import grpo_problems, psi_problems
 
 T = TypeVar("T")
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together
 MOST_CHANGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """One optimiser step of a stage, as the engine divides it."""
+
+    facts: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def batches_of(config: Config, stage: StageName) -> Batches | None:
+    if stage == StageName.PSI:
+        return psi_batches(config)
+    return grpo_batches(config, stage) if stage in GRPO_STAGES else None
+
+
+def psi_batches(config: Config) -> Batches:
+    """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
+    ranks, psi = config.cluster.ranks, config.psi
+    facts = {
+        "sequences per step": psi.batch_size,
+        "processes": ranks,
+        "micro-batch": psi.micro_batch_size,
+        "accumulation": psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * ranks),
+    }
+    return Batches(facts, tuple(psi_problems(config)))
+
+
+def grpo_batches(config: Config, stage: StageName) -> Batches:
+    """rollouts = prompts × group; one mini-batch is one update, divided over processes and micro-batches."""
+    grpo, ranks = grpo_of(config, stage), config.cluster.ranks
+    rollouts = grpo.mini_batch_prompts * grpo.group_size
+    facts = {
+        "prompts per step": grpo.prompts_per_step,
+        "group": grpo.group_size,
+        "rollouts per step": grpo.prompts_per_step * grpo.group_size,
+        "updates per step": grpo.prompts_per_step // grpo.mini_batch_prompts,
+        "rollouts per process and update": rollouts // ranks,
+        "micro-batch": grpo.micro_batch_size,
+        "accumulation": rollouts // ranks // grpo.micro_batch_size,
+        "vLLM replicas": max(1, ranks // config.cluster.tensor_parallel),
+    }
+    return Batches(facts, tuple(grpo_problems(config, stage)))
 
 
 def problems_of(config: Config, geometry: Geometry, stage: StageName) -> list[str]:

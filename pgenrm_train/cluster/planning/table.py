@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Column, Table
 
-from pgenrm_train.cluster.planning import Plan, StagePlan
 from pgenrm_train.cluster.planning.memory import card_name, card_of
+from pgenrm_train.cluster.planning.plan import Plan, StagePlan
 
 
 def show(plan: Plan, console: Console | None = None) -> None:

@@ -158,7 +158,7 @@ def sec_work(config: Config) -> Work:
     tokens = {"read": float(calls * prompt), "written": float(calls * written)}
     language_model = config.teacher.kind in ("endpoint", "vllm")
     return Work(
-        {"chains asked at most": calls},
+        {"chains requested at most": calls},
         tokens if language_model else {},
         api_dollars=_api_dollars(config.teacher, tokens) if language_model else 0.0,
         assumptions=assumed,

@@ -5,18 +5,41 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pgenrm_train.cluster.preflight.child import ChildFailed, run_module
 from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, Config, EndpointConfig, ModelConfig, StageName
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.process import child_environment
 
 SECONDS = 5.0  # per request: a server that is up answers in less
 RAY_SECONDS = 60.0
 ON_RAY = (*TRAINED, StageName.PROTOTYPES, StageName.EVALUATE)
 OFFLINE = ("1", "true", "yes", "on")
+
+
+class ChildFailed(Exception):
+    """A child process failed; the text is the reason."""
+
+
+def run_module(module: str, *arguments: str, seconds: float, variables: dict[str, str] | None = None) -> str:
+    """Run `python -m module` and return its output, so that no driver, CUDA context or torch stays here.
+
+    Raises ChildFailed, or subprocess.TimeoutExpired.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=child_environment() | (variables or {}),
+    )
+    if child.returncode:
+        lines = reversed(child.stderr.splitlines())
+        raise ChildFailed(next((line.strip()[:200] for line in lines if "Error" in line), "no reason given"))
+    return child.stdout
 
 
 def check_store(config: Config, stage: str) -> Iterator[str]:

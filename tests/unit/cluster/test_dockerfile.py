@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgenrm_train.cluster.launch import CHECKOUT, RUNS
+from pgenrm_train.cluster.launch.files import CHECKOUT, RUNS
 from pgenrm_train.config import ROOT
 
 KNOWN = {"FROM", "RUN", "USER", "ENV", "COPY", "WORKDIR", "ENTRYPOINT", "CMD"}

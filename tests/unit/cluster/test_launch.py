@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pgenrm_train.cluster import launch
+from pgenrm_train.cluster.launch import files as launch
 from pgenrm_train.config import ROOT, Config, load, parse, to_dict
 from pgenrm_train.errors import ConfigError
 

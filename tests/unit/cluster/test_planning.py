@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pgenrm_train.cluster.planning import STAGES, memory, plan_of
-from pgenrm_train.cluster.planning.advice import apply, problems_of
-from pgenrm_train.cluster.planning.batches import grpo_batches, psi_batches
+from pgenrm_train.cluster.planning import memory
+from pgenrm_train.cluster.planning.advice import apply, grpo_batches, problems_of, psi_batches
 from pgenrm_train.cluster.planning.geometry import KNOWN, geometry_of, read_geometry
+from pgenrm_train.cluster.planning.plan import plan_of
 from pgenrm_train.cluster.planning.table import show
 from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_of
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.stage_names import PLANNED, StageName
 from pgenrm_train.errors import ConfigError
 
 WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
@@ -185,7 +185,7 @@ def test_every_shipped_model_is_planned_on_every_cluster(model: str, cluster: st
     batch = ["psi.batch_size=128", "psi.micro_batch_size=1"] if model == "nano" and cluster != "cpu" else []
     config = composed(model, cluster, *batch)
     plan = plan_of(config)
-    assert [stage.stage for stage in plan.stages] == list(STAGES)
+    assert [stage.stage for stage in plan.stages] == list(PLANNED)
     assert json.loads(json.dumps(plan.as_json()))["model"]["parameters"] == plan.geometry.parameters
     for stage in plan.stages:
         assert stage.fits == (stage.problems == ()) and stage.work.total_hours >= 0
@@ -255,7 +255,7 @@ def test_a_fitting_change_is_found_for_batches_that_do_not_divide() -> None:
 def test_batches_multiply_out(eight: Config) -> None:
     psi, cre = psi_batches(eight).facts, grpo_batches(eight, "cre").facts
     assert psi["micro-batch"] * psi["processes"] * psi["accumulation"] == eight.psi.batch_size
-    assert cre["rollouts a step"] == 1024 and cre["micro-batch"] * cre["accumulation"] * 8 == 1024
+    assert cre["rollouts per step"] == 1024 and cre["micro-batch"] * cre["accumulation"] * 8 == 1024
 
 
 # ---- work ----
@@ -378,7 +378,7 @@ HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "pandas")
 
 def test_planning_imports_nothing_heavy() -> None:
     code = (
-        "import sys, recipes.plan, pgenrm_train.cluster.planning\nprint([m for m in "
+        "import sys, recipes.plan, pgenrm_train.cluster.planning.plan\nprint([m for m in "
         + repr(HEAVY)
         + " if m in sys.modules])"
     )

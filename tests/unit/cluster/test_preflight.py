@@ -15,15 +15,8 @@ from threading import Thread
 
 import pytest
 
-from pgenrm_train.cluster.preflight import (
-    CHECKS,
-    check_machine,
-    findings,
-    machine,
-    reach,
-    still_to_do,
-    versions,
-)
+from pgenrm_train.cluster.preflight import machine, reach
+from pgenrm_train.cluster.preflight.checks import CHECKS, check_machine, findings, still_to_do
 from pgenrm_train.config import ROOT, STAGES, Config, load
 from pgenrm_train.config.cluster import PREFLIGHT
 from pgenrm_train.errors import PreflightError
@@ -163,9 +156,9 @@ def test_a_ring_of_two_processes_closes_over_gloo(tmp_path: Path, monkeypatch: p
 
 
 def test_a_version_off_the_pins_is_named_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = dict(versions.pins("cpu")) | {"ray": "0.1", "numpy": "9.9"}
-    monkeypatch.setattr(versions, "pins", lambda device: wanted)
-    (problem,) = versions.check_versions(config(tmp_path), "psi")
+    wanted = dict(machine.pins("cpu")) | {"ray": "0.1", "numpy": "9.9"}
+    monkeypatch.setattr(machine, "pins", lambda device: wanted)
+    (problem,) = machine.check_versions(config(tmp_path), "psi")
     assert "instead of 0.1" in problem and "instead of 9.9" in problem and "requirements/cpu.txt" in problem
 
 
@@ -175,17 +168,17 @@ def test_a_kernel_that_a_training_asks_for_must_be_there(tmp_path: Path) -> None
     said = [
         problem
         for stage in ("build_sec", "psi")
-        for problem in versions.check_versions(asked, stage)
+        for problem in machine.check_versions(asked, stage)
         if "flash-attn" in problem
     ]
     assert len(said) == 1 and "model.attention=sdpa" in said[0], "PSI trains, build_sec does not"
 
 
 def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "ROOT", tmp_path)
-    versions.pins.cache_clear()
-    assert list(versions.check_versions(config(tmp_path), "psi")) == []
-    versions.pins.cache_clear()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    machine.pins.cache_clear()
+    assert list(machine.check_versions(config(tmp_path), "psi")) == []
+    machine.pins.cache_clear()
 
 
 # ---- reach ----
@@ -379,7 +372,7 @@ def failures_in_the_code() -> list[str]:
     import ast
 
     found = []
-    for name in ("machine", "reach", "versions"):
+    for name in ("machine", "reach"):
         tree = ast.parse((ROOT / f"pgenrm_train/cluster/preflight/{name}.py").read_text(encoding="utf-8"))
         for node in (n.value for n in ast.walk(tree) if isinstance(n, ast.Yield)):
             assert isinstance(node, ast.JoinedStr)

@@ -1,0 +1,131 @@
+"""Needs of a stage before it starts: memory, batches, tokens, hours, dollars, disk, and a change that fits.
+
+Pure arithmetic over the typed configuration and the model's geometry.  Formulas and sources are in the
+docstrings of `geometry` (parameters, FLOPs), `memory` (bytes) and `work` (time).  docs/plan.md has the errors
+against measurements.
+"""
+
+from dataclasses import asdict, dataclass
+
+from pgenrm_train.cluster.planning.advice import Batches, batches_of, nearest_fit, problems_of
+from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
+from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of
+from pgenrm_train.cluster.planning.work import Work, work_of
+from pgenrm_train.config import Config, StageName, gpus_per_node
+from pgenrm_train.config.stage_names import PLANNED
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of the plan."""
+
+    stage: StageName
+    phases: tuple[Phase, ...]
+    batches: Batches | None
+    work: Work
+    problems: tuple[str, ...]
+    change: tuple[str, ...] | None  # overrides under which it fits; None: it fits, or no known change helps
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    def as_json(self) -> dict[str, object]:
+        work = self.work
+        return {
+            "stage": self.stage,
+            "fits": self.fits,
+            "problems": self.problems,
+            "change": self.change,
+            "memory": [
+                {
+                    "phase": phase.name,
+                    "total": phase.total,
+                    "available": phase.available,
+                    "parts": phase.parts,
+                    "host_parts": phase.host_parts,
+                    "notes": phase.notes,
+                }
+                for phase in self.phases
+            ],
+            "batches": self.batches.facts if self.batches else None,
+            "counts": work.counts,
+            "tokens": work.tokens,
+            "hours": work.hours,
+            "disk": work.disk,
+            "api_dollars": work.api_dollars,
+            "assumptions": work.assumptions,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan of a configuration."""
+
+    config: Config
+    geometry: Geometry
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.fits for stage in self.stages)
+
+    @property
+    def hours(self) -> float:
+        """Hours of the stages that fit: the time of one that cannot run means nothing."""
+        return sum(stage.work.total_hours for stage in self.stages if stage.fits)
+
+    @property
+    def dollars(self) -> float:
+        """Cost of GPUs by the hour, and of APIs."""
+        node = gpus_per_node(self.config, *(stage.stage for stage in self.stages))
+        gpus = self.config.cluster.nodes * node * card_of(self.config).dollars_per_hour * self.hours
+        return gpus + sum(stage.work.api_dollars for stage in self.stages)
+
+    @property
+    def disk_gib(self) -> float:
+        return sum(sum(stage.work.disk.values()) for stage in self.stages)
+
+    def as_json(self) -> dict[str, object]:
+        """Everything as plain values, memory in GiB."""
+        model, cluster, plan = self.config.model, self.config.cluster, self.config.plan
+        return {
+            "model": {"name": model.label, "parameters": self.geometry.parameters, **asdict(self.geometry)},
+            "cluster": {
+                "name": cluster.name,
+                "nodes": cluster.nodes,
+                "processes": cluster.ranks,
+                "card": card_name(self.config),
+                **asdict(card_of(self.config)),
+            },
+            "fits": self.fits,
+            "hours": self.hours,
+            "dollars": self.dollars,
+            "disk_gib": self.disk_gib,
+            "assumptions": {
+                "mfu": plan.mfu,
+                "bandwidth_use": plan.bandwidth_use,
+                "prompt_tokens": plan.prompt_tokens,
+                "response_tokens": plan.response_tokens,
+            },
+            "stages": [stage.as_json() for stage in self.stages],
+        }
+
+
+def plan_of(config: Config) -> Plan:
+    """Plan `plan.stage` of a configuration.  Raises ConfigError if the model's geometry is unknown."""
+    geometry = geometry_of(config)
+    stages = PLANNED if config.plan.stage == "all" else (StageName(config.plan.stage),)
+    return Plan(config, geometry, tuple(plan_stage(config, geometry, stage) for stage in stages))
+
+
+def plan_stage(config: Config, geometry: Geometry, stage: StageName) -> StagePlan:
+    problems = tuple(problems_of(config, geometry, stage))
+    return StagePlan(
+        stage,
+        tuple(phases_of(config, geometry, stage)),
+        batches_of(config, stage),
+        work_of(config, geometry, stage),
+        problems,
+        nearest_fit(config, geometry, stage) if problems else None,
+    )
