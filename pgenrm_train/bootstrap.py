@@ -1,6 +1,13 @@
-"""Bootstrap over users: pairs of one user are not independent, so users are drawn with all their pairs."""
+"""Means, and the bootstrap over users: pairs of one user are not independent, so users come with all of them."""
+
+from collections.abc import Sequence
 
 import numpy as np
+
+
+def mean(values: Sequence[float] | np.ndarray) -> float | None:
+    """The mean, None without values; of booleans, the share that is true."""
+    return float(np.mean(values)) if len(values) else None
 
 
 def user_bootstrap(sums: np.ndarray, counts: np.ndarray, *, draws: int, seed: int) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def write_table(path: Path, rows: "Sequence[Mapping[str, object]] | pd.DataFrame
         pyarrow.parquet.write_table(rows, temporary)
 
 
-def publish_folder(staging: Path, final: Path) -> None:
+def replace_folder(staging: Path, final: Path) -> None:
     """Replace `final` by `staging`; a kill leaves the old folder, the new one, or a complete `staging`."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -76,7 +76,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     staging = final.with_name(final.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)  # left by a start that was killed here
     yield staging
-    publish_folder(staging, final)
+    replace_folder(staging, final)
 
 
 def link(target: Path, place: Path) -> None:

@@ -29,10 +29,10 @@ def run(config: Config) -> None:
     for number, recipe in enumerate(RECIPES, start=1):
         print(f"── {number} of {len(RECIPES)}: {recipe}", flush=True)
         launch(config, recipe)
-    publish(config, time.monotonic() - started)
+    gather(config, time.monotonic() - started)
 
 
-def publish(config: Config, seconds: float) -> None:
+def gather(config: Config, seconds: float) -> None:
     """Put the final files at the top of the run folder and print their paths."""
     run_dir = Path(config.run_dir)
     for name in ("results.json", "predictions.parquet", "report.html", "report.md", "table.txt"):

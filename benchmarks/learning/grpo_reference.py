@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pgenrm_train.curriculum.sampler import CurriculumSampler
-from pgenrm_train.rewards.reward import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.rewards.reward import RewardWeights, chain_reward
 
 
 def arguments() -> argparse.Namespace:
@@ -53,6 +53,17 @@ def load_judge(name: str | None, kwargs: Mapping[str, Any]) -> Any:
 
     module, _, factory = name.partition(":")
     return getattr(importlib.import_module(module), factory)(**kwargs)
+
+
+def group_advantages(totals: Sequence[float], *, epsilon: float = 1e-6) -> list[float]:
+    """GRPO's group-relative advantages, `(r − mean) / (std + ε)` with the sample standard deviation (ddof 1).
+
+    A group of one, or of equal rewards, teaches nothing: zeros.
+    """
+    if len(totals) < 2 or max(totals) == min(totals):
+        return [0.0] * len(totals)
+    mean, deviation = statistics.fmean(totals), statistics.stdev(totals)
+    return [(total - mean) / (deviation + epsilon) for total in totals]
 
 
 @torch.no_grad()

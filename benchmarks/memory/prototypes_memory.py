@@ -4,7 +4,7 @@
         [--texts-per-analysis 0.5]
 
 Analyses are rows of a memory-mapped matrix (analyses, d) around planted centres.  Queries, responses and
-histories are `Rows` of a second memory-mapped table, as the stage makes them, so equal texts are stored
+histories are `Lookup` of a second memory-mapped table, as the stage makes them, so equal texts are stored
 once.  Printed after each step: seconds, the peak of resident memory (which counts mapped pages that could
 be dropped), the anonymous memory (which could not), and the adjusted Rand index.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from pgenrm_train.config import PrototypesConfig
 from pgenrm_train.prototypes.clusters import CHUNK, Neighbourhood, cluster, suggest_k
-from pgenrm_train.prototypes.refinement import RefinementBatch, RefinementSettings, Rows, refine
+from pgenrm_train.prototypes.refinement import Lookup, RefinementBatch, RefinementSettings, refine
 
 
 def mapped(
@@ -74,8 +74,8 @@ def main() -> None:
         texts, _ = mapped(Path(folder, "texts.npy"), max(16, int(args.texts_per_analysis * n)), d, rng)
         users = np.char.add("u", (np.arange(n) // 4).astype(str))
         one, many = (
-            (lambda: Rows(texts, rng.integers(0, len(texts), n))),
-            (lambda: Rows(texts, rng.integers(0, len(texts), (n, 3)))),
+            (lambda: Lookup(texts, rng.integers(0, len(texts), n))),
+            (lambda: Lookup(texts, rng.integers(0, len(texts), (n, 3)))),
         )
         samples = RefinementBatch(
             one(), one(), one(), many(), many(), many(), rng.random((n, 3)) < 0.9, users

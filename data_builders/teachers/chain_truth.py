@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from data_builders.sources.personaworld import OPPOSITE, Response, read_response
 from data_builders.teachers.ideal import IdealReader
 from data_builders.teachers.oracle import advantage, read_criteria
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.chains.chain import Chain
 from pgenrm_train.records.pairs import Example, ExplicitSignals
 
@@ -48,7 +49,7 @@ def chain_truth(
         recalled=len({*named} & {*criteria[1]}) / len(criteria[1]) if criteria else None,
         allowed=float(reader.after_votes(example).get(named, 0.0) > ALLOWED) if named else None,
         responses=_right(_NOTE, text, [" ".join((*r.poles, r.quality)) for r in responses]),
-        scores=_share(
+        scores=mean(
             [
                 _fits(name, score, response)
                 for response, row in zip(responses, chain.criterion_scores or ())
@@ -62,7 +63,7 @@ def chain_truth(
 def _right(pattern: re.Pattern[str], text: str, truth: list[str]) -> float | None:
     """Share of the numbered statements, from 1 on, that the text makes in the words of the truth."""
     stated = {int(number): words for number, words in pattern.findall(text)}
-    return _share([stated.get(number) == words for number, words in enumerate(truth, start=1)])
+    return mean([stated.get(number) == words for number, words in enumerate(truth, start=1)])
 
 
 def _fits(criterion: str, score: float, response: Response) -> bool:
@@ -72,7 +73,3 @@ def _fits(criterion: str, score: float, response: Response) -> bool:
     if criterion in response.poles:
         return 7 <= score <= 9
     return 2 <= score <= 4 if OPPOSITE.get(criterion) in response.poles else score == 5
-
-
-def _share(right: list[bool]) -> float | None:
-    return sum(right) / len(right) if right else None

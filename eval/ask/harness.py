@@ -174,7 +174,7 @@ def keep(
 class TrimCounter(Protocol):
     """A prompt writer that counts the texts it cut."""
 
-    def trim_warning(self, name: str) -> str: ...
+    def log_trimmed(self, name: str) -> None: ...
 
 
 def ask(
@@ -205,8 +205,8 @@ def ask(
             for run in [runs[answer.key]]
         )
         answered = keep(rows, total, store, progress, what)
-        if isinstance(write, TrimCounter) and (warning := write.trim_warning(what)):
-            print(warning, flush=True)
+        if isinstance(write, TrimCounter):
+            write.log_trimmed(what)
         if answered < total:
             raise DataError(f"the engine ended with {total - answered} of {total} samples unanswered")
     frame = store.read()

@@ -42,7 +42,7 @@ class Ranked:
         return list(self.tables)[-1]
 
 
-def publish(ranked: Ranked, folder: Path) -> None:
+def write_results(ranked: Ranked, folder: Path) -> None:
     name, reference = ranked.final, ranked.reference
     facts = {
         "model": name,

@@ -24,6 +24,7 @@ from scipy.stats import binomtest
 from eval.metrics import intervals
 from eval.metrics.intervals import few_users, interval
 from eval.metrics.outcomes import TIE_RTOL, Outcomes, outcomes, user_codes
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.errors import ConfigError, DataError
 
 PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
@@ -31,25 +32,25 @@ SAME_PREDICTIONS = ("strict", "both_orders", "release")  # metrics; `user_disjoi
 NO_KIND = "(none)"
 
 
-class Estimate(TypedDict):
+class Accuracy(TypedDict):
     """An accuracy, a fraction in [0, 1], with its interval.  None without a counted pair."""
 
     accuracy: float | None  # mean over evaluation seeds
     ci95: list[float]  # percentile bootstrap over users; [0, 1] for a single user
 
 
-class SliceAccuracy(Estimate):
+class SliceAccuracy(Accuracy):
     n_pairs: int
     n_users: int
 
 
-class ProtocolAccuracy(Estimate):
+class ProtocolAccuracy(Accuracy):
     stderr: float | None
     n_counted: int  # (pair, seed) cells in the denominator
     n_dropped: int  # (pair, seed) cells that left it
 
 
-class AccuracyReport(Estimate):
+class AccuracyReport(Accuracy):
     """The `results.json` fields of an evaluation, ready for JSON."""
 
     stderr: float | None  # sd/√seeds; None with one evaluation seed
@@ -215,13 +216,13 @@ def difference(hits: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> Diffe
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     users_better, users_worse = int((by_user > 0).sum()), int((by_user < 0).sum())
     return {
-        "difference": _mean(change),
+        "difference": mean(change),
         "ci95": interval(change[:, None], users, draws, seed, whole_range=(-1.0, 1.0)),
         "ci95_note": few_users(len(by_user)),
         "p_value_users": _sign_test(users_better, users_worse),
         "p_value": _sign_test(better, worse),
-        "accuracy_a": _mean(kept["hit_a"].to_numpy()),
-        "accuracy_b": _mean(kept["hit_b"].to_numpy()),
+        "accuracy_a": mean(kept["hit_a"].to_numpy()),
+        "accuracy_b": mean(kept["hit_b"].to_numpy()),
         "better": better,
         "worse": worse,
         "equal": len(change) - better - worse,
@@ -239,10 +240,6 @@ def _sign_test(better: int, worse: int) -> float:
 
 def _unrounded(change: np.ndarray) -> np.ndarray:
     return np.where(np.abs(change) < TIE_RTOL, 0.0, change)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 # ---- protocols: outcomes → values, float (pairs, seeds), NaN where a cell leaves the denominator

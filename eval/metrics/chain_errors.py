@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, parse_chain
 
 
@@ -47,9 +48,9 @@ def chain_errors(predictions: pd.DataFrame) -> ChainErrors:
         chains=len(predictions),
         readable=len(chains) / len(predictions) if len(predictions) else None,
         verifiable=len(verifiable) / len(chains) if chains else None,
-        faithful=_mean([DECLARED_DIFFERS not in chain.issues for chain in verifiable]),
+        faithful=mean([DECLARED_DIFFERS not in chain.issues for chain in verifiable]),
         criteria_stability=_stability(by_question.values()),
-        heaviest_decides=_mean([_heaviest_decides(chain) for chain in verifiable]),
+        heaviest_decides=mean([_heaviest_decides(chain) for chain in verifiable]),
     )
 
 
@@ -61,7 +62,7 @@ def _stability(groups: Iterable[Sequence[Chain]]) -> float | None:
         pairs = [(a, b) for a, b in itertools.pairwise(names) if a or b]
         if pairs:
             means.append(sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs))
-    return _mean(means)
+    return mean(means)
 
 
 def _heaviest_decides(chain: Chain) -> bool:
@@ -77,7 +78,3 @@ def _heaviest_decides(chain: Chain) -> bool:
 
 def _sign(value: float) -> int:
     return (value > 1e-9) - (value < -1e-9)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

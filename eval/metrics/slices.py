@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from eval.ask.harness import readable_text
-from eval.metrics.accuracy import Estimate, protocol_values, slice_statistics
+from eval.metrics.accuracy import Accuracy, protocol_values, slice_statistics
 from eval.metrics.intervals import macro
 from eval.metrics.language import languages
 from eval.metrics.outcomes import outcomes
@@ -35,13 +35,13 @@ LONG = 20_000
 _RATIOS = (
     (0.5, "chosen below 1/2 of rejected"),
     (0.8, "chosen 1/2–4/5 of rejected"),
-    (1.25, "alike (4/5–5/4)"),
+    (1.25, "similar (4/5–5/4)"),
     (2.0, "chosen 5/4–2 × rejected"),
     (float("inf"), "chosen above 2 × rejected"),
 )
 
 
-class SliceRow(Estimate):
+class SliceRow(Accuracy):
     """One label of one dimension, as a row of the report."""
 
     slice: str

@@ -20,7 +20,7 @@ from typing import TypedDict
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from eval.metrics.accuracy import Difference, Estimate, difference, paired_hits, refuse_unpaired
+from eval.metrics.accuracy import Accuracy, Difference, difference, paired_hits, refuse_unpaired
 from eval.metrics.slices import DIMENSIONS, KEYS, several
 from eval.report.console import text_table
 from eval.report.report import Report, Row, Section, write_markdown, write_report
@@ -68,7 +68,7 @@ class Run:
         return f"{self.results.model} (Ind-{self.results.ind}, Pro-{self.results.pro})"
 
 
-class RunRow(Estimate):
+class RunRow(Accuracy):
     run: str
     model: str
     data: str
@@ -125,7 +125,7 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
     }
 
 
-def publish_comparison(comparison: Comparison, folder: Path) -> str:
+def write_comparison(comparison: Comparison, folder: Path) -> str:
     """Write comparison.json, report.html, report.md and table.txt; returns the console's text."""
     overall, notes = comparison["overall"], comparison["notes"]
     rows = [_row("all", "", overall), *(_row(s["slice"], s["value"], s) for s in comparison["slices"])]

@@ -1,7 +1,4 @@
-"""Curves, maps and tables of a report: training, scaling, calibration and prototypes.
-
-Those of prototypes are empty for a run without prototypes.
-"""
+"""Curves, maps and tables of a report: training, scaling, calibration and prototypes."""
 
 from pathlib import Path
 
@@ -113,10 +110,8 @@ def _accuracies(grid: Grid) -> dict[tuple[int, int], float | None]:
     return {(row["ind"], row["pro"]): row["accuracy"] for row in grid.rows}
 
 
-def prototype_sections(run_dir: Path) -> list[Section]:
+def prototype_sections(folder: StageFolder) -> list[Section]:
     """Cards, held-out accuracy of the refinement, and the cold start as tables."""
-    if (folder := _folder(run_dir)) is None:
-        return []
     facts = folder.manifest.facts
     refinement = {
         "prototypes": facts["k"],
@@ -139,10 +134,8 @@ def prototype_sections(run_dir: Path) -> list[Section]:
     ]
 
 
-def prototype_curves(run_dir: Path) -> list[Curve]:
+def prototype_curves(folder: StageFolder) -> list[Curve]:
     """Singular-value mass over k, loss of the refinement, and cold start."""
-    if (folder := _folder(run_dir)) is None:
-        return []
     mass = read_json(folder.path / "singular_values.json")["retained_mass"]
     loss, start = folder.manifest.facts["refinement"]["loss"], folder.manifest.facts.get("cold_start") or []
     curves = [
@@ -167,18 +160,15 @@ def prototype_curves(run_dir: Path) -> list[Curve]:
     return curves
 
 
-def prototype_maps(run_dir: Path) -> list[tuple[str, Markup]]:
-    if (folder := _folder(run_dir)) is None:
-        return []
+def prototype_map(folder: StageFolder) -> tuple[str, Markup]:
     table = pd.read_parquet(folder.path / "analyses.parquet")
     names = [str(j) for j in range(folder.manifest.facts["k"])]
     x, y, label = (table[name].to_numpy() for name in ("x", "y", "prototype"))
-    return [
-        ("Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map"))
-    ]
+    return "Prototypes: analyses on two principal axes", point_map(x, y, label, names, prefix="prototype-map")
 
 
-def _folder(run_dir: Path) -> StageFolder | None:
+def prototype_folder(run_dir: Path) -> StageFolder | None:
+    """The run's finished prototypes with cards and map, if it has any."""
     import pyarrow.parquet as pq
 
     folder = StageFolder.read(run_dir, StageName.PROTOTYPES)

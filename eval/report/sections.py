@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.metrics.accuracy import Estimate, accuracy_report, paired_difference
+from eval.metrics.accuracy import Accuracy, accuracy_report, paired_difference
 from eval.metrics.calibration import Calibration
 from eval.metrics.slices import SliceRow
 from eval.report import published
@@ -91,7 +91,7 @@ def sections(
 def stage_row(tested: Tested) -> Row:
     """One row of the headline table."""
     report = tested.report
-    probe: Mapping[str, Estimate] = {"swapped history": tested.probe["swapped"]} if tested.probe else {}
+    probe: Mapping[str, Accuracy] = {"swapped history": tested.probe["swapped"]} if tested.probe else {}
     return {
         "stage": tested.name,
         "accuracy": report["accuracy"],
@@ -211,7 +211,7 @@ def calibration_text(calibration: Calibration) -> str:
     )
 
 
-def _accuracy_cells(estimates: Mapping[str, Estimate]) -> Row:
+def _accuracy_cells(estimates: Mapping[str, Accuracy]) -> Row:
     """Two columns per estimate: `<name> accuracy` and its interval."""
     accuracies = {f"{name} accuracy": part["accuracy"] for name, part in estimates.items()}
     return accuracies | {f"{name} accuracy ci95": part["ci95"] for name, part in estimates.items()}

@@ -28,7 +28,8 @@ from eval.report.figures import (
     grid_heat_map,
     grid_title,
     prototype_curves,
-    prototype_maps,
+    prototype_folder,
+    prototype_map,
     prototype_sections,
     training_curves,
 )
@@ -110,7 +111,7 @@ class Details:
     chain_errors: Sequence[Row]
 
 
-def publish(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
+def write_results(evaluated: Evaluated, folder: Path) -> Mapping[str, object]:
     """Compute all results and write every file; returns the content of results.json."""
     evaluation, final = evaluated.evaluation, evaluated.final
     labels = slice_labels(
@@ -224,13 +225,14 @@ def _report(
     notes: Sequence[str],
 ) -> Report:
     config, grids, final = evaluated.config, evaluated.grids, evaluated.final
+    clustered = prototype_folder(run_dir)
     stopped = [{"study": g.study.name, **g.adaptive} for g in grids if g.adaptive]
     optional = [
         Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains) if gains else None,
         *(Section(grid_title(g), GRIDS, g.rows) for g in grids),
         Section("Adaptive stopping, replayed", ADAPTIVE, stopped) if stopped else None,
         *chain_sections(evaluated.ceilings, details.chain_errors, evaluated.truth),
-        *prototype_sections(run_dir),
+        *(prototype_sections(clustered) if clustered else []),
         *sections(
             config,
             evaluated.tested,
@@ -253,9 +255,12 @@ def _report(
             *(grid_curve(g) for g in grids),
             *([calibration_curve(details.calibration, final.name)] if details.calibration["curve"] else []),
             *training_curves(run_dir),
-            *prototype_curves(run_dir),
+            *(prototype_curves(clustered) if clustered else []),
         ],
-        drawings=[*(d for g in grids for d in grid_heat_map(g)), *prototype_maps(run_dir)],
+        drawings=[
+            *(d for g in grids for d in grid_heat_map(g)),
+            *([prototype_map(clustered)] if clustered else []),
+        ],
         notes=notes,
         chains=chain_views(config, evaluated.evaluation, final) if evaluated.tested else [],
     )

@@ -24,7 +24,7 @@ from eval.ask.harness import (
     verified,
 )
 from eval.ask.scored import Score, ScoreMany, ask_scores, one_by_one, scored
-from eval.metrics.accuracy import AccuracyReport, Difference, Estimate, accuracy_report, paired_difference
+from eval.metrics.accuracy import Accuracy, AccuracyReport, Difference, accuracy_report, paired_difference
 from eval.studies.probes import Twins, disagreement_twins, swapped_histories
 from eval.studies.robustness import ProbeRow, probe_questions, probe_rows, probe_slice
 from eval.studies.scaling_study import (
@@ -72,7 +72,7 @@ class ScoredCandidate:
     seconds: float | None = None
 
 
-class SetAccuracy(Estimate):
+class SetAccuracy(Accuracy):
     n_pairs: int
     ties: int
 

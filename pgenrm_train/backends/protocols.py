@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pgenrm_train.records.pairs import Example, HistoryItem
 from pgenrm_train.rewards.training_rows import RowExtra
+
+T = TypeVar("T")
+SAMPLE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Estimate:
             **({"dollars": [round(price, 4) for price in self.dollars]} if self.dollars else {}),
             "minutes": [round(time, 1) for time in self.minutes],
         }
+
+
+def estimate_sample(items: Sequence[T]) -> Sequence[T]:
+    """At most SAMPLE items at even distances, whose prompts give an estimate for all."""
+    return items[:: max(1, len(items) // SAMPLE)][:SAMPLE]
 
 
 @dataclass(frozen=True, slots=True)

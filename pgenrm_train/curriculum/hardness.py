@@ -28,7 +28,7 @@ histories hard (users with few votes), `scenario` those of rarer-than-median sce
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,6 @@ from pgenrm_train.records.pairs import ContentKey, PreferencePair, content_key
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 SIGNALS = ("similarity", "length_ratio", "rating_gap", "disagreement")
-MEASURED = ("pass_rate", "margin", "verified_margin", "order_gap", "samples", "failures")
 CONFIDENT = 1.0  # points of the 1–10 scale
 ORDERS_DIFFER = 0.5  # order gap from which the verdict follows the order rather than the content
 PREFIX = 20_000  # characters that the trigrams read
@@ -49,9 +48,9 @@ ORDERS = {
     "scenario": "rare scenario ({:.1%} of the pairs)",
 }
 REASONS = {
-    "similarity": "responses alike ({:.2f})",
-    "length_ratio": "lengths alike ({:.2f})",
-    "rating_gap": "ratings close ({:g} apart)",
+    "similarity": "similar responses ({:.2f})",
+    "length_ratio": "similar lengths ({:.2f})",
+    "rating_gap": "close ratings ({:g} apart)",
     "disagreement": "other users are split ({:.0%} disagree)",
 }
 
@@ -231,7 +230,8 @@ def records(
     out: dict[str, list[Any]] = {"index": list(range(size)), "pair_id": list(ids)}
     suspect, reasons = np.zeros(size, dtype=bool), [""] * size
     if mined is not None:
-        measured = {name: [getattr(pair, name) for pair in mined] for name in MEASURED}
+        names = [field.name for field in fields(MinedPair)[2:]]  # those after index and pair_id
+        measured = {name: [getattr(pair, name) for pair in mined] for name in names}
         rates, margins, gaps, failures, samples = (
             np.array(measured[name], dtype=float)
             for name in ("pass_rate", "margin", "order_gap", "failures", "samples")

@@ -87,7 +87,6 @@ _DELIMITER = re.compile(
     re.IGNORECASE,
 )
 _LEGIBLE = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")"})
-_TAG = re.compile(rf"<(?:{'|'.join((*_SECTIONS, *_TURNS))}|response_[0-9]+)>")
 
 
 def chat_messages(
@@ -114,13 +113,6 @@ def chat_messages(
     user = "\n".join(tag + neutralise(text, reserved) for tag, text in sections)
     system = [{"role": "system", "content": INSTRUCTIONS}] if instructions else []
     return [*system, {"role": "user", "content": user}]
-
-
-def split_prompt(text: str) -> list[tuple[str, str]]:
-    """Split a user message into (tag, text) in order; text before the first tag is dropped."""
-    tags = list(_TAG.finditer(text))
-    ends = [tag.start() - 1 for tag in tags[1:]] + [len(text)]  # − 1: the line break before the next tag
-    return [(tag.group(), text[tag.end() : end]) for tag, end in zip(tags, ends, strict=True)]
 
 
 def neutralise(text: str, reserved: Sequence[str] = ()) -> str:

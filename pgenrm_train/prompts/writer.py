@@ -97,13 +97,16 @@ class PromptWriter:
         )
         return self._messages(fitted)
 
-    def trim_warning(self, name: str) -> str:
-        """One sentence on the trimmed prompts of `name`; empty if there are none."""
+    def log_trimmed(self, name: str) -> None:
+        """Print one sentence on the trimmed prompts of `name`, if there are any."""
         counts = (+self.trimmed).items()
         listed = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts if kind != "prompts")
-        prompts = self.trimmed["prompts"]
-        trimmed = f"[{name}] over-long, of {prompts} prompts (oldest history first, then the longest texts)"
-        return f"{trimmed}: {listed}" if listed else ""
+        if listed:
+            print(
+                f"[{name}] over-long, of {self.trimmed['prompts']} prompts "
+                f"(oldest history first, then the longest texts): {listed}",
+                flush=True,
+            )
 
     def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a prompt, ready for the model to continue."""

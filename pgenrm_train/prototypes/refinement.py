@@ -64,7 +64,7 @@ class RefinementSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Lookup:
     """A large array with many equal rows: `rows[i]` is `table[index[i]]`, gathered on access.
 
     `table` (T, d) may be memory-mapped; `index` is (N,) or (N, h) of integers.  Padding may point at any row.
@@ -83,18 +83,18 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class RefinementBatch:
-    """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Rows`.
+    """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Lookup`.
 
     `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h),
     true for real items; `users` (N,).  Raises DataError if the shapes disagree.
     """
 
-    query: np.ndarray | Rows
-    chosen: np.ndarray | Rows
-    rejected: np.ndarray | Rows
-    history_query: np.ndarray | Rows
-    history_chosen: np.ndarray | Rows
-    history_rejected: np.ndarray | Rows
+    query: np.ndarray | Lookup
+    chosen: np.ndarray | Lookup
+    rejected: np.ndarray | Lookup
+    history_query: np.ndarray | Lookup
+    history_chosen: np.ndarray | Lookup
+    history_rejected: np.ndarray | Lookup
     mask: np.ndarray
     users: np.ndarray
 
@@ -384,7 +384,7 @@ def _cluster_means(prototypes: Prototypes) -> np.ndarray:
 
 
 def _split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of training users and of held-out users; a single user is never held out."""
+    """Lookup of training users and of held-out users; a single user is never held out."""
     names = np.unique(users)
     count = min(len(names) - 1, math.ceil(HOLDOUT * len(names)))
     chosen = np.random.default_rng([seed, len(names)]).permutation(names)[:count]

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pgenrm_train.errors import DataError
-from pgenrm_train.files import publish_folder
+from pgenrm_train.files import replace_folder
 
 ROWS = 16_384  # of a shard
 BATCH = 1024  # rows that are Python objects at a time
@@ -91,7 +91,7 @@ class ShardWriter:
             part.rename(part.with_name(f"part-{number:05d}-of-{self._shards:05d}.parquet"))
         if self.path.is_file():  # of an older version
             self.path.unlink()
-        publish_folder(self._staging, self.path)
+        replace_folder(self._staging, self.path)
 
 
 def parts(path: Path) -> list[Path]:

@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.chains.chain import Chain, ParseFailure
 
 # Whose history a validation question shows.
@@ -75,11 +74,6 @@ def signs(rankings: Iterable[Ranking | None]) -> dict[str, float | None]:
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
         "score_spread": mean([ranking.spread for ranking in readable]),
     }
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None for no values."""
-    return float(np.mean(values)) if values else None
 
 
 def _effective_number(names: Sequence[str]) -> float | None:

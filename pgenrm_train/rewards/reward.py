@@ -12,8 +12,7 @@ its own rubric; γ = 0 by default.
 """
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure, parse_chain
@@ -101,17 +100,6 @@ def reward_of(
     total += weights.verified * verified.get("verified", 0.0)
     parts = {"outcome": outcome, "process": math.nan if judged is None else judged, "format": 0.0}
     return Reward(total, parts | verified)
-
-
-def group_advantages(totals: Sequence[float], *, epsilon: float = 1e-6) -> list[float]:
-    """GRPO's group-relative advantages, `(r − mean) / (std + ε)` with the sample standard deviation (ddof 1).
-
-    A group of one, or of equal rewards, teaches nothing: zeros.
-    """
-    if len(totals) < 2 or max(totals) == min(totals):
-        return [0.0] * len(totals)
-    mean, deviation = statistics.fmean(totals), statistics.stdev(totals)
-    return [(total - mean) / (deviation + epsilon) for total in totals]
 
 
 def _checked(process: float | None) -> float | None:

@@ -28,7 +28,7 @@ class RowExtra(TypedDict):
     probe: NotRequired[str]
 
 
-class Row(TypedDict):
+class GrpoRow(TypedDict):
     """One row of rows.parquet; `reward_model.ground_truth` is the index of the chosen response, as text."""
 
     data_source: str

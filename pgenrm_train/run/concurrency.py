@@ -1,4 +1,4 @@
-"""Many slow calls at a time, results in the order of completion."""
+"""Many slow calls at a time, results in the order of completion, and the progress bar of a stage."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -32,3 +32,12 @@ def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -
                 yield running.pop(done), done.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, status: object = "") -> Iterator[T]:
+    """Yield `items` and show a bar with ETA on stderr, with `str(status)` after each item."""
+    from tqdm import tqdm
+
+    for item in (bar := tqdm(items, desc=what, total=total, mininterval=0.5, dynamic_ncols=True)):
+        yield item
+        bar.set_postfix_str(str(status), refresh=False)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import fingerprint, read_json, sha256_file, write_json, write_text
@@ -49,18 +49,11 @@ def weights_digest(checkpoint: Path) -> str:
     return fingerprint([(path.name, sha256_file(path)) for path in sorted(checkpoint.glob("*.safetensors"))])
 
 
-class EnvironmentFacts(TypedDict):
-    """Versions, machine and git state: the commit, and whether files differ from it."""
+def environment_facts() -> dict[str, object]:
+    """Versions, machine and git state for a manifest: no user name, host name, path or variable.
 
-    python: str
-    platform: str
-    cpus: int | None
-    packages: dict[str, str | None]
-    git: dict[str, str | bool] | None
-
-
-def environment_facts() -> EnvironmentFacts:
-    """Versions, machine and git state for a manifest: no user name, host name, path or variable."""
+    `git`: the commit, and whether files differ from it; null outside a checkout.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
@@ -183,7 +176,7 @@ class StageFolder:
             seed,
             before.wall_seconds,
             before.starts + 1,
-            {**environment_facts()},
+            environment_facts(),
         )
         write_config(self.path / "config.yaml", config)
         self.save()

@@ -177,11 +177,14 @@ def _pivot(pool: pd.DataFrame) -> _Table:
     failures[~failed] = None
     keys = pd.MultiIndex.from_frame(groups[GROUP])
     number = keys.get_indexer(pd.MultiIndex.from_frame(pool[GROUP]))
-    sources = []
-    for source in ("ind", "pro"):
-        rows = (pool["source"] == source).to_numpy()
-        sources.append(_rectangle(groups, number[rows], scores[rows], failures[rows], source))
-    return _Table(groups, *sources)
+    rows = {source: (pool["source"] == source).to_numpy() for source in ("ind", "pro")}
+    return _Table(
+        groups,
+        *(
+            _rectangle(groups, number[inside], scores[inside], failures[inside], source)
+            for source, inside in rows.items()
+        ),
+    )
 
 
 def _rectangle(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from typing import TypedDict
 
-from pgenrm_train.backends.protocols import Estimate, Teacher
+from pgenrm_train.backends.protocols import Estimate, Teacher, estimate_sample
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.chains.near_duplicates import NearDuplicates, signature
 from pgenrm_train.chains.rejection import (
@@ -34,12 +34,10 @@ from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import apply_masking, drop_history, present
 from pgenrm_train.prompts.writer import PromptWriter, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, PreferencePair
-from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.concurrency import concurrently, progress
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.progress import progress
 
 SEC = "sec.parquet"
-MEASURED = 200  # questions whose prompts give an estimate for all
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +119,7 @@ def run(
     )
     write_json(folder.path / "yield.json", facts)
     print(yield_table(facts), flush=True)
-    if warning := writer.trim_warning("build_sec prompts"):
-        print(warning, flush=True)
+    writer.log_trimmed("build_sec prompts")
     return facts
 
 
@@ -136,8 +133,7 @@ def yield_table(facts: Yield) -> str:
 
 def _expected(config: Config, pairs: Sequence[PreferencePair], teacher: Teacher) -> Estimate | None:
     all_questions, history = questions(config, pairs), histories(config, pairs)
-    some = all_questions[:: max(1, len(all_questions) // MEASURED)][:MEASURED]
-    examples = [shown(config, pair, order, history) for pair, order in some]
+    examples = [shown(config, *question, history) for question in estimate_sample(all_questions)]
     return teacher.expect(examples, len(all_questions), config.sec.samples_per_pair)
 
 

@@ -19,9 +19,8 @@ from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, PreferenceP
 from pgenrm_train.records.raw_rows import read_rows
 from pgenrm_train.rewards.judging import signals
 from pgenrm_train.rewards.synthetic_criteria import read_criteria
-from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.concurrency import concurrently, progress
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.progress import progress
 
 CRITERIA = "criteria.parquet"
 VOTES = 12  # of a user, drawn at random

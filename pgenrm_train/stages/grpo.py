@@ -33,8 +33,8 @@ from pgenrm_train.prompts.writer import Messages, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, PreferencePair
 from pgenrm_train.rewards.hacking_signs import EMPTY, OWN, SWAPPED
 from pgenrm_train.rewards.judging import signals
-from pgenrm_train.rewards.training_rows import Row
-from pgenrm_train.run.progress import progress
+from pgenrm_train.rewards.training_rows import GrpoRow
+from pgenrm_train.run.concurrency import progress
 
 ROWS, MIRROR, SIGNALS = "rows.parquet", "mirror.parquet", "signals.parquet"
 VALIDATION = "validation.parquet"
@@ -56,7 +56,7 @@ class RowBuilder:
     embed: Embed | None = None
     prototype_of: Mapping[str, int] = field(default_factory=dict)
 
-    def row(self, index: int, pair: PreferencePair, example: Example) -> Row:
+    def row(self, index: int, pair: PreferencePair, example: Example) -> GrpoRow:
         """A row under the stage's policy of masking, with a seeded draw per pair."""
         view, withheld = apply_masking(
             example,
@@ -71,7 +71,7 @@ class RowBuilder:
 
     def assemble(
         self, index: int, pair: PreferencePair, order: int, prompt: Messages, explicit: ExplicitSignals
-    ) -> Row:
+    ) -> GrpoRow:
         """A row; `order` is the place of the chosen response, `explicit` all that a judge may use."""
         return {
             "data_source": self.config.data.name,
@@ -171,7 +171,7 @@ def write_validation(builder: RowBuilder, folder: Path, pairs: Sequence[Preferen
     some = pairs_of_split(pairs, "val", settings.validate_pairs) if settings.validate_every else []
     # The stage's masking, without its draws.
     policy = "full" if masking_of(config, stage) == "full" else "masked"
-    rows: list[Row] = []
+    rows: list[GrpoRow] = []
     for pair, probe, history in _questions(some, histories(config, pairs)):
         for order in (0, 1):
             view, withheld = apply_masking(present(pair, history, order), policy, random.Random(0))

@@ -21,7 +21,7 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import fingerprint, write_json, write_table, write_text
 from pgenrm_train.prototypes import clusters as core
 from pgenrm_train.prototypes.cards import Analysed, cards, cards_markdown, plane
-from pgenrm_train.prototypes.refinement import RefinementBatch, RefinementSettings, Rows, cold_start, refine
+from pgenrm_train.prototypes.refinement import Lookup, RefinementBatch, RefinementSettings, cold_start, refine
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.run.folder import StageFolder, weights_digest
 
@@ -220,12 +220,12 @@ def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed
     table, place = embed(texts), {text: i for i, text in enumerate(texts)}
     mask = np.array([[n < len(h) for n in range(longest)] for h in items])
 
-    def padded(name: str) -> Rows:
+    def padded(name: str) -> Lookup:
         index = [[place[getattr(h[n], name)] if n < len(h) else 0 for n in range(longest)] for h in items]
-        return Rows(table, np.array(index))
+        return Lookup(table, np.array(index))
 
-    def column(name: str) -> Rows:
-        return Rows(table, np.array([place[getattr(p, name)] for p in pairs]))
+    def column(name: str) -> Lookup:
+        return Lookup(table, np.array([place[getattr(p, name)] for p in pairs]))
 
     return RefinementBatch(
         query=column("query"),

@@ -7,8 +7,8 @@ from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import Config, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
+from pgenrm_train.run.concurrency import progress
 from pgenrm_train.run.folder import StageFolder, weights_digest
-from pgenrm_train.run.progress import progress
 from pgenrm_train.stages.prototypes import ChainSet, pairs_to_analyse
 from recipes.wiring.candidates import once
 from recipes.wiring.models import load_tokenizer

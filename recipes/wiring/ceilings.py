@@ -9,6 +9,7 @@ from data_builders.teachers.ideal import SEEN, TIE, UNSEEN, Ideal, IdealChain, I
 from eval.report.chain_section import Ceilings
 from eval.report.report import Row
 from eval.studies.evaluation import Tested
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.prompts.history import HistorySampler
@@ -94,7 +95,7 @@ def truth_rows(
 
 
 def _means(truths: Sequence[ChainTruth]) -> Row:
-    stated = {
-        name: [share for truth in truths if (share := getattr(truth, name)) is not None] for name in COLUMNS
+    return {
+        column: mean([share for truth in truths if (share := getattr(truth, name)) is not None])
+        for name, column in COLUMNS.items()
     }
-    return {column: fmean(stated[name]) if stated[name] else None for name, column in COLUMNS.items()}

@@ -10,7 +10,7 @@ from eval.studies.evaluation import Evaluation
 from pgenrm_train.backends.api.answers import Answers
 from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
 from pgenrm_train.backends.api.endpoint import dollars
-from pgenrm_train.backends.protocols import Estimate
+from pgenrm_train.backends.protocols import SAMPLE, Estimate, estimate_sample
 from pgenrm_train.config import (
     Config,
     EndpointConfig,
@@ -23,7 +23,7 @@ from pgenrm_train.config import (
 from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
-from pgenrm_train.stages.build_sec import MEASURED, SEC
+from pgenrm_train.stages.build_sec import SEC
 from pgenrm_train.stages.grpo import VALIDATION
 from recipes.wiring.llm import plain_writer
 
@@ -33,7 +33,7 @@ VERDICT_TOKENS = 80
 def estimate_evaluation(config: Config, evaluation: Evaluation, settings: EndpointConfig) -> Estimate:
     """Print and return the estimate for `model=endpoint`; kept answers are not requested again."""
     write, policy = plain_writer(config), masking_of(config, "eval")
-    some = evaluation.pairs[:: max(1, len(evaluation.pairs) // MEASURED)][:MEASURED]
+    some = estimate_sample(evaluation.pairs)
     examples = [present(pair, evaluation.histories[pair.pair_id], 0) for pair in some]
     prompts = [write(apply_masking(example, policy, random.Random(0))[0]) for example in examples]
     return announce(
@@ -87,7 +87,7 @@ def _chain_characters(run_dir: Path) -> float | None:
     path = run_dir / StageName.BUILD_SEC / SEC
     if not path.exists():
         return None
-    chats = pq.read_table(path, columns=["messages"])["messages"].slice(0, MEASURED).to_pylist()
+    chats = pq.read_table(path, columns=["messages"])["messages"].slice(0, SAMPLE).to_pylist()
     return sum(len(chat[-1]["content"]) for chat in chats) / len(chats) if chats else None
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.report.compare import compare, publish_comparison
-from eval.report.summary import Evaluated, publish
+from eval.report.compare import compare, write_comparison
+from eval.report.summary import Evaluated, write_results
 from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, headline
 from eval.studies.scaling_study import FindSimilar, Study
 from pgenrm_train.config import Config, StageName, seeds_of_grid, sizes
@@ -13,8 +13,8 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.run.concurrency import progress
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import Tracker
 from recipes.wiring.baselines import scorers
 from recipes.wiring.ceilings import ceilings, truth_rows
@@ -26,7 +26,7 @@ from recipes.wiring.similar_users import find_similar, nearest_prototypes
 def evaluate(
     config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> Mapping[str, object]:
-    """Test every candidate and baseline on the same pairs and publish the results."""
+    """Test every candidate and baseline on the same pairs and write_results the results."""
     scaling_notes: list[str] = []
     if any(isinstance(candidate, Candidate) for candidate in everyone):
         config, scaling_notes = without_prototypes(config)
@@ -75,7 +75,7 @@ def evaluate(
         ceilings(config, sampler, split),
         truth_rows(config, split, evaluation.histories, tested),
     )
-    results = publish(evaluated, folder.path)
+    results = write_results(evaluated, folder.path)
     for name, facts in cost.items():
         if facts:
             print(f"{name} cost: {facts}", flush=True)
@@ -171,7 +171,7 @@ def compare_runs(config: Config) -> None:
     first, second = config.eval.compare
     run_dir, folder = Path(config.run_dir), Path(config.run_dir) / "compare"
     comparison = compare((first, second), draws=config.eval.draws, seed=config.seed)
-    print(publish_comparison(comparison, folder), end="")
+    print(write_comparison(comparison, folder), end="")
     for name in ("comparison.json", "report.html", "report.md"):
         if not (run_dir / name).exists() or (run_dir / name).resolve().parent == folder.resolve():
             link(folder / name, run_dir / name)

@@ -27,7 +27,7 @@ from pgenrm_train.stages.stage import launch
 
 MINUTES = 20.0  # promised duration
 STEPS = stages_of("gpu_check")
-MEASURED = (StageName.PSI, StageName.CRE, StageName.EVALUATE)
+WITH_MODEL = (StageName.PSI, StageName.CRE, StageName.EVALUATE)
 
 
 @dataclass
@@ -106,7 +106,7 @@ def used_gib(config: Config) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class RecipeRow:
     """Measurements of one recipe; None for a number that it does not have."""
 
     recipe: str
@@ -137,7 +137,7 @@ class Report:
 
     config: Config
     plan: Plan
-    rows: tuple[Row, ...]
+    rows: tuple[RecipeRow, ...]
     minutes: float
 
     @property
@@ -184,13 +184,13 @@ def report_of(config: Config, measurements: Mapping[str, Measurement]) -> Report
     rows = []
     for recipe, measured in measurements.items():
         numbers: dict[str, float] = {}
-        if recipe in MEASURED:
+        if recipe in WITH_MODEL:
             numbers = {
                 "peak_gib": round(measured.peak_gib, 2),
                 "planned_gib": round(planned[StageName(recipe)], 2),
                 **throughput(config, recipe, measured),
             }
-        rows.append(Row(recipe, round(measured.seconds, 1), measured.error, **numbers))
+        rows.append(RecipeRow(recipe, round(measured.seconds, 1), measured.error, **numbers))
     return Report(config, plan, tuple(rows), sum(m.seconds for m in measurements.values()) / 60)
 
 

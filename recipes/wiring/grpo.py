@@ -114,8 +114,7 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
         print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
     write_rows(builder, folder, pairs)
     write_json(folder / "trimmed.json", dict(write.trimmed))
-    if warning := write.trim_warning(f"{stage} prompts"):
-        print(warning, flush=True)
+    write.log_trimmed(f"{stage} prompts")
 
 
 def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:

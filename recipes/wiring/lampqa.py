@@ -10,7 +10,7 @@ from eval.ask.baselines import fit_baseline
 from eval.ask.scored import one_by_one
 from eval.lampqa.ranking import MEASURES, Task, ask_tasks, report, score_tasks, tasks
 from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
-from eval.lampqa.summary import Ranked, Reference, publish
+from eval.lampqa.summary import Ranked, Reference, write_results
 from eval.studies.evaluation import Candidate, ScoredCandidate, kept_answers
 from pgenrm_train.config import Config, StageName, sizes
 from pgenrm_train.errors import BackendError, ConfigError, DataError
@@ -21,9 +21,8 @@ from pgenrm_train.records.questions import (
     read_questions,
     read_secrets,
 )
-from pgenrm_train.run.concurrency import concurrently
+from pgenrm_train.run.concurrency import concurrently, progress
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.progress import progress
 from pgenrm_train.run.tracking import Tracker
 from recipes.wiring.llm import endpoint
 
@@ -33,7 +32,7 @@ RULES = ("random", "longer", "shorter")  # baselines that need no votes
 def evaluate(
     config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> Mapping[str, object]:
-    """Grade the answers, score them with every candidate and baseline, and publish the rank correlations."""
+    """Grade the answers, score them with every candidate and baseline, and write_results the rank correlations."""
     built, ind = Path(config.run_dir) / StageName.BUILD_DATA, max(sizes(config.eval.ind))
     questions, answers = read_questions(built), read_answers(built)
     every = tasks(questions, answers, history_size=config.data.history_size, samples=ind, seed=config.seed)
@@ -56,7 +55,7 @@ def evaluate(
         tracker.log(step, {name: value for name, value in values.items() if isinstance(value, float)})
     skipped = sorted(set(config.eval.baselines) - set(RULES))
     ranked = Ranked(tables, reports, reference, ind, config.data.history_size, skipped)
-    publish(ranked, folder.path)
+    write_results(ranked, folder.path)
     spearman = reports[ranked.final]["average"]["spearman_models"]
     return {
         "model": ranked.final,

@@ -66,8 +66,7 @@ class Writer:
     def can_be_written(self, response: str) -> bool:
         return len(response.split()) <= self.words
 
-    def trim_warning(self, name: str) -> str:
-        return ""
+    def log_trimmed(self, name: str) -> None: ...
 
 
 def run(tmp_path, teacher, votes=None, words=10_000, **config):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pgenrm_train.backends.api.costs import announce, characters, estimate
 from pgenrm_train.backends.api.endpoint import Endpoint, dollars
-from pgenrm_train.backends.protocols import Estimate, Generation, Spending
+from pgenrm_train.backends.protocols import Estimate, Generation, Spending, estimate_sample
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.masking import FullView
@@ -19,7 +19,6 @@ from pgenrm_train.rewards.judging import SCHEMA, judge_messages, read_verdict
 from pgenrm_train.rewards.synthetic_criteria import synthesis_messages
 from pgenrm_train.rewards.training_rows import RowExtra, withheld_signals
 
-MEASURED = 200  # users whose prompts the estimate measures
 CRITERIA_TOKENS = 120  # of a typical answer
 
 
@@ -77,7 +76,7 @@ class LlmCriteria:
         return Generation(user_id, attempt, reply.text, reply.failure, reply.completion_tokens)
 
     def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Estimate:
-        some = [synthesis_messages(votes) for votes in users[:: max(1, len(users) // MEASURED)]]
+        some = [synthesis_messages(votes) for votes in estimate_sample(users)]
         expected = estimate(
             self.endpoint.settings, characters(some), len(users), tries=tries, answer_tokens=CRITERIA_TOKENS
         )

@@ -16,11 +16,11 @@ from pgenrm_train.errors import BackendError, ConfigError, last_line
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.prototypes.clusters import Prototypes
 from pgenrm_train.prototypes.refinement import (
+    Lookup,
     Part,
     RefinementBatch,
     RefinementMetrics,
     RefinementSettings,
-    Rows,
     refine,
 )
 
@@ -85,7 +85,7 @@ def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, 
 
 
 def _write_arrays(folder: Path, arrays: Any, written: dict[int, Path] | None = None) -> None:
-    """Write one .npy file per array of a dataclass or mapping; `Rows` and mappings inside it become folders.
+    """Write one .npy file per array of a dataclass or mapping; `Lookup` and mappings inside it become folders.
 
     An array with several names is written once and linked.
     """
@@ -95,7 +95,7 @@ def _write_arrays(folder: Path, arrays: Any, written: dict[int, Path] | None = N
     for name, value in named.items():
         path = folder / f"{name}.npy"
         if not isinstance(value, np.ndarray):
-            _write_arrays(folder / f"{name}.{'rows' if isinstance(value, Rows) else 'map'}", value, written)
+            _write_arrays(folder / f"{name}.{'rows' if isinstance(value, Lookup) else 'map'}", value, written)
         elif id(value) in written:  # the one table of texts of queries, responses and histories
             path.hardlink_to(written[id(value)])
         else:
@@ -106,5 +106,5 @@ def _write_arrays(folder: Path, arrays: Any, written: dict[int, Path] | None = N
 def _read_arrays(folder: Path) -> Any:
     """Map the arrays that `_write_arrays` wrote, by name."""
     arrays: dict[str, object] = {path.stem: np.load(path, mmap_mode="c") for path in folder.glob("*.npy")}
-    arrays |= {path.stem: Rows(**_read_arrays(path)) for path in folder.glob("*.rows")}
+    arrays |= {path.stem: Lookup(**_read_arrays(path)) for path in folder.glob("*.rows")}
     return arrays | {path.stem: _read_arrays(path) for path in folder.glob("*.map")}

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase, PhaseRun
 from pgenrm_train.backends.grpo.scoring import ScoredChain
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.config import CurriculumConfig
 from pgenrm_train.curriculum.hardness import ORDERS, SIGNALS, MinedPair, records
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import write_json, write_table
-from pgenrm_train.rewards.hacking_signs import mean
 from pgenrm_train.rewards.training_rows import read_extras
 from pgenrm_train.run.folder import weights_digest
 

@@ -20,7 +20,7 @@ from pgenrm_train.files import read_json, write_json
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights
 
 REPORT = "verl_report.json"  # of a session, for the process that launched it
-TRAINED = "trained.json"
+TRAINED_FILE = "trained.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Phase:
     """One stage of GRPO.
 
     `section`: cre or curriculum, whose settings apply.  `start`: checkpoint in Hugging Face format; None
-    takes that of the phase before.  `rows`: parquet of `rewards.training_rows.Row`.  `steps`: optimiser steps
+    takes that of the phase before.  `rows`: parquet of `rewards.training_rows.GrpoRow`.  `steps`: optimiser steps
     of the complete phase.  `judge`: None for no process reward.  `validation`: rows with each pair in both
     orders, sampled every `<section>.validate_every` steps.  `settings`: keys of the section in which this
     phase differs from the configuration, so that one session serves several arms.
@@ -71,9 +71,9 @@ class Phase:
 
     def trained(self) -> Trained | None:
         """The report of a complete phase, else None.  Raises ArtifactError if its number of steps differs."""
-        if not ((self.work_dir / TRAINED).exists() and (self.checkpoint / "config.json").exists()):
+        if not ((self.work_dir / TRAINED_FILE).exists() and (self.checkpoint / "config.json").exists()):
             return None
-        report = read_json(self.work_dir / TRAINED)
+        report = read_json(self.work_dir / TRAINED_FILE)
         if report["steps"] != self.steps:
             raise ArtifactError(
                 f"{self.work_dir} holds a {self.section} of {report['steps']} steps and {self.steps} are "
@@ -83,7 +83,7 @@ class Phase:
 
     def seconds(self) -> float | None:
         """Seconds that the phase took; None if it is not complete."""
-        report = self.work_dir / TRAINED
+        report = self.work_dir / TRAINED_FILE
         return float(read_json(report)["seconds"]) if report.exists() else None
 
 
@@ -116,7 +116,7 @@ class PhaseRun:
     def write_report(self) -> None:
         """Write `trained.json`, which makes the phase complete."""
         write_json(
-            self.phase.work_dir / TRAINED,
+            self.phase.work_dir / TRAINED_FILE,
             {
                 "steps": self.phase.steps,
                 "metrics": {name: value for name, value in self.last.items() if value is not None},

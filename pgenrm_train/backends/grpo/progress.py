@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
+from pgenrm_train.bootstrap import mean
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.files import read_json
-from pgenrm_train.rewards.hacking_signs import OWN, mean, signs
+from pgenrm_train.rewards.hacking_signs import OWN, signs
 from pgenrm_train.rewards.training_rows import RowExtra
 from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 

@@ -27,7 +27,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from pgenrm_train.backends.grpo.scoring import RewardSpec, Sample, ScoredChain, ScoredGroup, score, settle
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.rewards.training_rows import Row
+from pgenrm_train.rewards.training_rows import GrpoRow
 
 # A reward that is not written yet: it would show in an update that did not wait for it.
 UNKNOWN = float("nan")
@@ -42,7 +42,7 @@ class Prompt:
     """
 
     uid: str
-    row: Row
+    row: GrpoRow
     step: int
     seed: str
     samples: int
@@ -209,7 +209,7 @@ class ChainSampler:
         )
         return sample, asyncio.create_task(self._score(sample, prompt.row))
 
-    async def _score(self, sample: Sample, row: Row) -> ScoredChain:
+    async def _score(self, sample: Sample, row: GrpoRow) -> ScoredChain:
         arguments = (sample, row, self.rewards.weights, self.judge)
         if self.judge is None:
             return score(*arguments)

@@ -21,7 +21,7 @@ from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
-from pgenrm_train.rewards.training_rows import Row, withheld_signals
+from pgenrm_train.rewards.training_rows import GrpoRow, withheld_signals
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class ScoredGroup:
         )
 
 
-def score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+def score(sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
     """Score one chain; an exception is recorded, because a user's reward code must not end training."""
     try:
         return _score(sample, row, weights, judge)
@@ -154,7 +154,7 @@ def score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None)
         return ScoredChain(len(sample.token_ids), error=f"{type(error).__name__}: {error}"[:300])
 
 
-def _score(sample: Sample, row: Row, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+def _score(sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
     extra, chosen = row["extra_info"], int(row["reward_model"]["ground_truth"])
     # A chain without an end is a format error, whatever its text holds.
     text = sample.text if sample.finished else ""

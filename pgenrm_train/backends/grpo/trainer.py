@@ -55,7 +55,7 @@ from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredChain, ScoredGr
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
-from pgenrm_train.rewards.training_rows import Row
+from pgenrm_train.rewards.training_rows import GrpoRow
 from pgenrm_train.run.checkpoints import complete_checkpoints, mark_complete
 from pgenrm_train.run.tracking import METRICS, append, read, trim
 
@@ -201,7 +201,7 @@ class ChainTrainer(PPOTrainerSync):
     # one step
 
     def _prompt(
-        self, row: Row, uid: str, samples: int, step: int, temperature: float | None = None
+        self, row: GrpoRow, uid: str, samples: int, step: int, temperature: float | None = None
     ) -> Prompt:
         return Prompt(
             uid=uid,

@@ -90,8 +90,9 @@ def test_the_record_has_reasons() -> None:
     )
     assert record["hard"] == [True, True, False, True]
     assert (
-        record["why"][0] == "wavers: 50% of 4 chains rank the chosen response first; responses alike (0.85); "
-        "ratings close (0 apart)"
+        record["why"][0]
+        == "wavers: 50% of 4 chains rank the chosen response first; similar responses (0.85); "
+        "close ratings (0 apart)"
     )
     assert "the verdict follows the order" in record["why"][1]
     assert record["why"][2] == ""
@@ -114,7 +115,7 @@ def test_a_cold_start_calls_the_harder_half_hard() -> None:
     assert record["hard"] == [False, False, True, True, True]
     assert record["suspect"] == [False] * 5
     assert record["model_free_hardness"][4] == max(record["model_free_hardness"])
-    assert record["why"][4].startswith(("responses alike", "lengths alike"))
+    assert record["why"][4].startswith(("similar responses", "similar lengths"))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 from llm_server import serve
+from prompt_sections import split_prompt
 
 from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.persona import PersonaGenerator
@@ -14,7 +15,7 @@ from pgenrm_train.config import PROMPTS, EndpointConfig, load
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.prompts.styles import persona_messages, styled_messages, with_persona
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row

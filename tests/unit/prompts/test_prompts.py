@@ -7,9 +7,10 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_sections import split_prompt
 
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.messages import JSON_END, JSON_START, TAGS, chat_messages, neutralise, split_prompt
+from pgenrm_train.prompts.messages import JSON_END, JSON_START, TAGS, chat_messages, neutralise
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message
 
 RESERVED = ("<|im_end|>", "</s>", "[PAD]", "<｜User｜>", "▁end", "aa", "<tool>x", "\n\n", "")

@@ -5,13 +5,14 @@ import re
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from prompt_sections import split_prompt
 
 from pgenrm_train.backends.sft.nano import ASSISTANT, END, PAD, USER, train_tokenizer
 from pgenrm_train.chains.chain import FORMAT_STRINGS, write_chain
 from pgenrm_train.config import ModelConfig, NanoConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.messages import TAGS, chat_messages, split_prompt
+from pgenrm_train.prompts.messages import TAGS, chat_messages
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message
 
@@ -234,17 +235,19 @@ def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
     assert long.startswith(kept) and int(gone) == len(long[len(kept) :].split())
 
 
-def test_cuts_are_reported_and_responses_that_a_cut_made_equal_are_counted(tokenizer):
+def test_cuts_are_reported_and_responses_that_a_cut_made_equal_are_counted(tokenizer, capsys):
     write = writer(tokenizer, max_text_tokens=20)
     write(a_view())
-    assert write.trim_warning("psi") == ""
+    write.log_trimmed("psi")
+    assert capsys.readouterr().out == ""
     same = "the same words in the same order " * 20
     write(a_view(responses=(f"{same} one end", f"{same} other end")))
     write(a_view(responses=(f"{same} x", "short")))
     assert write.trimmed["prompts_left_with_equal_responses"] == 1
-    assert write.trim_warning("psi").endswith(
+    write.log_trimmed("psi")
+    assert capsys.readouterr().out.endswith(
         "3 prompts (oldest history first, then the longest texts): 3 texts, "
-        "1 prompts left with equal responses"
+        "1 prompts left with equal responses\n"
     )
     write(a_view(responses=("equal before", "equal before")))
     assert write.trimmed["prompts_left_with_equal_responses"] == 1

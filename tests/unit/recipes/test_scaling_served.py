@@ -10,6 +10,7 @@ from collections import Counter
 import pandas as pd
 import pytest
 from llm_server import completion, serve
+from prompt_sections import split_prompt
 
 from eval.ask.harness import PredictionStore, ask
 from eval.studies.scaling_study import Similar, Study, cells, sample_pool
@@ -19,7 +20,7 @@ from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
 PAIRS = [

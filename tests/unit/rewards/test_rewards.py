@@ -1,7 +1,6 @@
-"""R = α·PR + β·OR, its parts, and GRPO's advantages."""
+"""R = α·PR + β·OR, and its parts."""
 
 import math
-import statistics
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgenrm_train.chains.chain import Chain, write_chain
-from pgenrm_train.rewards.reward import RewardWeights, chain_reward, group_advantages
+from pgenrm_train.rewards.reward import RewardWeights, chain_reward
 
 CRITERIA = [("formal", 60), ("brief", 40)]
 FIRST_WINS = write_chain("analysis", CRITERIA, [[9, 8], [3, 2]])
@@ -96,29 +95,6 @@ def test_a_process_score_outside_the_range_is_an_error(process):
 def test_an_index_outside_the_responses_is_an_error(index):
     with pytest.raises(ValueError, match="chosen_index"):
         chain_reward(FIRST_WINS, index)
-
-
-def test_advantages_are_relative_to_the_group():
-    totals = [1.0, 0.0, 0.5, -0.1]
-    expected = [(t - statistics.mean(totals)) / (statistics.stdev(totals) + 1e-6) for t in totals]
-    assert group_advantages(totals) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("totals", [[], [1.0], [0.1] * 3, [-0.1] * 8])
-def test_a_degenerate_group_gives_zeros(totals):
-    assert group_advantages(totals) == [0.0] * len(totals)
-
-
-@given(st.lists(st.floats(-2, 2), max_size=16))
-def test_advantages_sum_to_zero_and_keep_the_order(totals):
-    advantages = group_advantages(totals)
-    assert len(advantages) == len(totals)
-    assert math.isclose(sum(advantages), 0.0, abs_tol=1e-6)
-    assert all(
-        (a <= b)
-        for (s, a), (t, b) in zip(sorted(zip(totals, advantages)), sorted(zip(totals, advantages))[1:])
-        if s < t
-    )
 
 
 @given(st.text(max_size=200), st.integers(0, 1), st.one_of(st.none(), st.floats(0, 1)))

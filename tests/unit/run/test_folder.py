@@ -16,8 +16,8 @@ from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import (
     atomic,
     fingerprint,
-    publish_folder,
     read_json,
+    replace_folder,
     sha256_file,
     write_json,
     write_table,
@@ -75,7 +75,7 @@ def test_json_is_read_back_or_said_to_be_broken(tmp_path):
 def test_a_folder_is_published_in_place_of_the_old_one(tmp_path):
     for version in ("one", "two"):
         write_text(tmp_path / "staging" / f"{version}.txt", version)
-        publish_folder(tmp_path / "staging", tmp_path / "checkpoint")
+        replace_folder(tmp_path / "staging", tmp_path / "checkpoint")
         assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == [f"{version}.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 

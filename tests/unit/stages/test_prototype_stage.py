@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from data_builders.sources.personaworld import build
 from data_builders.teachers.oracle import OracleTeacher
-from eval.report.figures import prototype_curves, prototype_maps, prototype_sections
+from eval.report.figures import prototype_curves, prototype_folder, prototype_map, prototype_sections
 from eval.report.report import Report, write_report
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
@@ -225,10 +225,14 @@ def test_words_of_users_are_shown_and_never_interpreted(world, tmp_path):
     stage, _ = made(
         (config, ([(p, evil if i % 2 else text) for i, (p, text) in enumerate(chains)], shown), []), tmp_path
     )
-    sections, curves, maps = (
-        part(tmp_path) for part in (prototype_sections, prototype_curves, prototype_maps)
+    folder = prototype_folder(tmp_path)
+    report = Report(
+        "t",
+        sections=prototype_sections(folder),
+        curves=prototype_curves(folder),
+        drawings=[prototype_map(folder)],
     )
-    write_report(tmp_path / "report.html", Report("t", sections=sections, curves=curves, drawings=maps))
+    write_report(tmp_path / "report.html", report)
     html, markdown = (tmp_path / "report.html").read_text(), (stage.path / "cards.md").read_text()
     assert "&lt;script&gt;alert(1)" in html and "<script>alert" not in html and "<b>evil" not in html
     assert "<script>" not in markdown and r"\<b\>evil" in markdown
@@ -236,14 +240,14 @@ def test_words_of_users_are_shown_and_never_interpreted(world, tmp_path):
 
 def test_a_report_shows_prototypes_only_where_there_are_some(run, tmp_path):
     stage, _ = run
-    assert [s.title for s in prototype_sections(stage.path.parent)] == [
+    folder = prototype_folder(stage.path.parent)
+    assert [s.title for s in prototype_sections(folder)] == [
         "User prototypes",
         "Prototype cards",
         "New users",
     ]
-    assert len(prototype_curves(stage.path.parent)) == 3 and "<svg" in prototype_maps(stage.path.parent)[0][1]
-    for part in (prototype_sections, prototype_curves, prototype_maps):
-        assert part(tmp_path) == []
+    assert len(prototype_curves(folder)) == 3 and "<svg" in prototype_map(folder)[1]
+    assert prototype_folder(tmp_path) is None
 
 
 @pytest.mark.parametrize(

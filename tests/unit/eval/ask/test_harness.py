@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from prompt_sections import split_prompt
 
 from eval.ask import harness
 from eval.ask.harness import (
@@ -30,9 +31,9 @@ from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
-from pgenrm_train.run.progress import progress as bar
+from pgenrm_train.run.concurrency import progress as bar
 
 CRITERIA = [("likeness", 100)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from llm_server import serve
+from prompt_sections import split_prompt
 from scipy.stats import spearmanr
 
 from eval.lampqa import ranking as lampqa
@@ -17,7 +18,7 @@ from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_m
 from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, ConfigError
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.questions import (
     Answer,
     Aspect,

@@ -18,7 +18,7 @@ def vote(
 def test_length_and_history_labels():
     labels = [length_label("a" * n, "b" * 100) for n in (10, 50, 51, 79, 81, 100, 125, 126, 200, 201)]
     assert [labels.index(label) for label in dict.fromkeys(labels)] == [0, 2, 4, 7, 9]
-    assert length_label("", "") == "alike (4/5–5/4)"
+    assert length_label("", "") == "similar (4/5–5/4)"
     assert [history_label(n) for n in (0, 1, 3, 4, 8)] == [
         "0 votes",
         "1 vote",

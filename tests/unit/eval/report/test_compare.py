@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from prediction_tables import consistent
 
-from eval.report.compare import Headline, compare, headline_predictions, publish_comparison
+from eval.report.compare import Headline, compare, headline_predictions, write_comparison
 from pgenrm_train.config import ROOT
 from pgenrm_train.errors import ArtifactError, DataError
 
@@ -63,7 +63,7 @@ def test_by_hand_overall_and_by_slice(tmp_path):
 
 def test_everything_is_written(tmp_path):
     a, b = a_run(tmp_path / "a", [1, 0, 1, 1, 0, 1]), a_run(tmp_path / "b", [1, 0, 0, 1, 0, 1])
-    text = publish_comparison(compare((a, b), draws=50, seed=0), tmp_path / "out")
+    text = write_comparison(compare((a, b), draws=50, seed=0), tmp_path / "out")
     assert "a − b" in text and "no difference is proven" in text
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["overall"]["better"] == 1
     html = (tmp_path / "out" / "report.html").read_text()

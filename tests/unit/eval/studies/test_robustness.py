@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from prompt_sections import split_prompt
 
 from eval.ask.baselines import fit_baseline
 from eval.ask.scored import one_by_one, score_pairs, scored
@@ -17,7 +18,7 @@ from eval.studies.robustness import (
 from pgenrm_train.config import Config
 from pgenrm_train.config.evaluation import PROBES
 from pgenrm_train.prompts.masking import MaskedView
-from pgenrm_train.prompts.messages import chat_messages, neutralise, split_prompt
+from pgenrm_train.prompts.messages import chat_messages, neutralise
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 
 

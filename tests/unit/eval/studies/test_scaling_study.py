@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from prompt_sections import split_prompt
 
 from eval.ask.harness import PredictionStore, ask
 from eval.report.summary import headline
@@ -14,7 +15,7 @@ from eval.studies.scaling_study import SETTLED, Similar, Study, cells, replayed,
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, load, seeds_of_grid
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 from recipes.wiring.costs import evaluation_calls
 
