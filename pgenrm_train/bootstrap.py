@@ -1,4 +1,4 @@
-"""Means, and the bootstrap over users: pairs of one user are not independent, so users come with all of them."""
+"""Means, and the bootstrap over users: pairs of one user are not independent, so users are drawn with all."""
 
 from collections.abc import Sequence
 

@@ -83,10 +83,10 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class RefinementBatch:
-    """All samples of a refinement, aligned with the rows that were clustered; arrays, memory maps or `Lookup`.
+    """All samples of a refinement, aligned with the rows that were clustered.
 
-    `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with finite numbers; `mask` (N, h),
-    true for real items; `users` (N,).  Raises DataError if the shapes disagree.
+    Arrays, memory maps or `Lookup`: `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with
+    finite numbers; `mask` (N, h), true for real items; `users` (N,).  Raises DataError if the shapes disagree.
     """
 
     query: np.ndarray | Lookup
@@ -384,7 +384,7 @@ def _cluster_means(prototypes: Prototypes) -> np.ndarray:
 
 
 def _split_users(users: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lookup of training users and of held-out users; a single user is never held out."""
+    """Rows of training users and of held-out users; a single user is never held out."""
     names = np.unique(users)
     count = min(len(names) - 1, math.ceil(HOLDOUT * len(names)))
     chosen = np.random.default_rng([seed, len(names)]).permutation(names)[:count]

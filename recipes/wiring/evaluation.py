@@ -26,7 +26,7 @@ from recipes.wiring.similar_users import find_similar, nearest_prototypes
 def evaluate(
     config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> Mapping[str, object]:
-    """Test every candidate and baseline on the same pairs and write_results the results."""
+    """Test every candidate and baseline on the same pairs and publish the results."""
     scaling_notes: list[str] = []
     if any(isinstance(candidate, Candidate) for candidate in everyone):
         config, scaling_notes = without_prototypes(config)

@@ -32,7 +32,7 @@ RULES = ("random", "longer", "shorter")  # baselines that need no votes
 def evaluate(
     config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> Mapping[str, object]:
-    """Grade the answers, score them with every candidate and baseline, and write_results the rank correlations."""
+    """Grade the answers, score them with every candidate and baseline, and publish the rank correlations."""
     built, ind = Path(config.run_dir) / StageName.BUILD_DATA, max(sizes(config.eval.ind))
     questions, answers = read_questions(built), read_answers(built)
     every = tasks(questions, answers, history_size=config.data.history_size, samples=ind, seed=config.seed)

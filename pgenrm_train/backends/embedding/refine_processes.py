@@ -85,9 +85,9 @@ def _refine(rank: int, folder: Path, settings: RefinementSettings, device: str, 
 
 
 def _write_arrays(folder: Path, arrays: Any, written: dict[int, Path] | None = None) -> None:
-    """Write one .npy file per array of a dataclass or mapping; `Lookup` and mappings inside it become folders.
+    """Write one .npy file per array of a dataclass or mapping.
 
-    An array with several names is written once and linked.
+    `Lookup` and mappings inside it become folders.  An array with several names is written once and linked.
     """
     folder.mkdir()
     written = {} if written is None else written
