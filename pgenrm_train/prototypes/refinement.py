@@ -86,7 +86,7 @@ class RefinementBatch:
     """All samples of a refinement, aligned with the rows that were clustered.
 
     Arrays, memory maps or `Lookup`: `query`, `chosen`, `rejected` (N, d); `history_*` (N, h, d), padded with
-    finite numbers; `mask` (N, h), true for real items; `users` (N,).  Raises DataError if the shapes disagree.
+    finite numbers; `mask` (N, h), true for real items; `users` (N,).  Raises DataError if shapes disagree.
     """
 
     query: np.ndarray | Lookup
