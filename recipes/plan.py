@@ -36,7 +36,7 @@ def emit(config: Config, plan: Plan) -> int:
 
     for stage in plan.stages:
         change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []
-        for warning in (*stage.problems, *change):
+        for warning in (*stage.problems, *change, *stage.warnings):
             print(f"warning: {warning}", file=sys.stderr)
     print({"slurm": slurm, "rayjob": rayjob}[config.plan.emit or ""](config, hours=plan.hours), end="")
     return 0 if plan.fits else 1

@@ -36,6 +36,7 @@ from pgenrm_train.backends.grpo.phase import Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.session import Session
 from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.config.setting import known
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.rewards.reward import chain_reward
 from pgenrm_train.run.process import die_with_parent, end_on_sigterm
@@ -149,7 +150,7 @@ to_verl = engine.to_verl
 
 def ours(config: Config, out: Path) -> None:
     engine.to_verl = timed  # type: ignore[assignment]
-    in_flight = config.cre.prompts_per_step * config.cre.group_size
+    in_flight = known(config.cre.prompts_per_step) * config.cre.group_size
     judge = JudgeSpec("grpo_overlap:stub_judge", in_flight=in_flight)
     engine.train(config, [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge=judge)])
 

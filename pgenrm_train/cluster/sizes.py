@@ -1,4 +1,163 @@
-"""Sizes that an engine works with and the planner counts."""
+"""Sizes that engines work with and the planner counts: a piece of PSI's loss, batch and steps of training.
+
+Settings that are given stay.  Null ones follow from the number N of examples: kept chains in PSI, training
+pairs in CRE and the curriculum.
+
+    batch B   128, halved down to 16 while P·N/B < 50 steps;  P = 3 in PSI, 16 in GRPO
+    passes    as 200 steps need, but at least 1 and at most P
+
+128 is RM-R1's batch.  PSI makes whole passes, and B is a multiple that processes and micro-batches divide.
+GRPO samples new chains in every pass, so it may see a pair more often; one step is one update.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pgenrm_train.config import Config, GrpoConfig, StageName
+from pgenrm_train.config.setting import known
 
 # Logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256.
 PIECE = 2**26
+LARGEST, SMALLEST = 128, 16  # batch
+STEPS, FEW, FEWER = 200, 50, 10  # wanted; fewer are warned about
+PASSES = {StageName.PSI: 3, StageName.CRE: 16, StageName.CURRICULUM: 16}
+MANY_PASSES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """One training: `steps` take `batch` of the `examples` each; `updates` are optimiser steps."""
+
+    stage: StageName
+    examples: int
+    batch: int
+    steps: int
+    updates: int
+    passes: float
+
+    def __str__(self) -> str:
+        kind = "chains" if self.stage == StageName.PSI else "pairs"
+        return (
+            f"{self.stage}: {self.examples:,} {kind} in batches of {self.batch}, {self.updates:,} optimiser "
+            f"steps, {self.passes:.1f} passes"
+        )
+
+
+def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
+    """A copy in which the sizes of `stage` (psi, cre or curriculum) are numbers."""
+    sized = copy.copy(config)
+    section = copy.copy(getattr(config, stage))
+    setattr(sized, stage, section)
+    if stage == StageName.PSI:
+        section.batch_size = section.batch_size or _batch(stage, examples, psi_unit(config))
+        section.epochs = section.epochs or float(math.ceil(_passes(stage, examples, section.batch_size)))
+        return sized
+    unit = section.mini_batch_prompts or grpo_unit(config, section)
+    most = max(unit, examples // unit * unit)  # a step draws no pair twice
+    section.prompts_per_step = section.prompts_per_step or min(most, _batch(stage, examples, unit))
+    section.mini_batch_prompts = section.mini_batch_prompts or section.prompts_per_step
+    passes = _passes(stage, examples, section.prompts_per_step)
+    section.steps = section.steps or max(1, int(passes * examples / section.prompts_per_step))
+    return sized
+
+
+def sizes_of(config: Config, stage: StageName, examples: int) -> Sizes:
+    """Sizes of a configuration in which they are numbers."""
+    if stage == StageName.PSI:
+        batch, per_pass = known(config.psi.batch_size), math.ceil(examples / known(config.psi.batch_size))
+        epochs, steps = known(config.psi.epochs), config.psi.max_steps
+        if steps:
+            return Sizes(stage, examples, batch, steps, steps, steps / per_pass)
+        steps = math.ceil(epochs * per_pass)  # the last step of a pass may be short
+        return Sizes(stage, examples, batch, steps, steps, epochs)
+    grpo: GrpoConfig = getattr(config, stage)
+    prompts, steps = known(grpo.prompts_per_step), known(grpo.steps)
+    updates = steps * prompts // known(grpo.mini_batch_prompts)
+    return Sizes(stage, examples, prompts, steps, updates, steps * prompts / max(1, examples))
+
+
+def settle_sizes(config: Config, stage: StageName, examples: int) -> Config:
+    """`with_sizes`; logs the sizes, and a warning where they are poor."""
+    config = with_sizes(config, stage, examples)
+    sizes = sizes_of(config, stage, examples)
+    print(sizes, flush=True)
+    for warning in size_warnings(config, sizes):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return config
+
+
+def psi_unit(config: Config) -> int:
+    """Smallest batch that processes, micro-batches and shared sequences divide."""
+    rows = config.psi.micro_batch_size * config.cluster.ranks
+    return rows // math.gcd(rows, config.psi.sequence_parallel)
+
+
+def grpo_unit(config: Config, grpo: GrpoConfig) -> int:
+    """Smallest number of prompts whose samples processes and micro-batches divide."""
+    rows = grpo.micro_batch_size * config.cluster.ranks
+    return rows // math.gcd(rows, grpo.group_size)
+
+
+def _batch(stage: StageName, examples: int, unit: int) -> int:
+    batch = LARGEST
+    while batch > SMALLEST and PASSES[stage] * examples / batch < FEW:
+        batch //= 2
+    return max(unit, batch // unit * unit)
+
+
+def _passes(stage: StageName, examples: int, batch: int) -> float:
+    return min(max(1.0, STEPS * batch / max(1, examples)), PASSES[stage])
+
+
+def size_warnings(config: Config, sizes: Sizes) -> Iterator[str]:
+    """One sentence with the nearest better setting if steps are few or passes many.
+
+    None for nano, whose sizes are those of a demonstration.
+    """
+    if config.model.kind == "nano":
+        return
+    if sizes.updates < FEW:
+        limit, effect = (FEWER, "next to nothing") if sizes.updates < FEWER else (FEW, "little")
+        yield (
+            f"{sizes.stage} makes {sizes.updates} optimiser steps, and fewer than {limit} teach {effect}; "
+            f"{_more_steps(config, sizes)}"
+        )
+    if sizes.passes > MANY_PASSES:
+        key = f"{sizes.stage}.steps={max(1, MANY_PASSES * sizes.examples // sizes.batch)}"
+        if sizes.stage == StageName.PSI:
+            key = "psi.max_steps=null" if config.psi.max_steps else f"psi.epochs={MANY_PASSES}"
+        yield (
+            f"{sizes.stage} makes {sizes.passes:.0f} passes over {sizes.examples:,} examples, and more than "
+            f"{MANY_PASSES} learn them by heart; the nearest better setting is {key}"
+        )
+
+
+def _more_steps(config: Config, sizes: Sizes) -> str:
+    """The nearest setting with enough steps within the allowed passes."""
+    stage, limit = sizes.stage, MANY_PASSES * sizes.examples
+    unit = psi_unit(config) if stage == StageName.PSI else grpo_unit(config, getattr(config, stage))
+    batches = [b for b in (sizes.batch, *range(sizes.batch // unit * unit, 0, -unit)) if b * FEW <= limit]
+    if not batches:
+        return (
+            f"{sizes.examples:,} examples are too few for {config.cluster.ranks} processes: "
+            "add data or use fewer GPUs"
+        )
+    changes = []
+    if stage == StageName.PSI:
+        epochs = known(config.psi.epochs)
+        enough = [b for b in batches if epochs * math.ceil(sizes.examples / b) >= FEW]
+        batch = enough[0] if enough else batches[-1]
+        if config.psi.max_steps and config.psi.max_steps < FEW:
+            changes.append("psi.max_steps=null")
+        if batch != sizes.batch:
+            changes.append(f"psi.batch_size={batch}")
+        if not enough:
+            changes.append(f"psi.epochs={math.ceil(FEW / math.ceil(sizes.examples / batch))}")
+    else:
+        if batches[0] != sizes.batch:
+            changes += [f"{stage}.prompts_per_step={batches[0]}", f"{stage}.mini_batch_prompts={batches[0]}"]
+        changes.append(f"{stage}.steps={FEW}")
+    return f"the nearest better setting is {' '.join(changes)}"

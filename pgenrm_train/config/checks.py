@@ -9,7 +9,7 @@ from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT
 from pgenrm_train.config.schema import Config
-from pgenrm_train.config.setting import not_one_of, violations
+from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
 
@@ -66,7 +66,9 @@ def psi_problems(config: Config) -> list[str]:
             f"psi.sequence_parallel={shared} must divide the {ranks} processes of cluster.processes_per_node",
         ),
         (
-            ranks % shared == 0 and psi.batch_size * shared % (psi.micro_batch_size * ranks) > 0,
+            psi.batch_size is not None
+            and ranks % shared == 0
+            and psi.batch_size * shared % (psi.micro_batch_size * ranks) > 0,
             f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}",
         ),
     ]
@@ -77,7 +79,7 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys."""
     grpo: GrpoConfig = getattr(config, stage)
     ranks, tensor_parallel = config.cluster.ranks, config.cluster.tensor_parallel
-    rollouts = grpo.mini_batch_prompts * grpo.group_size
+    rollouts = known(grpo.mini_batch_prompts) * grpo.group_size
     rules = [
         (
             rollouts % ranks > 0,
@@ -168,7 +170,7 @@ def _training(config: Config) -> Rules:
         ),
         *(
             (
-                grpo.prompts_per_step % grpo.mini_batch_prompts > 0,
+                (grpo.prompts_per_step or 0) % (grpo.mini_batch_prompts or 1) > 0,
                 f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of "
                 f"{section}.mini_batch_prompts={grpo.mini_batch_prompts}",
             )

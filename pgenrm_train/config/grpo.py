@@ -1,6 +1,7 @@
 """Settings of cre and curriculum.
 
-8B defaults follow RM-R1 on verl: lr 1e-6, 1,024 rollouts per step, mini-batches of 128 prompts.
+8B defaults follow RM-R1 on verl: learning rate 1e-6, 8 samples per prompt, at most 128 prompts per step.
+Steps and prompts per step follow from the number of pairs (`cluster.sizes`).
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ class GrpoConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
     rows: int = setting(8192, "training pairs to draw from")
-    steps: int = setting(200, "steps of the stage", gt=0)
-    prompts_per_step: int = setting(128, "prompts per step", gt=0)
+    steps: int | None = setting(None, "steps of the stage; null: from the number of pairs", gt=0)
+    prompts_per_step: int | None = setting(
+        None, "prompts per step; null: from the number of pairs, at most 128", gt=0
+    )
     group_size: int = setting(8, "samples per prompt, which GRPO compares", ge=2)
-    mini_batch_prompts: int = setting(128, "prompts per update; divides prompts_per_step", gt=0)
+    mini_batch_prompts: int | None = setting(
+        None, "prompts per update; divides prompts_per_step; null: all of them", gt=0
+    )
     micro_batch_size: int = setting(1, "sequences per process and forward pass")
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
     warmup_steps: int = setting(0, "steps that warm up")
@@ -49,7 +54,7 @@ class GrpoConfig:
         25, "steps between validations, also at the start and the end; 0: none", ge=0
     )
     validate_pairs: int = setting(
-        64, "validation pairs, in both orders, with their own, another user's and no history", gt=0
+        256, "validation pairs, in both orders, with their own, another user's and no history", gt=0
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep")
     stall_seconds: float = setting(1800.0, "the watchdog ends a run without progress for this long")

@@ -1,6 +1,7 @@
 """Settings of the supervised stages: build_sec and psi.
 
-The paper gives no values for PSI; 8B defaults follow RM-R1's SFT (learning rate 5e-6, batch 128, 1 epoch).
+The paper gives no values for PSI; the learning rate of 8B is that of RM-R1's SFT.  Batch and passes follow
+from the number of chains (`cluster.sizes`).
 """
 
 from dataclasses import dataclass
@@ -33,10 +34,12 @@ class SecConfig:
 @dataclass
 class PsiConfig:
     masking: str = setting("full", "masking policy of the stage", choices=MASKINGS)
-    epochs: float = setting(1.0, "passes over the chains", gt=0)
+    epochs: float | None = setting(None, "passes over the chains; null: from their number", gt=0)
     max_steps: int | None = setting(None, "most optimiser steps; null: as epochs gives", gt=0)
     learning_rate: float = setting(5e-6, "peak learning rate", gt=0)
-    batch_size: int = setting(128, "sequences per optimiser step, over all processes", gt=0)
+    batch_size: int | None = setting(
+        None, "sequences per optimiser step, over all processes; null: from the number of chains", gt=0
+    )
     micro_batch_size: int = setting(1, "sequences per process and forward pass", gt=0)
     warmup_ratio: float = setting(0.05, "share of the steps that warm up")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
@@ -59,7 +62,7 @@ class PsiConfig:
     evaluate_every: int = setting(
         0, "steps between validations by generation; 0: none, and the last checkpoint is published", ge=0
     )
-    evaluate_pairs: int = setting(64, "validation pairs, each in both orders", gt=0)
+    evaluate_pairs: int = setting(256, "validation pairs, each in both orders", gt=0)
     patience: int | None = setting(
         None, "validations without a better accuracy that end training; null: never", gt=0
     )

@@ -27,6 +27,12 @@ def setting(default: T, document: str, choices: Iterable[str | int] = (), **boun
     return cast(T, dataclasses.field(metadata=metadata, **value))
 
 
+def known(value: T | None) -> T:
+    """A size that is given, or that `cluster.sizes` has computed."""
+    assert value is not None, "with_sizes comes first"
+    return value
+
+
 def valid_values(field: dataclasses.Field[Any], kind: str = "") -> str:
     """The constraint in words, e.g. "above 0, or null"; `kind` names the type of the values."""
     bounds = [f"{BOUNDS[name][0]} {limit:g}" for name, limit in field.metadata["bounds"].items()]

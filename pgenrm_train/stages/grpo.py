@@ -23,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pgenrm_train.config import Config, CurriculumConfig, GrpoConfig, StageName, masking_of, seed_of
+from pgenrm_train.config.setting import known
 from pgenrm_train.curriculum.hard_negatives import GIVEN, HardNegative, hard_negatives
 from pgenrm_train.curriculum.hardness import Embed, Votes
 from pgenrm_train.curriculum.hardness import signals as model_free_signals
@@ -99,7 +100,7 @@ def write_rows(builder: RowBuilder, folder: Path, pairs: Sequence[PreferencePair
     config, stage = builder.config, builder.stage
     settings: GrpoConfig = getattr(config, stage)
     train, origins = training_pairs(config, stage, pairs, builder.prototype_of)
-    if len(train) < settings.prompts_per_step:
+    if len(train) < known(settings.prompts_per_step):
         raise DataError(
             f"{len(train)} training pairs are fewer than {stage}.prompts_per_step={settings.prompts_per_step}"
         )
@@ -150,7 +151,7 @@ def training_pairs(
     settings, rng = getattr(config, stage), random.Random(f"{seed_of(config, stage)}/{stage}")
     train = pairs_of_split(pairs, "train")
     rng.shuffle(train)
-    limit = max(settings.rows, settings.prompts_per_step)
+    limit = max(settings.rows, settings.prompts_per_step or 0)
     if not getattr(settings, "construct", False):
         return train[:limit], [GIVEN] * len(train[:limit])
     negatives = hard_negatives(pairs, near=config.data.min_rating_gap, prototype_of=prototype_of)

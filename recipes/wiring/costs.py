@@ -20,6 +20,7 @@ from pgenrm_train.config import (
     seeds_of_grid,
     sizes,
 )
+from pgenrm_train.config.setting import known
 from pgenrm_train.prompts.masking import apply_masking, present
 from pgenrm_train.rewards.judging import judge_messages
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
@@ -64,7 +65,7 @@ def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, P
         settings = getattr(config, stage)
         extras = read_extras(rows)
         stated = [extra["explicit"] for extra in extras if withheld_signals(extra)]
-        chains = settings.steps * settings.prompts_per_step * settings.group_size
+        chains = known(settings.steps) * known(settings.prompts_per_step) * settings.group_size
         calls += chains * len(stated) / max(1, len(extras))
         calls += _validation_calls(settings, rows.with_name(VALIDATION))
         longest = max([longest, *stated], key=len)
@@ -79,7 +80,7 @@ def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
     if not rows.exists():
         return 0
     judged = [extra for extra in read_extras(rows) if withheld_signals(extra)]
-    return len(judged) * (1 + -(-settings.steps // settings.validate_every))
+    return len(judged) * (1 + -(-known(settings.steps) // settings.validate_every))
 
 
 def _chain_characters(run_dir: Path) -> float | None:

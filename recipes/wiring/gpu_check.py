@@ -18,7 +18,9 @@ import psutil
 from pgenrm_train.cluster.planning.plan import Plan, plan_of
 from pgenrm_train.cluster.preflight.checks import stages_of
 from pgenrm_train.cluster.preflight.machine import visible_gpus
+from pgenrm_train.cluster.sizes import with_sizes
 from pgenrm_train.config import TRAINED, Config, StageName
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import PGenRMError
 from pgenrm_train.files import read_json
 from pgenrm_train.run.folder import StageFolder, environment_facts
@@ -206,7 +208,8 @@ def throughput(config: Config, recipe: str, measured: Measurement) -> dict[str, 
         return {"chains_per_second": round(chains / measured.seconds, 3)}
     if recipe == StageName.CRE:
         last = json.loads((folder.path / METRICS).read_text().splitlines()[-1])
-        tokens = config.cre.prompts_per_step * config.cre.group_size * last["cre/response_length"]
+        cre = with_sizes(config, StageName.CRE, config.cre.rows).cre
+        tokens = known(cre.prompts_per_step) * cre.group_size * last["cre/response_length"]
         return {
             "seconds_per_step": round(last["cre/time/step"], 2),
             "generated_per_second": round(tokens / last["cre/time/gen"], 1),

@@ -8,10 +8,12 @@ from pathlib import Path
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.supervisor import RESTARTS, launch
+from pgenrm_train.cluster.sizes import settle_sizes
 from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, StageName
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
-from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs, pairs_of_split
 from pgenrm_train.rewards.reward import RewardWeights
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.run.folder import StageFolder
@@ -45,6 +47,8 @@ def train(
     config: Config, stages: Sequence[StageName], start: Path, folder: StageFolder, tracker: Tracker
 ) -> dict[str, object]:
     """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
+    for stage in stages:
+        config = settle_sizes(config, stage, examples_of(config, stage))
     judged = any(getattr(config, stage).process_weight for stage in stages)
     log = folder.path / "judge_server.log"
     with settings_of(config, "judge", log) if judged else nullcontext(config.judge) as judge:
@@ -75,8 +79,18 @@ def train(
     return facts
 
 
+def examples_of(config: Config, stage: StageName) -> int:
+    """Training pairs that a stage draws from."""
+    train = pairs_of_split(load_pairs(Path(config.run_dir)), "train")
+    settings: GrpoConfig = getattr(config, stage)
+    return min(settings.rows, len(train))
+
+
 def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointConfig) -> Phase:
-    """The engine's description of one stage, with its rows on disk; `judge`: settings of a running judge."""
+    """The engine's description of one stage, with its rows on disk.
+
+    `config` has its sizes; `judge`: settings of a running judge.
+    """
     settings: GrpoConfig = getattr(config, stage)
     work_dir = Path(config.run_dir) / stage
     rows, validation = work_dir / ROWS, work_dir / VALIDATION
@@ -87,7 +101,7 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
         start=start,
         rows=rows,
         work_dir=work_dir,
-        steps=settings.steps,
+        steps=known(settings.steps),
         weights=RewardWeights(
             outcome=settings.outcome_weight,
             process=settings.process_weight,

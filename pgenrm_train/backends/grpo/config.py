@@ -14,6 +14,7 @@ from typing import Any
 
 from pgenrm_train.config import ROOT, Config, GrpoConfig, StageName, seed_of
 from pgenrm_train.config.checks import grpo_problems
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import read_json
 
@@ -115,7 +116,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
-        "data.train_batch_size": grpo.prompts_per_step,
+        "data.train_batch_size": known(grpo.prompts_per_step),
         "data.max_prompt_length": model.max_prompt_tokens,
         "data.max_response_length": model.max_response_tokens,
         "data.seed": seed,
@@ -127,7 +128,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         f"{ACTOR}.strategy": "fsdp2",
         f"{ACTOR}.fsdp_config.strategy": "fsdp2",
         "actor_rollout_ref.ref.fsdp_config.strategy": "fsdp2",
-        f"{ACTOR}.ppo_mini_batch_size": grpo.mini_batch_prompts,
+        f"{ACTOR}.ppo_mini_batch_size": known(grpo.mini_batch_prompts),
         f"{ACTOR}.ppo_micro_batch_size_per_gpu": grpo.micro_batch_size,
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
         f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu": grpo.micro_batch_size,
@@ -157,7 +158,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         "trainer.val_before_train": False,
         "trainer.test_freq": -1,
         # The last step is always saved.
-        "trainer.save_freq": grpo.save_every if grpo.save_every > 0 else grpo.steps,
+        "trainer.save_freq": grpo.save_every if grpo.save_every > 0 else known(grpo.steps),
         "trainer.total_epochs": 1_000_000,  # steps, not epochs, end a stage
         "trainer.resume_mode": "disable",  # `trainer` resumes from the newest complete checkpoint
         "trainer.logger": [],  # metrics.jsonl is ours; `tracking.Tracker.follow` forwards it
@@ -192,7 +193,7 @@ def cpu_keys(config: Config, section: str) -> dict[str, object]:
         f"{ROLLOUT}.free_cache_engine": False,
         f"{ROLLOUT}.enable_sleep_mode": False,
         f"{ROLLOUT}.load_format": "auto",
-        f"{ROLLOUT}.max_num_seqs": min(256, grpo.prompts_per_step * grpo.group_size),
+        f"{ROLLOUT}.max_num_seqs": min(256, known(grpo.prompts_per_step) * grpo.group_size),
         f"{ROLLOUT}.max_num_batched_tokens": max(
             8192, config.model.max_prompt_tokens + config.model.max_response_tokens
         ),

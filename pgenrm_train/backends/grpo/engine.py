@@ -18,6 +18,7 @@ from pgenrm_train.backends.grpo.mining import Measure, check_cache, hardness
 from pgenrm_train.backends.grpo.phase import REPORT, Phase, PhaseRun
 from pgenrm_train.backends.protocols import Trained
 from pgenrm_train.config import Config, CurriculumConfig
+from pgenrm_train.config.setting import known
 from pgenrm_train.curriculum.sampler import CurriculumSampler, PairFacts, Schedule
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
 from pgenrm_train.files import staged_folder
@@ -137,7 +138,7 @@ def _sampler(run: PhaseRun, start: Path, measure: Measure) -> CurriculumSampler:
                 print(f"{run.phase.section}: {warning}", flush=True)
     return CurriculumSampler(
         run.table.num_rows,
-        prompts_per_step=grpo.prompts_per_step,
+        prompts_per_step=known(grpo.prompts_per_step),
         steps=run.phase.steps,
         seed=run.seed,
         schedule=schedule,

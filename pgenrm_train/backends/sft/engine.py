@@ -20,7 +20,8 @@ from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspe
 from pgenrm_train.backends.sft.job import STEPS, Job, Mark, check_resumable, is_over, state_of
 from pgenrm_train.backends.sft.rank import train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
-from pgenrm_train.config import Config
+from pgenrm_train.cluster.sizes import settle_sizes
+from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
 from pgenrm_train.files import staged_folder
 from pgenrm_train.run.checkpoints import COMPLETE, newest_complete, step_of
@@ -47,10 +48,12 @@ def train(
     set_variables(config.cluster)
     check_libraries(config.psi)
     inspected = inspect_start(config, start)
+    chats = encode_rows(inspected.tokenizer, rows, inspected.limit)
+    config = settle_sizes(config, StageName.PSI, len(chats))
     mark = Mark(config.cluster.ranks, config.cluster.zero_stage, inspected.identity)
     base = str(Path(start).resolve()) if Path(start).exists() else str(start)
     job = Job(config, base, work_dir.resolve(), mark, validator if config.psi.evaluate_every else None)
-    write_chats(job.chats, encode_rows(inspected.tokenizer, rows, inspected.limit))
+    write_chats(job.chats, chats)
     if resume := newest_complete(job.steps, STEPS):
         check_resumable(resume, mark)
     if resume and is_over(config.psi, state_of(resume)):

@@ -21,6 +21,7 @@ from pgenrm_train.backends.sft.batches import (
 from pgenrm_train.backends.sft.job import STEPS, Job
 from pgenrm_train.backends.sft.settings import set_variables, training_arguments
 from pgenrm_train.config import ClusterConfig, Config
+from pgenrm_train.config.setting import known
 from pgenrm_train.run.checkpoints import newest_complete, step_of
 from pgenrm_train.run.process import die_with_parent
 from pgenrm_train.run.tracking import trim
@@ -74,7 +75,7 @@ def _trainer(job: Job) -> Any:
     order = StepOrder(
         chats.lengths,
         layout_of(psi, job.config.cluster.device),
-        batch_size=psi.batch_size,
+        batch_size=known(psi.batch_size),
         micro_batch_size=psi.micro_batch_size,
         seed=job.config.seed,
         copies=psi.sequence_parallel,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.config import ClusterConfig, Config, ModelConfig
+from pgenrm_train.config.setting import known
 
 
 def deepspeed_variables(cluster: ClusterConfig) -> dict[str, str]:
@@ -52,8 +53,8 @@ def training_arguments(config: Config, steps: Path) -> Any:
     return TrainingArguments(
         output_dir=str(steps),
         per_device_train_batch_size=psi.micro_batch_size,
-        gradient_accumulation_steps=psi.batch_size * psi.sequence_parallel // sequences_per_pass,
-        num_train_epochs=psi.epochs,
+        gradient_accumulation_steps=known(psi.batch_size) * psi.sequence_parallel // sequences_per_pass,
+        num_train_epochs=known(psi.epochs),
         max_steps=psi.max_steps or -1,
         learning_rate=psi.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",

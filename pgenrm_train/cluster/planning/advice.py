@@ -16,8 +16,10 @@ from pgenrm_train.cluster.planning.memory import (
     longest,
     phases_of,
 )
+from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
 from pgenrm_train.config.checks import grpo_problems, psi_problems
+from pgenrm_train.config.setting import known
 
 T = TypeVar("T")
 Change = tuple[tuple[str, object], ...]  # keys and values that are set together
@@ -42,10 +44,10 @@ def psi_batches(config: Config) -> Batches:
     """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
     ranks, psi = config.cluster.ranks, config.psi
     facts = {
-        "sequences per step": psi.batch_size,
+        "sequences per step": known(psi.batch_size),
         "processes": ranks,
         "micro-batch": psi.micro_batch_size,
-        "accumulation": psi.batch_size * psi.sequence_parallel // (psi.micro_batch_size * ranks),
+        "accumulation": known(psi.batch_size) * psi.sequence_parallel // (psi.micro_batch_size * ranks),
     }
     return Batches(facts, tuple(psi_problems(config)))
 
@@ -53,12 +55,13 @@ def psi_batches(config: Config) -> Batches:
 def grpo_batches(config: Config, stage: StageName) -> Batches:
     """rollouts = prompts × group; one mini-batch is one update, divided over processes and micro-batches."""
     grpo, ranks = grpo_of(config, stage), config.cluster.ranks
-    rollouts = grpo.mini_batch_prompts * grpo.group_size
+    prompts, mini_batch = known(grpo.prompts_per_step), known(grpo.mini_batch_prompts)
+    rollouts = mini_batch * grpo.group_size
     facts = {
-        "prompts per step": grpo.prompts_per_step,
+        "prompts per step": prompts,
         "group": grpo.group_size,
-        "rollouts per step": grpo.prompts_per_step * grpo.group_size,
-        "updates per step": grpo.prompts_per_step // grpo.mini_batch_prompts,
+        "rollouts per step": prompts * grpo.group_size,
+        "updates per step": prompts // mini_batch,
         "rollouts per process and update": rollouts // ranks,
         "micro-batch": grpo.micro_batch_size,
         "accumulation": rollouts // ranks // grpo.micro_batch_size,
@@ -69,6 +72,7 @@ def grpo_batches(config: Config, stage: StageName) -> Batches:
 
 def problems_of(config: Config, geometry: Geometry, stage: StageName) -> list[str]:
     """One sentence per reason why the stage cannot run."""
+    config = with_planned_sizes(config)
     batches, length, cluster = batches_of(config, stage), longest(config), config.cluster
     problems = [
         *(_overfull(phase) for phase in phases_of(config, geometry, stage) if not phase.fits),
@@ -102,9 +106,9 @@ def _overfull(phase: Phase) -> str:
 
 def nearest_fit(config: Config, geometry: Geometry, stage: StageName) -> tuple[str, ...] | None:
     """Overrides under which the stage has no problem; None if no few known changes suffice."""
-    known = list(changes(config, stage))
+    possible = list(changes(config, stage))
     for number in range(1, MOST_CHANGES + 1):
-        for chosen in itertools.combinations(known, number):
+        for chosen in itertools.combinations(possible, number):
             keys = [key for change in chosen for key, _ in change]
             if len(set(keys)) == len(keys) and not problems_of(apply(config, chosen), geometry, stage):
                 return tuple(f"{key}={_text(value)}" for change in chosen for key, value in change)
@@ -147,7 +151,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
     if cuda or config.cluster.ranks > 1:
         yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
     unit = max(1, psi.micro_batch_size * config.cluster.ranks // psi.sequence_parallel)
-    if psi.batch_size % unit:
+    if psi.batch_size and psi.batch_size % unit:
         yield (("psi.batch_size", max(unit, psi.batch_size // unit * unit)),)
     if cuda and not cluster.offload_optimizer:
         sharding = () if cluster.zero_stage else (("cluster.zero_stage", 2),)
@@ -156,7 +160,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
 
 def _grpo_batches(config: Config, stage: StageName) -> Iterator[Change]:
     grpo, ranks = grpo_of(config, stage), config.cluster.ranks
-    if grpo.mini_batch_prompts * grpo.group_size % ranks:
+    if grpo.mini_batch_prompts and grpo.mini_batch_prompts * grpo.group_size % ranks:
         prompts = max(ranks, grpo.mini_batch_prompts // ranks * ranks)
         yield ((f"{stage}.mini_batch_prompts", prompts), (f"{stage}.prompts_per_step", prompts))
 

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pgenrm_train.cluster.planning.advice import Batches, batches_of, nearest_fit, problems_of
 from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
 from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of
-from pgenrm_train.cluster.planning.work import Work, work_of
-from pgenrm_train.config import Config, StageName, gpus_per_node
+from pgenrm_train.cluster.planning.work import Work, examples_of, with_planned_sizes, work_of
+from pgenrm_train.cluster.sizes import Sizes, size_warnings, sizes_of
+from pgenrm_train.config import TRAINED, Config, StageName, gpus_per_node
 from pgenrm_train.config.stage_names import PLANNED
 
 
@@ -23,6 +24,8 @@ class StagePlan:
     phases: tuple[Phase, ...]
     batches: Batches | None
     work: Work
+    sizes: Sizes | None  # of a training
+    warnings: tuple[str, ...]
     problems: tuple[str, ...]
     change: tuple[str, ...] | None  # overrides under which it fits; None: it fits, or no known change helps
 
@@ -48,6 +51,8 @@ class StagePlan:
                 }
                 for phase in self.phases
             ],
+            "sizes": asdict(self.sizes) if self.sizes else None,
+            "warnings": self.warnings,
             "batches": self.batches.facts if self.batches else None,
             "counts": work.counts,
             "tokens": work.tokens,
@@ -121,11 +126,15 @@ def plan_of(config: Config) -> Plan:
 
 def plan_stage(config: Config, geometry: Geometry, stage: StageName) -> StagePlan:
     problems = tuple(problems_of(config, geometry, stage))
+    sized = with_planned_sizes(config)
+    sizes = sizes_of(sized, stage, examples_of(config, stage)) if stage in TRAINED else None
     return StagePlan(
         stage,
-        tuple(phases_of(config, geometry, stage)),
-        batches_of(config, stage),
-        work_of(config, geometry, stage),
+        tuple(phases_of(sized, geometry, stage)),
+        batches_of(sized, stage),
+        work_of(sized, geometry, stage),
+        sizes,
+        tuple(size_warnings(sized, sizes)) if sizes else (),
         problems,
         nearest_fit(config, geometry, stage) if problems else None,
     )

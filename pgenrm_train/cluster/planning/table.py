@@ -62,7 +62,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def sentences(stage: StagePlan) -> list[str]:
-    """Problems with the nearest change, then notes and assumptions."""
+    """Problems with the nearest change, warnings, then sizes, notes and assumptions."""
     lines = [f"✗ {problem}" for problem in stage.problems]
     if stage.problems:
         lines.append(
@@ -70,6 +70,8 @@ def sentences(stage: StagePlan) -> list[str]:
             if stage.change
             else f"  no few changes make {stage.stage} fit: another cluster"
         )
+    lines += [f"! {warning}" for warning in stage.warnings]
+    lines += [f"· {stage.sizes}"] if stage.sizes else []
     lines += [f"· {stage.stage}: {note}" for phase in stage.phases for note in phase.notes]
     return lines + [f"· {stage.stage} assumes: {text}" for text in stage.work.assumptions]
 

@@ -20,7 +20,7 @@ Not counted: start-up (minutes), saving, evaluation probes, waiting for the slow
 to an API.
 """
 
-import math
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,8 @@ from pgenrm_train.cluster.planning.memory import (
     trained_parameters,
     vllm_parts,
 )
-from pgenrm_train.config import GRPO_STAGES, Config, EndpointConfig, StageName, seeds_of_grid, sizes
+from pgenrm_train.cluster.sizes import sizes_of, with_sizes
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, EndpointConfig, StageName, seeds_of_grid, sizes
 
 # Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
 PUBLISHED = {"chatbot_arena": (305, 798)}
@@ -89,6 +90,12 @@ def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
 def _rows_of_file(path: str | None) -> int | None:
     if path is None or not Path(path).is_file():
         return None
+    return _count(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.cache
+def _count(path: str, changed: int) -> int:
+    """Rows of a file, counted once for all changes that are tried."""
     if Path(path).suffix != ".parquet":
         with Path(path).open("rb") as lines:
             return sum(1 for line in lines if line.strip())
@@ -165,17 +172,31 @@ def sec_work(config: Config) -> Work:
     )
 
 
-def psi_work(config: Config, geometry: Geometry) -> Work:
-    train, _, assumed = pairs_of(config)
+def examples_of(config: Config, stage: StageName) -> int:
+    """Chains of PSI, or pairs of a GRPO stage."""
+    train, _, _ = pairs_of(config)
+    if stage != StageName.PSI:
+        return min(train, grpo_of(config, stage).rows)
     chains = train * config.sec.orders_per_pair
-    chains = min(chains, config.sec.max_chains or chains)
+    return min(chains, config.sec.max_chains or chains)
+
+
+def with_planned_sizes(config: Config) -> Config:
+    """The configuration with batch and steps of every stage for the planned data."""
+    for stage in TRAINED:
+        config = with_sizes(config, stage, examples_of(config, stage))
+    return config
+
+
+def psi_work(config: Config, geometry: Geometry) -> Work:
+    _, _, assumed = pairs_of(config)
     psi, length = config.psi, sum(lengths(config))
-    steps = psi.max_steps or math.ceil(chains * psi.epochs / psi.batch_size)
-    tokens = float(steps * psi.batch_size * length)
+    sizes = sizes_of(config, StageName.PSI, examples_of(config, StageName.PSI))
+    tokens = sizes.passes * sizes.examples * length
     b = element_bytes(config)
     states = trained_parameters(config, geometry) * (b + (12 if config.cluster.zero_stage or b == 2 else 8))
     return Work(
-        {"chains": chains, "optimizer steps": steps},
+        {"chains": sizes.examples, "optimizer steps": sizes.steps},
         {"trained on": tokens},
         {"training": training_seconds(config, geometry, tokens, length, passes_of(config)) / 3600},
         {
@@ -190,11 +211,12 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     """Rollouts, log-probabilities of the old policy and the reference, and the update (METHOD §4)."""
     grpo = grpo_of(config, stage)
     prompt, response = lengths(config)
-    prompts, length = grpo.steps * grpo.prompts_per_step, prompt + response
-    rollouts, mined = prompts * grpo.group_size, grpo.rows * getattr(grpo, "mining_samples", 0)
+    sizes = sizes_of(config, stage, examples_of(config, stage))
+    prompts, length = sizes.steps * sizes.batch, prompt + response
+    rollouts, mined = prompts * grpo.group_size, sizes.examples * getattr(grpo, "mining_samples", 0)
     utilization = config.cluster.gpu_memory_utilization
-    rate = generation_rate(config, geometry, utilization, SEQUENCES, grpo.prompts_per_step * grpo.group_size)
-    read = float(prompts + (grpo.rows if mined else 0)) * prompt
+    rate = generation_rate(config, geometry, utilization, SEQUENCES, sizes.batch * grpo.group_size)
+    read = float(prompts + (sizes.examples if mined else 0)) * prompt
     trained_on = float(rollouts) * length
     # On a CPU the sampler's own log-probabilities are used, so there is no pass of the old policy.
     passes = (config.cluster.device != "cpu") + (grpo.kl_coefficient > 0)
@@ -209,7 +231,13 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     trained, parameters = trained_parameters(config, geometry), geometry.parameters
     saved = 2 * parameters + 12 * trained if config.model.lora.rank else 4 * parameters + 8 * trained
     return Work(
-        {"steps": grpo.steps, "rollouts": rollouts, "chains for mining": mined, "calls to the judge": judged},
+        {
+            "pairs": sizes.examples,
+            "steps": sizes.steps,
+            "rollouts": rollouts,
+            "chains for mining": mined,
+            "calls to the judge": judged,
+        },
         {"read": read, "generated": float(rollouts + mined) * response, "trained on": trained_on},
         {name: spent / 3600 for name, spent in seconds.items() if spent},
         {
