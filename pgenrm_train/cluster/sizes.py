@@ -126,13 +126,20 @@ def size_warnings(config: Config, sizes: Sizes) -> Iterator[str]:
             f"{_more_steps(config, sizes)}"
         )
     if sizes.passes > MANY_PASSES:
-        key = f"{sizes.stage}.steps={max(1, MANY_PASSES * sizes.examples // sizes.batch)}"
-        if sizes.stage == StageName.PSI:
-            key = "psi.max_steps=null" if config.psi.max_steps else f"psi.epochs={MANY_PASSES}"
         yield (
             f"{sizes.stage} makes {sizes.passes:.0f} passes over {sizes.examples:,} examples, and more than "
-            f"{MANY_PASSES} learn them by heart; the nearest better setting is {key}"
+            f"{MANY_PASSES} learn them by heart; {_fewer_passes(config, sizes)}"
         )
+
+
+def _fewer_passes(config: Config, sizes: Sizes) -> str:
+    steps = MANY_PASSES * sizes.examples // sizes.batch
+    if sizes.stage != StageName.PSI and steps < FEW:
+        return _more_steps(config, sizes)
+    key = f"{sizes.stage}.steps={steps}"
+    if sizes.stage == StageName.PSI:
+        key = "psi.max_steps=null" if config.psi.max_steps else f"psi.epochs={MANY_PASSES}"
+    return f"the nearest better setting is {key}"
 
 
 def _more_steps(config: Config, sizes: Sizes) -> str:

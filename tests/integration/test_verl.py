@@ -24,6 +24,7 @@ from pgenrm_train.backends.grpo.config import check, to_verl, verl_variables
 from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec, Sample
 from pgenrm_train.backends.grpo.supervisor import launch
+from pgenrm_train.cluster.sizes import with_sizes
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
@@ -475,6 +476,7 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     gpu.cluster.device, gpu.cluster.processes_per_node, gpu.cluster.tensor_parallel = "cuda", 8, 2
     gpu.model.max_prompt_tokens, gpu.model.max_response_tokens = 256, 256
     gpu.model.lora.rank = 16
+    gpu = with_sizes(gpu, StageName.CRE, 8192)
     composed = to_verl(
         gpu, "cre", start=world / "start", rows=world / "rows.parquet", work_dir=world, total_steps=7
     )
@@ -508,7 +510,7 @@ def test_to_verl_maps_a_gpu_configuration_that_verl_accepts(world: Path) -> None
     ],
 )
 def test_conflicts_name_both_keys(world: Path, change: dict[str, int], text: str) -> None:
-    settings = Config(recipe="cre")
+    settings = with_sizes(Config(recipe="cre"), StageName.CRE, 8192)
     for key, value in change.items():
         section, name = key.split(".")
         setattr(getattr(settings, section), name, value)

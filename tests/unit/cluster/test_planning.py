@@ -17,7 +17,7 @@ from pgenrm_train.cluster.planning.advice import apply, grpo_batches, problems_o
 from pgenrm_train.cluster.planning.geometry import KNOWN, geometry_of, read_geometry
 from pgenrm_train.cluster.planning.plan import plan_of
 from pgenrm_train.cluster.planning.table import show
-from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_of
+from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_of, with_planned_sizes
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
 from pgenrm_train.config.stage_names import PLANNED, StageName
 from pgenrm_train.errors import ConfigError
@@ -246,16 +246,18 @@ def test_the_nearest_change_has_no_needless_part() -> None:
 
 
 def test_a_fitting_change_is_found_for_batches_that_do_not_divide() -> None:
-    config = composed("llama31_8b", "gpu8", "cluster.processes_per_node=7")
+    batches = ("psi.batch_size=128", "cre.mini_batch_prompts=128", "cre.prompts_per_step=128")
+    config = composed("llama31_8b", "gpu8", "cluster.processes_per_node=7", *batches)
     psi, cre = (stage for stage in plan_of(config).stages if stage.stage in ("psi", "cre"))
     assert psi.change == ("psi.batch_size=126",)
     assert cre.change == ("cre.mini_batch_prompts=126", "cre.prompts_per_step=126")
 
 
 def test_batches_multiply_out(eight: Config) -> None:
-    psi, cre = psi_batches(eight).facts, grpo_batches(eight, "cre").facts
-    assert psi["micro-batch"] * psi["processes"] * psi["accumulation"] == eight.psi.batch_size
-    assert cre["rollouts per step"] == 1024 and cre["micro-batch"] * cre["accumulation"] * 8 == 1024
+    sized = with_planned_sizes(eight)
+    psi, cre = psi_batches(sized).facts, grpo_batches(sized, StageName.CRE).facts
+    assert psi["micro-batch"] * psi["processes"] * psi["accumulation"] == sized.psi.batch_size
+    assert cre["rollouts per step"] == 512 and cre["micro-batch"] * cre["accumulation"] * 8 == 512
 
 
 # ---- work ----
@@ -263,7 +265,7 @@ def test_batches_multiply_out(eight: Config) -> None:
 
 def test_hours_follow_the_stated_rates(eight: Config) -> None:
     (psi,) = plan_of(changed(eight, plan__stage="psi", plan__pairs=12800)).stages
-    tokens = 12800 * 2 * 2 * 3000  # both orders, two epochs
+    tokens = 12800 * 2 * 3000  # both orders, one pass
     assert psi.work.tokens["trained on"] == tokens
     flops = 3 * tokens * geometry_of(eight).forward_flops(3000)
     assert psi.work.total_hours == pytest.approx(flops / (0.35 * 989e12 * 8) / 3600)
