@@ -10,10 +10,11 @@ from pathlib import Path
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.prompts.writer import view_of
 from pgenrm_train.records.question_file import read_question
 from pgenrm_train.run.store import publisher
 from recipes.wiring.llm import plain_writer
-from recipes.wiring.scorer import load_scorer, view_of
+from recipes.wiring.scorer import load_scorer
 
 
 def run(config: Config) -> int:

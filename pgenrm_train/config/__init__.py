@@ -28,6 +28,7 @@ from pgenrm_train.config.schema import (
     seed_of,
     to_dict,
 )
+from pgenrm_train.config.serving import ServeConfig
 from pgenrm_train.config.setting import not_one_of
 from pgenrm_train.config.stage_names import GRPO_STAGES, STAGES, TRAINED, StageName
 from pgenrm_train.errors import ConfigError
@@ -59,6 +60,7 @@ __all__ = [
     "PsiConfig",
     "RayConfig",
     "SecConfig",
+    "ServeConfig",
     "StageName",
     "TrackingConfig",
     "beneath",

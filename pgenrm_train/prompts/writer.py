@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,10 +12,10 @@ from typing import Any
 from pgenrm_train.config import Config, ModelConfig
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
-from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
 from pgenrm_train.prompts.messages import prompt_ids, shorten
 from pgenrm_train.prompts.styles import styled_messages
-from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
+from pgenrm_train.records.pairs import Example, HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import read_pairs
 
 PAIRS = "pairs.parquet"
@@ -56,6 +57,13 @@ def pairs_of_split(
         kept.add(conversation)
         total += sizes[conversation]
     return [p for p in selected if (p.conversation_id or p.pair_id) in kept]
+
+
+def view_of(config: Config, example: Example) -> MaskedView | FullView:
+    """The example with stated criteria shown: users who state them want them used."""
+    policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
+    rng = random.Random(config.seed)
+    return apply_masking(example, policy, rng, show_probability=config.masking.show_probability)[0]
 
 
 class PromptWriter:

@@ -1,7 +1,6 @@
 """Scores of the responses to one query: those of one chain, or the mean of several (METHOD §7)."""
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,7 @@ from pgenrm_train.backends.vllm.engine import VllmGenerator
 from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
-from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.prompts.writer import PromptWriter, load_pairs, view_of
 from pgenrm_train.records.pairs import Example
 from pgenrm_train.scaling.combine import scale
 from pgenrm_train.stages.stage import start_of
@@ -78,20 +76,24 @@ class Scorer:
         generations = self.generator(requests, temperature=temperature(self.config))
         return [
             Answer(
-                g.text, ParseFailure(g.failure, "") if g.failure else self._parse(g.text or "", examples[0])
+                g.text,
+                ParseFailure(g.failure, "")
+                if g.failure
+                else read_chain(self.config, g.text or "", len(examples[0].responses)),
             )
             for g in sorted(generations, key=lambda g: (int(g.key), g.sample))
         ]
 
-    def _parse(self, text: str, example: Example) -> Chain | ParseFailure:
-        """The chain with the scores that `eval.scores` names."""
-        chain = parse_chain(text, len(example.responses))
-        if self.config.eval.scores == "declared" or isinstance(chain, ParseFailure):
-            return chain
-        if chain.verified_scores is None:
-            detail = "its rubric gives no scores, and eval.scores=verified counts only these"
-            return ParseFailure(UNVERIFIED, detail)
-        return replace(chain, scores=chain.verified_scores)
+
+def read_chain(config: Config, text: str, responses: int) -> Chain | ParseFailure:
+    """The chain with the scores that `eval.scores` names."""
+    chain = parse_chain(text, responses)
+    if config.eval.scores == "declared" or isinstance(chain, ParseFailure):
+        return chain
+    if chain.verified_scores is None:
+        detail = "its rubric gives no scores, and eval.scores=verified counts only these"
+        return ParseFailure(UNVERIFIED, detail)
+    return replace(chain, scores=chain.verified_scores)
 
 
 def load_scorer(config: Config) -> Scorer:
@@ -102,13 +104,6 @@ def load_scorer(config: Config) -> Scorer:
     checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
     generator = VllmGenerator(config, checkpoint)
     return Scorer(config, generator, PromptWriter(config.model, generator.tokenizer))
-
-
-def view_of(config: Config, example: Example) -> MaskedView | FullView:
-    """The example with stated criteria shown: users who state them want them used."""
-    policy = config.masking.policy or ("full" if example.explicit.criteria else "masked")
-    rng = random.Random(config.seed)
-    return apply_masking(example, policy, rng, show_probability=config.masking.show_probability)[0]
 
 
 def is_single(config: Config) -> bool:

@@ -66,31 +66,39 @@ class VllmGenerator:
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         """Yield the samples of each request together, as requests finish."""
-        engine, waiting = self._llm.llm_engine, iter(requests)
-        running: dict[str, GenerationRequest] = {}
+        waiting = iter(requests)
         exhausted, in_flight = False, 0
-        while running or not exhausted:
+        while in_flight or not exhausted:
             while not exhausted and in_flight < self.config.eval.max_in_flight:
                 request = next(waiting, None)
                 if request is None:
                     exhausted = True
-                    break
-                ids = prompt_ids(self.tokenizer, request.messages)
-                if len(ids) > self.config.model.max_prompt_tokens:
-                    yield from (
-                        Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples)
-                    )
-                    continue
-                engine.add_request(
-                    request.key, {"prompt_token_ids": ids}, self._sampling(request, temperature)
-                )
-                running[request.key] = request
-                in_flight += request.samples
-            for output in engine.step() if running else ():
-                if output.finished:
-                    request = running.pop(output.request_id)
-                    in_flight -= request.samples
-                    yield from self._generations(request, output)
+                elif refused := self.add(request, temperature):
+                    yield from refused
+                else:
+                    in_flight += request.samples
+            for generations in self.step() if in_flight else ():
+                in_flight -= len(generations)
+                yield from generations
+
+    def add(self, request: GenerationRequest, temperature: float) -> list[Generation]:
+        """Let a request join the running batch.  Returns its failures if its prompt is too long."""
+        ids = prompt_ids(self.tokenizer, request.messages)
+        if len(ids) > self.config.model.max_prompt_tokens:
+            return [Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples)]
+        sampling = self._sampling(request, temperature)
+        self._llm.llm_engine.add_request(request.key, {"prompt_token_ids": ids}, sampling)
+        return []
+
+    def step(self) -> Iterator[list[Generation]]:
+        """Advance the batch by one step; yield the samples of each request that is finished."""
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                yield self._generations(output)
+
+    def abort(self, key: str) -> None:
+        """Drop a request that joined."""
+        self._llm.llm_engine.abort_request([key])
 
     def close(self) -> None:
         """Drop the engine and its KV cache."""
@@ -110,8 +118,11 @@ class VllmGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _generations(self, request: GenerationRequest, output: Any) -> Iterator[Generation]:
+    def _generations(self, output: Any) -> list[Generation]:
+        generations = []
         for sample in output.outputs:
             failure = None if sample.finish_reason == "stop" else f"{sample.finish_reason}"
             text = self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-            yield Generation(request.key, sample.index, text, failure, len(sample.token_ids))
+            tokens = len(sample.token_ids)
+            generations.append(Generation(output.request_id, sample.index, text, failure, tokens))
+        return generations

@@ -1,0 +1,31 @@
+"""Settings of the scoring service."""
+
+from dataclasses import dataclass
+
+from pgenrm_train.config.setting import setting
+
+
+@dataclass
+class ServeConfig:
+    local: bool = setting(False, "true: one process with its engine, without Ray")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every network of the machine")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
+    api_key_env: str | None = setting(
+        None, "environment variable with the key that requests must carry; null: no key"
+    )
+    store: str = setting(
+        "sqlite:///users.db", "SQLAlchemy URL of the users' votes: SQLite, or postgresql://…"
+    )
+    votes: str | None = setting(
+        None, "votes to import at the start, in the form of data=pairs; a run has build_data/pairs.parquet"
+    )
+    max_body_bytes: int = setting(2_000_000, "largest body of a request", gt=0)
+    max_text_characters: int = setting(100_000, "longest text of a request", gt=0)
+    max_responses: int = setting(64, "most responses of a request", ge=2)
+    max_chains: int = setting(4096, "most chains that a request may cost", gt=0)
+    max_waiting: int = setting(256, "requests at the same time; further ones get 429", gt=0)
+    timeout_seconds: float = setting(600.0, "longest time of a request; then 503", gt=0)
+    drain_seconds: int = setting(60, "time for open requests to end after SIGTERM", gt=0)
+    on_failure: str = setting(
+        "error", "faces without null: answer a failure with an error or with NaN", choices=("error", "nan")
+    )

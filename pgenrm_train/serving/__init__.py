@@ -1,0 +1,1 @@
+"""The scoring service: users' votes, scores of responses, and the HTTP faces of both."""

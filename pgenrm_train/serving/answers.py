@@ -1,0 +1,93 @@
+"""Answers of the model to many prompts at a time, from the cache where it holds them.
+
+Sampling is seeded by the prompt, so that a repeated request has the same answers with or without the cache.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
+from pgenrm_train.errors import EngineLostError
+from pgenrm_train.files import fingerprint
+from pgenrm_train.serving.store import UserStore
+
+Samples = Sequence[Generation]
+
+
+class Engine(Protocol):
+    """A model that answers any number of requests at the same time."""
+
+    async def generate(self, request: GenerationRequest, temperature: float) -> Samples:
+        """The samples of a request, in order.  Raises EngineLostError."""
+
+    def lost(self) -> EngineLostError | None:
+        """The reason why the engine answers no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request, and the stored users whose votes it shows; nobody's answers are not cached."""
+
+    request: GenerationRequest
+    owners: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    samples: Samples
+    cached: bool = False
+
+
+class Answers:
+    """The engine behind the cache of the store; `identity` names the model and its sampling."""
+
+    def __init__(self, engine: Engine, store: UserStore, identity: str) -> None:
+        self.engine, self._store, self._identity = engine, store, identity
+
+    async def __call__(self, prompts: Sequence[Prompt], temperature: float, user: str) -> list[Answered]:
+        """The answers in order; new ones about stored users are cached.  Raises EngineLostError."""
+        keys = [self._key(prompt, temperature) for prompt in prompts]
+        asked = [key for key, prompt in zip(keys, prompts) if prompt.owners]
+        held = await asyncio.to_thread(self._store.answers, asked) if asked else {}
+        new = [prompt for key, prompt in zip(keys, prompts) if key not in held]
+        generated = iter(await self._generate([prompt.request for prompt in new], temperature))
+        answers = [
+            Answered(_read(held[key]), cached=True) if key in held else Answered(next(generated))
+            for key in keys
+        ]
+        fresh = {
+            key: (_write(answer.samples), prompt.owners)
+            for key, prompt, answer in zip(keys, prompts, answers)
+            if prompt.owners and not answer.cached and not _engine_failed(answer.samples)
+        }
+        if fresh:
+            await asyncio.to_thread(self._store.keep, fresh, user)
+        return answers
+
+    async def _generate(self, requests: Sequence[GenerationRequest], temperature: float) -> list[Samples]:
+        tasks = [asyncio.ensure_future(self.engine.generate(request, temperature)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # after an error or a time-out the rest leaves the engine
+                task.cancel()
+
+    def _key(self, prompt: Prompt, temperature: float) -> str:
+        request = prompt.request
+        parts = (sorted(prompt.owners), request.messages, request.samples, request.seed, temperature)
+        return fingerprint(self._identity, *parts)
+
+
+def _engine_failed(samples: Samples) -> bool:
+    return any((sample.failure or "").startswith("engine:") for sample in samples)
+
+
+def _write(samples: Samples) -> str:
+    return json.dumps([asdict(sample) for sample in samples])
+
+
+def _read(value: str) -> Samples:
+    return [Generation(**sample) for sample in json.loads(value)]

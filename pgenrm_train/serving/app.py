@@ -1,0 +1,124 @@
+"""The HTTP app of the service: own routes, and errors as {"error": {"kind", "message"}}.
+
+| route | |
+|---|---|
+| `POST /v1/score` | scores of two or more responses |
+| `PUT`, `POST`, `GET`, `DELETE /v1/users/{id}/votes` | replace, append, list, delete all of a user |
+| `GET /v1/models`, `/health`, `/ready`, `/metrics` | |
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from pgenrm_train import __version__
+from pgenrm_train.serving.errors import Refused, bad_request
+from pgenrm_train.serving.guard import LOG, Guard, as_json
+from pgenrm_train.serving.service import RETRY_SECONDS, Service
+from pgenrm_train.serving.wire import ScoreAnswer, ScoreRequest, Vote, Votes
+
+VOTES = "/v1/users/{user_id:path}/votes"  # ids may hold slashes
+Handler = Callable[[Request, Exception], Awaitable[JSONResponse]]
+UserPath = Annotated[str, Path(min_length=1, max_length=256)]
+
+
+def make_app(service: Service, key: str | None = None) -> FastAPI:
+    """The app of a service; `key` is what requests must carry."""
+    app = FastAPI(title="pgenrm-train", version=__version__, description=__doc__.partition("\n")[0])
+    app.add_middleware(Guard, settings=service.config.serve, metrics=service.metrics, key=key)
+    for error, explain in _ERRORS.items():
+        app.add_exception_handler(error, _handler(explain))
+    _add_health(app, service)
+    _add_users(app, service)
+
+    @app.post("/v1/score", response_model_exclude_none=False)
+    async def score(request: ScoreRequest) -> ScoreAnswer:
+        return await service.score(request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [service.model()]}
+
+    return app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        await service.check()
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_users(app: FastAPI, service: Service) -> None:
+    @app.put(VOTES)
+    async def replace(user_id: UserPath, votes: Votes) -> dict[str, int]:
+        await service.add(user_id, votes.votes, replace=True)
+        return {"stored": len(votes.votes)}
+
+    @app.post(VOTES)
+    async def append(user_id: UserPath, votes: Votes) -> dict[str, int]:
+        await service.add(user_id, votes.votes, replace=False)
+        return {"stored": len(votes.votes)}
+
+    @app.get(VOTES)
+    async def votes(user_id: UserPath) -> Votes:
+        return Votes(votes=[Vote.of(pair) for pair in await service.votes(user_id)])
+
+    @app.delete(VOTES)
+    async def delete(user_id: UserPath) -> dict[str, int]:
+        return {"deleted": await service.delete(user_id)}
+
+
+def _handler(explain: Callable[[Exception], Refused]) -> Handler:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return as_json(explain(error))
+
+    return handle
+
+
+def _refused(error: Exception) -> Refused:
+    assert isinstance(error, Refused)
+    return error
+
+
+def _invalid(error: Exception) -> Refused:
+    """The first problem of a body, with its place and without its value."""
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"][1:])
+    text = problem["msg"].removeprefix("Value error, ")
+    return bad_request(f"{place}: {text}" if place else text)
+
+
+def _http(error: Exception) -> Refused:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, Refused):  # FastAPI wraps what is raised while it reads a body
+        return error.__cause__
+    kinds = {404: "not_found", 405: "method_not_allowed"}
+    return Refused(error.status_code, kinds.get(error.status_code, "bad_request"), str(error.detail))
+
+
+def _store(error: Exception) -> Refused:
+    LOG.error("store: %s", type(error).__name__)  # its text holds the parameters, and so texts of users
+    return Refused(503, "store", "the store of users does not answer", RETRY_SECONDS)
+
+
+_ERRORS: dict[type[Exception], Callable[[Exception], Refused]] = {
+    Refused: _refused,
+    RequestValidationError: _invalid,
+    HTTPException: _http,
+    SQLAlchemyError: _store,
+}

@@ -1,0 +1,127 @@
+"""Checks before any face: key, size of the body, number of open requests; then logs and metrics.
+
+An ASGI middleware.  Log lines are JSON objects without texts and without users: route, status, time.
+"""
+
+import hmac
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+from base64 import b64decode
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pgenrm_train.config import ServeConfig
+from pgenrm_train.serving.errors import Refused
+from pgenrm_train.serving.metrics import Metrics
+
+LOG = logging.getLogger("pgenrm_train.serving")
+OPEN = ("/health", "/ready")  # without a key
+REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
+
+
+class Guard:
+    """Wraps the app; `key` is None where no key is asked for."""
+
+    def __init__(self, app: ASGIApp, settings: ServeConfig, metrics: Metrics, key: str | None) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._key = key.encode() if key is not None else None
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        status, start = 500, time.perf_counter()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._guarded(scope, headers, receive, answer)
+        except Refused as refused:  # before the app, or while it read the body
+            await as_json(refused)(scope, receive, answer)
+        except Exception as error:
+            # Not its text, which may hold texts of users.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            LOG.error("%s: %s\n%s", request_id, type(error).__name__, frames)
+            failed = Refused(500, "internal", f"the service failed ({type(error).__name__})")
+            await as_json(failed)(scope, receive, answer)
+        finally:
+            seconds = time.perf_counter() - start
+            # The template of the path, because the path itself holds the user.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            facts = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            LOG.info(json.dumps({**facts, "seconds": round(seconds, 4)}))
+
+    async def _guarded(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        path = scope["path"]
+        if path not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
+            raise Refused(401, "wrong_key", "the request needs the header Authorization: Bearer KEY")
+        scores = scope["method"] == "POST" and not path.startswith("/v1/users/")
+        if scores and self._open >= self._settings.max_waiting:
+            raise Refused(429, "too_many_requests", f"{self._open} requests are open; try again later", 1)
+        self._open += scores
+        self._metrics.in_flight.set(self._open)
+        try:
+            await self._app(scope, self._limited(headers, receive), send)
+        finally:
+            self._open -= scores
+            self._metrics.in_flight.set(self._open)
+
+    def _has_key(self, authorization: bytes) -> bool:
+        """Whether the key is right, as bearer token or as password of basic authentication.
+
+        Trainers that know only a URL send the latter for http://user:KEY@host.
+        """
+        if self._key is None:
+            return True
+        scheme, _, value = authorization.partition(b" ")
+        if scheme.lower() == b"basic":
+            try:
+                value = b64decode(value, validate=True).partition(b":")[2]
+            except ValueError:
+                return False
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(value, self._key)
+
+    def _limited(self, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
+        limit, read = self._settings.max_body_bytes, 0
+        too_large = Refused(413, "body_too_large", f"the body is larger than {limit} bytes")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:
+                raise too_large
+            return message
+
+        return limited
+
+
+def as_json(refused: Refused) -> JSONResponse:
+    """The answer to a refused request."""
+    headers = {} if refused.retry_after is None else {"retry-after": str(refused.retry_after)}
+    content = {"error": {"kind": refused.kind, "message": refused.message}}
+    return JSONResponse(content, refused.status, headers)

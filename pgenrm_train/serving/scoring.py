@@ -1,0 +1,268 @@
+"""Scores of responses for one user: the model's chains, averaged and merged as in an evaluation.
+
+Every pair of the circle (`scaling.groups`) is shown in both positions.  Each presentation has m chains from
+the user's own history, and one chain from the history of each of n similar users; `scaling.combine` averages
+them and `scaling.stopping` may end the sampling early.  `groups.merge` gives one score per response.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from pgenrm_train.backends.protocols import Generation, GenerationRequest
+from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
+from pgenrm_train.config import Config
+from pgenrm_train.prompts.history import HistorySampler
+from pgenrm_train.prompts.masking import FullView, MaskedView
+from pgenrm_train.prompts.writer import view_of
+from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
+from pgenrm_train.scaling.combine import scale
+from pgenrm_train.scaling.groups import Presentation, circle, merge
+from pgenrm_train.scaling.stopping import looks, settled
+from pgenrm_train.serving.answers import Answered, Answers, Prompt
+from pgenrm_train.serving.errors import Refused
+
+Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
+# (text, number of responses) → the chain with the scores that count
+Parse = Callable[[str, int], Chain | ParseFailure]
+NO_PAIR = "no_complete_pair"  # kind: the response has chains, but no pair with scores in both positions
+
+
+class Neighbour(Protocol):
+    """A similar user and the history from which their analysis was written."""
+
+    @property
+    def user_id(self) -> str: ...
+
+    @property
+    def history(self) -> tuple[HistoryItem, ...]: ...
+
+
+# (analyses, their users, n) → similar users per analysis, the most similar first
+FindSimilar = Callable[[Sequence[str], Sequence[str], int], Sequence[Sequence[Neighbour]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Responses to one query of a user with votes; `stored` if the votes come from the store."""
+
+    user_id: str
+    stored: bool
+    votes: tuple[PreferencePair, ...]
+    context: tuple[Message, ...]
+    responses: tuple[str, ...]
+    criteria: str | None
+    ind: int
+    pro: int
+
+    def chains(self) -> int:
+        """The most chains that the task may cost."""
+        return len(circle(len(self.responses))) * (self.ind + self.pro)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadChain:
+    """One chain: the responses in the order shown, its text, and its scores or the kind of its failure."""
+
+    shown: Presentation
+    sample: int
+    neighbour: str | None
+    generation: Generation
+    chain: Chain | ParseFailure
+    cached: bool
+
+    @property
+    def failure(self) -> str | None:
+        if self.generation.failure:
+            return self.generation.failure
+        return f"parse:{self.chain.kind}" if isinstance(self.chain, ParseFailure) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores (N,) with NaN for none, and the chains behind them."""
+
+    scores: np.ndarray
+    chains: Sequence[ReadChain]
+
+    def ranking(self) -> list[int]:
+        """Responses with a score, best first; equal ones in their order."""
+        order = np.argsort(-self.scores, kind="stable")
+        return [int(i) for i in order if math.isfinite(self.scores[i])]
+
+    def verified(self) -> list[bool]:
+        """Whether every chain that counts for a response has a rubric that gives the declared score."""
+        read = [(c.shown, c.chain) for c in self.chains if isinstance(c.chain, Chain) and not c.failure]
+        wrong = {
+            i
+            for shown, chain in read
+            if chain.verified_scores is None or DECLARED_DIFFERS in chain.issues
+            for i in shown
+        }
+        return [math.isfinite(score) and i not in wrong for i, score in enumerate(self.scores)]
+
+    def failures(self) -> Counter[tuple[Presentation, str]]:
+        """Failed chains by presentation and kind."""
+        return Counter((c.shown, c.failure) for c in self.chains if c.failure)
+
+
+class Scorer:
+    """A model, its prompts and its settings; `find` is None without prototypes."""
+
+    def __init__(
+        self, config: Config, answers: Answers, write: Write, parse: Parse, find: FindSimilar | None
+    ) -> None:
+        self.config, self.answers, self.find = config, answers, find
+        self._write, self._parse = write, parse
+        # Tokenizers are not for several threads; one thread also leaves the event loop free.
+        self._writer = ThreadPoolExecutor(1, "writer")
+
+    async def score(self, task: Task) -> Scored:
+        """Raises Refused for similar users without prototypes, EngineLostError, and DataError for a prompt
+        that cannot be cut to the model's length."""
+        if task.pro and self.find is None:
+            raise Refused(422, "no_prototypes", "pro: the service has no prototypes; use pro=0")
+        return await _Scoring(self, task).run()
+
+    def temperature(self, task: Task) -> float:
+        """0 for a single chain, which is the likeliest one; several must differ."""
+        return 0.0 if (task.ind, task.pro) == (1, 0) else self.config.eval.temperature
+
+    def history(self, task: Task) -> tuple[HistoryItem, ...]:
+        """Votes to show, by the settings of `data`; none on the same query with one of the responses."""
+        query = task.context[-1].content
+        usable = [
+            vote
+            for vote in task.votes
+            if vote.query != query or not {vote.chosen, vote.rejected} & set(task.responses)
+        ]
+        data = self.config.data
+        sampler = HistorySampler(
+            usable, size=data.history_size, policy=data.history_policy, seed=self.config.seed
+        )
+        digest = hashlib.sha256(json.dumps([task.user_id, query]).encode()).hexdigest()
+        return sampler(PreferencePair(digest, task.user_id, task.context, "", "", split="val"))
+
+    async def read(
+        self, task: Task, shown: Sequence[Presentation], histories: Sequence[Neighbour | None], runs: range
+    ) -> list[ReadChain]:
+        """Chains `runs` of each presentation, from the user's own history or from a neighbour's."""
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._writer, self._prompts, task, shown, histories, runs)
+        answered = await self.answers(prompts, self.temperature(task), task.user_id)
+        return [
+            self._read(order, other, answer, sample, runs.start)
+            for order, other, answer in zip(shown, histories, answered, strict=True)
+            for sample in answer.samples
+        ]
+
+    def _prompts(
+        self, task: Task, shown: Sequence[Presentation], histories: Sequence[Neighbour | None], runs: range
+    ) -> list[Prompt]:
+        own = self.history(task)
+        prompts = []
+        for order, other in zip(shown, histories, strict=True):
+            example = Example(
+                pair_id="",
+                user_id=task.user_id,
+                context=task.context,
+                responses=tuple(task.responses[i] for i in order),
+                chosen_index=-1,
+                history=other.history if other else own,
+                explicit=ExplicitSignals(criteria=task.criteria or None),
+            )
+            messages = tuple(self._write(view_of(self.config, example)))
+            digest = hashlib.sha256(json.dumps(messages).encode()).digest()
+            # Engines seed sample i with seed + i, so later samples do not depend on the first request.
+            seed = int.from_bytes(digest[:4], "big") ^ self.config.seed
+            request = GenerationRequest("", messages, len(runs), seed + runs.start)
+            owners = {task.user_id, *([other.user_id] if other else [])} if task.stored else set()
+            prompts.append(Prompt(request, frozenset(owners)))
+        return prompts
+
+    def _read(
+        self, shown: Presentation, other: Neighbour | None, answer: Answered, sample: Generation, first: int
+    ) -> ReadChain:
+        failed = sample.failure is not None
+        chain = ParseFailure(str(sample.failure), "") if failed else self._parse(sample.text or "", 2)
+        name = other.user_id if other else None
+        return ReadChain(shown, first + sample.sample, name, sample, chain, answer.cached)
+
+
+class _Scoring:
+    """One task while its chains come in."""
+
+    def __init__(self, scorer: Scorer, task: Task) -> None:
+        self.scorer, self.task = scorer, task
+        self.shown = circle(len(task.responses))
+        self.place = {order: number for number, order in enumerate(self.shown)}
+        self.own = np.full((len(self.shown), task.ind, 2), np.nan)
+        self.similar = np.full((len(self.shown), task.pro, 2), np.nan)
+        self.chains: list[ReadChain] = []
+
+    async def run(self) -> Scored:
+        settings, task = self.scorer.config.eval, self.task
+        alpha = settings.adaptive if task.ind > 1 else None
+        steps = looks(task.ind, alpha) if alpha else (task.ind,)
+        open_ones = self.shown
+        await self._own(open_ones, range(steps[0]))
+        if task.pro:
+            await self._similar()
+        for before, after in itertools.pairwise(steps):
+            assert alpha is not None
+            done = settled(self._margins(), before, alpha)
+            open_ones = [order for order in open_ones if not done[self.place[order]]]
+            if open_ones:
+                await self._own(open_ones, range(before, after))
+        scaled = scale(self.own, self.similar, (settings.weights[0], settings.weights[1]))
+        return Scored(merge(self.shown, scaled.scores), self.chains)
+
+    async def _own(self, shown: Sequence[Presentation], runs: range) -> None:
+        for read in await self.scorer.read(self.task, shown, [None] * len(shown), runs):
+            self.own[self.place[read.shown], read.sample] = _scores(read)
+            self.chains.append(read)
+
+    async def _similar(self) -> None:
+        """Chains from the neighbours whose analyses are nearest to that of the first own chain."""
+        analyses = {
+            read.shown: read.chain.analysis
+            for read in self.chains
+            if read.sample == 0 and isinstance(read.chain, Chain) and read.chain.analysis
+        }
+        if not analyses:
+            return
+        find, users = self.scorer.find, [self.task.user_id] * len(analyses)
+        assert find is not None
+        found = await asyncio.to_thread(find, list(analyses.values()), users, self.task.pro)
+        ranked = [
+            (order, rank, other)
+            for order, others in zip(analyses, found, strict=True)
+            for rank, other in enumerate(others[: self.task.pro])
+        ]
+        histories = [other for _, _, other in ranked]
+        reads = await self.scorer.read(self.task, [order for order, _, _ in ranked], histories, range(1))
+        for (order, rank, _), read in zip(ranked, reads, strict=True):
+            self.similar[self.place[order], rank] = _scores(read)
+            self.chains.append(replace(read, sample=rank))
+
+    def _margins(self) -> np.ndarray:
+        """Margins (P, m) per own chain, plus the similar users' mean margin, as an evaluation stops by."""
+        weights = self.scorer.config.eval.weights
+        similar = self.similar[:, :, 0] - self.similar[:, :, 1]
+        count = np.isfinite(similar).sum(axis=1)
+        mean = np.nansum(similar, axis=1) / np.maximum(count, 1)
+        own = self.own[:, :, 0] - self.own[:, :, 1]
+        return np.asarray(weights[0] * own + (weights[1] * mean)[:, None])
+
+
+def _scores(read: ReadChain) -> tuple[float, ...]:
+    return read.chain.scores if isinstance(read.chain, Chain) else (math.nan, math.nan)

@@ -1,0 +1,163 @@
+"""Users' votes and the cached answers about them, in SQLite or PostgreSQL.
+
+    votes           one row per vote
+    answers         the generations of one prompt, by the hash of model, prompt and sampling
+    answer_owners   the users whose votes that prompt showed
+
+Only answers about stored users are kept.  So deleting a user deletes all that is on disk of them: votes, and
+every answer whose prompt showed them, also as somebody's neighbour.  SQLite overwrites deleted rows, and its
+log is emptied.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    RowMapping,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    exc,
+    insert,
+    make_url,
+    select,
+    text,
+)
+
+from pgenrm_train.errors import ConfigError, first_line
+from pgenrm_train.records.pairs import Message, PreferencePair
+
+_TABLES = MetaData()
+_VOTES = Table(
+    "votes",
+    _TABLES,
+    Column("id", Integer, primary_key=True),
+    Column("user_id", String, nullable=False, index=True),
+    Column("context", Text, nullable=False),
+    Column("chosen", Text, nullable=False),
+    Column("rejected", Text, nullable=False),
+    Column("time", Float),
+)
+_ANSWERS = Table(
+    "answers", _TABLES, Column("key", String, primary_key=True), Column("value", Text, nullable=False)
+)
+_OWNERS = Table(
+    "answer_owners",
+    _TABLES,
+    Column("key", String, ForeignKey("answers.key", ondelete="CASCADE"), primary_key=True),
+    Column("user_id", String, primary_key=True, index=True),
+)
+
+
+class UserStore:
+    """The database at an SQLAlchemy URL, for any thread.  Raises ConfigError if it cannot be opened."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            place = make_url(url)
+            self._engine = create_engine(place)
+            self._sqlite = place.get_backend_name() == "sqlite"
+            if self._sqlite:
+                event.listen(self._engine, "connect", _set_up_sqlite)
+            _TABLES.create_all(self._engine)
+        except (exc.SQLAlchemyError, ModuleNotFoundError) as error:
+            shown = make_url(url).render_as_string() if "://" in url else "(not a URL)"
+            raise ConfigError(f"serve.store={shown} cannot be opened ({first_line(error)})") from None
+
+    def votes(self, user_id: str) -> list[PreferencePair]:
+        """The user's votes, oldest first; none for an unknown user."""
+        query = select(_VOTES).where(_VOTES.c.user_id == user_id).order_by(_VOTES.c.time, _VOTES.c.id)
+        with self._engine.connect() as connection:
+            return [_as_pair(row) for row in connection.execute(query).mappings()]
+
+    def add(self, votes: Sequence[PreferencePair], *, replace: bool = False) -> None:
+        """Append votes; with `replace`, the users among them keep no earlier vote and no cached answer."""
+        rows = [_as_row(vote) for vote in votes]
+        with self._engine.begin() as connection:
+            for user in dict.fromkeys(vote.user_id for vote in votes) if replace else ():
+                _delete(connection, user)
+            connection.execute(insert(_VOTES), rows)
+        if replace:
+            self._empty_log()
+
+    def delete(self, user_id: str) -> int:
+        """Delete everything of a user; returns the number of votes."""
+        with self._engine.begin() as connection:
+            votes = _delete(connection, user_id)
+        self._empty_log()
+        return votes
+
+    def answers(self, keys: Iterable[str]) -> dict[str, str]:
+        """The cached answers among `keys`."""
+        query = select(_ANSWERS.c.key, _ANSWERS.c.value).where(_ANSWERS.c.key.in_(list(keys)))
+        with self._engine.connect() as connection:
+            return {row.key: row.value for row in connection.execute(query)}
+
+    def keep(self, answers: Mapping[str, tuple[str, Set[str]]], user_id: str) -> None:
+        """Keep answers (key → value, its users), unless `user_id` was deleted meanwhile."""
+        values = [{"key": key, "value": value} for key, (value, _) in answers.items()]
+        owners = [
+            {"key": key, "user_id": user} for key, (_, users) in answers.items() for user in sorted(users)
+        ]
+        # Another replica may have kept the same answer.
+        with suppress(exc.IntegrityError), self._engine.connect() as connection:
+            connection.execute(insert(_ANSWERS), values)
+            connection.execute(insert(_OWNERS), owners)
+            # After the first write, or with the row locked, no deletion can pass unseen.
+            votes = select(_VOTES.c.id).where(_VOTES.c.user_id == user_id).limit(1).with_for_update()
+            if connection.scalar(votes) is not None:
+                connection.commit()
+
+    def check(self) -> None:
+        """Raise SQLAlchemyError if the database does not answer."""
+        with self._engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _empty_log(self) -> None:
+        if self._sqlite:
+            with self._engine.connect() as connection:
+                connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "secure_delete=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _delete(connection: Connection, user_id: str) -> int:
+    votes = connection.execute(delete(_VOTES).where(_VOTES.c.user_id == user_id)).rowcount
+    shown = select(_OWNERS.c.key).where(_OWNERS.c.user_id == user_id)
+    connection.execute(delete(_ANSWERS).where(_ANSWERS.c.key.in_(shown)))
+    return votes
+
+
+def _as_row(vote: PreferencePair) -> dict[str, object]:
+    return {
+        "user_id": vote.user_id,
+        "context": json.dumps([[m.role, m.content] for m in vote.context], ensure_ascii=False),
+        "chosen": vote.chosen,
+        "rejected": vote.rejected,
+        "time": vote.time,
+    }
+
+
+def _as_pair(row: RowMapping) -> PreferencePair:
+    context = tuple(Message(role, content) for role, content in json.loads(row["context"]))
+    return PreferencePair(
+        str(row["id"]), row["user_id"], context, row["chosen"], row["rejected"], time=row["time"]
+    )

@@ -1,0 +1,1 @@
+"""The scoring service of a configuration: its parts and its servers."""
