@@ -1,5 +1,6 @@
 """Atomic writes, hashes and links of files."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -77,6 +78,15 @@ def staged_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)  # left by a start that was killed here
     yield staging
     replace_folder(staging, final)
+
+
+@contextmanager
+def next_part(folder: Path, lock: Path, suffix: str) -> Iterator[Path]:
+    """Yield the path of the folder's next numbered part; the lock keeps numbers unique across processes."""
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        numbers = (int(path.stem.removeprefix("part-")) for path in folder.glob(f"part-*{suffix}"))
+        yield folder / f"part-{1 + max(numbers, default=-1):06d}{suffix}"
 
 
 def link(target: Path, place: Path) -> None:

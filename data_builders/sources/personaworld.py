@@ -14,8 +14,8 @@ problem:
   equal quality), `rival` (the population prefers the rejected one, which may even be of better quality);
 - a share of **personas** (scenario × criteria combinations) is never given to a training user: `cohort`
   separates test users of seen personas from those of unseen ones;
-- a test pair at equal quality is also voted on by a user who prefers the *other* response, so that half of
-  such votes are unlearnable from the texts alone.
+- a test pair at equal quality is also voted on by a user who prefers the *other* response: half of such votes
+  cannot be learnt from the texts alone.
 
 Half of the responses talk exactly of the axes that the voting user cares for
 (`PersonaWorld._draw_responses`).  So the texts hint at WHICH axes matter, never at which pole is preferred.

@@ -1,7 +1,7 @@
 """The `features` teacher: a transparent rule, and the baseline that an LLM teacher must beat.
 
-It measures the advantages of a user's chosen answers over the rejected ones, weights them per user with
-shrinkage to the population, and writes an evaluation chain (METHOD §2) whose every claim can be measured
+It measures the advantages of a user's chosen answers over the rejected ones, and weights them per user with
+shrinkage to the population.  Then it writes an evaluation chain (METHOD §2) whose every claim can be measured
 again:
 
     x(y) ∈ R^F       text features, robustly standardised over the training texts, clipped to ±4

@@ -5,7 +5,6 @@ similar users' histories share this code; only the question's `set` differs.  A 
 within the limit, unreadable chain, engine error) stays in the table with its reason.
 """
 
-import fcntl
 import hashlib
 import json
 import random
@@ -20,7 +19,7 @@ import pandas as pd
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.chains.chain import ParseFailure, parse_chain
 from pgenrm_train.errors import DataError
-from pgenrm_train.files import write_table, write_text
+from pgenrm_train.files import next_part, write_table, write_text
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
@@ -117,13 +116,8 @@ class PredictionStore:
     def flush(self) -> None:
         if not self._pending:
             return
-        with (self.folder / STAMP).open() as lock:  # runs may share a store; the lock keeps numbers unique
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            number = 1 + max(
-                (int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")),
-                default=-1,
-            )
-            write_table(self.folder / f"part-{number:06d}.parquet", pd.DataFrame(self._pending))
+        with next_part(self.folder, self.folder / STAMP, ".parquet") as path:  # runs may share a store
+            write_table(path, pd.DataFrame(self._pending))
         self._pending, self._flushed = [], time.monotonic()
 
     def read(self) -> pd.DataFrame:

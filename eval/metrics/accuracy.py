@@ -25,10 +25,10 @@ from eval.metrics import intervals
 from eval.metrics.intervals import few_users, interval
 from eval.metrics.outcomes import TIE_RTOL, Outcomes, outcomes, user_codes
 from pgenrm_train.bootstrap import mean
+from pgenrm_train.config.evaluation import PROTOCOLS
 from pgenrm_train.errors import ConfigError, DataError
 
-PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
-SAME_PREDICTIONS = ("strict", "both_orders", "release")  # metrics; `user_disjoint` is a split
+SAME_PREDICTIONS = PROTOCOLS[:3]  # metrics; `user_disjoint` is a split
 NO_KIND = "(none)"
 
 

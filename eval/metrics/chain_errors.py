@@ -1,6 +1,6 @@
 """Where chains err, on any data: totals against the rubric, orders, criteria.
 
-A chain is *verifiable* if its totals can be recomputed from its own weights and criterion scores, and
+A chain is *verifiable* if its totals can be recomputed from its own weights and criterion scores.  It is
 *faithful* if the declared totals are the recomputed ones up to their last digit.  A reward model whose chains
 are not faithful does not explain its scores.
 """

@@ -8,6 +8,7 @@ from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.config.model import BASELINES
 from pgenrm_train.config.setting import setting
 
+PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
 PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
 
 
@@ -16,7 +17,7 @@ class EvalConfig:
     protocol: str = setting(
         "strict",
         "the headline accuracy; docs/evaluation.md defines each",
-        choices=("strict", "release", "both_orders", "user_disjoint"),
+        choices=PROTOCOLS,
     )
     split: str = setting("test", "split to evaluate", choices=("train", "val", "test"))
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)

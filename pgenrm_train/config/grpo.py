@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.config.setting import setting
 
+SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
+
 
 @dataclass
 class GrpoConfig:
@@ -66,7 +68,7 @@ class CurriculumConfig(GrpoConfig):
     schedule: str = setting(
         "linear",
         "how the share of hard pairs grows; uniform and anti are controls",
-        choices=("linear", "cosine", "step", "self_paced", "uniform", "anti"),
+        choices=SCHEDULES,
     )
     hard_share_start: float = setting(0.3, "share of hard pairs in the first step", ge=0, le=1)
     hard_share_end: float = setting(0.8, "share of hard pairs in the last step", ge=0, le=1)

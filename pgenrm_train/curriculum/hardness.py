@@ -8,8 +8,8 @@ Measured, from K chains of the model per pair, half of them in each presentation
                parsed: the model contradicts the vote confidently and consistently, as it would a mistaken one
 
 Why a band and not "the lowest pass rates": those are chosen by the *label*.  In a batch of pairs that the
-model gets wrong, its evidence points the wrong way, and the model learns from it to distrust its own reading
-(docs/results.md has the measurement).  Wavering does not depend on which response was chosen.
+model gets wrong, its evidence points the wrong way.  The model learns from it to distrust its own reading
+(measured in docs/results.md).  Wavering does not depend on which response was chosen.
 
 Before any model, from the texts and votes (a cold start): each signal that the data hold is turned into the
 pair's rank among those that have it, in [0, 1].  The hardness is the mean of these ranks.  The harder half is

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from pgenrm_train.config.grpo import SCHEDULES
 from pgenrm_train.curriculum.decks import Decks
 from pgenrm_train.errors import ConfigError
 
-SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
 HARD, REST, SUSPECT = "hard", "rest", "suspect"
 MEMORY = 0.5  # γ: weight of an older group against the newest
 

@@ -21,10 +21,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
-
-POLICIES = ("full", "masked", "history_dropout", "mixed")
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,9 @@ def apply_masking(
     >>> hasattr(view, "explicit"), supervision.explicit.criteria
     (False, 'be formal')
     """
-    if policy not in POLICIES:
+    if policy not in MASKINGS:
         raise ConfigError(
-            f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(POLICIES)}"
+            f"masking.policy: {policy!r} is not a masking policy; valid ones are {', '.join(MASKINGS)}"
         )
     if not 0.0 <= show_probability <= 1.0:
         raise ConfigError(

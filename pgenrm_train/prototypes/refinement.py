@@ -8,7 +8,7 @@ embeddings:
     L = −log σ(Δ) + λ_cent ‖a_j − μ_j‖² + λ_tr ‖a_j − p_j‖²
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
-- W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes, so that one pass trains all of them and small
+- W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes.  One pass trains all of them, and small
   clusters borrow from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids,
   and everything that it adds is learnt.
 - μ_j is the mean of the cluster from K-means; p_j is a_j at the start of the epoch.

@@ -15,10 +15,10 @@ means that the response has the majority of the full budget, with error at most 
 The test is group-sequential with one nominal level c for all looks (Pocock, *Group sequential methods in the
 design and analysis of clinical trials*, Biometrika 1977).
 
-The error of each level is computed exactly, by propagating the distribution of the votes from draw to draw,
+The error of each level is computed exactly: the distribution of the votes is propagated from draw to draw,
 for every D in its worst case W = ⌊D/2⌋.  (With a smaller W, every path of votes for the response is less
-likely.)  The computation omits stops for the other response and the condition on the mean below, which can
-only overstate the error.
+likely.)  The computation omits stops for the other response, and the condition on the mean below.  Both
+omissions can only overstate the error.
 
 Our choices.
 - The score stays the *mean* of METHOD §7, while the proof is about votes.  So a stop also requires that the
@@ -85,7 +85,7 @@ def _stops(nominal: Mapping[int, np.ndarray], level: float) -> dict[int, np.ndar
     return {t: (p <= level + ROUNDING) & np.tri(len(p), k=-1, dtype=bool) for t, p in nominal.items()}
 
 
-# with torch loaded, numpy's comparisons of plain numbers may set the flag and warn
+# With torch loaded, numpy's comparisons of plain numbers may set the flag and warn
 @np.errstate(invalid="ignore")
 def settled(margins: np.ndarray, drawn: int, alpha: float) -> np.ndarray:
     """Whether each pair (G,) needs no further chain at the look after `drawn` chains.

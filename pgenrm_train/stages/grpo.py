@@ -1,9 +1,8 @@
 """CRE and the curriculum (METHOD §4, §5): the rows that GRPO samples from, explicit criteria withheld.
 
 Needs `build_data/pairs.parquet` and a checkpoint.  Writes `rows.parquet`.  A curriculum with a schedule also
-gets `signals.parquet` (model-free signals and origin of each row) and, to mine hardness from,
-`mirror.parquet` (the rows in the other presentation order).  The engine makes `checkpoint/` and
-`metrics.jsonl`.
+gets `signals.parquet`: model-free signals and origin of each row.  To mine hardness it gets `mirror.parquet`:
+the rows in the other presentation order.  The engine makes `checkpoint/` and `metrics.jsonl`.
 
 Anything that the policy of masking keeps out of the prompt is in `extra_info` only.  So are synthetic
 criteria (`criteria` stage) of users who stated none: they are added after the prompt is written.

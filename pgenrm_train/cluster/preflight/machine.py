@@ -175,9 +175,8 @@ def gpu_problems(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
     for number, gpu in enumerate(gpus):
         if gpu.free_gib < 0.9 * gpu.memory_gib:
             yield (
-                f"GPU {number} ({gpu.name}) has {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free: "
-                "another process "
-                "uses it; stop that process (nvidia-smi shows it) or choose other GPUs with "
+                f"GPU {number} ({gpu.name}) has {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free: another "
+                "process uses it; stop that process (nvidia-smi shows it) or choose other GPUs with "
                 "CUDA_VISIBLE_DEVICES"
             )
 

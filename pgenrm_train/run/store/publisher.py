@@ -67,8 +67,7 @@ class Publisher:
             mine = attempts.get(attempt) == "made"
             print(
                 f"{'removing' if mine else 'ignoring'} {self.store.url}/{stage}/{attempt}, which is "
-                f"half-published "
-                f"({len(files)} files)",
+                f"half-published ({len(files)} files)",
                 flush=True,
             )
             if mine:

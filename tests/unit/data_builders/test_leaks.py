@@ -12,13 +12,13 @@ from data_builders.checks import card
 from data_builders.checks.leaks import LeakReport, clustered_share
 from data_builders.checks.near_duplicates import NearDuplicates, nearest_by_band
 from pgenrm_train.chains.near_duplicates import PLACES, shingles
-from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.config import Config, DataConfig, StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.stages.registry import BUILD_DATA
+from pgenrm_train.stages.registry import REGISTRY
 from recipes.build_data import build as build_and_describe
 from recipes.wiring.evaluation import notes
 
@@ -333,4 +333,6 @@ def test_an_evaluation_carries_the_findings(tmp_path):
 def test_lengths_are_percentiles_of_words_and_marks():
     assert card.count_tokens("Hello, world! 12.5") == 7
     assert card.percentiles({1: 90, 5: 9, 100: 1}) == {"p50": 1, "p90": 1, "p99": 5, "p100": 100}
-    assert BUILD_DATA.reads == ("data", "seed"), "the report is part of the build's settings"
+    assert REGISTRY[StageName.BUILD_DATA].reads == ("data", "seed"), (
+        "the report is part of the build's settings"
+    )

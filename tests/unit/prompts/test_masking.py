@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.prompts.masking import POLICIES, FullView, MaskedView, Supervision, apply_masking, present
+from pgenrm_train.prompts.masking import FullView, MaskedView, Supervision, apply_masking, present
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
 
@@ -85,7 +86,7 @@ def test_mixed_shows_with_the_given_probability(probability, expected):
     assert sum(isinstance(view, FullView) for view in views) == expected
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MASKINGS)
 def test_the_same_seed_gives_the_same_view(policy):
     first, second = (apply_masking(an_example(), policy, random.Random(7)) for _ in range(2))
     assert first == second

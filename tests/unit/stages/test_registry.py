@@ -7,7 +7,7 @@ import pytest
 from pgenrm_train.config import Config, get, load
 from pgenrm_train.config.stage_names import STAGES, TRAINED, StageName
 from pgenrm_train.files import fingerprint
-from pgenrm_train.stages.registry import BUILD_DATA, CRE, REGISTRY
+from pgenrm_train.stages.registry import REGISTRY
 
 # Of the default settings with one baseline, as run folders hold them.
 FINGERPRINTS = {
@@ -48,13 +48,13 @@ def test_raw_data_counts_by_content(tmp_path):
     config, moved = Config(recipe="build_data"), tmp_path / "moved.jsonl"
     (tmp_path / "votes.jsonl").write_text("{}\n")
     config.data.path = str(tmp_path / "votes.jsonl")
-    before = BUILD_DATA.settings(config)
+    before = REGISTRY[StageName.BUILD_DATA].settings(config)
     (tmp_path / "votes.jsonl").rename(moved)
     moved_config = replace(config, data=replace(config.data, path=str(moved)))
-    assert BUILD_DATA.settings(moved_config) == before
+    assert REGISTRY[StageName.BUILD_DATA].settings(moved_config) == before
     moved.write_text("{} \n")
-    assert BUILD_DATA.settings(moved_config) != before
+    assert REGISTRY[StageName.BUILD_DATA].settings(moved_config) != before
     assert (
-        CRE.settings(moved_config)["data.path sha256"]
-        == BUILD_DATA.settings(moved_config)["data.path sha256"]
+        REGISTRY[StageName.CRE].settings(moved_config)["data.path sha256"]
+        == REGISTRY[StageName.BUILD_DATA].settings(moved_config)["data.path sha256"]
     )

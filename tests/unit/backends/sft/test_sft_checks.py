@@ -14,14 +14,23 @@ from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspe
 from pgenrm_train.backends.sft.engine import merge_adapter
 from pgenrm_train.backends.sft.generate import TrainingGenerator
 from pgenrm_train.chains.chain import Chain, parse_chain
-from pgenrm_train.config import ROOT, Config, DataConfig, LoraConfig, PsiConfig, load
+from pgenrm_train.config import (
+    ROOT,
+    TRAINED,
+    Config,
+    DataConfig,
+    LoraConfig,
+    PsiConfig,
+    StageName,
+    load,
+)
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError, PGenRMError
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.model_card import write_card
-from pgenrm_train.stages.registry import CRE, CURRICULUM, PSI
+from pgenrm_train.stages.registry import REGISTRY
 from recipes import psi
 from recipes.wiring.models import load_tokenizer
 
@@ -84,10 +93,10 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
 
 def test_a_run_may_resume_with_another_interval_of_saving():
     """Settings bind a run folder only if a step of training depends on them."""
-    for stage in (PSI, CRE, CURRICULUM):
+    for stage in (REGISTRY[name] for name in TRAINED):
         assert not {f"{stage.name}.save_every", f"{stage.name}.keep_checkpoints"} & set(stage.reads)
         assert f"{stage.name}.learning_rate" in stage.reads
-    assert "curriculum.schedule" in CURRICULUM.reads
+    assert "curriculum.schedule" in REGISTRY[StageName.CURRICULUM].reads
 
 
 def test_a_card_names_the_base_model(tmp_path):
@@ -98,7 +107,7 @@ def test_a_card_names_the_base_model(tmp_path):
         ((), "Llama-3.1-8B-Instruct", "base_model: meta-llama/Llama-3.1-8B-Instruct"),
         ((f"model.path={tmp_path / 'mine'}",), "mine", None),
     ):
-        write_card(load("recipe=psi", "model=llama31_8b", *more), PSI, folder, 3)
+        write_card(load("recipe=psi", "model=llama31_8b", *more), REGISTRY[StageName.PSI], folder, 3)
         card = (folder.path / "checkpoint" / "README.md").read_text()
         assert f"| base model | {base} |" in card
         assert (hub in card) if hub else ("base_model" not in card)
