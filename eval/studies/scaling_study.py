@@ -1,9 +1,9 @@
 """Test-time user-based scaling of one model (METHOD §7): every Ind-m/Pro-n cell from one pool of samples.
 
 Per pair and order, the pool holds m chains from the user's own history.  It also holds one chain from the
-history of each of the n most similar training users.  The analysis of the user's first own chain selects the similar
-users.  A pair without a readable analysis, or with fewer than n neighbours, has rows in the pool that state
-the reason.
+history of each of the n most similar training users.  The analysis of the user's first own chain selects the
+similar users.  A pair without a readable analysis, or with fewer than n neighbours, has rows in the pool that
+state the reason.
 """
 
 import itertools
