@@ -1,10 +1,13 @@
 """Sentences for mistakes on the command line, from the errors of Hydra and OmegaConf."""
 
 import re
+import shlex
 from difflib import get_close_matches
 
 from pgenrm_train.config import CONFIG_DIR, Config
-from pgenrm_train.errors import PGenRMError, first_line
+from pgenrm_train.errors import ConfigError, PGenRMError, first_line
+
+SPECIAL = set('"\\$')  # characters that keep a meaning within double quotes
 
 
 def groups() -> list[str]:
@@ -17,7 +20,7 @@ def choices(group: str) -> list[str]:
 
 def explain(error: Exception) -> str | None:
     """One sentence for a user's mistake; None for any other error."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     cause: BaseException | None = error
@@ -32,6 +35,14 @@ def explain(error: Exception) -> str | None:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = f"{error}\n{error.__cause__ or ''}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    if match := re.search(
+        r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(\n| requires)", text, re.DOTALL
+    ):
+        key, _, value = match[1].partition("=")
+        quoting = _quoting(key, value)
+        return f"{key}={value} stands for several values; {quoting}, or give -m for one run per value"
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         return f"{match[1]}={match[2]} is not one of {', '.join(choices(match[1]))}"
     if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
@@ -40,8 +51,10 @@ def explain(error: Exception) -> str | None:
         return f"{match[1]}= must be given"
     if match := re.search(r"Could not find '([^']+)'", text):
         return f"config group or file '{match[1]}' does not exist; groups are {', '.join(groups())}"
-    if match := re.search(r"Error merging override (\S+)", text):
-        return f"{match[1]}: {first_line(error.__cause__ or error)}"
+    if match := re.search(r"Error merging override (.+)", text):
+        key, _, value = match[1].partition("=")
+        hint = f"; {_quoting(key, value)}" if value[:1] in ("[", "{") else ""
+        return f"{match[1]}: {first_line(error.__cause__ or error)}{hint}"
     return " ".join(text.split())
 
 
@@ -63,3 +76,32 @@ def _unknown_key(key: str) -> str:
     hint = f"did you mean {section}{near[0]}? " if near else ""
     where = f"{section.rstrip('.')} has" if section else "top-level keys are"
     return f"unknown key '{key}'; {hint}{where} {', '.join(names)}"
+
+
+def _unreadable(override: str) -> str:
+    """An argument that Hydra's grammar refuses, and how it is quoted."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"'{override}' is not key=value; a value with blanks is one argument: 'key=a b'"
+    if not re.fullmatch(r"[~+]{0,2}[A-Za-z0-9_$./@:-]*", key):
+        return f"'{override}' is not key=value: the key '{key}' may hold ASCII letters, digits, _, - and dots"
+    return f"{key}= cannot read {value} without quotes; {_quoting(key, value)}"
+
+
+def _quoting(key: str, value: str) -> str:
+    """How a value is quoted for Hydra and for the shell."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    from pgenrm_train.cluster.launch.files import hydra_value
+
+    try:
+        quoted = (
+            f'{key}="{value}"'
+            if value.isprintable() and not set(value) & SPECIAL
+            else f"{key}={hydra_value(value)}"
+        )
+        OverridesParser.create().parse_override(quoted)
+    except (ConfigError, HydraException):
+        return "a text on the command line has no control character, and ${…} names a key"
+    return f"quote a text for Hydra and for the shell: {shlex.quote(quoted)}"

@@ -54,7 +54,8 @@ def _files(folder: Path, table: str, split: str | None) -> list[Path]:
         )
     check_complete(files)
     names = re.compile(rf"{re.escape(split or '')}(-.*)?|.*_{re.escape(split or '')}", re.DOTALL)
-    return [file for file in files if split and names.fullmatch(file.stem)] or files
+    places = {file: (file.stem, *file.relative_to(folder).parts[:-1]) for file in files}
+    return [file for file in files if split and any(map(names.fullmatch, places[file]))] or files
 
 
 def _from_hub(name: str, table: str | None, split: str | None = None) -> Iterator[tuple[str, Rows]]:

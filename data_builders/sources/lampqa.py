@@ -16,6 +16,7 @@ from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import Config, DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
+from pgenrm_train.records.ids import id_of, read_id
 from pgenrm_train.records.questions import (
     ANSWERS,
     Aspect,
@@ -90,10 +91,10 @@ def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[UserQuestion, Qu
 def read(row: hub.Row, subset: str, where: str, left_out: LeftOut) -> tuple[UserQuestion, QuestionSecret]:
     """Read one raw row.  DataError names the field and the expectation."""
     check_texts(row, where)
-    name, question = _text(row, "id", where), _text(row, "question", where)
+    name, question = id_of(row, "id", where), _text(row, "question", where)
     profile = [
         ProfileItem(
-            str(item.get("id") or f"{name}/{i}"),
+            read_id(item.get("id")) or f"{name}/{i}",
             _text(item, "text", f"{where}, profile[{i}]"),
             str(item.get("category") or ""),
         )
@@ -118,8 +119,6 @@ def read(row: hub.Row, subset: str, where: str, left_out: LeftOut) -> tuple[User
 
 def _text(row: hub.Row, name: str, where: str) -> str:
     value = row.get(name)
-    if isinstance(value, int) and name == "id" and not isinstance(value, bool):
-        value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
     return value

@@ -6,12 +6,16 @@ Users appear in every split; the `split` column counts, not the hub's split.  Co
 judges are ignored.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_builders.sources import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.file_columns import file_columns, lacking
+from pgenrm_train.records.ids import read_id
+from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
 from pgenrm_train.records.rows import row_to_pair
@@ -20,27 +24,37 @@ HUB = {
     "chatbot_arena": "MichaelR207/chatbot_arena_personalized_0125",
     "prism_personalized": "MichaelR207/prism_personalized_0125",
 }
-LISTED = 20  # skipped rows that are printed
+LISTED = 20  # skipped rows, or values of a column, that a message names
+USER_IDS = "user ids with white space at an end, or in another Unicode form than NFC"
 
 
 def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[PreferencePair]:
     """Stream the pairs.  DataError names file, row, field and expectation, or reports that no row is left."""
     source = data.path or HUB[data.name]
-    bad, kept = BadRows(data.on_bad_row, left_out), 0
+    bad, only, texts, named = BadRows(data.on_bad_row, left_out), Only(data.only), JsonTexts(), NamedColumns()
+    kept = 0
     for table, rows in hub.tables(source):
-        for number, row in enumerate(rows, start=1):
+        named.open(Path(table), Path(source))
+        for number, raw in enumerate(rows, start=1):
+            where = f"{table}, row {number}"
             try:
-                if not _wanted(row, data.only, f"{table}, row {number}"):
+                row = named.add(raw)
+                if not only.keeps(row, where):
                     continue
-                pair = row_to_pair(row, Path(table), number)
+                pair = row_to_pair(texts.read(row, where), Path(table), number)
             except DataError as error:
                 bad.take(error)
                 continue
             kept += 1
+            user = row["user_id"]
+            left_out.normalised[USER_IDS] += isinstance(user, str) and user != pair.user_id
             yield pair
     bad.report(source)
+    named.report(data.name)
     if not kept:
-        raise DataError(f"{source} holds no usable rows; expected at least one preference pair")
+        raise DataError(
+            only.mismatch(source) or f"{source} holds no usable rows; expected at least one preference pair"
+        )
 
 
 class BadRows:
@@ -63,7 +77,72 @@ class BadRows:
             print(f"skipped {count} rows of {source} in all; {SKIPPED} of the build lists them", flush=True)
 
 
-def _wanted(row: hub.Row, only: Mapping[str, object], where: str) -> bool:
-    if missing := [column for column in only if column not in row]:
-        raise DataError(f"{where}: data.only names the column '{missing[0]}', which the row does not have")
-    return all(str(row[column]) == str(value) for column, value in only.items())
+class Only:
+    """The filter of `data.only`: rows whose columns have the given values."""
+
+    def __init__(self, wanted: Mapping[str, object]) -> None:
+        self.wanted = {column: _spelled(value) for column, value in wanted.items()}
+        self.matched = 0
+        self.values: dict[str, Counter[str]] = {column: Counter() for column in wanted}
+
+    def keeps(self, row: hub.Row, where: str) -> bool:
+        """Whether the row has all values.  DataError names a column that it lacks."""
+        if missing := [column for column in self.wanted if column not in row]:
+            raise DataError(
+                f"{where}: data.only names the column '{missing[0]}', which the row does not have"
+            )
+        spelled = {column: _spelled(row[column]) for column in self.wanted}
+        for column, value in spelled.items():
+            if value in self.values[column] or len(self.values[column]) < LISTED:
+                self.values[column][value] += 1
+        self.matched += spelled == self.wanted
+        return spelled == self.wanted
+
+    def mismatch(self, source: str) -> str | None:
+        """A sentence with the values that exist, if no row had those wanted."""
+        if self.matched or not any(self.values.values()):
+            return None
+        wanted = " and ".join(f"data.only.{column}={value}" for column, value in self.wanted.items())
+        held = "; ".join(
+            f"'{column}' holds {', '.join(value[:40] for value in values)}{', …' * (len(values) == LISTED)}"
+            for column, values in self.values.items()
+        )
+        return f"{source} holds no row with {wanted}; the column {held}"
+
+
+class NamedColumns:
+    """Columns that the names of files and folders give to the rows in them."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, object] = {}
+        self.values: dict[str, Counter[object]] = defaultdict(Counter)
+        self.example: dict[str, Path] = {}
+
+    def open(self, file: Path, source: Path) -> None:
+        """Begin a file of the source."""
+        self.file, self.columns = file, file_columns(file, source)
+
+    def add(self, row: hub.Row) -> hub.Row:
+        """The row with the columns that it lacks."""
+        added = lacking(row, self.columns)
+        for column, value in added.items():
+            self.values[column][value] += 1
+            self.example[column] = self.file
+        return {**row, **added} if added else row
+
+    def report(self, name: str) -> None:
+        for column, values in self.values.items():
+            counts = ", ".join(f"{count} {value}" for value, count in values.most_common(4))
+            more = ", …" * (len(values) > 4)
+            print(
+                f"{name}: {values.total()} rows take the column {column} from the name of their file or "
+                f"folder ({counts}{more}), e.g. {self.example[column]}",
+                flush=True,
+            )
+
+
+def _spelled(value: object) -> str:
+    """A value for comparisons: 3, 3.0 and "3" are one."""
+    if value is None or value != value:  # NaN is what pandas writes for null
+        return "null"
+    return str(value) if (text := read_id(value)) is None else text

@@ -12,6 +12,7 @@ The source has no split: `data.split_by` makes one, of complete conversations (`
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations, takewhile
 from typing import TypeGuard
 
@@ -19,9 +20,9 @@ from data_builders.sources import hub
 from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.ids import WHOLE, id_of
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut, check_texts
-from pgenrm_train.records.rows import WHOLE
 
 HUB = "HannahRoseKirk/prism-alignment"
 EMPTY = "EMPTY STRING"  # PRISM's word for a response or a field without text
@@ -41,11 +42,11 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
     for where, row in _required(
         source, "conversations", ("conversation_id", "user_id", "conversation_history"), bad
     ):
-        user = survey.get(str(row["user_id"]))
-        if user is None:
-            left_out["conversations whose user is not in the survey"] += 1
-            continue
         try:
+            user = survey.get(id_of(row, "user_id", where))
+            if user is None:
+                left_out["conversations whose user is not in the survey"] += 1
+                continue
             pairs = list(_pairs(row, where, _explicit(user, row), data.min_rating_gap, left_out))
         except DataError as error:
             bad.take(error)
@@ -58,12 +59,14 @@ def _survey(source: str, bad: BadRows) -> dict[str, hub.Row]:
     """User → their answers; a second answer of a user is a bad row."""
     survey: dict[str, hub.Row] = {}
     for where, row in _required(source, "survey", ("user_id",), bad):
-        if (user := str(row["user_id"])) in survey:
-            bad.take(
-                DataError(f"{where}, field 'user_id': expected one row per user, got {user[:60]!r} again")
-            )
-        else:
+        try:
+            if (user := id_of(row, "user_id", where)) in survey:
+                raise DataError(
+                    f"{where}, field 'user_id': expected one row per user, got {user[:60]!r} again"
+                )
             survey[user] = row
+        except DataError as error:
+            bad.take(error)
     return survey
 
 
@@ -89,7 +92,7 @@ def _pairs(
     row: hub.Row, where: str, explicit: ExplicitSignals, gap: float, dropped: LeftOut
 ) -> Iterator[PreferencePair]:
     context: list[Message] = []
-    conversation, user = str(row["conversation_id"]), str(row["user_id"])
+    conversation, user = id_of(row, "conversation_id", where), id_of(row, "user_id", where)
     for turn, (query, responses) in enumerate(_turns(row, where)):
         context.append(Message("user", query))
         usable = [r for r in responses if r.text and r.score is not None]
@@ -172,7 +175,7 @@ def _weights(value: object) -> dict[str, float]:
 
 
 def _number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < WHOLE
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool) and -WHOLE < value < WHOLE
 
 
 def _text(value: object) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.ids import read_id
 
 COLUMNS = ("pair_id", "user_id", "order", "seed", "sample", "score_chosen", "score_rejected", "failure")
 # Means of the same scores, summed in another order, differ by rounding alone: a tie.
@@ -110,8 +111,9 @@ def _refuse_gaps(counts: np.ndarray, pairs: pd.DataFrame, seeds: np.ndarray) -> 
 
 
 def _ids(source: pd.DataFrame, column: str) -> pd.Series:
-    _refuse(source[column].isna() | (source[column] == ""), source, column, "an identifier")
-    return source[column].astype(str)
+    names = source[column].astype(object).map(read_id)
+    _refuse(names.isna() | (names == ""), source, column, "an identifier")
+    return names.astype(str)
 
 
 def _optional_text(source: pd.DataFrame, column: str) -> pd.Series:

@@ -5,6 +5,7 @@ A rule is a pair: whether it is broken, and the sentence for the user, which nam
 
 from collections.abc import Iterator
 
+from pgenrm_train.config.data import VOTES
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT
@@ -149,7 +150,7 @@ def _data(config: Config) -> Rules:
             "data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema",
         ),
         (
-            bool(data.only) and data.name not in ("pairs", "chatbot_arena", "prism_personalized"),
+            bool(data.only) and data.name not in VOTES,
             f"data.only picks rows of votes, and data={data.name} is made of something else; leave it out",
         ),
         (

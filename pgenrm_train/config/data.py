@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pgenrm_train.config.setting import setting
 
+VOTES = ("pairs", "chatbot_arena", "prism_personalized")  # sources whose rows are votes
 MASKINGS = ("full", "masked", "history_dropout", "mixed")
 
 

@@ -5,22 +5,36 @@ The file holds {"user_id", "history": [{"query", "chosen", "rejected"}], "criter
 """
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.ids import id_of
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message
+from pgenrm_train.records.raw_rows import UTF8, check_texts
+
+KEYS = ("user_id", "history", "criteria", "query", "responses")
 
 
 def read_question(path: Path) -> Example:
     """Parse the file.  Raises DataError naming file, field and expectation."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding=UTF8))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; expected a JSON file for score.input") from None
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); expected a JSON file for score.input"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path}: expected one JSON object, got {type(raw).__name__}")
+    for unknown in (key for key in raw if key not in KEYS):
+        near = get_close_matches(unknown.lower(), KEYS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise DataError(f"{path}: unknown key '{unknown[:60]}'; {hint}keys are {', '.join(KEYS)}")
+    check_texts(raw, str(path))
     responses, history, criteria = raw.get("responses"), raw.get("history") or [], raw.get("criteria")
     if (
         not isinstance(responses, list)
@@ -34,7 +48,7 @@ def read_question(path: Path) -> Example:
         raise DataError(f"{path}, field 'criteria': expected a text or null")
     return Example(
         pair_id=path.stem,
-        user_id=_text(raw, "user_id", path),
+        user_id=id_of(raw, "user_id", str(path)),
         context=(Message("user", _text(raw, "query", path)),),
         responses=tuple(responses),
         chosen_index=0,  # unknown, and never read

@@ -12,11 +12,13 @@ a file of their own.  Neither `UserQuestion` nor `Answer` has a field for them, 
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
+from pgenrm_train.records.ids import id_of
 from pgenrm_train.records.raw_rows import read_rows
 
 QUESTIONS, SECRETS, ANSWERS = "questions.parquet", "secrets.parquet", "answers.parquet"
@@ -146,8 +148,8 @@ def answers_of_file(path: Path, questions: Mapping[str, UserQuestion]) -> Iterat
 
 
 def _answer(row: Mapping[str, object], where: str) -> Answer:
-    texts = []
-    for name in ("id", "model", "answer"):
+    texts = [id_of(row, "id", where)]
+    for name in ("model", "answer"):
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
@@ -156,7 +158,7 @@ def _answer(row: Mapping[str, object], where: str) -> Answer:
     if isinstance(score, float) and math.isnan(score):  # pandas writes it for null
         score = None
     if score is not None and (
-        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+        isinstance(score, bool) or not isinstance(score, int | float | Decimal) or not math.isfinite(score)
     ):
         raise DataError(
             f"{where}, field 'rubric_score': expected a finite number or null, got {str(score)[:60]!r}"

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_text
@@ -18,12 +19,14 @@ _HALF = re.compile("[\ud800-\udfff]")
 class LeftOut(Counter[str]):
     """Rows of its source that a builder left out: reason → count.
 
-    `rows` has one sentence per row that did not fit.
+    `rows` has one sentence per row that did not fit, and `normalised` counts values that are read in another
+    spelling: what → count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[str] = []
+        self.normalised: Counter[str] = Counter()
 
     def write(self, folder: Path) -> None:
         """Write `skipped_rows.txt`, one sentence per line; no file if every row fitted."""
@@ -39,8 +42,8 @@ def read_rows(path: Path) -> Iterator[Mapping[str, object]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+    if path.suffix in (".parquet", ".arrow"):
+        yield from _arrow_rows(path)
     elif path.suffix not in shards.SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
     else:
@@ -68,18 +71,32 @@ def _writable(value: object) -> bool:
     return not isinstance(value, list) or all(_writable(part) for part in value)
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, object]]:
+def _arrow_rows(path: Path) -> Iterator[Mapping[str, object]]:
     number = 0
     for batch in shards.tables(path):
+        where = f"{path}, rows {number + 1} to {number + batch.num_rows}"
+        if twice := [name for name, count in Counter(batch.schema.names).items() if count > 1]:
+            raise DataError(f"{path} has the column '{twice[0]}' twice; expected one of each name")
         try:
-            rows = batch.to_pylist()
+            rows = batch.to_pylist(maps_as_pydicts="strict")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, rows {number + 1} to {number + batch.num_rows}: expected UTF-8 text, got other "
-                f"bytes ({error.reason})"
-            ) from None
+            raise DataError(f"{where}: expected UTF-8 text, got other bytes ({error.reason})") from None
+        except (ValueError, OverflowError, KeyError, NotImplementedError):
+            raise _unreadable(batch, where) from None
         yield from rows
         number += len(rows)
+
+
+def _unreadable(batch: Any, where: str) -> DataError:
+    """The column of a batch that Python cannot hold, such as a date in the year 300000."""
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        try:
+            column.to_pylist(maps_as_pydicts="strict")
+        except (ValueError, OverflowError, KeyError, NotImplementedError) as error:
+            return DataError(
+                f"{where}, field '{field.name}': a value of type {field.type} cannot be read ({error})"
+            )
+    return DataError(f"{where}: values cannot be read")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Mapping[str, object]]:

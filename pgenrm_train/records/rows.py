@@ -9,17 +9,20 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import shards
+from pgenrm_train.records.file_columns import file_columns, lacking
+from pgenrm_train.records.ids import ID, WHOLE, read_id
+from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.raw_rows import check_texts, read_rows
 
 SPLITS = ("train", "val", "test")
-WHOLE = 2**53  # whole numbers below it are exact in every file format
 _REQUIRED = ("user_id", "context", "chosen", "rejected")
 _TEXTS = (  # columns whose texts are kept
     *_REQUIRED,
@@ -54,10 +57,12 @@ def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
     ['Gladly.']
     """
     path = Path(path)
-    empty = True
+    empty, texts = True, JsonTexts()
     for file in shards.parts(path):
+        columns = file_columns(file, path)
         for number, row in enumerate(read_rows(file), start=1):
             empty = False
+            row = texts.read({**row, **lacking(row, columns)}, f"{file}, row {number}")
             yield row_to_pair(row, file, number)
     if empty:
         raise DataError(f"{path} holds no rows; expected at least one preference pair")
@@ -116,12 +121,11 @@ def row_to_pair(row: Mapping[str, object], path: Path, number: int) -> Preferenc
         if fields.value(name) is None:
             raise fields.error(name, "a value", None)
     check_texts(row, fields.where, _TEXTS)
-    user_id = fields.label("user_id")
-    if not user_id.strip():
-        raise fields.error("user_id", "a value", user_id)
-    conversation_id = fields.label("conversation_id")
+    if not (user_id := fields.identifier("user_id")):
+        raise fields.error("user_id", "a value", row["user_id"])
+    conversation_id = fields.identifier("conversation_id")
     return PreferencePair(
-        pair_id=fields.label("pair_id") or conversation_id or f"{path.stem}-{number}",
+        pair_id=fields.identifier("pair_id") or conversation_id or f"{path.stem}-{number}",
         user_id=user_id,
         context=fields.context(),
         chosen=fields.response("chosen"),
@@ -163,14 +167,18 @@ class _Fields:
     def value(self, name: str) -> object:
         """The raw value; None for null and for the NaN that pandas writes in its place."""
         value = self.row.get(name)
+        if isinstance(value, Decimal):
+            return int(value) if value == value.to_integral_value() else float(value)
         return None if isinstance(value, float) and math.isnan(value) else value
 
-    def label(self, name: str) -> str:
-        """A text, or a number as text; empty if absent."""
+    def identifier(self, name: str) -> str:
+        """An identifier as `read_id` spells it; empty if absent."""
         value = self.value(name)
-        if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-            raise self.error(name, "a text or a number", value)
-        return "" if value is None else str(value)
+        if value is None:
+            return ""
+        if (text := read_id(value)) is None:
+            raise self.error(name, ID, value)
+        return text
 
     def text(self, name: str) -> str | None:
         """A text that may be absent, stripped; None if empty."""
@@ -275,10 +283,10 @@ class _Fields:
         if not isinstance(value, Mapping):
             raise self.error("attributes", "an object of name → weight", value)
         weights = _Fields(value, self.where)
-        stated = [name for name in value if weights.value(name) is not None]
-        if not all(_finite(value[name]) for name in stated):
+        stated = [(str(name), weights.value(name)) for name in value]
+        if not all(_finite(weight) for _, weight in stated if weight is not None):
             raise self.error("attributes", "numbers as weights", value)
-        return tuple((str(name), float(value[name])) for name in stated)
+        return tuple((name, float(weight)) for name, weight in stated if _finite(weight))
 
     def time(self) -> float | None:
         """Time of the vote, from `time` or `timestamp`: seconds, a date or ISO 8601, by default in UTC."""
@@ -289,6 +297,8 @@ class _Fields:
                 value = datetime.fromisoformat(value.strip())
             except ValueError:
                 raise self.error(name, _DATE, value) from None
+        if isinstance(value, date) and not isinstance(value, datetime):
+            value = datetime.combine(value, time())
         if isinstance(value, datetime):
             return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
         return None if value == "" else self.number(name, _DATE)

@@ -21,7 +21,9 @@ from pgenrm_train.files import replace_folder
 
 ROWS = 16_384  # of a shard
 BATCH = 1024  # rows that are Python objects at a time
-SUFFIXES = (".parquet", ".jsonl", ".json")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
+# Files of the Hugging Face hub and of `Dataset.save_to_disk` next to the data.
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 
 
@@ -108,12 +110,17 @@ def parts(path: Path) -> list[Path]:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Parquet and JSON files below a folder, by path, without hidden ones such as a downloader's cache."""
+    """Parquet, Arrow and JSON files below a folder, by path.
+
+    Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.
+    """
     return sorted(
         file
         for file in folder.rglob("*")
         if file.suffix in SUFFIXES
         and file.is_file()
+        and file.name not in _METADATA
+        and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
 
@@ -141,15 +148,40 @@ def digest(path: Path) -> str:
 
 
 def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
-    """Stream Arrow record batches from a parquet file or folder.  Raises DataError for an incomplete file."""
-    import pyarrow.parquet
+    """Stream Arrow record batches from a parquet or Arrow file, or from a folder of them.
+
+    Raises DataError for an incomplete file.
+    """
+    import pyarrow
 
     for file in parts(path):
         try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                yield from table.iter_batches(batch_size=batch)
+            yield from (
+                _arrow_batches(file, batch) if file.suffix == ".arrow" else _parquet_batches(file, batch)
+            )
         except (pyarrow.ArrowException, OSError):
             raise DataError(
-                f"{file} cannot be read as parquet: it was cut off while written or copied, or has "
+                f"{file} cannot be read as {file.suffix[1:]}: it was cut off while written or copied, or has "
                 "another format"
             ) from None
+
+
+def _parquet_batches(file: Path, batch: int) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from table.iter_batches(batch_size=batch)
+
+
+def _arrow_batches(file: Path, batch: int) -> Iterator[Any]:
+    """Batches of a stream, as `Dataset.save_to_disk` writes it, or of a Feather file."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as source:
+        try:
+            stream = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:
+            table = pyarrow.ipc.open_file(source)
+            stream = map(table.get_batch, range(table.num_record_batches))
+        for rows in stream:
+            yield from (rows.slice(start, batch) for start in range(0, rows.num_rows, batch))

@@ -25,7 +25,8 @@ CREATE TABLE votes (
     split TEXT, user_split TEXT, kept INTEGER DEFAULT 1, kind TEXT,
     longer INTEGER,    -- 1: the chosen text is the longer one, -1: the shorter, 0: as long
     position INTEGER,  -- where the user saw the chosen text, or null
-    criteria INTEGER, identical INTEGER
+    criteria INTEGER, identical INTEGER,
+    time REAL
 );
 CREATE TABLE places (
     user TEXT, conversation TEXT, split TEXT, user_split TEXT, PRIMARY KEY (user, conversation)
@@ -67,6 +68,7 @@ class VoteIndex:
                 pair.position,
                 pair.explicit.criteria is not None,
                 pair.chosen == pair.rejected,
+                pair.time,
             )
         )
         if len(self._waiting) >= _BATCH:
@@ -75,7 +77,7 @@ class VoteIndex:
     def _flush(self) -> None:
         self.db.executemany(
             "INSERT INTO votes (name, user, conversation, content, chosen, split, user_split, kind, longer, "
-            "position, criteria, identical) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "position, criteria, identical, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             self._waiting,
         )
         self._waiting.clear()

@@ -23,6 +23,7 @@ from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.records.rows import pair_schema, pair_to_row
 from pgenrm_train.records.shards import ShardWriter, digest, tables
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
+from pgenrm_train.records.vote_times import VoteTimes
 from pgenrm_train.run.folder import StageFolder
 
 USER_SPLITS = ("train", "dev", "val", "test")
@@ -49,6 +50,8 @@ class Card(Counts):
     train_votes_dropped_as_repeated_in_val_or_test: int
     val_votes_dropped_as_repeated_in_test: int
     left_out: dict[str, int]
+    normalised: dict[str, int]
+    val_and_test_votes_whose_times_leave_no_history: int
     sha256: str
 
 
@@ -72,8 +75,8 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
             raise DataError(
                 "the data holds no pair with split=train of a training user: there is nothing to learn from"
             )
-        counts = _counts(index)
-        _write(raw, index, folder.path / PAIRS)
+        counts, times = _counts(index), VoteTimes.of(index)
+        _write(raw, index, folder.path / PAIRS, times.scale)
     finally:
         left_out.write(folder.path)
         index.close()
@@ -84,6 +87,10 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
                 f"warning: {users} users train, since their user_split={word!r} is neither val nor test",
                 flush=True,
             )
+    for sentence in times.sentences():
+        print(f"{config.data.name}: {sentence}", flush=True)
+    for what, count in (+left_out.normalised).items():
+        print(f"{config.data.name}: normalised {count} {what}", flush=True)
     for reason, count in (+left_out).most_common():
         print(f"{config.data.name}: left out {count} {reason}", flush=True)
     card: Card = {
@@ -91,6 +98,8 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
         "train_votes_dropped_as_repeated_in_val_or_test": dropped["train"],
         "val_votes_dropped_as_repeated_in_test": dropped["val"],
         "left_out": dict(+left_out),
+        "normalised": dict(+left_out.normalised),
+        "val_and_test_votes_whose_times_leave_no_history": times.emptied,
         "sha256": digest(folder.path / PAIRS),
     }
     write_json(folder.path / "card.json", card)
@@ -114,19 +123,21 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     return dropped
 
 
-def _write(raw: Path, index: VoteIndex, path: Path) -> None:
-    """The raw shards, with the index's ids and splits and without what it left out."""
+def _write(raw: Path, index: VoteIndex, path: Path, time_scale: int) -> None:
+    """The raw shards, with the index's ids and splits, times in seconds, and without what it left out."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     decisions = index.decisions()
     with ShardWriter(path, pair_schema()) as writer:
         for batch in tables(raw, batch=8192):
             names, splits, user_splits, kept = zip(*islice(decisions, batch.num_rows), strict=True)
             table = pa.Table.from_batches([batch])
-            for name, values in (("pair_id", names), ("split", splits), ("user_split", user_splits)):
-                table = table.set_column(
-                    table.schema.get_field_index(name), name, pa.array(values, pa.string())
-                )
+            decided = {"pair_id": names, "split": splits, "user_split": user_splits}
+            columns = {name: pa.array(values, pa.string()) for name, values in decided.items()}
+            columns["time"] = pc.divide(table["time"], float(time_scale))
+            for name, column in columns.items():
+                table = table.set_column(table.schema.get_field_index(name), name, column)
             writer.table(table.filter(pa.array(kept).cast(pa.bool_())))
 
 

@@ -20,6 +20,8 @@ from pgenrm_train.config import (
     get,
     to_dict,
 )
+from pgenrm_train.config.data import VOTES
+from pgenrm_train.records.file_columns import named_columns
 from pgenrm_train.records.shards import digest
 
 FREE = (  # a run may continue with other values: they train nothing
@@ -58,6 +60,8 @@ class Stage:
         }
         if files:
             settings["data"] = to_dict(config.data) | dict.fromkeys(files)
+        if "path" in files and config.data.name in VOTES and (named := named_columns(files["path"])):
+            settings["data.path columns"] = named  # the names of files count where rows lack these columns
         return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
 
 

@@ -1,6 +1,7 @@
 """The command line: fast help, one sentence per mistake, and no heavy import before a recipe runs."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from pgenrm_train.__main__ import run_recipe
-from pgenrm_train.config import ROOT, Config
+from pgenrm_train.cli_errors import explain
+from pgenrm_train.config import ROOT, Config, load
 
 HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "deepspeed", "wandb", "pandas", "sklearn")
 
@@ -95,7 +99,8 @@ MISTAKES = {
     ("recipe=psi", "pipeline.budget=huge"): ("pipeline.budget=huge", "smoke, demo, full"),
     ("recipe=psi", "data=pairs"): ("data.path=",),
     ("recipe=psi", "model=8"): ("data=pairs", "recipe"),
-    ("recipe=psi", "nonsense"): ("nonsense",),
+    ("recipe=psi", "nonsense"): ("nonsense", "key=value"),
+    ("recipe=psi", "data=pairs", "data.path=a=b.jsonl"): ("data.path=", """'data.path="a=b.jsonl"'"""),
 }
 
 
@@ -105,6 +110,52 @@ def test_a_mistake_gives_one_sentence_and_exit_code_2(arguments):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in MISTAKES[arguments])
+
+
+def compose_path(argument: str) -> str | None:
+    return load("recipe=build_data", "data=pairs", argument).data.path
+
+
+def parse_argument(argument: str) -> object:
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    return override.value()
+
+
+REFUSED = """[x].jsonl|{x}|f(1)|a(1).jsonl|a#b|a=b|=|a= b|it's|a"b|a"b'c|a\\"|a&b|a!b|a;b|`a`|a<b>"""
+REFUSED += "|$a=b|\\'=|ü-видео.jsonl|日本語"
+
+
+@pytest.mark.parametrize(
+    ("read", "values"),
+    [
+        (compose_path, ("[x]", "{x: 1}", "range(1,3)", "a,b.jsonl", "a=b")),
+        (parse_argument, REFUSED.split("|")),
+    ],
+    ids=["composed", "parsed"],
+)
+def test_the_quoting_that_an_error_names_gives_the_value(read, values):
+    for value in values:
+        with pytest.raises(HydraException) as error:
+            read(f"data.path={value}")
+        sentence = explain(error.value)
+        assert "data.path=" in sentence and "Exception" not in sentence and "expecting" not in sentence
+        command = sentence.split("for the shell: ")[1].removesuffix(", or give -m for one run per value")
+        (argument,) = shlex.split(command)
+        assert read(argument) == value
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("my votes.jsonl", "'my votes.jsonl' is not key=value"),
+        ("+data.only.größe=3", "the key '+data.only.größe' may hold ASCII letters"),
+        ("data.path=a\nb=c", "a text on the command line has no control character"),
+    ],
+)
+def test_an_argument_that_no_quotes_mend_is_named(argument, sentence):
+    with pytest.raises(HydraException) as error:
+        parse_argument(argument)
+    assert sentence in explain(error.value)
 
 
 def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):

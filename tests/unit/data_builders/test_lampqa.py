@@ -156,7 +156,7 @@ def test_a_secret_in_place_of_a_view_is_no_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"id": None}, r"test\.jsonl, row 1, field 'id': expected a non-empty text"),
+        ({"id": None}, r"test\.jsonl, row 1, field 'id': expected a text or a number"),
         ({"question": " "}, "row 1, field 'question': expected a non-empty text"),
         ({"profile": None}, "row 1, field 'profile': expected a list of objects"),
         ({"profile": [{"id": "x"}]}, r"row 1, profile\[0\], field 'text'"),

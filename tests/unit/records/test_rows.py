@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
+from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row, read_pairs, row_to_pair
 
@@ -395,19 +396,20 @@ def test_what_may_be_learnt_from(split, user_split, trains):
 # Lone surrogates are no text that a file could hold.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 FILLED = TEXT.filter(str.strip)
+ID = TEXT.map(read_id).filter(bool)
 LABEL = st.none() | FILLED.map(str.strip)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 PAIRS = st.builds(
     PreferencePair,
-    pair_id=FILLED,
-    user_id=FILLED,
+    pair_id=ID,
+    user_id=ID,
     context=st.tuples(
         st.builds(Message, st.sampled_from(("user", "assistant", "system")), TEXT),
         st.builds(Message, st.just("user"), TEXT),
     ),
     chosen=FILLED,
     rejected=FILLED,
-    conversation_id=FILLED,
+    conversation_id=ID,
     chosen_score=st.none() | NUMBER,
     rejected_score=st.none() | NUMBER,
     turn=st.integers(-5, 1000),

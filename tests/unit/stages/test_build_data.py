@@ -224,7 +224,9 @@ def test_only_keeps_the_rows_that_have_the_value(tmp_path):
     data.only = {"language": "de"}
     assert [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())] == ["1", "3"]
     data.only = {"shared_context": "True", "language": "de"}
-    with pytest.raises(DataError, match="no usable rows"):
+    with pytest.raises(
+        DataError, match=r"no row with data\.only\.shared_context=True and data\.only\.language=de"
+    ):
         list(pairs_builder.build(data, 0, LeftOut()))
 
 
