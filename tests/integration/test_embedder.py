@@ -134,7 +134,7 @@ def test_another_model_has_another_fingerprint_and_a_local_folder_works(minilm, 
     assert SentenceEmbedder(str(copy)).fingerprint != minilm.fingerprint
 
 
-def test_embeddings_say_how_alike_two_responses_are(minilm):
+def test_embeddings_measure_the_similarity_of_two_responses(minilm):
     """The curriculum's model-free signal: a paraphrase shares the meaning and few trigrams."""
     pairs = [PreferencePair("p", "u", (Message("user", "q"),), TEXTS[0], text) for text in TEXTS[1:]]
     paraphrase, other = cosines(pairs, minilm)

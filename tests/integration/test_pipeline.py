@@ -104,10 +104,17 @@ def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(fini
         [*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    message = json.loads(done.stdout.splitlines()[-1])
     for source, asked in (("own", 16), ("similar", 2)):
-        assert said[source]["asked"] == asked == said[source]["used"] + sum(said[source]["failures"].values())
-    assert len(set(said["similar"]["users"])) == 2 and said["scores"].keys() == {"response_1", "response_2"}
+        assert (
+            message[source]["asked"]
+            == asked
+            == message[source]["used"] + sum(message[source]["failures"].values())
+        )
+    assert len(set(message["similar"]["users"])) == 2 and message["scores"].keys() == {
+        "response_1",
+        "response_2",
+    }
 
 
 def test_the_checkpoint_of_psi_served_by_vllm_answers_with_chains_that_parse(finished: Path) -> None:

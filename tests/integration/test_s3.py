@@ -85,17 +85,17 @@ def test_a_fresh_machine_redoes_nothing(
     url = "run_dir=s3://votes/runs/first"
     baseline = ("recipe=evaluate", url, "model=baseline", "model.name=longer", "eval.baselines=[random]")
     said(server, tmp_path / "a", "recipe=build_sec", url)
-    told = said(server, tmp_path / "a", *baseline)
-    assert told.rstrip().endswith("published: s3://votes/runs/first")
+    message = said(server, tmp_path / "a", *baseline)
+    assert message.rstrip().endswith("published: s3://votes/runs/first")
     before, here = published(fs, "votes/runs/first"), tmp_path / "a" / "s3" / "votes" / "runs" / "first"
     assert list(before) == ["build_data", "build_sec", "evaluate"]
     results = (here / "evaluate" / "results.json").read_text()
     shutil.rmtree(tmp_path / "a")
 
-    told = said(server, tmp_path / "b", *baseline)
+    message = said(server, tmp_path / "b", *baseline)
     there = tmp_path / "b" / "s3" / "votes" / "runs" / "first"
-    assert all(f"fetching {stage} from s3://votes/runs/first" in told for stage in before)
-    assert f"[evaluate] complete in {there}/evaluate" in told
+    assert all(f"fetching {stage} from s3://votes/runs/first" in message for stage in before)
+    assert f"[evaluate] complete in {there}/evaluate" in message
     assert (there / "evaluate" / "results.json").read_text() == results
     said(server, tmp_path / "b", "recipe=build_sec", url)
     starts = {stage: json.loads((there / stage / "manifest.json").read_text())["starts"] for stage in before}
@@ -130,9 +130,9 @@ def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved
     )
     assert state.startswith("steps/checkpoint-") and len(saved) > 3
 
-    told = said(server, tmp_path / "b", *keys)
+    message = said(server, tmp_path / "b", *keys)
     folder = tmp_path / "b" / "s3" / run / "psi"
-    assert f"resuming from {folder}/{state}\n" in told
+    assert f"resuming from {folder}/{state}\n" in message
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["status"], manifest["steps"], manifest["starts"]) == ("complete", steps, 2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

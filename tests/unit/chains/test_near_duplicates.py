@@ -20,7 +20,7 @@ def jaccard(a: list[str], b: list[str]) -> float:
 
 
 @pytest.mark.parametrize("changed", [1, 3, 10, 40])
-def test_signatures_agree_as_often_as_the_texts_are_alike(changed):
+def test_signatures_agree_as_often_as_the_texts_are_similar(changed):
     rng, errors = random.Random(changed), []
     for _ in range(30):
         a = text(rng)
@@ -32,7 +32,7 @@ def test_signatures_agree_as_often_as_the_texts_are_alike(changed):
     assert abs(np.mean(errors)) < 0.02 and np.std(errors) < 1.5 * 0.5 / PLACES**0.5
 
 
-def test_what_is_alike_is_found_among_many_and_what_is_not_is_left_alone():
+def test_similar_texts_are_found_among_many_and_others_are_not():
     rng, index = random.Random(0), NearDuplicates(0.9)
     texts = [text(rng) for _ in range(500)]
     for words in texts:

@@ -421,9 +421,9 @@ def test_the_recipe_prints_the_file_and_nothing_else(
 
     config = composed("model=llama31_8b", "cluster=gpu1", "plan.emit=slurm", f"run_dir={tmp_path / 'none'}")
     assert plan.run(config) == 1, "it does not fit"
-    told = capsys.readouterr()
-    assert told.out.startswith("#!/bin/bash") and "warning: cre: update needs" in told.err
-    assert "warning: cre fits with model.lora.rank=" in told.err
+    message = capsys.readouterr()
+    assert message.out.startswith("#!/bin/bash") and "warning: cre: update needs" in message.err
+    assert "warning: cre fits with model.lora.rank=" in message.err
     assert list(tmp_path.iterdir()) == []
     assert parse(to_dict(config)) == config
 

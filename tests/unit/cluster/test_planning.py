@@ -54,7 +54,7 @@ def test_known_geometries_have_the_published_number_of_parameters(name: str) -> 
     assert KNOWN[name].parameters == PUBLISHED[name]
 
 
-def test_a_checkpoint_has_as_many_parameters_as_its_config_says() -> None:
+def test_a_checkpoint_has_as_many_parameters_as_its_config_gives() -> None:
     from safetensors import safe_open
 
     folder = ROOT / "tests/data/psi_nano"
@@ -80,13 +80,13 @@ def test_a_local_checkpoint_is_read_instead_of_the_table(tmp_path: Path) -> None
         ('{"hidden_size": "x"}', "cannot be read"),
     ],
 )
-def test_a_bad_config_json_is_told_in_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_config_json_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_geometry(tmp_path / "config.json")
 
 
-def test_an_unknown_model_says_what_to_give() -> None:
+def test_an_unknown_model_names_the_key_to_give() -> None:
     with pytest.raises(ConfigError, match=r"model\.name=someone/else is not one of .* give model\.path="):
         geometry_of(composed("llama31_8b", "gpu8", "model.name=someone/else"))
 
@@ -131,8 +131,10 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
 
     whole = changed(eight, psi__gradient_checkpointing=False)
     assert peak(eight) < peak(whole)
-    (told,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
-    assert "with psi.gradient_checkpointing=false" in told and "with psi.gradient_checkpointing=true" in other
+    (output,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
+    assert (
+        "with psi.gradient_checkpointing=false" in output and "with psi.gradient_checkpointing=true" in other
+    )
     per_token = [
         memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")
     ]
@@ -293,9 +295,9 @@ def test_evaluation_uses_every_replica(eight: Config) -> None:
 
 
 def test_nothing_of_the_table_is_cut_off_in_a_narrow_terminal(eight: Config) -> None:
-    told = io.StringIO()
-    show(plan_of(changed(eight, plan__stage="cre")), Console(file=told, width=80))
-    assert "…" not in told.getvalue() and told.getvalue().count("fits") == 2
+    output = io.StringIO()
+    show(plan_of(changed(eight, plan__stage="cre")), Console(file=output, width=80))
+    assert "…" not in output.getvalue() and output.getvalue().count("fits") == 2
 
 
 def test_pairs_come_from_the_data(tmp_path: Path, eight: Config) -> None:
@@ -369,7 +371,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_mistakes_are_told_in_one_sentence(override: str) -> None:
+def test_mistakes_end_in_one_sentence(override: str) -> None:
     with pytest.raises(ConfigError) as error:
         plan_of(load("recipe=plan", override))
     assert MISTAKES[override] in str(error.value) and "\n" not in str(error.value)
@@ -388,7 +390,7 @@ def test_planning_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_nano_that_is_made_tells_its_vocabulary_and_nothing_else(tmp_path: Path) -> None:
+def test_a_nano_that_is_made_gives_its_vocabulary_and_nothing_else(tmp_path: Path) -> None:
     base = tmp_path / "build_sec" / "base"
     base.mkdir(parents=True)
     made = json.loads((ROOT / "tests/data/psi_nano/config.json").read_text())

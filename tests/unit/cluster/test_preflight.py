@@ -83,14 +83,14 @@ def test_light_stages_do_not_ask_for_memory(tmp_path: Path) -> None:
     check_machine(wanting, "build_data")
 
 
-def test_too_little_disk_is_said_for_every_stage(tmp_path: Path) -> None:
+def test_too_little_disk_is_reported_for_every_stage(tmp_path: Path) -> None:
     wanting = config(tmp_path)
     wanting.cluster.min_free_disk_gib = 1e6
     with pytest.raises(PreflightError, match=r"GiB of disk are free at run_dir="):
         check_machine(wanting, "build_data")
 
 
-def test_all_failures_are_told_at_once(tmp_path: Path) -> None:
+def test_all_failures_are_reported_at_once(tmp_path: Path) -> None:
     wanting = config(tmp_path)
     wanting.cluster.min_free_memory_gib = wanting.cluster.min_free_disk_gib = 1e6
     wanting.model.path = "none"
@@ -165,13 +165,13 @@ def test_a_version_off_the_pins_is_named_with_both(tmp_path: Path, monkeypatch: 
 def test_a_kernel_that_a_training_asks_for_must_be_there(tmp_path: Path) -> None:
     asked = config(tmp_path)
     asked.cluster.device, asked.model.attention = "cuda", "flash_attention_2"
-    said = [
+    output = [
         problem
         for stage in ("build_sec", "psi")
         for problem in machine.check_versions(asked, stage)
         if "flash-attn" in problem
     ]
-    assert len(said) == 1 and "model.attention=sdpa" in said[0], "PSI trains, build_sec does not"
+    assert len(output) == 1 and "model.attention=sdpa" in output[0], "PSI trains, build_sec does not"
 
 
 def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_an_api_is_asked_before_it_is_needed(
     }.items():
         with server(status) as (url, seen):
             settings.base_url = url
-            told = " ".join(check(asking, stage))
-        assert (message in told) if message else not told
+            output = " ".join(check(asking, stage))
+        assert (message in output) if message else not output
         assert seen == ["/v1/models Bearer k"]
     settings.base_url = dead_url()
     assert f"the {section} does not answer at" in " ".join(check(asking, stage))
@@ -223,7 +223,7 @@ def test_a_model_under_test_is_asked(tmp_path: Path) -> None:
     assert "the model does not answer" in " ".join(CHECKS["model_endpoint"](asking, "evaluate"))
 
 
-def test_missing_data_is_told_and_a_hub_name_is_not(tmp_path: Path) -> None:
+def test_missing_data_is_reported_and_a_hub_name_is_not(tmp_path: Path) -> None:
     asking = config(tmp_path)
     for path, wrong in {
         str(tmp_path): False,
@@ -250,8 +250,8 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }.items():
         with server(status) as (url, _):
             monkeypatch.setattr(constants, "ENDPOINT", url)
-            told = " ".join(reach.check_model(asking, "psi"))
-        assert (message in told) if message else not told
+            output = " ".join(reach.check_model(asking, "psi"))
+        assert (message in output) if message else not output
     monkeypatch.setattr(constants, "ENDPOINT", dead_url())
     assert "is not reached" in " ".join(reach.check_model(asking, "psi"))
     asking.model.name = str(ROOT / "tests/data/psi_nano")
@@ -279,7 +279,7 @@ def test_wandb_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("answer", "refused"),
     [({"viewer": {"id": "v"}}, False), ({"viewer": None}, True), (401, True), (503, False)],
 )
-def test_a_key_that_wandb_refuses_is_told(
+def test_a_key_that_wandb_refuses_is_reported(
     answer: object, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asking = config(tmp_path)
@@ -289,9 +289,9 @@ def test_a_key_that_wandb_refuses_is_told(
     status = answer if isinstance(answer, int) else 200
     with server(status, json.dumps({"data": answer}).encode()) as (url, seen):
         monkeypatch.setenv("WANDB_BASE_URL", url.removesuffix("/v1"))
-        told = " ".join(reach.check_wandb(asking, "psi"))
+        output = " ".join(reach.check_wandb(asking, "psi"))
     assert seen == ["/graphql Basic YXBpOms="]
-    assert ("W&B at 127.0.0.1 refuses the key" in told) == refused == bool(told)
+    assert ("W&B at 127.0.0.1 refuses the key" in output) == refused == bool(output)
 
 
 def test_a_ray_cluster_must_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Pat
 # ---- the whole ----
 
 
-def test_what_one_stage_said_the_next_does_not_repeat(tmp_path: Path) -> None:
+def test_a_failure_of_one_stage_is_not_repeated_by_the_next(tmp_path: Path) -> None:
     wanting = config(tmp_path)
     wanting.cluster.min_free_disk_gib = 1e6
     assert sum(len(f.problems) for f in findings(wanting, STAGES)) == 1
@@ -382,18 +382,19 @@ def failures_in_the_code() -> list[str]:
 
 
 def test_every_failure_has_its_row_in_the_troubleshooting_table() -> None:
-    told = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    output = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     failures = failures_in_the_code()
     assert len(failures) > 20 and all(failures)
-    assert [failure for failure in failures if failure not in told] == []
+    assert [failure for failure in failures if failure not in output] == []
 
 
 def test_a_stage_alone_needs_the_one_before_it_and_its_data(tmp_path: Path) -> None:
     config = load(
         "recipe=cre", "data=pairs", "data.path=/nowhere/votes.parquet", f"run_dir={tmp_path / 'run'}"
     )
-    said = " ".join(problem for finding in findings(config, ["cre"]) for problem in finding.problems)
+    output = " ".join(problem for finding in findings(config, ["cre"]) for problem in finding.problems)
     assert (
-        "/nowhere/votes.parquet does not exist" in said and "there is no complete psi under run_dir=" in said
+        "/nowhere/votes.parquet does not exist" in output
+        and "there is no complete psi under run_dir=" in output
     )
     assert not (tmp_path / "run").exists()

@@ -326,7 +326,7 @@ def test_grades_are_deciles_of_the_training_texts(training, teacher):
     assert {a + b for (a,), (b,) in zip(up, down)} <= {10, 11, 12}
 
 
-def test_the_analysis_says_what_each_history_pair_shows(teacher):
+def test_the_analysis_describes_each_history_pair(teacher):
     rng = np.random.default_rng(11)
     base = text(rng, 30)
     history = (HistoryItem("q", text(rng, 90), "Rain."), HistoryItem("q", base, base))

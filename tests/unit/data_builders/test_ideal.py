@@ -86,7 +86,7 @@ def test_its_probabilities_are_calibrated_on_users_drawn_from_the_prior():
         assert sum(right) / len(right) == pytest.approx(expected, abs=3 * error + 0.01)
 
 
-def test_the_sampled_imitator_hits_as_often_as_its_probability_says():
+def test_the_sampled_imitator_hits_with_its_probability():
     reader, pairs = IdealReader((SEEN,)), list(examples(3).values())[:150]
     expected = sum(Imitator(reader).hit_probability(example, 0) for example in pairs)
     draws = [Imitator(reader, seed).score(example) for seed in range(12) for example in pairs]

@@ -89,7 +89,7 @@ def test_the_test_questions_of_three_subsets_are_built(tmp_path, capsys):
     assert "| answers by model: a | 2 |" in (folder / "README.md").read_text()
 
 
-def test_without_answers_there_is_no_file_of_them_and_it_is_said(tmp_path):
+def test_without_answers_there_is_no_file_of_them_and_the_error_names_the_key(tmp_path):
     build(tmp_path, ANSWERS)
     folder, facts = build(tmp_path)
     assert facts["answers"] == 0 and not (folder / "answers.parquet").exists(), (
@@ -191,7 +191,7 @@ def test_a_bad_answer_is_named(tmp_path, change, said):
         build(tmp_path, [*ANSWERS[:3], ANSWERS[3] | change])
 
 
-def test_missing_parts_are_told(tmp_path):
+def test_missing_parts_are_refused(tmp_path):
     write(tmp_path / "raw")
     for file in (tmp_path / "raw" / lampqa.SUBSETS[2]).iterdir():
         file.unlink()

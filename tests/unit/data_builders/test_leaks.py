@@ -156,9 +156,9 @@ def test_a_label_that_follows_from_length_is_reported(longer):
     )
 
 
-def test_a_position_that_tells_the_label_is_reported_and_an_unknown_one_is_not():
-    told = [vote(n, f"u{n % 5}", "test", position=int(n % 10 == 0)) for n in range(100)]
-    found = report(told, near_duplicates=False)
+def test_a_position_that_gives_the_label_away_is_reported_and_an_unknown_one_is_not():
+    message = [vote(n, f"u{n % 5}", "test", position=int(n % 10 == 0)) for n in range(100)]
+    found = report(message, near_duplicates=False)
     assert found["shown_first_is_chosen"]["held_out"]["share"] == 0.9
     assert any(f.startswith("the first shown response is chosen in 90.0%") for f in found["findings"])
     assert report(clean(), near_duplicates=False)["shown_first_is_chosen"]["held_out"]["votes"] == 0
@@ -184,7 +184,7 @@ def test_duplicates_and_contradictions_are_counted():
     ]
 
 
-def test_nothing_held_out_is_said():
+def test_nothing_held_out_is_reported():
     assert any(f.startswith("nothing is held out") for f in report([vote(1)])["findings"])
 
 

@@ -236,7 +236,7 @@ def test_a_chain_without_criteria_earns_nothing():
     assert oracle_judge(text, STATED) == 0.0
 
 
-def test_the_judge_for_rewards_reads_what_rides_beside_the_prompt():
+def test_the_judge_for_rewards_reads_the_fields_next_to_the_prompt():
     judge, text = (
         judge_for_rewards(anything=1),
         chain_naming({"formal": 45, "direct": 30, "warm": 15, "quality": 10}),

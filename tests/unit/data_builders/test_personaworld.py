@@ -87,7 +87,7 @@ def test_other_texts_are_not_read(text):
     assert read_response(text) is None
 
 
-def test_every_text_is_read_back_and_says_the_same_axes(pairs):
+def test_every_text_is_read_back_with_the_same_axes(pairs):
     for pair in pairs:
         chosen, rejected = responses(pair)
         assert [AXIS[p] for p in chosen.poles] == [AXIS[p] for p in rejected.poles]
@@ -167,7 +167,7 @@ def test_kinds_and_scenarios_are_equally_frequent_among_questions(pairs):
     assert set(scenarios) == set(SCENARIOS) and max(scenarios.values()) < 1.5 * min(scenarios.values())
 
 
-def test_twins_are_the_same_question_put_to_somebody_who_prefers_the_other(pairs):
+def test_twins_are_the_same_question_of_a_user_who_prefers_the_other(pairs):
     by_id = {p.pair_id: p for p in pairs}
     twins = [p for p in pairs if p.pair_id.endswith("-twin")]
     assert len(twins) > 50

@@ -168,7 +168,7 @@ def test_parquet_tables_give_the_same_pairs_as_json_lines(tmp_path):
     assert pairs(tables) == pairs(lines) != []
 
 
-def test_missing_sources_are_told(tmp_path):
+def test_missing_sources_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not exist; expected a file, a folder, or the id"):
         pairs(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -185,7 +185,7 @@ def test_a_conversation_of_a_user_without_a_survey_is_counted(tmp_path):
     assert left_out == {"conversations whose user is not in the survey": 1}
 
 
-def test_a_user_who_answered_the_survey_twice_is_told_and_the_first_answer_stays_where_rows_are_skipped(
+def test_a_second_survey_answer_is_an_error_and_the_first_stays_where_rows_are_skipped(
     tmp_path,
 ):
     write(tmp_path, survey=[SURVEY, SURVEY | {"system_string": "Be long."}])
@@ -206,10 +206,10 @@ def test_bad_rows_may_be_skipped_counted_and_listed(tmp_path, capsys):
     ]
     data = DataConfig(name="prism", path=str(write(tmp_path, conversations=bad)), on_bad_row="skip")
     assert len(list(build(data, 0, left_out))) == 3 and left_out["rows that do not fit"] == 2
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        "conversations.jsonl, row 1, field 'conversation_history[0]'" in said
-        and "row 2, field 'user_id'" in said
+        "conversations.jsonl, row 1, field 'conversation_history[0]'" in message
+        and "row 2, field 'user_id'" in message
     )
 
 

@@ -184,7 +184,7 @@ def test_a_later_turn_of_the_same_conversation_is_never_shown(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_with_times_a_history_comes_from_the_past_and_stands_in_order_of_time(policy):
+def test_with_times_a_history_comes_from_the_past_in_order_of_time(policy):
     votes = [vote("a", n, time=float(10 - n)) for n in range(10)]  # the file holds the newest first
     shown = HistorySampler([*votes, vote("a", 50)], size=20, policy=policy)(vote("a", 99, "test", time=4.5))
     assert queries(shown) == ["query a9", "query a8", "query a7", "query a6"], (

@@ -66,7 +66,7 @@ def test_history_dropout_keeps_order_and_reaches_every_amount():
     assert sizes == {0, 1, 2, 3}
 
 
-def test_history_dropout_leaves_the_share_whole_that_it_is_told():
+def test_history_dropout_keeps_the_configured_share_complete():
     whole = an_example().history
     rng = random.Random(1)
     views = [apply_masking(an_example(), "history_dropout", rng, show_probability=0.7)[0] for _ in range(400)]
@@ -100,7 +100,7 @@ def test_unknown_policy_and_probability_name_key_value_and_choices():
             apply_masking(an_example(), "mixed", random.Random(0), show_probability=value)
 
 
-def test_present_puts_the_chosen_response_where_the_order_says():
+def test_present_places_the_chosen_response_by_the_order():
     history = [HistoryItem("q", "c", "r")]
     first, second = (present(a_pair(), history, order) for order in (0, 1))
     assert (first.responses, first.chosen_index) == (("good", "bad"), 0)
@@ -139,6 +139,6 @@ def test_no_explicit_text_reaches_a_masked_prompt(
     view, supervision = apply_masking(example, policy, random.Random(seed))
     assert type(view) is MaskedView
     prompt = "\n".join(message["content"] for message in chat_messages(view, instructions=instructions))
-    said = [*explicit.texts(), *(name for name, _ in explicit.attributes)]
-    assert not any(text in prompt for text in said)
+    output = [*explicit.texts(), *(name for name, _ in explicit.attributes)]
+    assert not any(text in prompt for text in output)
     assert supervision.explicit == explicit

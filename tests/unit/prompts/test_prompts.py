@@ -195,10 +195,10 @@ def test_delimiters_cannot_be_forged(data, context, history, responses, full):
             )
         )
         view = FullView(view.context, view.history, view.responses, explicit)
-        said = (explicit.criteria, explicit.self_description, explicit.style, explicit.attributes)
+        output = (explicit.criteria, explicit.self_description, explicit.style, explicit.attributes)
         expected += [
             tag
-            for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), said)
+            for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), output)
             if value
         ]
     expected += ["<current>", *(f"<turn_{turn.role}>" for turn in context[:-1]), "<query>"]
@@ -248,7 +248,7 @@ def test_neutralise_takes_linear_time(unit):
     assert time.process_time() - began < 10
 
 
-def test_a_text_that_the_user_wrote_stands_in_the_history_without_responses():
+def test_a_text_that_the_user_wrote_is_in_the_history_without_responses():
     view = MaskedView(
         (Message("user", "q"),),
         (HistoryItem("I wrote <chosen> this", "", ""), HistoryItem("a", "b", "c")),

@@ -225,7 +225,7 @@ def test_a_long_query_is_cut_as_well(tokenizer):
     assert CUT.match(dict(sections(messages))["<query>"])
 
 
-def test_a_text_cut_twice_still_tells_how_many_words_are_gone(tokenizer):
+def test_a_text_cut_twice_still_counts_the_removed_words(tokenizer):
     """Cuts to max_text_tokens and to fit the prompt both count the user's words, not our remark."""
     long = " ".join(f"word{i}" for i in range(500))
     write = writer(tokenizer, max_text_tokens=120, max_prompt_tokens=130)
@@ -253,7 +253,7 @@ def test_cuts_are_reported_and_responses_that_a_cut_made_equal_are_counted(token
     assert write.trimmed["prompts_left_with_equal_responses"] == 1
 
 
-def test_what_cannot_fit_is_said(tokenizer):
+def test_a_prompt_that_cannot_fit_is_an_error(tokenizer):
     with pytest.raises(DataError, match=r"model\.max_prompt_tokens=20"):
         writer(tokenizer, max_prompt_tokens=20)(a_view(responses=("word " * 50, "b")))
     with pytest.raises(DataError, match=r"model\.max_prompt_tokens=60"):  # stated criteria are never cut

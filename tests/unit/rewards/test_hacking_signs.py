@@ -63,7 +63,7 @@ def metrics(*rows: Any, first_length: float | None = None) -> Metrics:
     return validation_metrics([group for group, _ in rows], [extra for _, extra in rows], first_length)
 
 
-def test_validation_tells_orders_apart_and_counts_flips() -> None:
+def test_validation_separates_orders_and_counts_flips() -> None:
     """One pair won in both orders, one only where the chosen response comes first."""
     values = metrics(
         sampled("a", 0, True), sampled("a", 1, True), sampled("b", 0, True), sampled("b", 1, False)

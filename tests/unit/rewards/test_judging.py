@@ -46,7 +46,7 @@ def test_no_text_closes_the_question(chain):
     assert set(question) == {"signals", "chain"} and question["signals"] == STATED
 
 
-def test_signals_are_what_was_said():
+def test_signals_are_the_user_s_statements():
     assert signals(ExplicitSignals()) == {}
     full = ExplicitSignals("brief", "a cook", "no lists", (("fluency", 80.0),))
     assert signals(full) == {

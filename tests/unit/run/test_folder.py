@@ -62,7 +62,7 @@ def test_tables_from_rows_and_frames(tmp_path):
     assert list(pd.read_parquet(tmp_path / "frame.parquet").columns) == ["a"]
 
 
-def test_json_is_read_back_or_said_to_be_broken(tmp_path):
+def test_json_is_read_back_or_reported_as_broken(tmp_path):
     write_json(tmp_path / "a.json", {"ü": [1, None], "path": tmp_path})
     assert read_json(tmp_path / "a.json") == {"ü": [1, None], "path": str(tmp_path)}
     (tmp_path / "a.json").write_text('{"half": ')
@@ -198,7 +198,7 @@ def test_a_start_that_made_nothing_binds_the_folder_to_nothing(tmp_path, end):
         begun(tmp_path, {**SETTINGS, "data.path": "other.jsonl"})
 
 
-def test_a_broken_manifest_is_said(tmp_path):
+def test_a_broken_manifest_is_reported(tmp_path):
     write_text(tmp_path / "psi" / "manifest.json", '{"stage": "ps')
     with pytest.raises(ArtifactError, match="not JSON"):
         StageFolder.read(tmp_path, "psi")
@@ -265,7 +265,7 @@ def test_resume_true_keeps_what_is_there(tmp_path):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"] == "psi"
 
 
-def test_a_run_dir_that_cannot_be_written_is_said(tmp_path):
+def test_a_run_dir_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="run_dir="):
         prepare(Config(recipe="psi", run_dir=str(tmp_path / "file" / "run")))
@@ -300,7 +300,7 @@ def test_manifests_hold_versions_and_git_state(tmp_path):
     assert folder.manifest.facts["packages"]["transformers"]
 
 
-def test_weights_of_one_size_are_told_apart_and_copies_are_not(tmp_path):
+def test_weights_of_one_size_have_different_hashes_and_copies_have_equal_ones(tmp_path):
     start, end = b"x" * 100, b"y" * 500
     contents = {"a": start + b"1" + end, "same": start + b"1" + end, "other": start + b"2" + end}
     for name, content in contents.items():

@@ -201,7 +201,7 @@ def test_the_machine_that_is_behind_takes_over_what_the_other_did(
     ).exists() and f"is ahead of this machine; its psi was moved to {aside}" in capsys.readouterr().out
 
 
-def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(
+def test_two_machines_at_once_are_reported_and_neither_spoils_the_other_s(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = machine(tmp_path, "a", url)
@@ -214,10 +214,10 @@ def test_two_machines_at_once_are_told_so_and_neither_spoils_the_other_s(
     step(tmp_path / "a", 3)
     assert first.close() == ["psi"] and "another machine has published psi" in str(first.lost)
     monkeypatch.setattr(publishing, "_OPEN", {tmp_path / "a": first})
-    told = pytest.raises(
+    message = pytest.raises(
         ArtifactError, match=r"another machine has published psi .* a new start sets it aside"
     )
-    with told as error, publishing.kept():
+    with message as error, publishing.kept():
         pass
     assert "publishes it" not in str(error.value)
     machine(tmp_path, "c", url)
@@ -247,7 +247,7 @@ class Broken:
         return call
 
 
-def test_a_lost_network_stops_nothing_is_told_and_the_end_names_what_is_missing(
+def test_a_lost_network_is_reported_and_the_end_names_what_is_missing(
     tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = run_at(url, tmp_path)
@@ -259,9 +259,9 @@ def test_a_lost_network_stops_nothing_is_told_and_the_end_names_what_is_missing(
         network.down = True
         stage(Path(config.run_dir), "build_data", pairs="x")
         stage(Path(config.run_dir), "psi", weights="x")
-        while "next try" not in (said := capfd.readouterr().err):
+        while "next try" not in (message := capfd.readouterr().err):
             pass
-    assert "no route to host); the run continues" in said
+    assert "no route to host); the run continues" in message
     assert f"the run is complete in {config.run_dir}, but {url} lacks build_data, psi (" in str(error.value)
     assert StageFolder.read(Path(config.run_dir), "psi").complete
     with publishing.kept():

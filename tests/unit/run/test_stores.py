@@ -70,7 +70,7 @@ def test_resume_false_touches_no_store_that_holds_a_run(tmp_path: Path, url: str
         publishing.refuse_to_replace(config)
 
 
-def test_a_store_that_cannot_be_written_is_said_at_the_start_with_the_way_round_it(tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_reported_at_the_start_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = run_at(f"file://{tmp_path}/file/run", tmp_path / "m")
     write_text(Path(config.run_dir) / "config.yaml", "")
@@ -189,7 +189,7 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(url: str) -> None:
         ),
     ],
 )
-def test_a_mistyped_place_is_told(changes: dict[str, str], said: str) -> None:
+def test_a_mistyped_place_is_refused(changes: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(to_dict(Config(recipe="psi")) | changes)
 

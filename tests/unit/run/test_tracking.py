@@ -74,7 +74,7 @@ class Service:
             raise OSError("disk full")
 
 
-def test_a_service_that_breaks_is_told_once_and_training_goes_on(tmp_path, capsys):
+def test_a_service_that_breaks_is_reported_once_and_training_continues(tmp_path, capsys):
     tracker = silent(tmp_path)
     tracker._wandb = service = Service(fails_from=2)
     for step in range(5):
@@ -84,7 +84,7 @@ def test_a_service_that_breaks_is_told_once_and_training_goes_on(tmp_path, capsy
     assert capsys.readouterr().err.count("warning: W&B logging stopped") == 1
 
 
-def test_a_service_that_breaks_at_the_end_is_told(tmp_path, capsys):
+def test_a_service_that_breaks_at_the_end_is_reported(tmp_path, capsys):
     tracker = silent(tmp_path)
     tracker._wandb = Service(fails_from=100)
     tracker.log(1, {"a": 1.0})
@@ -162,7 +162,7 @@ def test_no_tracking_imports_no_wandb(tmp_path):
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_offline_tracking_leaves_files_and_says_nothing(tmp_path):
+def test_offline_tracking_leaves_files_and_prints_nothing(tmp_path):
     done = python(TRACK.format(kind="offline", folder=str(tmp_path)))
     assert done.returncode == 0 and done.stdout.strip() == "True" and "warning" not in done.stderr, (
         done.stderr

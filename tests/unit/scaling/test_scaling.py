@@ -161,7 +161,7 @@ def test_a_score_that_is_missing_without_a_failure_is_a_failure():
     assert set(grid(pool, [4], [2]).failure) == {"no_score"}
 
 
-def test_scores_beside_a_failure_are_not_used():
+def test_scores_with_a_failure_are_not_used():
     pool = make_pool(fail=0)
     pool["failure"] = "judge"
     assert grid(pool, [4], [2]).score_chosen.isna().all()

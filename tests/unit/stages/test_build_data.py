@@ -132,12 +132,12 @@ def test_the_card_counts(tmp_path):
     assert card["sha256"] == digest(tmp_path / "build_data" / "pairs.parquet")
 
 
-def test_a_word_that_may_have_meant_a_held_out_user_is_told(tmp_path, capsys):
+def test_a_word_that_may_have_meant_a_held_out_user_is_reported(tmp_path, capsys):
     build(tmp_path, [vote(1, "a"), vote(2, "b", user_split="dev"), vote(3, "c", user_split="heldout")])
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        "warning: 1 users train, since their user_split='heldout' is neither val nor test" in said
-        and "'dev'" not in said
+        "warning: 1 users train, since their user_split='heldout' is neither val nor test" in message
+        and "'dev'" not in message
     )
 
 
@@ -152,7 +152,7 @@ def test_a_limit_keeps_whole_training_users_and_every_held_out_vote(tmp_path):
 
 
 @pytest.mark.parametrize("votes", [[], [vote(1, split="test")], [vote(1, user_split="test")]])
-def test_nothing_to_learn_from_is_said(tmp_path, votes):
+def test_data_without_training_pairs_are_refused(tmp_path, votes):
     with pytest.raises(DataError, match="nothing to learn from"):
         build(tmp_path, votes)
 
@@ -237,7 +237,7 @@ def test_only_names_a_column_that_the_file_lacks(tmp_path):
         list(pairs_builder.build(data, 0, LeftOut()))
 
 
-def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
+def test_a_bad_row_ends_the_stage_or_is_skipped_and_printed(tmp_path, capsys):
     bad = rows()
     bad[1]["split"], bad[3]["chosen"] = "dev", None
     data = write_votes(tmp_path, bad)
@@ -245,8 +245,12 @@ def test_a_bad_row_ends_the_stage_or_is_skipped_and_told(tmp_path, capsys):
         list(pairs_builder.build(data, 0, LeftOut()))
     data.on_bad_row = "skip"
     assert [p.pair_id for p in pairs_builder.build(data, 0, LeftOut())] == ["0", "2"]
-    told = capsys.readouterr().out
-    assert "row 2, field 'split'" in told and "row 4, field 'chosen'" in told and "skipped 2 rows" in told
+    message = capsys.readouterr().out
+    assert (
+        "row 2, field 'split'" in message
+        and "row 4, field 'chosen'" in message
+        and "skipped 2 rows" in message
+    )
 
 
 def test_every_skipped_row_is_named_in_a_file_that_goes_when_all_fit(tmp_path):
@@ -281,7 +285,7 @@ def test_parquet_of_pandas_is_read(tmp_path):
     assert [p.pair_id for p in made] == ["0", "1", "2", "3"]
 
 
-def test_every_data_name_has_its_builder_and_another_is_told():
+def test_every_data_name_has_its_builder_and_another_is_refused():
     assert builder(Config(data=DataConfig(name="pairs"))) is pairs_builder.build
     assert builder(Config(data=DataConfig(name="personaworld"))) is personaworld.build
     with pytest.raises(ConfigError, match=r"data\.name=foo is not one of pairs, personaworld"):
@@ -369,7 +373,7 @@ def test_a_killed_build_is_not_read_and_the_next_one_is_as_if_nothing_had_been(t
     assert sorted(p.name for p in (tmp_path / "build_data").iterdir()) == ["card.json", "pairs.parquet"]
 
 
-def test_what_a_builder_left_out_is_in_the_card_and_told(tmp_path, capsys):
+def test_rows_left_out_by_a_builder_are_in_the_card_and_printed(tmp_path, capsys):
     data = write_votes(tmp_path, [*rows(), {"user_id": "u"}])
     data.on_bad_row = "skip"
     card = build_data.run(

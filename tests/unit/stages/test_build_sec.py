@@ -123,7 +123,7 @@ class Repeats(Prefers):
         return None
 
 
-def test_an_analysis_that_says_the_same_again_is_kept_once(tmp_path):
+def test_a_repeated_analysis_is_kept_once(tmp_path):
     votes = [vote(n, f"u{n % 2}") for n in range(12)]
     _, rows, rejected = run(tmp_path, Repeats(), votes)
     assert len(rows) == 1 and len(rejected) == 11

@@ -123,10 +123,10 @@ def test_failures_stay_in_the_table_and_a_second_start_pays_for_nothing(tmp_path
     pairs = [vote(n, f"u{n % 5}") for n in range(15)]
 
     def behaviour(body, n):
-        said = body["messages"][1]["content"]
-        if "question 1" + '"' in said:
+        message = body["messages"][1]["content"]
+        if "question 1" + '"' in message:
             return "no JSON"
-        return {"status": 500} if "question 2" + '"' in said else json.dumps({"criteria": WANTS})
+        return {"status": 500} if "question 2" + '"' in message else json.dumps({"criteria": WANTS})
 
     with serve(behaviour) as server:
         facts, rows = run(tmp_path, server, pairs)
@@ -170,7 +170,7 @@ def test_nothing_inferred_and_a_spent_budget_end_the_stage_in_one_sentence(tmp_p
         run(tmp_path / "b", server, pairs, max_total_tokens=30)
 
 
-def test_users_who_all_stated_something_need_nobody(tmp_path):
+def test_users_who_all_stated_something_need_no_teacher(tmp_path):
     with serve(lambda body, n: "x") as server:
         facts, _ = run(tmp_path, server, [vote(n, explicit=STATED) for n in range(4)])
         assert facts["users"] == 0 and server.bodies == [] and criteria.load(tmp_path) == {}
@@ -224,7 +224,7 @@ def test_without_synthesis_who_stated_nothing_is_not_judged(tmp_path):
     assert extra["explicit"] == "{}" and extra["criteria"] is None and extra["synthetic"] is False
 
 
-def test_a_judge_is_told_that_nobody_said_them():
+def test_a_judge_reads_that_the_user_did_not_state_them():
     [_, user] = judge_messages("a chain", signals(ExplicitSignals(criteria=WANTS, synthetic=True)))
     assert json.loads(user["content"])["signals"] == {"inferred_criteria": WANTS}
 
@@ -232,7 +232,7 @@ def test_a_judge_is_told_that_nobody_said_them():
 # ---- as a user starts it ----
 
 
-def test_the_recipe_runs_offline_and_says_what_it_made(tmp_path):
+def test_the_recipe_runs_offline_and_prints_its_counts(tmp_path):
     rows = [
         {
             "user_id": f"u{n % 4}",

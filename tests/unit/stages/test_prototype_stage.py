@@ -85,7 +85,7 @@ def test_latent_prototypes_are_recovered_where_analyses_are_right(run):
     assert facts["recovery"] >= 0.6
 
 
-def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
+def test_fewer_distinct_preferences_than_prototypes_are_reported(world, tmp_path):
     config, (chains, shown), _ = world
     first = [(pair, chains[0][1]) for pair, _ in chains]
     stage = StageFolder.read(tmp_path, "prototypes")
@@ -102,9 +102,9 @@ def test_fewer_distinct_preferences_than_prototypes_are_said(world, tmp_path):
 def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
     _, (chains, _), _ = world
     pairs = [p for p, _ in chains]
-    said = sorted({f"{p.explicit.self_description}/{p.scenario}" for p in pairs})
-    right = np.array([said.index(f"{p.explicit.self_description}/{p.scenario}") for p in pairs])
-    wrong = (right + 1) % len(said)
+    message = sorted({f"{p.explicit.self_description}/{p.scenario}" for p in pairs})
+    right = np.array([message.index(f"{p.explicit.self_description}/{p.scenario}") for p in pairs])
+    wrong = (right + 1) % len(message)
     alone = prototypes.recovery(pairs, right)
     assert alone == {"recovery": 1.0, "recovery_of_users": 1.0}
     outvoted = prototypes.recovery(pairs * 3, np.concatenate([right, right, wrong]))
@@ -161,7 +161,7 @@ def test_what_is_embedded_of_an_analysis(analysis, text):
     assert core.preference_text(analysis) == text
 
 
-def test_cards_say_what_a_prototype_stands_for(run):
+def test_cards_describe_their_prototype(run):
     stage, _ = run
     cards = json.loads((stage.path / "cards.json").read_text())
     assert len(cards) == 12 and sum(c["analyses"] for c in cards) == 270
@@ -335,7 +335,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     data.begin(config={}, settings={}, inputs={}, seed=0)
     write_table(data.path / PAIRS, [pair_to_row(p) for p in pairs])
     data.finish(sha256="d")
-    told: list[str] = []
+    message: list[str] = []
 
     class Engine:
         def __call__(self, requests, *, temperature):
@@ -345,26 +345,29 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
                 )
 
         def close(self):
-            told.append("closed")
+            message.append("closed")
 
     class Embedder(Words):
         fingerprint = "e"
 
         def __call__(self, texts):
-            told.append("embeds")
+            message.append("embeds")
             return super().__call__(texts)
 
     @contextlib.contextmanager
     def engines(_):
         yield lambda checkpoint: Engine()
-        told.append("ended")
+        message.append("ended")
 
     monkeypatch.setattr(recipes.wiring.analyses, "local_engines", engines)
     monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda *_, **__: Embedder())
     stage = StageFolder.read(tmp_path, "prototypes")
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
-    assert told.index("closed") < told.index("ended") < told.index("embeds") and told.count("closed") == 1
+    assert (
+        message.index("closed") < message.index("ended") < message.index("embeds")
+        and message.count("closed") == 1
+    )
     asked_for = prototypes.pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}
     assert (
@@ -374,7 +377,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     )
 
 
-def test_damaged_prototypes_are_made_anew(world, tmp_path, capsys):
+def test_damaged_prototypes_are_rebuilt(world, tmp_path, capsys):
     stage, _ = made(world, tmp_path)
     capsys.readouterr()
     reopen_damaged(stage)

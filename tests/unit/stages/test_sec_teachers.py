@@ -39,7 +39,7 @@ def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_training_its_own
         _split_gpus(gpu, settings, True)
 
 
-def test_a_cluster_that_could_never_hold_server_and_training_is_told():
+def test_a_cluster_too_small_for_server_and_training_is_refused():
     gpu = Config(
         cluster=ClusterConfig(device="cuda", nodes=2, processes_per_node=8),
         ray=RayConfig(address="head:6379"),
@@ -134,7 +134,7 @@ def asked_with(server, tmp_path, **config):
         return run(tmp_path, llm, **config)
 
 
-def test_a_second_chance_is_told_about_the_form(tmp_path):
+def test_a_second_chance_reads_the_problem_of_the_form(tmp_path):
     with serve(lambda body, n: written(body, wrong_form=len(body["messages"]) == 2)) as server:
         facts, rows, _ = asked_with(server, tmp_path)
     assert len(rows) == 20 and set(facts["rejected"]) == {"parse:no_markers"}
@@ -150,7 +150,7 @@ def test_without_a_second_chance_the_question_is_asked_again_as_it_was(tmp_path)
     assert len(rows) == 20 and told(server) == [] and len(server.bodies) == 40
 
 
-def test_what_a_second_chance_is_told_is_the_same_whatever_the_label(tmp_path):
+def test_the_complaint_does_not_depend_on_the_label(tmp_path):
     """No correction names the ranking; a wrong form is named, whether the ranking was right or not."""
     with serve(lambda body, n: chain(5, 5)) as server, pytest.raises(DataError, match="tie"):
         asked_with(server, tmp_path / "tie", sec=SecConfig(samples_per_pair=2))

@@ -107,7 +107,7 @@ def test_a_server_that_sends_blanks_and_no_answer_is_a_timeout():
         assert time.monotonic() - began < 3
 
 
-def test_nobody_there_is_a_connection_failure():
+def test_a_missing_server_is_a_connection_failure():
     with serve(lambda body, n: "x") as server:
         settings = to(server)
     assert Endpoint(settings).complete(ASK).failure == "connection"
@@ -166,7 +166,7 @@ def test_a_paid_answer_without_choices_counts():
         (b"\xff" * 3, "\ufffd" * 3),
     ],
 )
-def test_a_refusal_is_told_in_the_server_s_words(body, said):
+def test_a_refusal_repeats_the_server_s_message(body, said):
     assert refusal(body) == said
 
 

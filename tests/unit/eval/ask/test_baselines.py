@@ -31,7 +31,7 @@ def test_lengths_by_hand():
     assert accuracy("longer", test)["ties"] == 2  # pair 3 in both orders
 
 
-def test_length_counts_characters_of_the_response_as_it_stands():
+def test_length_counts_characters_of_the_unchanged_response():
     test = [vote("1", "a", "ab   ", "abc"), vote("2", "b", "日本語", "zz")]
     assert accuracy("longer", test)["accuracy"] == 1.0
 

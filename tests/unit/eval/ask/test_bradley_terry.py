@@ -67,7 +67,7 @@ def test_opposite_tastes_need_weights_of_their_own():
     assert accuracy(train, test, adapted=True) > 0.85
 
 
-def test_where_all_are_alike_few_votes_move_a_user_little():
+def test_where_all_users_agree_few_votes_move_a_user_little():
     train = [v for u in "abcdefgh" for v in votes(u, "warm", 30)] + votes("odd", "brief", 1)
     scorer = BradleyTerry(embed, adapted=True).fit(train, train)
     weights = scorer.by_user["odd"]

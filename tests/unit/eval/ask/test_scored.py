@@ -90,7 +90,7 @@ def test_scores_of_other_libraries_are_numbers():
     )
 
 
-def test_an_exception_is_one_questions_failure_and_told_once(capsys):
+def test_an_exception_is_one_questions_failure_and_printed_once(capsys):
     def fails(example):
         if example.pair_id == "p1":
             raise KeyError("oh no")

@@ -42,7 +42,7 @@ def test_rows_by_hand_and_dimensions_without_difference_are_left_out():
     }
 
 
-def test_macro_accuracy_over_prototypes_weighs_prototypes_alike():
+def test_macro_accuracy_over_prototypes_weighs_prototypes_equally():
     pairs = [vote(n) for n in range(4)]
     none = {p.pair_id: () for p in pairs}
     labels = slice_labels(pairs, none, {"p0": 0, "p1": 0, "p2": 7})  # p3's analysis could not be read

@@ -66,7 +66,7 @@ def test_a_model_that_gives_scores_is_read_by_its_scores(tmp_path):
             )
 
 
-def test_the_page_of_a_pair_says_what_the_predictions_say(tmp_path):
+def test_the_page_of_a_pair_agrees_with_the_predictions(tmp_path):
     pairs, histories = odd_pairs()
     results, files = evaluate(tmp_path, Judge(), pairs, histories, chains_in_report=12)
     stored = pd.read_parquet(tmp_path / "predictions.parquet")

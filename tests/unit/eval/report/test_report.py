@@ -225,7 +225,7 @@ def test_the_curriculums_mix_and_pass_rates_are_curves(tmp_path):
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
 
 
-def test_validation_and_its_probes_are_a_curve_beside_the_rewards(tmp_path):
+def test_validation_and_its_probes_are_a_curve_next_to_the_rewards(tmp_path):
     from eval.report.figures import training_curves
 
     (tmp_path / "cre").mkdir()

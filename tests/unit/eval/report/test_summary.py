@@ -154,16 +154,16 @@ def test_a_model_that_returns_nothing(tmp_path, answer):
     assert results["protocols"]["release"]["accuracy"] is None and results["calibration"]["ece"] is None
     assert results["order_flip_rate"] is None and "no verdict" in files["report.html"]
     for text in files.values():
-        said = " ".join(text.split())
+        message = " ".join(text.split())
         assert (
-            "no answer is readable" in said
-            and "to be personal" not in said
-            and "nothing that matters" not in said
+            "no answer is readable" in message
+            and "to be personal" not in message
+            and "nothing that matters" not in message
         )
     json.dumps(results, allow_nan=False)
 
 
-def test_one_user_says_so(tmp_path):
+def test_one_user_is_noted(tmp_path):
     pairs, histories = odd_pairs(1)
     results, files = evaluate(tmp_path, Judge(), pairs, histories)
     assert results["ci95"] == [0.0, 1.0] and results["n_users"] == 1

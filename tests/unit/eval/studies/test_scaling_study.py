@@ -170,7 +170,7 @@ def test_adaptive_sampling_draws_less_and_decides_the_same(tmp_path):
     )
 
 
-def test_adaptive_sampling_draws_what_a_replay_on_the_full_pool_says(tmp_path):
+def test_adaptive_sampling_draws_as_a_replay_on_the_full_pool(tmp_path):
     study = Study("scaling", (16,), (3,))
     full = pool_of(tmp_path / "full", Model(0.7), study)
     fewer = pool_of(tmp_path / "adaptive", Model(0.7), study, adaptive=0.1)
