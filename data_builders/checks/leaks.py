@@ -23,7 +23,7 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 
 if TYPE_CHECKING:
-    from data_builders.checks.near_duplicates import NearReport
+    from data_builders.checks.shared_texts import NearReport
 
 HELD_OUT = "split != 'train'"
 _SPLITS_OF = "(SELECT COUNT(DISTINCT split) AS splits FROM votes GROUP BY {})"
@@ -83,11 +83,12 @@ class LeakReport:
     def __init__(self, split_by: str = "source", near_duplicates: bool = True) -> None:
         self.split_by = split_by
         self.index = VoteIndex()
+        self.near = None
         if near_duplicates:
-            from data_builders.checks.near_duplicates import (
-                NearDuplicates,
-            )  # datasketch imports half of scipy
-        self.near = NearDuplicates() if near_duplicates else None
+            # datasketch imports half of scipy
+            from data_builders.checks.shared_texts import SharedTexts
+
+            self.near = SharedTexts()
 
     def add(self, pair: PreferencePair) -> None:
         self.index.add(pair)

@@ -11,7 +11,7 @@ from eval.report.report import Curve, Row, Section
 from eval.studies.evaluation import Grid
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.files import read_json
-from pgenrm_train.prototypes.cards import Card
+from pgenrm_train.prototypes.cards import PrototypeCard
 from pgenrm_train.run.folder import StageFolder
 
 REWARD_PARTS = {"outcome": "reward/outcome", "process": "reward/process", "format": "reward/format"}
@@ -177,7 +177,7 @@ def prototype_folder(run_dir: Path) -> StageFolder | None:
     return folder if "x" in pq.read_schema(folder.path / "analyses.parquet").names else None
 
 
-def _brief(card: Card) -> Row:
+def _brief(card: PrototypeCard) -> Row:
     members = {"nearest": card.get("nearest"), "farthest": card.get("farthest")}
     texts = {
         name: f"{member['user_id']}: {member['analysis']}"[:160] for name, member in members.items() if member

@@ -30,7 +30,7 @@ class Member(TypedDict):
     analysis: str
 
 
-class Card(TypedDict):
+class PrototypeCard(TypedDict):
     """One prototype, as `cards.json` holds it.
 
     `criteria` maps a name to its mean weight in percent over all members.  `typical` names the criteria whose
@@ -46,7 +46,7 @@ class Card(TypedDict):
     farthest: NotRequired[Member]
 
 
-def cards(rows: Sequence[Analysed], refined: Prototypes) -> list[Card]:
+def cards(rows: Sequence[Analysed], refined: Prototypes) -> list[PrototypeCard]:
     """One card per prototype, the largest first."""
     everyone = _weights(rows)
     return sorted(
@@ -55,7 +55,9 @@ def cards(rows: Sequence[Analysed], refined: Prototypes) -> list[Card]:
     )
 
 
-def _card(j: int, rows: Sequence[Analysed], refined: Prototypes, everyone: Mapping[str, float]) -> Card:
+def _card(
+    j: int, rows: Sequence[Analysed], refined: Prototypes, everyone: Mapping[str, float]
+) -> PrototypeCard:
     members = np.flatnonzero(refined.labels == j)
     if not len(members):
         return {"prototype": j, "analyses": 0, "users": 0, "typical": [], "criteria": {}}
@@ -76,7 +78,7 @@ def _card(j: int, rows: Sequence[Analysed], refined: Prototypes, everyone: Mappi
     }
 
 
-def cards_markdown(cards: Sequence[Card]) -> str:
+def cards_markdown(cards: Sequence[PrototypeCard]) -> str:
     parts = ["# Prototypes"]
     for card in cards:
         parts.append(f"## Prototype {card['prototype']}: {_plain(', '.join(card['typical'])) or 'empty'}")

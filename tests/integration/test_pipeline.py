@@ -104,14 +104,12 @@ def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(fini
         [*command, "score.ind=16", "score.pro=2"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    message = json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads(done.stdout.splitlines()[-1])
     for source, asked in (("own", 16), ("similar", 2)):
         assert (
-            message[source]["asked"]
-            == asked
-            == message[source]["used"] + sum(message[source]["failures"].values())
+            facts[source]["asked"] == asked == facts[source]["used"] + sum(facts[source]["failures"].values())
         )
-    assert len(set(message["similar"]["users"])) == 2 and message["scores"].keys() == {
+    assert len(set(facts["similar"]["users"])) == 2 and facts["scores"].keys() == {
         "response_1",
         "response_2",
     }

@@ -76,8 +76,8 @@ def serve(port: int = 0) -> Iterator[Server]:
             text = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
             reply: dict[str, Any] = {}
             if self.path == "/graphql":
-                message = json.loads(text)
-                reply = {"data": server.answer(message["query"], message.get("variables") or {})}
+                request = json.loads(text)
+                reply = {"data": server.answer(request["query"], request.get("variables") or {})}
             elif self.path.endswith("/file_stream"):
                 server.stream(json.loads(text).get("files") or {})
             self.reply(json.dumps(reply).encode())

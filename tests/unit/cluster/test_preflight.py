@@ -382,10 +382,10 @@ def failures_in_the_code() -> list[str]:
 
 
 def test_every_failure_has_its_row_in_the_troubleshooting_table() -> None:
-    output = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     failures = failures_in_the_code()
     assert len(failures) > 20 and all(failures)
-    assert [failure for failure in failures if failure not in output] == []
+    assert [failure for failure in failures if failure not in page] == []
 
 
 def test_a_stage_alone_needs_the_one_before_it_and_its_data(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_builders.checks import card
 from data_builders.checks.leaks import LeakReport, clustered_share
-from data_builders.checks.near_duplicates import NearDuplicates, nearest_by_band
+from data_builders.checks.shared_texts import SharedTexts, nearest_by_band
 from pgenrm_train.chains.near_duplicates import PLACES, shingles
 from pgenrm_train.config import Config, DataConfig, StageName
 from pgenrm_train.errors import DataError
@@ -157,8 +157,8 @@ def test_a_label_that_follows_from_length_is_reported(longer):
 
 
 def test_a_position_that_gives_the_label_away_is_reported_and_an_unknown_one_is_not():
-    message = [vote(n, f"u{n % 5}", "test", position=int(n % 10 == 0)) for n in range(100)]
-    found = report(message, near_duplicates=False)
+    skewed = [vote(n, f"u{n % 5}", "test", position=int(n % 10 == 0)) for n in range(100)]
+    found = report(skewed, near_duplicates=False)
     assert found["shown_first_is_chosen"]["held_out"]["share"] == 0.9
     assert any(f.startswith("the first shown response is chosen in 90.0%") for f in found["findings"])
     assert report(clean(), near_duplicates=False)["shown_first_is_chosen"]["held_out"]["votes"] == 0
@@ -222,7 +222,7 @@ def test_the_similarity_estimates_jaccard():
         vote(0, chosen=" ".join(base)),
         *(vote(n, "h", "test", chosen=" ".join([*base[: 400 - n], *words(n, n).split()])) for n in (20, 40)),
     ]
-    near = NearDuplicates()
+    near = SharedTexts()
     for pair in votes:
         near.add(pair)
     found = {e["held_out"]: e["similarity"] for e in near.report()["responses"]["examples"]}

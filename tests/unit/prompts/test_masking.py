@@ -139,6 +139,6 @@ def test_no_explicit_text_reaches_a_masked_prompt(
     view, supervision = apply_masking(example, policy, random.Random(seed))
     assert type(view) is MaskedView
     prompt = "\n".join(message["content"] for message in chat_messages(view, instructions=instructions))
-    output = [*explicit.texts(), *(name for name, _ in explicit.attributes)]
-    assert not any(text in prompt for text in output)
+    stated = [*explicit.texts(), *(name for name, _ in explicit.attributes)]
+    assert not any(text in prompt for text in stated)
     assert supervision.explicit == explicit

@@ -195,10 +195,10 @@ def test_delimiters_cannot_be_forged(data, context, history, responses, full):
             )
         )
         view = FullView(view.context, view.history, view.responses, explicit)
-        output = (explicit.criteria, explicit.self_description, explicit.style, explicit.attributes)
+        stated = (explicit.criteria, explicit.self_description, explicit.style, explicit.attributes)
         expected += [
             tag
-            for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), output)
+            for tag, value in zip(("<criteria>", "<self_description>", "<style>", "<attributes>"), stated)
             if value
         ]
     expected += ["<current>", *(f"<turn_{turn.role}>" for turn in context[:-1]), "<query>"]

@@ -214,10 +214,10 @@ def test_two_machines_at_once_are_reported_and_neither_spoils_the_other_s(
     step(tmp_path / "a", 3)
     assert first.close() == ["psi"] and "another machine has published psi" in str(first.lost)
     monkeypatch.setattr(publishing, "_OPEN", {tmp_path / "a": first})
-    message = pytest.raises(
+    refusal = pytest.raises(
         ArtifactError, match=r"another machine has published psi .* a new start sets it aside"
     )
-    with message as error, publishing.kept():
+    with refusal as error, publishing.kept():
         pass
     assert "publishes it" not in str(error.value)
     machine(tmp_path, "c", url)

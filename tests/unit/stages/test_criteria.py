@@ -123,10 +123,10 @@ def test_failures_stay_in_the_table_and_a_second_start_pays_for_nothing(tmp_path
     pairs = [vote(n, f"u{n % 5}") for n in range(15)]
 
     def behaviour(body, n):
-        message = body["messages"][1]["content"]
-        if "question 1" + '"' in message:
+        prompt = body["messages"][1]["content"]
+        if "question 1" + '"' in prompt:
             return "no JSON"
-        return {"status": 500} if "question 2" + '"' in message else json.dumps({"criteria": WANTS})
+        return {"status": 500} if "question 2" + '"' in prompt else json.dumps({"criteria": WANTS})
 
     with serve(behaviour) as server:
         facts, rows = run(tmp_path, server, pairs)

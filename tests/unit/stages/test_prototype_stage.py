@@ -102,9 +102,9 @@ def test_fewer_distinct_preferences_than_prototypes_are_reported(world, tmp_path
 def test_most_analyses_of_a_user_outvote_a_mistaken_one(world):
     _, (chains, _), _ = world
     pairs = [p for p, _ in chains]
-    message = sorted({f"{p.explicit.self_description}/{p.scenario}" for p in pairs})
-    right = np.array([message.index(f"{p.explicit.self_description}/{p.scenario}") for p in pairs])
-    wrong = (right + 1) % len(message)
+    descriptions = sorted({f"{p.explicit.self_description}/{p.scenario}" for p in pairs})
+    right = np.array([descriptions.index(f"{p.explicit.self_description}/{p.scenario}") for p in pairs])
+    wrong = (right + 1) % len(descriptions)
     alone = prototypes.recovery(pairs, right)
     assert alone == {"recovery": 1.0, "recovery_of_users": 1.0}
     outvoted = prototypes.recovery(pairs * 3, np.concatenate([right, right, wrong]))
@@ -335,7 +335,7 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     data.begin(config={}, settings={}, inputs={}, seed=0)
     write_table(data.path / PAIRS, [pair_to_row(p) for p in pairs])
     data.finish(sha256="d")
-    message: list[str] = []
+    events: list[str] = []
 
     class Engine:
         def __call__(self, requests, *, temperature):
@@ -345,19 +345,19 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
                 )
 
         def close(self):
-            message.append("closed")
+            events.append("closed")
 
     class Embedder(Words):
         fingerprint = "e"
 
         def __call__(self, texts):
-            message.append("embeds")
+            events.append("embeds")
             return super().__call__(texts)
 
     @contextlib.contextmanager
     def engines(_):
         yield lambda checkpoint: Engine()
-        message.append("ended")
+        events.append("ended")
 
     monkeypatch.setattr(recipes.wiring.analyses, "local_engines", engines)
     monkeypatch.setattr(recipes.prototypes, "make_embedder", lambda *_, **__: Embedder())
@@ -365,8 +365,8 @@ def test_the_recipe_closes_the_engine_before_it_embeds_and_every_chain_reaches_t
     stage.begin(config={}, settings={}, inputs={}, seed=0)
     facts = recipes.prototypes.make(config, stage, ROOT / "tests" / "data" / "psi_nano")
     assert (
-        message.index("closed") < message.index("ended") < message.index("embeds")
-        and message.count("closed") == 1
+        events.index("closed") < events.index("ended") < events.index("embeds")
+        and events.count("closed") == 1
     )
     asked_for = prototypes.pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))
     assert facts["analyses"] == len(asked_for) > 0 and facts["failures"] == {}

@@ -20,7 +20,7 @@ EXAMPLES = 5
 TRAIN, HELD_OUT = 1, 2
 
 
-class Example(TypedDict):
+class NearPair(TypedDict):
     """Pair ids of two near duplicates."""
 
     held_out: str
@@ -34,7 +34,7 @@ class NearTexts(TypedDict):
     held_out: int
     exact: int
     near: int
-    examples: list[Example]
+    examples: list[NearPair]
 
 
 class NearReport(TypedDict):
@@ -45,7 +45,7 @@ class NearReport(TypedDict):
     responses: NearTexts
 
 
-class NearDuplicates:
+class SharedTexts:
     """Collects the distinct queries and responses of a data set, each with its sides of the split."""
 
     def __init__(self) -> None:
