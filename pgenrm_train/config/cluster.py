@@ -11,6 +11,7 @@ PREFLIGHT = (
     "memory",
     "versions",
     "gpus",
+    "compilers",
     "shared_memory",
     "ports",
     "ray",
@@ -40,8 +41,12 @@ class ClusterConfig:
         None, "vLLM replicas that evaluate; null: as many as the processes hold", gt=0
     )
     gpu_memory_utilization: float = setting(0.6, "vLLM's share of a GPU that it shares with the actor")
-    min_free_memory_gib: float = setting(6.0, "preflight: host memory that must be free")
-    min_free_disk_gib: float = setting(3.0, "preflight: disk space that must be free")
+    min_free_memory_gib: float | None = setting(
+        None, "preflight: host memory that must be free; null: as planned for the stage"
+    )
+    min_free_disk_gib: float | None = setting(
+        None, "preflight: disk space that must be free; null: as planned for the stage"
+    )
 
     @property
     def ranks(self) -> int:

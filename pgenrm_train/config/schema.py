@@ -6,7 +6,7 @@ YAML files under `configs/` hold sparse overrides of these dataclasses.
 import dataclasses
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgenrm_train.config.cluster import ClusterConfig, PlanConfig, PreflightConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
@@ -19,7 +19,9 @@ from pgenrm_train.config.psi import PsiConfig, SecConfig
 from pgenrm_train.config.serving import ServeConfig
 from pgenrm_train.config.setting import setting
 from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
+from pgenrm_train.errors import ConfigError
 
+NODE_GPUS = 8  # of the usual machine
 BUDGETS = ("smoke", "demo", "full")
 
 
@@ -91,6 +93,33 @@ def gpus_per_node(config: Config, *stages: str) -> int:
     judge = config.judge.gpus if judged and config.judge.kind == "vllm" else 0
     teacher = config.teacher.gpus if StageName.BUILD_SEC in stages and config.teacher.kind == "vllm" else 0
     return max(config.cluster.processes_per_node + judge, teacher)
+
+
+class Machines(NamedTuple):
+    """Nodes of a run, and GPUs of each."""
+
+    nodes: int
+    gpus: int
+
+
+def machines(config: Config, *stages: str) -> Machines:
+    """Nodes and GPUs that these stages need, those of a served judge included.
+
+    A judge that does not fit next to training takes one more node.  Raises ConfigError if training takes all
+    GPUs of a single node.
+    """
+    cluster, needed = config.cluster, gpus_per_node(config, *stages)
+    if needed <= max(NODE_GPUS, cluster.processes_per_node, config.teacher.gpus) or cluster.device == "cpu":
+        return Machines(cluster.nodes, needed)
+    if cluster.nodes > 1:
+        return Machines(cluster.nodes + 1, max(cluster.processes_per_node, config.judge.gpus))
+    tp = cluster.tensor_parallel
+    left = (NODE_GPUS - config.judge.gpus) // tp * tp
+    better = f"cluster.processes_per_node={left}" if left > 0 else "judge=endpoint"
+    raise ConfigError(
+        f"cluster={cluster.name} takes {cluster.processes_per_node} GPUs of its node and judge=vllm "
+        f"{config.judge.gpus} more, and a node has {NODE_GPUS}; the nearest better setting is {better}"
+    )
 
 
 def masking_of(config: Config, stage: str) -> str:

@@ -12,12 +12,16 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pgenrm_train.config import CONFIG_DIR, STAGES, Config, gpus_per_node, load, to_dict
+from pgenrm_train.cluster.planning.needs import host_gib
+from pgenrm_train.config import CONFIG_DIR, STAGES, Config, StageName, load, machines, to_dict
+from pgenrm_train.config.stage_names import PLANNED
 from pgenrm_train.errors import ConfigError
 
 HERE = Path(__file__).parent
 RAY_PORT = 6379
 CHECKOUT = "/opt/pgenrm-train"  # in the image of the Dockerfile
+USER = 10001  # of the image
+MEMORY_LIMIT = 1.5  # over the planned memory: files in /dev/shm count, and a pod above its limit is killed
 RUNS = "/runs"  # where the volume claim is mounted
 BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # no quotes needed in Hydra's grammar
 LEFT_OUT = ("recipe", "plan", "preflight", "ray")  # sections for the planner, not for the run
@@ -35,17 +39,17 @@ def slurm(config: Config, hours: float | None = None) -> str:
     )
     templates.filters["quote"] = shlex.quote
     limit = min(96, max(1, math.ceil(1.5 * (hours or 16.0))))
-    cuda = config.cluster.device == "cuda"
+    cuda, needed = config.cluster.device == "cuda", machines(config, *_stages(config))
     return templates.get_template("slurm.sh.j2").render(
         name=job_name(config),
-        nodes=config.cluster.nodes,
-        gpus=_gpus(config),
+        nodes=needed.nodes,
+        gpus=needed.gpus,
         cuda=cuda,
         limit=f"{limit}:00:00",
         directives=[_one_line("plan.sbatch", text) for text in config.plan.sbatch],
         secrets=required_secrets(config),
         port=RAY_PORT,
-        command=shlex.join(command(config, ray=config.cluster.nodes > 1)),
+        command=shlex.join(command(config, ray=needed.nodes > 1)),
     )
 
 
@@ -72,7 +76,7 @@ def rayjob(config: Config, hours: float | None = None) -> str:
         "rayVersion": pinned("ray", config),
         "headGroupSpec": _group(config, head=True),
     }
-    if workers := config.cluster.nodes - 1:
+    if workers := machines(config, *_stages(config)).nodes - 1:
         sizes = {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
         cluster["workerGroupSpecs"] = [{"groupName": "workers", **sizes, **_group(config, head=False)}]
     job = {
@@ -90,15 +94,19 @@ def rayjob(config: Config, hours: float | None = None) -> str:
     return str(yaml.safe_dump(job, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _gpus(config: Config) -> int:
-    return gpus_per_node(config, *(STAGES if config.plan.stage == "all" else (config.plan.stage,)))
+def _stages(config: Config) -> tuple[StageName, ...]:
+    return STAGES if config.plan.stage == "all" else (StageName(config.plan.stage),)
 
 
 def _group(config: Config, head: bool) -> dict[str, object]:
     """Head or worker: one pod per node with all of its GPUs."""
-    gpus, cuda = _gpus(config), config.cluster.device == "cuda"
-    memory = {"memory": f"{math.ceil(config.cluster.min_free_memory_gib)}Gi"}
-    resources = {**memory, **({"nvidia.com/gpu": gpus} if cuda else {})}
+    stages, cuda = _stages(config), config.cluster.device == "cuda"
+    gpus = machines(config, *stages).gpus
+    memory = max(host_gib(config, stage) for stage in stages if stage in PLANNED)
+    devices = {"nvidia.com/gpu": gpus} if cuda else {}
+    requests, limits = (
+        {"memory": f"{math.ceil(factor * memory)}Gi"} | devices for factor in (1.0, MEMORY_LIMIT)
+    )
     optional = dict.fromkeys(required_secrets(config), False)
     if config.model.kind == "hf":
         optional.setdefault("HF_TOKEN", True)
@@ -109,7 +117,7 @@ def _group(config: Config, head: bool) -> dict[str, object]:
             {"name": "HF_HOME", "value": f"{RUNS}/huggingface"},
             *(_from_secret(config, name, is_optional) for name, is_optional in optional.items()),
         ],
-        "resources": {"requests": resources, "limits": dict(resources)},
+        "resources": {"requests": requests, "limits": limits},
         "volumeMounts": [{"name": "runs", "mountPath": RUNS}, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     volumes = [
@@ -119,7 +127,10 @@ def _group(config: Config, head: bool) -> dict[str, object]:
     ]
     # On CPUs these are logical, as in a local Ray.
     start = {"num-gpus": str(gpus)} | ({} if cuda else {"num-cpus": str(8 + 4 * gpus)})
-    return {"rayStartParams": start, "template": {"spec": {"containers": [container], "volumes": volumes}}}
+    # the volume's files belong to the group of the image's user
+    user = {"runAsNonRoot": True, "fsGroup": USER}
+    pod = {"securityContext": user, "containers": [container], "volumes": volumes}
+    return {"rayStartParams": start, "template": {"spec": pod}}
 
 
 def _from_secret(config: Config, name: str, optional: bool) -> dict[str, object]:

@@ -5,14 +5,16 @@ docstrings of `geometry` (parameters, FLOPs), `memory` (bytes) and `work` (time)
 against measurements.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from pgenrm_train.cluster.planning.advice import Batches, batches_of, nearest_fit, problems_of
 from pgenrm_train.cluster.planning.geometry import Geometry, geometry_of
 from pgenrm_train.cluster.planning.memory import Phase, card_name, card_of, phases_of
+from pgenrm_train.cluster.planning.needs import host_parts, idle_warnings
 from pgenrm_train.cluster.planning.work import Work, examples_of, with_planned_sizes, work_of
 from pgenrm_train.cluster.sizes import Sizes, size_warnings, sizes_of
-from pgenrm_train.config import TRAINED, Config, StageName, gpus_per_node
+from pgenrm_train.config import TRAINED, Config, StageName, machines
 from pgenrm_train.config.stage_names import PLANNED
 
 
@@ -26,6 +28,7 @@ class StagePlan:
     work: Work
     sizes: Sizes | None  # of a training
     warnings: tuple[str, ...]
+    host: Mapping[str, float]  # GiB of a node's own memory by part; empty on CPUs
     problems: tuple[str, ...]
     change: tuple[str, ...] | None  # overrides under which it fits; None: it fits, or no known change helps
 
@@ -53,6 +56,7 @@ class StagePlan:
             ],
             "sizes": asdict(self.sizes) if self.sizes else None,
             "warnings": self.warnings,
+            "host_memory": self.host,
             "batches": self.batches.facts if self.batches else None,
             "counts": work.counts,
             "tokens": work.tokens,
@@ -83,9 +87,9 @@ class Plan:
     @property
     def dollars(self) -> float:
         """Cost of GPUs by the hour, and of APIs."""
-        node = gpus_per_node(self.config, *(stage.stage for stage in self.stages))
-        gpus = self.config.cluster.nodes * node * card_of(self.config).dollars_per_hour * self.hours
-        return gpus + sum(stage.work.api_dollars for stage in self.stages)
+        nodes, gpus = machines(self.config, *(stage.stage for stage in self.stages))
+        hour = nodes * gpus * card_of(self.config).dollars_per_hour
+        return hour * self.hours + sum(stage.work.api_dollars for stage in self.stages)
 
     @property
     def disk_gib(self) -> float:
@@ -134,7 +138,8 @@ def plan_stage(config: Config, geometry: Geometry, stage: StageName) -> StagePla
         batches_of(sized, stage),
         work_of(sized, geometry, stage),
         sizes,
-        tuple(size_warnings(sized, sizes)) if sizes else (),
+        (*idle_warnings(config, stage), *(size_warnings(sized, sizes) if sizes else ())),
+        {} if config.cluster.device == "cpu" else host_parts(config, stage),
         problems,
         nearest_fit(config, geometry, stage) if problems else None,
     )

@@ -72,6 +72,9 @@ def sentences(stage: StagePlan) -> list[str]:
         )
     lines += [f"! {warning}" for warning in stage.warnings]
     lines += [f"· {stage.sizes}"] if stage.sizes else []
+    if stage.host:
+        parts = ", ".join(f"{name} {gib:.0f}" for name, gib in stage.host.items())
+        lines.append(f"· {stage.stage}: a node's own memory {sum(stage.host.values()):.0f} GiB ({parts})")
     lines += [f"· {stage.stage}: {note}" for phase in stage.phases for note in phase.notes]
     return lines + [f"· {stage.stage} assumes: {text}" for text in stage.work.assumptions]
 

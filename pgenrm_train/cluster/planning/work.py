@@ -43,6 +43,7 @@ from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, EndpointConfig, St
 PUBLISHED = {"chatbot_arena": (305, 798)}
 USERS = {"chatbot_arena": 131, "prism_personalized": 720, "prism": 1500}
 ASSUMED_PAIRS = (10_000, 1_000)
+STATES = "optimizer states and weights"  # of the checkpoints that are kept
 SEQUENCES = 256  # concurrent sequences of a vLLM replica of veRL
 
 
@@ -200,7 +201,7 @@ def psi_work(config: Config, geometry: Geometry) -> Work:
         {"trained on": tokens},
         {"training": training_seconds(config, geometry, tokens, length, passes_of(config)) / 3600},
         {
-            "optimizer states and weights": psi.keep_checkpoints * states / GIB,
+            STATES: psi.keep_checkpoints * states / GIB,
             "checkpoint": geometry.parameters * b / GIB,
         },
         assumptions=(*assumed, "every pair gives a kept chain"),
@@ -241,7 +242,7 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
         {"read": read, "generated": float(rollouts + mined) * response, "trained on": trained_on},
         {name: spent / 3600 for name, spent in seconds.items() if spent},
         {
-            "optimizer states and weights": grpo.keep_checkpoints * saved / GIB,
+            STATES: grpo.keep_checkpoints * saved / GIB,
             "checkpoint": parameters * element_bytes(config) / GIB,
         },
         _api_dollars(config.judge, judge_tokens) if judged else 0.0,

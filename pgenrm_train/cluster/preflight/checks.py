@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.machine import (
+    check_compilers,
     check_disk,
     check_gpus,
     check_memory,
@@ -39,6 +40,7 @@ CHECKS: dict[str, Check] = {
     "memory": check_memory,
     "versions": check_versions,
     "gpus": check_gpus,
+    "compilers": check_compilers,
     "shared_memory": check_shared_memory,
     "ports": check_ports,
     "ray": check_ray,

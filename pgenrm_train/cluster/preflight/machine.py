@@ -5,24 +5,33 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgenrm_train.cluster.planning.needs import disk_gib, host_gib
 from pgenrm_train.cluster.preflight.reach import ChildFailed, check_ray, run_module
-from pgenrm_train.config import ROOT, TRAINED, Config, StageName, gpus_per_node
-from pgenrm_train.run.folder import PACKAGES, installed_version
+from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName, gpus_per_node
+from pgenrm_train.run.folder import PACKAGES, StageFolder, installed_version
 
 HEAVY = (*TRAINED, StageName.EVALUATE)
 RING_SECONDS = 180.0
+RING_REPORT = "ring: "  # first words of the line that `backends.ray.ring` prints
+TOOLKIT = "/usr/local/cuda"
+DRIVER = 580  # the first that knows CUDA 13
 
 
 def check_disk(config: Config, stage: str) -> Iterator[str]:
-    free = shutil.disk_usage(_existing(Path(config.run_dir))).free / 2**30
-    if free < config.cluster.min_free_disk_gib:
+    """Free disk for this stage, or for all stages of a pipeline that are still to do."""
+    run_dir = Path(config.run_dir)
+    stages = tuple(name for name in STAGES if not StageFolder.read(run_dir, name).complete)
+    needed = disk_gib(config, stages if config.recipe == "pipeline" else (StageName(stage),))
+    free = shutil.disk_usage(_existing(run_dir)).free / 2**30
+    if free < needed:
         yield (
-            f"{free:.1f} GiB of disk are free at run_dir={config.run_dir}, and cluster.min_free_disk_gib="
-            f"{config.cluster.min_free_disk_gib:g}; free some, choose another run_dir, or lower the limit"
+            f"{free:.1f} GiB of disk are free at run_dir={config.run_dir}, and {needed:.0f} are needed "
+            "(recipe=plan shows them); free some, choose another run_dir, or set cluster.min_free_disk_gib="
         )
 
 
@@ -30,10 +39,10 @@ def check_memory(config: Config, stage: str) -> Iterator[str]:
     import psutil
 
     free = psutil.virtual_memory().available / 2**30
-    if stage in HEAVY and free < config.cluster.min_free_memory_gib:
+    if stage in HEAVY and free < (needed := host_gib(config, StageName(stage))):
         yield (
-            f"{free:.1f} GiB of memory are free, and {stage} needs cluster.min_free_memory_gib="
-            f"{config.cluster.min_free_memory_gib:g}; close other programs or lower the limit"
+            f"{free:.1f} GiB of memory are free, and {stage} needs {needed:.0f}; "
+            "close other programs, or set cluster.min_free_memory_gib="
         )
 
 
@@ -158,7 +167,49 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
             "choose another cluster= or set cluster.processes_per_node="
         )
         return
+    if visible > 2 * needed:
+        print(
+            f"warning: {stage} uses {needed} of the {visible} GPUs of this machine; the nearest better setting "
+            f"is cluster.processes_per_node={visible - needed + config.cluster.processes_per_node}",
+            file=sys.stderr,
+            flush=True,
+        )
+    yield from driver_problems(driver_version())
     yield from gpu_problems(config, visible_gpus()[: config.cluster.processes_per_node])
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver; None without NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:
+        return None
+
+
+def driver_problems(version: str | None) -> Iterator[str]:
+    """The driver must know CUDA 13 of the pins."""
+    if version and int(version.partition(".")[0]) < DRIVER:
+        yield (
+            f"NVIDIA's driver is {version}, and CUDA 13 of the pins needs {DRIVER} or newer; "
+            "update the driver of this machine"
+        )
+
+
+def check_compilers(config: Config, stage: str) -> Iterator[str]:
+    """A C compiler, with which Triton builds its launchers, and nvcc, which DeepSpeed and FlashInfer look for."""
+    if config.cluster.device != "cuda" or stage not in (*HEAVY, StageName.PROTOTYPES):
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        yield f"no C compiler is on PATH, and Triton needs one in {stage}; install gcc (build-essential)"
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT)
+    if not shutil.which("nvcc") and not any(home and Path(home, "bin", "nvcc").exists() for home in homes):
+        yield (
+            f"nvcc is neither on PATH nor under CUDA_HOME, and {stage} may compile kernels; install the CUDA 13 "
+            "toolkit, set CUDA_HOME, or preflight.skip=[compilers]"
+        )
 
 
 def gpu_problems(config: Config, gpus: Sequence[Gpu]) -> Iterator[str]:
@@ -229,9 +280,10 @@ def check_ring(config: Config, stage: str) -> Iterator[str]:
     ]  # fmt: skip
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     try:
-        run_module(
+        output = run_module(
             *command, seconds=RING_SECONDS, variables={} if cuda else {"GLOO_SOCKET_IFNAME": interface}
         )
+        _log_ring(output, nodes=cluster.nodes if address else 1)
     except subprocess.TimeoutExpired:
         yield (
             f"an all-reduce over {processes} processes ({backend}) did not end within {RING_SECONDS:.0f} s; "
@@ -239,6 +291,19 @@ def check_ring(config: Config, stage: str) -> Iterator[str]:
         )
     except ChildFailed as reason:
         yield f"an all-reduce over {processes} processes ({backend}) failed ({reason}); {_remedy(backend)}"
+
+
+def _log_ring(output: str, nodes: int) -> None:
+    """Log bandwidth and transport, and warn if nodes talk over TCP."""
+    report = next((line for line in output.splitlines() if line.startswith(RING_REPORT)), RING_REPORT)
+    print(report, flush=True)
+    if nodes > 1 and "NET/Socket" in report:
+        print(
+            "warning: the nodes exchange gradients over TCP (NET/Socket) and not over RDMA; install "
+            "libibverbs1, ibverbs-providers and librdmacm1, and set NCCL_IB_HCA if there are several adapters",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _remedy(backend: str) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from pgenrm_train.cluster.launch.files import CHECKOUT, RUNS
-from pgenrm_train.config import ROOT
+from pgenrm_train.cluster.preflight import machine
+from pgenrm_train.cluster.preflight.checks import findings
+from pgenrm_train.config import ROOT, load
+from recipes.wiring.gpu_check import STEPS
 
 KNOWN = {"FROM", "RUN", "USER", "ENV", "COPY", "WORKDIR", "ENTRYPOINT", "CMD"}
 
@@ -63,6 +67,41 @@ def test_it_runs_as_an_ordinary_user():
     assert users == ["10001"] and any(
         "useradd" in text and "10001" in text for name, text in instructions() if name == "RUN"
     )
+
+
+def test_nccl_verl_and_triton_find_their_libraries():
+    """RDMA for NCCL between nodes, libnuma.so (its development package) for veRL, a compiler for Triton."""
+    (packages,) = (text for _, text in instructions() if "apt-get install" in text)
+    wanted = {"ibverbs-providers", "libibverbs1", "librdmacm1t64", "libnuma-dev", "build-essential"}
+    assert wanted <= set(packages.split())
+
+
+def test_weights_outlive_the_container():
+    assert any(f"HF_HOME={RUNS}/" in text for name, text in instructions() if name == "ENV")
+
+
+def test_the_example_composes_and_passes_the_preflight_in_the_image(tmp_path, monkeypatch):
+    import torch
+
+    (line,) = re.findall(
+        r"^#   docker run .* pgenrm-train:\S+ (.*)$", (ROOT / "Dockerfile").read_text(), re.M
+    )
+    config = load(*shlex.split(line))
+    assert config.cluster.device == "cuda", "the image has the packages of GPUs"
+    config.run_dir = str(tmp_path / Path(config.run_dir).name)
+    # the image on a machine with one GPU
+    monkeypatch.setattr(machine, "installed", machine.pins("gpu").get)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: [machine.Gpu("NVIDIA L40S", 45.0, 44.0, (8, 9))])
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.65.06")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    left_out = ("memory", "shared_memory")  # of this machine
+    problems = [p for f in findings(config, STEPS) for p in f.problems if f.check not in left_out]
+    assert problems == []
+    config.cluster.device = "cpu"
+    assert "versions differ" in " ".join(p for f in findings(config, STEPS) for p in f.problems)
 
 
 def test_no_secret_goes_in():

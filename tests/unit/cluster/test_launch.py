@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pgenrm_train.cluster.launch import files as launch
-from pgenrm_train.config import ROOT, Config, load, parse, to_dict
+from pgenrm_train.cluster.planning.needs import host_gib
+from pgenrm_train.config import ROOT, Config, StageName, load, parse, to_dict
 from pgenrm_train.errors import ConfigError
 
 SHELLCHECK = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
@@ -183,6 +185,32 @@ def test_a_served_judge_has_gpus_of_its_own() -> None:
         (gpus[stage],) = re.findall(r"--gpus-per-node=(\d+)", launch.slurm(config))
         assert f"nvidia.com/gpu: {gpus[stage]}\n" in launch.rayjob(config)
     assert gpus == {"psi": "7", "cre": "8", "curriculum": "7"}
+
+
+def test_a_judge_without_room_is_refused_or_gets_a_node() -> None:
+    judge = ("judge=vllm", "judge.name=Qwen/Qwen3-8B", "data=chatbot_arena")
+    for emit in (launch.slurm, launch.rayjob):
+        with pytest.raises(
+            ConfigError, match=r"a node has 8; the nearest better setting is cluster\.processes_per_node=7"
+        ):
+            emit(composed("model=llama31_8b", "cluster=gpu8", *judge))
+    many = big(*judge[:2], "plan.stage=cre")
+    script = launch.slurm(many)
+    assert "#SBATCH --nodes=5\n" in script and "#SBATCH --gpus-per-node=8\n" in script
+    (workers,) = yaml.safe_load(launch.rayjob(many))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["replicas"] == 4
+    assert "#SBATCH --nodes=4\n" in launch.slurm(big(*judge[:2], "plan.stage=psi")), "PSI has no judge"
+
+
+def test_pods_ask_for_the_planned_memory_and_may_use_more() -> None:
+    config = big("plan.stage=cre")
+    needed = host_gib(config, StageName.CRE)
+    pod = yaml.safe_load(launch.rayjob(config))["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    resources = pod["containers"][0]["resources"]
+    gib = {name: int(resources[name]["memory"].removesuffix("Gi")) for name in ("requests", "limits")}
+    assert gib["requests"] == math.ceil(needed) and gib["limits"] == math.ceil(1.5 * needed)
+    assert pod["securityContext"] == {"runAsNonRoot": True, "fsGroup": 10001}, "the volume is writable"
+    assert f"--uid {launch.USER} " in (ROOT / "Dockerfile").read_text()
 
 
 def hostile(config: Config) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import socket
@@ -72,7 +73,8 @@ def test_too_little_memory_names_the_need_and_the_remedy(tmp_path: Path) -> None
     wanting = config(tmp_path)
     wanting.cluster.min_free_memory_gib = 1e6
     with pytest.raises(
-        PreflightError, match=r"GiB of memory are free, and psi needs cluster\.min_free_memory_gib=1e\+06"
+        PreflightError,
+        match=r"GiB of memory are free, and psi needs 1000000; .* cluster\.min_free_memory_gib=",
     ):
         check_machine(wanting, "psi")
 
@@ -141,12 +143,69 @@ def test_a_fixed_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(machine.check_ports(config(tmp_path), "psi")) == []
 
 
-def test_a_ring_of_two_processes_closes_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_must_know_the_cuda_of_the_pins() -> None:
+    assert list(machine.driver_problems("580.65.06")) == [] == list(machine.driver_problems(None))
+    (problem,) = machine.driver_problems("570.124.06")
+    assert "driver is 570.124.06" in problem and "580 or newer" in problem
+
+
+def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = config(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "TOOLKIT", "nowhere")
+    assert list(machine.check_compilers(asking, "cre")) == [], "on a CPU nothing is compiled"
+    asking.cluster.device = "cuda"
+    assert list(machine.check_compilers(asking, "build_data")) == []
+    told = " ".join(machine.check_compilers(asking, "cre"))
+    assert "no C compiler is on PATH" in told and "nvcc is neither on PATH nor under CUDA_HOME" in told
+    (tmp_path / "bin").mkdir()
+    for tool in (tmp_path / "bin" / "nvcc", tmp_path / "gcc"):
+        tool.touch(0o755)
+    assert list(machine.check_compilers(asking, "cre")) == []
+
+
+def test_nodes_that_talk_over_tcp_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "ring: 16 processes (nccl via NET/Socket, P2P), 1.10 GB/s"
+    machine._log_ring(f"some log\n{line}\n", nodes=2)
+    told = capsys.readouterr()
+    assert told.out == f"{line}\n" and "over TCP (NET/Socket)" in told.err and "libibverbs1" in told.err
+    machine._log_ring(f"{line}\n", nodes=1)
+    machine._log_ring(line.replace("Socket", "IB"), nodes=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_asks_for_what_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ("model=llama31_8b", "cluster=gpu8", "data=chatbot_arena", f"run_dir={tmp_path}")
+    usage = type("Usage", (), {"free": 300 * 2**30, "total": 2**40})
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage)
+    alone = load("recipe=psi", *keys)
+    (problem,) = machine.check_disk(alone, "psi")
+    assert re.search(r"300\.0 GiB of disk are free .* and 329 are needed", problem), (
+        "three checkpoints and weights"
+    )
+    whole = dataclasses.replace(alone, recipe="pipeline")
+    assert {tuple(machine.check_disk(whole, stage)) for stage in STAGES} == {
+        tuple(machine.check_disk(whole, "psi"))
+    }
+    assert " and 897 are needed" in next(machine.check_disk(whole, "psi"))
+    (tmp_path / "psi").mkdir()
+    with (tmp_path / "psi" / "states").open("wb") as file:
+        file.truncate(100 * 2**30)  # a sparse file: what a resumed stage has written counts
+    assert list(machine.check_disk(alone, "psi")) == []
+
+
+def test_a_ring_of_two_processes_closes_over_gloo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = config(tmp_path)
     assert list(machine.check_ring(asked, "psi")) == []
     asked.preflight.ring = True
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert list(machine.check_ring(asked, "psi")) == []
+    assert re.search(r"^ring: 2 processes \(gloo\), \d+\.\d\d GB/s$", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
     (problem,) = machine.check_ring(asked, "psi")
     assert "an all-reduce over 2 processes (gloo) failed" in problem and "GLOO_SOCKET_IFNAME" in problem

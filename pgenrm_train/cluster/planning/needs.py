@@ -1,0 +1,93 @@
+"""What a stage needs of its machines: host memory, disk, and GPUs that would have nothing to do.
+
+Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption), the
+planned host parts of the fullest phase, and the larger of loading (veRL: fp32, on rank 0) and publishing (all
+weights gathered on rank 0).  With LoRA vLLM sleeps with its weights in host memory.
+
+Disk of a training stage: the kept optimiser states and one more while it saves, and the published checkpoint.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pgenrm_train.cluster.planning.geometry import geometry_of
+from pgenrm_train.cluster.planning.memory import GIB, element_bytes, phases_of
+from pgenrm_train.cluster.planning.work import STATES, with_planned_sizes, work_of
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
+from pgenrm_train.errors import ConfigError
+
+LEAST_MEMORY, LEAST_DISK = 6.0, 3.0  # GiB
+PROCESS = 8.0  # GiB of host memory per process on GPUs
+
+
+def host_gib(config: Config, stage: StageName) -> float:
+    """Host memory per node; `cluster.min_free_memory_gib` if it is given."""
+    if (given := config.cluster.min_free_memory_gib) is not None:
+        return given
+    if config.cluster.device == "cpu":
+        return LEAST_MEMORY
+    try:
+        return max(LEAST_MEMORY, sum(host_parts(config, stage).values()))
+    except ConfigError:  # no plan of an unknown model
+        return LEAST_MEMORY
+
+
+def host_parts(config: Config, stage: StageName) -> dict[str, float]:
+    """GiB of host memory per node by part.  Raises ConfigError if the model's geometry is unknown."""
+    sized, geometry, cluster = with_planned_sizes(config), geometry_of(config), config.cluster
+    parts = {"processes": PROCESS * cluster.processes_per_node}
+    phases = [dict(phase.host_parts) for phase in phases_of(sized, geometry, stage)]
+    fullest: dict[str, float] = max(phases, key=lambda each: sum(each.values()), default={})
+    parts |= fullest
+    weights, lora = geometry.parameters / GIB, bool(config.model.lora.rank)
+    if stage in TRAINED:
+        loaded = weights * (2 if lora else 4) if stage in GRPO_STAGES else 0.0
+        published = weights * element_bytes(config) * (2 if lora and stage in GRPO_STAGES else 1)
+        parts["loading or publishing"] = max(loaded, published)
+    if lora and stage in GRPO_STAGES:
+        replicas = max(1, cluster.processes_per_node // cluster.tensor_parallel)
+        parts["sleeping vLLM"] = replicas * weights * element_bytes(config)
+    return parts
+
+
+def disk_gib(config: Config, stages: tuple[StageName, ...]) -> float:
+    """Disk of stages that are still to do, less their files so far; `cluster.min_free_disk_gib` if given."""
+    if (given := config.cluster.min_free_disk_gib) is not None:
+        return given
+    return max(LEAST_DISK, sum(_disk(config, stage) for stage in stages if stage in TRAINED))
+
+
+def _disk(config: Config, stage: StageName) -> float:
+    try:
+        disk = work_of(with_planned_sizes(config), geometry_of(config), stage).disk
+    except ConfigError:
+        return 0.0
+    keep: int = getattr(config, stage).keep_checkpoints
+    one_more = disk[STATES] / keep
+    folder = Path(config.run_dir) / stage
+    return max(0.0, sum(disk.values()) + one_more - _size(folder) / GIB)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.lstat().st_size for file in folder.rglob("*")) if folder.is_dir() else 0
+
+
+def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
+    """One sentence if a stage leaves more than half of the GPUs without work, with the nearest better setting."""
+    cluster, teacher = config.cluster, config.teacher
+    if cluster.device == "cpu":
+        return
+    used = (cluster.engines or 0) * cluster.tensor_parallel
+    if stage in (StageName.PROTOTYPES, StageName.EVALUATE) and 0 < 2 * used < cluster.ranks:
+        yield (
+            f"{stage} uses {used} of {cluster.ranks} GPUs with cluster.engines={cluster.engines}; "
+            f"the nearest better setting is cluster.engines={cluster.ranks // cluster.tensor_parallel}"
+        )
+    if stage == StageName.BUILD_SEC and teacher.kind == "vllm" and 2 * teacher.gpus < cluster.ranks:
+        better = f"teacher.gpus={cluster.processes_per_node}"
+        if teacher.gpus >= cluster.processes_per_node:
+            better = "recipe=build_sec on one node first, with cluster.nodes=1 and the same run_dir"
+        yield (
+            f"{stage} uses {teacher.gpus} of {cluster.ranks} GPUs with teacher.gpus={teacher.gpus}; "
+            f"the nearest better setting is {better}"
+        )
