@@ -101,6 +101,10 @@ class Machines(NamedTuple):
     nodes: int
     gpus: int
 
+    @property
+    def all(self) -> int:
+        return self.nodes * self.gpus
+
 
 def machines(config: Config, *stages: str) -> Machines:
     """Nodes and GPUs that these stages need, those of a served judge included.

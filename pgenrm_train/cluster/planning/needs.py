@@ -1,8 +1,8 @@
 """What a stage needs of its machines: host memory, disk, and GPUs that would have nothing to do.
 
-Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption), the
-planned host parts of the fullest phase, and the larger of loading (veRL: fp32, on rank 0) and publishing (all
-weights gathered on rank 0).  With LoRA vLLM sleeps with its weights in host memory.
+Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption),
+the planned host parts of the fullest phase, and the larger of loading (veRL: fp32, on rank 0) and publishing
+(all weights gathered on rank 0).  With LoRA vLLM sleeps with its weights in host memory.
 
 Disk of a training stage: the kept optimiser states and one more while it saves, and the published checkpoint.
 """
@@ -73,7 +73,7 @@ def _size(folder: Path) -> int:
 
 
 def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
-    """One sentence if a stage leaves more than half of the GPUs without work, with the nearest better setting."""
+    """A warning with the nearest better setting if a stage leaves more than half of the GPUs idle."""
     cluster, teacher = config.cluster, config.teacher
     if cluster.device == "cpu":
         return

@@ -87,8 +87,8 @@ class Plan:
     @property
     def dollars(self) -> float:
         """Cost of GPUs by the hour, and of APIs."""
-        nodes, gpus = machines(self.config, *(stage.stage for stage in self.stages))
-        hour = nodes * gpus * card_of(self.config).dollars_per_hour
+        gpus = machines(self.config, *(stage.stage for stage in self.stages)).all
+        hour = gpus * card_of(self.config).dollars_per_hour
         return hour * self.hours + sum(stage.work.api_dollars for stage in self.stages)
 
     @property

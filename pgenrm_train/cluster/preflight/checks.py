@@ -5,10 +5,12 @@ sentence has a row in docs/troubleshooting.md, and `preflight.skip=[NAME]` skips
 default settings they take milliseconds: nothing heavy is imported.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgenrm_train.cluster.planning.needs import idle_warnings
 from pgenrm_train.cluster.preflight.machine import (
     check_compilers,
     check_disk,
@@ -18,6 +20,7 @@ from pgenrm_train.cluster.preflight.machine import (
     check_ring,
     check_shared_memory,
     check_versions,
+    idle_gpus,
 )
 from pgenrm_train.cluster.preflight.reach import (
     check_data,
@@ -64,12 +67,18 @@ class Finding:
 
 
 def check_machine(config: Config, *stages: str, skip: Sequence[str] = ()) -> None:
-    """Run the checks of some stages.  Raises PreflightError, which lists all failures with their remedies."""
+    """Run the checks of some stages, and warn if they leave most GPUs idle.
+
+    Raises PreflightError, which lists all failures with their remedies.
+    """
     failed = [problem for finding in findings(config, stages, skip) for problem in finding.problems]
     if len(failed) > 1:
         failed = [f"({number}) {problem}" for number, problem in enumerate(failed, start=1)]
     if failed:
         raise PreflightError("; ".join(failed))
+    for stage in map(StageName, stages):
+        for warning in (*idle_warnings(config, stage), *idle_gpus(config, stage)):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def fail_early(config: Config, stages: Sequence[str]) -> None:

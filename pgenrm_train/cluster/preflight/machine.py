@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.planning.needs import disk_gib, host_gib
-from pgenrm_train.cluster.preflight.reach import ChildFailed, check_ray, run_module
-from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName, gpus_per_node
+from pgenrm_train.cluster.preflight.reach import ChildFailed, check_ray, nodes_at, run_module
+from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName, gpus_per_node, machines
 from pgenrm_train.run.folder import PACKAGES, StageFolder, installed_version
 
 HEAVY = (*TRAINED, StageName.EVALUATE)
@@ -167,15 +167,28 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
             "choose another cluster= or set cluster.processes_per_node="
         )
         return
-    if visible > 2 * needed:
-        print(
-            f"warning: {stage} uses {needed} of the {visible} GPUs of this machine; the nearest better setting "
-            f"is cluster.processes_per_node={visible - needed + config.cluster.processes_per_node}",
-            file=sys.stderr,
-            flush=True,
-        )
     yield from driver_problems(driver_version())
     yield from gpu_problems(config, visible_gpus()[: config.cluster.processes_per_node])
+
+
+def idle_gpus(config: Config, stage: str) -> Iterator[str]:
+    """A warning if more than half of the GPUs of this machine, or of the Ray cluster, stay unused."""
+    cluster, address = config.cluster, config.ray.address
+    if cluster.device != "cuda" or stage not in TRAINED:
+        return
+    if address is None:
+        import torch
+
+        found, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
+        better = f"cluster.processes_per_node={found - needed + cluster.processes_per_node}"
+    else:
+        found, needed = (
+            int(sum(node.get("GPU", 0) for node in nodes_at(address))),
+            machines(config, stage).all,
+        )
+        better = f"cluster.nodes={cluster.nodes * found // needed}"
+    if found > 2 * needed:
+        yield f"{stage} uses {needed} of {found} GPUs; the nearest better setting is {better}"
 
 
 def driver_version() -> str | None:
@@ -199,7 +212,7 @@ def driver_problems(version: str | None) -> Iterator[str]:
 
 
 def check_compilers(config: Config, stage: str) -> Iterator[str]:
-    """A C compiler, with which Triton builds its launchers, and nvcc, which DeepSpeed and FlashInfer look for."""
+    """A C compiler for Triton's launchers, and nvcc for kernels of DeepSpeed and FlashInfer."""
     if config.cluster.device != "cuda" or stage not in (*HEAVY, StageName.PROTOTYPES):
         return
     if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
@@ -207,8 +220,8 @@ def check_compilers(config: Config, stage: str) -> Iterator[str]:
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT)
     if not shutil.which("nvcc") and not any(home and Path(home, "bin", "nvcc").exists() for home in homes):
         yield (
-            f"nvcc is neither on PATH nor under CUDA_HOME, and {stage} may compile kernels; install the CUDA 13 "
-            "toolkit, set CUDA_HOME, or preflight.skip=[compilers]"
+            f"nvcc is neither on PATH nor under CUDA_HOME, and {stage} may compile kernels; "
+            "install the CUDA 13 toolkit, set CUDA_HOME, or preflight.skip=[compilers]"
         )
 
 
@@ -299,8 +312,8 @@ def _log_ring(output: str, nodes: int) -> None:
     print(report, flush=True)
     if nodes > 1 and "NET/Socket" in report:
         print(
-            "warning: the nodes exchange gradients over TCP (NET/Socket) and not over RDMA; install "
-            "libibverbs1, ibverbs-providers and librdmacm1, and set NCCL_IB_HCA if there are several adapters",
+            "warning: the nodes exchange gradients over TCP (NET/Socket) and not over RDMA; "
+            "install libibverbs1, ibverbs-providers and librdmacm1, or set NCCL_IB_HCA to the adapter",
             file=sys.stderr,
             flush=True,
         )

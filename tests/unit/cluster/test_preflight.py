@@ -149,6 +149,28 @@ def test_the_driver_must_know_the_cuda_of_the_pins() -> None:
     assert "driver is 570.124.06" in problem and "580 or newer" in problem
 
 
+def test_gpus_without_work_are_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    one = load("recipe=psi", "model=llama31_8b", "cluster=gpu1", f"run_dir={tmp_path}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert next(machine.idle_gpus(one, "psi")) == (
+        "psi uses 1 of 8 GPUs; the nearest better setting is cluster.processes_per_node=8"
+    )
+    assert list(machine.idle_gpus(one, "build_data")) == []
+    monkeypatch.setattr(machine, "nodes_at", lambda _: [{"GPU": 8.0}] * 6)
+    four = dataclasses.replace(one, cluster=dataclasses.replace(one.cluster, nodes=2, processes_per_node=8))
+    four.ray.address = "head:6379"
+    assert "psi uses 16 of 48 GPUs; the nearest better setting is cluster.nodes=6" in machine.idle_gpus(
+        four, "psi"
+    )
+    four.preflight.skip = list(CHECKS)
+    check_machine(four, "psi")
+    assert capsys.readouterr().err.startswith("warning: psi uses 16 of 48 GPUs")
+
+
 def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asking = config(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
