@@ -8,7 +8,7 @@ from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import build_sec
-from pgenrm_train.stages.stage import prepare, run_stage
+from pgenrm_train.stages.stage import prepare, run_stage, with_totals
 from recipes import build_data
 from recipes.wiring.models import load_tokenizer, make_base
 from recipes.wiring.teachers import teacher
@@ -16,6 +16,7 @@ from recipes.wiring.teachers import teacher
 
 def run(config: Config) -> None:
     prepare(config)
+    config = with_totals(config, *([Path(config.model.path)] if config.model.path else []))
     build_data.run(config)
 
     def writer_for(kept: Sequence[build_sec.Kept]) -> PromptWriter:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from pgenrm_train.config import GRPO_STAGES, Config, StageName
-from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of
+from pgenrm_train.stages.stage import Start, prepare, run_stage, start_of, with_totals
 from recipes import build_data, criteria
 from recipes.wiring.grpo import synthesized, train
 
@@ -17,6 +17,7 @@ def run_stages(config: Config, stages: Sequence[StageName]) -> None:
     """Train `stages` one after the other; the engine is started once for all incomplete ones."""
     prepare(config)
     start = start_of(config, stages[0].starts_from)
+    config = with_totals(config, start.checkpoint)
     build_data.run(config)
     if any(synthesized(config, stage) for stage in stages):
         criteria.run(config)

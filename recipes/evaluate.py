@@ -8,7 +8,7 @@ from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
-from pgenrm_train.stages.stage import prepare, run_stage
+from pgenrm_train.stages.stage import prepare, run_stage, with_totals
 from recipes import build_data
 from recipes.wiring import evaluation, lampqa
 from recipes.wiring.candidates import candidates
@@ -26,6 +26,11 @@ def run(config: Config) -> None:
             f"recipe=evaluate found no complete {', '.join(TRAINED)} under run_dir={run_dir}; train one "
             "there, or give model.path="
         )
+    checkpoints = (
+        [Path(config.model.path)] if config.model.path else [run_dir / s / "checkpoint" for s in made]
+    )
+    if config.model.kind in ("nano", "hf"):
+        config = with_totals(config, *checkpoints)
     build_data.run(config)
     body, summary = evaluation.evaluate, "accuracy {accuracy:.3f} of {model}"
     if config.data.name == "lampqa":

@@ -6,7 +6,7 @@ from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import prototypes
-from pgenrm_train.stages.stage import prepare, run_stage, start_of
+from pgenrm_train.stages.stage import prepare, run_stage, start_of, with_totals
 from recipes import build_data
 from recipes.wiring.analyses import write_analyses
 from recipes.wiring.models import make_embedder, refiner
@@ -15,6 +15,7 @@ from recipes.wiring.models import make_embedder, refiner
 def run(config: Config) -> None:
     prepare(config)
     start = start_of(config, StageName.PROTOTYPES.starts_from)
+    config = with_totals(config, start.checkpoint)
     build_data.run(config)
     prototypes.reopen_damaged(StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES))
 

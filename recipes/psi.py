@@ -8,13 +8,14 @@ from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import METRICS, Tracker
 from pgenrm_train.stages.build_sec import SEC
-from pgenrm_train.stages.stage import prepare, run_stage
+from pgenrm_train.stages.stage import prepare, run_stage, with_totals
 from recipes import build_sec
 from recipes.wiring.models import base_model, check_base, validation_pairs
 
 
 def run(config: Config) -> None:
     prepare(config)
+    config = with_totals(config, *([Path(config.model.path)] if config.model.path else []))
     fail_early(config, stages_of(config.recipe))
     check_base(config)
     build_sec.run(config)

@@ -17,7 +17,9 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 import pandas as pd
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
-from pgenrm_train.chains.chain import ParseFailure, parse_chain
+from pgenrm_train.chains.chain import ParseFailure
+from pgenrm_train.chains.totals import UNVERIFIED, failure_of, read_chain
+from pgenrm_train.config import Totals
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import next_part, write_table, write_text
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
@@ -29,7 +31,6 @@ Histories = Mapping[str, tuple[HistoryItem, ...]]  # pair_id → the history in 
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
-UNVERIFIED = "unverified"  # failure under `eval.scores=verified`: the chain's own weights give no scores
 ENGINE_FAILURE = "engine:"  # prefix of a failure of the engine, not of the model
 
 
@@ -181,6 +182,7 @@ def ask(
     temperature: float,
     progress: Progress,
     what: str,
+    totals: Totals = Totals.DECLARED,
 ) -> pd.DataFrame:
     """Sample what the store lacks and return the rows of all samples of all questions.
 
@@ -194,7 +196,7 @@ def ask(
         answers = generator()(_requests(runs.values(), write, masking), temperature=temperature)
         total = sum(run.samples for run in runs.values())
         rows = (
-            prediction(run.question, replace(answer, sample=run.first + answer.sample))
+            prediction(run.question, replace(answer, sample=run.first + answer.sample), totals)
             for answer in answers
             for run in [runs[answer.key]]
         )
@@ -241,13 +243,14 @@ def _missing(questions: Sequence[Question], done: Set[tuple[str, int]]) -> list[
     )
 
 
-def prediction(question: Question, generation: Generation) -> Prediction:
+def prediction(question: Question, generation: Generation, totals: Totals) -> Prediction:
     """Row of a generation: scores, verified scores, issues, text and tokens, or the failure."""
-    chain = parse_chain(generation.text or "", 2) if generation.failure is None else None
-    failure = f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else generation.failure
-    row = answer_row(
-        question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=generation.text
-    )
+    text, chain, failure = generation.text, None, generation.failure
+    if failure is None:
+        text, chain = read_chain(text or "", totals)
+    if isinstance(chain, ParseFailure):
+        failure = failure_of(chain)
+    row = answer_row(question, sample=generation.sample, failure=failure, tokens=generation.tokens, text=text)
     if chain is not None and not isinstance(chain, ParseFailure):
         row["score_chosen"], row["score_rejected"] = by_choice(question, chain.scores)
         row["issues"] = ",".join(chain.issues)

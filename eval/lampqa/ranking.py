@@ -24,7 +24,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -34,7 +34,9 @@ from scipy.stats import rankdata
 from eval.ask.harness import PredictionStore, Progress, Write
 from eval.ask.scored import ScoreMany, validate_scores
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
-from pgenrm_train.chains.chain import ParseFailure, parse_chain
+from pgenrm_train.chains.chain import ParseFailure
+from pgenrm_train.chains.totals import failure_of, read_chain
+from pgenrm_train.config import Totals
 from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
 from pgenrm_train.records.questions import Answer, UserQuestion
@@ -127,6 +129,7 @@ def ask_tasks(
     temperature: float,
     progress: Progress,
     what: str,
+    totals: Totals = Totals.DECLARED,
 ) -> pd.DataFrame:
     """Sample chains for the tasks that the store lacks; returns all rows, one per task."""
     done, by_key = store.done(), {t.key: t for t in tasks}
@@ -136,7 +139,7 @@ def ask_tasks(
         requests = (GenerationRequest(t.key, tuple(write(t.view)), 1, seed) for t, seed in zip(todo, seeds))
         try:
             for answer in progress(start()(requests, temperature=temperature), what, len(todo)):
-                store.add(_chain_row(by_key[answer.key], answer))
+                store.add(_chain_row(by_key[answer.key], answer, totals))
         finally:
             store.flush()
     table = store.read()
@@ -157,11 +160,14 @@ def score_tasks(tasks: Sequence[Task], model: ScoreMany) -> pd.DataFrame:
     )
 
 
-def _chain_row(task: Task, answer: Generation) -> dict[str, object]:
+def _chain_row(task: Task, answer: Generation, totals: Totals) -> dict[str, object]:
     if answer.failure is not None:
         return _row(task, answer.failure, answer)
-    chain = parse_chain(answer.text or "", len(task.models))
-    return _row(task, f"parse:{chain.kind}" if isinstance(chain, ParseFailure) else chain.scores, answer)
+    text, chain = read_chain(answer.text or "", totals, len(task.models))
+    answer = replace(answer, text=text)
+    if not isinstance(chain, ParseFailure):
+        return _row(task, chain.scores, answer)
+    return _row(task, failure_of(chain), answer)
 
 
 def _row(task: Task, scores: tuple[float, ...] | str, answer: Generation | None = None) -> dict[str, object]:

@@ -47,7 +47,7 @@ from eval.report.sections import (
 from eval.studies.evaluation import Evaluation, Grid, Tested
 from eval.studies.robustness import ProbeRow
 from eval.studies.scaling_study import SETTLED
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, Totals
 from pgenrm_train.files import write_json, write_table, write_text
 from pgenrm_train.scaling.combine import grid
 
@@ -189,7 +189,7 @@ def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dic
         "data": config.data.name,
         "data_sha256": data_digest(evaluated.evaluation.pairs),
         "judge": config.judge.kind,
-        "scores": config.eval.scores,
+        "totals": config.model.counted,
         "weights": list(config.eval.weights),
         "grids": {g.study.name: g.rows for g in grids},
         "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
@@ -292,7 +292,8 @@ def narrow(gains: Sequence[Row], columns: int = 12) -> Sequence[Row]:
 
 def headline_title(evaluation: Evaluation, config: Config) -> str:
     users = len({p.user_id for p in evaluation.pairs})
-    scores = ", verified scores" if config.eval.scores == "verified" else ""
+    kind = config.model.counted
+    scores = "" if kind is Totals.DECLARED else f", totals={kind}"
     return (
         f"{config.data.name}: {len(evaluation.pairs)} pairs of {users} users in both orders, "
         f"{config.eval.protocol} protocol, judge={config.judge.kind}{scores}; accuracy in % [95 % interval "

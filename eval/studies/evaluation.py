@@ -21,7 +21,6 @@ from eval.ask.harness import (
     own_questions,
     prediction,
     requests,
-    verified,
 )
 from eval.ask.scored import Score, ScoreMany, ask_scores, one_by_one, scored
 from eval.metrics.accuracy import Accuracy, AccuracyReport, Difference, accuracy_report, paired_difference
@@ -38,7 +37,7 @@ from eval.studies.scaling_study import (
     sample_pool,
 )
 from pgenrm_train.backends.protocols import Generator, Validated
-from pgenrm_train.config import Config, masking_of
+from pgenrm_train.config import Config, Totals, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.records.pairs import PreferencePair
 
@@ -118,6 +117,8 @@ def kept_answers(
 ) -> PredictionStore:
     """Store of a candidate's answers, keyed by model, prompt and sampling; in `eval.cache` if that is set."""
     prompt = [getattr(config.model, setting) for setting in PROMPT]
+    if config.model.counted is not Totals.DECLARED:
+        prompt.append(config.model.counted)
     identity = fingerprint(
         candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt
     )
@@ -159,7 +160,7 @@ class Evaluation:
             kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
-            answers = ask(
+            return ask(
                 questions,
                 candidate.start,
                 candidate.write(),
@@ -168,8 +169,8 @@ class Evaluation:
                 temperature=self.config.eval.temperature,
                 progress=progress,
                 what=what,
+                totals=self.config.model.counted,
             )
-            return verified(answers) if self.config.eval.scores == "verified" else answers
 
         return answer
 
@@ -266,7 +267,8 @@ class Validation:
     def __call__(self, generator: Generator) -> Validated:
         """Strict accuracy (a failed generation is a miss) as `headline` metrics, and the first chains."""
         answers = {answer.key: answer for answer in generator(self.requests, temperature=0.0)}
-        rows = [prediction(question, answers[key]) for key, question in self.questions.items()]
+        totals = self.config.model.counted
+        rows = [prediction(question, answers[key], totals) for key, question in self.questions.items()]
         report = accuracy_report(
             pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed
         )

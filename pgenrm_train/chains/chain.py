@@ -43,11 +43,11 @@ DECLARED_DIFFERS = "declared_differs"
 TRAILING_TEXT = "trailing_text"
 ISSUES = (NO_RUBRIC, WEIGHTS, SCORE_RANGE, DECLARED_DIFFERS, TRAILING_TEXT)
 
-_OPEN = f'{JSON_START}{{"rationale": "'
+OPEN = f'{JSON_START}{{"rationale": "'
 _SCORES = '", "better_response": {"response_1": '
 _CLOSE = f"}}}}{JSON_END}"
 # The writer's fixed strings for two responses; a small vocabulary holds each as one token.
-FORMAT_STRINGS = (_OPEN, ". Response 1: ", ". Response 2: ", _SCORES, ', "response_2": ', _CLOSE)
+FORMAT_STRINGS = (OPEN, ". Response 1: ", ". Response 2: ", _SCORES, ', "response_2": ', _CLOSE)
 
 _MAX_OBJECTS = 16  # places in a block at which a JSON object is tried; each costs one pass over the block
 _ROUNDING = 0.05 + 1e-6  # a total given to one decimal is off by at most this much
@@ -57,9 +57,10 @@ _ROUNDING = 0.05 + 1e-6  # a total given to one decimal is off by at most this m
 class Chain:
     """One usable evaluation chain.
 
-    `criteria` are (name, weight in percent), `scores` the declared totals per response.  `criterion_scores`
-    is responses × criteria, and `verified_scores` the totals recomputed from it; both are None if no complete
-    rubric can be read. `issues` is a subset of `ISSUES` in that order.
+    `criteria` are (name, weight in percent).  `declared` and `scores` are the declared totals per response;
+    `totals.read_chain` makes `scores` the totals that count.  `criterion_scores` is responses × criteria, and
+    `verified_scores` the totals recomputed from it; both are None if no complete rubric can be read. `issues`
+    is a subset of `ISSUES` in that order.
     """
 
     analysis: str
@@ -68,6 +69,7 @@ class Chain:
     criterion_scores: CriterionScores | None
     verified_scores: tuple[float, ...] | None
     issues: tuple[str, ...]
+    declared: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +123,32 @@ def write_chain(
     _check_rubric(criteria, scores, notes)
     weights = [weight for _, weight in criteria]
     totals = [_half_up(weights, row) for row in scores]
-    rationale = ", ".join(f"{name} {_plain(weight)}%" for name, weight in criteria)
-    for i, (row, total) in enumerate(zip(scores, totals, strict=True), start=1):
-        note = f"{notes[i - 1]}; " if notes and notes[i - 1] else ""
-        marks = ", ".join(f"{name} {_plain(score)}" for (name, _), score in zip(criteria, row, strict=True))
-        rationale += f". Response {i}: {note}{marks} = {total}"
-    # A marker quoted in a note must not look like one of ours.
-    escaped = json.dumps(f"{rationale}.", ensure_ascii=False)[1:-1].replace("<JSON_", "\\u003cJSON_")
+    rationale = rationale_of(criteria, scores, [f" = {total}" for total in totals], notes)
+    escaped = escape(json.dumps(rationale, ensure_ascii=False)[1:-1])
     declared = totals[0] + "".join(
         f', "response_{i}": {total}' for i, total in enumerate(totals[1:], start=2)
     )
-    return f"{analysis}\n{_OPEN}{escaped}{_SCORES}{declared}{_CLOSE}"
+    return f"{analysis}\n{OPEN}{escaped}{_SCORES}{declared}{_CLOSE}"
+
+
+def rationale_of(
+    criteria: Sequence[tuple[str, float]],
+    scores: Sequence[Sequence[float]],
+    totals: Sequence[str] | None = None,
+    notes: Sequence[str] | None = None,
+) -> str:
+    """The rubric in the writer's grammar; `totals` are the ends of the score lines, by default nothing."""
+    rationale = ", ".join(f"{name} {_plain(weight)}%" for name, weight in criteria)
+    for i, row in enumerate(scores):
+        note = f"{notes[i]}; " if notes and notes[i] else ""
+        marks = ", ".join(f"{name} {_plain(score)}" for (name, _), score in zip(criteria, row, strict=True))
+        rationale += f". Response {i + 1}: {note}{marks}{totals[i] if totals else ''}"
+    return f"{rationale}."
+
+
+def escape(encoded: str) -> str:
+    """JSON in which no marker is quoted as it is, and which can be written as UTF-8."""
+    return _LONE.sub(lambda match: f"\\u{ord(match[0]):04x}", encoded.replace("<JSON_", "\\u003cJSON_"))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -192,8 +209,9 @@ def _half_up(weights: Sequence[float], scores: Sequence[float]) -> str:
 
 # Integers are read as floats: Python refuses to convert very long ones.
 _START = re.compile(JSON_START)
-_DECODER = json.JSONDecoder(strict=False, parse_int=float)
-_OBJECT = re.compile(r'\{[ \t\r\n]*+["}]')
+_LONE = re.compile("[\ud800-\udfff]")
+DECODER = json.JSONDecoder(strict=False, parse_int=float)
+OBJECT = re.compile(r'\{[ \t\r\n]*+["}]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +234,11 @@ def _read_block(body: str, n_responses: int) -> _Block | ParseFailure | None:
     data: Mapping[str, object] | None = None
     problem, has_object, end = "", False, 0
     for _ in range(_MAX_OBJECTS):
-        brace, marker = _OBJECT.search(body, end), body.find(JSON_END, end)
+        brace, marker = OBJECT.search(body, end), body.find(JSON_END, end)
         if brace is None or brace.start() > marker:
             break
         try:
-            value, end = _DECODER.raw_decode(body, brace.start())
+            value, end = DECODER.raw_decode(body, brace.start())
         except RecursionError:
             problem = "the JSON is nested too deeply"
             break
@@ -290,4 +308,5 @@ def _build_chain(analysis: str, block: _Block, trailing: bool) -> Chain:
         rows if verified else None,
         verified,
         tuple(name for name in ISSUES if issues[name]),
+        scores,
     )

@@ -8,9 +8,11 @@ weighted totals is *our choice* (METHOD §2).  Time is linear in the length of t
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from pgenrm_train.chains.rubric_free_text import (
     MAX_CRITERIA,
+    TOTAL,
     Criteria,
     CriterionScores,
     Rubric,
@@ -28,7 +30,10 @@ def verify(criteria: Criteria, rows: CriterionScores) -> tuple[float, ...] | Non
     total = sum(weight for _, weight in criteria)
     if not total > 0:
         return None
-    verified = tuple(sum(w * s for (_, w), s in zip(criteria, row, strict=True)) / total for row in rows)
+    # Rounded, so that equal totals are equal whatever the order of their sums.
+    verified = tuple(
+        round(sum(w * s for (_, w), s in zip(criteria, row, strict=True)) / total, 10) for row in rows
+    )
     return verified if all(map(math.isfinite, verified)) else None
 
 
@@ -84,8 +89,40 @@ def _structured_row(row: object, criteria: Criteria) -> tuple[float, ...] | None
     return scores if len(scores) == len(criteria) else None
 
 
+@dataclass(frozen=True, slots=True)
+class _ScoreLine:
+    """Scores of one response, and where its scores and its total end; the same place without a total."""
+
+    scores: tuple[float, ...]
+    end: int
+    total_end: int
+
+
+def restate(rationale: str, totals: Sequence[float | None]) -> str | None:
+    """The rationale with these totals at the end of its score lines; None for no total.
+
+    Returns None for a rationale in another grammar than that of `write_chain`.
+    """
+    _, lines = _written_lines(rationale, len(totals))
+    if not lines:
+        return None
+    text, start = "", 0
+    for line, total in zip(lines, totals, strict=True):
+        text += rationale[start : line.end] + ("" if total is None else f" = {total!r}")
+        start = line.total_end
+    return text + rationale[start:]
+
+
 def _written_rubric(rationale: str, n_responses: int) -> Rubric:
-    """Read the grammar of `write_chain` exactly, so that no text in a note counts as a score."""
+    criteria, lines = _written_lines(rationale, n_responses)
+    return criteria, tuple(line.scores for line in lines) or None
+
+
+def _written_lines(rationale: str, n_responses: int) -> tuple[Criteria, Sequence[_ScoreLine]]:
+    """Read the grammar of `write_chain` exactly, so that no text in a note counts as a score.
+
+    There are no lines unless every response has one.
+    """
     head, found, rest = rationale.partition(". Response 1: ")
     items = [item.rpartition(" ") for item in head.split(", ", MAX_CRITERIA)]
     weights = [_weight(value) if value.endswith("%") else None for _, _, value in items]
@@ -95,31 +132,47 @@ def _written_rubric(rationale: str, n_responses: int) -> Rubric:
         if name and weight is not None
     )
     if not found or len(criteria) != len(items) or len(criteria) > MAX_CRITERIA or not rest.endswith("."):
-        return (), None
+        return (), ()
     names = [name for name, _ in criteria]
+    # Without totals a last weight, or a criterion of that name, could be one.
+    without_totals = abs(sum(weight for _, weight in criteria) - 100) <= 1 and not any(
+        TOTAL.fullmatch(name) for name in names
+    )
     # The longest score line; the text before it is a note.
     reach = sum(map(len, names)) + 40 * (len(names) + 2)
-    rows: list[tuple[float, ...]] = []
-    at = 0
+    lines: list[_ScoreLine] = []
+    at, offset = 0, len(head) + len(found)
     for i in range(1, n_responses + 1):
         ending = f". Response {i + 1}: "
-        row, end = None, at
+        line, end = None, at
         for _ in range(_MAX_QUOTED_ENDINGS):  # a note may quote the ending
             end = rest.find(ending, end + 1) if i < n_responses else len(rest) - 1
-            row = _score_line(rest[max(at, end - reach) : end], names) if end >= 0 else None
-            if row is not None or end < 0 or i == n_responses:
+            text = rest[max(at, end - reach) : end]
+            line = _score_line(text, names, offset + end, without_totals) if end >= 0 else None
+            if line is not None or end < 0 or i == n_responses:
                 break
-        if row is None:
-            return (), None
-        rows.append(row)
+        if line is None:
+            return (), ()
+        lines.append(line)
         at = end + len(ending)
-    return criteria, tuple(rows)
+    return criteria, lines
 
 
-def _score_line(text: str, names: Sequence[str]) -> tuple[float, ...] | None:
-    """The scores of `…; name s, name s = total` at the end of `text`."""
-    marks, _, total = text.rpartition(" = ")
-    items = marks.rsplit(", ", len(names) - 1)
+def _score_line(text: str, names: Sequence[str], end: int, without_total: bool) -> _ScoreLine | None:
+    """The line `…; name s, name s = total` at the end of `text`, or one without a total.
+
+    `end`: the place of that end in the rationale.
+    """
+    marks, equals, total = text.rpartition(" = ")
+    if equals and number(total) is not None:
+        scores = _scores_at_end(marks, names)
+        return None if scores is None else _ScoreLine(scores, end - len(text) + len(marks), end)
+    scores = _scores_at_end(text, names) if without_total else None
+    return None if scores is None else _ScoreLine(scores, end, end)
+
+
+def _scores_at_end(text: str, names: Sequence[str]) -> tuple[float, ...] | None:
+    items = text.rsplit(", ", len(names) - 1)
     items[0] = items[0].rpartition("; ")[2]
     parts = [item.rpartition(" ") for item in items]
     scores = tuple(
@@ -127,11 +180,7 @@ def _score_line(text: str, names: Sequence[str]) -> tuple[float, ...] | None:
         for score in (number(value) for _, _, value in parts)
         if score is not None and math.isfinite(score)
     )
-    fits = (
-        [name for name, _, _ in parts] == list(names)
-        and len(scores) == len(names)
-        and number(total) is not None
-    )
+    fits = [name for name, _, _ in parts] == list(names) and len(scores) == len(names)
     return scores if fits else None
 
 

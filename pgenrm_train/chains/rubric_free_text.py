@@ -25,7 +25,7 @@ _POSITIVE = r"(?<![:=(]-)(?<![:=(]\s-)"  # "quality: -3" is no score of 3
 _DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?![0-9])"
 _PERCENT = re.compile(rf"(?<![0-9.])(?<![0-9],){_POSITIVE}({_DIGITS})\s?%")
 _ANY_PERCENT = re.compile(r"[0-9]\s?(?:%|per\s?cent\b)", re.IGNORECASE)
-_MENTION = re.compile(
+MENTION = re.compile(
     r"\bresponse[ _#*-]{0,3}([0-9]{1,2})(?![0-9])(?P<heads>[*_\"'`)\]]{0,3}\s?[:=–—-])?", re.IGNORECASE
 )
 _FACTORS = rf"({_DIGITS})(\s?%)?(?:\s?/\s?10(?![0-9]))?[\s)]{{0,3}}[*×x·][\s(]{{0,3}}({_DIGITS})(\s?%)?"
@@ -46,7 +46,7 @@ _LEAD_TO_NAME = re.compile(r"^[\s*_:–—)\]-]{0,6}(?:(?:for|on|to)\s)?")
 _TRAILING_AND = re.compile(r"\s(?:and|plus)\s?$")
 _LEADING_AND = re.compile(r"^(?:and|with|plus)\s", re.IGNORECASE)
 _LETTER = re.compile(r"[^\W\d_]")
-_TOTAL = re.compile(r"(?:the\s)?(?:grand\s)?(?:total|sum|overall)(?:\sweights?)?", re.IGNORECASE)
+TOTAL = re.compile(r"(?:the\s)?(?:grand\s)?(?:total|sum|overall)(?:\sweights?)?", re.IGNORECASE)
 _WEIGHT_WORDS = re.compile(  # between a name and its weight
     r"(?:[\s:=(–—-]{0,4}\b(?:weight(?:ed|ing|s)?|at|is|of)|[\s:=(]{0,4}[0-9.]{1,6}(?:/10)?\s?[*×x·])"
     r"[\s:=(*]{0,4}$"
@@ -71,7 +71,7 @@ def _segments(rationale: str, n_responses: int) -> tuple[str, list[str]]:
 
     Where each response has a heading, other mentions of responses do not end a segment.
     """
-    mentions = [m for m in _MENTION.finditer(rationale) if 1 <= int(m[1]) <= n_responses]
+    mentions = [m for m in MENTION.finditer(rationale) if 1 <= int(m[1]) <= n_responses]
     headings = [m for m in mentions if m["heads"]]
     if len({int(m[1]) for m in headings}) == n_responses:
         mentions = headings
@@ -107,8 +107,8 @@ def _readings(names: Sequence[str | None], weights: Sequence[float]) -> list[Cri
     for name, weight in zip(names, weights, strict=True):
         if name is None or distinct.setdefault(name.casefold(), (name, weight))[1] != weight:
             return []
-    criteria = [criterion for criterion in distinct.values() if not _TOTAL.fullmatch(criterion[0])]
-    sums = [weight for name, weight in distinct.values() if _TOTAL.fullmatch(name)]
+    criteria = [criterion for criterion in distinct.values() if not TOTAL.fullmatch(criterion[0])]
+    sums = [weight for name, weight in distinct.values() if TOTAL.fullmatch(name)]
     if not criteria or (
         sums and not (len(sums) == 1 and _near(sums[0], 100) and _near(_whole(criteria), 100))
     ):

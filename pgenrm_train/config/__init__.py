@@ -14,7 +14,7 @@ from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import ANSWER_KEYS, EndpointConfig
 from pgenrm_train.config.evaluation import EvalConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
-from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig
+from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig, Totals
 from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
@@ -63,6 +63,7 @@ __all__ = [
     "SecConfig",
     "ServeConfig",
     "StageName",
+    "Totals",
     "TrackingConfig",
     "beneath",
     "check",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pgenrm_train.config.data import VOTES
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
-from pgenrm_train.config.model import BASELINES, EXACT
+from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config
 from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
@@ -117,10 +117,6 @@ def _evaluation(config: Config) -> Rules:
             len(weights) != 2 or min(weights) < 0 or not sum(weights),
             f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, "
             "one above 0",
-        ),
-        (
-            settings.scores == "verified" and config.data.name == "lampqa",
-            "eval.scores=verified is for pairs; data=lampqa ranks by the declared scores",
         ),
         (
             len(settings.compare) not in (0, 2),
@@ -271,6 +267,11 @@ def _model(config: Config) -> Rules:
         (
             model.kind == "callable" and not all(part.strip() for part in model.name.partition(":")),
             f"model.name={model.name} must be MODULE:FUNCTION, e.g. my_model:score",
+        ),
+        (
+            model.prompt != "p_genrm" and model.counted != Totals.DECLARED,
+            f"model.totals={model.totals} recomputes totals from a rubric, and answers to "
+            f"model.prompt={model.prompt} have none; leave one of them out",
         ),
         (
             model.prompt != "p_genrm" and recipe not in (StageName.BUILD_DATA, StageName.EVALUATE, "score"),

@@ -29,11 +29,6 @@ class EvalConfig:
     weights: list[float] = setting(
         [1.0, 1.0], "weights of the means over own samples and over similar users' chains"
     )
-    scores: str = setting(
-        "declared",
-        "which scores of a chain count; verified recomputes them from its criteria, or the chain fails",
-        choices=("declared", "verified"),
-    )
     adaptive: float | None = setting(
         None, "error level at which sampling of a pair stops before eval.ind; null: draw all", gt=0, lt=1
     )

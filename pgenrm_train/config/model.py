@@ -1,6 +1,7 @@
 """Settings of the model: weights, prompt limits, adapters and the from-scratch nano."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pgenrm_train.config.setting import setting
 
@@ -21,6 +22,14 @@ BASELINES = (
 )
 EXACT = BASELINES[-5:]  # they know how PersonaWorld is generated
 PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
+
+
+class Totals(StrEnum):
+    """Which totals of a chain count; see `chains.totals`."""
+
+    DECLARED = "declared"
+    VERIFIED = "verified"
+    CODE = "code"
 
 
 @dataclass
@@ -64,6 +73,12 @@ class ModelConfig:
     instructions: bool = setting(
         True, "system message with the task; nano learns the task from its chains instead"
     )
+    totals: str | None = setting(
+        None,
+        "totals that count: as declared, recomputed from the rubric (verified), or recomputed and never "
+        "written by the model (code); null: those of the checkpoint's manifest, else declared",
+        choices=tuple(Totals),
+    )
     max_prompt_tokens: int = setting(4096, "longest prompt; longer histories are cut to it", gt=0)
     max_text_tokens: int | None = setting(
         None, "longer queries and responses are cut to this and counted", ge=1
@@ -79,3 +94,8 @@ class ModelConfig:
     nano: NanoConfig = setting(
         NanoConfig(), "the CPU default: a Qwen2 of well under a million parameters with its own tokenizer"
     )
+
+    @property
+    def counted(self) -> Totals:
+        """The kind of totals once `totals` is resolved (`stages.stage.with_totals`)."""
+        return Totals(self.totals or Totals.DECLARED)

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from pgenrm_train.config import Totals
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.records.pairs import ExplicitSignals
 
@@ -45,7 +46,7 @@ _TURNS = ("turn_user", "turn_assistant", "turn_system")
 # The delimiters, each one token in a small vocabulary; `<response_9>` and higher are not listed.
 TAGS = tuple(f"<{name}>" for name in (*_SECTIONS, *_TURNS, *(f"response_{i}" for i in range(1, 9))))
 
-INSTRUCTIONS = f"""You judge responses on behalf of one particular user. The message holds sections, each \
+_TASK = """You judge responses on behalf of one particular user. The message holds sections, each \
 opened by a tag: \
 <history> with earlier votes of this user (<query>, the response they preferred as <chosen>, the other as \
 <rejected>) or texts they wrote (<query> alone), sometimes \
@@ -63,7 +64,8 @@ this scenario. State \
 only what the evidence supports.
 2. Scoring model derivation: which criteria earn and lose marks for this user, how much each weighs, and why.
 
-Part 2, the scores: write {JSON_START}, then one JSON object, then {JSON_END}, and nothing after it. The \
+"""
+INSTRUCTIONS = f"""{_TASK}Part 2, the scores: write {JSON_START}, then one JSON object, then {JSON_END}, and nothing after it. The \
 object has two keys:
 - "rationale" (string): the criteria with percentage weights that sum to 100; then, for each response, a \
 score from 1 (poor) to \
@@ -75,6 +77,12 @@ accuracy 8, brevity 5 \
 A third key "rubric" may repeat the rationale in machine-readable form: {{"criteria": {{name: weight}}, \
 "scores": \
 {{"response_1": {{name: score}}}}}}."""
+# For totals=code: the program adds the totals and closes the object.
+OPEN_INSTRUCTIONS = f"""{_TASK}Part 2, the scores: write {JSON_START}, then {{"rationale": " and the text of \
+this string, and stop there. The text holds the criteria with percentage weights that sum to 100; then, for \
+each response, a score from 1 (poor) to 10 (excellent) on every criterion. Example: "accuracy 60%, brevity \
+40%. Response 1: accuracy 8, brevity 5. Response 2: accuracy 6, brevity 9." Write no totals: they are \
+computed from your weights and scores."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]+")
 _OUR_NAMES = "|".join((*_SECTIONS, *_TURNS, "json_start", "json_end", "response(?:_|[ -])?[0-9]+"))
@@ -90,11 +98,15 @@ _LEGIBLE = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")"})
 
 
 def chat_messages(
-    view: MaskedView | FullView, *, instructions: bool = True, reserved: Sequence[str] = ()
+    view: MaskedView | FullView,
+    *,
+    instructions: bool = True,
+    totals: Totals = Totals.DECLARED,
+    reserved: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Chat messages of one example: a system message if `instructions`, and a user message.
 
-    `reserved` holds the tokenizer's special tokens; none of them survives inside a section.  Only a
+    `totals`: with `code` the system message requests a chain without totals.  `reserved` holds the tokenizer's special tokens; none of them survives inside a section.  Only a
     `FullView` has explicit signals.
     """
     sections = [("<history>", "")]
@@ -111,7 +123,8 @@ def chat_messages(
         *((f"<response_{i}>", response) for i, response in enumerate(view.responses, start=1)),
     ]
     user = "\n".join(tag + neutralise(text, reserved) for tag, text in sections)
-    system = [{"role": "system", "content": INSTRUCTIONS}] if instructions else []
+    task = OPEN_INSTRUCTIONS if totals is Totals.CODE else INSTRUCTIONS
+    system = [{"role": "system", "content": task}] if instructions else []
     return [*system, {"role": "user", "content": user}]
 
 

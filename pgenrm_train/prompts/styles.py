@@ -14,6 +14,7 @@ votes.  Here the persona is written once, from the votes that all models see, an
 
 from collections.abc import Mapping, Sequence
 
+from pgenrm_train.config import Totals
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.messages import JSON_END, JSON_START, chat_messages, neutralise
 
@@ -69,15 +70,20 @@ _HISTORY, _CURRENT, _NO_HISTORY = "<history>\n", "\n<current>", "<history>\n<cur
 
 
 def styled_messages(
-    style: str, view: MaskedView | FullView, *, instructions: bool = True, reserved: Sequence[str] = ()
+    style: str,
+    view: MaskedView | FullView,
+    *,
+    instructions: bool = True,
+    totals: Totals = Totals.DECLARED,
+    reserved: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Chat messages of one example in a style of `config.PROMPTS`.
 
-    `instructions` and `reserved` are as in `chat_messages`.  A `judge` sees no signal of the user.  The
+    `instructions`, `totals` and `reserved` are as in `chat_messages`.  A `judge` sees no signal of the user.  The
     messages of `persona` still lack the persona: see `with_persona`.
     """
     if style == "p_genrm":
-        return chat_messages(view, instructions=instructions, reserved=reserved)
+        return chat_messages(view, instructions=instructions, totals=totals, reserved=reserved)
     shown = MaskedView(view.context, (), view.responses) if style == "judge" else view
     [user] = chat_messages(shown, instructions=False, reserved=reserved)
     text = user["content"].removeprefix(_HISTORY) if style == "judge" else user["content"]

@@ -127,7 +127,11 @@ class PromptWriter:
 
     def _messages(self, view: MaskedView | FullView) -> Messages:
         return styled_messages(
-            self.config.prompt, view, instructions=self.config.instructions, reserved=self.reserved
+            self.config.prompt,
+            view,
+            instructions=self.config.instructions,
+            totals=self.config.counted,
+            reserved=self.reserved,
         )
 
     def _fits(self, view: MaskedView | FullView) -> bool:

@@ -3,7 +3,8 @@
 All of them are *our choice*:
 
     verified_disagreement   share of chains with a rubric whose own sums rank the chosen response differently
-    unverifiable_share      share of readable chains without a complete rubric
+    unverifiable_share      share of chains whose totals cannot be recomputed, of those with totals or a rubric
+    faithful_share          share of verifiable chains that declare the recomputed totals
     criterion_kinds         effective number of criterion names: exponential of the entropy of their shares
     commonest_criteria      share of chains with the commonest set of criteria; 1 is a template for all users
     score_spread            mean of best minus worst score; near 0 the chain separates no responses
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pgenrm_train.bootstrap import mean
-from pgenrm_train.chains.chain import Chain, ParseFailure
+from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
 
 # Whose history a validation question shows.
 OWN, SWAPPED, EMPTY = "own", "swapped_history", "empty_history"
@@ -26,21 +27,25 @@ ROUNDING = 0.1 + 1e-6  # of the difference of two totals with one decimal
 class Ranking:
     """How a readable chain ranks the chosen response, and by which criteria.
 
-    `margin`: score of the chosen response minus the best other.  `verified_margin`: the same from the totals
-    recomputed from the rubric, None without a complete rubric.  `spread`: best minus worst declared score.
+    `margin`: score of the chosen response minus the best other, by the totals that count.  `verified_margin`:
+    the same from the totals recomputed from the rubric, None without a complete rubric.  `spread`: best minus
+    worst score.  `declared_margin`: from the declared totals.  `faithful`: whether these are the recomputed
+    ones, up to their last digit.
     """
 
     margin: float
     verified_margin: float | None
     spread: float
     criteria: tuple[str, ...]
+    declared_margin: float
+    faithful: bool
 
     @property
     def contradicts_itself(self) -> bool:
         """Whether the rubric's own sums name another winner, by more than rounding."""
         if self.verified_margin is None:
             return False
-        declared, verified = self.margin, self.verified_margin
+        declared, verified = self.declared_margin, self.verified_margin
         differs = (declared > 0, declared < 0) != (verified > 0, verified < 0)
         return differs and abs(declared - verified) > ROUNDING
 
@@ -55,6 +60,8 @@ def ranking_of(chain: Chain | ParseFailure, chosen_index: int) -> Ranking | None
         verified_margin=None if verified is None else _margin(verified, chosen_index),
         spread=max(chain.scores) - min(chain.scores),
         criteria=tuple(name for name, _ in chain.criteria),
+        declared_margin=_margin(chain.declared, chosen_index),
+        faithful=verified is not None and DECLARED_DIFFERS not in chain.issues,
     )
 
 
@@ -62,14 +69,20 @@ def _margin(scores: Sequence[float], chosen_index: int) -> float:
     return scores[chosen_index] - max(score for i, score in enumerate(scores) if i != chosen_index)
 
 
-def signs(rankings: Iterable[Ranking | None]) -> dict[str, float | None]:
-    """The numbers above over the chains of a step; null if no chain provides the value."""
+def signs(rankings: Iterable[Ranking | None], unverified: int = 0) -> dict[str, float | None]:
+    """The numbers above over the chains of a step; null if no chain provides the value.
+
+    `unverified`: chains that failed because only recomputed totals count.
+    """
     readable = [ranking for ranking in rankings if ranking is not None]
     verified = [ranking for ranking in readable if ranking.verified_margin is not None]
     sets = [tuple(sorted({name.casefold() for name in r.criteria})) for r in readable if r.criteria]
     return {
         "verified_disagreement": mean([ranking.contradicts_itself for ranking in verified]),
-        "unverifiable_share": mean([ranking.verified_margin is None for ranking in readable]),
+        "unverifiable_share": mean(
+            [*(ranking.verified_margin is None for ranking in readable), *[True] * unverified]
+        ),
+        "faithful_share": mean([ranking.faithful for ranking in verified]),
         "criterion_kinds": _effective_number([name for names in sets for name in names]),
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
         "score_spread": mean([ranking.spread for ranking in readable]),

@@ -4,7 +4,7 @@
     OR = 1{s_chosen > s_j for every other response j},   PR ∈ [0, 1] from a judge
 
 α = 0.5 and β = 1.0 are the paper's best.  A chain that cannot be parsed earns −0.1 and no judge sees it.  The
-declared scores decide OR, as in the paper.  A tie earns nothing, because the paper's indicator is strict.
+declared scores decide OR, as in the paper; under `model.totals` verified and code, the recomputed ones.  A tie earns nothing, because the paper's indicator is strict.
 
 *Our choice*: without a process score (no judge, or a judge that failed) PR adds nothing instead of lowering
 the reward, and the breakdown holds NaN.  VR = 1 for a chain whose declared scores are the weighted sums of
@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure, parse_chain
+from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
+from pgenrm_train.chains.totals import read_chain
+from pgenrm_train.config import Totals
 
 ProcessScore = float | Callable[[Chain], float | None] | None
 
@@ -52,6 +54,7 @@ def chain_reward(
     process: ProcessScore = None,
     weights: RewardWeights = DEFAULT_WEIGHTS,
     n_responses: int = 2,
+    totals: Totals = Totals.DECLARED,
 ) -> Reward:
     """Parse `text` and compute its reward; the user preferred `responses[chosen_index]`.
 
@@ -68,7 +71,9 @@ def chain_reward(
         raise ValueError(
             f"chosen_index: {chosen_index} is not one of the {n_responses} responses, 0..{n_responses - 1}"
         )
-    return reward_of(parse_chain(text, n_responses), chosen_index, process=process, weights=weights)
+    return reward_of(
+        read_chain(text, totals, n_responses).chain, chosen_index, process=process, weights=weights
+    )
 
 
 def reward_of(

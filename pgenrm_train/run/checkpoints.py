@@ -5,9 +5,27 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from pgenrm_train.config import Totals
+from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
 
 COMPLETE = "complete.json"
+MANIFEST = "manifest.json"  # of a published checkpoint: how its chains are read
+
+
+def write_manifest(checkpoint: Path, totals: Totals) -> None:
+    write_json(checkpoint / MANIFEST, {"totals": totals})
+
+
+def totals_of(checkpoint: Path) -> Totals | None:
+    """Kind of totals of a published checkpoint; None for a checkpoint of others, without a manifest."""
+    file = checkpoint / MANIFEST
+    if not file.exists():
+        return None
+    stated = read_json(file).get("totals", Totals.DECLARED)
+    if stated not in tuple(Totals):
+        raise ArtifactError(f"{file}: totals={stated} is not one of {', '.join(Totals)}")
+    return Totals(stated)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
+from pgenrm_train.chains.totals import failure_of, read_chain
 from pgenrm_train.config import Config
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
@@ -32,8 +33,6 @@ from pgenrm_train.serving.answers import Answered, Answers, Prompt
 from pgenrm_train.serving.errors import Refused
 
 Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
-# (text, number of responses) → the chain with the scores that count
-Parse = Callable[[str, int], Chain | ParseFailure]
 NO_PAIR = "no_complete_pair"  # kind: the response has chains, but no pair with scores in both positions
 
 
@@ -84,7 +83,7 @@ class ReadChain:
     def failure(self) -> str | None:
         if self.generation.failure:
             return self.generation.failure
-        return f"parse:{self.chain.kind}" if isinstance(self.chain, ParseFailure) else None
+        return failure_of(self.chain) if isinstance(self.chain, ParseFailure) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +117,8 @@ class Scored:
 class Scorer:
     """A model, its prompts and its settings; `find` is None without prototypes."""
 
-    def __init__(
-        self, config: Config, answers: Answers, write: Write, parse: Parse, find: FindSimilar | None
-    ) -> None:
-        self.config, self.answers, self.find = config, answers, find
-        self._write, self._parse = write, parse
+    def __init__(self, config: Config, answers: Answers, write: Write, find: FindSimilar | None) -> None:
+        self.config, self.answers, self.find, self._write = config, answers, find, write
         # Tokenizers are not for several threads; one thread also leaves the event loop free.
         self._writer = ThreadPoolExecutor(1, "writer")
 
@@ -192,9 +188,12 @@ class Scorer:
     def _read(
         self, shown: Presentation, other: Neighbour | None, answer: Answered, sample: Generation, first: int
     ) -> ReadChain:
-        failed = sample.failure is not None
-        chain = ParseFailure(str(sample.failure), "") if failed else self._parse(sample.text or "", 2)
         name = other.user_id if other else None
+        if sample.failure is not None:
+            chain: Chain | ParseFailure = ParseFailure(sample.failure, "")
+        else:
+            text, chain = read_chain(sample.text or "", self.config.model.counted)
+            sample = replace(sample, text=text)
         return ReadChain(shown, first + sample.sample, name, sample, chain, answer.cached)
 
 

@@ -123,7 +123,7 @@ class Service:
             "created": 0,
             "owned_by": "pgenrm-train",
             "group_size": 2,
-            "scores": self.config.eval.scores,
+            "totals": self.config.model.counted,
             "calibration": asdict(self.calibration) if self.calibration else None,
         }
 

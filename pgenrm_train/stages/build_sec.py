@@ -4,7 +4,7 @@ Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` 
 reason) and `yield.json`.  `rejection` defines what a chain must be.  Two more rules apply here.  No two kept
 chains may repeat each other: `duplicate` is a text of the same user, `near_duplicate` almost an analysis of
 the same user.  `boilerplate` is almost an analysis of another user, so it describes neither.  And the model
-must be able to write the chain (`over_length`).  The teacher never sees the label; half of the chains present
+must be able to write the chain (`over_length`; with model.totals=code without totals, else `unverified`).  The teacher never sees the label; half of the chains present
 the chosen response first.
 """
 
@@ -27,7 +27,8 @@ from pgenrm_train.chains.rejection import (
     form_problem,
     reason_to_reject,
 )
-from pgenrm_train.config import Config, SecConfig, StageName, masking_of
+from pgenrm_train.chains.totals import UNVERIFIED, open_chain
+from pgenrm_train.config import Config, SecConfig, StageName, Totals, masking_of
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_table
 from pgenrm_train.prompts.history import HistorySampler
@@ -92,6 +93,9 @@ def run(
     kept, rejected = without_repetitions(
         config.sec, *sample_chains(config, pairs, teacher), by_rule=teacher.by_rule
     )
+    if config.model.counted is Totals.CODE:
+        rejected += [_rejected(item, UNVERIFIED) for item in kept if _opened(item) is None]
+        kept = [opened for item in kept if (opened := _opened(item)) is not None]
     if kept:
         writer = writer_for(kept)
         fits = [writer.can_be_written(item.text) for item in kept]
@@ -229,6 +233,12 @@ def _repeats(item: Kept, similar: Sequence[Kept]) -> str | None:
     if any(other.user_id == item.example.user_id for other in others):
         return NEAR_DUPLICATE
     return BOILERPLATE if others else None
+
+
+def _opened(item: Kept) -> Kept | None:
+    """The chain as a model of totals=code writes it; None if its rubric cannot be written so."""
+    text = open_chain(item.text, len(item.example.responses))
+    return None if text is None else replace(item, text=text)
 
 
 def _rejected(item: Kept, reason: str) -> Rejected:

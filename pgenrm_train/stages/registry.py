@@ -17,6 +17,7 @@ from pgenrm_train.config import (
     GrpoConfig,
     PsiConfig,
     StageName,
+    Totals,
     get,
     to_dict,
 )
@@ -32,7 +33,7 @@ FREE = (  # a run may continue with other values: they train nothing
     "validate_pairs",
     "stall_seconds",
 )
-MODEL = ("model.kind", "model.name", "model.path")
+MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
 JUDGE = tuple(f"judge.{key}" for key in ANSWER_KEYS)
@@ -53,6 +54,8 @@ class Stage:
         # On LaMP-QA the reference ranking may be a judge's.
         judged = self.name == StageName.EVALUATE and config.data.name == "lampqa"
         settings = {key: _plain(get(config, key)) for key in (*self.reads, *(JUDGE if judged else ()))}
+        if config.model.counted is Totals.DECLARED:  # whether stated or not
+            settings.pop("model.totals", None)
         files = {
             key: Path(value)
             for key, value in (("path", config.data.path), ("answers", config.data.answers))

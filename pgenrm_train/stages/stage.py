@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.checks import check_machine
-from pgenrm_train.config import Config, StageName, to_dict
-from pgenrm_train.errors import ArtifactError, BackendError
+from pgenrm_train.config import Config, StageName, Totals, to_dict
+from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
+from pgenrm_train.run.checkpoints import totals_of, write_manifest
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.lock import lock, unlock
 from pgenrm_train.run.process import child_environment, run_child
@@ -61,6 +62,8 @@ def run_stage(
         facts = body(folder, tracker)
         if stage.method:
             write_card(config, stage, folder, facts["steps"])
+            write_manifest(folder.path / "checkpoint", config.model.counted)
+            facts = {**facts, "totals": config.model.counted}
         tracker.link(facts)
     folder.finish(**facts)
     print(f"[{name}] {summary.format(**folder.manifest.as_json())}", flush=True)
@@ -112,6 +115,25 @@ def newest(config: Config, *stages: StageName) -> StageFolder:
         f"recipe={config.recipe} needs a complete {' or '.join(stages)} under run_dir={config.run_dir}; "
         f"run recipe={stages[-1]} there first or give model.path="
     )
+
+
+def with_totals(config: Config, *checkpoints: Path) -> Config:
+    """The configuration with the kind of totals of the checkpoints' manifests, or else its own.
+
+    Raises ConfigError if they differ from each other, or from `model.totals`.
+    """
+    stated = {path: kind for path in checkpoints if (kind := totals_of(path)) is not None}
+    kinds = {*stated.values(), *([Totals(config.model.totals)] if config.model.totals else [])}
+    if len(kinds) > 1:
+        listed = "; ".join(f"{path} has totals={kind}" for path, kind in stated.items())
+        given = config.model.totals
+        raise ConfigError(
+            f"model.totals={given}, but the manifest of a checkpoint differs: {listed}; leave model.totals out"
+            if given
+            else f"checkpoints with different totals need runs of their own: {listed}; use model.path="
+        )
+    kind = next(iter(kinds), Totals.DECLARED)
+    return replace(config, model=replace(config.model, totals=kind.value))
 
 
 def launch(config: Config, recipe: str) -> None:

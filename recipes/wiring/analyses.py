@@ -42,6 +42,7 @@ def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tup
             temperature=0.0,
             progress=progress,
             what="analyses of users",
+            totals=config.model.counted,
         ).set_index("key")
         close()
     training, *others = [

@@ -63,7 +63,7 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, l
 
 def _endpoint(config: Config, folder: Path) -> Candidate:
     settings, prompt = model_endpoint(config), config.model.prompt
-    start, close = once(lambda: api_generator(settings, prompt, folder))
+    start, close = once(lambda: api_generator(settings, config.model, folder))
     return Candidate(
         config.model.label,
         f"{settings.base_url}|{settings.name}|{prompt}",

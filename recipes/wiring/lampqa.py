@@ -130,6 +130,7 @@ def _ask(
             temperature=config.eval.temperature,
             progress=progress,
             what=f"evaluate {candidate.name}",
+            totals=config.model.counted,
         )
     finally:
         candidate.close()

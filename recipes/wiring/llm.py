@@ -9,7 +9,8 @@ from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.backends.api.persona import PersonaGenerator
 from pgenrm_train.backends.vllm.server import served
-from pgenrm_train.config import Config, EndpointConfig
+from pgenrm_train.chains.totals import STOP
+from pgenrm_train.config import Config, EndpointConfig, ModelConfig, Totals
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.styles import styled_messages
@@ -44,15 +45,20 @@ def model_endpoint(config: Config) -> EndpointConfig:
 
 def plain_writer(config: Config) -> Callable[[MaskedView | FullView], list[dict[str, str]]]:
     """Writer of prompts for a model without a local tokenizer: nothing is cut."""
-    return functools.partial(styled_messages, config.model.prompt, instructions=config.model.instructions)
+    model = config.model
+    return functools.partial(
+        styled_messages, model.prompt, instructions=model.instructions, totals=model.counted
+    )
 
 
-def api_generator(settings: EndpointConfig, prompt: str, folder: Path | None) -> EndpointGenerator:
-    """Generator of `model=endpoint` in the style `prompt`; `folder` keeps costs and personas."""
+def api_generator(
+    settings: EndpointConfig, model_config: ModelConfig, folder: Path | None
+) -> EndpointGenerator:
+    """Generator of `model=endpoint` in the style of its prompt; `folder` keeps costs and personas."""
     model = Endpoint(settings, folder and folder / "paid")  # answers are kept as predictions
-    if prompt == "persona":
+    if model_config.prompt == "persona":
         return PersonaGenerator(model, Endpoint(settings, folder and folder / "personas"))
-    return EndpointGenerator(model)
+    return EndpointGenerator(model, STOP if model_config.counted is Totals.CODE else None)
 
 
 def shown_histories(

@@ -86,7 +86,8 @@ def validation_pairs(config: Config) -> list[PreferencePair]:
 def _as_text(config: Config, item: Kept) -> str:
     """Prompt and chain as plain text, which the tokenizer of a nano learns from."""
     view, _ = apply_masking(item.example, masking_of(config, StageName.PSI), random.Random(0))
-    prompt = "\n".join(m["content"] for m in chat_messages(view, instructions=config.model.instructions))
+    messages = chat_messages(view, instructions=config.model.instructions, totals=config.model.counted)
+    prompt = "\n".join(m["content"] for m in messages)
     return f"{prompt}\n{item.text}"
 
 

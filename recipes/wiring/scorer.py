@@ -9,23 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.ask.harness import UNVERIFIED, Write
+from eval.ask.harness import Write
 from eval.studies.scaling_study import Similar
 from pgenrm_train.backends.protocols import GenerationRequest, Generator
 from pgenrm_train.backends.vllm.engine import VllmGenerator
-from pgenrm_train.chains.chain import Chain, ParseFailure, parse_chain
+from pgenrm_train.chains.chain import Chain, ParseFailure
+from pgenrm_train.chains.totals import read_chain
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs, view_of
 from pgenrm_train.records.pairs import Example
 from pgenrm_train.scaling.combine import scale
-from pgenrm_train.stages.stage import start_of
+from pgenrm_train.stages.stage import start_of, with_totals
 from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 from recipes.wiring.similar_users import find_similar
 
 
 class Answer(NamedTuple):
-    """A chain as written, and as parsed."""
+    """A chain with the totals that count, as text and as parsed."""
 
     text: str | None
     chain: Chain | ParseFailure
@@ -54,6 +55,7 @@ class Scorer:
                 "scores": {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)},
                 "verified_scores": list(chain.verified_scores) if chain.verified_scores else None,
                 "issues": list(chain.issues),
+                "totals": self.config.model.counted,
             }
         users = similar_users(self.config, example, chain.analysis) if settings.pro else []
         similar = self._chains([replace(example, history=user.history) for user in users], 1)
@@ -74,34 +76,22 @@ class Scorer:
             for number, example in enumerate(examples)
         ]
         generations = self.generator(requests, temperature=temperature(self.config))
+        totals, responses = self.config.model.counted, len(examples[0].responses) if examples else 0
         return [
-            Answer(
-                g.text,
-                ParseFailure(g.failure, "")
-                if g.failure
-                else read_chain(self.config, g.text or "", len(examples[0].responses)),
-            )
+            Answer(g.text, ParseFailure(g.failure, ""))
+            if g.failure
+            else Answer(*read_chain(g.text or "", totals, responses))
             for g in sorted(generations, key=lambda g: (int(g.key), g.sample))
         ]
-
-
-def read_chain(config: Config, text: str, responses: int) -> Chain | ParseFailure:
-    """The chain with the scores that `eval.scores` names."""
-    chain = parse_chain(text, responses)
-    if config.eval.scores == "declared" or isinstance(chain, ParseFailure):
-        return chain
-    if chain.verified_scores is None:
-        detail = "its rubric gives no scores, and eval.scores=verified counts only these"
-        return ParseFailure(UNVERIFIED, detail)
-    return replace(chain, scores=chain.verified_scores)
 
 
 def load_scorer(config: Config) -> Scorer:
     """The model of `model=endpoint`, of `model.path`, or the newest checkpoint of the run."""
     if config.model.kind == "endpoint":
         settings = replace(model_endpoint(config), temperature=temperature(config))
-        return Scorer(config, api_generator(settings, config.model.prompt, None), plain_writer(config))
+        return Scorer(config, api_generator(settings, config.model, None), plain_writer(config))
     checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
+    config = with_totals(config, checkpoint)
     generator = VllmGenerator(config, checkpoint)
     return Scorer(config, generator, PromptWriter(config.model, generator.tokenizer))
 

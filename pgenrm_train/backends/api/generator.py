@@ -38,15 +38,16 @@ ENGINE = "engine:"
 class EndpointGenerator:
     """A generator on one endpoint; sample s of a request has the seed `seed` + s, as in vLLM's server."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, stop: str | None = None) -> None:
+        """`stop`: text before which the server ends an answer."""
+        self.endpoint, self.stop = endpoint, stop
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         if temperature != self.endpoint.settings.temperature:
             raise ValueError(
                 f"the endpoint samples at temperature {self.endpoint.settings.temperature}, not {temperature}"
             )
-        queue = _Queue(self.endpoint, requests)
+        queue = _Queue(self.endpoint, requests, self.stop)
         with asyncio.Runner() as runner:
             try:
                 while answers := runner.run(queue.next()):
@@ -69,8 +70,10 @@ class _Trouble(Exception):
 
 
 class _Queue:
-    def __init__(self, endpoint: Endpoint, requests: Iterable[GenerationRequest]) -> None:
-        self.endpoint, self.waiting = endpoint, iter(requests)
+    def __init__(
+        self, endpoint: Endpoint, requests: Iterable[GenerationRequest], stop: str | None = None
+    ) -> None:
+        self.endpoint, self.waiting, self.stop = endpoint, iter(requests), stop
         self.url, self.headers = url_and_headers(endpoint.settings)
         self.exhausted = False
         self.several = True  # until the server refuses n
@@ -146,6 +149,8 @@ class _Queue:
         body = self.endpoint.body(request.messages, (request.seed + first) % 2**31)
         if samples > 1:
             body["n"] = samples
+        if self.stop is not None:
+            body["stop"] = [self.stop]
         try:
             answer = await self._tried(body, samples)
             choices = [_read(choice) for choice in answer["choices"][:samples]]

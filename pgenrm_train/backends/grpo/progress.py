@@ -8,6 +8,7 @@ import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.bootstrap import mean
+from pgenrm_train.chains.totals import UNVERIFIED
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.files import read_json
 from pgenrm_train.rewards.hacking_signs import OWN, signs
@@ -72,7 +73,9 @@ def _values(chains: Sequence[ScoredChain], part: str) -> list[float]:
 
 
 def _signs(chains: Sequence[ScoredChain]) -> Metrics:
-    return {f"signs/{name}": value for name, value in signs(chain.ranking for chain in chains).items()}
+    unverified = sum(chain.failure == UNVERIFIED for chain in chains)
+    values = signs((chain.ranking for chain in chains), unverified)
+    return {f"signs/{name}": value for name, value in values.items()}
 
 
 def rewards_problem(groups: Sequence[ScoredGroup], metrics: Metrics, max_null_share: float) -> str | None:
@@ -135,6 +138,12 @@ def validation_metrics(
             for part in ("total", "outcome", "process")
         },
         **{f"validation/{name}": value for name, value in _signs(chains).items()},
+        **{
+            f"validation/chains/accuracy_{kind}": float(
+                np.mean([(getattr(chain.ranking, f"{kind}_margin", None) or 0) > 0 for chain in chains])
+            )
+            for kind in ("declared", "verified")
+        },
         **{
             f"validation/probe/{name}_accuracy": _accuracies(rows)["validation/accuracy"]
             for name, rows in by_probe.items()

@@ -25,7 +25,17 @@ import transfer_queue as tq
 from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from pgenrm_train.backends.grpo.scoring import RewardSpec, Sample, ScoredChain, ScoredGroup, score, settle
+from pgenrm_train.backends.grpo.scoring import (
+    RewardSpec,
+    Sample,
+    ScoredChain,
+    ScoredGroup,
+    score,
+    settle,
+    tokens_before_total,
+)
+from pgenrm_train.chains.totals import STOP
+from pgenrm_train.config import Totals
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.training_rows import GrpoRow
 
@@ -188,6 +198,9 @@ class ChainSampler:
             "seed": int.from_bytes(digest, "big") >> 1,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
+        by_code = self.rewards.totals is Totals.CODE
+        if by_code:
+            parameters |= {"stop": [STOP], "detokenize": True}
         place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
         self.in_flight[place] += 1
         try:
@@ -199,18 +212,20 @@ class ChainSampler:
         tokens = list(output.token_ids[:limit])
         if not tokens:
             raise RuntimeError(f"the engine returned no tokens (stop reason {output.stop_reason})")
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         sample = Sample(
             prompt_ids=ids,
             token_ids=tokens,
             log_probs=list(output.log_probs[:limit]),
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
-            finished=tokens[-1] in self.ends,
+            text=text,
+            finished=tokens[-1] in self.ends or (by_code and STOP in text),
             weights_version=int(output.extra_fields.get("global_steps") or 0),
+            trained=tokens_before_total(self.tokenizer, tokens, text) if by_code else None,
         )
         return sample, asyncio.create_task(self._score(sample, prompt.row))
 
     async def _score(self, sample: Sample, row: GrpoRow) -> ScoredChain:
-        arguments = (sample, row, self.rewards.weights, self.judge)
+        arguments = (sample, row, self.rewards.weights, self.judge, self.rewards.totals)
         if self.judge is None:
             return score(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self.threads, score, *arguments)
@@ -294,10 +309,13 @@ def _put_rewards(groups: Sequence[Group]) -> None:
 
 
 def _trajectory(prompt: Prompt, sample: Sample) -> dict[str, object]:
-    """Fields that verl's trainer and actor read; the end token is inside the mask, rewards follow later."""
+    """Fields that verl's trainer and actor read; rewards follow later.
+
+    The mask holds the end token, and with totals=code no token from the first total on.
+    """
     prompts = torch.tensor(sample.prompt_ids, dtype=torch.int64)
     responses = torch.tensor(sample.token_ids, dtype=torch.int64)
-    mask = torch.ones_like(responses)
+    mask = torch.tensor(sample.loss_mask, dtype=torch.int64)
     ids = torch.cat([prompts, responses])
     return {
         "uid": prompt.uid,

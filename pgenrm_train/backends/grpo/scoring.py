@@ -6,6 +6,7 @@ group, so its advantage is zero.  A judge without a verdict is null, never 0: no
 process reward, because GRPO compares within the group.
 """
 
+import bisect
 import importlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pgenrm_train.backends.protocols import Judge
-from pgenrm_train.chains.chain import ParseFailure, parse_chain
-from pgenrm_train.config import EndpointConfig
+from pgenrm_train.chains.chain import ParseFailure
+from pgenrm_train.chains.totals import first_total, read_chain
+from pgenrm_train.config import EndpointConfig, Totals
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
@@ -69,11 +71,15 @@ class RewardSpec:
     weights: RewardWeights = DEFAULT_WEIGHTS
     judge: JudgeSpec | None = None
     null_policy: str = "drop_process_for_group"
+    totals: Totals = Totals.DECLARED
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One chain as the engine returned it; `finished` is false if the length limit cut it."""
+    """One chain as the engine returned it; `finished` is false if the length limit cut it.
+
+    `trained`: the number of tokens that bear loss, from the first; None for all.
+    """
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -81,6 +87,12 @@ class Sample:
     text: str
     finished: bool
     weights_version: int
+    trained: int | None = None
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 per token that bears loss, else 0."""
+        return [int(self.trained is None or place < self.trained) for place in range(len(self.token_ids))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +158,26 @@ class ScoredGroup:
         )
 
 
-def score(sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+def score(
+    sample: Sample,
+    row: GrpoRow,
+    weights: RewardWeights,
+    judge: Judge | None,
+    totals: Totals = Totals.DECLARED,
+) -> ScoredChain:
     """Score one chain; an exception is recorded, because a user's reward code must not end training."""
     try:
-        return _score(sample, row, weights, judge)
+        return _score(sample, row, weights, judge, totals)
     except Exception as error:
         return ScoredChain(len(sample.token_ids), error=f"{type(error).__name__}: {error}"[:300])
 
 
-def _score(sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | None) -> ScoredChain:
+def _score(
+    sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | None, totals: Totals
+) -> ScoredChain:
     extra, chosen = row["extra_info"], int(row["reward_model"]["ground_truth"])
     # A chain without an end is a format error, whatever its text holds.
-    text = sample.text if sample.finished else ""
-    chain = parse_chain(text, extra["n_responses"])
+    text, chain = read_chain(sample.text if sample.finished else "", totals, extra["n_responses"])
     failure = chain.kind if isinstance(chain, ParseFailure) else None
     # Without withheld signals the judge is not called, so this is not a null verdict.
     if failure is not None or judge is None or not withheld_signals(extra):
@@ -178,6 +197,20 @@ def _score(sample: Sample, row: GrpoRow, weights: RewardWeights, judge: Judge | 
         failure=failure if sample.finished else "length",
         null_verdict=judge is not None and math.isnan(process),
     )
+
+
+def tokens_before_total(tokenizer: Any, tokens: Sequence[int], text: str) -> int:
+    """Number of tokens before the first total that `text`, their decoding, states; all for an open chain."""
+    place = first_total(text)
+    if place is None:
+        return len(tokens)
+    # The first prefix of the tokens that reaches into the total, without its last token.
+    longer = bisect.bisect_right(
+        range(len(tokens) + 1),
+        place,
+        key=lambda n: len(tokenizer.decode(tokens[:n], skip_special_tokens=True)),
+    )
+    return max(0, longer - 1)
 
 
 def settle(chains: Sequence[ScoredChain], process_weight: float, null_policy: str) -> list[ScoredChain]:

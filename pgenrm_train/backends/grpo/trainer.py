@@ -111,7 +111,8 @@ class ChainTrainer(PPOTrainerSync):
         )
         self.loaded, self.global_steps = str(start), 0
         self._sync()
-        self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy))
+        totals = run.config.model.counted
+        self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy, totals))
 
     def begin(self, sampler: CurriculumSampler) -> int:
         """Load the phase's newest complete checkpoint, if there is one; returns its step, else 0."""

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.backends.sft.batches import pad_of
-from pgenrm_train.config import ModelConfig
+from pgenrm_train.chains.totals import STOP
+from pgenrm_train.config import ModelConfig, Totals
 from pgenrm_train.prompts.messages import prompt_ids
 
 
@@ -87,14 +88,18 @@ class TrainingGenerator:
             use_cache=True,
             pad_token_id=pad,
             eos_token_id=sorted(ends),
+            stop_strings=[STOP] if self.config.counted is Totals.CODE else None,
         )
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch[0].request.seed + batch[0].sample)
-            output = self.model.generate(input_ids=prompts, attention_mask=mask, generation_config=settings)
+            output = self.model.generate(
+                input_ids=prompts, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+            )
         answers = []
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
             text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
-            failure, tokens = ("length", len(row)) if end is None else (None, end + 1)
+            stopped = end is not None or (settings.stop_strings is not None and STOP in text)
+            failure, tokens = (None if stopped else "length"), len(row) if end is None else end + 1
             answers.append(Generation(prompt.request.key, prompt.sample, text, failure, tokens))
         return answers

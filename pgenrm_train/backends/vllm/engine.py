@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
-from pgenrm_train.config import Config
+from pgenrm_train.chains.totals import STOP
+from pgenrm_train.config import Config, Totals
 from pgenrm_train.prompts.messages import prompt_ids
 
 
@@ -109,12 +110,14 @@ class VllmGenerator:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        by_code = self.config.model.counted is Totals.CODE
         return SamplingParams(
             n=request.samples,
             temperature=temperature,
             seed=request.seed,
             max_tokens=self.config.model.max_response_tokens,
-            detokenize=False,  # we decode once at the end, not token by token
+            stop=[STOP] if by_code else None,
+            detokenize=by_code,  # needed for `stop`; else we decode once at the end, not token by token
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

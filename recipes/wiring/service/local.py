@@ -1,7 +1,6 @@
 """The service of a configuration in this process: model, prompts, similar users, store and HTTP server."""
 
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -21,9 +20,8 @@ from pgenrm_train.serving.metrics import Metrics
 from pgenrm_train.serving.scoring import FindSimilar, Scorer
 from pgenrm_train.serving.service import Service, import_votes
 from pgenrm_train.serving.store import UserStore
-from pgenrm_train.stages.stage import start_of
+from pgenrm_train.stages.stage import start_of, with_totals
 from recipes.wiring.models import load_tokenizer
-from recipes.wiring.scorer import read_chain
 from recipes.wiring.similar_users import find_similar
 
 
@@ -31,7 +29,7 @@ from recipes.wiring.similar_users import find_similar
 def local_service(config: Config) -> Iterator[Service]:
     """A service with its engine in this process."""
     checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
-    check_checkpoint(checkpoint)
+    config = with_totals(config, check_checkpoint(checkpoint))
     with contextlib.closing(open_store(config)) as store:
         find = similar_users(config)
         with contextlib.closing(ContinuousEngine(VllmGenerator(config, checkpoint))) as engine:
@@ -43,13 +41,11 @@ def make_service(
 ) -> Service:
     """The service around an engine that runs `checkpoint`."""
     model = config.model
-    limits = (model.prompt, model.max_prompt_tokens, model.max_response_tokens, model.dtype)
+    limits = (model.prompt, model.max_prompt_tokens, model.max_response_tokens, model.dtype, model.counted)
     answers = Answers(engine, store, fingerprint(weights_digest(checkpoint), *limits))
     # A tokenizer of its own: the engine's is used by another thread.
     write = PromptWriter(config.model, load_tokenizer(checkpoint))
-    return Service(
-        config, Scorer(config, answers, write, functools.partial(read_chain, config), find), store, Metrics()
-    )
+    return Service(config, Scorer(config, answers, write, find), store, Metrics())
 
 
 def open_store(config: Config) -> UserStore:

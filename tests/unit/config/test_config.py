@@ -238,7 +238,7 @@ MISTAKES = {
     "eval.weights=[0,0]": ("eval.weights=[0.0, 0.0]", "one above 0"),
     "eval.weights=[1]": ("eval.weights=[1.0]", "two numbers"),
     "eval.weights=[-1,2]": ("eval.weights=[-1.0, 2.0]", "from 0"),
-    "eval.scores=summed": ("eval.scores=summed", "declared, verified"),
+    "model.totals=summed": ("model.totals=summed", "declared, verified, code"),
     "eval.probe_kinds=[padded,poked]": ("eval.probe_kinds=poked", "swapped_history, empty_history"),
     "eval.probe_pairs=0": ("eval.probe_pairs=0", "above 0"),
     "eval.compare=[a]": ("eval.compare=['a']", "two run folders"),

@@ -23,7 +23,7 @@ def scored(monkeypatch, own=OWN, **settings):
     config = Config(recipe="score")
     config.score.ind, config.score.pro = 2, 1
     for name, value in settings.items():
-        setattr(config.eval, name, value)
+        setattr(config.model if name == "totals" else config.eval, name, value)
     monkeypatch.setattr(scorer, "similar_users", lambda *_: [Similar("bob", THEIRS)])
 
     def model(requests, *, temperature):
@@ -39,9 +39,10 @@ def scored(monkeypatch, own=OWN, **settings):
     ("settings", "expected"),
     [
         ({}, (2 + 5, 4 + 7)),
-        ({"scores": "verified"}, (8 + 5, 4 + 7)),
+        ({"totals": "verified"}, (8 + 5, 4 + 7)),
+        ({"totals": "code"}, (8 + 5, 4 + 7)),
         ({"weights": [1.0, 0.5]}, (2 + 2.5, 4 + 3.5)),
-        ({"weights": [0.0, 1.0], "scores": "verified"}, (5, 7)),
+        ({"weights": [0.0, 1.0], "totals": "verified"}, (5, 7)),
     ],
 )
 def test_scores_are_declared_or_verified_and_weighted(monkeypatch, settings, expected):
@@ -58,5 +59,5 @@ def test_scores_are_declared_or_verified_and_weighted(monkeypatch, settings, exp
 def test_a_chain_without_a_rubric_has_no_verified_score(monkeypatch):
     bare = OWN.replace("taste 100%", "because")
     assert scored(monkeypatch, bare)["scores"] == {"response_1": 7, "response_2": 11}
-    with pytest.raises(BackendError, match="unverified: its rubric gives no scores"):
-        scored(monkeypatch, bare, scores="verified")
+    with pytest.raises(BackendError, match="unverified: its rubric cannot be read"):
+        scored(monkeypatch, bare, totals="verified")

@@ -17,7 +17,8 @@ def chain(
     verified_margin: float | None = 3.0,
 ) -> Ranking:
     """An honest one: declared and verified margins agree."""
-    return Ranking(margin, verified_margin, spread=3.0, criteria=criteria)
+    faithful = margin == verified_margin
+    return Ranking(margin, verified_margin, 3.0, criteria, declared_margin=margin, faithful=faithful)
 
 
 def test_honest_chains_show_no_sign() -> None:

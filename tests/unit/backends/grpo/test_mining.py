@@ -25,7 +25,7 @@ from pgenrm_train.rewards.hacking_signs import Ranking
 
 
 def chain(outcome: float, margin: float | None = None, verified_margin: float | None = None) -> ScoredChain:
-    ranking = None if margin is None else Ranking(margin, verified_margin, 1.0, ())
+    ranking = None if margin is None else Ranking(margin, verified_margin, 1.0, (), margin, False)
     return ScoredChain(5, total=outcome, outcome=outcome, ranking=ranking)
 
 

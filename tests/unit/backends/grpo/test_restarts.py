@@ -126,6 +126,6 @@ def test_a_null_is_in_no_mean() -> None:
 
 def test_a_group_travels_through_verl_as_it_is() -> None:
     """Its `extra_fields` hold plain values alone, tuples as lists after a transport that knows no tuples."""
-    ranking = Ranking(2.0, None, 3.0, ("formal", "brief"))
+    ranking = Ranking(2.0, None, 3.0, ("formal", "brief"), 2.0, False)
     sent = ScoredGroup([chain(ranking=ranking, score=1.0), chain(**UNSCORED)], 1, 2, 4)
     assert ScoredGroup.from_extra_fields(json.loads(json.dumps(sent.to_extra_fields()))) == sent

@@ -29,7 +29,7 @@ from eval.report.summary import narrow
 from eval.studies.evaluation import Candidate, Evaluation
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, Totals
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message, PreferencePair
@@ -198,12 +198,12 @@ def test_issues_and_declared_scores_are_kept_apart_from_verified_ones():
     scores = {"response_1": 2, "response_2": 9}
     verdict = json.dumps({"rationale": rationale, "better_response": scores})
     text = f"<JSON_START>{verdict}<JSON_END>"
-    row = prediction(Question(PAIRS[0], 0, ()), Generation("k", 0, text))
+    row = prediction(Question(PAIRS[0], 0, ()), Generation("k", 0, text), Totals.DECLARED)
     assert (row["score_chosen"], row["score_rejected"]) == (2.0, 9.0)
     assert (row["verified_chosen"], row["verified_rejected"]) == (8.0, 3.0) and row[
         "issues"
     ] == "declared_differs"
-    turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text))
+    turned = prediction(Question(PAIRS[0], 1, ()), Generation("k", 0, text), Totals.DECLARED)
     assert (turned["score_chosen"], turned["verified_chosen"]) == (9.0, 3.0)
 
 
@@ -432,9 +432,10 @@ class AddsUpWrongly(LikesHistory):
 
 
 def test_scores_are_declared_or_verified_and_a_chain_without_a_rubric_is_then_a_failure(tmp_path):
-    def tested(scores):
+    def tested(totals):
         candidate = Candidate("psi", "sha", AddsUpWrongly, lambda: chat_messages, lambda: None)
-        made = evaluation(PAIRS, HISTORIES, scores=scores, seeds=1, probes=False)
+        made = evaluation(PAIRS, HISTORIES, seeds=1, probes=False)
+        made.config.model.totals = totals
         return made.test(candidate, tmp_path, progress)
 
     declared, verified = tested("declared").report, tested("verified").report
