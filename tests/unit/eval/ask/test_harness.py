@@ -438,10 +438,13 @@ def test_scores_are_declared_or_verified_and_a_chain_without_a_rubric_is_then_a_
         made.config.model.totals = totals
         return made.test(candidate, tmp_path, progress)
 
-    declared, verified = tested("declared").report, tested("verified").report
+    declared = tested("declared").report
     assert (declared["accuracy"], sum(declared["failures"].values())) == (0.0, 0)
-    assert verified["accuracy"] == 7 / 8 and verified["failures"] == {"unverified": 2}
-    assert verified["n_pairs"] == 8, "a failure stays in the denominator"
+    for totals in ("verified", "code"):
+        made = tested(totals)
+        assert made.report["accuracy"] == 7 / 8 and made.report["failures"] == {"unverified": 2}
+        assert made.report["n_pairs"] == 8, "a failure stays in the denominator"
+        assert made.own["issues"].str.contains("declared_differs").sum() == 14, "flagged, though scored"
 
 
 def evaluation(pairs, histories, **settings) -> Evaluation:
