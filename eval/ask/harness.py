@@ -243,7 +243,7 @@ def _missing(questions: Sequence[Question], done: Set[tuple[str, int]]) -> list[
     )
 
 
-def prediction(question: Question, generation: Generation, totals: Totals) -> Prediction:
+def prediction(question: Question, generation: Generation, totals: Totals = Totals.DECLARED) -> Prediction:
     """Row of a generation: scores, verified scores, issues, text and tokens, or the failure."""
     text, chain, failure = generation.text, None, generation.failure
     if failure is None:

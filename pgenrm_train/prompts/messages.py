@@ -65,8 +65,8 @@ only what the evidence supports.
 2. Scoring model derivation: which criteria earn and lose marks for this user, how much each weighs, and why.
 
 """
-INSTRUCTIONS = f"""{_TASK}Part 2, the scores: write {JSON_START}, then one JSON object, then {JSON_END}, and nothing after it. The \
-object has two keys:
+INSTRUCTIONS = f"""{_TASK}Part 2, the scores: write {JSON_START}, then one JSON object, then {JSON_END}, and \
+nothing after it. The object has two keys:
 - "rationale" (string): the criteria with percentage weights that sum to 100; then, for each response, a \
 score from 1 (poor) to \
 10 (excellent) on every criterion and the weighted total. Example: "accuracy 60%, brevity 40%. Response 1: \

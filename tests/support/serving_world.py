@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +12,13 @@ from typing import Any
 
 import httpx
 import uvicorn
+from prompt_sections import split_prompt
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import EngineLostError
-from pgenrm_train.prompts.messages import chat_messages, split_prompt
+from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.serving.answers import Answers
 from pgenrm_train.serving.app import make_app
 from pgenrm_train.serving.calibration import Calibration
@@ -26,7 +26,6 @@ from pgenrm_train.serving.metrics import Metrics
 from pgenrm_train.serving.scoring import FindSimilar, Scorer
 from pgenrm_train.serving.service import Service
 from pgenrm_train.serving.store import UserStore
-from recipes.wiring.scorer import read_chain
 
 VOTE = {"query": "Plan my trip?", "chosen": "Short.", "rejected": "Much longer."}
 QUESTION = {"query": "Fix my report?", "responses": ["Short one.", "A rather long response."]}
@@ -96,7 +95,7 @@ def service_of(
 ) -> Service:
     store = UserStore(config.serve.store)
     answers = Answers(engine, store, "stub")
-    scorer = Scorer(config, answers, chat_messages, functools.partial(read_chain, config), find)
+    scorer = Scorer(config, answers, chat_messages, find)
     return Service(config, scorer, store, Metrics(), calibration)
 
 

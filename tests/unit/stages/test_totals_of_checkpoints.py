@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pgenrm_train.config import Totals, load
+from pgenrm_train.config import StageName, Totals, load
 from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.run.checkpoints import totals_of, write_manifest
-from pgenrm_train.stages.registry import CRE, PSI
+from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import with_totals
 
 
@@ -51,7 +51,7 @@ def test_another_kind_than_the_manifests_is_one_sentence(tmp_path):
 
 
 def test_a_run_with_other_totals_is_another_run():
-    for stage in (PSI, CRE):
+    for stage in (REGISTRY[StageName.PSI], REGISTRY[StageName.CRE]):
         plain, stated, code = (
             stage.settings(load("recipe=psi", *more))
             for more in ([], ["model.totals=declared"], ["model.totals=code"])
