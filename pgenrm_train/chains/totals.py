@@ -81,10 +81,9 @@ def close_chain(text: str, n_responses: int | None = None) -> str:
     Totals that the text declares are replaced.  A text without a readable rubric is returned as it is.
     `n_responses`: None for as many as the rubric scores.
 
-    >>> close_chain('Short.\\n<JSON_START>{"rationale": "short 100%. Response 1: short 9. Response 2: short 4.')
-    ... # doctest: +NORMALIZE_WHITESPACE
-    'Short.\\n<JSON_START>{"rationale": "short 100%. Response 1: short 9 = 9.0. Response 2: short 4 = 4.0.",
-    "better_response": {"response_1": 9.0, "response_2": 4.0}}<JSON_END>'
+    >>> text = '<JSON_START>{"rationale": "kind 100%. Response 1: kind 9. Response 2: kind 4.'
+    >>> parse_chain(close_chain(text)).scores
+    (9.0, 4.0)
     """
     analysis, marker, block = text.rpartition(JSON_START)
     data = _open_object(block) if marker else None

@@ -106,8 +106,9 @@ def chat_messages(
 ) -> list[dict[str, str]]:
     """Chat messages of one example: a system message if `instructions`, and a user message.
 
-    `totals`: with `code` the system message requests a chain without totals.  `reserved` holds the tokenizer's special tokens; none of them survives inside a section.  Only a
-    `FullView` has explicit signals.
+    `totals`: with `code` the system message requests a chain without totals.  `reserved` holds the
+    tokenizer's special tokens; none of them survives inside a section.  Only a `FullView` has explicit
+    signals.
     """
     sections = [("<history>", "")]
     for item in view.history:

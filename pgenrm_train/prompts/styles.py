@@ -79,8 +79,8 @@ def styled_messages(
 ) -> list[dict[str, str]]:
     """Chat messages of one example in a style of `config.PROMPTS`.
 
-    `instructions`, `totals` and `reserved` are as in `chat_messages`.  A `judge` sees no signal of the user.  The
-    messages of `persona` still lack the persona: see `with_persona`.
+    `instructions`, `totals` and `reserved` are as in `chat_messages`.  A `judge` sees no signal of the user.
+    The messages of `persona` still lack the persona: see `with_persona`.
     """
     if style == "p_genrm":
         return chat_messages(view, instructions=instructions, totals=totals, reserved=reserved)

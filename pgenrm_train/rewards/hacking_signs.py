@@ -3,7 +3,7 @@
 All of them are *our choice*:
 
     verified_disagreement   share of chains with a rubric whose own sums rank the chosen response differently
-    unverifiable_share      share of chains whose totals cannot be recomputed, of those with totals or a rubric
+    unverifiable_share      share of chains in the right form whose totals cannot be recomputed
     faithful_share          share of verifiable chains that declare the recomputed totals
     criterion_kinds         effective number of criterion names: exponential of the entropy of their shares
     commonest_criteria      share of chains with the commonest set of criteria; 1 is a template for all users

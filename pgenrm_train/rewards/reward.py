@@ -4,7 +4,8 @@
     OR = 1{s_chosen > s_j for every other response j},   PR ∈ [0, 1] from a judge
 
 α = 0.5 and β = 1.0 are the paper's best.  A chain that cannot be parsed earns −0.1 and no judge sees it.  The
-declared scores decide OR, as in the paper; under `model.totals` verified and code, the recomputed ones.  A tie earns nothing, because the paper's indicator is strict.
+declared scores decide OR, as in the paper, or the recomputed ones (`chains.totals`).  A tie earns nothing,
+because the paper's indicator is strict.
 
 *Our choice*: without a process score (no judge, or a judge that failed) PR adds nothing instead of lowering
 the reward, and the breakdown holds NaN.  VR = 1 for a chain whose declared scores are the weighted sums of

@@ -4,8 +4,9 @@ Needs pairs and a teacher.  Makes `sec.parquet` (chat rows), `rejected.parquet` 
 reason) and `yield.json`.  `rejection` defines what a chain must be.  Two more rules apply here.  No two kept
 chains may repeat each other: `duplicate` is a text of the same user, `near_duplicate` almost an analysis of
 the same user.  `boilerplate` is almost an analysis of another user, so it describes neither.  And the model
-must be able to write the chain (`over_length`; with model.totals=code without totals, else `unverified`).  The teacher never sees the label; half of the chains present
-the chosen response first.
+must be able to write the chain (`over_length`).  With `model.totals=code` a chain is kept without its totals,
+or rejected if its rubric cannot be read back (`unverified`).  The teacher never sees the label; half of the
+chains present the chosen response first.
 """
 
 import random

@@ -128,7 +128,7 @@ def with_totals(config: Config, *checkpoints: Path) -> Config:
         listed = "; ".join(f"{path} has totals={kind}" for path, kind in stated.items())
         given = config.model.totals
         raise ConfigError(
-            f"model.totals={given}, but the manifest of a checkpoint differs: {listed}; leave model.totals out"
+            f"model.totals={given}, but a checkpoint's manifest differs: {listed}; leave model.totals out"
             if given
             else f"checkpoints with different totals need runs of their own: {listed}; use model.path="
         )

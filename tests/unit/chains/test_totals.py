@@ -18,8 +18,8 @@ from pgenrm_train.rewards.reward import RewardWeights
 
 TEACHERS = write_chain("Short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]], ["to the point; ok", ""])
 OPEN = (
-    f'Short.\n{JSON_START}{{"rationale": "short 60%, clear 40%. Response 1: to the point; ok; short 9, clear 8. '
-    "Response 2: short 4, clear 7."
+    f'Short.\n{JSON_START}{{"rationale": "short 60%, clear 40%. '
+    "Response 1: to the point; ok; short 9, clear 8. Response 2: short 4, clear 7."
 )
 EDITED = TEACHERS.replace('"response_1": 8.6', '"response_1": 1.6')
 RECOMPUTED = [Totals.VERIFIED, Totals.CODE]
@@ -67,7 +67,10 @@ def test_an_open_chain_may_end_anywhere_after_its_rubric(end):
 
 
 def test_a_teachers_free_rubric_is_trained_on_without_its_totals():
-    rationale = "Warm (60%), short: 40%.\nResponse 1: warm: 9/10, short: 4/10. Total: 7.0\nResponse 2: warm 2, short 8, total 4.4"
+    rationale = (
+        "Warm (60%), short: 40%.\nResponse 1: warm: 9/10, short: 4/10. Total: 7.0\n"
+        "Response 2: warm 2, short 8, total 4.4"
+    )
     verdict = {"better_response": {"response_1": 7.0, "response_2": 4.4}, "rationale": rationale}
     opened = open_chain(f"Kind.\n{JSON_START}\n{json.dumps(verdict)}\n{JSON_END}")
     assert opened == (
