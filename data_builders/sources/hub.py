@@ -8,6 +8,21 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.records.raw_rows import read_rows
 from pgenrm_train.records.shards import SUFFIXES, check_complete, data_files
 
+# Formats of tables that are not read.
+OTHER = (
+    ".csv",
+    ".tsv",
+    ".gz",
+    ".zip",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".xlsx",
+    ".ndjson",
+    ".feather",
+    ".avro",
+    ".orc",
+)
 Row = Mapping[str, object]
 Rows = Iterator[Row]
 
@@ -53,6 +68,10 @@ def _files(folder: Path, table: str, split: str | None) -> list[Path]:
             f"{folder} holds no {table}*.parquet or {table}*.jsonl; expected a copy of the data set's files"
         )
     check_complete(files)
+    if others := data_files(folder, OTHER):
+        print(
+            f"passed over {len(others)} files of other formats in {folder}, e.g. {others[0].name}", flush=True
+        )
     names = re.compile(rf"{re.escape(split or '')}(-.*)?|.*_{re.escape(split or '')}", re.DOTALL)
     places = {file: (file.stem, *file.relative_to(folder).parts[:-1]) for file in files}
     return [file for file in files if split and any(map(names.fullmatch, places[file]))] or files

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote
 
-from pgenrm_train.errors import DataError
+from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import read_json
 from pgenrm_train.records.raw_rows import read_rows
 from pgenrm_train.records.shards import parts
@@ -99,7 +99,10 @@ def _split(name: str) -> str | None:
 
 
 def _split_of_saved(file: Path) -> str | None:
-    """The split from which `Dataset.save_to_disk` wrote the file."""
-    if file.suffix != ".arrow" or not (state := file.parent / "state.json").is_file():
+    """The split of a file of `Dataset.save_to_disk`: as its state has it, or as its folder is named."""
+    state: object = None
+    with suppress(ArtifactError):  # no such file, or none of `datasets`
+        state = read_json(file.parent / "state.json") if file.suffix == ".arrow" else None
+    if not isinstance(state, dict) or "_data_files" not in state:
         return None
-    return _split(str(read_json(state).get("_split") or ""))
+    return _split(str(state.get("_split") or "")) or _split(file.parent.absolute().name)

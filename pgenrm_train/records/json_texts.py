@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pgenrm_train.errors import DataError
 
 COLUMNS = ("context", "chosen", "rejected")
+MESSAGES = ({"role", "content"}, {"from", "value"})  # keys; those of ShareGPT are refused by name later
 _KEYS = [re.compile(rf"['\"]{key}['\"]\s*:") for key in ("role", "content")]
 _SHOWN = 60  # characters of a text in an error
 
@@ -45,8 +46,10 @@ def _messages(text: str) -> object:
     value = _json(text)
     value = _json(value) if isinstance(value, str) else value
     listed = value if isinstance(value, list) else [value]
-    whole = [isinstance(item, Mapping) and "role" in item and "content" in item for item in listed]
-    return value if whole and all(whole) else None
+    are_messages = [
+        isinstance(item, Mapping) and any(keys <= item.keys() for keys in MESSAGES) for item in listed
+    ]
+    return value if are_messages and all(are_messages) else None
 
 
 def _json(text: str) -> object:

@@ -1,6 +1,7 @@
 """Raw rows of a parquet or JSON file, for the readers that validate them and turn them into records."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pgenrm_train.records import shards
 
 SKIPPED = "skipped_rows.txt"
 UTF8 = "utf-8-sig"  # Windows writes a mark before the text
+_EXACT = {"halffloat": 2**11, "float": 2**24}  # whole numbers below are exact in Arrow's short floats
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -42,9 +44,9 @@ def read_rows(path: Path) -> Iterator[Mapping[str, object]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
-    if path.suffix in (".parquet", ".arrow"):
+    if path.suffix.lower() in (".parquet", ".arrow"):
         yield from _arrow_rows(path)
-    elif path.suffix not in shards.SUFFIXES:
+    elif path.suffix.lower() not in shards.SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
     else:
         yield from _array_rows(path) if path.is_file() and _is_array(path) else _jsonl_rows(path)
@@ -83,8 +85,20 @@ def _arrow_rows(path: Path) -> Iterator[Mapping[str, object]]:
             raise DataError(f"{where}: expected UTF-8 text, got other bytes ({error.reason})") from None
         except (ValueError, OverflowError, KeyError, NotImplementedError):
             raise _unreadable(batch, where) from None
+        _check_float_ids(batch, where)
         yield from rows
         number += len(rows)
+
+
+def _check_float_ids(batch: Any, where: str) -> None:
+    """Raise DataError for ids in a column of short floats that are too large for it: several would be one."""
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        limit = _EXACT.get(str(field.type), math.inf) if field.name.endswith("id") else math.inf
+        if limit < math.inf and any(abs(value or 0) >= limit for value in column.to_pylist()):
+            raise DataError(
+                f"{where}, field '{field.name}': expected numbers below {limit}, which the type "
+                f"{field.type} tells apart"
+            )
 
 
 def _unreadable(batch: Any, where: str) -> DataError:

@@ -109,15 +109,15 @@ def parts(path: Path) -> list[Path]:
     return files
 
 
-def data_files(folder: Path) -> list[Path]:
-    """Parquet, Arrow and JSON files below a folder, by path.
+def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """Parquet, Arrow and JSON files, or those of other suffixes, below a folder, by path.
 
     Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.
     """
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix in SUFFIXES
+        if file.suffix.lower() in suffixes
         and file.is_file()
         and file.name not in _METADATA
         and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
@@ -156,9 +156,8 @@ def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
 
     for file in parts(path):
         try:
-            yield from (
-                _arrow_batches(file, batch) if file.suffix == ".arrow" else _parquet_batches(file, batch)
-            )
+            read = _arrow_batches if file.suffix.lower() == ".arrow" else _parquet_batches
+            yield from read(file, batch)
         except (pyarrow.ArrowException, OSError):
             raise DataError(
                 f"{file} cannot be read as {file.suffix[1:]}: it was cut off while written or copied, or has "

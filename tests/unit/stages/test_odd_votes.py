@@ -12,7 +12,7 @@ import pytest
 from pyarrow.feather import write_feather
 
 from data_builders.sources import pairs as pairs_builder
-from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.config import Config, DataConfig, StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.writer import load_pairs
@@ -20,7 +20,7 @@ from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.records.rows import read_pairs
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages import build_data
-from pgenrm_train.stages.registry import BUILD_DATA
+from pgenrm_train.stages.registry import REGISTRY
 
 SPLITS = ("train", "train", "test")
 
@@ -200,7 +200,7 @@ def test_the_rows_split_comes_first_and_names_of_no_split_are_none(tmp_path):
 def test_a_file_under_another_name_is_other_data_if_the_name_counts(tmp_path):
     def fingerprint(name, **changes):
         path = write_jsonl(tmp_path / name, [a_vote(**changes)])
-        return BUILD_DATA.settings(Config(data=DataConfig(name="pairs", path=str(path))))
+        return REGISTRY[StageName.BUILD_DATA].settings(Config(data=DataConfig(name="pairs", path=str(path))))
 
     assert fingerprint("train.jsonl", split=...) != fingerprint("test.jsonl", split=...)
     assert fingerprint("train.jsonl") == fingerprint("test.jsonl"), "the rows have their splits"
@@ -239,6 +239,24 @@ def test_what_datasets_saved_is_read(tmp_path):
 def test_a_feather_file_is_read(tmp_path):
     write_feather(pa.Table.from_pylist([a_vote(n) for n in range(3)]), str(tmp_path / "votes.arrow"))
     assert len(list(read_pairs(tmp_path / "votes.arrow"))) == 3
+
+
+def test_a_split_of_a_saved_folder_and_a_damaged_state(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([a_vote(split=...)]).save_to_disk(tmp_path / "all" / "test")
+    assert [p.split for p in read_pairs(tmp_path / "all" / "test")] == ["test"]
+    for damaged in ("[1]", "{cut"):
+        (tmp_path / "all" / "test" / "state.json").write_text(damaged)
+        assert len(list(read_pairs(tmp_path / "all" / "test"))) == 1
+
+
+def test_files_of_other_formats_are_told_and_suffixes_have_no_case(tmp_path, capsys):
+    write_jsonl(tmp_path / "votes" / "A.JSONL", [a_vote(0)])
+    parquet(tmp_path / "votes", [a_vote(1), a_vote(2)]).rename(tmp_path / "votes" / "B.PARQUET")
+    (tmp_path / "votes" / "test.csv").write_text("user_id\nann\n")
+    assert len(build(tmp_path, tmp_path / "votes")[0]) == 3
+    assert "passed over 1 files of other formats" in capsys.readouterr().out
 
 
 # ---- JSON texts ----
@@ -382,6 +400,19 @@ def test_maps_are_mappings(tmp_path):
 def test_values_that_python_cannot_hold_are_named(tmp_path, values, sentence):
     with pytest.raises(DataError, match=sentence):
         list(read_pairs(parquet(tmp_path, [a_vote()], x=values)))
+
+
+def test_ids_that_a_short_float_cannot_tell_apart_are_refused(tmp_path):
+    rows = [{name: value for name, value in a_vote(n).items() if name != "user_id"} for n in range(2)]
+    path = parquet(tmp_path, rows, user_id=pa.array([5.0, 2.0**24], pa.float32()))
+    with pytest.raises(DataError, match="field 'user_id': expected numbers below 16777216"):
+        list(read_pairs(path))
+
+
+def test_texts_of_another_layout_of_messages_are_refused_as_such(tmp_path):
+    path = write_jsonl(tmp_path / "votes.jsonl", [a_vote(context='[{"from": "human", "value": "hi"}]')])
+    with pytest.raises(DataError, match=r"row 1, field 'context\[0\]': expected \{role, content\}"):
+        list(read_pairs(path))
 
 
 def test_a_column_twice_is_refused(tmp_path):
