@@ -19,6 +19,7 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_text
 from pgenrm_train.records.rows import read_pairs
 from pgenrm_train.records.shards import digest, parts
+from pgenrm_train.records.words import UNSPACED
 from pgenrm_train.stages.build_data import Card
 
 SOURCES = {
@@ -36,7 +37,7 @@ SOURCES = {
     "lampqa": ("alireza7/LaMP-QA", "see the data set's page"),
 }
 PERCENTILES = (50, 90, 99, 100)
-_TOKEN = re.compile(r"\w+|[^\w\s]")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 
 
 def describe(config: Config, folder: Path, card: Card) -> dict[str, object]:

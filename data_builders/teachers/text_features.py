@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import textstat
 
+from pgenrm_train.records.words import UNSPACED
+
 PREFIX = 20_000  # characters that the word statistics read; length counts the full text
 READABILITY_PREFIX = 5_000
 
-# A CJK character is a word.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
+_LETTERS = rf"[^\W\d_{UNSPACED}]+"
+_WORD = re.compile(rf"[{UNSPACED}]|{_LETTERS}(?:['’]{_LETTERS})*|\d+")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _BLOCK = re.compile(r"\s*(?:[-*•+]\s|\d{1,2}[.)]\s|#{1,6}\s|\||```|<li>)")
 _SLIP = re.compile(r"\s[,.!?;]|[,;!?][^\W\d_]|\b(?:i|u|ur|im|dont|cant|wont|thats|doesnt|isnt)\b|[!?]{2,}")

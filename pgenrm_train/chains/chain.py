@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from pgenrm_train.chains.reasoning import strip_reasoning
 from pgenrm_train.chains.rubric import number, read_rubric, response_index, verify
 from pgenrm_train.chains.rubric_free_text import MAX_CRITERIA, Criteria, CriterionScores
 from pgenrm_train.prompts.messages import JSON_END, JSON_START
@@ -83,7 +84,7 @@ class ParseFailure:
 def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
     """Read the last valid block of `text`; without one, return the failure of the last complete block.
 
-    Never raises on a string.
+    Never raises on a string.  Reasoning in `<think>…</think>` is no part of the chain.
 
     >>> text = write_chain("Wants it short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]])
     >>> parse_chain(text).scores
@@ -91,6 +92,7 @@ def parse_chain(text: str, n_responses: int = 2) -> Chain | ParseFailure:
     >>> parse_chain("Response 1 is better.").kind
     'no_markers'
     """
+    text = strip_reasoning(text)
     starts = [match.end() for match in _START.finditer(text)]
     limits = [start - len(JSON_START) for start in starts[1:]] + [len(text)]
     spans = list(zip(starts, limits, strict=False))[::-1]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pgenrm_train.prompts.history import WORD
+from pgenrm_train.records.words import WORD
 
 # With 8 places per band, texts of J = 0.9 share a band with probability 0.9999, of J = 0.5 with 0.06.
 PLACES, BANDS = 128, 16

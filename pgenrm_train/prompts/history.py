@@ -14,13 +14,11 @@ to the newer vote), `same_scenario` (random, votes of the pair's scenario first)
 
 import math
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
-
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a CJK character is a word
+from pgenrm_train.records.words import WORD
 
 
 class HistorySampler:

@@ -27,6 +27,7 @@ from typing import Any
 from pgenrm_train.config import Totals
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.records.pairs import ExplicitSignals
+from pgenrm_train.records.words import count_words
 
 JSON_START = "<JSON_START>"
 JSON_END = "<JSON_END>"
@@ -90,7 +91,7 @@ _CHAT_NAMES = "s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|think(?:ing)?"
 # Possessive quantifiers: no backtracking, so that a megabyte of "<" and blanks costs one pass.
 _DELIMITER = re.compile(
     rf"<\s*+(?:/\s*+)?+(?:{_OUR_NAMES}|{_CHAT_NAMES})\s*+(?:/\s*+)?+>"
-    r"|<<\s*+(?:/\s*+)?+SYS\s*+>>|\[\s*+(?:/\s*+)?+INST\s*+\]"
+    r"|<<\s*+(?:/\s*+)?+SYS\s*+>>|\[\s*+(?:/\s*+)?+(?:INST|THINK)\s*+\]"
     r"|<(?=[|｜])|(?<=[|｜])>",
     re.IGNORECASE,
 )
@@ -147,7 +148,7 @@ def neutralise(text: str, reserved: Sequence[str] = ()) -> str:
 
 def shorten(text: str, end: int) -> str:
     """Cut a text after `end` characters and note how many words are gone: `… …(+12 words)`."""
-    gone = len(text[end:].split())
+    gone = count_words(text[end:])
     return f"{text[:end]} …(+{gone} words)" if gone else text
 
 
@@ -199,6 +200,33 @@ def _drop_leading_marks(text: str) -> str:
     while start < len(text) and unicodedata.combining(unicodedata.normalize("NFD", text[start])[0]):
         start += 1
     return text[start:]
+
+
+def folded(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The messages without a system role: the instructions come first in the user's message.
+
+    Neighbours of one role are merged, because where there is no system role, roles must alternate.
+    """
+    merged: list[dict[str, str]] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if merged and merged[-1]["role"] == role:
+            merged[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            merged.append({"role": role, "content": message["content"]})
+    return merged
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether a chat template renders a system message; some refuse it, and some drop it silently."""
+    from jinja2.exceptions import TemplateError
+
+    mark = "instructions of the task"
+    chat = [{"role": "system", "content": mark}, {"role": "user", "content": "question"}]
+    try:
+        return mark in tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -13,7 +13,7 @@ from pgenrm_train.config import Config, ModelConfig
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
-from pgenrm_train.prompts.messages import prompt_ids, shorten
+from pgenrm_train.prompts.messages import folded, prompt_ids, shorten, takes_system
 from pgenrm_train.prompts.styles import styled_messages
 from pgenrm_train.records.pairs import Example, HistoryItem, Message, PreferencePair
 from pgenrm_train.records.rows import read_pairs
@@ -74,6 +74,8 @@ class PromptWriter:
     2. The oldest history items are dropped.
     3. Queries and responses are cut to the greatest common length that fits.
 
+    Where the chat template has no system role, the instructions come first in the user's message.
+
     A cut text ends in ` …(+N words)`, so that a reader can judge its length.  `trimmed` counts prompts, cut
     texts, dropped history items, prompts cut to fit, and prompts whose responses differ only in the parts cut
     off.
@@ -82,6 +84,7 @@ class PromptWriter:
     def __init__(self, config: ModelConfig, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.reserved = tuple(tokenizer.all_special_tokens)
+        self._takes_system = takes_system(tokenizer)
         self.trimmed: Counter[str] = Counter()
         # A vote appears in its own prompt and in the histories of others.
         self._cut = functools.lru_cache(2**16)(self._cut_text)
@@ -126,13 +129,17 @@ class PromptWriter:
         return len(ids) < self.config.max_response_tokens
 
     def _messages(self, view: MaskedView | FullView) -> Messages:
-        return styled_messages(
+        messages = styled_messages(
             self.config.prompt,
             view,
             instructions=self.config.instructions,
             totals=self.config.counted,
             reserved=self.reserved,
         )
+        if self._takes_system or messages[0]["role"] != "system":
+            return messages
+        _note_folding(self.tokenizer.name_or_path)
+        return folded(messages)
 
     def _fits(self, view: MaskedView | FullView) -> bool:
         return len(self.ids(self._messages(view))) <= self.config.max_prompt_tokens
@@ -178,6 +185,15 @@ class PromptWriter:
         # A character may have several tokens; it is kept with all of them or not at all.
         end = len(head) if len(offsets) <= limit else min(offsets[limit - 1][1], offsets[limit][0])
         return shorten(text, end)
+
+
+@functools.cache
+def _note_folding(model: str) -> None:
+    """Log once per model that its prompts have no system message."""
+    print(
+        f"the chat template of {model} has no system role; the instructions are in the user's message",
+        flush=True,
+    )
 
 
 def _texts(view: MaskedView) -> list[str]:

@@ -1,5 +1,6 @@
 """Prompts fit their budget, and all engines see the same ids; the tokenizer is nano's, trained here."""
 
+import copy
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from pgenrm_train.chains.chain import FORMAT_STRINGS, write_chain
 from pgenrm_train.config import ModelConfig, NanoConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.messages import TAGS, chat_messages
+from pgenrm_train.prompts.messages import TAGS, chat_messages, shorten
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import ExplicitSignals, HistoryItem, Message
 
@@ -146,6 +147,50 @@ def test_instructions_are_a_system_message(tokenizer):
     assert [m["role"] for m in writer(tokenizer, instructions=True)(a_view())] == ["system", "user"]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}",
+        "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + m['content'] }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("prompt", ["p_genrm", "judge_history"])
+def test_a_template_without_a_system_role_gets_the_instructions_from_the_user(
+    tokenizer, template, prompt, capsys
+):
+    expected = writer(tokenizer, instructions=True, prompt=prompt)(a_view())
+    strange = copy.deepcopy(tokenizer)
+    strange.chat_template, strange.name_or_path = template, f"{prompt}/{len(template)}"
+    write = writer(strange, instructions=True, prompt=prompt)
+    for _ in range(2):
+        [message] = write(a_view())
+        assert message == {"role": "user", "content": "\n\n".join(m["content"] for m in expected)}
+    assert write.ids([message])
+    assert capsys.readouterr().out.count("has no system role") == 1, "logged once"
+    if prompt == "p_genrm":
+        assert writer(strange, instructions=False)(a_view()) == chat_messages(a_view(), instructions=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("one two", 2),
+        ("这家饭馆的菜很好吃", 9),
+        ("很好，很好。", 4),
+        ("Python很好", 3),
+        ("ภาษาไทย", 7),
+        ("とても良い", 5),
+        ("한국어 좋아", 5),
+        ("it's 3.5 — fine", 4),
+        ("", 0),
+    ],
+)
+def test_a_character_is_a_word_where_none_are_spaced(text, words):
+    assert shorten(f"x{text}", 1) == (f"x …(+{words} words)" if words else "x")
+
+
 def test_long_texts_are_cut_and_say_how_many_words_are_gone(tokenizer):
     long = " ".join(f"word{i}" for i in range(400))
     write = writer(tokenizer, max_text_tokens=30)
@@ -176,7 +221,8 @@ def test_a_cut_text_is_a_prefix_in_whole_characters(tokenizer, text):
     kept, gone = CUT.match(shown).groups()
     assert kept and text.startswith(kept) and "�" not in kept
     assert len(ids(tokenizer, kept)) <= 27
-    assert int(gone) == len(text[len(kept) :].split())
+    rest = text[len(kept) :]
+    assert int(gone) == len(rest if text.startswith("漢") else rest.split())
 
 
 def test_texts_of_few_characters_may_still_be_too_many_tokens(tokenizer):
