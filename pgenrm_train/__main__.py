@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.cli_errors import choices, explain, groups
+from pgenrm_train.cli_errors import choices, explain, groups, key_on_command_line
 from pgenrm_train.config import CONFIG_DIR, Config, beneath, parse, register_resolvers
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.process import end_on_sigterm
@@ -63,6 +63,9 @@ def main() -> int:
     if "--version" in arguments:
         print(f"pgenrm-train {metadata.version('pgenrm-train')}")
         return 0
+    # Now, because Hydra writes the command line of several runs to a file.
+    if sentence := key_on_command_line(sys.argv[1:]):
+        return _fail(sentence)
     sys.path.insert(0, str(CONFIG_DIR.parent))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises and does not print
     end_on_sigterm()

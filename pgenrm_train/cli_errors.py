@@ -1,10 +1,13 @@
 """Sentences for mistakes on the command line, from the errors of Hydra and OmegaConf."""
 
+import errno
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
 from pgenrm_train.config import CONFIG_DIR, Config
+from pgenrm_train.config.endpoints import key_in_place_of_name
 from pgenrm_train.errors import ConfigError, PGenRMError, first_line
 
 SPECIAL = set('"\\$')  # characters that keep a meaning within double quotes
@@ -18,16 +21,33 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
+def key_on_command_line(arguments: Sequence[str]) -> str | None:
+    """The sentence for a key that is given as the name of its variable; None if there is none."""
+    for argument in arguments:
+        setting, _, value = argument.lstrip("+").partition("=")
+        section, _, field = setting.rpartition(".")
+        names = [name.strip("'\"") for name in value.split(",")] if field == "api_key_env" else []
+        for name in names:
+            if name and not name.startswith("${") and (sentence := key_in_place_of_name(section, name)):
+                return sentence
+    return None
+
+
 def explain(error: Exception) -> str | None:
     """One sentence for a user's mistake; None for any other error."""
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, PGenRMError):
             return str(cause)
-        cause = cause.__cause__
+    if full := next(filter(_is_full, (*_causes(error), *_causes(error, context=True))), None):
+        place = getattr(full, "filename", None) or getattr(full, "filename2", None)
+        where = f" while {place} was written" if place else ""
+        return (
+            f"no space is left on the disk{where} ({first_line(full)}); free some, and the same command "
+            "continues the run"
+        )
     if isinstance(error, ValueError) and "Config group override must be" in str(error):
         return (
             f"a group takes the name of one of its files, as in data=pairs; groups are {', '.join(groups())}"
@@ -56,6 +76,22 @@ def explain(error: Exception) -> str | None:
         hint = f"; {_quoting(key, value)}" if value[:1] in ("[", "{") else ""
         return f"{match[1]}: {first_line(error.__cause__ or error)}{hint}"
     return " ".join(text.split())
+
+
+def _causes(error: BaseException, context: bool = False) -> Iterator[BaseException]:
+    """The error and its causes; with `context` the errors during whose handling it arose."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__context__ if context else cause.__cause__
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota is full, by the operating system, Arrow or SQLite."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "No space left on device" in text or "database or disk is full" in text
 
 
 def _unknown_key(key: str) -> str:

@@ -186,7 +186,9 @@ def compare(slots: int, rounds: int, seconds: float) -> None:
     try:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        settings = EndpointConfig("endpoint", url, "stub", max_in_flight=slots, timeout_seconds=60.0)
+        settings = EndpointConfig(
+            kind="endpoint", base_url=url, name="stub", max_in_flight=slots, timeout_seconds=60.0
+        )
         votes = pairs(slots * rounds)
         with tempfile.TemporaryDirectory() as folder:
             factory(settings, votes[:2], Path(folder) / "warm")  # imports

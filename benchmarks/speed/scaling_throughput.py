@@ -160,7 +160,7 @@ def messages_of(pair: PreferencePair, history: tuple[HistoryItem, ...]) -> list[
 
 
 def ours(url: str, votes: list[PreferencePair], histories: Any, ind: int, pro: int, folder: Path) -> int:
-    settings = EndpointConfig("endpoint", f"{url}/v1", "stub", max_in_flight=256)
+    settings = EndpointConfig(kind="endpoint", base_url=f"{url}/v1", name="stub", max_in_flight=256)
     generator = EndpointGenerator(Endpoint(settings))
 
     def answer(questions: Any) -> Any:

@@ -9,6 +9,7 @@ answer in the requested form.
 """
 
 import json
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,6 +28,15 @@ Rate every aspect by itself: 0 when the answer does not cover it, 1 when it cove
 covers it well.
 
 Answer with one JSON object and nothing else: {"ratings": [one number for each aspect, in their order]}."""
+
+
+# Strict servers take no limits of length; `read_rubric_score` checks the number of ratings.
+SCHEMA: Mapping[str, object] = {
+    "type": "object",
+    "properties": {"ratings": {"type": "array", "items": {"type": "integer", "enum": list(range(TOP + 1))}}},
+    "required": ["ratings"],
+    "additionalProperties": False,
+}
 
 
 class _Ratings(BaseModel):
@@ -49,22 +59,6 @@ def rubric_messages(question: UserQuestion, secret: QuestionSecret, answer: str)
         {"role": "system", "content": INSTRUCTIONS},
         {"role": "user", "content": json.dumps(request, ensure_ascii=False)},
     ]
-
-
-def ratings_schema(n_aspects: int) -> dict[str, object]:
-    """The JSON schema of an answer, for structured output."""
-    ratings = {
-        "type": "array",
-        "items": {"enum": list(range(TOP + 1))},
-        "minItems": n_aspects,
-        "maxItems": n_aspects,
-    }
-    return {
-        "type": "object",
-        "properties": {"ratings": ratings},
-        "required": ["ratings"],
-        "additionalProperties": False,
-    }
 
 
 def read_rubric_score(text: str, n_aspects: int) -> float | None:

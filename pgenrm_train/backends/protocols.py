@@ -36,8 +36,10 @@ class Generation:
     key: str
     sample: int
     text: str | None
-    failure: str | None = None  # "length" (no end within the limit) · "prompt_too_long" · "engine:<type>"
+    # "length" (no end within the limit) · "prompt_too_long" · "prompt_refused" · "engine:<type>"
+    failure: str | None = None
     tokens: int = 0
+    words: str = ""  # a server's own, on the failure
 
 
 Range = tuple[float, float]
@@ -71,7 +73,7 @@ def estimate_sample(items: Sequence[T]) -> Sequence[T]:
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """Calls of this start by outcome; tokens and dollars of all starts."""
+    """Calls of this start by outcome, with a server's words on each failure; cost of all starts."""
 
     calls: int
     tries: int
@@ -80,6 +82,7 @@ class Spending:
     completion_tokens: int
     dollars: float
     failures: Mapping[str, int]
+    words: Mapping[str, str] = field(default_factory=dict)
 
     def __add__(self, other: "Spending") -> "Spending":
         return Spending(
@@ -90,6 +93,7 @@ class Spending:
             self.completion_tokens + other.completion_tokens,
             self.dollars + other.dollars,
             Counter(self.failures) + Counter(other.failures),
+            {**self.words, **other.words},
         )
 
     def for_manifest(self) -> dict[str, object]:
@@ -102,7 +106,13 @@ class Spending:
             "completion tokens": self.completion_tokens,
             "dollars": round(self.dollars, 4),
             "failures": dict(self.failures),
+            **({"messages": dict(self.words)} if self.words else {}),
         }
+
+
+def server_words(spending: Spending | None) -> str:
+    """The end of an error's sentence: a server's words on each failure; empty if there are none."""
+    return f"; the server's messages: {dict(spending.words)}" if spending and spending.words else ""
 
 
 class Generator(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 from pgenrm_train.config.checks import check
 from pgenrm_train.config.cluster import CardConfig, ClusterConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
-from pgenrm_train.config.endpoints import ANSWER_KEYS, EndpointConfig
+from pgenrm_train.config.endpoints import ANSWER_KEYS, FIELD_KEYS, ApiConfig, EndpointConfig
 from pgenrm_train.config.evaluation import EvalConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig, Totals
@@ -40,11 +40,13 @@ __all__ = [
     "BUDGETS",
     "CONFIG_DIR",
     "EXACT",
+    "FIELD_KEYS",
     "GRPO_STAGES",
     "PROMPTS",
     "ROOT",
     "STAGES",
     "TRAINED",
+    "ApiConfig",
     "CardConfig",
     "ClusterConfig",
     "Config",
@@ -142,4 +144,6 @@ def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
 
 def _on_disk(run_dir: str, mirror: str) -> str:
     """The folder of this machine for Hydra's own files of a multirun."""
-    return mirror_of(plain_url(run_dir), mirror) if URL.fullmatch(run_dir) else run_dir
+    if URL.fullmatch(run_dir):
+        return mirror_of(plain_url(run_dir), mirror)
+    return str(Path(run_dir).expanduser()) if run_dir.startswith("~/") else run_dir

@@ -6,6 +6,7 @@ A rule is a pair: whether it is broken, and the sentence for the user, which nam
 from collections.abc import Iterator
 
 from pgenrm_train.config.data import VOTES
+from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
@@ -32,6 +33,8 @@ def check(config: Config) -> None:
 def _problems(config: Config) -> Iterator[str]:
     # Single keys come first: the other rules compute with valid values.
     yield from violations(config)
+    for section, api in (("teacher", config.teacher), ("judge", config.judge), ("model", config.model)):
+        yield from api_problems(section, api)
     yield from _not_counts(config)
     rules = [
         *_evaluation(config),

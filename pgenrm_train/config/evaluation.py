@@ -63,6 +63,9 @@ class ScoreConfig:
         1, "chains from the user's own history; one is the likeliest, several are sampled", gt=0
     )
     pro: int = setting(0, "chains from similar users' histories, one per user", ge=0)
+    temperature: float | None = setting(
+        None, "sampling temperature; null: 0 for one chain, eval.temperature for several", ge=0
+    )
     dry_run: bool = setting(False, "print the chat messages as JSON and start nothing")
 
 

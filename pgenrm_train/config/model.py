@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pgenrm_train.config.endpoints import ApiConfig
 from pgenrm_train.config.setting import setting
 
 BASELINES = (
@@ -54,7 +55,7 @@ class LoraConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(ApiConfig):
     kind: str = setting(
         "nano",
         "where chains or scores come from",
@@ -63,10 +64,6 @@ class ModelConfig:
     name: str = setting("nano", "hub id, served model name, baseline name or MODULE:FUNCTION")
     label: str = setting("nano", "short name for folders and tables")
     path: str | None = setting(None, "a local checkpoint; overrides the run folder's")
-    base_url: str | None = setting(
-        None, "model=endpoint: address of the server, e.g. http://localhost:8000/v1"
-    )
-    api_key_env: str | None = setting(None, "model=endpoint: environment variable that holds the key")
     prompt: str = setting(
         "p_genrm", "prompt of evaluate and score (prompts/styles.py); training needs p_genrm", choices=PROMPTS
     )

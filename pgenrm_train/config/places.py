@@ -3,8 +3,10 @@
 `s3://bucket/runs/arena` is mirrored in `<mirror>/s3/bucket/runs/arena`, so that no two URLs share a folder.
 """
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.config.schema import Config
 from pgenrm_train.errors import ConfigError
@@ -13,10 +15,11 @@ URL = re.compile(r"([A-Za-z][\w+.:-]*)://(.*)", re.DOTALL)  # with ":" for chain
 
 
 def place(config: Config) -> None:
-    """Move a URL from `run_dir` to `store`, and set `run_dir` to its mirror.
+    """Expand `~`, move a URL from `run_dir` to `store`, and set `run_dir` to its mirror.
 
-    Raises ConfigError for a URL that is not that of a run.
+    Raises ConfigError for a URL that is not that of a run, and for a home that does not exist.
     """
+    _expand_homes(config)
     if URL.fullmatch(config.mirror):
         raise ConfigError(
             f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir="
@@ -35,6 +38,27 @@ def place(config: Config) -> None:
             "store= follows from run_dir= and is not given by hand: use run_dir=URL, and mirror= for "
             "the local copy"
         )
+
+
+def _expand_homes(section: Any, prefix: str = "") -> None:
+    """Replace a leading `~` or `~user` in all settings, since a shell leaves it after a quote or `=`."""
+    for field in dataclasses.fields(section):
+        key, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _expand_homes(value, f"{key}.")
+        elif isinstance(value, list):
+            setattr(section, field.name, [_expand_home(key, item) for item in value])
+        else:
+            setattr(section, field.name, _expand_home(key, value))
+
+
+def _expand_home(key: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"{key}={value}: this machine knows no home {value.partition('/')[0]}") from None
 
 
 def beneath(config: Config, name: str) -> None:

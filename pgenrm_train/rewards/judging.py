@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pgenrm_train.chains.reasoning import strip_reasoning
 from pgenrm_train.prompts.messages import neutralise
 from pgenrm_train.records.pairs import ExplicitSignals
 
@@ -39,14 +40,15 @@ might like is mostly unsupported.
 Answer with one JSON object and nothing else: {"reason": one short sentence, "covered": number, \
 "unsupported": number}."""
 
-# As fine as judges are reliable; a list also keeps guided decoding from endless digits.
+# As fine as judges are reliable; a list also keeps guided decoding from endless digits.  Strict servers want
+# a type on every property and take no limits of length.
 TENTHS = [n / 10 for n in range(11)]
 SCHEMA: Mapping[str, object] = {
     "type": "object",
     "properties": {
-        "reason": {"type": "string", "maxLength": 300},
-        "covered": {"enum": TENTHS},
-        "unsupported": {"enum": TENTHS},
+        "reason": {"type": "string"},
+        "covered": {"type": "number", "enum": TENTHS},
+        "unsupported": {"type": "number", "enum": TENTHS},
     },
     "required": ["reason", "covered", "unsupported"],
     "additionalProperties": False,
@@ -82,8 +84,9 @@ def signals(explicit: ExplicitSignals) -> Mapping[str, object]:
 
 
 def judge_messages(chain_text: str, withheld: Mapping[str, object]) -> list[dict[str, str]]:
-    """Chat messages that request a verdict on a chain."""
-    question = json.dumps({"signals": withheld, "chain": neutralise(chain_text)}, ensure_ascii=False)
+    """Chat messages that request a verdict on a chain, without reasoning that no score comes from."""
+    chain = neutralise(strip_reasoning(chain_text))
+    question = json.dumps({"signals": withheld, "chain": chain}, ensure_ascii=False)
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
 
 

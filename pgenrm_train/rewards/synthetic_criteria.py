@@ -30,7 +30,7 @@ Answer with one JSON object and nothing else: {"criteria": text}."""
 LEAST, MOST = 10, 800  # characters of the criteria
 SCHEMA: Mapping[str, object] = {
     "type": "object",
-    "properties": {"criteria": {"type": "string", "minLength": LEAST, "maxLength": MOST}},
+    "properties": {"criteria": {"type": "string"}},
     "required": ["criteria"],
     "additionalProperties": False,
 }

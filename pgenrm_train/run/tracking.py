@@ -9,6 +9,7 @@ Nothing that is sent may hold a secret: addresses and names of credential variab
 settings.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from pgenrm_train.config import Config, to_dict
 from pgenrm_train.files import write_json, write_text
 
 METRICS = "metrics.jsonl"
+NAME = 128  # characters of a name that W&B takes
 START_SECONDS, FINISH_SECONDS = 30.0, 300.0  # longest waits for W&B
 # type of an artifact → file
 FILES = {"predictions": "predictions.parquet", "results": "results.json", "report": "report.html"}
@@ -136,7 +138,8 @@ class Tracker:
     def _artifacts(self, run: str, facts: Mapping[str, object]) -> Iterator[Any]:
         import wandb
 
-        name = re.sub(r"[^\w.-]", "-", run, flags=re.ASCII)
+        # Kinds and W&B's own suffixes follow the name.
+        name = _short(re.sub(r"[^\w.-]", "-", run, flags=re.ASCII), limit=NAME - 16)
         # W&B reads files when it sends them, which may be much later: these stay in the run folder.
         settings, weights = (self.folder / "wandb" / f"{name}.json" for name in ("settings", "checkpoint"))
         write_json(settings, self._public)
@@ -188,11 +191,11 @@ class Tracker:
         import wandb
 
         run = wandb.init(
-            project=config.tracking.project,
+            project=_short(config.tracking.project),
             entity=config.tracking.entity,
-            group=config.tracking.group or Path(config.run_dir).name,
+            group=_short(config.tracking.group or Path(config.run_dir).name),
             job_type=self.stage,
-            name=f"{Path(config.run_dir).name}/{self.stage}",
+            name=_short(Path(config.run_dir).name, f"/{self.stage}"),
             dir=str(self.folder),
             mode=mode,
             config=self._public,
@@ -213,6 +216,14 @@ class Tracker:
     def _give_up(self, error: Exception) -> None:
         _warn(f"W&B logging stopped ({_brief(error)}); metrics.jsonl continues")
         self._wandb = None
+
+
+def _short(name: str, end: str = "", limit: int = NAME) -> str:
+    """`name` and `end` in the length that W&B takes; a hash stands for what is cut off."""
+    if len(name) + len(end) <= limit:
+        return name + end
+    mark = "-" + hashlib.sha256(name.encode()).hexdigest()[:8] + end
+    return name[: limit - len(mark)] + mark
 
 
 def _warn(sentence: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from typing import TypedDict
 
-from pgenrm_train.backends.protocols import Estimate, Teacher, estimate_sample
+from pgenrm_train.backends.protocols import Estimate, Teacher, estimate_sample, server_words
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.chains.near_duplicates import NearDuplicates, signature
 from pgenrm_train.chains.rejection import (
@@ -104,7 +104,8 @@ def run(
         kept = list(compress(kept, fits))
     reasons = Counter(row.reason for row in rejected)
     if not kept:
-        raise DataError(f"no chain passed rejection sampling; reasons: {dict(reasons)}")
+        words = server_words(teacher.spending())
+        raise DataError(f"no chain passed rejection sampling; reasons: {dict(reasons)}{words}")
     rows = [_row(config, item, writer) for item in progress(kept, "prompts", len(kept))]
     empty = {"pair_id": None, "reason": None, "text": None}
     write_table(folder.path / "rejected.parquet", [asdict(row) for row in rejected] or [empty])

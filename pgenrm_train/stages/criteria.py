@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pgenrm_train.backends.protocols import CriteriaWriter
+from pgenrm_train.backends.protocols import CriteriaWriter, server_words
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
@@ -48,7 +48,8 @@ def run(
     rows = [results[index] for index in range(len(users))]
     failures = Counter(row.failure for row in rows if row.failure)
     if rows and len(rows) == failures.total():
-        raise DataError(f"no user's criteria could be inferred; reasons: {dict(failures)}")
+        words = server_words(writer.spending())
+        raise DataError(f"no user's criteria could be inferred; reasons: {dict(failures)}{words}")
     write_table(
         folder.path / CRITERIA, [asdict(row) for row in rows or [Inferred(None, None, None, votes=0)]]
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pgenrm_train.config import (
     ANSWER_KEYS,
+    FIELD_KEYS,
     Config,
     CurriculumConfig,
     GrpoConfig,
@@ -53,7 +54,11 @@ class Stage:
         """Values of `reads`.  Raw data counts by content: a moved file is the same data."""
         # On LaMP-QA the reference ranking may be a judge's.
         judged = self.name == StageName.EVALUATE and config.data.name == "lampqa"
-        settings = {key: _plain(get(config, key)) for key in (*self.reads, *(JUDGE if judged else ()))}
+        reads = (*self.reads, *(JUDGE if judged else ()))
+        settings = {key: _plain(get(config, key)) for key in reads}
+        roles = dict.fromkeys(key.partition(".")[0] for key in reads if key.endswith(".name"))
+        added = [f"{role}.{key}" for role in roles for key in FIELD_KEYS]
+        settings |= {key: value for key in added if (value := get(config, key))}
         if config.model.counted is Totals.DECLARED:  # whether stated or not
             settings.pop("model.totals", None)
         files = {

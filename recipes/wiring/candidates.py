@@ -11,7 +11,7 @@ from eval.ask.scored import Score, one_by_one
 from eval.studies.evaluation import Candidate, ScoredCandidate
 from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.backends.vllm.reward_head import RewardHead
-from pgenrm_train.config import Config, StageName
+from pgenrm_train.config import FIELD_KEYS, Config, StageName
 from pgenrm_train.errors import ConfigError, PreflightError, first_line
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter
@@ -63,10 +63,13 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, l
 
 def _endpoint(config: Config, folder: Path) -> Candidate:
     settings, prompt = model_endpoint(config), config.model.prompt
+    # Fields that change answers; a run of an older version has none.
+    fields = {key: value for key in FIELD_KEYS if (value := getattr(settings, key))}
+    identity = f"{settings.base_url}|{settings.name}|{prompt}" + (f"|{fields}" if fields else "")
     start, close = once(lambda: api_generator(settings, config.model, folder))
     return Candidate(
         config.model.label,
-        f"{settings.base_url}|{settings.name}|{prompt}",
+        identity,
         start,
         lambda: plain_writer(config),
         close,

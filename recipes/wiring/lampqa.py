@@ -9,7 +9,7 @@ import pandas as pd
 from eval.ask.baselines import fit_baseline
 from eval.ask.scored import one_by_one
 from eval.lampqa.ranking import MEASURES, Task, ask_tasks, report, score_tasks, tasks
-from eval.lampqa.rubric_judge import ratings_schema, read_rubric_score, rubric_messages
+from eval.lampqa.rubric_judge import SCHEMA, read_rubric_score, rubric_messages
 from eval.lampqa.summary import Ranked, Reference, write_results
 from eval.studies.evaluation import Candidate, ScoredCandidate, kept_answers
 from pgenrm_train.config import Config, StageName, sizes
@@ -102,7 +102,7 @@ def _reference(
             if not n:
                 return "no_rubric"
             messages = rubric_messages(questions_by_id[answer.question_id], secret, answer.text)
-            reply = judge.complete(messages, schema=ratings_schema(n))
+            reply = judge.complete(messages, schema=SCHEMA)
             score = read_rubric_score(reply.text, n) if reply.text is not None else None
             return score if score is not None else reply.failure or "unreadable"
 

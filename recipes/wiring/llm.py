@@ -1,5 +1,6 @@
 """Language models that a run queries: behind an API, or served here by vLLM while a stage runs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.backends.api.persona import PersonaGenerator
 from pgenrm_train.backends.vllm.server import served
 from pgenrm_train.chains.totals import STOP
-from pgenrm_train.config import Config, EndpointConfig, ModelConfig, Totals
+from pgenrm_train.config import ApiConfig, Config, EndpointConfig, ModelConfig, Totals
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.styles import styled_messages
@@ -32,11 +33,11 @@ def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointCon
 def model_endpoint(config: Config) -> EndpointConfig:
     """The model under test of `model=endpoint`."""
     model = config.model
+    shared = {field.name: getattr(model, field.name) for field in dataclasses.fields(ApiConfig)}
     return EndpointConfig(
-        "endpoint",
-        model.base_url,
-        model.name,
-        model.api_key_env,
+        **shared,
+        kind="endpoint",
+        name=model.name,
         max_in_flight=config.eval.max_in_flight,
         max_tokens=model.max_response_tokens,
         temperature=config.eval.temperature,

@@ -78,7 +78,7 @@ class Scorer:
         generations = self.generator(requests, temperature=temperature(self.config))
         totals, responses = self.config.model.counted, len(examples[0].responses) if examples else 0
         return [
-            Answer(g.text, ParseFailure(g.failure, ""))
+            Answer(g.text, ParseFailure(g.failure, g.words))
             if g.failure
             else Answer(*read_chain(g.text or "", totals, responses))
             for g in sorted(generations, key=lambda g: (int(g.key), g.sample))
@@ -101,7 +101,9 @@ def is_single(config: Config) -> bool:
 
 
 def temperature(config: Config) -> float:
-    """0 for a single chain, which is the likeliest one; several must differ."""
+    """`score.temperature`, else 0 for a single chain, which is the likeliest one; several must differ."""
+    if (chosen := config.score.temperature) is not None:
+        return chosen
     return 0.0 if is_single(config) else config.eval.temperature
 
 
@@ -115,7 +117,8 @@ def _readable(answer: Answer) -> Chain:
     if isinstance(answer.chain, Chain):
         return answer.chain
     if answer.text is None:
-        raise BackendError(f"the model gave no chain ({answer.chain.kind})")
+        words = f": {answer.chain.detail}" if answer.chain.detail else ""
+        raise BackendError(f"the model gave no chain ({answer.chain.kind}{words})")
     print(answer.text)
     raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
 

@@ -42,7 +42,7 @@ def test_a_served_judge_gives_verdicts_of_the_required_form(
     config.ray.address = request.getfixturevalue("cluster") if place == "cluster" else None
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
     settings = EndpointConfig(
-        "vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4
+        kind="vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4
     )
     with served(config, settings, tmp_path / "server.log", with_training=True) as endpoint:
         family = [p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline())]

@@ -110,7 +110,12 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with serve(unreliable_judge()) as server:
         settings = EndpointConfig(
-            "endpoint", server.url, "stub", attempts=1, timeout_seconds=1.0, give_up_after=99
+            kind="endpoint",
+            base_url=server.url,
+            name="stub",
+            attempts=1,
+            timeout_seconds=1.0,
+            give_up_after=99,
         )
         third = Phase(
             StageName.CRE,

@@ -37,6 +37,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        self.send(200, b'{"data": []}', {})
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         with self.server.lock:
@@ -54,8 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, form: Any) -> None:
         """Send an answer of one of these forms.
 
-        A text → a completion; {"status", "headers"} → an error; {"raw"} → these bytes; {"reset"} → the
-        connection drops; {"blanks"} → that many blanks, a tenth of a second apart, before the rest.
+        A text → a completion; {"status", "headers", "words"} → an error; {"raw"} → these bytes;
+        {"reset"} → the connection drops; {"blanks"} → that many blanks, a tenth of a second apart,
+        before the rest.
         """
         if isinstance(form, str):
             return self.send(200, json.dumps(completion(form)).encode(), {})
@@ -65,10 +69,11 @@ class _Handler(BaseHTTPRequestHandler):
         if "blanks" in form:
             return self.trickle(form["blanks"])
         if "raw" in form:
-            return self.send(200, form["raw"], {})
+            return self.send(form.get("status", 200), form["raw"], form.get("headers", {}))
         if "completion" in form:
             return self.send(200, json.dumps(form["completion"]).encode(), {})
-        return self.send(form["status"], b'{"error": {"message": "no"}}', form.get("headers", {}))
+        error = {"error": {"message": form.get("words", "no")}}
+        return self.send(form["status"], json.dumps(error).encode(), form.get("headers", {}))
 
     def send(self, status: int, payload: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -94,13 +99,19 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-def completion(text: str | None, finish: str = "stop") -> dict[str, Any]:
+def completion(text: Any, finish: str = "stop", **message: Any) -> dict[str, Any]:
     return {
         "id": "c",
         "object": "chat.completion",
         "created": 0,
         "model": "stub",
-        "choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}],
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": finish,
+                "message": {"role": "assistant", "content": text, **message},
+            }
+        ],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
 

@@ -1,7 +1,9 @@
 """The command line: fast help, one sentence per mistake, and no heavy import before a recipe runs."""
 
+import errno
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import time
@@ -168,6 +170,34 @@ def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.parquet does not exist") and len(done.stderr.splitlines()) == 1
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/pairs.parquet")
+
+
+def during(first: Exception, later: Exception) -> Exception:
+    """An error that arises while another one is handled."""
+    try:
+        try:
+            raise first
+        finally:
+            raise later
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FULL, "while runs/x/pairs.parquet was written"),
+        (OSError("[Errno 28] Error writing bytes. Detail: [errno 28] No space left on device"), "no space"),
+        (sqlite3.OperationalError("database or disk is full"), "no space"),
+        (during(FULL, sqlite3.ProgrammingError("Cannot operate on a closed database.")), "pairs.parquet"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(error, words):
+    sentence = explain(error)
+    assert sentence.startswith("no space is left on the disk") and words in sentence and "\n" not in sentence
 
 
 def test_an_internal_error_keeps_its_traceback(tmp_path):

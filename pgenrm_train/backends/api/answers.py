@@ -8,15 +8,20 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgenrm_train.chains.reasoning import strip_reasoning
+
 PAID = "paid"
+# Failures of an answer that came: it shows that the API works, and its tokens are paid for.
+OF_THE_ANSWER = ("length", "empty", "reasoning", "refusal", "content_filter")
+PROMPT_REFUSED = "prompt_refused"  # by a server that answers other prompts with the same fields
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The text of an answer, or the reason why there is none.
 
-    Failures: timeout · connection · http_<code> · length · empty · malformed · circuit_open · budget ·
-    closed.
+    Failures: `OF_THE_ANSWER` · prompt_refused · timeout · connection · tls · redirect · http_<code> · error ·
+    html · event_stream · malformed · circuit_open · budget · closed.  `words` are the server's own.
     """
 
     text: str | None
@@ -24,6 +29,7 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached: bool = False
+    words: str = ""
 
 
 class Answers:
@@ -37,15 +43,18 @@ class Answers:
         self._writing = threading.Lock()  # threads would sleep at SQLite's own lock, not queue
 
     def get(self, key: str) -> Reply | None:
-        row = self._cache.get(key)
-        return row and Reply(row["text"], row.get("failure"), row["in"], row["out"])
+        if (row := self._cache.get(key)) is None:
+            return None
+        text = row["text"] and strip_reasoning(row["text"], unclosed=True)  # of an older run
+        failure = row.get("failure") or (None if text else "reasoning")
+        return Reply(text or None, failure, row["in"], row["out"])
 
     def add(self, key: str | None, reply: Reply) -> None:
         """Keep a paid reply and its cost; without a key the cost alone, of an answer that is kept elsewhere.
 
         A call that failed at no cost is not kept, so that the endpoint repeats it.
         """
-        if reply.text is None and reply.failure not in ("length", "empty"):
+        if reply.text is None and reply.failure not in OF_THE_ANSWER:
             return
         answer = {
             "text": reply.text,

@@ -4,31 +4,42 @@
 one pace, one budget and one cache on disk.  So a second run pays for nothing twice, and a killed run loses
 only the calls in flight.  The cost is on disk with the answers (see `answers`), so that a budget holds over
 restarts.  A failed call is a `Reply` with its reason, never an exception and never an empty text.
+
+A server may refuse a field that it does not know (`response_format`, the generator's `n`), a prompt that it
+finds too long, or everything.  Only a comparison tells which: a field is at fault if the same call succeeds
+without it, and a prompt if a greeting with the same fields succeeds.  A refused field is left out from then
+on, and neither it nor a refused prompt counts towards a server that is down.
 """
 
 import hashlib
 import json
-import os
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from pgenrm_train.backends.api.answers import Answers, Reply
-from pgenrm_train.backends.api.chat_api import NO_COMPLETION, ChatApi, failure_of, is_transient, retry_after
+from pgenrm_train.backends.api.answers import OF_THE_ANSWER, PROMPT_REFUSED, Answers, Reply
+from pgenrm_train.backends.api.chat_api import ChatApi, Completion, Trouble, may_be_a_field
 from pgenrm_train.backends.protocols import Spending
 from pgenrm_train.config import EndpointConfig
+from pgenrm_train.prompts.messages import folded
+from pgenrm_train.run.http import key_of
 
 Messages = Sequence[Mapping[str, str]]
 Schema = Mapping[str, object]
 MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
-# Failures that show no working API; a malformed answer may be a login page.
-NO_API = ("timeout", "connection", "http_", "malformed")
+# Refusals that a prompt may cause, e.g. by its length.
 OF_THE_PROMPT = ("http_400", "http_413", "http_422")
+# Failures that show a working API; any other may be a login page.
+WORKING = (*OF_THE_ANSWER, PROMPT_REFUSED)
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
+FORMAT = "response_format"
+FIELDS = "leave_out, max_tokens_field, structured and extra_body change the fields of requests"
 CHARACTERS_PER_TOKEN = 3.0  # a low guess before the first answers
 
 
@@ -43,7 +54,8 @@ def dollars(settings: EndpointConfig, prompt_tokens: int, completion_tokens: int
 class Usage:
     """Calls and tokens of this start; retries count in `tries` only.
 
-    `failures` are by reason, `earlier` the tokens of earlier starts.
+    `failures` are by reason, with the server's last words on each in `words`; `earlier` are the tokens of
+    earlier starts.
     """
 
     calls: int = 0
@@ -53,6 +65,7 @@ class Usage:
     completion_tokens: int = 0
     earlier: tuple[int, int] = (0, 0)
     failures: Counter[str] = field(default_factory=Counter)
+    words: dict[str, str] = field(default_factory=dict)
 
     @property
     def paid(self) -> tuple[int, int]:
@@ -73,10 +86,15 @@ class Endpoint:
         self._next_start = 0.0
         # All answers count, cut-off and empty ones too, because the server's limit counts their tokens.
         self._answers = self._tokens = 0
-        self._in_a_row, self._open_until, self._refusal = 0, 0.0, ""
+        self._in_a_row, self._open_until = 0, 0.0
+        self._refused_fields: set[str] = set()
+        self._refused_prompts: set[bytes] = set()
+        self._works: bool | None = None  # whether it answers any prompt; None until it is known
+        self._greeting = threading.Lock()
         self._known = Answers(cache) if cache else None
         self.usage.earlier = self._known.paid() if self._known else (0, 0)
         self._closed = threading.Event()
+        self._key = key_of(settings.api_key_env) if settings.api_key_env else ""
         self._api = ChatApi(settings)
 
     def complete(self, messages: Messages, *, sample: int = 0, schema: Schema | None = None) -> Reply:
@@ -84,23 +102,24 @@ class Endpoint:
 
         `sample` distinguishes repeated questions and seeds the server.
         """
-        payload = self._payload(messages, sample, schema)
-        key = hashlib.sha256(payload).hexdigest()
+        body = self.body(messages, sample, schema)
+        key = _key(body, sample)
         if self._known and (known := self._known.get(key)) is not None:
             with self._lock:
                 self.usage.calls += 1
                 self.usage.cached += 1
             return replace(known, cached=True)
         with self._slots:
-            refused = self._refused()
-            reply = self.book(self._tried(payload) if refused is None else Reply(None, refused))
+            if (refused := self._refused()) is not None:
+                return self.book(Reply(None, refused))
+            reply = self._answer(body)
             if self._known:
                 self._known.add(key, reply)
             return reply
 
     def knows(self, messages: Messages, *, sample: int = 0) -> bool:
         """Whether the answer is on disk, so that it costs nothing."""
-        key = hashlib.sha256(self._payload(messages, sample, None)).hexdigest()
+        key = _key(self.body(messages, sample, None), sample)
         return self._known is not None and self._known.get(key) is not None
 
     def close(self) -> None:
@@ -136,17 +155,20 @@ class Endpoint:
         A failure that a prompt causes shows that the API works.
         """
         made = self.usage.calls - self.usage.cached - sum(self.usage.failures[kind] for kind in REFUSALS)
-        own_fault = any(self.usage.failures[kind] for kind in OF_THE_PROMPT)
-        return self._refused() == "circuit_open" or (0 < made == self._in_a_row and not own_fault)
+        return self._refused() == "circuit_open" or 0 < made == self._in_a_row
 
     @property
     def troubles(self) -> str:
         """The outcome of the last calls, for an error."""
-        last = ", ".join(f"{n} × {kind}" for kind, n in self.usage.failures.most_common(3))
-        refusal = f"; the server's message: {self._refusal}" if self._refusal else ""
+        usage = self.usage
+        last = ", ".join(f"{n} × {kind}" for kind, n in usage.failures.most_common(3))
+        kind = next((kind for kind, _ in usage.failures.most_common() if usage.words.get(kind)), "")
+        whose = "the reason" if kind in ("connection", "timeout", "tls") else "the server's message"
+        message = f"; {whose}: {usage.words[kind]}" if kind else ""
+        remedy = f"; {FIELDS}" if kind in OF_THE_PROMPT else ""
         return (
             f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row "
-            f"({last}{refusal}); its answers are kept, and the same command continues from there"
+            f"({last}{message}{remedy}); its answers are kept, and the same command continues from there"
         )
 
     def spending(self) -> Spending:
@@ -160,17 +182,15 @@ class Endpoint:
             answers,
             dollars(self.settings, prompts, answers),
             dict(usage.failures.most_common()),
+            dict(usage.words),
         )
 
-    def _payload(self, messages: Messages, sample: int, schema: Schema | None) -> bytes:
-        return json.dumps(self.body(messages, sample, schema), sort_keys=True).encode()
-
     def body(self, messages: Messages, sample: int, schema: Schema | None = None) -> dict[str, object]:
-        """The body of a request."""
+        """The body of a request; fields that the server has refused are not left out yet."""
         settings = self.settings
         body: dict[str, object] = {
             "model": settings.name,
-            "messages": [dict(m) for m in messages],
+            "messages": folded(messages) if "system" in settings.leave_out else [dict(m) for m in messages],
             "temperature": settings.temperature,
             settings.max_tokens_field: settings.max_tokens,
             "seed": sample,
@@ -182,7 +202,8 @@ class Endpoint:
             }
         elif schema is not None and settings.structured == "json_object":
             body["response_format"] = {"type": "json_object"}
-        return body
+        left_out = {"seed", "temperature"} & set(settings.leave_out)
+        return {name: value for name, value in body.items() if name not in left_out} | settings.extra_body
 
     def _refused(self) -> str | None:
         if self._closed.is_set():
@@ -201,11 +222,6 @@ class Endpoint:
             settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
         )
 
-    def note_refusal(self, words: str) -> None:
-        """Keep the server's last refusal for errors, without the key, which some servers repeat."""
-        key = os.environ.get(self.settings.api_key_env or "")
-        self._refusal = words.replace(key, "…") if key else words
-
     def pay(self, reply: Reply) -> None:
         """Record the cost of an answer that is kept elsewhere."""
         if self._known:
@@ -217,18 +233,105 @@ class Endpoint:
             self.usage.calls += 1
             self.usage.prompt_tokens += reply.prompt_tokens
             self.usage.completion_tokens += reply.completion_tokens
-            if reply.failure is not None:
-                self.usage.failures[reply.failure] += 1
+            self._count_failure(reply.failure, reply.words)
             if reply.failure in REFUSALS:
                 return reply
-            unreachable = reply.failure is not None and reply.failure.startswith(NO_API)
-            self._in_a_row = self._in_a_row + 1 if unreachable else 0
+            working = reply.failure is None or reply.failure in WORKING
+            self._works = working or self._works
+            self._in_a_row = 0 if working else self._in_a_row + 1
             if self._in_a_row >= self.settings.give_up_after:
                 self._open_until = time.monotonic() + RESTED_SECONDS
         return reply
 
-    def _tried(self, payload: bytes) -> Reply:
-        import httpx
+    def count_failures(self, replies: Sequence[tuple[str | None, str]]) -> None:
+        """Count (failure, words) of the choices of one answer."""
+        with self._lock:
+            for failure, words in replies:
+                self._count_failure(failure, words)
+
+    def _count_failure(self, failure: str | None, words: str) -> None:
+        """Count a failure; the first of its kind is logged in the server's words, without the key."""
+        if failure is None:
+            return
+        first = not self.usage.failures[failure]
+        self.usage.failures[failure] += 1
+        words = words.replace(self._key, "…") if self._key else words
+        if words:
+            self.usage.words[failure] = words
+        if first and words:
+            print(
+                f"warning: {self.settings.name} at {self.settings.base_url}: {failure}: {words}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def takes(self, name: str) -> bool:
+        """Whether the server has not refused a field so far."""
+        return name not in self._refused_fields
+
+    def note_refused_field(self, name: str, trouble: Trouble | None = None) -> None:
+        """Leave a field out from now on, since a call without it succeeded; its first refusal is counted."""
+        with self._lock:
+            if name in self._refused_fields:
+                return
+            self._refused_fields.add(name)
+            self._works = True
+            if trouble is not None:
+                self.usage.calls += 1
+                words = f"{trouble.words or 'no reason given'} (requests go on without {name})"
+                self._count_failure(trouble.kind, words)
+
+    def failed(self, body: Mapping[str, object], trouble: Trouble) -> Reply:
+        """Book a call without an answer; a prompt that the server refuses is booked once."""
+        if trouble.kind not in OF_THE_PROMPT or not self._answers_a_greeting(body):
+            return self.book(Reply(None, trouble.kind, words=trouble.words))
+        code = trouble.kind.removeprefix("http_")
+        reply = Reply(None, PROMPT_REFUSED, words=f"HTTP {code}: {trouble.words}")
+        prompt = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+        with self._lock:
+            known = prompt in self._refused_prompts
+            self._refused_prompts.add(prompt)
+        return reply if known else self.book(reply)
+
+    def _answers_a_greeting(self, body: Mapping[str, object]) -> bool:
+        """Whether the server answers another prompt with the same fields; paid for at most once."""
+        with self._greeting:
+            if self._works is not None:
+                return self._works
+            asked: Any = body["messages"]
+            messages = [{**message, "content": "Hello."} for message in asked]
+            greeting = {key: value for key, value in body.items() if key != "n"} | {"messages": messages}
+            try:
+                reply = _reply(self._tried(greeting))
+            except Trouble as trouble:
+                if trouble.kind in OF_THE_PROMPT:
+                    with self._lock:
+                        self._works = self._works or False
+                return bool(self._works)
+            self.pay(self.book(reply))
+            return True
+
+    def _answer(self, body: Mapping[str, object]) -> Reply:
+        """Request a completion, without `response_format` if the server refuses it."""
+        plain = {key: value for key, value in body.items() if key != FORMAT}
+        sent = body if self.takes(FORMAT) else plain
+        try:
+            return self.book(_reply(self._tried(sent)))
+        except Trouble as error:
+            trouble = error
+        if FORMAT not in sent or not may_be_a_field(trouble.kind):
+            return self._unanswered(sent, trouble)
+        try:
+            reply = _reply(self._tried(plain))
+        except Trouble as error:
+            return self._unanswered(plain, error)
+        self.note_refused_field(FORMAT, trouble)
+        return self.book(reply)
+
+    def _unanswered(self, body: Mapping[str, object], trouble: Trouble) -> Reply:
+        return self.book(Reply(None, "closed")) if trouble.kind == "closed" else self.failed(body, trouble)
+
+    def _tried(self, body: Mapping[str, object]) -> Completion:
         from tenacity import (
             RetryCallState,
             Retrying,
@@ -243,30 +346,25 @@ class Endpoint:
 
         def pause(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            seconds = retry_after(error.response.headers if isinstance(error, httpx.HTTPStatusError) else {})
+            seconds = error.retry_after if isinstance(error, Trouble) else None
             return backoff(state) if seconds is None else min(seconds, MAX_WAIT_SECONDS)
 
         retrying = Retrying(
             stop=stop_after_attempt(self.settings.attempts) | stop_when_event_set(self._closed),
             sleep=sleep_using_event(self._closed),
             wait=pause,
-            retry=retry_if_exception(is_transient),
+            retry=retry_if_exception(lambda error: isinstance(error, Trouble) and error.passing),
             reraise=True,
         )
-        try:
-            return retrying(self._once, payload)
-        except (httpx.HTTPError, *NO_COMPLETION) as error:
-            if isinstance(error, httpx.HTTPStatusError):
-                self.note_refusal(str(error))
-            return Reply(None, failure_of(error))
+        return retrying(self._once, _encoded(body))
 
-    def _once(self, payload: bytes) -> Reply:
+    def _once(self, payload: bytes) -> Completion:
         self._closed.wait(self.start_in(len(payload)))
         if self._closed.is_set():
-            return Reply(None, "closed")
-        reply = self._api.post(payload)
-        self.learn(reply.prompt_tokens + reply.completion_tokens)
-        return reply
+            raise Trouble("closed")
+        completion = self._api.post(payload)
+        self.learn(completion.prompt_tokens + completion.completion_tokens)
+        return completion
 
     def learn(self, tokens: int) -> None:
         """Record the tokens of one answer, for the pace."""
@@ -291,3 +389,21 @@ class Endpoint:
             start = max(self._next_start, time.monotonic())
             self._next_start = start + gap
         return max(0.0, start - time.monotonic())
+
+
+def _key(body: Mapping[str, object], sample: int) -> str:
+    """Identity of an answer; the sample counts even where its seed is not sent."""
+    return hashlib.sha256(_encoded({**body, "seed": sample})).hexdigest()
+
+
+def _encoded(body: Mapping[str, object]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def _reply(completion: Completion) -> Reply:
+    """The first choice; a text that was cut off is no answer."""
+    choice = completion.choices[0]
+    text = choice.text if choice.failure is None else None
+    return Reply(
+        text, choice.failure, completion.prompt_tokens, completion.completion_tokens, words=choice.words
+    )

@@ -1,12 +1,13 @@
 """A model under test behind an API: one asynchronous queue over all requests (METHOD §7).
 
 A request for m samples is *one* call with `n` = m, so that the server encodes the prompt once.  A server
-without `n` gets m calls.  At most `max_in_flight` samples are in flight, and the queue takes a request only
-when it has room.  The event loop runs only while the caller waits for the next answer, so a caller that
-stores answers slowly slows down the queue and does not fill the memory.  Pace, budget and circuit are the
-`Endpoint`'s.
+that refuses or ignores `n` gets m calls, from then on at once.  At most `max_in_flight` samples are in
+flight, and the queue takes a request only when it has room.  The event loop runs only while the caller waits
+for the next answer, so a caller that stores answers slowly slows down the queue and does not fill the memory.
+Pace, budget and circuit are the `Endpoint`'s.
 
-A failed sample is a failed generation, `engine:<kind>`.  If the server is down or the budget spent, the queue
+A failed sample is a failed generation: `engine:<kind>`, which another start requests again, or one
+of `FINAL`, which would cost the same and fail again.  If the server is down or the budget spent, the queue
 yields the samples in flight and then raises BackendError.
 """
 
@@ -14,25 +15,28 @@ import asyncio
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from pgenrm_train.backends.api import endpoint as limits
-from pgenrm_train.backends.api.answers import Reply
+from pgenrm_train.backends.api.answers import OF_THE_ANSWER, PROMPT_REFUSED, Reply
 from pgenrm_train.backends.api.chat_api import (
-    NO_COMPLETION,
-    is_transient_status,
-    refusal,
-    replace_surrogates,
-    retry_after,
-    tokens_of,
+    MOVES,
+    Choice,
+    Completion,
+    Trouble,
+    may_be_a_field,
+    moved_to,
+    read_answer,
     url_and_headers,
 )
 from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Spending
-from pgenrm_train.errors import BackendError
+from pgenrm_train.errors import BackendError, ConfigError
+from pgenrm_train.run.http import lost_connection, proxy_for, trusted
 
-REFUSES_N = ("engine:http_400", "engine:http_422")  # how servers answer an unknown field
 ENGINE = "engine:"
+FINAL = (*OF_THE_ANSWER, PROMPT_REFUSED)  # failures that were paid for, or that would repeat
 
 
 class EndpointGenerator:
@@ -62,21 +66,18 @@ class EndpointGenerator:
         self.endpoint.close()
 
 
-class _Trouble(Exception):
-    """A try without an answer."""
-
-    def __init__(self, kind: str, *, passing: bool = True, retry_after: float | None = None) -> None:
-        self.kind, self.passing, self.retry_after = kind, passing, retry_after
-
-
 class _Queue:
     def __init__(
         self, endpoint: Endpoint, requests: Iterable[GenerationRequest], stop: str | None = None
     ) -> None:
         self.endpoint, self.waiting, self.stop = endpoint, iter(requests), stop
         self.url, self.headers = url_and_headers(endpoint.settings)
+        self.proxy = proxy_for(self.url)
+        if self.proxy and self.proxy.startswith("socks"):
+            raise ConfigError(
+                "the model under test is not asked through a SOCKS proxy; use an http:// proxy, or NO_PROXY"
+            )
         self.exhausted = False
-        self.several = True  # until the server refuses n
         self.samples = 0  # in flight
         self.tasks: set[asyncio.Task[None]] = set()
         self.answered: asyncio.Queue[list[Generation] | BaseException] = asyncio.Queue()
@@ -129,96 +130,109 @@ class _Queue:
             self.answered.put_nowait(error)
 
     async def _sampled(self, request: GenerationRequest) -> list[Generation]:
-        if not self.several or request.samples == 1:
+        if not self.endpoint.takes("n") or request.samples == 1:
             return await self._singly(request, 0)
-        first = await self._call(request, 0, request.samples)
-        if len(first) == request.samples and first[0].failure not in REFUSES_N:
+        body = self._body(request, 0, request.samples)
+        try:
+            completion = await self._tried(body, request.samples)
+        except Trouble as trouble:
+            if may_be_a_field(trouble.kind):
+                return await self._without_n(request, trouble)
+            return self._failed(request, 0, request.samples, await self._booked(body, trouble))
+        first = self._answered(request, 0, request.samples, completion)
+        if len(first) == request.samples:
             return first
-        if first[0].failure in REFUSES_N:
-            first = []  # of n or of the prompt: single calls will show which
-        rest = await self._singly(request, len(first))
-        self.several = self.several and any(generation.failure in REFUSES_N for generation in rest)
-        return first + rest
+        self.endpoint.note_refused_field("n")
+        return first + await self._singly(request, len(first))
+
+    async def _without_n(self, request: GenerationRequest, trouble: Trouble) -> list[Generation]:
+        """A single call shows whether the refusal was one of `n`; if not, the other samples fail alike."""
+        [first] = await self._call(request, 0)
+        if first.failure in (PROMPT_REFUSED, f"{ENGINE}{trouble.kind}"):
+            return [replace(first, sample=sample) for sample in range(request.samples)]
+        if first.failure is None:
+            self.endpoint.note_refused_field("n", trouble)
+        return [first, *await self._singly(request, 1)]
 
     async def _singly(self, request: GenerationRequest, first: int) -> list[Generation]:
-        calls = [self._call(request, sample, 1) for sample in range(first, request.samples)]
+        calls = [self._call(request, sample) for sample in range(first, request.samples)]
         return [generation for answer in await asyncio.gather(*calls) for generation in answer]
 
-    async def _call(self, request: GenerationRequest, first: int, samples: int) -> list[Generation]:
-        """`samples` generations from number `first`; at least one, but no more than the server gives."""
-        body = self.endpoint.body(request.messages, (request.seed + first) % 2**31)
-        if samples > 1:
-            body["n"] = samples
-        if self.stop is not None:
-            body["stop"] = [self.stop]
+    async def _call(self, request: GenerationRequest, sample: int) -> list[Generation]:
+        body = self._body(request, sample, 1)
         try:
-            answer = await self._tried(body, samples)
-            choices = [_read(choice) for choice in answer["choices"][:samples]]
-            spent = tokens_of(answer)
-            if not choices:
-                raise ValueError
-        except _Trouble as trouble:
-            return self._failed(request, first, samples, trouble.kind)
-        except NO_COMPLETION:
-            return self._failed(request, first, samples, "malformed")
+            return self._answered(request, sample, 1, await self._tried(body, 1))
+        except Trouble as trouble:
+            return self._failed(request, sample, 1, await self._booked(body, trouble))
+
+    def _body(self, request: GenerationRequest, first: int, samples: int) -> dict[str, object]:
+        body = self.endpoint.body(request.messages, (request.seed + first) % 2**31)
+        stop = {} if self.stop is None else {"stop": [self.stop]}
+        return body | stop | ({"n": samples} if samples > 1 else {})
+
+    async def _booked(self, body: dict[str, object], trouble: Trouble) -> Reply:
+        """In a thread, since the endpoint may ask the server once more to find out what is at fault."""
+        return await asyncio.to_thread(self.endpoint.failed, body, trouble)
+
+    def _answered(
+        self, request: GenerationRequest, first: int, samples: int, completion: Completion
+    ) -> list[Generation]:
+        """At most `samples` generations from number `first` on, and at least one."""
+        choices = completion.choices[:samples]
+        spent = completion.prompt_tokens, completion.completion_tokens
         self.endpoint.learn(sum(spent))
         self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))
-        self.endpoint.usage.failures.update(f.removeprefix(ENGINE) for _, f in choices if f)
+        self.endpoint.count_failures([(choice.failure, choice.words) for choice in choices])
         return [
-            Generation(request.key, first + i, text, failure, spent[1] // len(choices))
-            for i, (text, failure) in enumerate(choices)
+            self._generation(request, first + i, choice, spent[1] // len(choices))
+            for i, choice in enumerate(choices)
         ]
 
-    def _failed(self, request: GenerationRequest, first: int, samples: int, kind: str) -> list[Generation]:
-        self.endpoint.book(Reply(None, kind))
-        return [Generation(request.key, first + i, None, f"{ENGINE}{kind}") for i in range(samples)]
+    def _generation(self, request: GenerationRequest, sample: int, choice: Choice, tokens: int) -> Generation:
+        failure = choice.failure if choice.failure in (None, *FINAL) else f"{ENGINE}{choice.failure}"
+        return Generation(request.key, sample, choice.text, failure, tokens, choice.words)
 
-    async def _tried(self, body: dict[str, object], samples: int) -> Any:
+    def _failed(self, request: GenerationRequest, first: int, samples: int, reply: Reply) -> list[Generation]:
+        choice = Choice(None, reply.failure, reply.words)
+        return [self._generation(request, first + i, choice, 0) for i in range(samples)]
+
+    async def _tried(self, body: dict[str, object], samples: int) -> Completion:
         """Try as `Endpoint` does: exponential backoff with jitter, or the wait that the server requests."""
         attempt = 0
         while True:
             attempt += 1
             try:
                 return await self._once(body, samples)
-            except _Trouble as trouble:
+            except Trouble as trouble:
                 if not trouble.passing or attempt >= self.endpoint.settings.attempts:
+                    raise
+                if samples > 1 and not self.endpoint.takes("n"):
                     raise
                 wait = random.uniform(0, 2.0**attempt) if trouble.retry_after is None else trouble.retry_after
             await asyncio.sleep(min(wait, limits.MAX_WAIT_SECONDS))
 
-    async def _once(self, body: dict[str, object], samples: int) -> Any:
+    async def _once(self, body: dict[str, object], samples: int) -> Completion:
         import aiohttp
 
         settings = self.endpoint.settings
         if self.session is None:
             self.session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # `max_in_flight` is the limit
+                # `max_in_flight` is the limit.
+                connector=aiohttp.TCPConnector(limit=0, ssl=trusted()),
                 timeout=aiohttp.ClientTimeout(total=settings.timeout_seconds),
                 headers=self.headers,
-                trust_env=True,  # proxies, as other clients do
             )
         payload = json.dumps(body).encode()
         await asyncio.sleep(self.endpoint.start_in(len(payload), samples))
         try:
-            async with self.session.post(self.url, data=payload) as response:
-                content = await response.read()
-        except TimeoutError:
-            raise _Trouble("timeout") from None
-        except aiohttp.ClientError:
-            raise _Trouble("connection") from None
-        if response.status >= 400:
-            self.endpoint.note_refusal(refusal(content))
-            raise _Trouble(
-                f"http_{response.status}",
-                passing=is_transient_status(response.status),
-                retry_after=retry_after(response.headers),
-            )
-        return json.loads(content)
-
-
-def _read(choice: Any) -> tuple[str | None, str | None]:
-    """(text, failure) of one choice."""
-    text = replace_surrogates(choice["message"]["content"])
-    if choice.get("finish_reason") == "length":
-        return text, "length"
-    return (text, None) if isinstance(text, str) and text.strip() else (None, f"{ENGINE}empty")
+            for _ in range(MOVES):
+                post = self.session.post(self.url, data=payload, proxy=self.proxy, allow_redirects=False)
+                async with post as response:
+                    content = await response.read()
+                if (moved := moved_to(self.url, response.status, response.headers)) is None:
+                    break
+                self.url = moved
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            kind, words, passing = lost_connection(error)
+            raise Trouble(kind, words, passing=passing) from None
+        return read_answer(response.status, response.headers, content)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from pgenrm_train.backends.api.answers import Reply
+from pgenrm_train.backends.api.answers import PROMPT_REFUSED, Reply
 from pgenrm_train.backends.api.endpoint import Endpoint, Messages
 from pgenrm_train.backends.api.generator import ENGINE, EndpointGenerator
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Spending
@@ -16,7 +16,7 @@ class PersonaGenerator(EndpointGenerator):
     """A generator that writes personas first; see `protocols.Generator`.
 
     `personas` is an endpoint with a cache, so that a restart reuses them.  A question without its persona is
-    a failed generation, `engine:persona_<kind>`.
+    a failed generation, `engine:persona_<kind>`, or `persona_prompt_refused`, which is final.
     """
 
     def __init__(self, endpoint: Endpoint, personas: Endpoint) -> None:
@@ -34,8 +34,11 @@ class PersonaGenerator(EndpointGenerator):
             if persona is None:
                 ready.append(request)
             elif persona.text is None:
+                failure = f"persona_{persona.failure}"
+                if persona.failure != PROMPT_REFUSED:
+                    failure = ENGINE + failure
                 for sample in range(request.samples):
-                    yield Generation(request.key, sample, None, f"{ENGINE}persona_{persona.failure}")
+                    yield Generation(request.key, sample, None, failure, words=persona.words)
             else:
                 ready.append(replace(request, messages=tuple(with_persona(request.messages, persona.text))))
         yield from super().__call__(ready, temperature=temperature)

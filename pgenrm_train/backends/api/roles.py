@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pgenrm_train.backends.api.answers import Reply
 from pgenrm_train.backends.api.costs import announce, characters, estimate
 from pgenrm_train.backends.api.endpoint import Endpoint, dollars
 from pgenrm_train.backends.protocols import Estimate, Generation, Spending, estimate_sample
@@ -44,7 +45,7 @@ class LlmTeacher:
             )
             messages.append({"role": "user", "content": again})
         reply = self.endpoint.complete(messages, sample=attempt)
-        return Generation(example.pair_id, attempt, reply.text, reply.failure, reply.completion_tokens)
+        return _generation(example.pair_id, attempt, reply)
 
     def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Estimate:
         prompts = [self._messages(example) for example in examples]
@@ -73,7 +74,7 @@ class LlmCriteria:
         if stopped := self.endpoint.stopped:
             raise BackendError(f"teacher: {stopped}")
         reply = self.endpoint.complete(synthesis_messages(votes), sample=attempt, schema=synthesis.SCHEMA)
-        return Generation(user_id, attempt, reply.text, reply.failure, reply.completion_tokens)
+        return _generation(user_id, attempt, reply)
 
     def expect(self, users: Sequence[Sequence[HistoryItem]], tries: int) -> Estimate:
         some = [synthesis_messages(votes) for votes in estimate_sample(users)]
@@ -138,6 +139,10 @@ class LlmJudge:
                 self.failures[reply.failure or "unreadable"] += 1
             return None
         return verdict.score
+
+
+def _generation(key: str, sample: int, reply: Reply) -> Generation:
+    return Generation(key, sample, reply.text, reply.failure, reply.completion_tokens, reply.words)
 
 
 def judge_for_rewards(settings: EndpointConfig, cache: Path | None) -> LlmJudge:

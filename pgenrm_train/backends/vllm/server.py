@@ -42,7 +42,7 @@ class GpuSplit(NamedTuple):
 def served(
     config: Config, settings: EndpointConfig, log: Path, *, with_training: bool
 ) -> Iterator[EndpointConfig]:
-    """Serve `settings.name`, and yield the settings of its endpoint.
+    """Serve `settings.name`, and yield the settings of its endpoint; their kind stays vllm.
 
     On this machine the server takes the last `settings.gpus` visible GPUs and leaves the others to this
     process and its children.  On a cluster it takes as many of one node.  `with_training`: training runs at
@@ -51,7 +51,7 @@ def served(
     log.parent.mkdir(parents=True, exist_ok=True)
     start = _here if config.ray.address is None else _on_cluster
     with start(config, settings, log.resolve(), with_training) as url:
-        yield dataclasses.replace(settings, kind="endpoint", base_url=f"{url}/v1")
+        yield dataclasses.replace(settings, base_url=f"{url}/v1")
 
 
 @contextmanager
@@ -197,7 +197,8 @@ def _wait(exit_code: Callable[[], int | None], url: str, log: Path) -> None:
         if (code := exit_code()) is not None:
             raise BackendError(f"the vLLM server exited with code {code} before it answered; see {log}")
         try:
-            if httpx.get(f"{url}/health", timeout=2.0).status_code == 200:
+            # This run's own server, also on another node: no proxy knows it.
+            if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, Config, EndpointConfig, ModelConfig, StageName
+from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, ApiConfig, Config, StageName
+from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.http import client, key_of, lost_connection, service
 from pgenrm_train.run.process import child_environment
 
 SECONDS = 5.0  # per request: a server that is up answers in less
@@ -260,24 +262,25 @@ def check_model_endpoint(config: Config, stage: str) -> Iterator[str]:
         yield from answering("model", config.model)
 
 
-def answering(section: str, settings: EndpointConfig | ModelConfig) -> Iterator[str]:
+def answering(section: str, settings: ApiConfig) -> Iterator[str]:
     """GET {base_url}/models, which is cheap and free.  Any answer but a refusal is proof of a server."""
     import httpx
 
-    api_key_env = settings.api_key_env
-    key = os.environ.get(api_key_env) if api_key_env else None
-    if api_key_env and not key:
+    api_key_env, url = settings.api_key_env, service(settings.base_url or "", "/models")
+    if api_key_env and not os.environ.get(api_key_env):
         yield f"{section}.api_key_env={api_key_env} is not set; export the variable that holds the key"
         return
-    url = f"{(settings.base_url or '').rstrip('/')}/models"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        status = httpx.get(url, headers=headers, timeout=SECONDS).status_code
+        headers = {"Authorization": f"Bearer {key_of(api_key_env)}"} if api_key_env else {}
+        with client(url, timeout=SECONDS, headers=headers) as connection:
+            status = connection.get(url).status_code
+    except ConfigError as error:
+        yield f"the {section} cannot be asked: {error}"
+        return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        yield (
-            f"the {section} does not answer at {url} ({type(error).__name__}); "
-            f"start the server or correct {section}.base_url"
-        )
+        kind, words, _ = lost_connection(error)
+        remedy = "" if kind == "tls" else f"; start the server or correct {section}.base_url"
+        yield f"the {section} does not answer at {url} ({words}){remedy}"
         return
     if status in (401, 403):
         where = f"the key in {api_key_env}" if api_key_env else "a call without a key"

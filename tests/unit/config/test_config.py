@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pgenrm_train.cli_errors import key_on_command_line
 from pgenrm_train.config import (
     BASELINES,
     BUDGETS,
@@ -215,6 +216,15 @@ MISTAKES = {
     "judge.kind=features": ("judge.kind=features", "oracle, none"),
     "teacher.kind=none": ("teacher.kind=none", "oracle, features"),
     "tracking.kind=mlflow": ("tracking.kind=mlflow", "offline, wandb, none"),
+    "teacher.api_key_env=sk-proj-1": ("teacher.api_key_env", "never the key itself"),
+    "judge.api_key_env=gsk_abc1": ("judge.api_key_env", "never the key itself"),
+    "model.api_key_env=a1b2c3d4e5f6a7b8c9d0e1": ("model.api_key_env", "never the key itself"),
+    "teacher.base_url=localhost:8000/v1": ("teacher.base_url=localhost:8000/v1", "http://"),
+    "judge.base_url=https://u:p@h/v1": ("judge.base_url holds a password", "judge.api_key_env"),
+    "model.leave_out=[top_p]": ("model.leave_out=top_p", "seed, temperature, system"),
+    "model.extra_body={temperature: 1}": ("model.extra_body.temperature", "already"),
+    "model.attempts=0": ("model.attempts=0", "above 0"),
+    "run_dir=~nobody-here/x": ("run_dir=~nobody-here/x", "no home"),
     "eval.protocol=loose": ("eval.protocol=loose", "strict, release, both_orders, user_disjoint"),
     "eval.split=dev": ("eval.split=dev", "train, val, test"),
     "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
@@ -323,6 +333,32 @@ def test_a_mistake_gives_one_sentence_that_names_its_key(override, plain):
     assert all(part in str(error.value) for part in MISTAKES[override]) and "\n" not in str(error.value)
 
 
+def test_a_key_is_never_repeated(plain):
+    for key in ("sk-proj-1", "gsk_abc1", "a1b2c3d4e5f6a7b8c9d0e1", "p@ss word"):
+        changed = OmegaConf.create(plain)
+        OmegaConf.update(changed, "judge.api_key_env", key)
+        with pytest.raises(ConfigError) as error:
+            parse(changed)
+        assert key not in str(error.value)
+        assert key not in (key_on_command_line([f"judge.api_key_env='{key}'"]) or key)
+    for name in ("OPENAI_API_KEY", "my_key", "KEY2"):
+        assert load("recipe=psi", f"judge.api_key_env={name}").judge.api_key_env == name
+        assert key_on_command_line([f"judge.api_key_env={name}", "judge.name=sk-1", "seed=1"]) is None
+
+
+def test_a_home_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(
+        "recipe=evaluate",
+        "run_dir='~/run'",
+        "model.path='~/m'",
+        "eval.compare=['~/a','~/b']",
+        "score.input='~'",
+    )
+    assert (config.run_dir, config.model.path) == (f"{tmp_path}/run", f"{tmp_path}/m")
+    assert config.eval.compare == [f"{tmp_path}/a", f"{tmp_path}/b"] and config.score.input == str(tmp_path)
+
+
 def test_rows_are_picked_of_votes_only():
     votes = load("recipe=build_data", "data=chatbot_arena", "+data.only.type=single")
     assert votes.data.only == {"type": "single"}
@@ -404,7 +440,7 @@ def test_sizes_of_scaling():
         ),
         (["model=endpoint", "model.name=x"], r"model=endpoint needs model\.base_url"),
         (
-            ["model=endpoint", "model.name=x", "model.base_url=u", "model.prompt=judge2"],
+            ["model=endpoint", "model.name=x", "model.base_url=http://h", "model.prompt=judge2"],
             r"model\.prompt=judge2 is not one of p_genrm, judge",
         ),
         (
@@ -415,7 +451,7 @@ def test_sizes_of_scaling():
             [
                 "model=endpoint",
                 "model.name=x",
-                "model.base_url=u",
+                "model.base_url=http://h",
                 "model.prompt=persona",
                 "eval.split=train",
             ],
@@ -430,7 +466,7 @@ def test_models_to_evaluate_are_checked_before_anything_is_built(given_keys, sen
 
 @pytest.mark.parametrize("model", ["endpoint", "reward_head", "callable"])
 def test_models_without_training_are_for_evaluation_only(model):
-    keys = [f"model={model}", "model.name=m:f", "model.base_url=u"]
+    keys = [f"model={model}", "model.name=m:f", "model.base_url=http://h"]
     assert load("recipe=evaluate", *keys).model.kind == model
     with pytest.raises(
         ConfigError, match=rf"model={model} is for recipe=evaluate.*recipe=psi needs one with weights"

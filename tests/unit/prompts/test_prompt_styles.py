@@ -83,7 +83,9 @@ def requests(n, history=HISTORY):
 
 
 def generator(url, cache, **more):
-    settings = EndpointConfig("endpoint", url, "stub", max_in_flight=8, attempts=1, temperature=0.7, **more)
+    settings = EndpointConfig(
+        kind="endpoint", base_url=url, name="stub", max_in_flight=8, attempts=1, temperature=0.7, **more
+    )
     return PersonaGenerator(Endpoint(settings), Endpoint(settings, cache))
 
 
@@ -106,11 +108,11 @@ def test_a_persona_is_written_once_a_history_and_kept_for_the_next_start(tmp_pat
 
 
 def test_a_persona_that_cannot_be_had_is_a_failure_of_its_questions(tmp_path):
-    with serve(lambda body, n: {"status": 400} if is_persona_call(body) else SCORES) as server:
+    with serve(lambda body, n: {"status": 404} if is_persona_call(body) else SCORES) as server:
         made = generator(server.url, tmp_path / "personas")
         answers = list(made(requests(3), temperature=0.7))
         without = list(made(requests(2, ()), temperature=0.7))
-    assert {(a.text, a.failure) for a in answers} == {(None, "engine:persona_http_400")} and len(answers) == 6
+    assert {(a.text, a.failure) for a in answers} == {(None, "engine:persona_http_404")} and len(answers) == 6
     assert all(a.text == SCORES for a in without), "a user without votes is judged without a persona"
 
 
@@ -136,7 +138,7 @@ def test_one_history_a_user_for_personas_and_one_a_pair_for_others():
         for n in range(60)
     ]
     asked, sampler = pairs[40:], HistorySampler(pairs, size=3, policy="random")
-    url = ["model=endpoint", "model.name=x", "model.base_url=u"]
+    url = ["model=endpoint", "model.name=x", "model.base_url=http://h"]
     one = shown_histories(load("recipe=evaluate", *url, "model.prompt=persona"), sampler, asked)
     own = shown_histories(load("recipe=evaluate", *url), sampler, asked)
     assert set(one) == set(own) == {p.pair_id for p in asked} and all(len(h) == 3 for h in one.values())

@@ -53,7 +53,7 @@ def chains(body, _number=0):
 
 def pool_of(server, folder) -> pd.DataFrame:
     settings = EndpointConfig(
-        "endpoint", server.url, "served-name", max_in_flight=8, attempts=2, give_up_after=4
+        kind="endpoint", base_url=server.url, name="served-name", max_in_flight=8, attempts=2, give_up_after=4
     )
     generator = EndpointGenerator(Endpoint(settings))
 

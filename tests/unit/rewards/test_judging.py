@@ -100,7 +100,9 @@ def test_to_name_everything_earns_no_more_than_to_name_little():
 
 
 def judge(server, tmp_path=None, **more):
-    settings = EndpointConfig("endpoint", server.url, "stub", attempts=2, timeout_seconds=0.5, **more)
+    settings = EndpointConfig(
+        kind="endpoint", base_url=server.url, name="stub", attempts=2, timeout_seconds=0.5, **more
+    )
     return judge_for_rewards(settings, tmp_path)
 
 
@@ -164,7 +166,7 @@ def test_a_budget_holds_over_processes_that_share_a_cache(tmp_path):
 
 
 def test_samplers_share_the_limits_of_a_run():
-    settings = EndpointConfig("endpoint", requests_per_minute=600.0, max_dollars=10.0, max_in_flight=64)
+    settings = EndpointConfig(kind="endpoint", requests_per_minute=600.0, max_dollars=10.0, max_in_flight=64)
     cached, uncached = (JudgeSpec("module:judge", settings, cache, 64) for cache in (Path("c"), None))
     part = cached.share(4)
     assert part.settings and part.in_flight == part.settings.max_in_flight == 16
@@ -178,4 +180,4 @@ def test_an_unknown_kind_of_judge_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"judge\.kind=features has no judge; use oracle, endpoint, vllm or"
     ):
-        judge_spec(Config(), EndpointConfig("features"), tmp_path / "rows.parquet")
+        judge_spec(Config(), EndpointConfig(kind="features"), tmp_path / "rows.parquet")

@@ -13,7 +13,7 @@ from wandb_server import serve
 
 from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
 from pgenrm_train.files import write_table
-from pgenrm_train.run.tracking import Tracker, _public, samples_file
+from pgenrm_train.run.tracking import Tracker, _public, _short, samples_file
 
 
 def lines(path) -> list[dict]:
@@ -131,6 +131,13 @@ def test_settings_that_are_sent_hold_no_address_and_no_name_of_a_credential():
     config.teacher.api_key_env, config.teacher.base_url = "MY_KEY", "http://user:password@host/v1"
     sent = json.dumps(_public(to_dict(config)))
     assert "MY_KEY" not in sent and "password" not in sent and "learning_rate" in sent
+
+
+@pytest.mark.parametrize("length", [5, 128, 129, 400])
+def test_a_name_that_wandb_finds_too_long_is_shortened_and_stays_its_own(length):
+    names = [_short("é" * length + end, "/psi") for end in "ab"]
+    assert names[0] != names[1] and all(len(name) <= 128 and name.endswith("/psi") for name in names)
+    assert (names[0] == "é" * length + "a/psi") == (length == 5)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -106,7 +106,13 @@ def test_only_training_votes_of_users_who_stated_nothing_are_read():
 
 def settings_for(server, **more) -> EndpointConfig:
     return EndpointConfig(
-        "endpoint", server.url, "stub", timeout_seconds=2.0, attempts=2, max_in_flight=4, **more
+        kind="endpoint",
+        base_url=server.url,
+        name="stub",
+        timeout_seconds=2.0,
+        attempts=2,
+        max_in_flight=4,
+        **more,
     )
 
 
@@ -188,7 +194,7 @@ def test_the_features_rule_infers_offline():
     assert "shorter" in found["short"] and "longer" in found["long"]
     with (
         pytest.raises(ConfigError, match="the oracle's users state"),
-        criteria_writer(Config(teacher=EndpointConfig("oracle")), pairs, Path()),
+        criteria_writer(Config(teacher=EndpointConfig(kind="oracle")), pairs, Path()),
     ):
         pass
 

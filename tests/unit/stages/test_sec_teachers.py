@@ -16,21 +16,24 @@ from recipes.wiring.teachers import teacher
 
 
 def test_teachers_by_name(tmp_path):
-    with teacher(Config(teacher=EndpointConfig("oracle")), [], tmp_path) as oracle:
+    with teacher(Config(teacher=EndpointConfig(kind="oracle")), [], tmp_path) as oracle:
         assert isinstance(oracle.text.__self__, OracleTeacher)
     votes = [vote(n, f"u{n % 4}") for n in range(12)]
-    with teacher(Config(teacher=EndpointConfig("features")), votes, tmp_path) as rule:
+    with teacher(Config(teacher=EndpointConfig(kind="features")), votes, tmp_path) as rule:
         first, again, other = (rule.write(EXAMPLE, attempt).text for attempt in (0, 0, 1))
     assert first == again and parse_chain(first).issues == () and parse_chain(other).issues == ()
     with (
         pytest.raises(ConfigError, match="base_url"),
-        teacher(Config(teacher=EndpointConfig("endpoint")), votes, tmp_path),
+        teacher(Config(teacher=EndpointConfig(kind="endpoint")), votes, tmp_path),
     ):
         pass
 
 
 def test_a_served_teacher_may_take_every_gpu_and_a_judge_leaves_training_its_own(monkeypatch):
-    gpu, settings = Config(cluster=ClusterConfig(device="cuda")), EndpointConfig("vllm", name="m", gpus=1)
+    gpu, settings = (
+        Config(cluster=ClusterConfig(device="cuda")),
+        EndpointConfig(kind="vllm", name="m", gpus=1),
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert _split_gpus(gpu, settings, True) == ("7", "4")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
@@ -44,7 +47,7 @@ def test_a_cluster_too_small_for_server_and_training_is_refused():
         cluster=ClusterConfig(device="cuda", nodes=2, processes_per_node=8),
         ray=RayConfig(address="head:6379"),
     )
-    settings = EndpointConfig("vllm", name="m", gpus=4)
+    settings = EndpointConfig(kind="vllm", name="m", gpus=4)
     _check_cluster(gpu, settings, True, 20)
     _check_cluster(gpu, settings, False, 4)
     with pytest.raises(
@@ -58,7 +61,13 @@ def test_a_cluster_too_small_for_server_and_training_is_refused():
 
 def settings_for(server, **more) -> EndpointConfig:
     return EndpointConfig(
-        "endpoint", server.url, "stub", timeout_seconds=0.5, attempts=2, max_in_flight=8, **more
+        kind="endpoint",
+        base_url=server.url,
+        name="stub",
+        timeout_seconds=0.5,
+        attempts=2,
+        max_in_flight=8,
+        **more,
     )
 
 

@@ -39,7 +39,7 @@ def test_a_phase_reaches_the_training_process_as_it_is() -> None:
         plain,
         start=None,
         weights=RewardWeights(process=0.0),
-        judge=JudgeSpec("module:judge", EndpointConfig("endpoint", max_dollars=2.5), Path("cache"), 16),
+        judge=JudgeSpec("module:judge", EndpointConfig(kind="endpoint", max_dollars=2.5), Path("cache"), 16),
         hardness=HardnessSource(Path("signals.parquet"), 4, Path("mirror.parquet")),
         validation=Path("validation.parquet"),
     )

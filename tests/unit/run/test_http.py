@@ -1,0 +1,131 @@
+"""Proxies, certificates and keys from the environment: obeyed, or refused in a sentence with the variable."""
+
+import contextlib
+
+import httpx
+import pytest
+from llm_server import serve
+
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.backends.protocols import GenerationRequest
+from pgenrm_train.backends.vllm import server as vllm_server
+from pgenrm_train.cluster.preflight.reach import answering
+from pgenrm_train.config import EndpointConfig
+from pgenrm_train.errors import ConfigError
+from pgenrm_train.run.http import client, key_of, proxy_for, service, trusted
+
+AWAY = "http://api.example/v1"
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "proxy"),
+    [
+        ("HTTP_PROXY", "http://proxy:3128", "http://proxy:3128"),
+        ("http_proxy", "proxy:3128", "http://proxy:3128"),
+        ("ALL_PROXY", "https://proxy:3128", "https://proxy:3128"),
+        ("HTTPS_PROXY", "http://proxy:3128", None),
+        ("HTTP_PROXY", " ", None),
+    ],
+)
+def test_a_proxy_is_taken_from_the_environment(variable, value, proxy, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert proxy_for(AWAY) == proxy
+    monkeypatch.setenv("NO_PROXY", "api.example")
+    assert proxy_for(AWAY) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("socks://127.0.0.1:7890", "ALL_PROXY begins with socks://"),
+        ("socks4://127.0.0.1:7890", "ALL_PROXY begins with socks4://"),
+        ("ftp://user:secret@proxy", "ALL_PROXY begins with ftp://"),
+        ("http://", "ALL_PROXY names no host"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_one_sentence(value, words, monkeypatch, capsys):
+    monkeypatch.setenv("ALL_PROXY", value)
+    with pytest.raises(ConfigError, match=words) as error:
+        client(AWAY)
+    assert "NO_PROXY" in str(error.value) and "secret" not in str(error.value)
+    [problem] = answering("teacher", EndpointConfig(base_url=AWAY))
+    assert words in problem
+    assert proxy_for("http://localhost:8000/v1") is None, "and no reason not to ask this machine"
+    assert words in capsys.readouterr().err
+
+
+def test_a_socks_proxy_without_its_package_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:7890")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="ALL_PROXY names a SOCKS proxy, which needs the package socksio"):
+        proxy_for(AWAY)
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_this_machine_is_never_asked_through_a_proxy(variable, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with serve(lambda body, n: "hi") as server:
+        settings = EndpointConfig(kind="endpoint", base_url=server.url, name="m", attempts=1)
+        assert Endpoint(settings).complete([{"role": "user", "content": "q"}]).text == "hi"
+        request = GenerationRequest("k", ({"role": "user", "content": "q"},))
+        [generation] = EndpointGenerator(Endpoint(settings))([request], temperature=0.7)
+        assert generation.text == "hi" and not list(answering("teacher", settings))
+        monkeypatch.setattr(vllm_server, "START_SECONDS", 2)
+        vllm_server._wait(lambda: None, server.url, tmp_path / "log")
+
+
+def test_others_are_asked_through_the_proxy_by_every_role(monkeypatch):
+    with serve(lambda body, n: "by proxy") as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        settings = EndpointConfig(kind="endpoint", base_url=AWAY, name="m", attempts=1)
+        assert Endpoint(settings).complete([{"role": "user", "content": "q"}]).text == "by proxy"
+        request = GenerationRequest("k", ({"role": "user", "content": "q"},))
+        [generation] = EndpointGenerator(Endpoint(settings))([request], temperature=0.7)
+        assert generation.text == "by proxy"
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_certificates_that_are_not_there_are_one_sentence(variable, content, monkeypatch, tmp_path):
+    path = tmp_path / "ca.pem"
+    if content:
+        path.write_text(content)
+    monkeypatch.setenv(variable, str(path))
+    with pytest.raises(ConfigError, match=f"{variable}={path}"):
+        trusted()
+
+
+@pytest.mark.parametrize("key", ["sk-abc", "sk-abc\n", " sk-abc\r\n"])
+def test_white_space_around_a_key_is_none_of_it(key, monkeypatch):
+    monkeypatch.setenv("KEY", key)
+    assert key_of("KEY") == "sk-abc"
+
+
+@pytest.mark.parametrize(
+    "key", ["“sk-abc”", "sk abc", "Bearer sk-abc", "'sk-abc'", "sk-ä", "sk-\u200babc", "", " \n"]
+)
+def test_a_key_that_no_request_can_carry_is_refused_without_it(key, monkeypatch):
+    monkeypatch.setenv("KEY", key)
+    with pytest.raises(ConfigError, match=r"\bKEY\b") as error:
+        Endpoint(EndpointConfig(kind="endpoint", base_url=AWAY, name="m", api_key_env="KEY"))
+    [problem] = answering("judge", EndpointConfig(base_url=AWAY, api_key_env="KEY"))
+    assert "KEY" in problem
+    for text in (str(error.value), problem):
+        assert "abc" not in text
+
+
+def test_a_base_url_may_name_the_completions():
+    assert service("http://h/v1/", "/models") == service("http://h/v1/chat/completions", "/models")
+
+
+def test_a_connection_is_an_ordinary_httpx_client():
+    with contextlib.closing(client("http://localhost:1/v1", timeout=1.0)) as connection:
+        assert isinstance(connection, httpx.Client)
