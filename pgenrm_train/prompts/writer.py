@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import Config, ModelConfig
+from pgenrm_train.config import Config, ModelConfig, StageName
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking
@@ -24,7 +24,7 @@ Messages = list[dict[str, str]]
 
 def load_pairs(run_dir: Path) -> list[PreferencePair]:
     """Read the pairs of this run's `build_data`."""
-    path = run_dir / "build_data" / PAIRS
+    path = run_dir / StageName.BUILD_DATA / PAIRS
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; run recipe=build_data with the same run_dir first")
     return list(read_pairs(path))

@@ -22,7 +22,7 @@ def read_id(value: object) -> str | None:
     """An identifier as text: no white space at the ends, Unicode form NFC, whole numbers without `.0`.
 
     None for a value that identifies nothing: a boolean, a list, NaN, or a float of 2^53 and above, which
-    stands for several whole numbers.  A blank text gives an empty one.
+    may be any of several whole numbers.  A blank text gives an empty one.
 
     >>> read_id(" 7 "), read_id(7.0), read_id("7.0"), read_id(True)
     ('7', '7', '7.0', None)

@@ -1,7 +1,7 @@
 """Times of all votes of a build: their unit, and the histories that they leave empty.
 
 Times are seconds since 1970.  Milli-, micro- and nanoseconds are recognised where every vote with a time
-lies between the years 1990 and 2100 in that unit; the ranges of the units do not overlap.  Other numbers,
+is from 1990 to 2100 in that unit; the ranges of the units do not overlap.  Other numbers,
 such as the steps of a session, remain: a history needs their order only.
 """
 

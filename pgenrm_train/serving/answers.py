@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request, and the stored users whose votes it shows; nobody's answers are not cached."""
+    """A request, and the stored users whose votes it shows; without any, its answers are not cached."""
 
     request: GenerationRequest
     owners: frozenset[str] = frozenset()

@@ -5,8 +5,8 @@
     answer_owners   the users whose votes that prompt showed
 
 Only answers about stored users are kept.  So deleting a user deletes all that is on disk of them: votes, and
-every answer whose prompt showed them, also as somebody's neighbour.  SQLite overwrites deleted rows, and its
-log is emptied.
+every answer whose prompt showed them, also as a neighbour of another user.  SQLite overwrites deleted rows,
+and its log is emptied.
 """
 
 import json
