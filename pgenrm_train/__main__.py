@@ -97,7 +97,7 @@ def run_recipe(config: Config) -> int:
             raise
         raise ConfigError(f"recipe={config.recipe} is not one of {', '.join(choices('recipe'))}") from None
     if config.preflight.only and config.recipe != "plan":
-        module = importlib.import_module("recipes.wiring.preflight")
+        module = importlib.import_module("recipes.preflight")
     with publisher.kept():
         return int(module.run(config) or 0)
 

@@ -1,9 +1,10 @@
-"""plan: needs and cost of a run, or the file that starts it on a cluster.
+"""plan: needs and cost of a run, the file that starts it on a cluster, or the configuration of its engines.
 
 Starts nothing and makes no folder.
 
-`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON.  `plan.emit=slurm|rayjob` prints a launch file, and
-the problems of stages that do not fit to stderr.  If `run_dir` exists already, plan.json is written there.
+`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON.  `plan.emit=slurm|rayjob` prints a launch file,
+`plan.emit=verl|deepspeed|vllm` the configuration of an engine; the problems of stages that do not fit go to
+stderr.  If `run_dir` exists already, plan.json is written there.
 Exit code 1 if a stage does not fit.
 """
 
@@ -31,12 +32,14 @@ def run(config: Config) -> int:
 
 
 def emit(config: Config, plan: Plan) -> int:
-    """Print the launch file to stdout, so that it can be redirected."""
+    """Print the file to stdout, so that it can be redirected."""
     from pgenrm_train.cluster.launch.files import rayjob, slurm
+    from recipes.wiring.engine_config import engine_yaml
 
     for stage in plan.stages:
         change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []
         for warning in (*stage.problems, *change, *stage.warnings):
             print(f"warning: {warning}", file=sys.stderr)
-    print({"slurm": slurm, "rayjob": rayjob}[config.plan.emit or ""](config, hours=plan.hours), end="")
+    launch = {"slurm": slurm, "rayjob": rayjob}.get(what := str(config.plan.emit))
+    print(launch(config, hours=plan.hours) if launch else engine_yaml(config, what), end="")
     return 0 if plan.fits else 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pgenrm_train.backends.sft.attention import register_packed
-from pgenrm_train.backends.sft.batches import Encoded, Layout, StepOrder, collate, encode_chat
+from pgenrm_train.backends.sft.batches import Batching, Encoded, Layout, StepOrder, collate, encode_chat
 from pgenrm_train.backends.sft.loss import train_in_pieces
 
 
@@ -58,16 +58,12 @@ def _cut(chat: Encoded, length: int) -> Encoded:
     return Encoded(chat.ids[:length], min(chat.loss_from, length // 2), length)
 
 
-def micro_batches(order: StepOrder, step: int) -> list[list[int]]:
-    indices = list(order)[step * order.batch_size : (step + 1) * order.batch_size]
-    return [
-        indices[first : first + order.micro_batch_size]
-        for first in range(0, len(indices), order.micro_batch_size)
-    ]
+def _step(order: StepOrder, step: int) -> list[tuple[int, ...]]:
+    return list(order)[step * order.accumulation : (step + 1) * order.accumulation]
 
 
 def run_step(
-    model: Any, chats: list[Encoded], chosen: list[list[int]], layout: str, pad: int
+    model: Any, chats: list[Encoded], chosen: list[tuple[int, ...]], layout: str, pad: int
 ) -> tuple[float, int, int]:
     """CPU seconds, real tokens, places in the rows."""
     began, tokens, places = time.process_time(), 0, 0
@@ -85,13 +81,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, chats, pad = load(args.folder, args.chats, args.spread)
     lengths = [len(chat.ids) for chat in chats]
-    orders = {
-        n: StepOrder(lengths, n, batch_size=args.batch, micro_batch_size=args.micro, seed=0) for n in Layout
-    }
+    sizes = {Layout.PACKED: args.micro * sum(lengths) // len(lengths)}  # tokens
+    orders = {n: StepOrder(lengths, Batching(n, args.batch, sizes.get(n, args.micro)), 0) for n in Layout}
     totals = {layout: [0.0, 0, 0] for layout in Layout}
     for step in range(args.steps + 1):
         for layout in Layout:
-            measured = run_step(model, chats, micro_batches(orders[layout], step), layout, pad)
+            measured = run_step(model, chats, _step(orders[layout], step), layout, pad)
             if step:  # the first step warms up
                 totals[layout] = [a + b for a, b in zip(totals[layout], measured, strict=True)]
     print(

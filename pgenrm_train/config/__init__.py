@@ -5,6 +5,7 @@ One file per section holds the settings with defaults, constraints and documents
 the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from pgenrm_train.config.schema import (
     BUDGETS,
     Config,
     TrackingConfig,
+    cuts_by_tokens,
     get,
     gpus_per_node,
     machines,
     masking_of,
     seed_of,
     to_dict,
+    tokens_per_pass,
 )
 from pgenrm_train.config.serving import ServeConfig
 from pgenrm_train.config.setting import not_one_of
@@ -69,6 +72,8 @@ __all__ = [
     "TrackingConfig",
     "beneath",
     "check",
+    "compose",
+    "cuts_by_tokens",
     "get",
     "gpus_per_node",
     "load",
@@ -81,6 +86,7 @@ __all__ = [
     "seeds_of_grid",
     "sizes",
     "to_dict",
+    "tokens_per_pass",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -99,16 +105,21 @@ def register_resolvers() -> None:
 
 def load(*overrides: str, checked: bool = True) -> Config:
     """Compose and check a configuration as the command line does: `load("recipe=psi", "model=nano")`."""
-    from hydra import compose, initialize_config_dir
+    register_resolvers()
+    return parse(compose(CONFIG_DIR, "config", overrides), checked=checked)
+
+
+def compose(folder: Path, name: str, overrides: Sequence[str] = ()) -> Any:
+    """Compose a file of a folder with Hydra (a DictConfig), also while Hydra runs for the command line."""
+    import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    register_resolvers()
     state = GlobalHydra.instance()
     running = state.hydra  # of the command line, whose files may name another command's
     state.clear()
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            return parse(compose("config", overrides=list(overrides)), checked=checked)
+        with hydra.initialize_config_dir(str(folder), version_base=None):
+            return hydra.compose(name, overrides=list(overrides))
     finally:
         state.hydra = running
 

@@ -10,7 +10,7 @@ from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
-from pgenrm_train.config.schema import Config
+from pgenrm_train.config.schema import Config, tokens_per_pass
 from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
@@ -52,9 +52,11 @@ def _problems(config: Config) -> Iterator[str]:
 def psi_problems(config: Config) -> list[str]:
     """Divisibility of an optimiser step of PSI; each problem is one sentence that names its keys."""
     psi, ranks = config.psi, config.cluster.ranks
-    shared = psi.sequence_parallel
-    unit = f"{psi.micro_batch_size} × {ranks}" + (f" ÷ {shared}" if shared > 1 else "")
-    divisor = "psi.micro_batch_size × processes" + (" ÷ psi.sequence_parallel" if shared > 1 else "")
+    shared, packed = psi.sequence_parallel, psi.packs(config.cluster.device)
+    size = 1 if packed else psi.micro_batch_size
+    divisor, unit = ("", "") if packed else ("psi.micro_batch_size × ", f"{size} × ")
+    divisor += "processes" + (" ÷ psi.sequence_parallel" if shared > 1 else "")
+    unit += f"{ranks}" + (f" ÷ {shared}" if shared > 1 else "")
     rules = [
         (
             shared > 1 and psi.micro_batch_size > 1,
@@ -72,7 +74,7 @@ def psi_problems(config: Config) -> list[str]:
         (
             psi.batch_size is not None
             and ranks % shared == 0
-            and psi.batch_size * shared % (psi.micro_batch_size * ranks) > 0,
+            and psi.batch_size * shared % (size * ranks) > 0,
             f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}",
         ),
     ]
@@ -91,7 +93,7 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             f"cluster.nodes × cluster.processes_per_node = {ranks}",
         ),
         (
-            (rollouts // ranks) % grpo.micro_batch_size > 0,
+            tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,
             f"{stage}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts "
             f"of a process ({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes)",
         ),

@@ -89,7 +89,9 @@ CARDS = {
 class PlanConfig:
     stage: str = setting("all", "stage to plan", choices=(*PLANNED, "all"))
     emit: str | None = setting(
-        None, "print a launch file for the stage instead of the table", choices=("slurm", "rayjob")
+        None,
+        "print a launch file, or an engine's exact configuration, instead of the table",
+        choices=("slurm", "rayjob", "verl", "deepspeed", "vllm"),
     )
     json: bool = setting(False, "print plan.json instead of the table")
     card: str = setting("h100", "a key of plan.cards; cluster=cpu takes cpu")

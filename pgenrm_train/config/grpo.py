@@ -25,7 +25,12 @@ class GrpoConfig:
     mini_batch_prompts: int | None = setting(
         None, "prompts per update; divides prompts_per_step; null: all of them", gt=0
     )
-    micro_batch_size: int = setting(1, "sequences per process and forward pass")
+    micro_batch_size: int = setting(
+        1, "sequences per process and forward pass, unless padding is removed", gt=0
+    )
+    micro_batch_tokens: int = setting(
+        24576, "without padding (flash_attention_2): tokens per process and forward pass", gt=0
+    )
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
     warmup_steps: int = setting(0, "steps that warm up")
     weight_decay: float = setting(0.01, "AdamW's weight decay")

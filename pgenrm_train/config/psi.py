@@ -40,7 +40,10 @@ class PsiConfig:
     batch_size: int | None = setting(
         None, "sequences per optimiser step, over all processes; null: from the number of chains", gt=0
     )
-    micro_batch_size: int = setting(1, "sequences per process and forward pass", gt=0)
+    micro_batch_size: int = setting(1, "sequences per process and forward pass, unless they are packed", gt=0)
+    micro_batch_tokens: int = setting(
+        16384, "packed sequences: tokens per process and forward pass, or one longer sequence", gt=0
+    )
     warmup_ratio: float = setting(0.05, "share of the steps that warm up")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     beta2: float = setting(0.999, "AdamW's second moment")
@@ -69,3 +72,7 @@ class PsiConfig:
     nano_start: str | None = setting(
         None, "nano only: a shipped checkpoint to start from; null: random weights"
     )
+
+    def packs(self, device: str) -> bool:
+        """Whether sequences share rows: by default on GPUs, and never if processes share a sequence."""
+        return self.sequence_parallel == 1 and (device == "cuda" if self.packing is None else self.packing)

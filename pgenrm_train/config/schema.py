@@ -136,6 +136,22 @@ def seed_of(config: Config, stage: str) -> int:
     return config.seed if (seed := getattr(config, stage).seed) is None else int(seed)
 
 
+def cuts_by_tokens(config: Config) -> bool:
+    """Whether GRPO cuts micro-batches by tokens.
+
+    veRL can do so anywhere, but only rows without padding keep to them, and those take FlashAttention.
+    """
+    return config.cluster.device == "cuda" and config.model.attention == "flash_attention_2"
+
+
+def tokens_per_pass(config: Config, stage: str) -> int | None:
+    """Tokens per process and forward pass of a GRPO stage; None: `micro_batch_size` sequences."""
+    if not cuts_by_tokens(config):
+        return None
+    longest = config.model.max_prompt_tokens + config.model.max_response_tokens
+    return max(int(getattr(config, stage).micro_batch_tokens), longest)
+
+
 def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
     return attrgetter(key)(config)

@@ -26,9 +26,10 @@ from pgenrm_train.config.data import VOTES
 from pgenrm_train.records.file_columns import named_columns
 from pgenrm_train.records.shards import digest
 
-FREE = (  # a run may continue with other values: they train nothing
+FREE = (  # a run may continue with other values: they change no step
     "save_every",
     "log_every",
+    "micro_batch_tokens",
     "keep_checkpoints",
     "validate_every",
     "validate_pairs",

@@ -145,6 +145,26 @@ def test_two_processes_that_share_each_sequence_learn_what_one_does(
     assert all(torch.allclose(value, weights[1][name], atol=1e-4) for name, value in weights[0].items())
 
 
+def test_an_epoch_by_tokens_learns_what_one_by_sequences_does(rows: Path, tmp_path: Path) -> None:
+    """Packed rows of a token budget give the losses and weights of padded micro-batches, up to rounding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    losses, weights = [], []
+    for packing in ("true", "false"):
+        batches = ("psi.batch_size=6", "psi.micro_batch_size=3", "psi.micro_batch_tokens=700")
+        config = load("recipe=psi", f"psi.packing={packing}", *batches, "psi.epochs=1", "psi.log_every=1")
+        folder = tmp_path / packing
+        folder.mkdir()
+        trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=folder)
+        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        losses.append([line["psi/loss"] for line in lines if "psi/loss" in line])
+        weights.append(AutoModelForCausalLM.from_pretrained(trained.checkpoint).state_dict())
+    assert len(losses[0]) == 3, "16 chats, so the last step is short"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(torch.allclose(value, weights[1][name], atol=1e-4) for name, value in weights[0].items())
+
+
 def _few_key_heads(folder: Path) -> Path:
     """A base model of four heads that share one key head."""
     import torch

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_builders.sources.personaworld import build
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.backends.vllm.engine import VllmGenerator
-from pgenrm_train.backends.vllm.replicas import VllmReplicas, local_engines
+from pgenrm_train.backends.vllm.replicas import VllmReplicas, _Engine, local_engines
 from pgenrm_train.config import ROOT, Config, DataConfig, load
 from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.prompts.history import HistorySampler
@@ -84,6 +86,37 @@ def test_the_next_checkpoint_takes_the_place_of_the_last(
         ended = [answer.failure is None for answer in generator(iter(requests), temperature=0.7)]
         generator.close()
         assert (np.mean(ended) > 0.9) == ends, "weights of zero seldom end within the limit; trained ones do"
+
+
+def test_an_engine_steps_while_the_next_requests_are_not_there_yet(
+    config: Config, requests: list[GenerationRequest], replicas: Generator
+) -> None:
+    """Each block comes ten steps after the one before: an engine that waits for it would make none."""
+    from ray.util.queue import Queue
+
+    engine, queue, steps = _Engine(config), Queue(actor_options={"num_cpus": 0}), list[int]()
+    engine.load(str(NANO))
+    core = engine._generator._llm.llm_engine
+    step = core.step
+    core.step = lambda: steps.append(1) or step()
+
+    def feed() -> list[int]:
+        between = []
+        for first in (0, 4, 8):
+            queue.put(requests[first : first + 4])
+            before, end = len(steps), time.monotonic() + 60
+            while len(steps) < before + 10 and time.monotonic() < end:
+                time.sleep(0.01)
+            between.append(len(steps) - before)
+        queue.put(None)
+        return between
+
+    with ThreadPoolExecutor(1) as pool:
+        feeding = pool.submit(feed)
+        answers = [answer for block in engine.run(queue, 0.7) for answer in block]
+        assert min(feeding.result()) >= 10
+    engine.unload()
+    assert len(answers) == sum(request.samples for request in requests[:12])
 
 
 def test_an_error_in_a_prompt_reaches_the_caller(

@@ -200,6 +200,7 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
             "order_first_share",
             "format_error_share",
             "length_cut_share",
+            "rollout/cached_prompt_share",
         ):
             assert 0 <= line[f"cre/{name}"] <= 1
         assert line["cre/reward/error_share"] == 0
@@ -643,7 +644,10 @@ def test_a_chain_is_judged_while_others_are_still_sampled_and_its_group_does_not
     settings = OmegaConf.create(
         {
             "data": {"max_prompt_length": 64, "max_response_length": 128},
-            "actor_rollout_ref": {"model": {"path": start, "trust_remote_code": False}},
+            "actor_rollout_ref": {
+                "model": {"path": start, "trust_remote_code": False},
+                "rollout": {"max_num_seqs": 4, "agent": {"num_workers": 0}},
+            },
         }
     )
     sampler = ChainSampler(settings, [Server()])

@@ -1,7 +1,7 @@
 """Child of test_gpu_settings.py: veRL with the shipped GPU settings, and the switches below, on this CPU.
 
-`python gpu_on_cpu.py FOLDER MODEL CLUSTER`, in the environment of `grpo.config.verl_variables` for a CPU.
-FOLDER holds start/ and rows.parquet of `verl_world`.
+`python gpu_on_cpu.py FOLDER MODEL CLUSTER ATTENTION`, in the environment of
+`grpo.config.verl_variables` for a CPU.  FOLDER holds start/ and rows.parquet of `verl_world`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ SMALLER: dict[str, Any] = {
     "cre.prompts_per_step": 4,
     "cre.mini_batch_prompts": 4,
     "cre.group_size": 4,
+    "cre.micro_batch_tokens": 300,  # the longest sequence has 128
 }
 # verl's configuration: settings that a CPU cannot have.  Everything else is used as shipped.
 CPU_SWITCHES: dict[str, Any] = {
     "trainer.device": "cpu",
+    "actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"},
     f"{ACTOR}.use_torch_compile": False,  # inductor would compile for minutes
     f"{ACTOR}.fsdp_config.use_torch_compile": False,
     f"{REF}.use_torch_compile": False,
@@ -46,12 +48,13 @@ CPU_SWITCHES: dict[str, Any] = {
 }
 
 
-def gpu_config(folder: Path, model: str, cluster: str) -> Config:
+def gpu_config(folder: Path, model: str, cluster: str, attention: str) -> Config:
     overrides = [f"{key}={value}" for key, value in SMALLER.items()]
     return load(
         "recipe=cre",
         f"model={model}",
         f"cluster={cluster}",
+        f"model.attention={attention}",
         f"run_dir={folder}",
         "tracking=none",
         "judge=none",
@@ -74,8 +77,8 @@ def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:
 to_verl = engine.to_verl
 
 
-def main(folder: Path, model: str, cluster: str) -> None:
-    config = gpu_config(folder, model, cluster)
+def main(folder: Path, model: str, cluster: str, attention: str) -> None:
+    config = gpu_config(folder, model, cluster, attention)
     config.cluster.device = "cpu"  # how Ray and the processes start
     engine.to_verl = shipped_with_switches
     phase = Phase(StageName.CRE, folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps)
@@ -83,4 +86,4 @@ def main(folder: Path, model: str, cluster: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

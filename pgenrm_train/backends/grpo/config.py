@@ -9,10 +9,11 @@ can take a GPU table, change an allow-listed few and run it on a CPU.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import ROOT, Config, GrpoConfig, StageName, seed_of
+from pgenrm_train.config import ROOT, Config, GrpoConfig, StageName, compose, seed_of, tokens_per_pass
 from pgenrm_train.config.checks import grpo_problems
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, ConfigError
@@ -21,6 +22,11 @@ from pgenrm_train.files import read_json
 TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
 MODULE = "pgenrm_train.backends.grpo.cpu"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+TOKEN_LIMITS = (
+    f"{ACTOR}.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    f"{ROLLOUT}.log_prob_max_token_len_per_gpu",
+)
 
 
 def verl_variables(config: Config) -> dict[str, str]:
@@ -71,22 +77,35 @@ def to_verl(
     `start`: checkpoint in Hugging Face format.  `rows`: parquet of prompts.  `work_dir`: folder of veRL's own
     checkpoints. Raises ConfigError or ArtifactError, naming our keys, before verl would fail in a worker.
     """
-    import verl.trainer.config as verl_config
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf, open_dict
-
     check(config, section, start)
-    with initialize_config_dir(config_dir=str(Path(verl_config.__file__).parent), version_base=None):
-        composed = compose(config_name="ppo_trainer")
-    keys = grpo_keys(config, section) | {
+    return with_defaults(
+        verl_keys(config, section, start=start, rows=rows, work_dir=work_dir, total_steps=total_steps)
+    )
+
+
+def verl_keys(
+    config: Config, section: str, *, start: Path, rows: Path, work_dir: Path, total_steps: int
+) -> dict[str, object]:
+    """The values that we set in verl's configuration, by dotted key; arguments as for `to_verl`."""
+    device_keys = cpu_keys if config.cluster.device == "cpu" else gpu_keys
+    return {
+        **grpo_keys(config, section),
         "actor_rollout_ref.model.path": str(start),
         "data.train_files": str(rows),
         "data.val_files": str(rows),
         "trainer.default_local_dir": str(work_dir / "verl"),
         "trainer.total_training_steps": total_steps,
         "actor_rollout_ref.actor.optim.total_training_steps": total_steps,
+        **device_keys(config, section),
     }
-    keys |= cpu_keys(config, section) if config.cluster.device == "cpu" else gpu_keys(config, section)
+
+
+def with_defaults(keys: Mapping[str, object]) -> Any:
+    """verl's `ppo_trainer` with these keys (an OmegaConf DictConfig)."""
+    import verl.trainer.config as verl_config
+    from omegaconf import OmegaConf, open_dict
+
+    composed = compose(Path(verl_config.__file__).parent, "ppo_trainer")
     with open_dict(composed):
         for key, value in keys.items():
             OmegaConf.update(composed, key, value, merge=False, force_add=True)
@@ -211,11 +230,23 @@ def cpu_keys(config: Config, section: str) -> dict[str, object]:
 def gpu_keys(config: Config, section: str) -> dict[str, object]:
     """bf16, with FlashAttention over packed sequences; NCCL is verl's default.
 
-    vLLM shares the GPUs and sleeps during updates.
+    vLLM shares the GPUs and sleeps during updates.  Rows without padding are cut by tokens.  With one update
+    per rollout the actor is still the policy that has sampled, so vLLM's log-probabilities are taken for the
+    old policy's.
     """
-    model, cluster = config.model, config.cluster
-    offload = cluster.offload_optimizer
+    model, cluster, grpo = config.model, config.cluster, getattr(config, section)
+    offload, tokens = cluster.offload_optimizer, tokens_per_pass(config, section)
     return {
+        "algorithm.rollout_correction.bypass_mode": grpo.mini_batch_prompts == grpo.prompts_per_step,
+        f"{ACTOR}.use_dynamic_bsz": tokens is not None,
+        "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": tokens is not None,
+        f"{ROLLOUT}.log_prob_use_dynamic_bsz": tokens is not None,
+        **(dict.fromkeys(TOKEN_LIMITS, tokens) if tokens else {}),
+        f"{ACTOR}.entropy_from_logits_with_chunking": True,
+        # Log-probabilities without a row of logits per token.  verl sums the head's gradient over chunks in
+        # bf16, so only where the head is frozen.
+        "actor_rollout_ref.model.use_fused_kernels": bool(model.lora.rank),
+        "actor_rollout_ref.model.fused_kernel_options.impl_backend": "torch",
         "actor_rollout_ref.model.use_remove_padding": model.attention == "flash_attention_2",
         "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
         "actor_rollout_ref.model.enable_gradient_checkpointing": True,
@@ -225,7 +256,10 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
         # fp32 master weights, unless the base is frozen.
         f"{ACTOR}.fsdp_config.model_dtype": "bf16" if model.lora.rank else "fp32",
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
+        # Never trained: the checkpoint's own precision.
+        "actor_rollout_ref.ref.fsdp_config.model_dtype": "bf16",
         f"{ROLLOUT}.dtype": model.dtype,
+        f"{ROLLOUT}.max_num_seqs": 256,
         f"{ROLLOUT}.gpu_memory_utilization": cluster.gpu_memory_utilization,
         f"{ROLLOUT}.load_format": "safetensors" if model.lora.rank else "dummy",
         f"{ROLLOUT}.layered_summon": bool(model.lora.rank),

@@ -3,13 +3,14 @@
 Files in the phase's folder:
 
     mining.parquet    `MinedPair` per pair.  Its metadata names the checkpoint by a hash of its weights.  It
-                      grows by blocks, so that a killed mining resumes
+                      grows by blocks of the first pairs, so that a killed mining resumes
     hardness.parquet  the record of each pair: the above, the model-free signals, hard, suspect and why
     suspect.parquet   the suspect rows of the record, most contradicted first
     hardness.json     counts, for the manifest
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgenrm_train.backends.grpo.phase import HardnessSource, Phase, PhaseRun
+from pgenrm_train.backends.grpo.phase import ChainRequest, HardnessSource, Phase, PhaseRun
 from pgenrm_train.backends.grpo.scoring import ScoredChain
 from pgenrm_train.bootstrap import mean
 from pgenrm_train.config import CurriculumConfig
@@ -32,8 +33,8 @@ BLOCK = 256  # pairs after which the measurement is saved
 MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
 
 
-# (table, samples, purpose, *, places) → chains per row of the table at `places`; see `ChainTrainer.measure`.
-Measure = Callable[..., list[list[ScoredChain]]]
+# Requests → (uid, chains) as they end; see `ChainTrainer.measure`.
+Measure = Callable[[Sequence[ChainRequest]], Iterable[tuple[str, list[ScoredChain]]]]
 
 
 def hardness(run: PhaseRun, source: HardnessSource, start: Path, measure: Measure) -> dict[str, list[Any]]:
@@ -79,19 +80,35 @@ def publish(phase: Phase, record: Mapping[str, Sequence[Any]]) -> None:
 def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Measure) -> list[MinedPair]:
     """Measurements of `mining.parquet`; makes the missing ones.  Raises ArtifactError as `cached` does."""
     pairs = cached(run.phase.work_dir, start, source.samples, run.pair_ids)
-    mark, mirror = _mark(start, source.samples), source.mirror and pq.read_table(source.mirror)
-    turned = source.samples // 2 if mirror is not None else 0  # chains in the other order
-    while len(pairs) < len(run.pair_ids):
-        places = range(len(pairs), min(len(pairs) + BLOCK, len(run.pair_ids)))
-        groups = measure(run.table, source.samples - turned, "mine", places=places)
-        others = measure(mirror, turned, "turned", places=places) if turned else [[]] * len(groups)
-        pairs += [
-            summarise(i, run.pair_ids[i], group, other)
-            for i, group, other in zip(places, groups, others, strict=True)
-        ]
-        table = pa.Table.from_pylist([asdict(pair) for pair in pairs], metadata=mark)
-        write_table(run.phase.work_dir / MINING, table)
+    saved, waiting = len(pairs), deque(_requests(run, source)[len(pairs) :])
+    if not waiting:
+        return pairs
+    ended: dict[str, list[ScoredChain]] = {}
+    for uid, chains in measure([request for pair in waiting for request in pair]):
+        ended[uid] = chains
+        while waiting and all(request.uid in ended for request in waiting[0]):
+            groups = [ended.pop(request.uid) for request in waiting.popleft()]
+            pairs.append(summarise(len(pairs), run.pair_ids[len(pairs)], *groups))
+        if len(pairs) - saved >= (BLOCK if waiting else 1):
+            table = pa.Table.from_pylist(
+                [asdict(pair) for pair in pairs], metadata=_mark(start, source.samples)
+            )
+            write_table(run.phase.work_dir / MINING, table)
+            saved = len(pairs)
     return pairs
+
+
+def _requests(run: PhaseRun, source: HardnessSource) -> list[list[ChainRequest]]:
+    """Per pair the chains in the given order and, with a mirror, those in the other order."""
+    turned = source.samples // 2 if source.mirror is not None else 0
+    orders = [("mine", run.table, source.samples - turned)]
+    if source.mirror is not None and turned:
+        orders.append(("turned", pq.read_table(source.mirror), turned))
+    columns = [
+        [ChainRequest(f"{name}{n}", row, samples) for n, row in enumerate(table.to_pylist())]
+        for name, table, samples in orders
+    ]
+    return [list(pair) for pair in zip(*columns, strict=True)]
 
 
 def check_cache(phase: Phase, start: Path) -> None:

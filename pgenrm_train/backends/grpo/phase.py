@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
@@ -18,9 +18,18 @@ from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights
+from pgenrm_train.rewards.training_rows import GrpoRow
 
 REPORT = "verl_report.json"  # of a session, for the process that launched it
 TRAINED_FILE = "trained.json"
+
+
+class ChainRequest(NamedTuple):
+    """Request for `samples` chains of a row; `uid` seeds them, and has no underscore (`rollout.Prompt`)."""
+
+    uid: str
+    row: GrpoRow
+    samples: int
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def chain_metrics(groups: Sequence[ScoredGroup]) -> Metrics:
         "length_cut_share": sum(chain.failure == "length" for chain in chains) / len(chains),
         "response_length": float(np.mean([chain.length for chain in chains])),
         "response_length_max": max(chain.length for chain in chains),
+        "rollout/cached_prompt_share": float(np.mean([chain.cached_share for chain in chains])),
         "groups/zero_advantage_share": float(np.mean([spread < 1e-9 for spread in spreads])),
         "groups/discarded_chains": sum(group.discarded_chains for group in groups),
         "order_first_share": float(np.mean([group.order == 0 for group in groups])),

@@ -1,10 +1,10 @@
 """Sampling and scoring of chains inside veRL: prompt → group of chains → rewards → TransferQueue.
 
 verl's stock agent loop builds objects and makes several remote calls per *sample*.  Here a prompt is
-tokenised once, and each of its samples is one request to a vLLM server.  A sample is scored as soon as it
-ends, so judge calls overlap generation.  One put writes the group once it is sampled; rewards follow when the
-last is known.  A slow judge therefore delays neither the sleep of vLLM nor the log-probabilities, only the
-advantages (`Rollout.settled`).
+tokenised once, and each of its samples is one request to the group's vLLM server (`placement`).  A sample
+is scored as soon as it ends, so judge calls overlap generation.  One put writes the group once it is
+sampled; rewards follow when the last is known.  A slow judge therefore delays neither the sleep of vLLM nor
+the log-probabilities, only the advantages (`Rollout.settled`).
 
 Requests carry seeds derived from (run, stage, step, place in the batch, sample), so a resumed run samples the
 chains that the interrupted one would have sampled.  The rewards themselves are in `scoring`.
@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
@@ -25,6 +25,7 @@ import transfer_queue as tq
 from verl.utils import hf_tokenizer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from pgenrm_train.backends.grpo.placement import Placement
 from pgenrm_train.backends.grpo.scoring import (
     RewardSpec,
     Sample,
@@ -41,6 +42,8 @@ from pgenrm_train.rewards.training_rows import GrpoRow
 
 # A reward that is not written yet: it would show in an update that did not wait for it.
 UNKNOWN = float("nan")
+COLLECT_SECONDS = 1.0  # between two collections of measured groups
+Measured = tuple[str, list[ScoredChain]]  # a group and its `Prompt.uid`
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,10 @@ class ChainSampler:
         if in_actor:
             tq.init()  # join the session's TransferQueue
         self.config, self.servers = config, list(servers)
-        self.in_flight = [0] * len(self.servers)
+        self.measured: list[Measured] = []
+        rollout = config.actor_rollout_ref.rollout
+        room = len(self.servers) * rollout.max_num_seqs // max(1, rollout.agent.num_workers)
+        self.placement = Placement(len(self.servers), room)
         model = config.actor_rollout_ref.model
         self.tokenizer = hf_tokenizer(
             model.get("tokenizer_path") or model.path, trust_remote_code=model.trust_remote_code
@@ -103,7 +109,7 @@ class ChainSampler:
         self.rewards = spec
         self.judge = None if spec.judge is None else spec.judge.build()
         if spec.judge is not None:
-            self.threads = ThreadPoolExecutor(spec.judge.in_flight, thread_name_prefix="reward")
+            self.threads = futures.ThreadPoolExecutor(spec.judge.in_flight, thread_name_prefix="reward")
 
     async def train(self, prompts: Sequence[Prompt]) -> list[str]:
         """Write every group to TransferQueue when it is sampled, and all rewards when they are known.
@@ -115,10 +121,22 @@ class ChainSampler:
             await asyncio.to_thread(_put_rewards, groups)
         return [result for result in results if isinstance(result, str)]
 
-    async def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
-        """Scored chains per prompt that no training uses (mining, validation).  Raises on engine failure."""
-        groups = await asyncio.gather(*(self._sampled(prompt) for prompt in prompts))
-        return [await group.scoring for group in groups]
+    async def measure(self, prompts: Sequence[Prompt]) -> None:
+        """Sample groups that no training uses (mining, validation), for `collect`.
+
+        They are one queue: a group starts when the servers have room.  Raises on engine failure.
+        """
+
+        async def measure(prompt: Prompt) -> None:
+            group = await self._sampled(prompt)
+            self.measured.append((prompt.uid, await group.scoring))
+
+        await asyncio.gather(*map(measure, prompts))
+
+    async def collect(self) -> list[Measured]:
+        """The groups of `measure` that have ended since the last call."""
+        measured, self.measured = self.measured, []
+        return measured
 
     async def judge_metrics(self) -> dict[str, float]:
         """The judge's own counts (calls, cost, missing verdicts) since the start; empty for a rule."""
@@ -165,23 +183,32 @@ class ChainSampler:
 
     async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
         """All samples of one prompt, each being scored since it ended; each attempt has seeds of its own."""
-        ids = self.tokenizer.apply_chat_template(
-            list(prompt.row["prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
+        server = await self.placement.take(prompt.samples)
+        try:
+            ids = self._encode(prompt.row)
+        except BaseException:
+            self.placement.release(server, prompt.samples)
+            raise
+        numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
+        pairs = await asyncio.gather(*(self._sample(prompt, ids, number, server) for number in numbers))
+        samples, scored = [sample for sample, _ in pairs], [task for _, task in pairs]
+        return Group(prompt, samples, asyncio.create_task(self._settle(scored)))
+
+    def _encode(self, row: GrpoRow) -> list[int]:
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            list(row["prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
         )
         limit = self.config.data.max_prompt_length
         if len(ids) > limit:
             raise ConfigError(f"the prompt has {len(ids)} tokens and model.max_prompt_tokens={limit}")
-        numbers = range(attempt * prompt.samples, (attempt + 1) * prompt.samples)
-        pairs = await asyncio.gather(*(self._sample(prompt, ids, number) for number in numbers))
-        samples, scored = [sample for sample, _ in pairs], [task for _, task in pairs]
-        return Group(prompt, samples, asyncio.create_task(self._settle(scored)))
+        return ids
 
     async def _settle(self, scored: Sequence[asyncio.Task[ScoredChain]]) -> list[ScoredChain]:
         weight, null_policy = self.rewards.weights.process, self.rewards.null_policy
         return settle(await asyncio.gather(*scored), weight, null_policy)
 
     async def _sample(
-        self, prompt: Prompt, ids: list[int], number: int
+        self, prompt: Prompt, ids: list[int], number: int, server: int
     ) -> tuple[Sample, asyncio.Task[ScoredChain]]:
         from vllm.sampling_params import RequestOutputKind
 
@@ -201,14 +228,12 @@ class ChainSampler:
         by_code = self.rewards.totals is Totals.CODE
         if by_code:
             parameters |= {"stop": [STOP], "detokenize": True}
-        place = min(range(len(self.servers)), key=self.in_flight.__getitem__)
-        self.in_flight[place] += 1
         try:
-            output = await self.servers[place].generate.remote(
+            output = await self.servers[server].generate.remote(
                 prompt_ids=ids, sampling_params=parameters, request_id=uuid4().hex
             )
         finally:
-            self.in_flight[place] -= 1
+            self.placement.release(server)
         tokens = list(output.token_ids[:limit])
         if not tokens:
             raise RuntimeError(f"the engine returned no tokens (stop reason {output.stop_reason})")
@@ -221,6 +246,7 @@ class ChainSampler:
             finished=tokens[-1] in self.ends or (by_code and STOP in text),
             weights_version=int(output.extra_fields.get("global_steps") or 0),
             trained=tokens_before_total(self.tokenizer, tokens, text) if by_code else None,
+            cached_tokens=int(output.extra_fields.get("num_cached_tokens") or 0),
         )
         return sample, asyncio.create_task(self._score(sample, prompt.row))
 
@@ -262,9 +288,14 @@ class Rollout:
         """Wait until all rewards of `train` are in TransferQueue; returns the reasons of failed prompts."""
         return [reason for reasons in self._wait(self.training) for reason in reasons]
 
-    def measure(self, prompts: Sequence[Prompt]) -> list[list[ScoredChain]]:
-        """Scored chains per prompt, in order."""
-        return [group for part in self._wait(self._start("measure", prompts)) for group in part]
+    def measure(self, prompts: Sequence[Prompt]) -> Iterator[Measured]:
+        """Scored chains by `Prompt.uid`, as groups end; no group waits for the caller."""
+        started, ended = self._start("measure", prompts), False
+        while not ended:
+            ended = self._have_ended(started, COLLECT_SECONDS)
+            for part in self._call("collect"):
+                yield from part
+        self._wait(started)  # raises an engine's failure
 
     def judge_metrics(self) -> dict[str, float]:
         """The judges' counts, summed over samplers."""
@@ -289,6 +320,12 @@ class Rollout:
 
     def _wait(self, started: list[Any]) -> list[Any]:
         return ray.get(started) if self.actors else [future.result() for future in started]
+
+    def _have_ended(self, started: list[Any], seconds: float) -> bool:
+        """Wait up to `seconds`; returns whether all calls have ended."""
+        if self.actors:
+            return not ray.wait(started, num_returns=len(started), timeout=seconds)[1]
+        return not futures.wait(started, seconds).not_done
 
 
 def _put_group(group: Group) -> None:

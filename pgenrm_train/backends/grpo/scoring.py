@@ -76,9 +76,10 @@ class RewardSpec:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One chain as the engine returned it; `finished` is false if the length limit cut it.
+    """One chain as the engine returned it.
 
-    `trained`: the number of tokens that bear loss, from the first; None for all.
+    `finished` is false if the length limit cut it.  `cached_tokens`: tokens of the prompt that the engine had
+    in its prefix cache.  `trained`: the number of tokens that bear loss, from the first; None for all.
     """
 
     prompt_ids: list[int]
@@ -88,11 +89,16 @@ class Sample:
     finished: bool
     weights_version: int
     trained: int | None = None
+    cached_tokens: int = 0
 
     @property
     def loss_mask(self) -> list[int]:
         """1 per token that bears loss, else 0."""
         return [int(self.trained is None or place < self.trained) for place in range(len(self.token_ids))]
+
+    @property
+    def cached_share(self) -> float:
+        return self.cached_tokens / len(self.prompt_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,8 @@ class ScoredChain:
     """The reward of one chain and its parts, None where there is no value.
 
     `unjudged` is the reward without the process part.  `failure` is the kind of format error, "length" for a
-    chain that was cut.  `error` is what the reward code raised.  `score` is what GRPO compares; `settle` sets
-    it.
+    chain that was cut.  `error` is what the reward code raised.  `cached_share`: share of the prompt that the
+    engine had in its prefix cache.  `score` is what GRPO compares; `settle` sets it.
     """
 
     length: int
@@ -115,6 +121,7 @@ class ScoredChain:
     failure: str | None = None
     null_verdict: bool = False
     error: str | None = None
+    cached_share: float = 0.0
     score: float = 0.0
 
     @property
@@ -169,7 +176,8 @@ def score(
     try:
         return _score(sample, row, weights, judge, totals)
     except Exception as error:
-        return ScoredChain(len(sample.token_ids), error=f"{type(error).__name__}: {error}"[:300])
+        reason = f"{type(error).__name__}: {error}"[:300]
+        return ScoredChain(len(sample.token_ids), error=reason, cached_share=sample.cached_share)
 
 
 def _score(
@@ -196,6 +204,7 @@ def _score(
         ranking=ranking_of(chain, chosen),
         failure=failure if sample.finished else "length",
         null_verdict=judge is not None and math.isnan(process),
+        cached_share=sample.cached_share,
     )
 
 

@@ -21,11 +21,10 @@ the reasons:
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import transfer_queue as tq
@@ -36,7 +35,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.grpo.config import TRAINER
-from pgenrm_train.backends.grpo.phase import PhaseRun
+from pgenrm_train.backends.grpo.phase import ChainRequest, PhaseRun
 from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
     CHECKPOINTS,
@@ -50,8 +49,8 @@ from pgenrm_train.backends.grpo.progress import (
     under_stage,
     validation_metrics,
 )
-from pgenrm_train.backends.grpo.rollout import Prompt, Rollout
-from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredChain, ScoredGroup
+from pgenrm_train.backends.grpo.rollout import Measured, Prompt, Rollout
+from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
@@ -59,7 +58,7 @@ from pgenrm_train.rewards.training_rows import GrpoRow
 from pgenrm_train.run.checkpoints import complete_checkpoints, mark_complete
 from pgenrm_train.run.tracking import METRICS, append, read, trim
 
-PROMPTS_AT_ONCE = 64  # of a measurement
+MEASURED_PER_BEAT = 64  # prompts
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
 
@@ -106,9 +105,7 @@ class ChainTrainer(PPOTrainerSync):
         if self.awake:
             self.checkpoint_manager.sleep_replicas()  # their memory is the actor's while weights move
             self.awake = False
-        self.actor_rollout_wg.begin_phase(
-            config.actor_rollout_ref.actor, str(start), self.loaded != str(start)
-        )
+        self.actor_rollout_wg.begin_phase(config.actor_rollout_ref, str(start), self.loaded != str(start))
         self.loaded, self.global_steps = str(start), 0
         self._sync()
         totals = run.config.model.counted
@@ -149,29 +146,21 @@ class ChainTrainer(PPOTrainerSync):
         super().fit(self.rollout)
 
     def measure(
-        self,
-        table: pa.Table,
-        samples: int,
-        purpose: str,
-        *,
-        temperature: float | None = None,
-        places: range | None = None,
-    ) -> list[list[ScoredChain]]:
-        """`samples` chains per row of `table`, from the current actor, scored and not trained on.
+        self, requests: Sequence[ChainRequest], temperature: float | None = None
+    ) -> Iterator[Measured]:
+        """The chains of each request, as they end, from the current actor, scored and not trained on.
 
-        `places`: rows to sample, None for all.  `temperature`: None for that of training.
+        `temperature`: None for that of training.
         """
-        run, groups = self.run, []
-        places = range(table.num_rows) if places is None else places
-        for first in places[::PROMPTS_AT_ONCE]:
-            rows = table.slice(first, min(PROMPTS_AT_ONCE, places.stop - first)).to_pylist()
-            prompts = [
-                self._prompt(row, f"{purpose}{first + i}", samples, 0, temperature)
-                for i, row in enumerate(rows)
-            ]
-            groups += self.rollout.measure(prompts)
-            run.beat(self.global_steps, f"{purpose} {first + len(rows)}/{table.num_rows} pairs")
-        return groups
+        run = self.run
+        prompts = [
+            self._prompt(request.row, request.uid, request.samples, 0, temperature) for request in requests
+        ]
+        for number, measured in enumerate(self.rollout.measure(prompts), start=1):
+            if number % MEASURED_PER_BEAT == 0:
+                run.beat(self.global_steps, f"measuring, {number}/{len(prompts)} prompts")
+            yield measured
+        run.beat(self.global_steps, f"measured {len(prompts)} prompts")
 
     def validate(self) -> None:
         """Sample one chain per validation row, with fixed seeds, if this step needs it."""
@@ -183,7 +172,9 @@ class ChainTrainer(PPOTrainerSync):
         if any(line["step"] == step for line in before):
             return
         table, began = pq.read_table(phase.validation), time.monotonic()
-        groups = self.measure(table, 1, "validation", temperature=run.config.eval.temperature)
+        requests = [ChainRequest(f"validation{i}", row, 1) for i, row in enumerate(table.to_pylist())]
+        chains = dict(self.measure(requests, run.config.eval.temperature))
+        groups = [chains[request.uid] for request in requests]
         first_length = before[0][f"{phase.section}/{LENGTH}"] if before else None
         metrics = validation_metrics(groups, table["extra_info"].to_pylist(), first_length)
         metrics["validation/seconds"] = time.monotonic() - began

@@ -51,22 +51,28 @@ class ChainWorker(ActorRolloutRefWorker):
         super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def begin_phase(self, actor: Any, start: str, reload: bool) -> None:
-        """Take the loss and optimiser settings of `actor`, with a fresh optimiser and schedule.
+    def begin_phase(self, config: Any, start: str, reload: bool) -> None:
+        """Take the loss, batch and optimiser settings of `config`, with a fresh optimiser and schedule.
 
-        `actor` is verl's actor section.  With `reload`, also load the weights of the checkpoint `start`, for
-        the actor and as the new reference.
+        `config` is verl's section `actor_rollout_ref`.  With `reload`, also load the weights of the
+        checkpoint `start`, for the actor and as the new reference.
         """
         engine = self.actor.engine
         if reload:
             load_weights(engine, start)
             if self.ref is not None:
                 load_weights(self.ref.engine, start)
-        settings = omega_conf_to_dataclass(actor)
+        settings = omega_conf_to_dataclass(config.actor)
         settings.model_config = self.actor.model_config
         self.actor.set_loss_fn(partial(ppo_loss, config=settings))
         engine.optimizer_config = settings.optim
-        engine.engine_config.micro_batch_size_per_gpu = settings.ppo_micro_batch_size_per_gpu
+        batches = engine.engine_config
+        batches.use_dynamic_bsz = settings.use_dynamic_bsz
+        batches.micro_batch_size_per_gpu = settings.ppo_micro_batch_size_per_gpu
+        batches.max_token_len_per_gpu = settings.ppo_max_token_len_per_gpu
+        _cut_inference(batches, config.rollout)
+        if self.ref is not None:
+            _cut_inference(self.ref.engine.engine_config, config.ref)
         engine.optimizer = engine._build_optimizer(engine.module)
         engine.lr_scheduler = engine._build_lr_scheduler(engine.optimizer)
         engine.checkpoint_manager.optimizer = engine.optimizer
@@ -94,6 +100,13 @@ class ChainWorker(ActorRolloutRefWorker):
         torch.distributed.barrier()
         if engine.is_param_offload_enabled:
             engine.to("cpu", model=True, optimizer=False, grad=False)
+
+
+def _cut_inference(engine: Any, section: Any) -> None:
+    """Cut batches of log-probabilities as verl's section `rollout` (the actor) or `ref` demands."""
+    engine.use_dynamic_bsz = section.log_prob_use_dynamic_bsz
+    engine.infer_micro_batch_size_per_gpu = section.log_prob_micro_batch_size_per_gpu
+    engine.infer_max_token_len_per_gpu = section.log_prob_max_token_len_per_gpu
 
 
 def load_weights(engine: Any, start: str) -> None:

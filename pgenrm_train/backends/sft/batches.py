@@ -5,7 +5,8 @@ over the step's trained tokens under every layout:
 
     padded     micro-batches in the permutation's order, each row padded to the longest
     grouped    the step's sequences first sorted by length: a micro-batch holds similar lengths
-    packed     the step's sequences dealt to micro-batches of similar token counts, as one unpadded row
+    packed     the step's sequences dealt to unpadded rows of similar token counts, one per micro-batch; as
+               few rows as `psi.micro_batch_tokens` allows
 
 So the three give the same gradient, up to rounding: a layout changes the speed and never the result.  This is
 *our choice*.  Grouping or packing across the epoch pads a little less, but makes the sequences of a step
@@ -13,6 +14,7 @@ similar.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgenrm_train.config import PsiConfig
+from pgenrm_train.config import ClusterConfig, PsiConfig
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.messages import JSON_START
@@ -83,7 +86,7 @@ def pad_of(tokenizer: Any) -> int:
 
 
 class Chats:
-    """Map-style dataset over the encoded chats of a parquet file.
+    """Map-style dataset over the encoded chats of a parquet file; its items are micro-batches of `StepOrder`.
 
     The ids are one flat array that processes can share.
     """
@@ -98,7 +101,10 @@ class Chats:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, micro_batch: Sequence[int]) -> list[Encoded]:
+        return [self._chat(index) for index in micro_batch]
+
+    def _chat(self, index: int) -> Encoded:
         ids = self._ids[self._offsets[index] : self._offsets[index + 1]]
         return Encoded(ids, int(self._loss_from[index]), int(self._score_from[index]))
 
@@ -116,79 +122,128 @@ def write_chats(path: Path, chats: Sequence[Encoded]) -> None:
 
 
 def layout_of(psi: PsiConfig, device: str) -> Layout:
-    """Layout by `psi.packing`, which is true by default on GPUs.
+    """Packed rows by default on GPUs.
 
-    On a CPU padding costs little if the lengths of a step are similar, as those of nano.  A sequence that
-    processes share has a row of its own.
+    On a CPU padding costs little if the lengths of a step are similar, as those of nano.
     """
-    by_default = device == "cuda" and psi.sequence_parallel == 1
-    packing = by_default if psi.packing is None else psi.packing
-    return Layout.PACKED if packing else Layout.GROUPED
+    return Layout.PACKED if psi.packs(device) else Layout.GROUPED
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How a step of `batch_size` sequences is cut.
+
+    A micro-batch has `size` sequences or, packed, up to `size` tokens.  `copies` neighbouring processes of
+    the `ranks` share each sequence.
+    """
+
+    layout: Layout
+    batch_size: int
+    size: int
+    ranks: int = 1
+    copies: int = 1
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches per process and step; None for packed rows, which depend on the lengths."""
+        if self.layout is Layout.PACKED:
+            return None
+        return self.batch_size * self.copies // (self.size * self.ranks)
+
+
+def batching_of(psi: PsiConfig, cluster: ClusterConfig) -> Batching:
+    layout = layout_of(psi, cluster.device)
+    size = psi.micro_batch_tokens if layout is Layout.PACKED else psi.micro_batch_size
+    return Batching(layout, known(psi.batch_size), size, cluster.ranks, psi.sequence_parallel)
 
 
 class StepOrder:
-    """Sampler: the order in which an epoch's sequences are cut into micro-batches of `micro_batch_size`.
+    """Sampler of an epoch's micro-batches, each a tuple of sequences; processes take them in turn.
 
-    The permutation depends on seed and epoch only, so a resumed run continues in the same order.  Processes
-    take micro-batches in turn.  A sequence that `copies` neighbours share appears once for each.
+    The permutation depends on seed and epoch only, so a resumed run continues in the same order.  Every step
+    has `accumulation` micro-batches per process, as transformers' Trainer expects; packed, this is the number
+    that the longest step of `epochs` needs.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        layout: Layout,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        copies: int = 1,
-    ) -> None:
-        self.lengths, self.layout, self.seed, self.epoch = lengths, layout, seed, 0
-        self.batch_size, self.micro_batch_size, self.copies = batch_size, micro_batch_size, copies
+    def __init__(self, lengths: Sequence[int], batching: Batching, seed: int, epochs: float = 1.0) -> None:
+        self.lengths, self.batching, self.seed, self.epoch = lengths, batching, seed, 0
+        self.accumulation = batching.accumulation or self._longest_step(math.ceil(epochs))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def epoch_of(self, step: int) -> int:
         """The epoch that optimiser step `step` + 1 belongs to."""
-        return step // -(-len(self.lengths) // self.batch_size)
+        return step // -(-len(self.lengths) // self.batching.batch_size)
 
     def __len__(self) -> int:
-        return len(self.lengths) * self.copies
+        sequences, size = len(self.lengths), self.batching.batch_size
+        steps = [size] * (sequences // size) + ([sequences % size] if sequences % size else [])
+        return sum(self._micro_batches(step) for step in steps) * self.batching.copies
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        packed = self.batching.layout is Layout.PACKED
+        for step in self._steps(self.epoch):
+            number = self._micro_batches(len(step)) if packed else self.batching.size
+            for micro_batch in cut([self.lengths[i] for i in step], self.batching.layout, number):
+                yield from [tuple(step[i] for i in micro_batch)] * self.batching.copies
+
+    def _longest_step(self, epochs: int) -> int:
+        """The most rows that a process needs for a step."""
+        size, ranks = self.batching.size, self.batching.ranks
+        steps = (step for epoch in range(epochs) for step in self._steps(epoch))
+        return max(rows_for([self.lengths[i] for i in step], size, ranks) for step in steps) // ranks
+
+    def _steps(self, epoch: int) -> Iterator[list[int]]:
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         permutation = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for first in range(0, len(permutation), self.batch_size):
-            step = permutation[first : first + self.batch_size]
-            for index in arrange([self.lengths[i] for i in step], self.layout, self.micro_batch_size):
-                yield from [step[index]] * self.copies
+        for first in range(0, len(permutation), self.batching.batch_size):
+            yield permutation[first : first + self.batching.batch_size]
+
+    def _micro_batches(self, sequences: int) -> int:
+        """Micro-batches of a step, as many for every process; the last step of an epoch may be short."""
+        ranks, packed = self.batching.ranks, self.batching.layout is Layout.PACKED
+        if not packed:
+            return -(-sequences // self.batching.size)
+        return min(self.accumulation * ranks, max(sequences // ranks * ranks, min(sequences, ranks)))
 
 
-def arrange(lengths: Sequence[int], layout: Layout, size: int) -> list[int]:
-    """Order of one step's sequences; its consecutive chunks of `size` are the micro-batches.
+def rows_for(lengths: Sequence[int], tokens: int, multiple: int) -> int:
+    """The least number of rows of at most `tokens`, as `multiple` × n; a longer sequence has its own row."""
+    tokens = max(tokens, *lengths)
+    rows = multiple * -(-sum(lengths) // (tokens * multiple))
+    while (
+        rows < len(lengths)
+        and max(sum(lengths[i] for i in row) for row in cut(lengths, Layout.PACKED, rows)) > tokens
+    ):
+        rows += multiple
+    return rows
+
+
+def cut(lengths: Sequence[int], layout: Layout, number: int) -> list[list[int]]:
+    """Micro-batches of one step: chunks of `number` sequences or, packed, `number` rows.
 
     Micro-batches that processes work on at the same time are neighbours, and of similar size unless padded.
     """
-    if layout is Layout.PADDED or len(lengths) <= size:
-        return list(range(len(lengths)))
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return longest_first if layout is Layout.GROUPED else _deal(lengths, longest_first, size)
+    order = list(range(len(lengths)))
+    if layout is not Layout.PADDED:
+        order.sort(key=lambda i: -lengths[i])
+    if layout is Layout.PACKED:
+        return _deal(lengths, order, min(number, len(lengths)))
+    return [order[first : first + number] for first in range(0, len(order), number)]
 
 
-def _deal(lengths: Sequence[int], longest_first: Sequence[int], size: int) -> list[int]:
-    """Deal each sequence to the micro-batch with room and the fewest tokens; all but the last hold `size`."""
-    bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // size))]
-    last_room = len(lengths) - size * (len(bins) - 1)
-    fewest = [(0, number) for number in range(len(bins))]
+def _deal(lengths: Sequence[int], longest_first: Sequence[int], rows: int) -> list[list[int]]:
+    """Deal each sequence to the row with the fewest tokens."""
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    fewest = [(0, number) for number in range(rows)]
     for index in longest_first:
         tokens, number = heapq.heappop(fewest)
-        bins[number].append(index)
-        if len(bins[number]) < (size if number < len(bins) - 1 else last_room):
-            heapq.heappush(fewest, (tokens + lengths[index], number))
-    return [index for one in bins for index in one]
+        dealt[number].append(index)
+        heapq.heappush(fewest, (tokens + lengths[index], number))
+    return sorted(dealt, key=lambda row: -sum(lengths[i] for i in row))
 
 
 def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: float = 1.0) -> MicroBatch:

@@ -14,6 +14,7 @@ from pgenrm_train.backends.sft.batches import (
     Layout,
     MicroBatch,
     StepOrder,
+    batching_of,
     collate,
     layout_of,
     pad_of,
@@ -67,19 +68,11 @@ def _trainer(job: Job) -> Any:
     from pgenrm_train.backends.sft.generate import TrainingGenerator
     from pgenrm_train.backends.sft.trainer import PsiCallback, SftTrainer
 
-    psi = job.config.psi
+    psi, chats = job.config.psi, Chats(job.chats)
+    order = StepOrder(chats.lengths, batching_of(psi, job.config.cluster), job.config.seed, known(psi.epochs))
     # Trainer must have DeepSpeed's settings before the weights are loaded (ZeRO-3 shards while loading).
-    arguments = training_arguments(job.config, job.steps)
-    model = _model(job)
-    tokenizer, chats = AutoTokenizer.from_pretrained(job.start), Chats(job.chats)
-    order = StepOrder(
-        chats.lengths,
-        layout_of(psi, job.config.cluster.device),
-        batch_size=known(psi.batch_size),
-        micro_batch_size=psi.micro_batch_size,
-        seed=job.config.seed,
-        copies=psi.sequence_parallel,
-    )
+    arguments = training_arguments(job.config, job.steps, order.accumulation)
+    model, tokenizer = _model(job), AutoTokenizer.from_pretrained(job.start)
     validate = None
     if job.validator:
         # without gradients and optimiser, batches may be larger
@@ -129,13 +122,13 @@ def _model(job: Job) -> Any:
     return get_peft_model(model, adapter)
 
 
-def _collate(config: Config, tokenizer: Any, chats: Sequence[Encoded]) -> MicroBatch:
-    """This rank's micro-batch, or its part of the sequence that it shares with its neighbours."""
+def _collate(config: Config, tokenizer: Any, micro_batches: Sequence[list[Encoded]]) -> MicroBatch:
+    """This rank's only micro-batch, or its part of the sequence that it shares with its neighbours."""
     from pgenrm_train.backends.sft.attention import part_of
 
     psi, pad = config.psi, pad_of(tokenizer)
     packed = layout_of(psi, config.cluster.device) is Layout.PACKED
-    batch = collate(chats, pad=pad, packed=packed, score_weight=psi.score_weight)
+    batch = collate(micro_batches[0], pad=pad, packed=packed, score_weight=psi.score_weight)
     if psi.sequence_parallel == 1:
         return batch
     return part_of(batch, int(os.environ["RANK"]) % psi.sequence_parallel, psi.sequence_parallel, pad)

@@ -44,47 +44,54 @@ def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, 
     }
 
 
-def training_arguments(config: Config, steps: Path) -> Any:
-    """Arguments of transformers' Trainer, which saves its checkpoints in `steps`."""
+def training_arguments(config: Config, steps: Path, accumulation: int) -> Any:
+    """Arguments of transformers' Trainer, which saves its checkpoints in `steps`.
+
+    `accumulation`: micro-batches per process and optimiser step.
+    """
     from transformers import TrainingArguments
 
+    return TrainingArguments(**trainer_settings(config, steps, accumulation))
+
+
+def trainer_settings(config: Config, steps: Path, accumulation: int | None) -> dict[str, Any]:
+    """Keyword arguments of `TrainingArguments`; `accumulation` as above."""
     psi, on_cpu = config.psi, config.cluster.device == "cpu"
-    sequences_per_pass = psi.micro_batch_size * config.cluster.ranks
-    return TrainingArguments(
-        output_dir=str(steps),
-        per_device_train_batch_size=psi.micro_batch_size,
-        gradient_accumulation_steps=known(psi.batch_size) * psi.sequence_parallel // sequences_per_pass,
-        num_train_epochs=known(psi.epochs),
-        max_steps=psi.max_steps or -1,
-        learning_rate=psi.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": psi.min_learning_rate_ratio},
-        warmup_steps=psi.warmup_ratio,
-        weight_decay=psi.weight_decay,
-        adam_beta2=psi.beta2,
-        max_grad_norm=1.0,
-        gradient_checkpointing=psi.gradient_checkpointing,
-        use_cpu=on_cpu,
-        bf16=not on_cpu and config.model.dtype == "bfloat16",
+    return {
+        "output_dir": str(steps),
+        "per_device_train_batch_size": 1,  # an item of `batches.Chats` is a micro-batch
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": known(psi.epochs),
+        "max_steps": psi.max_steps or -1,
+        "learning_rate": psi.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": psi.min_learning_rate_ratio},
+        "warmup_steps": psi.warmup_ratio,
+        "weight_decay": psi.weight_decay,
+        "adam_beta2": psi.beta2,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": psi.gradient_checkpointing,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu and config.model.dtype == "bfloat16",
         # torch's own, also on a CPU: DeepSpeed would compile its own at the first start
-        optim="adamw_torch_fused",
-        deepspeed=deepspeed_settings(config.cluster, config.model),
-        save_strategy="steps",
-        save_steps=psi.save_every,
-        save_total_limit=psi.keep_checkpoints,
-        logging_steps=psi.log_every,
-        logging_nan_inf_filter=False,  # `SftTrainer` ends a run that diverges
-        report_to=[],
-        seed=config.seed,
-        data_seed=config.seed,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-        metric_for_best_model="accuracy" if psi.evaluate_every else None,
-        greater_is_better=True,
-        use_liger_kernel=psi.liger,
+        "optim": "adamw_torch_fused",
+        "deepspeed": deepspeed_settings(config.cluster, config.model),
+        "save_strategy": "steps",
+        "save_steps": psi.save_every,
+        "save_total_limit": psi.keep_checkpoints,
+        "logging_steps": psi.log_every,
+        "logging_nan_inf_filter": False,  # `SftTrainer` ends a run that diverges
+        "report_to": [],
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "dataloader_num_workers": 0,
+        "remove_unused_columns": False,
+        "metric_for_best_model": "accuracy" if psi.evaluate_every else None,
+        "greater_is_better": True,
+        "use_liger_kernel": psi.liger,
         # our own cross entropy works in pieces
-        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False}
+        "liger_kernel_config": {"cross_entropy": False, "fused_linear_cross_entropy": False}
         if psi.liger
         else None,
-        disable_tqdm=False,
-    )
+        "disable_tqdm": False,
+    }

@@ -5,6 +5,7 @@ prompts as ids, so that both sides see the same tokens.
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.chains.totals import STOP
 from pgenrm_train.config import Config, Totals
 from pgenrm_train.prompts.messages import prompt_ids
+
+IDLE_SECONDS = 0.01  # between two looks for a request while none is running
 
 
 def vllm_variables(device: str) -> dict[str, str]:
@@ -65,19 +68,30 @@ class VllmGenerator:
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self._llm = LLM(model=str(checkpoint), tokenizer=str(checkpoint), **engine_settings(config))
 
-    def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
-        """Yield the samples of each request together, as requests finish."""
+    def __call__(
+        self, requests: Iterable[GenerationRequest | None], *, temperature: float
+    ) -> Iterator[Generation]:
+        """Yield the samples of each request together, as requests finish.
+
+        `requests` yields None while no request is there yet: running ones are continued in the meantime.
+        """
         waiting = iter(requests)
         exhausted, in_flight = False, 0
         while in_flight or not exhausted:
             while not exhausted and in_flight < self.config.eval.max_in_flight:
-                request = next(waiting, None)
-                if request is None:
+                try:
+                    request = next(waiting)
+                except StopIteration:
                     exhausted = True
-                elif refused := self.add(request, temperature):
+                    break
+                if request is None:
+                    break
+                if refused := self.add(request, temperature):
                     yield from refused
                 else:
                     in_flight += request.samples
+            if not in_flight and not exhausted:
+                time.sleep(IDLE_SECONDS)
             for generations in self.step() if in_flight else ():
                 in_flight -= len(generations)
                 yield from generations

@@ -104,7 +104,7 @@ def _lost_error(error: Exception) -> BackendError:
 
 
 class _Engine:
-    """Actor with one `VllmGenerator` at a time, which reads the queue until it finds None."""
+    """Actor with one `VllmGenerator` at a time."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -113,13 +113,25 @@ class _Engine:
         self._generator = VllmGenerator(self._config, checkpoint)
 
     def run(self, queue: Any, temperature: float) -> Iterator[list[Generation]]:
-        yield from _blocks(
-            self._generator(itertools.chain.from_iterable(iter(queue.get, None)), temperature=temperature)
-        )
+        yield from _blocks(self._generator(_read(queue), temperature=temperature))
 
     def unload(self) -> None:
         self._generator.close()
         del self._generator
+
+
+def _read(queue: Any) -> Iterator[GenerationRequest | None]:
+    """The requests of the queue until its None; yields None while the next block is on its way."""
+    import ray
+
+    coming = queue.actor.get.remote()
+    while True:
+        while not ray.wait([coming], timeout=0)[0]:
+            yield None
+        if (block := ray.get(coming)) is None:
+            return
+        coming = queue.actor.get.remote()  # arrives while this block is encoded
+        yield from block
 
 
 def _feed(queue: Any, requests: Iterable[GenerationRequest], engines: int) -> None:

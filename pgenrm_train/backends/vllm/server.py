@@ -61,7 +61,7 @@ def _here(config: Config, settings: EndpointConfig, log: Path, with_training: bo
     variables = vllm_variables(config.cluster.device) | (
         {"CUDA_VISIBLE_DEVICES": split.server} if split else {}
     )
-    server = _Server(_arguments(config, settings), variables, log)
+    server = _Server(server_arguments(config, settings), variables, log)
     url = server.start("127.0.0.1")
     try:
         if split:
@@ -86,7 +86,7 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
         _check_cluster(config, settings, with_training, ray.cluster_resources().get("GPU", 0))
         gpus = settings.gpus if config.cluster.device == "cuda" else 0
         server = ray.remote(num_cpus=1, num_gpus=gpus)(_Server).remote(
-            _arguments(config, settings), vllm_variables(config.cluster.device), log
+            server_arguments(config, settings), vllm_variables(config.cluster.device), log
         )
         try:
             url = str(_result(server.start.remote(), PLACE_SECONDS))
@@ -152,7 +152,8 @@ class _Server:
         stop_child(self.process, STOP_SECONDS)
 
 
-def _arguments(config: Config, settings: EndpointConfig) -> list[str]:
+def server_arguments(config: Config, settings: EndpointConfig) -> list[str]:
+    """Command line of the server, without host and port."""
     common = ["--model", settings.name or "", "--max-num-seqs", str(settings.max_in_flight)]
     if config.cluster.device == "cpu":
         batches = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]

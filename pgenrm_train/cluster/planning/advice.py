@@ -17,7 +17,8 @@ from pgenrm_train.cluster.planning.memory import (
     phases_of,
 )
 from pgenrm_train.cluster.planning.work import with_planned_sizes
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
+from pgenrm_train.cluster.sizes import psi_unit
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, tokens_per_pass
 from pgenrm_train.config.checks import grpo_problems, psi_problems
 from pgenrm_train.config.setting import known
 
@@ -43,12 +44,13 @@ def batches_of(config: Config, stage: StageName) -> Batches | None:
 def psi_batches(config: Config) -> Batches:
     """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
     ranks, psi = config.cluster.ranks, config.psi
-    facts = {
-        "sequences per step": known(psi.batch_size),
-        "processes": ranks,
-        "micro-batch": psi.micro_batch_size,
-        "accumulation": known(psi.batch_size) * psi.sequence_parallel // (psi.micro_batch_size * ranks),
-    }
+    facts = {"sequences per step": known(psi.batch_size), "processes": ranks}
+    if psi.packs(config.cluster.device):
+        facts["tokens per process and pass"] = max(psi.micro_batch_tokens, longest(config))
+    else:
+        facts["micro-batch"] = psi.micro_batch_size
+        shared = known(psi.batch_size) * psi.sequence_parallel
+        facts["accumulation"] = shared // (psi.micro_batch_size * ranks)
     return Batches(facts, tuple(psi_problems(config)))
 
 
@@ -63,10 +65,13 @@ def grpo_batches(config: Config, stage: StageName) -> Batches:
         "rollouts per step": prompts * grpo.group_size,
         "updates per step": prompts // mini_batch,
         "rollouts per process and update": rollouts // ranks,
-        "micro-batch": grpo.micro_batch_size,
-        "accumulation": rollouts // ranks // grpo.micro_batch_size,
         "vLLM replicas": max(1, ranks // config.cluster.tensor_parallel),
     }
+    if tokens := tokens_per_pass(config, stage):
+        facts["tokens per process and pass"] = tokens
+    else:
+        facts["micro-batch"] = grpo.micro_batch_size
+        facts["accumulation"] = rollouts // ranks // grpo.micro_batch_size
     return Batches(facts, tuple(grpo_problems(config, stage)))
 
 
@@ -118,10 +123,7 @@ def nearest_fit(config: Config, geometry: Geometry, stage: StageName) -> tuple[s
 def changes(config: Config, stage: StageName) -> Iterator[Change]:
     """Possible changes, from free ones to costly ones: other results, slower steps, more GPUs."""
     cluster, model, cuda = config.cluster, config.model, config.cluster.device == "cuda"
-    micro = getattr(getattr(config, stage, None), "micro_batch_size", 1)
-    while micro > 1:
-        micro //= 2
-        yield ((f"{stage}.micro_batch_size", micro),)
+    yield from _smaller_passes(config, stage)
     if stage == StageName.PSI:
         yield from _psi_changes(config)
     if stage in GRPO_STAGES and cuda:
@@ -144,13 +146,28 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
             yield from ((("cluster.nodes", cluster.nodes * n),) for n in (2, 4))
 
 
+def _smaller_passes(config: Config, stage: StageName) -> Iterator[Change]:
+    """Smaller micro-batches; a pass by tokens holds at least one longest sequence."""
+    if stage not in TRAINED:
+        return
+    section = getattr(config, stage)
+    by_tokens = (
+        section.packs(config.cluster.device) if stage == StageName.PSI else tokens_per_pass(config, stage)
+    )
+    key, least = ("micro_batch_tokens", longest(config)) if by_tokens else ("micro_batch_size", 1)
+    size = getattr(section, key)
+    while size > least:
+        size = max(least, size // 2)
+        yield ((f"{stage}.{key}", size),)
+
+
 def _psi_changes(config: Config) -> Iterator[Change]:
     cluster, psi, cuda = config.cluster, config.psi, config.cluster.device == "cuda"
     if not psi.gradient_checkpointing:
         yield (("psi.gradient_checkpointing", True),)
     if cuda or config.cluster.ranks > 1:
         yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
-    unit = max(1, psi.micro_batch_size * config.cluster.ranks // psi.sequence_parallel)
+    unit = psi_unit(config)
     if psi.batch_size and psi.batch_size % unit:
         yield (("psi.batch_size", max(unit, psi.batch_size // unit * unit)),)
     if cuda and not cluster.offload_optimizer:

@@ -22,7 +22,10 @@ checkpointing only each layer's input, b·h, stays, and one layer at a time is r
 
 Logits: PSI computes them for the answer only, 12 bytes each at the peak of the backward pass (fp32
 log-probabilities and two gradients).  veRL computes them for every token: 4 bytes with FlashAttention's
-in-place cross-entropy, 8 without, 16 in fp32.
+in-place cross-entropy, 8 without, 16 in fp32; with LoRA in chunks.
+
+Tokens of a micro-batch: `micro_batch_tokens` in packed rows of PSI and in GRPO without padding, else
+`micro_batch_size` longest sequences.
 
 vLLM (Kwon et al. 2023): weights over tensor-parallel GPUs, a profiled step, and KV cache in the rest of its
 share.
@@ -34,7 +37,15 @@ from dataclasses import dataclass, field
 
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.cluster.sizes import PIECE
-from pgenrm_train.config import GRPO_STAGES, CardConfig, Config, EndpointConfig, GrpoConfig, StageName
+from pgenrm_train.config import (
+    GRPO_STAGES,
+    CardConfig,
+    Config,
+    EndpointConfig,
+    GrpoConfig,
+    StageName,
+    tokens_per_pass,
+)
 from pgenrm_train.errors import ConfigError
 
 GIB = 2.0**30
@@ -42,6 +53,7 @@ BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_si
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
+CHUNK = 512  # tokens whose logits veRL's fused kernel holds
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, if it has the GPU to itself
 GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE)
@@ -166,8 +178,14 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     """Forward and backward pass, and the optimizer's step, on one process."""
     states, host = zero_states(config, geometry)
     psi, length = config.psi, longest(config)
-    tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
-    answers = psi.micro_batch_size * (config.model.max_response_tokens + 1)
+    if psi.packs(config.cluster.device):
+        tokens = answers = max(psi.micro_batch_tokens, length)
+        if psi.batch_size:
+            # a row holds no more than a process's sequences of a step
+            tokens = min(tokens, math.ceil(psi.batch_size / config.cluster.ranks) * length)
+    else:
+        tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
+        answers = psi.micro_batch_size * (config.model.max_response_tokens + 1)
     batch = MicroBatch(tokens, min(tokens, answers, math.ceil(PIECE / geometry.vocabulary)), 12, length)
     acts, others = (
         activations(config, geometry, batch, checkpointing)
@@ -222,9 +240,10 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     weights = (2 * parameters if lora and not cpu else 4 * parameters) / n
     states = {"actor weights": weights, "gradients": 4 * trained / n, "optimizer": 8 * trained / n}
     length = longest(config)
-    tokens = grpo.micro_batch_size * length
+    tokens = tokens_per_pass(config, stage) or grpo.micro_batch_size * length
     logit_bytes = 16 if cpu else 4 if config.model.attention == "flash_attention_2" else 8
-    batch = MicroBatch(tokens, tokens, logit_bytes, length)
+    fused = bool(lora) and not cpu  # logits of a chunk at a time
+    batch = MicroBatch(tokens, min(tokens, CHUNK) if fused else tokens, 16 if fused else logit_bytes, length)
     layers = 2 * geometry.layer_parameters + 2 * geometry.embedding_parameters
     gathered = float(element_bytes(config) * layers if n > 1 or not cpu else 0)
     update = {
@@ -239,7 +258,7 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     local, offload = config.cluster.processes_per_node, config.cluster.offload_optimizer
     host = {
         "offloaded actor": local * (weights + states["optimizer"]) if offload else 0.0,
-        "reference model": local * 4 * parameters / n if grpo.kl_coefficient and not lora else 0.0,
+        "reference model": local * 2 * parameters / n if grpo.kl_coefficient and not lora else 0.0,
     }
     kept = {} if offload else _gib({name: states[name] for name in ("actor weights", "optimizer")})
     cluster = config.cluster

@@ -13,8 +13,8 @@ KV cache once,
     seconds = max( (weights + c · length · KV) / (bandwidth_use · bandwidth · TP),
                    c · forward FLOPs / (mfu · peak · TP) ),
 
-c bounded by vLLM's sequence limit, by the number of requests, and by the KV cache.  Prompts of a group are
-read once (prefix caching).
+c bounded by vLLM's sequence limit, by the number of requests, and by the KV cache.  The prompt of a group is
+read once; its other chains find it in the prefix cache.
 
 Not counted: start-up (minutes), saving, evaluation probes, waiting for the slowest sequence of a step, calls
 to an API.
@@ -216,14 +216,20 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     prompts, length = sizes.steps * sizes.batch, prompt + response
     rollouts, mined = prompts * grpo.group_size, sizes.examples * getattr(grpo, "mining_samples", 0)
     utilization = config.cluster.gpu_memory_utilization
-    rate = generation_rate(config, geometry, utilization, SEQUENCES, sizes.batch * grpo.group_size)
-    read = float(prompts + (sizes.examples if mined else 0)) * prompt
+    rate, mining_rate = (
+        generation_rate(config, geometry, utilization, SEQUENCES, chains)
+        for chains in (sizes.batch * grpo.group_size, mined)
+    )
+    # A server reads the prompt of a group once; mining reads each pair in both orders.
+    prefills = prompts + (sizes.examples * min(2, mined // sizes.examples) if mined else 0)
+    read, cached = (float(count) * prompt for count in (prefills, rollouts + mined - prefills))
     trained_on = float(rollouts) * length
-    # On a CPU the sampler's own log-probabilities are used, so there is no pass of the old policy.
-    passes = (config.cluster.device != "cpu") + (grpo.kl_coefficient > 0)
+    # With one update per rollout the sampler's own log-probabilities are those of the old policy.
+    recomputed = config.cluster.device != "cpu" and sizes.updates > sizes.steps
+    passes = recomputed + (grpo.kl_coefficient > 0)
     seconds = {
         "prefill": training_seconds(config, geometry, read, prompt, 1),
-        "generation": (rollouts + mined) * response / rate,
+        "generation": rollouts * response / rate + mined * response / mining_rate,
         "log-probabilities": training_seconds(config, geometry, trained_on * passes, length, 1),
         "update": training_seconds(config, geometry, trained_on, length, passes_of(config)),
     }
@@ -239,7 +245,12 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
             "chains for mining": mined,
             "calls to the judge": judged,
         },
-        {"read": read, "generated": float(rollouts + mined) * response, "trained on": trained_on},
+        {
+            "read": read,
+            "from the prefix cache": cached,
+            "generated": float(rollouts + mined) * response,
+            "trained on": trained_on,
+        },
         {name: spent / 3600 for name, spent in seconds.items() if spent},
         {
             STATES: grpo.keep_checkpoints * saved / GIB,

@@ -146,10 +146,10 @@ def test_logits_of_psi_are_those_of_one_piece(eight: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["psi.micro_batch_size", "model.max_response_tokens", "model.max_prompt_tokens"]
+    "key", ["psi.micro_batch_tokens", "model.max_response_tokens", "model.max_prompt_tokens"]
 )
 def test_more_of_a_size_never_needs_less(eight: Config, key: str) -> None:
-    grown = changed(eight, **{key.replace(".", "__"): 2 * (1 if "micro" in key else 8192)})
+    grown = changed(eight, **{key.replace(".", "__"): 20_000})
     geometry = geometry_of(eight)
     assert memory.psi_phases(grown, geometry)[0].total > memory.psi_phases(eight, geometry)[0].total
 
@@ -255,9 +255,21 @@ def test_a_fitting_change_is_found_for_batches_that_do_not_divide() -> None:
 
 def test_batches_multiply_out(eight: Config) -> None:
     sized = with_planned_sizes(eight)
+    assert psi_batches(sized).facts["tokens per process and pass"] == 16384
+    sized.psi.packing = False
     psi, cre = psi_batches(sized).facts, grpo_batches(sized, StageName.CRE).facts
     assert psi["micro-batch"] * psi["processes"] * psi["accumulation"] == sized.psi.batch_size
     assert cre["rollouts per step"] == 512 and cre["micro-batch"] * cre["accumulation"] * 8 == 512
+    sized.model.attention = "flash_attention_2"
+    assert grpo_batches(sized, StageName.CRE).facts["tokens per process and pass"] == 24576
+
+
+def test_a_group_is_read_once_and_mining_reads_both_orders(eight: Config) -> None:
+    (work,) = (stage.work for stage in plan_of(changed(eight, plan__stage="curriculum")).stages)
+    prompts = work.counts["rollouts"] // 8
+    assert work.tokens["read"] == 2000 * (prompts + 2 * work.counts["pairs"])
+    chains = work.counts["rollouts"] + work.counts["chains for mining"]
+    assert work.tokens["read"] + work.tokens["from the prefix cache"] == 2000 * chains
 
 
 # ---- work ----
@@ -362,7 +374,7 @@ def test_json_is_printed_and_left_in_a_run_folder_that_exists(tmp_path: Path) ->
 
 MISTAKES = {
     "plan.stage=all_of_it": "plan.stage=all_of_it is not one of build_sec, psi",
-    "plan.emit=pbs": "plan.emit=pbs is not one of slurm, rayjob, or null",
+    "plan.emit=pbs": "plan.emit=pbs is not one of slurm, rayjob, verl, deepspeed, vllm, or null",
     "plan.card=h300": "plan.card=h300 is not one of a100, h100",
     "model=baseline": "model=baseline trains nothing",
 }

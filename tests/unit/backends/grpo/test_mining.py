@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from pgenrm_train.backends.grpo.config import verl_variables
 from pgenrm_train.backends.grpo.engine import train
 from pgenrm_train.backends.grpo.mining import hardness, summarise
-from pgenrm_train.backends.grpo.phase import HardnessSource, Phase, PhaseRun
+from pgenrm_train.backends.grpo.phase import ChainRequest, HardnessSource, Phase, PhaseRun
 from pgenrm_train.backends.grpo.progress import chain_metrics, mix_metrics
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.config import Config
@@ -33,7 +34,8 @@ class Measured:
     """A phase of three pairs and a stand-in for the engine's `measure`."""
 
     def __init__(self, folder: Path, *pair_ids: str) -> None:
-        self.calls, rows = 0, folder / "rows.parquet"
+        self.calls, self.sampled, rows = 0, list[str](), folder / "rows.parquet"
+        self.order = ["turned0", "mine2", "mine0", "mine1", "turned2", "turned1"]
         extras = [{"pair_id": name, "user_id": "u"} for name in pair_ids or ("p0", "p1", "p2")]
         pq.write_table(pa.table({"extra_info": extras}), rows)
         self.run = PhaseRun(Phase(StageName.CURRICULUM, None, rows, folder, 3), Config())
@@ -43,12 +45,13 @@ class Measured:
     ) -> Any:
         return hardness(self.run, HardnessSource(signals, samples, mirror), start, self.measure)
 
-    def measure(
-        self, table: pa.Table, samples: int, purpose: str, *, places: range
-    ) -> list[list[ScoredChain]]:
+    def measure(self, requests: Sequence[ChainRequest]) -> Iterator[tuple[str, list[ScoredChain]]]:
+        """All requests in one call, in an order of its own."""
         self.calls += 1
-        outcomes = {"mine": [1, 0, 1], "turned": [1, 0, 0]}[purpose]
-        return [[chain(outcomes[i], 2.0 if outcomes[i] else -2.0)] * samples for i in places]
+        for request in sorted(requests, key=lambda r: self.order.index(r.uid)):
+            self.sampled.append(request.uid)
+            outcome = 0 if request.uid in ("mine1", "turned1", "turned2") else 1
+            yield request.uid, [chain(outcome, 2.0 if outcome else -2.0)] * request.samples
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_both_orders_are_sampled_and_the_record_is_written(
     }
     assert "curriculum: 1 of 3 pairs are hard, 1 suspect (down-weighted" in capsys.readouterr().out
     assert measured.record(checkpoint, 4, mirror) == record
-    assert measured.calls == 2, "measured once"
+    assert measured.calls == 1, "both orders in one queue, and measured once"
 
 
 def test_a_killed_mining_resumes_after_its_last_block(
@@ -89,21 +92,20 @@ def test_a_killed_mining_resumes_after_its_last_block(
     monkeypatch.setattr("pgenrm_train.backends.grpo.mining.BLOCK", 1)
     (tmp_path / "whole").mkdir()
     expected = Measured(tmp_path / "whole").record(checkpoint, 4)
-    measured = Measured(tmp_path)
-    measure, measured.measure = (
-        measured.measure,
-        lambda *sampled, places: killed() if measured.calls == 2 else measure(*sampled, places=places),
-    )
+    measured, mined = Measured(tmp_path), tmp_path / "mining.parquet"
+    measure = measured.measure
 
-    def killed() -> Any:
+    def killed(requests: Sequence[ChainRequest]) -> Iterator[tuple[str, list[ScoredChain]]]:
+        yield from list(measure(requests))[:2]
         raise KeyboardInterrupt
 
+    measured.measure = killed
     with pytest.raises(KeyboardInterrupt):
         measured.record(checkpoint, 4)
-    assert pq.read_metadata(tmp_path / "mining.parquet").num_rows == 2
-    measured.measure, measured.calls = measure, 0
+    assert pq.read_table(mined)["pair_id"].to_pylist() == ["p0"], "p2 ended before p1 and waited for it"
+    measured.measure, measured.sampled = measure, []
     assert measured.record(checkpoint, 4) == expected
-    assert measured.calls == 1, "only the last pair was sampled again"
+    assert measured.sampled == ["mine2", "mine1"], "only the other pairs were sampled again"
 
 
 def test_a_cold_start_samples_no_model(tmp_path: Path, checkpoint: Path) -> None:

@@ -9,13 +9,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from pgenrm_train.backends.sft.attention import part_of, register_packed
 from pgenrm_train.backends.sft.batches import (
+    Batching,
     Chats,
     Encoded,
     Layout,
     StepOrder,
-    arrange,
     collate,
+    cut,
     layout_of,
+    rows_for,
     write_chats,
 )
 from pgenrm_train.backends.sft.loss import train_in_pieces, weighted_loss
@@ -81,7 +83,7 @@ def test_chats_survive_their_file(tmp_path):
     write_chats(tmp_path / "chats.parquet", CHATS)
     chats = Chats(tmp_path / "chats.parquet")
     assert chats.lengths == [20, 11, 7] and len(chats) == 3
-    for chat, read in zip(CHATS, (chats[i] for i in range(3)), strict=True):
+    for chat, read in zip(CHATS, chats[(0, 1, 2)], strict=True):
         assert (tuple(read.ids), read.loss_from, read.score_from) == (
             chat.ids,
             chat.loss_from,
@@ -146,15 +148,9 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
     model = model_of("qwen2", "sdpa")
     expected, gradients = alone(model, chats, 2.0)
     train_in_pieces(model)
-    order = arrange([len(c.ids) for c in chats], layout, 4)
     batches = [
-        collate(
-            [chats[i] for i in order[first : first + 4]],
-            pad=0,
-            packed=layout is Layout.PACKED,
-            score_weight=2.0,
-        )
-        for first in range(0, 13, 4)
+        collate([chats[i] for i in micro_batch], pad=0, packed=layout is Layout.PACKED, score_weight=2.0)
+        for micro_batch in cut([len(c.ids) for c in chats], layout, 4)
     ]
     total = sum(batch["weights"].sum() for batch in batches)
     losses = [model(**batch, num_items_in_batch=total).loss for batch in batches]
@@ -246,31 +242,61 @@ def test_the_head_is_called_once_whatever_the_number_of_pieces(monkeypatch):
 @pytest.mark.parametrize(("count", "size"), [(8, 8), (32, 4), (13, 4), (3, 4), (17, 16), (1, 1)])
 def test_every_sequence_of_a_step_is_in_it_once(layout, count, size):
     rng = random.Random(count)
-    assert sorted(arrange([rng.randint(1, 99) for _ in range(count)], layout, size)) == list(range(count))
+    micro_batches = cut([rng.randint(1, 99) for _ in range(count)], layout, size)
+    assert sorted(i for one in micro_batches for i in one) == list(range(count)) and all(micro_batches)
+
+
+def mixed_lengths(count=128):
+    rng = random.Random(0)
+    return [rng.choice([100, 200, 800, 3000]) + rng.randint(0, 99) for _ in range(count)]
 
 
 def test_grouping_pads_less_and_packing_evens_out_the_tokens():
-    rng = random.Random(0)
-    lengths = [rng.choice([100, 200, 800, 3000]) + rng.randint(0, 99) for _ in range(128)]
-
-    def micro_batches(layout):
-        order = arrange(lengths, layout, 8)
-        return [[lengths[i] for i in order[first : first + 8]] for first in range(0, 128, 8)]
-
+    lengths = mixed_lengths()
     padded, grouped = (
-        sum(8 * max(batch) for batch in micro_batches(layout)) for layout in (Layout.PADDED, Layout.GROUPED)
+        sum(8 * max(lengths[i] for i in one) for one in cut(lengths, layout, 8))
+        for layout in (Layout.PADDED, Layout.GROUPED)
     )
     assert grouped < 0.6 * padded
-    dealt = [sum(batch) for batch in micro_batches(Layout.PACKED)]
+    dealt = [sum(lengths[i] for i in row) for row in cut(lengths, Layout.PACKED, 16)]
     assert max(dealt) < 1.15 * min(dealt) and max(dealt) < 1.1 * sum(lengths) / 16
+
+
+def test_rows_hold_the_budget_and_are_few():
+    lengths = mixed_lengths()
+    rows = rows_for(lengths, 8000, multiple=8)
+    assert rows % 8 == 0 and rows < sum(lengths) / 8000 + 8
+    assert max(sum(lengths[i] for i in row) for row in cut(lengths, Layout.PACKED, rows)) <= 8000
+    assert rows_for([5000, 10, 10], 1000, multiple=1) == 2, "a longer sequence has a row of its own"
+    assert rows_for([900] * 6, 1000, multiple=2) == 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_process_has_the_same_rows_in_every_step(ranks):
+    """transformers' Trainer takes `accumulation` micro-batches per process and step."""
+    lengths = mixed_lengths(50)
+    order = StepOrder(lengths, Batching(Layout.PACKED, 16, 8000, ranks), seed=3, epochs=1.5)
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        rows = list(order)
+        assert len(rows) == len(order) and all(rows)
+        assert max(sum(lengths[i] for i in row) for row in rows) <= 8000
+        per_step = order.accumulation * ranks
+        for step in range(3):
+            step_rows = rows[step * per_step : (step + 1) * per_step]
+            assert sum(map(len, step_rows)) == 16, "a step is the same sequences, however many rows"
+        assert sum(map(len, rows)) == 50
+
+
+def flat(order):
+    return [i for micro_batch in order for i in micro_batch]
 
 
 @pytest.mark.parametrize("layout", Layout)
 def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
     lengths = [len(c.ids) for c in random_chats(50)]
     order, plain = (
-        list(StepOrder(lengths, name, batch_size=16, micro_batch_size=4, seed=3))
-        for name in (layout, Layout.PADDED)
+        flat(StepOrder(lengths, Batching(name, 16, 4), seed=3)) for name in (layout, Layout.PADDED)
     )
     for first in range(0, 50, 16):
         assert sorted(order[first : first + 16]) == sorted(plain[first : first + 16])
@@ -278,19 +304,18 @@ def test_a_step_takes_the_same_sequences_whatever_the_layout(layout):
 
 
 def test_the_order_depends_on_seed_and_epoch_only():
-    lengths = [len(c.ids) for c in random_chats(50)]
-    settings = {"batch_size": 16, "micro_batch_size": 4}
-    first = StepOrder(lengths, Layout.PACKED, seed=3, **settings)
+    lengths, batching = [len(c.ids) for c in random_chats(50)], Batching(Layout.PACKED, 16, 100)
+    first = StepOrder(lengths, batching, seed=3, epochs=3)
     epochs = []
     for epoch in range(3):
         first.set_epoch(epoch)
         epochs.append(list(first))
     assert all(a != b for a, b in itertools.combinations(epochs, 2))
-    resumed = StepOrder(lengths, Layout.PACKED, seed=3, **settings)
+    resumed = StepOrder(lengths, batching, seed=3, epochs=3)
     resumed.set_epoch(resumed.epoch_of(8))  # 4 steps an epoch
     assert list(resumed) == epochs[2]
     assert [resumed.epoch_of(step) for step in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
-    assert list(StepOrder(lengths, Layout.PACKED, seed=4, **settings)) != epochs[0]
+    assert list(StepOrder(lengths, batching, seed=4, epochs=3)) != epochs[0]
 
 
 def test_packing_is_the_default_on_gpus_and_can_be_set():
@@ -321,8 +346,10 @@ def test_the_parts_of_a_sequence_add_up_to_it_and_each_trained_token_is_in_one(p
 
 
 def test_neighbours_take_the_same_sequence_and_a_step_stays_the_same():
-    settings = {"batch_size": 4, "micro_batch_size": 1, "seed": 3}
-    alone, shared = (StepOrder([9] * 10, Layout.GROUPED, copies=copies, **settings) for copies in (1, 2))
+    alone, shared = (
+        StepOrder([9] * 10, Batching(Layout.GROUPED, 4, 1, copies, copies), seed=3) for copies in (1, 2)
+    )
     assert len(shared) == 2 * len(alone) == len(list(shared))
     assert list(shared)[::2] == list(alone) == list(shared)[1::2]
     assert shared.epoch_of(3) == alone.epoch_of(3) == 1
+    assert shared.accumulation == alone.accumulation == 4

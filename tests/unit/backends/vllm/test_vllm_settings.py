@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from pgenrm_train.backends.vllm.engine import vllm_variables
-from pgenrm_train.backends.vllm.server import _arguments
+from pgenrm_train.backends.vllm.server import server_arguments
 from pgenrm_train.config import ROOT, load
 
 CHOICE = """
@@ -32,5 +32,5 @@ def test_a_served_model_decodes_as_many_sequences_as_vllm_takes_by_default():
         *("teacher=vllm", "teacher.name=Qwen/Qwen3-8B", "judge=vllm", "judge.name=Qwen/Qwen3-8B"),
     )
     for settings in (config.teacher, config.judge):
-        arguments = _arguments(config, settings)
+        arguments = server_arguments(config, settings)
         assert arguments[arguments.index("--max-num-seqs") + 1] == "256" == str(settings.max_in_flight)
