@@ -100,6 +100,8 @@ class TrainingGenerator:
             end = next((place for place, token in enumerate(row) if token in ends), None)
             text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
             stopped = end is not None or (settings.stop_strings is not None and STOP in text)
-            failure, tokens = (None if stopped else "length"), len(row) if end is None else end + 1
+            # A row that ended at a stop string is padded after it.
+            tokens = sum(token != pad for token in row) if end is None else end + 1
+            failure = None if stopped else "length"
             answers.append(Generation(prompt.request.key, prompt.sample, text, failure, tokens))
         return answers
