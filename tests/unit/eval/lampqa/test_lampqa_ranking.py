@@ -269,7 +269,7 @@ def behaviour(body, n):
     if "You grade an answer" in body["messages"][0]["content"]:
         words = len(json.loads(text)["answer"].split())
         return (
-            {"status": 400}
+            {"status": 403}
             if words == 9 and '"what about q1?"' in text
             else json.dumps({"ratings": [int(words > 3), int(words > 6)]})
         )
@@ -303,7 +303,7 @@ def test_judge_and_model_over_an_api_from_answers_to_report(tmp_path):
         )
         go(tmp_path, folder, *endpoints(server.url))
         assert len(server.bodies) == asked_first + 1, "only the failed grade is asked again"
-    assert results["failures"] == {"parse:no_markers": 8} and results["ungraded_answers"] == {"http_400": 1}
+    assert results["failures"] == {"parse:no_markers": 8} and results["ungraded_answers"] == {"http_403": 1}
     assert results["subsets"]["arts"]["unranked"] == 1 and results["subsets"]["arts"]["n_questions"] == 3
     assert (
         results["subsets"]["society"]["spearman_answers"]
@@ -317,7 +317,7 @@ def test_judge_and_model_over_an_api_from_answers_to_report(tmp_path):
     assert log.metrics["eval/spearman_models"] == results["average"]["spearman_models"]
     table = pd.read_parquet(folder.path / "predictions.parquet")
     assert len(table) == 3 * 6 + 48 and "SECRET" not in (folder.path / "report.html").read_text()
-    assert "1 answers have no grade (1 × http_400)" in (folder.path / "table.txt").read_text()
+    assert "1 answers have no grade (1 × http_403)" in (folder.path / "table.txt").read_text()
 
 
 def test_kept_scores_are_of_the_same_answers_and_the_same_prompt(tmp_path):
