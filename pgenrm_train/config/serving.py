@@ -19,6 +19,11 @@ class ServeConfig:
     votes: str | None = setting(
         None, "votes to import at the start, in the form of data=pairs; a run has build_data/pairs.parquet"
     )
+    calibrate: int = setting(
+        0,
+        "pairs of validation users on which probabilities are fitted before serving; 0: as fitted before",
+        ge=0,
+    )
     max_body_bytes: int = setting(2_000_000, "largest body of a request", gt=0)
     max_text_characters: int = setting(100_000, "longest text of a request", gt=0)
     max_responses: int = setting(64, "most responses of a request", ge=2)

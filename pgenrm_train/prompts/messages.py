@@ -95,6 +95,7 @@ _DELIMITER = re.compile(
     r"|<(?=[|｜])|(?<=[|｜])>",
     re.IGNORECASE,
 )
+_TAG = re.compile(rf"<(?:{'|'.join((*_SECTIONS, *_TURNS))}|response_[0-9]+)>")
 _LEGIBLE = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")"})
 
 
@@ -128,6 +129,13 @@ def chat_messages(
     task = OPEN_INSTRUCTIONS if totals is Totals.CODE else INSTRUCTIONS
     system = [{"role": "system", "content": task}] if instructions else []
     return [*system, {"role": "user", "content": user}]
+
+
+def split_prompt(text: str) -> list[tuple[str, str]]:
+    """Split a user message into (tag, text) in order; text before the first tag is dropped."""
+    tags = list(_TAG.finditer(text))
+    ends = [tag.start() - 1 for tag in tags[1:]] + [len(text)]  # − 1: the line break before the next tag
+    return [(tag.group(), text[tag.end() : end]) for tag, end in zip(tags, ends, strict=True)]
 
 
 def neutralise(text: str, reserved: Sequence[str] = ()) -> str:

@@ -5,6 +5,8 @@
 | `POST /v1/score` | scores of two or more responses |
 | `PUT`, `POST`, `GET`, `DELETE /v1/users/{id}/votes` | replace, append, list, delete all of a user |
 | `GET /v1/models`, `/health`, `/ready`, `/metrics` | |
+
+`faces` adds the routes of trainers.
 """
 
 from collections.abc import Awaitable, Callable
@@ -18,6 +20,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from pgenrm_train import __version__
 from pgenrm_train.serving.errors import Refused, bad_request
+from pgenrm_train.serving.faces import add_faces
 from pgenrm_train.serving.guard import LOG, Guard, as_json
 from pgenrm_train.serving.service import RETRY_SECONDS, Service
 from pgenrm_train.serving.wire import ScoreAnswer, ScoreRequest, Vote, Votes
@@ -44,6 +47,7 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     async def models() -> dict[str, object]:
         return {"object": "list", "data": [service.model()]}
 
+    add_faces(app, service)
     return app
 
 

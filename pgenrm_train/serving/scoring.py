@@ -24,7 +24,7 @@ from pgenrm_train.chains.totals import failure_of, read_chain
 from pgenrm_train.config import Config
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.writer import view_of
+from pgenrm_train.prompts.writer import PromptWriter, view_of
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
 from pgenrm_train.scaling.combine import scale
 from pgenrm_train.scaling.groups import Presentation, circle, merge
@@ -121,6 +121,8 @@ class Scorer:
         self.config, self.answers, self.find, self._write = config, answers, find, write
         # Tokenizers are not for several threads; one thread also leaves the event loop free.
         self._writer = ThreadPoolExecutor(1, "writer")
+        # Special tokens of the model, which no text may hold; none for a writer without a tokenizer.
+        self.reserved: tuple[str, ...] = write.reserved if isinstance(write, PromptWriter) else ()
 
     async def score(self, task: Task) -> Scored:
         """Raises Refused for similar users without prototypes, EngineLostError, and DataError for a prompt
@@ -128,6 +130,13 @@ class Scorer:
         if task.pro and self.find is None:
             raise Refused(422, "no_prototypes", "pro: the service has no prototypes; use pro=0")
         return await _Scoring(self, task).run()
+
+    async def prompt_tokens(self, messages: Sequence[dict[str, str]]) -> int:
+        """Length of a prompt; 0 for a writer without a tokenizer."""
+        if not isinstance(self._write, PromptWriter):
+            return 0
+        loop = asyncio.get_running_loop()
+        return len(await loop.run_in_executor(self._writer, self._write.ids, messages))
 
     def temperature(self, task: Task) -> float:
         """0 for a single chain, which is the likeliest one; several must differ."""

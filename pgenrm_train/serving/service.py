@@ -1,14 +1,18 @@
 """The service behind all faces: finds the user's votes, checks limits, scores, counts."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError, EngineLostError
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.rows import read_pairs
+from pgenrm_train.serving.answers import Prompt, Samples
 from pgenrm_train.serving.calibration import Calibration
 from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.metrics import Metrics
@@ -16,6 +20,7 @@ from pgenrm_train.serving.scoring import NO_PAIR, Scored, Scorer, Task
 from pgenrm_train.serving.store import UserStore
 from pgenrm_train.serving.wire import (
     FailedChains,
+    Question,
     ScoreAnswer,
     ScoreRequest,
     Usage,
@@ -25,8 +30,19 @@ from pgenrm_train.serving.wire import (
     check_limits,
 )
 
+Result = TypeVar("Result")
 RETRY_SECONDS = 1
+ANCHOR_VOTES = 2  # newest votes whose responses are anchors: 8 presentations per response
 ANONYMOUS = ""  # the user id of a history in the request, which no stored user can have
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """The probability of a single response, or the kinds of its failures."""
+
+    probability: float | None
+    failure: str | None
+    usage: Usage
 
 
 @dataclass(frozen=True)
@@ -45,13 +61,12 @@ class Service:
         if len(request.responses) < 2:
             raise bad_request("responses: expected at least two texts, got 1")
         task = await self.task(request, request, request.responses, request.ind, request.pro)
-        scored = await self.run(task)
-        return self._answer(scored, return_chains=request.return_chains)
+        return self.answer(task, await self.run(task), return_chains=request.return_chains)
 
     async def task(
         self,
         user: User,
-        question: ScoreRequest,
+        question: Question,
         responses: Sequence[str],
         ind: int | None = None,
         pro: int | None = None,
@@ -72,24 +87,61 @@ class Service:
 
     async def run(self, task: Task) -> Scored:
         """Score within the time and the chains that a request may have.  Raises Refused."""
-        settings = self.config.serve
-        if task.chains() > settings.max_chains:
+        most = self.config.serve.max_chains
+        if task.chains() > most:
             raise bad_request(
-                f"the request would cost {task.chains()} chains; expected at most {settings.max_chains}: "
+                f"the request would cost {task.chains()} chains; expected at most {most}: "
                 "lower ind, pro or the number of responses"
             )
+        scored = await self._in_time(self.scorer.score(task))
+        self.metrics.count(scored)
+        return scored
+
+    async def generate(self, prompt: Prompt, temperature: float) -> Samples:
+        """Chains for a prompt, as the model writes them.  Raises Refused."""
+        [answered] = await self._in_time(self.scorer.answers([prompt], temperature, ANONYMOUS))
+        return answered.samples
+
+    async def _in_time(self, work: Awaitable[Result]) -> Result:
+        seconds = self.config.serve.timeout_seconds
         try:
-            async with asyncio.timeout(settings.timeout_seconds):
-                scored = await self.scorer.score(task)
+            async with asyncio.timeout(seconds):
+                return await work
         except TimeoutError:
-            message = f"the request took more than {settings.timeout_seconds:g} s"
+            message = f"the request took more than {seconds:g} s"
             raise Refused(503, "timeout", message, RETRY_SECONDS) from None
         except EngineLostError as error:
             raise Refused(503, "engine_lost", str(error), RETRY_SECONDS) from None
         except DataError as error:
             raise bad_request(str(error)) from None
-        self.metrics.count(scored)
-        return scored
+
+    async def single(self, task: Task) -> Single:
+        """Score one response against anchors of the user's votes.  Raises Refused without a calibration."""
+        if self.calibration is None:
+            raise Refused(
+                422,
+                "not_calibrated",
+                "a single response needs a calibration; start with serve.calibrate=PAIRS",
+            )
+        margins, scored = await self.margins(task)
+        chains = usage(*scored)
+        if margins is None:
+            kinds = sorted({kind for one in scored for _, kind in one.failures()})
+            return Single(None, ", ".join(kinds) or NO_PAIR, chains)
+        return Single(self.calibration.like(*margins), None, chains)
+
+    async def margins(self, task: Task) -> tuple[tuple[float, float] | None, list[Scored]]:
+        """Mean margins of a single response against chosen and against rejected anchors; None for none."""
+        (response,) = task.responses
+        votes = [v for v in task.votes if response not in (v.chosen, v.rejected)][-ANCHOR_VOTES:]
+        anchors = [anchor for vote in votes for anchor in (vote.chosen, vote.rejected)]
+        tasks = [replace(task, responses=(response, anchor)) for anchor in anchors]
+        scored = list(await asyncio.gather(*map(self.run, tasks)))
+        margins = np.array([s.scores[0] - s.scores[1] for s in scored]).reshape(-1, 2)
+        valid = margins[np.isfinite(margins).all(axis=1)]
+        if not len(valid):
+            return None, scored
+        return (float(valid[:, 0].mean()), float(valid[:, 1].mean())), scored
 
     async def votes(self, user_id: str) -> list[PreferencePair]:
         """The stored votes.  Raises Refused for an unknown user."""
@@ -134,7 +186,11 @@ class Service:
             raise Refused(422, "no_history", "history: expected at least one vote")
         return ANONYMOUS, [vote.as_pair(ANONYMOUS, n) for n, vote in enumerate(user.history)]
 
-    def _answer(self, scored: Scored, *, return_chains: bool) -> ScoreAnswer:
+    def answer(self, task: Task, scored: Scored, *, return_chains: bool = False) -> ScoreAnswer:
+        """The answer to a scored task; probabilities only for the numbers of chains that were calibrated."""
+        calibration = self.calibration
+        if calibration and (calibration.ind, calibration.pro) != (task.ind, task.pro):
+            calibration = None
         missing = [i for i, score in enumerate(scored.scores) if score != score]
         failures = [
             FailedChains(responses=list(shown), kind=kind, chains=count)
@@ -151,9 +207,7 @@ class Service:
         return ScoreAnswer(
             scores=[None if i in missing else float(score) for i, score in enumerate(scored.scores)],
             verified=scored.verified(),
-            probabilities=(
-                self.calibration.best(scored.scores) if self.calibration else [None] * len(scored.scores)
-            ),
+            probabilities=(calibration.best(scored.scores) if calibration else [None] * len(scored.scores)),
             ranking=scored.ranking(),
             failures=failures,
             usage=usage(scored),

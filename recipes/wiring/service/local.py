@@ -22,6 +22,7 @@ from pgenrm_train.serving.service import Service, import_votes
 from pgenrm_train.serving.store import UserStore
 from pgenrm_train.stages.stage import start_of, with_totals
 from recipes.wiring.models import load_tokenizer
+from recipes.wiring.service.calibrate import calibrated
 from recipes.wiring.similar_users import find_similar
 
 
@@ -33,7 +34,9 @@ def local_service(config: Config) -> Iterator[Service]:
     with contextlib.closing(open_store(config)) as store:
         find = similar_users(config)
         with contextlib.closing(ContinuousEngine(VllmGenerator(config, checkpoint))) as engine:
-            yield make_service(config, checkpoint, engine, store, find)
+            yield calibrated(
+                make_service(config, checkpoint, engine, store, find), weights_digest(checkpoint)
+            )
 
 
 def make_service(

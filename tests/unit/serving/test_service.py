@@ -84,7 +84,9 @@ def test_a_failed_position_gives_null_with_its_kind(tmp_path):
 
 
 def test_probabilities_come_from_the_calibration(tmp_path, engine):
-    calibration = Calibration(temperature=3.0, pairs=9, users=3, ind=1, pro=0, model="m")
+    calibration = Calibration(
+        temperature=3.0, single=(0.0, 0.1, 0.1), pairs=9, users=3, ind=1, pro=0, model="m"
+    )
     with running(service_of(configured(tmp_path), engine, calibration=calibration)) as client:
         probabilities = score(client).json()["probabilities"]
         assert client.get("/v1/models").json()["data"][0]["calibration"]["temperature"] == 3.0
