@@ -3,6 +3,7 @@
 A rule is a pair: whether it is broken, and the sentence for the user, which names the keys.
 """
 
+import math
 from collections.abc import Iterator
 
 from pgenrm_train.config.data import VOTES
@@ -75,10 +76,17 @@ def psi_problems(config: Config) -> list[str]:
             psi.batch_size is not None
             and ranks % shared == 0
             and psi.batch_size * shared % (size * ranks) > 0,
-            f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}",
+            f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}; "
+            f"the nearest is psi.batch_size={_nearest(psi.batch_size, size * ranks, shared)}",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]
+
+
+def _nearest(size: int | None, rows: int, factor: int) -> int:
+    """The number nearest to `size` whose product with `factor` is a multiple of `rows`."""
+    unit = rows // math.gcd(rows, factor)
+    return max(unit, round((size or 0) / unit) * unit)
 
 
 def grpo_problems(config: Config, stage: StageName) -> list[str]:
@@ -90,7 +98,8 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
         (
             rollouts % ranks > 0,
             f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
-            f"cluster.nodes × cluster.processes_per_node = {ranks}",
+            f"cluster.nodes × cluster.processes_per_node = {ranks}; the nearest is {stage}.mini_batch_prompts="
+            f"{_nearest(grpo.mini_batch_prompts, ranks * grpo.micro_batch_size, grpo.group_size)}",
         ),
         (
             tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,

@@ -85,6 +85,14 @@ def test_computed_batches_divide(
         assert sizes.passes <= PASSES[stage]
 
 
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does() -> None:
+    config = given_keys(EIGHT, "psi.batch_size=2", "cre.mini_batch_prompts=4", "cre.group_size=9")
+    (psi,) = psi_problems(with_sizes(config, PSI, 610))
+    (cre,) = grpo_problems(with_sizes(config, CRE, 305), CRE)
+    assert psi.endswith("the nearest is psi.batch_size=8")
+    assert cre.endswith("the nearest is cre.mini_batch_prompts=8")
+
+
 def test_given_sizes_stay() -> None:
     keys = ("psi.batch_size=8", "psi.epochs=5", "cre.steps=7", "cre.mini_batch_prompts=48")
     config = given_keys(EIGHT, *keys)

@@ -269,7 +269,7 @@ MISTAKES = {
     "cre.max_null_share=2": ("cre.max_null_share=2", "cre.max_null_share=2"),
     "curriculum.max_null_share=-1": ("curriculum.max_null_share=-1", "curriculum.max_null_share=-1"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
-    "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size"),
+    "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size", "the nearest is psi.batch_size=16"),
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
     "psi.sequence_parallel=2": ("psi.sequence_parallel=2", "psi.micro_batch_size=1"),
