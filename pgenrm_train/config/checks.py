@@ -98,8 +98,8 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
         (
             rollouts % ranks > 0,
             f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
-            f"cluster.nodes × cluster.processes_per_node = {ranks}; the nearest is {stage}.mini_batch_prompts="
-            f"{_nearest(grpo.mini_batch_prompts, ranks * grpo.micro_batch_size, grpo.group_size)}",
+            f"cluster.nodes × cluster.processes_per_node = {ranks}; the nearest is "
+            f"{stage}.mini_batch_prompts={_nearest(grpo.mini_batch_prompts, ranks * grpo.micro_batch_size, grpo.group_size)}",
         ),
         (
             tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,
