@@ -94,12 +94,13 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     grpo: GrpoConfig = getattr(config, stage)
     ranks, tensor_parallel = config.cluster.ranks, config.cluster.tensor_parallel
     rollouts = known(grpo.mini_batch_prompts) * grpo.group_size
+    nearest = _nearest(grpo.mini_batch_prompts, ranks, grpo.group_size)
     rules = [
         (
             rollouts % ranks > 0,
             f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
-            f"cluster.nodes × cluster.processes_per_node = {ranks}; the nearest is "
-            f"{stage}.mini_batch_prompts={_nearest(grpo.mini_batch_prompts, ranks * grpo.micro_batch_size, grpo.group_size)}",
+            f"cluster.nodes × cluster.processes_per_node = {ranks}; "
+            f"the nearest is {stage}.mini_batch_prompts={nearest}",
         ),
         (
             tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,
