@@ -12,6 +12,7 @@ import pytest
 import verl_world
 
 from pgenrm_train.backends.grpo.config import verl_variables
+from pgenrm_train.backends.grpo.progress import MAX_DIFFERENCE
 from pgenrm_train.config import ROOT, Config, load
 
 SETTINGS = [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
@@ -38,6 +39,8 @@ def test_the_shipped_verl_settings_take_a_real_step(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = json.loads((tmp_path / "cre" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["cre/actor/grad_norm"] > 0, "groups whose rewards differ"
+    assert 0 < line["cre/training/rollout_probs_diff_mean"] < MAX_DIFFERENCE, "of rounding in bf16"
+    assert "cre/rollout_corr/kl" in line and line["cre/perf/mfu/actor"] > 0
     before, after = (
         load_file(folder / "model.safetensors")
         for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,37 @@ def test_gpu_settings_take_a_real_step(
         "before its weights move, the sharded model answers as an unsharded one"
     )
     _assert_trained(tmp_path / "checkpoint")
+
+
+ACCUMULATED = """
+import sys, json, deepspeed, torch
+from pgenrm_train.backends.sft.rank import join_processes
+from pgenrm_train.backends.sft.settings import deepspeed_settings, set_variables
+from pgenrm_train.config import ClusterConfig, ModelConfig
+set_variables(ClusterConfig())
+join_processes(ClusterConfig())
+settings = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=int(sys.argv[1])), ModelConfig())
+settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
+settings["train_batch_size"] = 2
+model = torch.nn.Linear(1, 1, bias=False)
+engine, *_ = deepspeed.initialize(
+    model=model, config=settings, optimizer=torch.optim.AdamW(model.parameters())
+)
+for value in (256.0, 1.0):
+    engine.backward(engine(torch.tensor([[value]], dtype=torch.bfloat16)).sum())
+print("GRADIENT", float(deepspeed.utils.safe_get_full_grad(model.weight)))
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_of_micro_batches_add_up_in_fp32(stage: int) -> None:
+    """256 + 1 is 256 in bf16; each micro-batch counts half."""
+    command = [sys.executable, "-c", ACCUMULATED, str(stage)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split("GRADIENT")[1]) == 128.5
 
 
 def test_two_processes_that_share_each_sequence_learn_what_one_does(

@@ -67,8 +67,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that keeps its optimiser's states, as if it had not been published."""
     folder = tmp_path_factory.mktemp("whole")
-    assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=folder).steps == 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed_sft, "prune", lambda _: None)
+        assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=folder).steps == 8
     return folder
 
 
@@ -104,6 +107,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
         assert losses(tmp_path) == losses(whole)
     assert weights_digest(tmp_path / "checkpoint") == weights_digest(whole / "checkpoint")
     assert (tmp_path / "checkpoint" / "chat_template.jinja").exists()
+    assert not list((tmp_path / "steps").rglob("*optim_states.pt")), "published, so never resumed"
+    assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
 
 
 CHILD = """

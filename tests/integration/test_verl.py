@@ -208,6 +208,12 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
         assert abs(line["cre/actor/ppo_kl"]) < 1e-5, (
             "vLLM's probabilities are the actor's: the weight sync works"
         )
+        assert 0 <= line["cre/training/rollout_probs_diff_mean"] <= line["cre/training/rollout_probs_diff_max"]
+        assert line["cre/training/rollout_probs_diff_mean"] < 1e-3, "the sampler's probabilities"
+        assert line["cre/training/rollout_actor_probs_pearson_corr"] > 0.99
+        assert abs(line["cre/rollout_corr/kl"]) < 1e-3
+        assert line["cre/perf/mfu/actor"] > 0 and line["cre/perf/throughput"] > 0
+        assert line["cre/perf/max_memory_allocated_gb"] >= 0 and 0 <= line["cre/perf/cpu_utilization"] <= 1
     assert steps[-1]["cre/actor/kl_loss"] > 0 == pytest.approx(steps[0]["cre/actor/kl_loss"], abs=1e-6)
 
 

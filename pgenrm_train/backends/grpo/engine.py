@@ -101,6 +101,7 @@ def _run_phase(run: PhaseRun, start: Path, trainer: "ChainTrainer") -> None:
             f"see {phase.work_dir / 'metrics.jsonl'}"
         )
     run.beat(phase.steps, "exporting the checkpoint")
+    trainer.sleep()
     dtype = "float32" if config.cluster.device == "cpu" else config.model.dtype
     with staged_folder(phase.checkpoint) as draft:
         trainer.actor_rollout_wg.export(str(draft), dtype)

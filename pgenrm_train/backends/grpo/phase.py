@@ -115,6 +115,7 @@ class PhaseRun:
         self.first_step = 0
         self.last: Mapping[str, float | None] = {}  # metrics of the newest step
         self.drawn: list[int] = []  # rows of the current step
+        self.warned = False  # that vLLM and the actor differ
         self.sampler: CurriculumSampler  # set once hardness is known
         self.beat = functools.partial(beat, phase.section)  # (step, doing), for the watchdog
 

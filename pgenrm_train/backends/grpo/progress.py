@@ -1,5 +1,6 @@
 """Metrics, progress lines and complete checkpoints of a running GRPO phase.  No veRL in here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,11 @@ CHECKPOINTS = "global_step_*"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
 LENGTH = "validation/response_length"
+# veRL's metrics that are logged, and a prefix that it puts before some of them
+ENGINE = ("actor/", "perf/", "training/rollout_", "rollout_corr/")
+MISNAMED = re.compile(r"^actor/(?=perf/|training/|rollout_corr/)")
+DIFFERENCE = "training/rollout_probs_diff_mean"
+MAX_DIFFERENCE = 0.02  # mean |p_vLLM − p_actor|; our choice, rounding in bf16 stays well below
 Metrics = dict[str, float | None]
 
 
@@ -89,6 +95,24 @@ def rewards_problem(groups: Sequence[ScoredGroup], metrics: Metrics, max_null_sh
     if nulls > max_null_share:
         return f"the judge gave no verdict for {nulls:.0%} of the chains that it saw"
     return None
+
+
+def engine_metrics(metrics: Mapping[str, float]) -> Metrics:
+    """veRL's own numbers of a step: losses, memory, MFU, and the difference between sampler and trainer."""
+    plain = {MISNAMED.sub("", name): value for name, value in metrics.items()}
+    return {name: float(value) for name, value in plain.items() if name.startswith(ENGINE)}
+
+
+def difference_warning(metrics: Metrics) -> str | None:
+    """A sentence if vLLM and the actor give the sampled tokens other probabilities, else None."""
+    difference = metrics.get(DIFFERENCE)
+    if difference is None or difference <= MAX_DIFFERENCE:
+        return None
+    return (
+        f"warning: the probabilities of sampled tokens differ by {difference:.3f} on average between vLLM and "
+        f"the actor, more than {MAX_DIFFERENCE:g}; the update is then off-policy: check the "
+        "versions of the libraries, model.dtype and model.attention"
+    )
 
 
 def mix_metrics(drawn: Mapping[int, ScoredGroup], sampler: CurriculumSampler) -> Metrics:

@@ -42,6 +42,8 @@ from pgenrm_train.backends.grpo.progress import (
     LENGTH,
     Metrics,
     chain_metrics,
+    difference_warning,
+    engine_metrics,
     mix_metrics,
     newest_checkpoint,
     progress_line,
@@ -52,6 +54,7 @@ from pgenrm_train.backends.grpo.progress import (
 from pgenrm_train.backends.grpo.rollout import Measured, Prompt, Rollout
 from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
+from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
 from pgenrm_train.rewards.training_rows import GrpoRow
@@ -77,6 +80,7 @@ class ChainTrainer(PPOTrainerSync):
         # The checkpoint whose weights the actor has.
         self.loaded: str | None = config.actor_rollout_ref.model.path
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
+        self.utilization = Utilization()
 
     # set-up: rows and checkpoints belong to phases
 
@@ -97,17 +101,19 @@ class ChainTrainer(PPOTrainerSync):
     # phases
 
     def prepare(self, run: PhaseRun, config: Any, start: Path) -> None:
-        """Give the workers, vLLM included, the settings of `run` and the weights of `start`."""
+        """Give the workers the settings of `run` and the weights of `start`; vLLM gets them when it wakes."""
         config.trainer.v1.trainer_mode = "sync"
         self.config, self.run, self.train_dataloader = config, run, run
         self.total_training_steps = run.phase.steps
         self.use_reference_policy = config.actor_rollout_ref.actor.use_kl_loss
-        if self.awake:
-            self.checkpoint_manager.sleep_replicas()  # their memory is the actor's while weights move
-            self.awake = False
-        self.actor_rollout_wg.begin_phase(config.actor_rollout_ref, str(start), self.loaded != str(start))
+        self.sleep()
+        self.actor_rollout_wg.begin_phase(
+            config.actor_rollout_ref,
+            str(start),
+            self.loaded != str(start),
+            config.algorithm.rollout_correction.bypass_mode,
+        )
         self.loaded, self.global_steps = str(start), 0
-        self._sync()
         totals = run.config.model.counted
         self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy, totals))
 
@@ -120,12 +126,13 @@ class ChainTrainer(PPOTrainerSync):
             trim(work_dir / file, 0 if newest is None else newest.step)
         if newest is not None:
             print(f"{run.phase.section}: resuming after step {newest.step} from {newest.folder}", flush=True)
+            self.sleep()
             self.actor_rollout_wg.load_checkpoint(
                 local_path=str(newest.folder / "actor"), del_local_after_load=False
             )
             sampler.load_state_dict(newest.sampler)
             self.loaded, self.global_steps = str(newest.folder), newest.step
-            self._sync()
+        self._wake()
         self._init_dump_executor()
         self.validate()  # the start, or a step whose validation a kill has cut off
         run.first_step, run.started = self.global_steps, time.monotonic()
@@ -135,11 +142,17 @@ class ChainTrainer(PPOTrainerSync):
         newest = newest_checkpoint(self.run.phase.work_dir / "verl")
         return 0 if newest is None else newest.step
 
-    def _sync(self) -> None:
+    def sleep(self) -> None:
+        """Free the memory of vLLM: it is the actor's while weights and optimiser are loaded."""
         if self.awake:
             self.checkpoint_manager.sleep_replicas()
-        self.checkpoint_manager.update_weights(self.global_steps)
-        self.awake = True
+            self.awake = False
+
+    def _wake(self) -> None:
+        """Wake vLLM with the actor's weights."""
+        if not self.awake:
+            self.checkpoint_manager.update_weights(self.global_steps)
+            self.awake = True
 
     def fit(self) -> None:
         self.loaded = None  # the next phase may start where this one did
@@ -152,6 +165,7 @@ class ChainTrainer(PPOTrainerSync):
 
         `temperature`: None for that of training.
         """
+        self._wake()
         run = self.run
         prompts = [
             self._prompt(request.row, request.uid, request.samples, 0, temperature) for request in requests
@@ -248,7 +262,7 @@ class ChainTrainer(PPOTrainerSync):
         return super()._compute_advantage(batch, metrics)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
-        began, run, phase = time.monotonic(), self.run, self.run.phase
+        began, run, phase, step = time.monotonic(), self.run, self.run.phase, self.global_steps
         try:
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:
@@ -266,7 +280,13 @@ class ChainTrainer(PPOTrainerSync):
         run.sampler.observe((run.drawn[place], *group.evidence()) for place, group in by_place.items())
         metrics.update({f"{phase.section}/{name}": value for name, value in ours.items()})
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
-        ours |= {k: float(v) for k, v in metrics.items() if k.startswith(("actor/", "perf/max_memory"))}
+        ours |= engine_metrics(metrics) | self.utilization.read()
+        tokens = sum(tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False))
+        ranks = self.actor_rollout_wg.world_size
+        ours["perf/throughput"] = tokens / ours["time/step"] / ranks  # tokens per second and rank
+        if not run.warned and (warning := difference_warning(ours)):
+            run.warned = True
+            print(f"{phase.section}: step {step}: {warning}", flush=True)
         run.last = ours
         self._log(under_stage(phase.section, ours))
         seconds = (time.monotonic() - run.started) / max(self.global_steps - run.first_step, 1)

@@ -15,14 +15,19 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from verl import DataProto
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_corr_metrics_from_logprobs
 from verl.utils import torch_functional
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.device import get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict, get_fsdp_full_state_dict
+from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
 
 CHUNK = 4096  # tokens whose log-softmax is held at a time
 
@@ -40,6 +45,26 @@ def logprobs_in_chunks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 torch_functional.logprobs_from_logits_v2 = logprobs_in_chunks
 
 
+def loss_and_difference(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
+    """verl's loss, and its metrics of the difference between sampler and actor.
+
+    For `bypass_mode`: the sampler's probabilities are the old ones, and verl compares them with nothing.
+    """
+    loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    with torch.no_grad():
+        actors = no_padding_2_padding(model_output["log_probs"], data)
+        batch = data.select("old_log_probs", "response_mask").to_padded_tensor()
+        batch["rollout_log_probs"], batch["old_log_probs"] = batch["old_log_probs"], actors
+        batch["responses"] = actors  # only its width is used
+        differences = calculate_debug_metrics(DataProto(batch=batch))
+        differences |= compute_rollout_corr_metrics_from_logprobs(
+            actors, batch["rollout_log_probs"], batch["response_mask"]
+        )
+    for name, value in differences.items():
+        metrics[name] = Metric("max" if name.endswith("_max") else "mean", value)
+    return loss, metrics
+
+
 class ChainWorker(ActorRolloutRefWorker):
     """Actor, rollout adapter and reference of one rank."""
 
@@ -51,11 +76,12 @@ class ChainWorker(ActorRolloutRefWorker):
         super().init_model()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def begin_phase(self, config: Any, start: str, reload: bool) -> None:
+    def begin_phase(self, config: Any, start: str, reload: bool, compare: bool) -> None:
         """Take the loss, batch and optimiser settings of `config`, with a fresh optimiser and schedule.
 
         `config` is verl's section `actor_rollout_ref`.  With `reload`, also load the weights of the
-        checkpoint `start`, for the actor and as the new reference.
+        checkpoint `start`, for the actor and as the new reference.  With `compare` the loss also compares the
+        actor with the sampler.
         """
         engine = self.actor.engine
         if reload:
@@ -64,7 +90,7 @@ class ChainWorker(ActorRolloutRefWorker):
                 load_weights(self.ref.engine, start)
         settings = omega_conf_to_dataclass(config.actor)
         settings.model_config = self.actor.model_config
-        self.actor.set_loss_fn(partial(ppo_loss, config=settings))
+        self.actor.set_loss_fn(partial(loss_and_difference if compare else ppo_loss, config=settings))
         engine.optimizer_config = settings.optim
         batches = engine.engine_config
         batches.use_dynamic_bsz = settings.use_dynamic_bsz

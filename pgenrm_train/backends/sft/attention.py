@@ -1,16 +1,16 @@
 """Attention of training: over packed rows without FlashAttention, and over sequences that processes share.
 
 **Packed rows** use PyTorch's kernel, one sequence at a time.  With a block-diagonal mask the cost of a packed
-row is the square of its length; here each sequence costs the square of its own.  `cu_seq_lens_q` gives the
-borders, as for FlashAttention.  Without borders, as in generation, and in layers with a sliding window, this
-is transformers' `sdpa` with its mask.
+row is the square of its length; here each sequence costs the square of its own.  `lengths` are known on the
+host: borders read from a GPU would stop it in every layer.  Without lengths, as in generation, and in layers
+with a sliding window, this is transformers' `sdpa` with its mask.
 
 **Shared sequences** (Ulysses): each process of a group holds a part of one sequence, and during attention a
 part of its heads.  DeepSpeed's exchange wraps the attention that the model uses anyway.  Training only: in
 generation every process answers prompts of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pgenrm_train.backends.sft.batches import MicroBatch
 
 PACKED = "sdpa_packed"
 
@@ -37,15 +39,14 @@ def attend_packed(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query (1, heads, tokens, d), key and value (1, key heads, tokens, d) → (1, tokens, heads, d)."""
-    if cu_seq_lens_q is None or attention_mask is not None:
+    if lengths is None or attention_mask is not None:
         out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out[0], None
-    lengths = cu_seq_lens_q.diff().tolist()
-    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    sequences = zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True)
     attended = [
         torch.nn.functional.scaled_dot_product_attention(
             q,
@@ -110,8 +111,8 @@ def share_heads(shape: Any, attention: str, processes: int) -> None:
 
 
 def part_of(
-    batch: Mapping[str, torch.Tensor | int], part: int, parts: int, pad: int
-) -> dict[str, torch.Tensor | int]:
+    batch: MicroBatch, part: int, parts: int, pad: int
+) -> MicroBatch:
     """Part `part` of `parts` of a micro-batch (`batches.collate`) of one sequence, padded to equal parts.
 
     The loss does not change: each trained token is predicted in one part, and Σ w_t is gathered over all

@@ -34,7 +34,7 @@ from pgenrm_train.prompts.messages import JSON_START
 if TYPE_CHECKING:
     import torch
 
-MicroBatch: TypeAlias = "dict[str, torch.Tensor | int]"
+MicroBatch: TypeAlias = "dict[str, torch.Tensor | int | tuple[int, ...]]"
 
 
 class Layout(StrEnum):
@@ -252,8 +252,8 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
     `input_ids` (rows, width); `predicts` (K,): flat places whose hidden states predict the trained tokens;
     `labels` (K,): those tokens; `weights` (K,): 1 in the analysis and `score_weight` in the score part.  Rows
     are padded on the right, for which a causal model needs no mask.  A packed row also has `position_ids`
-    that restart with each sequence, and the boundaries for FlashAttention and `attention.attend_packed`.  Any
-    other attention makes a block-diagonal mask of the positions.
+    that restart with each sequence, the boundaries for FlashAttention and the `lengths` for
+    `attention.attend_packed`.  Any other attention makes a block-diagonal mask of the positions.
     """
     import torch
 
@@ -283,5 +283,6 @@ def collate(batch: Sequence[Encoded], *, pad: int, packed: bool, score_weight: f
             "cu_seq_lens_k": ends,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
+            "lengths": tuple(lengths),
         }
     return laid_out

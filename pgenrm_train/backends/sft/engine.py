@@ -23,8 +23,8 @@ from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variable
 from pgenrm_train.cluster.sizes import settle_sizes
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
-from pgenrm_train.files import staged_folder
-from pgenrm_train.run.checkpoints import COMPLETE, newest_complete, step_of
+from pgenrm_train.files import read_json, staged_folder, write_json
+from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints, newest_complete, step_of
 from pgenrm_train.run.process import run_child
 from pgenrm_train.run.tracking import trim
 
@@ -99,11 +99,25 @@ def publish(job: Job, tokenizer: Any) -> Trained:
             for file in (file for pattern in WEIGHTS for file in source.glob(pattern)):
                 shutil.copy2(file, staging)
         tokenizer.save_pretrained(staging)
+    prune(job.steps)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
     metrics = {"psi/steps": float(state.global_step), "psi/published_step": float(step_of(source))}
     if losses:
         metrics["psi/train_loss"] = sum(losses) / len(losses)
     return Trained(state.global_step, final, metrics)
+
+
+def prune(steps: Path) -> None:
+    """Remove the optimiser's states, most of a checkpoint's size: a published training is over.
+
+    Markers change first, so that a kill in between leaves no checkpoint that looks damaged.
+    """
+    for checkpoint in complete_checkpoints(steps, STEPS):
+        marker = read_json(checkpoint / COMPLETE)
+        kept = {file: size for file, size in marker["bytes"].items() if not file.startswith("global_step")}
+        write_json(checkpoint / COMPLETE, marker | {"bytes": kept})
+        for states in checkpoint.glob("global_step*"):
+            shutil.rmtree(states)
 
 
 def merge_adapter(start: Path | str, adapter: Path, merged: Path, config: Config) -> None:

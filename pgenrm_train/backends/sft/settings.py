@@ -31,12 +31,16 @@ def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, 
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if cluster.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
+    precision: dict[str, object] = {"bf16": {"enabled": cluster.device == "cuda" and model.dtype == "bfloat16"}}
+    if cluster.zero_stage:
+        # DeepSpeed adds micro-batches up in the type of the weights, and 64 sums in bf16 lose small ones
+        precision["data_types"] = {"grad_accum_dtype": "fp32"}
     return {
+        **precision,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW, even if the optimiser is offloaded
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": cluster.device == "cuda" and model.dtype == "bfloat16"},
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

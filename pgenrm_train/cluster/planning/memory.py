@@ -3,8 +3,8 @@
 Ψ parameters, Ψ_t of them trained (all, or LoRA's), N processes, b bytes per element (2 in bf16, 4 on a CPU),
 s tokens per micro-batch.
 
-Model states of PSI on DeepSpeed (ZeRO: Rajbhandari et al. 2020, §3 and §5): weights b·Ψ, gradients b·Ψ_t,
-optimizer 8·Ψ_t for Adam's two moments and 4·Ψ_t more for fp32 master weights (bf16, or any ZeRO stage).
+Model states of PSI on DeepSpeed (ZeRO: Rajbhandari et al. 2020, §3 and §5): weights b·Ψ, gradients 4·Ψ_t
+(summed over micro-batches in fp32; b·Ψ_t without ZeRO), optimizer 8·Ψ_t for Adam's two moments and 4·Ψ_t more for fp32 master weights (bf16, or any ZeRO stage).
 Stage 1 divides the optimizer by N, stage 2 also the gradients, stage 3 also the weights.  Offloaded
 optimizers are in host memory, with 4 bytes per gradient.  Communication buckets are DeepSpeed's defaults: 5e8
 elements to reduce, 5e8 to gather, and under stage 3 up to 1e9 live parameters.
@@ -211,7 +211,7 @@ def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], d
     b, n, cluster = element_bytes(config), config.cluster.ranks, config.cluster
     stage, parameters, trained = cluster.zero_stage, geometry.parameters, trained_parameters(config, geometry)
     optimizer = trained * (12 if b == 2 or stage else 8) / (n if stage >= 1 else 1)
-    gradients = trained * b / (n if stage >= 2 else 1)
+    gradients = trained * (4 if stage else b) / (n if stage >= 2 else 1)
     offloaded = cluster.offload_optimizer and stage >= 1
     parts = {
         "weights": parameters * b / (n if stage == 3 else 1),

@@ -148,6 +148,7 @@ class Gpu:
     memory_gib: float
     free_gib: float
     capability: tuple[int, int]
+    busy: float = 0.0  # share of the last sample period in which a kernel ran
 
 
 def check_gpus(config: Config, stage: str) -> Iterator[str]:
@@ -267,7 +268,8 @@ def visible_gpus() -> list[Gpu]:
 def _gpu(nvml, handle) -> Gpu:  # type: ignore[no-untyped-def]
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(nvml.nvmlDeviceGetName(handle), memory.total / 2**30, memory.free / 2**30, (major, minor))
+    name, busy = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    return Gpu(name, memory.total / 2**30, memory.free / 2**30, (major, minor), busy)
 
 
 # ---- a ring ----

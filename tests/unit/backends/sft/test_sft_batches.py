@@ -159,6 +159,15 @@ def test_a_step_has_the_same_gradient_under_every_layout(layout):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_packed_attention_reads_nothing_back_from_the_device(monkeypatch):
+    """`tolist` of a tensor on a GPU waits for the GPU: once per layer, it would stop each forward pass."""
+    model = model_of("qwen2", register_packed())
+    train_in_pieces(model)
+    batch = collate(CHATS, pad=0, packed=True)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("a tensor was read back"))
+    model(**batch).loss.backward()
+
+
 def test_packed_attention_generates_like_sdpa_and_leaves_no_trace_in_a_checkpoint(tmp_path):
     ids = torch.tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 3]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # prompts of unequal length

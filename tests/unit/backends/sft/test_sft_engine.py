@@ -261,7 +261,8 @@ def test_zero_follows_the_cluster():
         ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True), ModelConfig()
     )
     assert offload["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    assert deepspeed_settings(ClusterConfig(), ModelConfig())["bf16"] == {"enabled": False}
+    plain = deepspeed_settings(ClusterConfig(), ModelConfig())
+    assert plain["bf16"] == {"enabled": False} and "data_types" not in plain
 
 
 def test_a_single_process_needs_no_launcher_and_several_are_left_to_it():
