@@ -41,6 +41,13 @@ def test_the_shipped_verl_settings_take_a_real_step(
     assert line["cre/actor/grad_norm"] > 0, "groups whose rewards differ"
     assert 0 < line["cre/training/rollout_probs_diff_mean"] < MAX_DIFFERENCE, "of rounding in bf16"
     assert "cre/rollout_corr/kl" in line and line["cre/perf/mfu/actor"] > 0
+    saved = tmp_path / "cre/verl/global_step_1/actor"
+    weights, optimiser = (
+        torch.load(saved / f"{part}_world_size_2_rank_0.pt", weights_only=False) for part in ("model", "optim")
+    )
+    moments = [value for state in optimiser["state"].values() for value in state.values()]
+    # adapters and moments too: in bf16 most updates of a learning rate of 1e-5 round away
+    assert {tensor.dtype for tensor in [*weights.values(), *moments]} == {torch.float32}
     before, after = (
         load_file(folder / "model.safetensors")
         for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint")

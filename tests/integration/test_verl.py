@@ -328,6 +328,11 @@ def test_the_export_is_what_verls_merger_makes_before_rounding(trained: Path, tm
     assert all(torch.equal(tensor.bfloat16().float(), theirs[name]) for name, tensor in ours.items())
 
 
+def test_the_watchdog_sees_each_file_of_the_export(trained: Path) -> None:
+    heartbeat = json.loads((trained / "cre/heartbeat.json").read_text())
+    assert heartbeat["doing"] == "exporting the checkpoint, file 1 of 1"
+
+
 def test_complete_phases_are_kept(trained: Path, world: Path) -> None:
     before = (trained / "cre/checkpoint/model.safetensors").stat().st_mtime_ns
     began = time.monotonic()

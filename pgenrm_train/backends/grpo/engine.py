@@ -104,11 +104,15 @@ def _run_phase(run: PhaseRun, start: Path, trainer: "ChainTrainer") -> None:
     trainer.sleep()
     dtype = "float32" if config.cluster.device == "cpu" else config.model.dtype
     with staged_folder(phase.checkpoint) as draft:
-        trainer.actor_rollout_wg.export(str(draft), dtype)
+        actors = trainer.actor_rollout_wg
+        files = actors.begin_export(str(draft), dtype)[0]
+        for number in range(files):
+            actors.export_file(number)
+            run.beat(phase.steps, f"exporting the checkpoint, file {number + 1} of {files}")
         for file in TOKENIZER_FILES:
             if (start / file).exists():
                 shutil.copyfile(start / file, draft / file)
-        _check_loads(draft)
+        check_export(draft)
     run.write_report()
 
 
@@ -147,11 +151,33 @@ def _sampler(run: PhaseRun, start: Path, measure: Measure) -> CurriculumSampler:
     )
 
 
-def _check_loads(checkpoint: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_export(checkpoint: Path) -> None:
+    """Compare names and shapes in the headers of the files with the model's; no weight is read.
+
+    Raises ArtifactError if they differ.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(checkpoint)
-    _, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    if broken := {kind: list(info[kind]) for kind in kinds if info[kind]}:
-        raise ArtifactError(f"the exported checkpoint {checkpoint} does not load as written: {broken}")
+    shape = AutoConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shape.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    written: dict[str, list[int]] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                written |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ArtifactError(f"the exported file {file} is damaged: {error}") from None
+    if wrong := sorted(
+        name for name in expected.keys() | written.keys() if expected.get(name) != written.get(name)
+    ):
+        raise ArtifactError(
+            f"the exported checkpoint {checkpoint} differs from the model in {len(wrong)} tensors, the first "
+            f"{wrong[0]}: shape {written.get(wrong[0])} instead of {expected.get(wrong[0])}"
+        )

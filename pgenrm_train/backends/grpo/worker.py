@@ -11,6 +11,7 @@ token on a GPU, so it is done in chunks here.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.device import get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
-from verl.utils.fsdp_utils import fsdp2_load_full_state_dict, get_fsdp_full_state_dict
+from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
 from verl.utils.metric import Metric
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
+
+from pgenrm_train.backends.grpo.export import Export
 
 CHUNK = 4096  # tokens whose log-softmax is held at a time
 
@@ -105,27 +108,16 @@ class ChainWorker(ActorRolloutRefWorker):
         engine.checkpoint_manager.lr_scheduler = engine.lr_scheduler
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def export(self, folder: str, dtype: str) -> None:
-        """Write config and weights of the actor to `folder` (rank 0), with LoRA adapters merged."""
-        from transformers import AutoModelForCausalLM
+    def begin_export(self, folder: str, dtype: str) -> int:
+        """Begin the export of the actor to `folder`; returns the number of files that `export_file` writes."""
+        kind, model_config = getattr(torch, dtype), self.actor.model_config
+        module, device = self.actor.engine.module, get_device_name()
+        self.exporting = Export(module, model_config, Path(folder), kind, device)
+        return self.exporting.begin()
 
-        engine = self.actor.engine
-        if engine.is_param_offload_enabled:
-            engine.to(get_device_name(), model=True, optimizer=False, grad=False)
-        state = get_fsdp_full_state_dict(engine.module, offload_to_cpu=True, rank0_only=True)
-        if torch.distributed.get_rank() == 0:
-            kind = getattr(torch, dtype)
-            model_config = self.actor.model_config
-            lora = model_config.lora_alpha / model_config.lora_rank if model_config.lora_rank > 0 else None
-            state = {name: tensor.to(kind) for name, tensor in merged(state, lora).items()}
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(model_config.hf_config, dtype=kind)
-            if model_config.hf_config.tie_word_embeddings:
-                state.pop("lm_head.weight", None)
-            model.save_pretrained(folder, state_dict=state)
-        torch.distributed.barrier()
-        if engine.is_param_offload_enabled:
-            engine.to("cpu", model=True, optimizer=False, grad=False)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def export_file(self, number: int) -> None:
+        self.exporting.write(number)
 
 
 def _cut_inference(engine: Any, section: Any) -> None:
@@ -148,20 +140,3 @@ def load_weights(engine: Any, start: str) -> None:
     fsdp2_load_full_state_dict(engine.module, state, engine.device_mesh, True if offloads else None)
     if engine.is_param_offload_enabled:
         engine.to("cpu", model=True, optimizer=False, grad=False)
-
-
-def merged(state: dict[str, torch.Tensor], scale: float | None) -> dict[str, torch.Tensor]:
-    """Plain Hugging Face names; with LoRA (scale = alpha / rank) W + scale·B·A for each adapted layer."""
-    if scale is None:
-        return state
-    plain = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        target = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name:
-            down, up = state[f"{stem}.lora_A.default.weight"], state[f"{stem}.lora_B.default.weight"]
-            tensor = (tensor.float() + scale * up.float() @ down.float()).to(tensor.dtype)
-        plain[target] = tensor
-    return plain
