@@ -43,7 +43,8 @@ def test_the_shipped_verl_settings_take_a_real_step(
     assert "cre/rollout_corr/kl" in line and line["cre/perf/mfu/actor"] > 0
     saved = tmp_path / "cre/verl/global_step_1/actor"
     weights, optimiser = (
-        torch.load(saved / f"{part}_world_size_2_rank_0.pt", weights_only=False) for part in ("model", "optim")
+        torch.load(saved / f"{part}_world_size_2_rank_0.pt", weights_only=False)
+        for part in ("model", "optim")
     )
     moments = [value for state in optimiser["state"].values() for value in state.values()]
     # adapters and moments too: in bf16 most updates of a learning rate of 1e-5 round away

@@ -208,7 +208,9 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
         assert abs(line["cre/actor/ppo_kl"]) < 1e-5, (
             "vLLM's probabilities are the actor's: the weight sync works"
         )
-        assert 0 <= line["cre/training/rollout_probs_diff_mean"] <= line["cre/training/rollout_probs_diff_max"]
+        assert (
+            0 <= line["cre/training/rollout_probs_diff_mean"] <= line["cre/training/rollout_probs_diff_max"]
+        )
         assert line["cre/training/rollout_probs_diff_mean"] < 1e-3, "the sampler's probabilities"
         assert line["cre/training/rollout_actor_probs_pearson_corr"] > 0.99
         assert abs(line["cre/rollout_corr/kl"]) < 1e-3

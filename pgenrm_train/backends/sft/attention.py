@@ -10,7 +10,7 @@ part of its heads.  DeepSpeed's exchange wraps the attention that the model uses
 generation every process answers prompts of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,9 +110,7 @@ def share_heads(shape: Any, attention: str, processes: int) -> None:
     AttentionInterface.register(attention, attend)
 
 
-def part_of(
-    batch: MicroBatch, part: int, parts: int, pad: int
-) -> MicroBatch:
+def part_of(batch: MicroBatch, part: int, parts: int, pad: int) -> MicroBatch:
     """Part `part` of `parts` of a micro-batch (`batches.collate`) of one sequence, padded to equal parts.
 
     The loss does not change: each trained token is predicted in one part, and Σ w_t is gathered over all

@@ -31,7 +31,9 @@ def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, 
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if cluster.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    precision: dict[str, object] = {"bf16": {"enabled": cluster.device == "cuda" and model.dtype == "bfloat16"}}
+    precision: dict[str, object] = {
+        "bf16": {"enabled": cluster.device == "cuda" and model.dtype == "bfloat16"}
+    }
     if cluster.zero_stage:
         # DeepSpeed adds micro-batches up in the type of the weights, and 64 sums in bf16 lose small ones
         precision["data_types"] = {"grad_accum_dtype": "fp32"}
