@@ -10,7 +10,7 @@ from pgenrm_train.run.tracking import METRICS, Tracker
 from pgenrm_train.stages.build_sec import SEC
 from pgenrm_train.stages.stage import prepare, run_stage, with_totals
 from recipes import build_sec
-from recipes.wiring.models import base_model, check_base, validation_pairs
+from recipes.wiring.models import NO_VAL, base_model, check_base, validation_pairs
 
 
 def run(config: Config) -> None:
@@ -25,12 +25,14 @@ def run(config: Config) -> None:
         from pgenrm_train.backends.sft.settings import set_variables
 
         set_variables(config.cluster)
-        if config.psi.evaluate_every:
-            validation_pairs(config)  # fail now rather than at the first validation
+        validates = config.psi.evaluate_every != 0 and bool(validation_pairs(config))
+        if config.psi.evaluate_every is None and not validates:
+            print(f"psi: accuracy is not measured while training: {NO_VAL}", flush=True)
+        validator = "recipes.wiring.models:validation" if validates else None
         rows, start = Path(config.run_dir) / StageName.BUILD_SEC / SEC, base_model(config)
         with tracker.follow(folder.path / METRICS):
             trained = deepspeed_sft.train(
-                config, rows, start=start, work_dir=folder.path, validator="recipes.wiring.models:validation"
+                config, rows, start=start, work_dir=folder.path, validator=validator
             )
         return {"steps": trained.steps, "metrics": dict(trained.metrics)}
 

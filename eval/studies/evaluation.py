@@ -273,7 +273,7 @@ class Validation:
             pd.DataFrame(rows), protocol="strict", draws=self.config.eval.draws, seed=self.config.seed
         )
         shown = [
-            {k: v for k, v in row.items() if k in SHOWN} for row in rows[: self.config.eval.chains_in_report]
+            {k: v for k, v in row.items() if k in SHOWN} for row in rows[: self.config.tracking.sample_chains]
         ]
         return Validated(headline(report), shown)
 
@@ -282,6 +282,8 @@ def headline(report: AccuracyReport) -> dict[str, float]:
     """Metrics of an accuracy report for W&B and metrics.jsonl, with the same keys in every stage."""
     metrics = {
         "eval/accuracy": report["accuracy"],
+        "eval/accuracy_low": report["ci95"][0],
+        "eval/accuracy_high": report["ci95"][1],
         "eval/macro_accuracy": report["macro_accuracy"],
         "eval/ties": report["ties"],
         "eval/format_failures": sum(report["failures"].values()),

@@ -38,6 +38,12 @@ class DataConfig:
         "source keeps the split of the records; pair puts all voters on a pair into one split",
         choices=("source", "within_user", "user_disjoint", "pair"),
     )
+    val_share: float = setting(
+        0.0,
+        "share of the training users to hold out for validation, where the data has no split=val",
+        ge=0,
+        le=0.5,
+    )
     near_duplicates: bool = setting(True, "search near-duplicates for the leak report; its slow part")
     answers: str | None = setting(None, "LaMP-QA: file of the models' answers")
     only: dict[str, str | int | float | bool | None] = setting(

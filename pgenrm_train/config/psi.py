@@ -62,8 +62,11 @@ class PsiConfig:
         1.0, "loss weight of tokens from <JSON_START> on; tokens of the analysis have 1", gt=0
     )
     liger: bool = setting(False, "Liger's kernels for norms, rotations and activations; needs its package")
-    evaluate_every: int = setting(
-        0, "steps between validations by generation; 0: none, and the last checkpoint is published", ge=0
+    evaluate_every: int | None = setting(
+        None,
+        "steps between validations by generation, of which the best is published; null: at the start, in the "
+        "middle and at the end, and the last checkpoint is published; 0: none",
+        ge=0,
     )
     evaluate_pairs: int = setting(256, "validation pairs, each in both orders", gt=0)
     patience: int | None = setting(

@@ -42,6 +42,9 @@ class TrackingConfig:
     project: str = setting("pgenrm-train", "project of the runs")
     group: str | None = setting(None, "group of the stages; null: the run folder's name")
     entity: str | None = setting(None, "team or user; null: the account's default")
+    sample_chains: int = setting(
+        8, "chains in the table of each validation; 0: none, because chains hold users' words", ge=0
+    )
 
 
 @dataclass

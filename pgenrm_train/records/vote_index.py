@@ -152,6 +152,31 @@ class VoteIndex:
                 " WHERE p.user = votes.user AND p.conversation = votes.conversation)"
             )
 
+    def hold_out_val(self, share: float) -> int:
+        """Move a share of the training users to val: half of their conversations are history, half are asked.
+
+        Users with a single conversation have nothing to ask about and stay.  Returns the number of users; at
+        least one if another remains to train.
+        """
+        drawn = self.db.execute(
+            f"SELECT user, COUNT(DISTINCT conversation) > 1 FROM votes WHERE {TRAINS} GROUP BY user"
+            " ORDER BY draw('val', user)"
+        ).fetchall()
+        count = max(round(share * len(drawn)), int(len(drawn) > 1))
+        users = [user for user, several in drawn if several][:count]
+        for user in users:
+            conversations = self.db.execute(
+                f"SELECT DISTINCT conversation FROM votes WHERE user = ? AND {TRAINS}"
+                " ORDER BY draw(user, conversation)",
+                (user,),
+            ).fetchall()
+            asked = [(user, name) for (name,) in conversations[(len(conversations) + 1) // 2 :]]
+            self.db.executemany(
+                f"UPDATE votes SET split = 'val' WHERE user = ? AND conversation = ? AND {TRAINS}", asked
+            )
+            self.db.execute("UPDATE votes SET user_split = 'val' WHERE user = ?", (user,))
+        return len(users)
+
     def _places(self, user_disjoint: bool, seed: int) -> Iterator[tuple[str, str, str, str]]:
         held_out = self._held_out() if user_disjoint else {}
         units = self.db.execute(

@@ -1,7 +1,7 @@
 """Metrics of a stage: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
 
-A stage is one W&B run; the stages of a pipeline share a group.  `eval/accuracy` is the key of accuracy in
-every stage and in the summary.  Products of a stage become artifacts; checkpoints only by reference, so that
+A stage is one W&B run; the stages of a pipeline share a group and one step axis: steps of W&B count the
+optimiser steps of all stages.  `eval/accuracy` is the key of accuracy in every stage and in the summary.  Products of a stage become artifacts; checkpoints only by reference, so that
 no weights are copied.  Without the network a run starts offline.  `wandb sync` later sends everything that
 W&B lacks.
 
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pgenrm_train.config import Config, to_dict
 from pgenrm_train.files import write_json, write_text
@@ -57,16 +57,36 @@ def trim(path: Path, step: int) -> None:
 
 
 class Tracker:
-    """Log the numbers of one stage; a failing tracking service is reported once and never stops training."""
+    """Log the numbers of one stage; a failing tracking service is reported once and never stops training.
 
-    def __init__(self, config: Config, stage: str, folder: Path) -> None:
-        self.stage, self.path, self.folder = stage, folder / METRICS, folder
+    `first_step`: optimiser steps of the stages before, which steps of W&B count too.
+    """
+
+    early: ClassVar[dict[Path, Self]] = {}  # of stages that train before they begin
+
+    def __init__(self, config: Config, stage: str, folder: Path, first_step: int = 0) -> None:
+        self.stage, self.path, self.folder, self.first_step = stage, folder / METRICS, folder, first_step
+        # The newest step forwarded, by the names logged. Lines cannot be counted, because a resumed engine
+        # rewrites them. Training and validation both write a line for the same step.
+        self._sent: dict[frozenset[str], int] = {}
         self.after_log: Callable[[], None] = lambda: None
         folder.mkdir(parents=True, exist_ok=True)
         self._place = folder / "wandb"  # W&B's own files of this run
         self._best: float | None = None
         self._public = _public(to_dict(config))
         self._wandb = self._start_wandb(config) if config.tracking.kind != "none" else None
+
+    @classmethod
+    def begin_early(cls, config: Config, stage: str, folder: Path, first_step: int) -> Self:
+        """A tracker that the stage takes over when it begins: a joint session trains it before."""
+        cls.early[folder] = cls(config, stage, folder, first_step)
+        return cls.early[folder]
+
+    @classmethod
+    def close_early(cls) -> None:
+        """Close trackers that no stage has taken over, after a failure."""
+        while cls.early:
+            cls.early.popitem()[1].close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line `{"step", "stage", name: number}`; non-finite numbers become null."""
@@ -91,16 +111,13 @@ class Tracker:
             thread.join(timeout=30)
 
     def _forward(self, path: Path, ended: threading.Event, every: float) -> None:
-        # The newest step forwarded, by the names logged. Lines cannot be counted, because a resumed engine
-        # rewrites them. Training and validation both write a line for the same step.
-        sent: dict[frozenset[str], int] = {}
         while True:
             last_round = ended.wait(every)
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
             for record in map(json.loads, lines):
                 step, names = int(record["step"]), frozenset(record)
-                if step > sent.get(names, -1):
-                    sent[names] = step
+                if step > self._sent.get(names, -1):
+                    self._sent[names] = step
                     self.after_log()
                     numbers = {
                         k: v for k, v in record.items() if k not in ("step", "stage") and v is not None
@@ -115,7 +132,7 @@ class Tracker:
                 self._best = max(accuracy, self._best or 0.0)
             try:
                 table = _table(samples) if samples and samples.exists() else {}
-                self._wandb.log({**metrics, **table}, step=step)
+                self._wandb.log({**metrics, **table}, step=self.first_step + step)
             except Exception as error:
                 self._give_up(error)
 
@@ -198,6 +215,7 @@ class Tracker:
             name=_short(Path(config.run_dir).name, f"/{self.stage}"),
             dir=str(self.folder),
             mode=mode,
+            reinit="create_new",  # a joint session has a run per stage
             config=self._public,
             settings=wandb.Settings(
                 silent=True,

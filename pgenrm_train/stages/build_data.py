@@ -109,10 +109,23 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
 def _decide(index: VoteIndex, config: Config) -> Counter[str]:
     index.name_votes()
     index.split(config.data.split_by, config.seed)
+    if config.data.val_share:
+        if votes := index.number("SELECT COUNT(*) FROM votes WHERE split = 'val'"):
+            raise DataError(
+                f"data.val_share={config.data.val_share:g} makes a validation split, and the data has one of "
+                f"{votes} votes; set data.val_share=0"
+            )
+        if not (users := index.hold_out_val(config.data.val_share)):
+            raise DataError(
+                f"data.val_share={config.data.val_share:g} needs two training users, one of them with votes in "
+                "two conversations"
+            )
+        print(f"data.val_share={config.data.val_share:g}: {users} users are held out for validation", flush=True)
     index.limit_training(config.data.max_train_pairs)
     dropped = index.drop_overlap()
     # Splits made here simply leave the repeated votes out.
-    fails = config.data.on_overlap == "fail" and config.data.split_by == "source"
+    made = config.data.split_by != "source" or config.data.val_share > 0
+    fails = config.data.on_overlap == "fail" and not made
     if fails and (count := dropped.total()):
         earlier, later, user = index.overlap()
         raise DataError(

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.config import (
     ANSWER_KEYS,
@@ -62,20 +63,28 @@ class Stage:
         settings |= {key: value for key in added if (value := get(config, key))}
         if config.model.counted is Totals.DECLARED:  # whether stated or not
             settings.pop("model.totals", None)
+        if "psi.evaluate_every" in settings and not config.psi.evaluate_every:
+            # measured alone, accuracy changes no checkpoint: as in runs that measured none
+            settings |= {"psi.evaluate_every": 0, "psi.evaluate_pairs": 64}
         files = {
             key: Path(value)
             for key, value in (("path", config.data.path), ("answers", config.data.answers))
             if value and Path(value).exists()
         }
         if files:
-            settings["data"] = to_dict(config.data) | dict.fromkeys(files)
+            settings["data"] = _plain(config.data) | dict.fromkeys(files)
         if "path" in files and config.data.name in VOTES and (named := named_columns(files["path"])):
             settings["data.path columns"] = named  # the names of files count where rows lack these columns
         return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
 
 
-def _plain(value: object) -> object:
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain = to_dict(value)
+    if plain.get("val_share") == 0:  # as in runs before there was this key
+        del plain["val_share"]
+    return plain
 
 
 def _fields(section: StageName, settings: type[PsiConfig] | type[GrpoConfig]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.checks import check_machine
-from pgenrm_train.config import Config, StageName, Totals, to_dict
+from pgenrm_train.config import TRAINED, Config, StageName, Totals, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 from pgenrm_train.run.checkpoints import totals_of, write_manifest
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
@@ -73,7 +73,9 @@ def run_stage(
 @contextmanager
 def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
     """Tracker of the numbers; the manifest records why a stage ended early."""
-    tracker = Tracker(config, folder.stage, folder.path)
+    tracker = Tracker.early.pop(folder.path, None) or Tracker(
+        config, folder.stage, folder.path, steps_before(config, folder.stage)
+    )
     tracker.after_log = folder.beat
     try:
         yield tracker
@@ -83,6 +85,14 @@ def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
         raise
     finally:
         tracker.close()
+
+
+def steps_before(config: Config, stage: str) -> int:
+    """Optimiser steps that the run's complete training stages before `stage` have made."""
+    order = list(StageName)
+    before = [name for name in TRAINED if order.index(name) < order.index(StageName(stage))]
+    folders = [StageFolder.read(Path(config.run_dir), name) for name in before]
+    return sum(int(folder.manifest.facts["steps"]) for folder in folders if folder.complete)
 
 
 @dataclass(frozen=True, slots=True)

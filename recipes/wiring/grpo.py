@@ -1,7 +1,7 @@
 """Shared by `cre` and `curriculum`: GRPO on veRL, both stages in one warm session if both are requested."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from pgenrm_train.stages.grpo import (
 from pgenrm_train.stages.prototypes import prototype_of_users
 from recipes.wiring.costs import estimate_judge, judge_cost
 from recipes.wiring.llm import settings_of
-from recipes.wiring.models import load_tokenizer, make_embedder
+from recipes.wiring.models import NO_VAL, load_tokenizer, make_embedder
 
 RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
 LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
@@ -59,7 +59,14 @@ def train(
                 estimate=estimate_judge(config, judge, {p.section: p.rows for p in paid}).for_manifest()
             )
         earlier = [p.seconds() for p in phases]
-        with tracker.follow(folder.path / METRICS):
+        with ExitStack() as followed:
+            first_step = tracker.first_step
+            for p, seconds in zip(phases, earlier, strict=True):
+                if p is not phases[0] and seconds is None:
+                    tracker = Tracker.begin_early(config, p.section, p.work_dir, first_step)
+                if p is phases[0] or seconds is None:
+                    followed.enter_context(tracker.follow(p.work_dir / METRICS))
+                first_step += p.steps
             trained = launch(config, phases)[0]
     facts: dict[str, object] = {
         "steps": trained.steps,
@@ -125,7 +132,7 @@ def make_rows(config: Config, stage: StageName, tokenizer: Path) -> None:
     if stage == StageName.CURRICULUM and settings.similarity != "trigrams" and settings.schedule != "uniform":
         builder = replace(builder, embed=make_embedder(config, settings.similarity))
     if not write_validation(builder, folder, pairs) and getattr(config, stage).validate_every:
-        print(f"{stage}: no pair has split=val, so there is no validation during training", flush=True)
+        print(f"{stage}: accuracy is not measured while training: {NO_VAL}", flush=True)
     write_rows(builder, folder, pairs)
     write_json(folder / "trimmed.json", dict(write.trimmed))
     write.log_trimmed(f"{stage} prompts")

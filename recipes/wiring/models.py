@@ -24,6 +24,7 @@ from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.stages.build_sec import Kept
 from pgenrm_train.stages.prototypes import Refine
 
+NO_VAL = "no pair has split=val; data.val_share=0.1 in another run_dir= holds out a tenth of the users"
 LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
 TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
 
@@ -74,12 +75,10 @@ def validation(config: Config) -> Validator:
 
 
 def validation_pairs(config: Config) -> list[PreferencePair]:
-    """Pairs of the validation split.  Raises DataError if there are none."""
+    """Pairs of the validation split.  Raises DataError if there are none and `psi.evaluate_every` needs them."""
     pairs = pairs_of_split(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)
-    if not pairs:
-        raise DataError(
-            "psi.evaluate_every needs pairs with split=val, and this data has none; set psi.evaluate_every=0"
-        )
+    if not pairs and config.psi.evaluate_every:
+        raise DataError(f"psi.evaluate_every={config.psi.evaluate_every} needs a validation split: {NO_VAL}")
     return pairs
 
 

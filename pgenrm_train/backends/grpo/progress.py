@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
-from pgenrm_train.bootstrap import mean
+from pgenrm_train.bootstrap import mean, user_bootstrap
 from pgenrm_train.chains.totals import UNVERIFIED
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.files import read_json
@@ -19,6 +19,8 @@ from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 CHECKPOINTS = "global_step_*"
 ACCURACY = "eval/accuracy"  # the key of accuracy in every stage
 MAX_ERROR_SHARE = 0.2  # of a step's samples whose reward code raised
+INTERVAL = ("eval/accuracy_low", "eval/accuracy_high")
+DRAWS = 1000  # of the bootstrap
 LENGTH = "validation/response_length"
 # veRL's metrics that are logged, and a prefix that it puts before some of them
 ENGINE = ("actor/", "perf/", "training/rollout_", "rollout_corr/")
@@ -152,8 +154,11 @@ def validation_metrics(
     own = by_probe.pop(OWN)
     chains = [chain for group, _ in own for chain in group]
     length = float(np.mean([chain.length for chain in chains]))
+    low, high = _interval(own)
     return {
         **_accuracies(own),
+        "validation/accuracy_low": low,
+        "validation/accuracy_high": high,
         "validation/format_error_share": float(np.mean([chain.failure is not None for chain in chains])),
         "validation/null_verdict_share": float(np.mean([chain.null_verdict for chain in chains])),
         LENGTH: length,
@@ -192,6 +197,36 @@ def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metri
         "validation/accuracy_chosen_first": mean(first),
         "validation/accuracy_chosen_second": mean(second),
     }
+
+
+def _interval(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> tuple[float, float]:
+    """95 % interval of the accuracy over rows, from users drawn with replacement; [0, 1] for a single user."""
+    won: dict[str, list[float]] = {}
+    for group, extra in rows:
+        won.setdefault(extra["user_id"], []).append(float(np.mean([chain.passed for chain in group])))
+    if len(won) == 1:
+        return 0.0, 1.0
+    sums, counts = (np.array([of(rates) for rates in won.values()], dtype=float) for of in (sum, len))
+    return user_bootstrap(sums, counts, draws=DRAWS, seed=0)
+
+
+def sample_rows(
+    groups: Sequence[Sequence[ScoredChain]], extras: Sequence[RowExtra], count: int
+) -> list[dict[str, object]]:
+    """The first `count` chains of a validation with the user's own history, for the table of a tracker."""
+    own = [(g[0], e) for g, e in zip(groups, extras, strict=True) if (e.get("probe") or OWN) == OWN]
+    return [
+        {
+            "pair_id": extra["pair_id"],
+            "order": extra["order"],
+            "passed": chain.passed,
+            "reward": chain.total,
+            "failure": chain.failure,
+            "tokens": chain.length,
+            "text": chain.text,
+        }
+        for chain, extra in own[:count]
+    ]
 
 
 def progress_line(stage: str, step: int, steps: int, metrics: Metrics, seconds: float) -> str:

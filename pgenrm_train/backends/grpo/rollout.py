@@ -129,7 +129,8 @@ class ChainSampler:
 
         async def measure(prompt: Prompt) -> None:
             group = await self._sampled(prompt)
-            self.measured.append((prompt.uid, await group.scoring))
+            chains = zip(await group.scoring, group.samples, strict=True)
+            self.measured.append((prompt.uid, [replace(chain, text=of.text) for chain, of in chains]))
 
         await asyncio.gather(*map(measure, prompts))
 

@@ -107,7 +107,8 @@ class ScoredChain:
 
     `unjudged` is the reward without the process part.  `failure` is the kind of format error, "length" for a
     chain that was cut.  `error` is what the reward code raised.  `cached_share`: share of the prompt that the
-    engine had in its prefix cache.  `score` is what GRPO compares; `settle` sets it.
+    engine had in its prefix cache.  `score` is what GRPO compares; `settle` sets it.  `text` is
+    kept in a measurement, for the table of sample chains.
     """
 
     length: int
@@ -123,6 +124,7 @@ class ScoredChain:
     error: str | None = None
     cached_share: float = 0.0
     score: float = 0.0
+    text: str | None = None
 
     @property
     def passed(self) -> bool:

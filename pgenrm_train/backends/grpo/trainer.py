@@ -39,6 +39,7 @@ from pgenrm_train.backends.grpo.phase import ChainRequest, PhaseRun
 from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
     CHECKPOINTS,
+    INTERVAL,
     LENGTH,
     Metrics,
     chain_metrics,
@@ -48,6 +49,7 @@ from pgenrm_train.backends.grpo.progress import (
     newest_checkpoint,
     progress_line,
     rewards_problem,
+    sample_rows,
     under_stage,
     validation_metrics,
 )
@@ -57,9 +59,10 @@ from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
+from pgenrm_train.files import write_table
 from pgenrm_train.rewards.training_rows import GrpoRow
 from pgenrm_train.run.checkpoints import complete_checkpoints, mark_complete
-from pgenrm_train.run.tracking import METRICS, append, read, trim
+from pgenrm_train.run.tracking import METRICS, append, read, samples_file, trim
 
 MEASURED_PER_BEAT = 64  # prompts
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
@@ -190,11 +193,15 @@ class ChainTrainer(PPOTrainerSync):
         chains = dict(self.measure(requests, run.config.eval.temperature))
         groups = [chains[request.uid] for request in requests]
         first_length = before[0][f"{phase.section}/{LENGTH}"] if before else None
-        metrics = validation_metrics(groups, table["extra_info"].to_pylist(), first_length)
+        extras = table["extra_info"].to_pylist()
+        metrics = validation_metrics(groups, extras, first_length)
         metrics["validation/seconds"] = time.monotonic() - began
         headline = {
-            name: metrics[name.replace("eval/", "validation/")] for name in (ACCURACY, "eval/order_flip_rate")
+            name: metrics[name.replace("eval/", "validation/")]
+            for name in (ACCURACY, *INTERVAL, "eval/order_flip_rate")
         }
+        if rows := sample_rows(groups, extras, run.config.tracking.sample_chains):
+            write_table(samples_file(file, step), rows)
         self._log(headline | under_stage(phase.section, metrics))
         print(
             f"{phase.section} {step}/{phase.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True

@@ -97,6 +97,7 @@ class Chats:
         self._ids, self._offsets = ids.values.to_numpy(), ids.offsets.to_numpy()
         self._loss_from, self._score_from = table["loss_from"].to_numpy(), table["score_from"].to_numpy()
         self.lengths = (self._offsets[1:] - self._offsets[:-1]).tolist()
+        self.longest_answer = int((self._offsets[1:] - self._offsets[:-1] - self._loss_from).max())
 
     def __len__(self) -> int:
         return len(self.lengths)

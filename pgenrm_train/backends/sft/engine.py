@@ -52,7 +52,7 @@ def train(
     config = settle_sizes(config, StageName.PSI, len(chats))
     mark = Mark(config.cluster.ranks, config.cluster.zero_stage, inspected.identity)
     base = str(Path(start).resolve()) if Path(start).exists() else str(start)
-    job = Job(config, base, work_dir.resolve(), mark, validator if config.psi.evaluate_every else None)
+    job = Job(config, base, work_dir.resolve(), mark, None if config.psi.evaluate_every == 0 else validator)
     write_chats(job.chats, chats)
     if resume := newest_complete(job.steps, STEPS):
         check_resumable(resume, mark)

@@ -1,11 +1,12 @@
 """Generation by the model in training, with transformers' own `generate`, for small validation slices.
 
-The weights stay in place: there is no second engine and no copy.  This is slower than vLLM by an order of
-magnitude, and under ZeRO-3 every token gathers the weights again.  `recipe=evaluate` serves checkpoints with
-vLLM.
+The weights stay in place: there is no second engine.  This is slower than vLLM by an order of magnitude.
+Under ZeRO-3 `complete_weights` gathers them once, if they fit; else every token gathers them again.
+`recipe=evaluate` serves checkpoints with vLLM.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
@@ -26,11 +27,14 @@ class Prompt(NamedTuple):
 class TrainingGenerator:
     """A `Generator` that all processes of a training call with the same requests.
 
-    Each process answers its share, and yields the answers of all.
+    Each process answers its share, and yields the answers of all.  `limit`: most tokens of an answer.
     """
 
-    def __init__(self, config: ModelConfig, model: Any, tokenizer: Any, batch_size: int) -> None:
+    def __init__(
+        self, config: ModelConfig, model: Any, tokenizer: Any, batch_size: int, limit: int | None = None
+    ) -> None:
         self.config, self.model, self.tokenizer, self.batch_size = config, model, tokenizer, batch_size
+        self.limit = limit or config.max_response_tokens
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
         from torch import distributed
@@ -80,7 +84,7 @@ class TrainingGenerator:
         prompts = torch.tensor([[pad] * (width - len(p.ids)) + p.ids for p in batch], device=device)
         mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch], device=device)
         settings = GenerationConfig(
-            max_new_tokens=self.config.max_response_tokens,
+            max_new_tokens=self.limit,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
             top_p=1.0,
@@ -93,7 +97,11 @@ class TrainingGenerator:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(batch[0].request.seed + batch[0].sample)
             output = self.model.generate(
-                input_ids=prompts, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+                input_ids=prompts,
+                attention_mask=mask,
+                generation_config=settings,
+                synced_gpus=is_sharded(self.model),
+                tokenizer=self.tokenizer,
             )
         answers = []
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
@@ -105,3 +113,40 @@ class TrainingGenerator:
             failure = None if stopped else "length"
             answers.append(Generation(prompt.request.key, prompt.sample, text, failure, tokens))
         return answers
+
+
+@contextmanager
+def complete_weights(engine: Any) -> Iterator[None]:
+    """Give each process of ZeRO-3 the complete weights while the block runs, if they fit."""
+    if not is_sharded(engine) or not fits(engine):
+        yield
+        return
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(engine):
+        yield
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a process holds a part of a weight only, which ZeRO-3 gathers when a layer needs it."""
+    return any(
+        parameter.ds_status.name != "AVAILABLE"
+        for parameter in model.parameters()
+        if hasattr(parameter, "ds_status")
+    )
+
+
+def fits(engine: Any) -> bool:
+    """Whether all processes can hold the complete weights, and a cache of keys and values of half their size."""
+    import psutil
+    import torch
+    from torch import distributed
+
+    if not is_sharded(engine):
+        return True
+    weights = sum(p.ds_numel * p.element_size() for p in engine.parameters() if hasattr(p, "ds_numel"))
+    on_gpu = engine.device.type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    room = torch.tensor(free - 1.5 * weights, dtype=torch.float64, device=engine.device)
+    distributed.all_reduce(room, distributed.ReduceOp.MIN)
+    return bool(room > 0)

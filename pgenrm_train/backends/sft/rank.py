@@ -1,6 +1,7 @@
 """Program of each rank, whether it starts in place, by torchrun or by Ray Train."""
 
 import functools
+import math
 import os
 import pkgutil
 import sys
@@ -27,6 +28,9 @@ from pgenrm_train.run.checkpoints import newest_complete, step_of
 from pgenrm_train.run.process import die_with_parent
 from pgenrm_train.run.tracking import trim
 
+# Longest answer of a validation over the longest training chain: all processes wait for the longest.
+LONGER = 1.5
+
 
 def train_rank(job: Job) -> None:
     """Train until the planned steps are made, from the newest complete checkpoint.
@@ -41,9 +45,10 @@ def train_rank(job: Job) -> None:
     first = trainer.is_world_process_zero()
     resume = newest_complete(job.steps, STEPS, clean=first)
     if first:
-        trim(job.metrics, step_of(resume) if resume else 0)
+        trim(job.metrics, step_of(resume) if resume else -1)
         if resume:
             print(f"resuming from {resume}", flush=True)
+    trainer.args.eval_on_start = trainer.validate is not None and resume is None
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
@@ -76,7 +81,9 @@ def _trainer(job: Job) -> Any:
     validate = None
     if job.validator:
         # without gradients and optimiser, batches may be larger
-        generator = TrainingGenerator(job.config.model, model, tokenizer, 8 * psi.micro_batch_size)
+        batch_size = max(8 * psi.micro_batch_size, 1 if job.config.cluster.device == "cpu" else 32)
+        limit = min(job.config.model.max_response_tokens, math.ceil(LONGER * chats.longest_answer))
+        generator = TrainingGenerator(job.config.model, model, tokenizer, batch_size, limit)
         validate = functools.partial(pkgutil.resolve_name(job.validator)(job.config), generator)
     return SftTrainer(
         psi,
@@ -87,7 +94,7 @@ def _trainer(job: Job) -> Any:
         args=arguments,
         train_dataset=chats,
         data_collator=functools.partial(_collate, job.config, tokenizer),
-        callbacks=[PsiCallback(psi, order, job.metrics, job.mark)],
+        callbacks=[PsiCallback(psi, order, job.metrics, job.mark, validate is not None)],
     )
 
 

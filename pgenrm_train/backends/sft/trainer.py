@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from pgenrm_train.backends.protocols import Validated
 from pgenrm_train.backends.sft.batches import StepOrder
+from pgenrm_train.backends.sft.generate import complete_weights, fits
 from pgenrm_train.backends.sft.job import Mark, stopped_early
 from pgenrm_train.config import PsiConfig, StageName
 from pgenrm_train.errors import BackendError
@@ -23,7 +24,8 @@ from pgenrm_train.run.tracking import append, samples_file
 class SftTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose steps take their sequences from `order`.
 
-    `validate`, if given, scores the model every `psi.evaluate_every` steps.
+    `validate`, if given, scores the model at the start, every `psi.evaluate_every` steps (null: in the
+    middle), and at the end.
     """
 
     control: Any  # of the base class
@@ -55,19 +57,26 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the current model by generation, write the results, and have a checkpoint saved.
+        """Score the current model by generation and write the results.
 
-        The state keeps the best step.  Training stops after `psi.patience` validations without a better one.
+        With `psi.evaluate_every` a checkpoint is saved, the state keeps the best step, and training stops
+        after `psi.patience` validations without a better one.
         """
         assert self.validate is not None
         step, was_training = self.state.global_step, self.model.training
+        if not self._measurable():
+            return {}
         self.model.eval()
-        validated = self.validate()
+        with complete_weights(self.deepspeed):
+            validated = self.validate()
         self.model.train(was_training)
         if self.is_world_process_zero():
-            write_table(samples_file(self.metrics, step), validated.samples)
+            if validated.samples:
+                write_table(samples_file(self.metrics, step), validated.samples)
             append(self.metrics, {"step": step, "stage": StageName.PSI, **validated.metrics})
         metrics = {"eval_accuracy": validated.metrics["eval/accuracy"]}
+        if not self.psi.evaluate_every:
+            return metrics
         control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         control.should_save = True  # the best step must be there to be published
         better = self.state.best_metric is None or metrics["eval_accuracy"] > self.state.best_metric
@@ -75,12 +84,24 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self.control = control
         return metrics
 
+    def _measurable(self) -> bool:
+        """Whether accuracy is measured: by default only if each process can hold the complete weights."""
+        if self.psi.evaluate_every or fits(self.deepspeed):
+            return True
+        if self.is_world_process_zero() and not self.state.global_step:
+            print(
+                "psi: accuracy is not measured while training, because the complete weights do not fit on one "
+                "GPU next to the optimiser; psi.evaluate_every=N gathers them for every token",
+                flush=True,
+            )
+        return False
+
 
 class PsiCallback(TrainerCallback):  # type: ignore[misc]
     """Callback that marks complete checkpoints, writes the metrics, and schedules validations."""
 
-    def __init__(self, psi: PsiConfig, order: StepOrder, metrics: Path, mark: Mark) -> None:
-        self.psi, self.every = psi, psi.evaluate_every
+    def __init__(self, psi: PsiConfig, order: StepOrder, metrics: Path, mark: Mark, validates: bool) -> None:
+        self.psi, self.validates = psi, validates
         self.order, self.metrics, self.mark = order, metrics, mark
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -88,7 +109,9 @@ class PsiCallback(TrainerCallback):  # type: ignore[misc]
         self.order.set_epoch(self.order.epoch_of(state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.every and (state.global_step % self.every == 0 or state.global_step >= state.max_steps):
+        step, every = state.global_step, self.psi.evaluate_every
+        due = step % every == 0 if every else step == state.max_steps // 2
+        if self.validates and (due or step >= state.max_steps):
             control.should_evaluate = True
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -440,6 +440,33 @@ def test_a_share_of_the_users_is_held_out_and_one_wherever_another_can_train(use
     assert rows == expected
 
 
+def test_val_share_holds_out_users_with_half_of_their_conversations_as_history():
+    votes = [
+        vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}") for u in range(40) for n in range(4)
+    ]
+    index = indexed([*votes, vote("lone", "lone"), vote("test", "u0", "asked", split="test")])
+    index.split("source", 0)
+    assert index.hold_out_val(0.1) == 4
+    rows = Counter((split, of) for _, split, of, _ in index.decisions())
+    assert rows["val", "val"] == 8 == rows["train", "val"] and rows["train", "train"] == 36 * 4 + 1
+    again = indexed(votes[::-1])
+    again.split("source", 0)
+    again.hold_out_val(0.1)
+    assert sum(split == "val" for _, split, _, _ in again.decisions()) == 8
+
+
+def test_val_share_is_refused_where_there_is_a_split_or_too_few_users(tmp_path):
+    votes = [vote(f"{n}", "a", f"good {n}", conversation_id=f"c{n}") for n in range(4)]
+    with pytest.raises(DataError, match="val_share=0.1 needs two training users"):
+        build(tmp_path / "one", votes, val_share=0.1)
+    others = [vote(f"v{n}", "b", f"good {n}", split="val") for n in range(2)]
+    with pytest.raises(DataError, match="the data has one of 2 votes"):
+        build(tmp_path / "split", votes + others, val_share=0.1)
+    second = [vote(f"b{n}", "b", f"good {n}", conversation_id=f"d{n}") for n in range(4)]
+    _, card = build(tmp_path / "made", votes + second, val_share=0.1)
+    assert card["pairs_by_split"] == {"train": 6, "val": 2}
+
+
 def test_users_of_few_conversations_have_their_share_of_val():
     votes = [vote(f"{u}-{n}", f"u{u:03d}", conversation_id=f"c{u}-{n}") for u in range(300) for n in range(4)]
     index = indexed(votes)
