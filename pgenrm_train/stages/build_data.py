@@ -120,7 +120,9 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
                 f"data.val_share={config.data.val_share:g} needs two training users, one of them with votes in "
                 "two conversations"
             )
-        print(f"data.val_share={config.data.val_share:g}: {users} users are held out for validation", flush=True)
+        print(
+            f"data.val_share={config.data.val_share:g}: {users} users are held out for validation", flush=True
+        )
     index.limit_training(config.data.max_train_pairs)
     dropped = index.drop_overlap()
     # Splits made here simply leave the repeated votes out.

@@ -16,6 +16,7 @@ from data_builders.sources.personaworld import build
 from data_builders.teachers.oracle import OracleTeacher
 from pgenrm_train.backends.protocols import GenerationRequest, Validated
 from pgenrm_train.backends.sft import engine as deepspeed_sft
+from pgenrm_train.backends.sft.generate import is_sharded
 from pgenrm_train.config import ROOT, Config, DataConfig, load
 from pgenrm_train.files import write_table
 from pgenrm_train.prompts.history import HistorySampler
@@ -76,19 +77,53 @@ def answers(config: Config) -> Any:
     def validate(generator: Any) -> Validated:
         calls.append(1)
         texts = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
-        return Validated(
-            {"eval/accuracy": len(calls) / 2}, [{"text": texts[request.key]} for request in REQUESTS]
-        )
+        weights = list(generator.model.parameters())
+        metrics = {
+            "eval/accuracy": len(calls) / 2,
+            "eval/partitioned": sum(not getattr(weight, "ds_persist", True) for weight in weights),
+            "eval/sharded": is_sharded(generator.model),
+        }
+        return Validated(metrics, [{"text": texts[request.key]} for request in REQUESTS])
 
     return validate
 
 
+def wide(folder: Path, shape: str) -> Path:
+    """A base model with untied embeddings whose layers ZeRO-3 partitions: it keeps up to 100,000 weights whole."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[shape](
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+        **heads,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("model", "cluster"), [("llama31_8b", "gpu8"), ("qwen3_8b", "gpu1"), ("llama31_70b_lora", "multi_node")]
+    ("model", "cluster", "shape"),
+    [
+        ("llama31_8b", "gpu8", "llama"),
+        ("qwen3_8b", "gpu1", "qwen3"),
+        ("llama31_70b_lora", "multi_node", "llama"),
+        ("qwen3_8b", "gpu8", "qwen3"),
+    ],
 )
 def test_gpu_settings_take_a_real_step(
-    model: str, cluster: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, cluster: str, shape: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    start = wide(tmp_path / "start", shape)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     config = load("recipe=psi", f"model={model}", f"cluster={cluster}")
     for key, value in CHANGED.items():
@@ -99,17 +134,22 @@ def test_gpu_settings_take_a_real_step(
         '{"step": 1, "stage": "psi"}\n{"ste'
     )  # of a start that was killed before it saved
     trained = deepspeed_sft.train(
-        config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:answers"
+        config, rows, start=start, work_dir=tmp_path, validator=f"{__name__}:answers"
     )
     assert trained.steps == 2 == trained.metrics["psi/published_step"]
     logged = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     losses = {line["step"]: line["psi/loss"] for line in logged if "psi/loss" in line}
     assert list(losses) == [1, 2] and all(loss > 0 for loss in losses.values())
-    first = pq.read_table(samples_file(tmp_path / METRICS, 1))["text"].to_pylist()
-    assert first == _answers_alone(config), (
-        "before its weights move, the sharded model answers as an unsharded one"
-    )
-    _assert_trained(tmp_path / "checkpoint")
+    measured = [line for line in logged if "eval/accuracy" in line]
+    assert [line["step"] for line in measured] == [0, 1, 2]
+    assert all(bool(line["eval/partitioned"]) == (config.cluster.zero_stage == 3) for line in measured)
+    assert not any(line["eval/sharded"] for line in measured), "gathered once, not for every token"
+    for step in (0, 1):  # the first step of the warm-up has a learning rate of 0
+        answers_of_step = pq.read_table(samples_file(tmp_path / METRICS, step))["text"].to_pylist()
+        assert answers_of_step == _answers_alone(config, start), (
+            "the sharded model answers as an unsharded one"
+        )
+    _assert_trained(start, tmp_path / "checkpoint")
 
 
 ACCUMULATED = """
@@ -210,26 +250,28 @@ def _few_key_heads(folder: Path) -> Path:
     return folder
 
 
-def _answers_alone(config: Config) -> list[str | None]:
+def _answers_alone(config: Config, start: Path) -> list[str | None]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pgenrm_train.backends.sft.generate import TrainingGenerator
 
-    whole = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32, attn_implementation="sdpa").eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        start, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     generator = TrainingGenerator(
-        config.model, whole, AutoTokenizer.from_pretrained(NANO), 8 * config.psi.micro_batch_size
+        config.model, whole, AutoTokenizer.from_pretrained(start), 8 * config.psi.micro_batch_size
     )
     texts = {answer.key: answer.text for answer in generator(REQUESTS, temperature=0.0)}
     return [texts[request.key] for request in REQUESTS]
 
 
-def _assert_trained(checkpoint: Path) -> None:
+def _assert_trained(start: Path, checkpoint: Path) -> None:
     """Check that the published checkpoint loads completely, without adapters, with changed weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    before = AutoModelForCausalLM.from_pretrained(NANO).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(start).state_dict()
     after, loading = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     moved = [

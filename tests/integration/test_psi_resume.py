@@ -6,6 +6,7 @@ It resumes at an epoch's end, inside an epoch, after a kill during a save, and a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Validated
 from pgenrm_train.backends.sft import engine as deepspeed_sft
+from pgenrm_train.backends.sft.batches import Chats
 from pgenrm_train.config import ROOT, Config, load
 from pgenrm_train.errors import ArtifactError, BackendError
 from pgenrm_train.files import write_table
@@ -27,7 +29,7 @@ from pgenrm_train.run.folder import weights_digest
 from pgenrm_train.run.tracking import METRICS
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
-SCORES = {2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # accuracies of the validator below, by step
+SCORES = {0: 0.1, 2: 0.4, 4: 0.9, 6: 0.5, 8: 0.9}  # accuracies of the validator below, by step
 
 
 def config_of(**psi: Any) -> Config:
@@ -219,7 +221,7 @@ def rising_and_falling(config: Config) -> Any:
         answers: list[Generation] = list(generator([request], temperature=0.0))
         calls.append(len(answers))
         return Validated(
-            {"eval/accuracy": SCORES[2 * len(calls)]}, [{"text": answer.text} for answer in answers]
+            {"eval/accuracy": SCORES[2 * len(calls) - 2]}, [{"text": answer.text} for answer in answers]
         )
 
     return validate
@@ -236,12 +238,36 @@ def test_the_best_checkpoint_is_published_and_patience_ends_training(rows: Path,
     assert weights_digest(tmp_path / "checkpoint") == weights_digest(tmp_path / "steps" / "checkpoint-4")
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line} == {
+        0: 0.1,
         2: 0.4,
         4: 0.9,
         6: 0.5,
     }
-    assert len(list((tmp_path / "samples").glob("step-*.parquet"))) == 3
+    assert len(list((tmp_path / "samples").glob("step-*.parquet"))) == 4
     again = deepspeed_sft.train(
         config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:rising_and_falling"
     )
     assert again.steps == 6  # training was over: nothing but the publishing is done again
+
+
+def falling(config: Config) -> Any:
+    scores = iter([0.9, 0.8, 0.1])
+    return lambda generator: Validated({"eval/accuracy": next(scores), "eval/limit": generator.limit}, [])
+
+
+def test_the_default_schedule_measures_start_middle_and_end_and_publishes_the_last(
+    rows: Path, tmp_path: Path
+) -> None:
+    """Answers end at 1.5 times the longest training chain; without sample chains there is no table."""
+    config = config_of()
+    trained = deepspeed_sft.train(
+        config, rows, start=NANO, work_dir=tmp_path, validator=f"{__name__}:falling"
+    )
+    assert trained.steps == 8 == trained.metrics["psi/published_step"]
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    measured = {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line}
+    assert measured == {0: 0.9, 4: 0.8, 8: 0.1}
+    assert not (tmp_path / "samples").exists()
+    longest = Chats(tmp_path / "chats.parquet").longest_answer
+    limits = {line["eval/limit"] for line in lines if "eval/limit" in line}
+    assert limits == {math.ceil(1.5 * longest)} and longest < config.model.max_response_tokens

@@ -30,6 +30,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 from pgenrm_train.rewards.reward import RewardWeights
+from pgenrm_train.run.tracking import samples_file
 
 STEPS, ROWS, CURRICULUM_STEPS = 4, 48, 3
 CHILD = "backends.grpo.supervisor"  # in the command line of the training process
@@ -221,6 +222,8 @@ def test_every_reward_part_is_in_the_metrics_of_every_step(trained: Path) -> Non
 
 def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path) -> None:
     """The slice has 10 pairs in both orders with their own history, and as many rows of a probe."""
+    import pyarrow.parquet as pq
+
     validations = [line for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
     assert [line["step"] for line in validations] == [0, 3, STEPS]
     shares = (
@@ -231,6 +234,9 @@ def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path)
     )
     for line in validations:
         assert all(0 <= line[name] <= 1 for name in ("eval/accuracy", "eval/order_flip_rate"))
+        assert line["eval/accuracy_low"] <= line["eval/accuracy"] <= line["eval/accuracy_high"]
+        samples = pq.read_table(samples_file(trained / "cre/metrics.jsonl", line["step"])).to_pylist()
+        assert len(samples) == 8 and all(row["text"] and row["tokens"] for row in samples)
         assert all(0 <= line[f"cre/validation/{name}"] <= 1 for name in shares)
         assert (
             line["cre/validation/reward/process"] is not None and line["cre/validation/response_length"] > 0

@@ -12,8 +12,10 @@ import pytest
 from wandb_server import serve
 
 from pgenrm_train.config import ROOT, Config, TrackingConfig, to_dict
-from pgenrm_train.files import write_table
+from pgenrm_train.files import write_json, write_table
+from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker, _public, _short, samples_file
+from pgenrm_train.stages.stage import _recorded, steps_before
 
 
 def lines(path) -> list[dict]:
@@ -124,6 +126,38 @@ def test_a_validation_of_the_same_step_is_forwarded_too_with_its_sample_chains(t
     assert first == (50, {"psi/loss": 0.5})
     table = second[1].pop("eval/chains")
     assert second == (50, {"eval/accuracy": 0.7}) and table.data == [["a", "a chain"]]
+
+
+def test_steps_of_a_later_stage_follow_those_of_the_stages_before(tmp_path):
+    tracker = Tracker(Config(recipe="cre", tracking=TrackingConfig(kind="none")), "cre", tmp_path, 40)
+    tracker._wandb = service = Service()
+    tracker.log(2, {"eval/accuracy": 0.5})
+    assert service.logged == [(42, {"eval/accuracy": 0.5})]
+    assert lines(tmp_path / "metrics.jsonl")[0]["step"] == 2, "files count the steps of their stage"
+
+
+def test_a_stage_takes_over_the_tracker_of_the_joint_session_and_sends_no_line_twice(tmp_path):
+    config = Config(recipe="cre", run_dir=str(tmp_path), tracking=TrackingConfig(kind="none"))
+    folder, service = StageFolder.read(tmp_path, "curriculum"), Service()
+    early = Tracker.begin_early(config, "curriculum", folder.path, 7)
+    early._wandb = service
+    record = json.dumps({"step": 1, "stage": "curriculum", "eval/accuracy": 0.5}) + "\n"
+    with early.follow(early.path, every=0.01):
+        early.path.write_text(record)
+    assert service.logged == [(8, {"eval/accuracy": 0.5})], "live, before the stage begins"
+    folder.begin(config={}, settings={}, inputs={}, seed=0)
+    with _recorded(config, folder) as tracker:
+        assert tracker is early and not Tracker.early
+        with tracker.follow(tracker.path, every=0.01):
+            pass
+    assert len(service.logged) == 1
+
+
+def test_the_step_of_a_stage_begins_after_the_complete_training_stages(tmp_path):
+    config = Config(recipe="curriculum", run_dir=str(tmp_path))
+    for stage, status in (("psi", "complete"), ("cre", "interrupted")):
+        write_json(tmp_path / stage / "manifest.json", {"stage": stage, "status": status, "steps": 30})
+    assert [steps_before(config, stage) for stage in ("build_sec", "psi", "curriculum")] == [0, 0, 30]
 
 
 def test_settings_that_are_sent_hold_no_address_and_no_name_of_a_credential():

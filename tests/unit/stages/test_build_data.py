@@ -442,7 +442,9 @@ def test_a_share_of_the_users_is_held_out_and_one_wherever_another_can_train(use
 
 def test_val_share_holds_out_users_with_half_of_their_conversations_as_history():
     votes = [
-        vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}") for u in range(40) for n in range(4)
+        vote(f"{u}-{n}", f"u{u}", f"good {n}", conversation_id=f"c{u}-{n}")
+        for u in range(40)
+        for n in range(4)
     ]
     index = indexed([*votes, vote("lone", "lone"), vote("test", "u0", "asked", split="test")])
     index.split("source", 0)

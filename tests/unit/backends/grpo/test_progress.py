@@ -5,7 +5,10 @@ from pgenrm_train.backends.grpo.progress import (
     MAX_DIFFERENCE,
     difference_warning,
     engine_metrics,
+    sample_rows,
+    validation_metrics,
 )
+from pgenrm_train.backends.grpo.scoring import ScoredChain
 
 
 def test_memory_mfu_and_differences_pass_and_lengths_do_not() -> None:
@@ -33,3 +36,18 @@ def test_a_large_mean_difference_is_warned_of() -> None:
     assert warning and "differ by 0.051 on average" in warning
     assert difference_warning({DIFFERENCE: MAX_DIFFERENCE}) is None
     assert difference_warning({}) is None and difference_warning({DIFFERENCE: None}) is None
+
+
+def test_a_validation_has_an_interval_over_users_and_sample_chains_with_their_text() -> None:
+    chains = [ScoredChain(length=9, outcome=float(user % 2), text=f"chain {user}") for user in range(8)]
+    extras = [{"pair_id": f"p{n}", "user_id": f"u{n}", "order": 0} for n in range(8)]
+    probes = [{**extra, "probe": "swapped_history"} for extra in extras]
+    groups = [[chain] for chain in chains]
+    metrics = validation_metrics([*groups, *groups], [*probes, *extras])
+    assert metrics["validation/accuracy"] == 0.5
+    assert 0 < metrics["validation/accuracy_low"] < 0.5 < metrics["validation/accuracy_high"] < 1
+    single = validation_metrics(groups[:1], extras[:1])
+    assert (single["validation/accuracy_low"], single["validation/accuracy_high"]) == (0.0, 1.0)
+    rows = sample_rows([*groups, *groups], [*probes, *extras], 3)
+    assert [row["text"] for row in rows] == ["chain 0", "chain 1", "chain 2"]
+    assert [row["passed"] for row in rows] == [False, True, False] and not sample_rows(groups, extras, 0)
