@@ -1,6 +1,7 @@
 """gpu_check: the first day on a GPU node, in 20 minutes.
 
-Preflight, three steps of PSI and of CRE, an evaluation, one verdict.  The stages are the recipes themselves,
+Preflight, three steps of PSI and of CRE, an evaluation; PSI and CRE again with adapters of a Qwen3; one
+verdict.  The stages are the recipes themselves,
 each in a process of its own as in the pipeline.  The model has random weights (nano's code path,
 `model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory are tested, not learning.
 Peak memory is compared with the plan.  The same recipe runs on a CPU.
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.checks import check_machine
-from pgenrm_train.config import Config
+from pgenrm_train.config import Config, to_dict
 from pgenrm_train.files import write_json
+from pgenrm_train.run.folder import write_config
 from pgenrm_train.stages.stage import prepare
-from recipes.wiring.gpu_check import MINUTES, STEPS, Measurement, measure, report_of
+from recipes.wiring.gpu_check import MINUTES, STEPS, Measurement, measure, passes, report_of
 
 END_MINUTES = 2 * MINUTES  # a recipe that still runs then hangs, and is killed: a verdict always comes
 
@@ -26,9 +28,10 @@ def run(config: Config) -> int:
     print(f"preflight: ok · attention: {config.model.attention}", flush=True)
     measurements: dict[str, Measurement] = {}
     end, late = time.monotonic() + 60 * END_MINUTES, f"killed: not done after {END_MINUTES:g} minutes in all"
-    for recipe in STEPS:
-        measurements[recipe] = measure(config, recipe, end - time.monotonic(), late)
-        if measurements[recipe].error:
+    for name, (pass_config, recipe) in passes(config).items():
+        write_config(Path(pass_config.run_dir) / "config.yaml", to_dict(pass_config))
+        measurements[name] = measure(pass_config, recipe, end - time.monotonic(), late)
+        if measurements[name].error:
             break
     report = report_of(config, measurements)
     write_json(Path(config.run_dir) / "gpu_check.json", report.as_json())

@@ -35,6 +35,11 @@ class Totals(StrEnum):
 
 @dataclass
 class NanoConfig:
+    family: str = setting(
+        "qwen2",
+        "architecture; llama and qwen3 do not tie their embeddings",
+        choices=("qwen2", "llama", "qwen3"),
+    )
     layers: int = setting(3, "transformer layers", gt=0)
     hidden: int = setting(96, "width", gt=0)
     heads: int = setting(3, "attention heads; head_dim 32 is the least that vLLM on CPU takes")

@@ -36,6 +36,7 @@ FREE = (  # a run may continue with other values: they change no step
     "validate_pairs",
     "stall_seconds",
 )
+ADDED = (("val_share", 0.0), ("family", "qwen2"))
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
@@ -81,10 +82,8 @@ class Stage:
 def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
-    plain = to_dict(value)
-    if plain.get("val_share") == 0:  # as in runs before there was this key
-        del plain["val_share"]
-    return plain
+    # keys that runs of older versions do not have count only with other values
+    return {key: item for key, item in to_dict(value).items() if (key, item) not in ADDED}
 
 
 def _fields(section: StageName, settings: type[PsiConfig] | type[GrpoConfig]) -> Iterator[str]:

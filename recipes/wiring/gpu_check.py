@@ -5,6 +5,7 @@ Memory comes from NVML on GPUs, and from the kernel's share of each process on a
 measurements next to the plan's numbers, and the verdict.
 """
 
+import copy
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ from pgenrm_train.cluster.preflight.checks import stages_of
 from pgenrm_train.cluster.preflight.machine import visible_gpus
 from pgenrm_train.cluster.sizes import with_sizes
 from pgenrm_train.config import TRAINED, Config, StageName
+from pgenrm_train.config.places import beneath
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import PGenRMError
 from pgenrm_train.files import read_json
@@ -29,7 +31,17 @@ from pgenrm_train.stages.stage import launch
 
 MINUTES = 20.0  # promised duration
 STEPS = stages_of("gpu_check")
+LORA_RANK = 8
 WITH_MODEL = (StageName.PSI, StageName.CRE, StageName.EVALUATE)
+
+
+def passes(config: Config) -> dict[str, tuple[Config, str]]:
+    """Name in the report → (configuration, recipe): all steps, then training of a Qwen3 with adapters."""
+    lora = copy.deepcopy(config)
+    beneath(lora, "qwen3_lora")
+    lora.model.nano.family, lora.model.lora.rank = "qwen3", LORA_RANK
+    second = {f"{recipe} (Qwen3, LoRA)": (lora, recipe) for recipe in (StageName.PSI, StageName.CRE)}
+    return {recipe: (config, recipe) for recipe in STEPS} | second
 
 
 @dataclass
@@ -79,7 +91,8 @@ def watching(
     def watch() -> None:
         while not ended.wait(every):
             measurement.peak_gib = max(measurement.peak_gib, used_gib(config) - before)
-            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            text = metrics.read_text() if metrics.exists() else ""
+            lines = text.count("\n") - text.count('"eval/accuracy"')  # of steps alone
             measurement.steps += [time.monotonic()] * (lines - len(measurement.steps))
             if time.monotonic() > end:
                 measurement.error = late
@@ -130,7 +143,7 @@ class RecipeRow:
         if self.peak_gib is not None:
             facts.append(f"peak {self.peak_gib:.2f} GiB, planned {self.planned_gib:.2f}")
         facts += [f"FAILED: {self.error}"] if self.error else []
-        return f"  {self.recipe:10} {self.seconds:7.1f} s  {' · '.join(facts)}"
+        return f"  {self.recipe:20} {self.seconds:7.1f} s  {' · '.join(facts)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +157,7 @@ class Report:
 
     @property
     def finished(self) -> bool:
-        return len(self.rows) == len(STEPS) and not any(row.error for row in self.rows)
+        return len(self.rows) == len(passes(self.config)) and not any(row.error for row in self.rows)
 
     @property
     def passed(self) -> bool:
@@ -181,19 +194,18 @@ class Report:
 
 
 def report_of(config: Config, measurements: Mapping[str, Measurement]) -> Report:
-    plan = plan_of(config)
-    planned = {s.stage: max((phase.total for phase in s.phases), default=0.0) for s in plan.stages}
     rows = []
-    for recipe, measured in measurements.items():
-        numbers: dict[str, float] = {}
+    for name, measured in measurements.items():
+        (pass_config, recipe), numbers = passes(config)[name], dict[str, float]()
         if recipe in WITH_MODEL:
+            planned = {stage.stage: stage.phases for stage in plan_of(pass_config).stages}[StageName(recipe)]
             numbers = {
                 "peak_gib": round(measured.peak_gib, 2),
-                "planned_gib": round(planned[StageName(recipe)], 2),
-                **throughput(config, recipe, measured),
+                "planned_gib": round(max((phase.total for phase in planned), default=0.0), 2),
+                **throughput(pass_config, recipe, measured),
             }
-        rows.append(RecipeRow(recipe, round(measured.seconds, 1), measured.error, **numbers))
-    return Report(config, plan, tuple(rows), sum(m.seconds for m in measurements.values()) / 60)
+        rows.append(RecipeRow(name, round(measured.seconds, 1), measured.error, **numbers))
+    return Report(config, plan_of(config), tuple(rows), sum(m.seconds for m in measurements.values()) / 60)
 
 
 def throughput(config: Config, recipe: str, measured: Measurement) -> dict[str, float]:

@@ -27,10 +27,12 @@ WITHOUT_PADDING = [(model, cluster, "flash_attention_2") for model, cluster in (
 def test_the_shipped_verl_settings_take_a_real_step(
     model: str, cluster: str, attention: str, tmp_path: Path
 ) -> None:
+    """Two ranks train a model of the same shape with untied embeddings."""
     import torch
     from safetensors.torch import load_file
 
-    verl_world.write_checkpoint(tmp_path / "start", sft_steps=120)
+    shape = "qwen3" if model.startswith("qwen3") else "llama"
+    verl_world.write_checkpoint(tmp_path / "start", sft_steps=120, shape=shape)
     verl_world.write_rows(tmp_path / "rows.parquet", 8)
     env = {**os.environ, **verl_variables(Config(recipe="cre"))}
     command = [sys.executable, str(ROOT / "tests/support/gpu_on_cpu.py"), str(tmp_path), model, cluster]

@@ -106,17 +106,28 @@ def write_rows(
 
 
 def write_checkpoint(
-    folder: Path, *, sft_steps: int = 150, hidden: int = 64, layers: int = 2, seed: int = 0
+    folder: Path,
+    *,
+    sft_steps: int = 150,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 0,
+    shape: str = "qwen2",
 ) -> Path:
-    """A Qwen2 that has learnt the format of a chain and little else: its scores are nearly random."""
+    """A model that has learnt the format of a chain and little else: its scores are nearly random.
+
+    `shape`: qwen2 ties its embeddings, llama and qwen3 do not.
+    """
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)  # matrices this small lose more to waiting threads than they gain
     _write_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        shape,
+        head_dim=32,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -124,12 +135,12 @@ def write_checkpoint(
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 32,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape == "qwen2",
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _teach(model, tokenizer, sft_steps, seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""From-scratch model of the CPU default: a tiny Qwen2 with a byte-level BPE tokenizer of the run's own texts.
+"""From-scratch model of the CPU default: a tiny Qwen2 (or Llama, or Qwen3) with a byte-level BPE tokenizer of the run's own texts.
 
 `AutoTokenizer` always loads `Qwen2Tokenizer` for model type `qwen2`, and that class brings its own
 pre-tokeniser.  So the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the
@@ -33,12 +33,13 @@ def make_nano(
     token.
     """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = train_tokenizer(texts, fixed, config)
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            config.family,
             vocab_size=len(tokenizer),
             hidden_size=config.hidden,
             intermediate_size=config.intermediate,
@@ -46,7 +47,8 @@ def make_nano(
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=config.positions,
-            tie_word_embeddings=True,
+            **({} if config.family == "qwen2" else {"head_dim": config.hidden // config.heads}),
+            tie_word_embeddings=config.family == "qwen2",
             initializer_range=0.04,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,

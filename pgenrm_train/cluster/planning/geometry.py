@@ -111,8 +111,8 @@ def geometry_of(config: Config) -> Geometry:
             # exact once the tokenizer is trained
             read_geometry(base).vocabulary if base.is_file() else nano.vocabulary,
             nano.positions,
-            tied=True,
-            qkv_bias=True,
+            tied=nano.family == "qwen2",
+            qkv_bias=nano.family == "qwen2",
         )
     return named_geometry(model.name, "model.name", "model.path")
 

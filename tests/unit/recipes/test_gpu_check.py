@@ -18,7 +18,7 @@ from pgenrm_train.errors import BackendError, PreflightError
 from recipes import gpu_check
 from recipes.gpu_check import attention
 from recipes.wiring import gpu_check as measuring
-from recipes.wiring.gpu_check import STEPS, Measurement, measure, report_of, watching
+from recipes.wiring.gpu_check import Measurement, measure, passes, report_of, watching
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,13 @@ def test_three_steps_of_everything_are_configured(shipped) -> None:  # type: ign
     )
 
 
+def test_the_second_pass_trains_adapters_of_another_family_in_a_folder_of_its_own(shipped) -> None:  # type: ignore[no-untyped-def]
+    config, recipe = passes(shipped)["cre (Qwen3, LoRA)"]
+    assert recipe == "cre" and config.run_dir == f"{shipped.run_dir}/qwen3_lora"
+    assert config.model.nano.family == "qwen3" and config.model.lora.rank > 0 == shipped.model.lora.rank
+    assert load("recipe=gpu_check", "model=nano_1b").model.nano.family == "llama"
+
+
 def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
     folder = Path(shipped.run_dir)
     complete(folder, "psi")
@@ -56,16 +63,18 @@ def test_the_verdict(shipped) -> None:  # type: ignore[no-untyped-def]
         json.dumps({"step": 3, "cre/response_length": 50.0, "cre/time/step": 4.0, "cre/time/gen": 2.0}) + "\n"
     )
     complete(folder, "evaluate", results_json='{"n_pairs": 20}')
-    report = report_of(shipped, {recipe: Measurement(60.0, 2.5, [1.0, 3.0, 5.0]) for recipe in STEPS})
+    report = report_of(
+        shipped, {recipe: Measurement(60.0, 2.5, [1.0, 3.0, 5.0]) for recipe in passes(shipped)}
+    )
     written = json.loads(json.dumps(report.as_json()))
     by_name = {row["recipe"]: row for row in written["recipes"]}
-    assert written["passed"] and written["minutes"] == 5.0
+    assert written["passed"] and written["minutes"] == 7.0
     assert by_name["build_data"] == {"recipe": "build_data", "seconds": 60.0, "error": None}
     assert by_name["psi"]["seconds_per_step"] == 2.0 and by_name["psi"]["planned_gib"] > 0
     assert by_name["cre"]["generated_per_second"] == 16 * 8 * 50 / 2
     assert by_name["evaluate"]["chains_per_second"] == round(80 / 60, 3), "both models, both orders"
-    assert report.text().splitlines()[-1] == "verdict: PASSED in 5.0 minutes"
-    slow = report_of(shipped, {recipe: Measurement(600.0) for recipe in STEPS})
+    assert report.text().splitlines()[-1] == "verdict: PASSED in 7.0 minutes"
+    slow = report_of(shipped, {recipe: Measurement(600.0) for recipe in passes(shipped)})
     assert not slow.passed and "SLOW" in slow.text()
     failed = report_of(
         shipped,
@@ -121,7 +130,7 @@ def test_memory_of_children_and_times_of_steps_are_seen(shipped) -> None:  # typ
         child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
         assert child.stdout is not None
         child.stdout.readline()
-        metrics.write_text("{}\n{}\n")
+        metrics.write_text('{}\n{"eval/accuracy": 1.0}\n{}\n')
         end = time.monotonic() + 20
         while (len(measurement.steps) < 2 or measurement.peak_gib < 0.19) and time.monotonic() < end:
             time.sleep(0.02)
