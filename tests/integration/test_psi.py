@@ -140,6 +140,8 @@ def test_gpu_settings_take_a_real_step(
     logged = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     losses = {line["step"]: line["psi/loss"] for line in logged if "psi/loss" in line}
     assert list(losses) == [1, 2] and all(loss > 0 for loss in losses.values())
+    speeds = [line for line in logged if "psi/loss" in line]
+    assert all(line["psi/perf/throughput"] > 0 <= line["psi/perf/cpu_utilization"] <= 1 for line in speeds)
     measured = [line for line in logged if "eval/accuracy" in line]
     assert [line["step"] for line in measured] == [0, 1, 2]
     assert all(bool(line["eval/partitioned"]) == (config.cluster.zero_stage == 3) for line in measured)

@@ -1,6 +1,7 @@
 """transformers' Trainer with our order of sequences, our loss weights, and validation by generation."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from pgenrm_train.backends.protocols import Validated
 from pgenrm_train.backends.sft.batches import StepOrder
 from pgenrm_train.backends.sft.generate import complete_weights, fits
 from pgenrm_train.backends.sft.job import Mark, stopped_early
+from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.config import PsiConfig, StageName
 from pgenrm_train.errors import BackendError
 from pgenrm_train.files import write_table
@@ -41,6 +43,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(**rest)
         self.psi, self.order, self.validate, self.metrics = psi, order, validate, metrics
+        self.utilization, self.tokens, self.logged = Utilization(), 0, time.monotonic()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepOrder:
         return self.order
@@ -50,8 +53,19 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         total = sum(batch["weights"].sum() for batch in batch_samples).to(device)
         return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
-    def training_step(self, *args: Any, **rest: Any) -> Any:
-        loss = super().training_step(*args, **rest)
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Add tokens per second and process, memory, and use of the machine since the last log."""
+        if "loss" in logs:
+            now = time.monotonic()
+            logs |= {"perf/throughput": self.tokens / (now - self.logged), **self.utilization.read()}
+            if self.args.device.type == "cuda":
+                logs["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            self.tokens, self.logged = 0, now
+        super().log(logs, *args)
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any], *args: Any) -> Any:
+        self.tokens += inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, *args)
         if not torch.isfinite(loss):
             raise _diverged(self.psi, f"the loss of step {self.state.global_step + 1} is {float(loss)}")
         return loss
