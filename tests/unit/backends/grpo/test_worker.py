@@ -1,8 +1,11 @@
-"""Patience of a GRPO session: the timeout of verl's process group, and the watchdog's at the start."""
+"""Patience of a GRPO session (process group, watchdog), and the loss that compares actor and sampler."""
 
+import math
 import os
 import subprocess
 import sys
+
+import pytest
 
 from pgenrm_train.backends.grpo.config import grpo_keys, verl_variables
 from pgenrm_train.backends.grpo.session import STARTUP_SECONDS
@@ -48,3 +51,38 @@ def test_ranks_wait_for_each_other_as_long_as_the_watchdog(tmp_path):
 
 def test_a_start_up_has_more_patience_than_a_step():
     assert load("recipe=cre").cre.stall_seconds < STARTUP_SECONDS
+
+
+def test_the_loss_of_bypass_mode_compares_the_actor_with_the_sampler() -> None:
+    """Sampler's probabilities e^-1, the actor's e^-1.1, on 2 + 3 response tokens."""
+    import torch
+    from tensordict import NonTensorData, TensorDict
+    from verl.workers.config import FSDPActorConfig
+
+    from pgenrm_train.backends.grpo.worker import loss_and_difference
+
+    def nested(*lengths: int, value: float = 1.0, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        rows = [torch.full((length,), value, dtype=kind) for length in lengths]
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    data = TensorDict(
+        {
+            "prompts": nested(4, 2, kind=torch.int64),
+            "responses": nested(2, 3, kind=torch.int64),
+            "response_mask": nested(2, 3, kind=torch.int64),
+            "old_log_probs": nested(2, 3, value=-1.0),
+            "advantages": nested(2, 3, value=0.5),
+            "dp_size": NonTensorData(1),
+            "batch_num_tokens": NonTensorData(5),
+            "global_batch_size": NonTensorData(2),
+        },
+        batch_size=[2],
+    )
+    settings = FSDPActorConfig(
+        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, use_dynamic_bsz=False
+    )
+    _, metrics = loss_and_difference(settings, {"log_probs": nested(6, 5, value=-1.1)}, data)
+    mean = metrics["training/rollout_probs_diff_mean"].aggregate()
+    assert mean == pytest.approx(math.exp(-1) - math.exp(-1.1), rel=1e-4)
+    assert metrics["rollout_corr/kl"].aggregate() == pytest.approx(0.1, rel=1e-4)
+    assert metrics["training/rollout_probs_diff_max"].aggregate() == pytest.approx(mean, rel=1e-4)
