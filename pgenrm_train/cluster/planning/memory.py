@@ -9,10 +9,11 @@ Stage 1 divides the optimizer by N, stage 2 also the gradients, stage 3 also the
 optimizers are in host memory, with 4 bytes per gradient.  Communication buckets are DeepSpeed's defaults: 5e8
 elements to reduce, 5e8 to gather, and under stage 3 up to 1e9 live parameters.
 
-Model states of GRPO on veRL (FSDP2, PyTorch's fully_shard): fp32 weights, gradients and moments, 16·Ψ/N; with
-LoRA a frozen bf16 base, 2·Ψ/N.  Layers are gathered in bf16.  The reference model's shards stay in host
-memory (veRL offloads models that are never trained).  Offloaded weights and moments leave the GPU while vLLM
-generates and return for the update.
+Model states of GRPO on veRL (FSDP2, PyTorch's fully_shard): fp32 weights, gradients and moments,
+4·Ψ/N + 12·Ψ_t/N (veRL casts adapters to the type of their base, so a frozen base is fp32 too).  Layers are
+gathered in bf16.  The reference model's shards stay in host memory (veRL offloads models that are never
+trained), as do vLLM's weights while it sleeps, with LoRA.  Offloaded weights and moments leave the GPU while
+vLLM generates and return for the update.
 
 Activations per token and layer follow Korthikanti et al. 2022 (§4.1), recounted for RMSNorm, SwiGLU,
 grouped queries and attention without a stored T×T matrix:  2h(4 + 2b) of the two norms (an fp32 copy, the
@@ -237,7 +238,7 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
         trained_parameters(config, geometry),
         geometry.parameters,
     )
-    weights = (2 * parameters if lora and not cpu else 4 * parameters) / n
+    weights = 4 * parameters / n
     states = {"actor weights": weights, "gradients": 4 * trained / n, "optimizer": 8 * trained / n}
     length = longest(config)
     tokens = tokens_per_pass(config, stage) or grpo.micro_batch_size * length
