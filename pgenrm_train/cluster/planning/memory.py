@@ -12,8 +12,7 @@ elements to reduce, 5e8 to gather, and under stage 3 up to 1e9 live parameters.
 Model states of GRPO on veRL (FSDP2, PyTorch's fully_shard): fp32 weights, gradients and moments,
 4·Ψ/N + 12·Ψ_t/N (veRL casts adapters to the type of their base, so a frozen base is fp32 too).  Layers are
 gathered in bf16.  The reference model's shards stay in host memory (veRL offloads models that are never
-trained), as do vLLM's weights while it sleeps, with LoRA.  Offloaded weights and moments leave the GPU while
-vLLM generates and return for the update.
+trained).  Offloaded weights and moments leave the GPU while vLLM generates and return for the update.
 
 Activations per token and layer follow Korthikanti et al. 2022 (§4.1), recounted for RMSNorm, SwiGLU,
 grouped queries and attention without a stored T×T matrix:  2h(4 + 2b) of the two norms (an fp32 copy, the

@@ -1,8 +1,8 @@
 """What a stage needs of its machines: host memory, disk, and GPUs that would have nothing to do.
 
 Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption),
-the planned host parts of the fullest phase, and the larger of loading (veRL: fp32, on rank 0) and publishing
-(all weights gathered on rank 0).  With LoRA vLLM sleeps with its weights in host memory.
+the planned host parts of the fullest phase, and loading on rank 0 (veRL: in fp32) or publishing (PSI: all
+weights gathered on rank 0; veRL: one file at a time).  With LoRA vLLM sleeps with its weights in host memory.
 
 Disk of a training stage: the kept optimiser states and one more while it saves, and the published checkpoint.
 """
@@ -41,9 +41,7 @@ def host_parts(config: Config, stage: StageName) -> dict[str, float]:
     parts |= fullest
     weights, lora = geometry.parameters / GIB, bool(config.model.lora.rank)
     if stage in TRAINED:
-        loaded = weights * (2 if lora else 4) if stage in GRPO_STAGES else 0.0
-        published = weights * element_bytes(config) * (2 if lora and stage in GRPO_STAGES else 1)
-        parts["loading or publishing"] = max(loaded, published)
+        parts["loading or publishing"] = weights * (4 if stage in GRPO_STAGES else element_bytes(config))
     if lora and stage in GRPO_STAGES:
         replicas = max(1, cluster.processes_per_node // cluster.tensor_parallel)
         parts["sleeping vLLM"] = replicas * weights * element_bytes(config)

@@ -18,8 +18,8 @@ def composed(model: str, cluster: str, *more: str) -> Config:
     return load("recipe=plan", f"model={model}", f"cluster={cluster}", "data=chatbot_arena", *more)
 
 
-def test_lora_needs_host_memory_for_export_and_for_the_sleeping_engine():
-    """70B: the gathered state and its merged copy, and vLLM's weights while it sleeps, 131 GiB each."""
+def test_lora_needs_host_memory_for_loading_and_for_the_sleeping_engine():
+    """70B: rank 0 loads it in fp32, and vLLM keeps its weights in bf16 while it sleeps."""
     parts = host_parts(composed("llama31_70b_lora", "multi_node"), CRE)
     assert parts["loading or publishing"] == pytest.approx(263, abs=1)
     assert parts["sleeping vLLM"] == pytest.approx(131, abs=1)
