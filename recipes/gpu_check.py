@@ -1,9 +1,9 @@
 """gpu_check: the first day on a GPU node, in 30 minutes.
 
 Preflight, three steps of PSI and of CRE, an evaluation; PSI and CRE again with adapters of a Qwen3; one
-verdict.  The stages are the recipes themselves, each in a process of its own as in the pipeline.  The model has random weights (nano's code path,
-`model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory are tested, not learning.
-Peak memory is compared with the plan.  The same recipe runs on a CPU.
+verdict.  The stages are the recipes themselves, each in a process of its own as in the pipeline.  The model
+has random weights (nano's code path, `model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory
+are tested, not learning.  Peak memory is compared with the plan.  The same recipe runs on a CPU.
 """
 
 import importlib.util

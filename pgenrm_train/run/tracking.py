@@ -1,9 +1,9 @@
 """Metrics of a stage: `metrics.jsonl` always, Weights & Biases by choice.  The one call site of wandb.
 
 A stage is one W&B run; the stages of a pipeline share a group and one step axis: steps of W&B count the
-optimiser steps of all stages.  `eval/accuracy` is the key of accuracy in every stage and in the summary.  Products of a stage become artifacts; checkpoints only by reference, so that
-no weights are copied.  Without the network a run starts offline.  `wandb sync` later sends everything that
-W&B lacks.
+optimiser steps of all stages.  `eval/accuracy` is the key of accuracy in every stage and in the summary.
+Products of a stage become artifacts; checkpoints only by reference, so that no weights are copied.  Without
+the network a run starts offline.  `wandb sync` later sends everything that W&B lacks.
 
 Nothing that is sent may hold a secret: addresses and names of credential variables are removed from the
 settings.

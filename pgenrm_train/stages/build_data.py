@@ -117,8 +117,8 @@ def _decide(index: VoteIndex, config: Config) -> Counter[str]:
             )
         if not (users := index.hold_out_val(config.data.val_share)):
             raise DataError(
-                f"data.val_share={config.data.val_share:g} needs two training users, one of them with votes in "
-                "two conversations"
+                f"data.val_share={config.data.val_share:g} needs two training users, one of them with votes "
+                "in two conversations"
             )
         print(
             f"data.val_share={config.data.val_share:g}: {users} users are held out for validation", flush=True

@@ -75,7 +75,7 @@ def validation(config: Config) -> Validator:
 
 
 def validation_pairs(config: Config) -> list[PreferencePair]:
-    """Pairs of the validation split.  Raises DataError if there are none and `psi.evaluate_every` needs them."""
+    """Pairs of the validation split.  Raises DataError if `psi.evaluate_every` finds none."""
     pairs = pairs_of_split(load_pairs(Path(config.run_dir)), "val", config.psi.evaluate_pairs)
     if not pairs and config.psi.evaluate_every:
         raise DataError(f"psi.evaluate_every={config.psi.evaluate_every} needs a validation split: {NO_VAL}")

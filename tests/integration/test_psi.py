@@ -89,7 +89,7 @@ def answers(config: Config) -> Any:
 
 
 def wide(folder: Path, shape: str) -> Path:
-    """A base model with untied embeddings whose layers ZeRO-3 partitions: it keeps up to 100,000 weights whole."""
+    """A base model with untied embeddings, and layers above the 100,000 weights that ZeRO-3 keeps whole."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 

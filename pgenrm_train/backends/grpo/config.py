@@ -253,7 +253,7 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
         f"{ACTOR}.fsdp_config.dtype": model.dtype,
         f"{ACTOR}.fsdp_config.param_offload": offload,
         f"{ACTOR}.fsdp_config.optimizer_offload": offload,
-        # fp32 master weights.  veRL casts adapters to the type of their base: in bf16 most updates round away.
+        # fp32 master weights.  veRL casts adapters to the type of their base: in bf16 most updates are lost.
         f"{ACTOR}.fsdp_config.model_dtype": "fp32",
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
         # Never trained: the checkpoint's own precision.

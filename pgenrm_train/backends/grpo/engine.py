@@ -171,7 +171,8 @@ def check_export(checkpoint: Path) -> None:
     for file in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as tensors:
-                written |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+                names = list(tensors.keys())
+                written |= {name: tensors.get_slice(name).get_shape() for name in names}
         except SafetensorError as error:
             raise ArtifactError(f"the exported file {file} is damaged: {error}") from None
     if wrong := sorted(

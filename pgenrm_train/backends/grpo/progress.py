@@ -111,7 +111,7 @@ def difference_warning(metrics: Metrics) -> str | None:
     if difference is None or difference <= MAX_DIFFERENCE:
         return None
     return (
-        f"warning: the probabilities of sampled tokens differ by {difference:.3f} on average between vLLM and "
+        f"warning: probabilities of sampled tokens differ by {difference:.3f} on average between vLLM and "
         f"the actor, more than {MAX_DIFFERENCE:g}; the update is then off-policy: check the "
         "versions of the libraries, model.dtype and model.attention"
     )
@@ -200,7 +200,7 @@ def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metri
 
 
 def _interval(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> tuple[float, float]:
-    """95 % interval of the accuracy over rows, from users drawn with replacement; [0, 1] for a single user."""
+    """95 % interval of the accuracy, from users drawn with replacement; [0, 1] for a single user."""
     won: dict[str, list[float]] = {}
     for group, extra in rows:
         won.setdefault(extra["user_id"], []).append(float(np.mean([chain.passed for chain in group])))

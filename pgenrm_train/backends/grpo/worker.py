@@ -109,7 +109,7 @@ class ChainWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def begin_export(self, folder: str, dtype: str) -> int:
-        """Begin the export of the actor to `folder`; returns the number of files that `export_file` writes."""
+        """Begin the export of the actor to `folder`; returns the number of files for `export_file`."""
         kind, model_config = getattr(torch, dtype), self.actor.model_config
         module, device = self.actor.engine.module, get_device_name()
         self.exporting = Export(module, model_config, Path(folder), kind, device)

@@ -137,7 +137,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def fits(engine: Any) -> bool:
-    """Whether all processes can hold the complete weights, and a cache of keys and values of half their size."""
+    """Whether all processes can hold the complete weights, and half as much for keys and values."""
     import psutil
     import torch
     from torch import distributed

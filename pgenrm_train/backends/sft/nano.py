@@ -1,4 +1,6 @@
-"""From-scratch model of the CPU default: a tiny Qwen2 (or Llama, or Qwen3) with a byte-level BPE tokenizer of the run's own texts.
+"""From-scratch model of the CPU default: a tiny Qwen2 with a byte-level BPE tokenizer of the run's own texts.
+
+`model.nano.family` chooses a Llama or a Qwen3 instead.
 
 `AutoTokenizer` always loads `Qwen2Tokenizer` for model type `qwen2`, and that class brings its own
 pre-tokeniser.  So the tokenizer is trained *through that class*, and SFT, veRL, vLLM and evaluation see the

@@ -104,8 +104,8 @@ class SftTrainer(Trainer):  # type: ignore[misc]
             return True
         if self.is_world_process_zero() and not self.state.global_step:
             print(
-                "psi: accuracy is not measured while training, because the complete weights do not fit on one "
-                "GPU next to the optimiser; psi.evaluate_every=N gathers them for every token",
+                "psi: accuracy is not measured while training, because the complete weights do not fit on "
+                "one GPU next to the optimiser; psi.evaluate_every=N gathers them for every token",
                 flush=True,
             )
         return False

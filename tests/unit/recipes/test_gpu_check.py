@@ -48,7 +48,7 @@ def test_three_steps_of_everything_are_configured(shipped) -> None:  # type: ign
     )
 
 
-def test_the_second_pass_trains_adapters_of_another_family_in_a_folder_of_its_own(shipped) -> None:  # type: ignore[no-untyped-def]
+def test_the_second_pass_trains_adapters_of_another_family(shipped) -> None:  # type: ignore[no-untyped-def]
     config, recipe = passes(shipped)["cre (Qwen3, LoRA)"]
     assert recipe == "cre" and config.run_dir == f"{shipped.run_dir}/qwen3_lora"
     assert config.model.nano.family == "qwen3" and config.model.lora.rank > 0 == shipped.model.lora.rank

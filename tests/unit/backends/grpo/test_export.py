@@ -26,7 +26,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def exported(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(folder, the sharded model with adapters, bytes of each file) of an untied Llama in files of at most 60 kB."""
+    """(folder, sharded model with adapters, bytes of each file) of an untied Llama in files of 60 kB."""
     from peft import LoraConfig, get_peft_model
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
