@@ -78,6 +78,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         """
         assert self.validate is not None
         step, was_training = self.state.global_step, self.model.training
+        self.control.should_evaluate = False  # a step that ends an epoch would be measured twice
         if not self._measurable():
             return {}
         self.model.eval()
