@@ -12,7 +12,7 @@ from serving_world import QUESTION, VOTE, StubEngine, by_length, configured, run
 from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.backends.protocols import GenerationRequest
-from pgenrm_train.config import EndpointConfig
+from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message
@@ -178,7 +178,10 @@ VIEW = MaskedView(
 def test_openai_chat_serves_an_evaluation(client, engine):
     """The real client of model=endpoint, as an evaluation uses it."""
     settings = EndpointConfig(
-        "endpoint", f"{client.base_url}/v1", "nano", max_tokens=configured(client).model.max_response_tokens
+        kind="endpoint",
+        base_url=f"{client.base_url}/v1",
+        name="nano",
+        max_tokens=Config(recipe="serve").model.max_response_tokens,
     )
     generator = EndpointGenerator(Endpoint(settings))
     asked = GenerationRequest("k", tuple(chat_messages(VIEW)), samples=3, seed=5)
