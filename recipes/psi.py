@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.checks import fail_early, stages_of
-from pgenrm_train.config import Config, StageName
+from pgenrm_train.config import Config, StageName, psi_cluster
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import METRICS, Tracker
 from pgenrm_train.stages.build_sec import SEC
@@ -24,7 +24,7 @@ def run(config: Config) -> None:
         from pgenrm_train.backends.sft import engine as deepspeed_sft
         from pgenrm_train.backends.sft.settings import set_variables
 
-        set_variables(config.cluster)
+        set_variables(psi_cluster(config))
         validates = config.psi.evaluate_every != 0 and bool(validation_pairs(config))
         if config.psi.evaluate_every is None and not validates:
             print(f"psi: accuracy is not measured while training: {NO_VAL}", flush=True)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgenrm_train.config import Config, GrpoConfig, StageName, cuts_by_tokens
+from pgenrm_train.config import Config, GrpoConfig, StageName, cuts_by_tokens, psi_cluster
 from pgenrm_train.config.setting import known
 
 # Logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256.
@@ -92,7 +92,7 @@ def settle_sizes(config: Config, stage: StageName, examples: int) -> Config:
 def psi_unit(config: Config) -> int:
     """Smallest batch that processes, micro-batches and shared sequences divide."""
     packed = config.psi.packs(config.cluster.device)
-    rows = (1 if packed else config.psi.micro_batch_size) * config.cluster.ranks
+    rows = (1 if packed else config.psi.micro_batch_size) * psi_cluster(config).ranks
     return rows // math.gcd(rows, config.psi.sequence_parallel)
 
 

@@ -11,7 +11,7 @@ from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
-from pgenrm_train.config.schema import Config, tokens_per_pass
+from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.errors import ConfigError
@@ -52,7 +52,7 @@ def _problems(config: Config) -> Iterator[str]:
 
 def psi_problems(config: Config) -> list[str]:
     """Divisibility of an optimiser step of PSI; each problem is one sentence that names its keys."""
-    psi, ranks = config.psi, config.cluster.ranks
+    psi, ranks = config.psi, psi_cluster(config).ranks
     shared, packed = psi.sequence_parallel, psi.packs(config.cluster.device)
     size = 1 if packed else psi.micro_batch_size
     divisor, unit = ("", "") if packed else ("psi.micro_batch_size × ", f"{size} × ")

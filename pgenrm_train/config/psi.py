@@ -36,13 +36,22 @@ class PsiConfig:
     masking: str = setting("full", "masking policy of the stage", choices=MASKINGS)
     epochs: float | None = setting(None, "passes over the chains; null: from their number", gt=0)
     max_steps: int | None = setting(None, "most optimiser steps; null: as epochs gives", gt=0)
-    learning_rate: float = setting(5e-6, "peak learning rate", gt=0)
+    optimizer: str = setting(
+        "adamw",
+        "muon: DeepSpeed's Muon for matrices of hidden layers, AdamW for the rest",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = setting(5e-6, "peak learning rate of AdamW", gt=0)
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon's matrices", gt=0)
     batch_size: int | None = setting(
         None, "sequences per optimiser step, over all processes; null: from the number of chains", gt=0
     )
     micro_batch_size: int = setting(1, "sequences per process and forward pass, unless they are packed", gt=0)
     micro_batch_tokens: int = setting(
         16384, "packed sequences: tokens per process and forward pass, or one longer sequence", gt=0
+    )
+    cpu_processes: int = setting(
+        1, "least processes that train PSI on a CPU; more if cluster.processes_per_node is", gt=0
     )
     warmup_ratio: float = setting(0.05, "share of the steps that warm up")
     weight_decay: float = setting(0.0, "AdamW's weight decay")

@@ -4,7 +4,7 @@ YAML files under `configs/` hold sparse overrides of these dataclasses.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -127,6 +127,12 @@ def machines(config: Config, *stages: str) -> Machines:
         f"cluster={cluster.name} takes {cluster.processes_per_node} GPUs of its node and judge=vllm "
         f"{config.judge.gpus} more, and a node has {NODE_GPUS}; the nearest better setting is {better}"
     )
+
+
+def psi_cluster(config: Config) -> ClusterConfig:
+    """The cluster as PSI uses it: on a CPU it has at least `psi.cpu_processes` processes."""
+    least = config.psi.cpu_processes if config.cluster.device == "cpu" else 1
+    return replace(config.cluster, processes_per_node=max(least, config.cluster.processes_per_node))
 
 
 def masking_of(config: Config, stage: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pgenrm_train.cluster.planning.work import with_planned_sizes
-from pgenrm_train.config import GRPO_STAGES, Config, StageName
+from pgenrm_train.config import GRPO_STAGES, Config, StageName, psi_cluster
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 
@@ -62,7 +62,7 @@ def _deepspeed(config: Config) -> Iterator[Part]:
     from pgenrm_train.backends.sft.settings import deepspeed_settings, trainer_settings
 
     def keys(config: Config) -> Values:
-        config = with_planned_sizes(config)
+        config = with_planned_sizes(dataclasses.replace(config, cluster=psi_cluster(config)))
         folder = Path(config.run_dir) / StageName.PSI
         accumulated = batching_of(config.psi, config.cluster).accumulation
         trainer = trainer_settings(config, folder / "steps", accumulated)
@@ -73,7 +73,7 @@ def _deepspeed(config: Config) -> Iterator[Part]:
             "gradient_accumulation_steps": accumulated,
             "gradient_clipping": trainer["max_grad_norm"],
         }
-        deepspeed = deepspeed_settings(config.cluster, config.model) | known
+        deepspeed = deepspeed_settings(config.cluster, config.model, config.psi) | known
         return _flat({"deepspeed": deepspeed, "trainer": trainer | {"deepspeed": "the section above"}})
 
     if _selected(config, (StageName.PSI,)):

@@ -113,6 +113,22 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert deepspeed_sft.train(config_of(), rows, start=NANO, work_dir=tmp_path).steps == 8
 
 
+def test_muon_learns_in_two_processes_what_it_learns_in_one_and_resumes(rows: Path, tmp_path: Path) -> None:
+    settings = {"optimizer": "muon", "learning_rate": 1e-3, "max_steps": 6}
+    alone, shared, resumed = (tmp_path / name for name in ("alone", "shared", "resumed"))
+    for folder, processes in ((alone, 1), (shared, 2)):
+        folder.mkdir()
+        config = config_of(**settings, cpu_processes=processes)
+        deepspeed_sft.train(config, rows, start=NANO, work_dir=folder)
+    assert [loss for _, loss in losses(shared)] == pytest.approx([x for _, x in losses(alone)], rel=1e-3)
+    shutil.copytree(alone / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-4")
+    deepspeed_sft.train(config_of(**settings), rows, start=NANO, work_dir=resumed)
+    assert weights_digest(resumed / "checkpoint") == weights_digest(alone / "checkpoint")
+    adam = tmp_path / "adam"
+    deepspeed_sft.train(config_of(learning_rate=1e-3, max_steps=6), rows, start=NANO, work_dir=adam)
+    assert losses(adam)[:1] == losses(alone)[:1] and losses(adam)[2:] != losses(alone)[2:]
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -10,6 +10,7 @@ resume recognises and skips a half-written one.
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pgenrm_train.backends.sft.job import STEPS, Job, Mark, check_resumable, is_
 from pgenrm_train.backends.sft.rank import train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.cluster.sizes import settle_sizes
-from pgenrm_train.config import Config, StageName
+from pgenrm_train.config import Config, StageName, psi_cluster
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
 from pgenrm_train.files import read_json, staged_folder, write_json
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints, newest_complete, step_of
@@ -45,6 +46,7 @@ def train(
     Raises ConfigError, DataError or ArtifactError before any weight is loaded if the inputs cannot be trained
     on, and NothingTrainedError if fewer optimiser steps were made than planned.
     """
+    config = replace(config, cluster=psi_cluster(config))
     set_variables(config.cluster)
     check_libraries(config.psi)
     inspected = inspect_start(config, start)

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,17 @@ def train_rank(job: Job) -> None:
             print(f"resuming from {resume}", flush=True)
     trainer.args.eval_on_start = trainer.validate is not None and resume is None
     try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with _without_compiling(job.config.cluster):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
         unset_hf_deepspeed_config()  # or ZeRO-3 would shard the next model of this process
+
+
+def _without_compiling(cluster: ClusterConfig) -> AbstractContextManager[object]:
+    """DeepSpeed would compile Muon's iteration, which takes a CPU longer than it saves."""
+    import torch
+
+    return torch.compiler.set_stance("force_eager") if cluster.device == "cpu" else nullcontext()
 
 
 def join_processes(cluster: ClusterConfig) -> None:

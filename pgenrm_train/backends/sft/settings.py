@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import ClusterConfig, Config, ModelConfig
+from pgenrm_train.config import ClusterConfig, Config, ModelConfig, PsiConfig
 from pgenrm_train.config.setting import known
 
 
@@ -24,7 +24,7 @@ def set_variables(cluster: ClusterConfig) -> None:
     os.environ.update(deepspeed_variables(cluster) | os.environ)
 
 
-def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, object]:
+def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig, psi: PsiConfig) -> dict[str, object]:
     """DeepSpeed's JSON; `auto` values come from TrainingArguments."""
     zero: dict[str, object] = {"stage": cluster.zero_stage}
     if cluster.zero_stage == 3:
@@ -37,8 +37,19 @@ def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig) -> dict[str, 
     if cluster.zero_stage:
         # DeepSpeed adds micro-batches up in the type of the weights, and 64 sums in bf16 lose small ones
         precision["data_types"] = {"grad_accum_dtype": "fp32"}
+    muon: dict[str, object] = {
+        "lr": "auto",
+        "muon_lr": psi.muon_learning_rate,
+        "betas": "auto",
+        "eps": "auto",
+        "weight_decay": "auto",
+        "torch_adam": True,  # DeepSpeed's own would be compiled at the first start
+    }
+    if psi.optimizer == "muon" and cluster.zero_stage == 3:
+        zero["reduce_scatter"] = False  # Muon needs whole gradients
     return {
         **precision,
+        **({"optimizer": {"type": "Muon", "params": muon}} if psi.optimizer == "muon" else {}),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW, even if the optimiser is offloaded
@@ -81,7 +92,7 @@ def trainer_settings(config: Config, steps: Path, accumulation: int | None) -> d
         "bf16": not on_cpu and config.model.dtype == "bfloat16",
         # torch's own, also on a CPU: DeepSpeed would compile its own at the first start
         "optim": "adamw_torch_fused",
-        "deepspeed": deepspeed_settings(config.cluster, config.model),
+        "deepspeed": deepspeed_settings(config.cluster, config.model, psi),
         "save_strategy": "steps",
         "save_steps": psi.save_every,
         "save_total_limit": psi.keep_checkpoints,

@@ -18,7 +18,7 @@ from pgenrm_train.cluster.planning.memory import (
 )
 from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.cluster.sizes import psi_unit
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, tokens_per_pass
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, psi_cluster, tokens_per_pass
 from pgenrm_train.config.checks import grpo_problems, psi_problems
 from pgenrm_train.config.setting import known
 
@@ -43,7 +43,7 @@ def batches_of(config: Config, stage: StageName) -> Batches | None:
 
 def psi_batches(config: Config) -> Batches:
     """batch = micro-batch × processes × accumulation, for processes that each have their own sequence."""
-    ranks, psi = config.cluster.ranks, config.psi
+    ranks, psi = psi_cluster(config).ranks, config.psi
     facts = {"sequences per step": known(psi.batch_size), "processes": ranks}
     if psi.packs(config.cluster.device):
         facts["tokens per process and pass"] = max(psi.micro_batch_tokens, longest(config))

@@ -271,7 +271,7 @@ MISTAKES = {
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size", "the nearest is psi.batch_size=16"),
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
-    "cluster.processes_per_node=3": ("psi.batch_size=8", "8 × 3"),
+    "cluster.processes_per_node=3": ("psi.batch_size=8", "4 × 3"),
     "psi.sequence_parallel=2": ("psi.sequence_parallel=2", "psi.micro_batch_size=1"),
     "plan.mfu=5": ("plan.mfu=5", "at most 1"),
     "model.nano.layers=-3": ("model.nano.layers=-3", "above 0"),

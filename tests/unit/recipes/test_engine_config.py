@@ -75,7 +75,7 @@ def test_the_shipped_pairs_have_the_expected_keys(model: str, cluster: str) -> N
     assert engine["tensor_parallel_size"] == keys[f"{R}.tensor_model_parallel_size"]
     batching = batching_of(with_planned_sizes(settings).psi, settings.cluster)
     assert batching.layout == ("grouped" if cluster == "cpu" else "packed")
-    assert deepspeed_settings(settings.cluster, settings.model)["bf16"] == {
+    assert deepspeed_settings(settings.cluster, settings.model, settings.psi)["bf16"] == {
         "enabled": engine["dtype"] == "bfloat16"
     }
 

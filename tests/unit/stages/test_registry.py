@@ -14,7 +14,7 @@ FINGERPRINTS = {
     StageName.BUILD_DATA: "f28b8193c528f3cc",
     StageName.CRITERIA: "4fa2db635a210c17",
     StageName.BUILD_SEC: "a8f563f3ab8fa9a5",
-    StageName.PSI: "2f9b0bb0e612b604",
+    StageName.PSI: "1ab66212435e8645",
     StageName.CRE: "e1d7f7cf3e144eb8",
     StageName.CURRICULUM: "1eba216f5b0a8403",
     StageName.PROTOTYPES: "9caeb3c56f0031ef",

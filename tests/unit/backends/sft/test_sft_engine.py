@@ -254,15 +254,27 @@ def test_a_job_survives_its_file(tmp_path):
 
 
 def test_zero_follows_the_cluster():
-    three = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=3), ModelConfig())
+    three = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=3), ModelConfig(), PsiConfig())
     assert three["zero_optimization"] == {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     assert three["bf16"] == {"enabled": True}
     offload = deepspeed_settings(
-        ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True), ModelConfig()
+        ClusterConfig(device="cuda", zero_stage=2, offload_optimizer=True), ModelConfig(), PsiConfig()
     )
     assert offload["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    plain = deepspeed_settings(ClusterConfig(), ModelConfig())
+    plain = deepspeed_settings(ClusterConfig(), ModelConfig(), PsiConfig())
     assert plain["bf16"] == {"enabled": False} and "data_types" not in plain
+
+
+def test_muon_is_deepspeeds_and_needs_whole_gradients_under_zero_3():
+    muon = PsiConfig(optimizer="muon", muon_learning_rate=0.03)
+    settings = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=3), ModelConfig(), muon)
+    assert settings["optimizer"] == {
+        "type": "Muon",
+        "params": {"lr": "auto", "muon_lr": 0.03, "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+        | {"torch_adam": True},
+    }
+    assert settings["zero_optimization"]["reduce_scatter"] is False
+    assert "optimizer" not in deepspeed_settings(ClusterConfig(), ModelConfig(), PsiConfig())
 
 
 def test_a_single_process_needs_no_launcher_and_several_are_left_to_it():
