@@ -159,7 +159,7 @@ def test_a_judge_that_fails_three_calls_in_ten_is_null_and_never_zero(trained: P
     last = steps[-1]
     assert last["cre/judge/calls"] >= 20 and last["cre/judge/completion_tokens"] > 0
     kinds = {name.rsplit("/", 1)[1] for name in last if "no_verdict" in name}
-    assert {"http_500", "malformed", "unreadable", "timeout"} <= kinds
+    assert {"http_500", "html", "unreadable", "timeout"} <= kinds
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ MISTAKES = {
     "model.extra_body={temperature: 1}": ("model.extra_body.temperature", "already"),
     "model.attempts=0": ("model.attempts=0", "above 0"),
     "run_dir=~nobody-here/x": ("run_dir=~nobody-here/x", "no home"),
-    "eval.protocol=loose": ("eval.protocol=loose", "strict, release, both_orders, user_disjoint"),
+    "eval.protocol=loose": ("eval.protocol=loose", "strict, both_orders, release, user_disjoint"),
     "eval.split=dev": ("eval.split=dev", "train, val, test"),
     "psi.masking=none": ("psi.masking=none", "full, masked, history_dropout, mixed"),
     "masking.policy=some": ("masking.policy=some", "full, masked, history_dropout, mixed"),

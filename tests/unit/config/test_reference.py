@@ -33,4 +33,4 @@ def test_a_row_has_key_default_constraint_and_meaning():
     page = reference()
     assert "| `cre.group_size` | `8` | int at least 2 | samples per prompt, which GRPO compares |" in page
     assert "| `psi.max_steps` | `null` | int above 0, or null |" in page
-    assert "| `plan.emit` | `null` | slurm, rayjob, or null |" in page
+    assert "| `plan.emit` | `null` | slurm, rayjob, verl, deepspeed, vllm, or null |" in page

@@ -278,7 +278,7 @@ def test_deduplicated_rows_give_the_same_refinement(world, tmp_path):
     table, start, rows = np.load(tmp_path / "table.npy", mmap_mode="r"), 0, {}
     for name in fields:
         shape = getattr(samples, name).shape[:-1]
-        rows[name] = refinement.Rows(table, np.arange(start, start + math.prod(shape)).reshape(shape))
+        rows[name] = refinement.Lookup(table, np.arange(start, start + math.prod(shape)).reshape(shape))
         start += math.prod(shape)
     dense, _ = refinement.refine(prototypes, samples, settings(refine_epochs=1))
     mapped, _ = refinement.refine(prototypes, dataclasses.replace(samples, **rows), settings(refine_epochs=1))

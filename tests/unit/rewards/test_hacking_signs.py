@@ -56,7 +56,7 @@ def sampled(
     pair: str, order: int, won: bool, probe: str | None = None, **more: Any
 ) -> tuple[list[ScoredChain], dict[str, object]]:
     fields = {"outcome": float(won), "total": float(won), "length": 10, "ranking": chain()} | more
-    extra: dict[str, object] = {"pair_id": pair, "order": order}
+    extra: dict[str, object] = {"pair_id": pair, "order": order, "user_id": f"user of {pair}"}
     return [ScoredChain(**fields)], extra | ({"probe": probe} if probe else {})
 
 
