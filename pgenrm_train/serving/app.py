@@ -14,6 +14,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -23,11 +24,11 @@ from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.faces import add_faces
 from pgenrm_train.serving.guard import LOG, Guard, as_json
 from pgenrm_train.serving.service import RETRY_SECONDS, Service
-from pgenrm_train.serving.wire import ScoreAnswer, ScoreRequest, Vote, Votes
+from pgenrm_train.serving.wire import ScoreAnswer, ScoreRequest, Vote, Votes, as_user_id
 
 VOTES = "/v1/users/{user_id:path}/votes"  # ids may hold slashes
 Handler = Callable[[Request, Exception], Awaitable[JSONResponse]]
-UserPath = Annotated[str, Path(min_length=1, max_length=256)]
+UserPath = Annotated[str, Path(min_length=1, max_length=256), AfterValidator(as_user_id)]
 
 
 def make_app(service: Service, key: str | None = None) -> FastAPI:

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pgenrm_train.config import ServeConfig
+from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.serving.errors import Refused, bad_request
 
@@ -16,8 +17,15 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def as_user_id(text: str) -> str:
+    """An id as votes files are read: other spellings of it are the same user."""
+    if not (known := read_id(_without_nul(text))):
+        raise ValueError("expected a user's id, got a blank text")
+    return known
+
+
 Text = Annotated[str, AfterValidator(_without_nul)]
-UserId = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_without_nul)]
+UserId = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(as_user_id)]
 
 
 class Strict(BaseModel):

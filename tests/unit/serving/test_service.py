@@ -164,6 +164,13 @@ def test_a_user_s_votes_are_replaced_appended_listed_and_deleted(client, engine)
     assert refusal(client.post("/v1/score", json=body)) == (404, "unknown_user")
 
 
+def test_other_spellings_of_an_id_are_the_same_user(client):
+    assert client.put("/v1/users/%20ann%20/votes", json={"votes": [VOTE]}).status_code == 200
+    assert len(client.get(ANN).json()["votes"]) == 1
+    assert client.post("/v1/score", json={"user_id": "ann\u200b", **QUESTION}).status_code == 200
+    assert client.get("/v1/users/%20%20/votes").status_code == 422
+
+
 def test_nothing_of_a_deleted_user_is_left_in_any_file(tmp_path):
     secret = "my unmistakable hobby"
     find = lambda analyses, users, n: [  # noqa: E731
