@@ -189,7 +189,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
 
 
 def cpu_keys(config: Config, section: str) -> dict[str, object]:
-    """fp32 without fused kernels; engine and server in one process.
+    """fp32; engine and server in one process.
 
     The log-probabilities of sampling equal the actor's, so they are not computed again.
     """
@@ -243,10 +243,6 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
         f"{ROLLOUT}.log_prob_use_dynamic_bsz": tokens is not None,
         **(dict.fromkeys(TOKEN_LIMITS, tokens) if tokens else {}),
         f"{ACTOR}.entropy_from_logits_with_chunking": True,
-        # Log-probabilities without a row of logits per token.  verl sums the head's gradient over chunks in
-        # bf16, so only where the head is frozen.
-        "actor_rollout_ref.model.use_fused_kernels": bool(model.lora.rank),
-        "actor_rollout_ref.model.fused_kernel_options.impl_backend": "torch",
         "actor_rollout_ref.model.use_remove_padding": model.attention == "flash_attention_2",
         "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
         "actor_rollout_ref.model.enable_gradient_checkpointing": True,

@@ -54,7 +54,6 @@ BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_si
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
-CHUNK = 512  # tokens whose logits veRL's fused kernel holds
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, if it has the GPU to itself
 GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE)
@@ -243,8 +242,7 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     length = longest(config)
     tokens = tokens_per_pass(config, stage) or grpo.micro_batch_size * length
     logit_bytes = 16 if cpu else 4 if config.model.attention == "flash_attention_2" else 8
-    fused = bool(lora) and not cpu  # logits of a chunk at a time
-    batch = MicroBatch(tokens, min(tokens, CHUNK) if fused else tokens, 16 if fused else logit_bytes, length)
+    batch = MicroBatch(tokens, tokens, logit_bytes, length)
     layers = 2 * geometry.layer_parameters + 2 * geometry.embedding_parameters
     gathered = float(element_bytes(config) * layers if n > 1 or not cpu else 0)
     update = {

@@ -37,7 +37,6 @@ ON_CPU = {
     "actor_rollout_ref.model.use_remove_padding": False,
     f"{R}.agent.num_workers": 0,
     f"{A}.use_dynamic_bsz": None,
-    "actor_rollout_ref.model.use_fused_kernels": None,
 }
 ON_GPU = {
     "trainer.device": "cuda",
@@ -47,9 +46,8 @@ ON_GPU = {
     "actor_rollout_ref.model.use_remove_padding": False,
     f"{R}.max_num_seqs": 256,
     f"{A}.use_dynamic_bsz": False,
-    "actor_rollout_ref.model.use_fused_kernels": False,
 }
-LORA = {"actor_rollout_ref.model.use_fused_kernels": True, f"{R}.load_format": "safetensors"}
+LORA = {f"{R}.load_format": "safetensors"}
 CLUSTERS = {
     "cpu": {"trainer.nnodes": 1, "trainer.n_gpus_per_node": 1},
     "gpu1": {"trainer.n_gpus_per_node": 1, f"{A}.fsdp_config.param_offload": True},
