@@ -199,6 +199,8 @@ def test_two_processes_that_share_each_sequence_learn_what_one_does(
             f"cluster.processes_per_node={processes}",
             f"psi.sequence_parallel={processes}",
             "psi.micro_batch_size=1",
+            "psi.cpu_processes=1",
+            "psi.optimizer=adamw",
         )
         config = load("recipe=psi", *shared)
         config.cluster.zero_stage, config.psi.gradient_checkpointing = 3, True
@@ -228,7 +230,8 @@ def test_an_epoch_by_tokens_learns_what_one_by_sequences_does(rows: Path, tmp_pa
     losses, weights = [], []
     for packing in ("true", "false"):
         batches = ("psi.batch_size=6", "psi.micro_batch_size=3", "psi.micro_batch_tokens=700")
-        config = load("recipe=psi", f"psi.packing={packing}", *batches, "psi.epochs=1", "psi.log_every=1")
+        alone = ("psi.cpu_processes=1", "psi.optimizer=adamw", "psi.epochs=1", "psi.log_every=1")
+        config = load("recipe=psi", f"psi.packing={packing}", *batches, *alone)
         folder = tmp_path / packing
         folder.mkdir()
         trained = deepspeed_sft.train(config, rows, start=NANO, work_dir=folder)

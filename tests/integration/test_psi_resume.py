@@ -41,6 +41,8 @@ def config_of(**psi: Any) -> Config:
         "save_every": 2,
         "log_every": 1,
         "keep_checkpoints": 9,
+        "optimizer": "adamw",
+        "cpu_processes": 1,
     }
     for name, value in (small | psi).items():
         setattr(config.psi, name, value)
@@ -120,7 +122,9 @@ def test_muon_learns_in_two_processes_what_it_learns_in_one_and_resumes(rows: Pa
         folder.mkdir()
         config = config_of(**settings, cpu_processes=processes)
         deepspeed_sft.train(config, rows, start=NANO, work_dir=folder)
-    assert [loss for _, loss in losses(shared)] == pytest.approx([x for _, x in losses(alone)], rel=1e-3)
+    # The fourth step, the epoch's last, is short: with two processes one of them repeats a micro-batch.
+    first, second = ([loss for _, loss in losses(folder)][:3] for folder in (shared, alone))
+    assert first == pytest.approx(second, rel=1e-3)
     shutil.copytree(alone / "steps" / "checkpoint-4", resumed / "steps" / "checkpoint-4")
     deepspeed_sft.train(config_of(**settings), rows, start=NANO, work_dir=resumed)
     assert weights_digest(resumed / "checkpoint") == weights_digest(alone / "checkpoint")

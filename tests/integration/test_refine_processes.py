@@ -21,8 +21,8 @@ def world() -> tuple[Prototypes, refinement.RefinementBatch]:
     rng = np.random.default_rng(0)
     table = rng.standard_normal((200, D)).astype(np.float32)
 
-    def votes(*shape: int) -> refinement.Rows:
-        return refinement.Rows(table, rng.integers(0, len(table), (N, *shape)))
+    def votes(*shape: int) -> refinement.Lookup:
+        return refinement.Lookup(table, rng.integers(0, len(table), (N, *shape)))
 
     users = np.array([f"u{i // 3}" for i in range(N)])
     samples = refinement.RefinementBatch(

@@ -232,12 +232,14 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
 
     vLLM shares the GPUs and sleeps during updates.  Rows without padding are cut by tokens.  With one update
     per rollout the actor is still the policy that has sampled, so vLLM's log-probabilities are taken for the
-    old policy's.
+    old policy's, except with LoRA.
     """
     model, cluster, grpo = config.model, config.cluster, getattr(config, section)
     offload, tokens = cluster.offload_optimizer, tokens_per_pass(config, section)
     return {
-        "algorithm.rollout_correction.bypass_mode": grpo.mini_batch_prompts == grpo.prompts_per_step,
+        # Not with adapters: FSDP2 fixes its dtypes at the first pass, and the reference's pass freezes them.
+        "algorithm.rollout_correction.bypass_mode": not model.lora.rank
+        and grpo.mini_batch_prompts == grpo.prompts_per_step,
         f"{ACTOR}.use_dynamic_bsz": tokens is not None,
         "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": tokens is not None,
         f"{ROLLOUT}.log_prob_use_dynamic_bsz": tokens is not None,

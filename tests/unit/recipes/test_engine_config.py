@@ -47,7 +47,7 @@ ON_GPU = {
     f"{R}.max_num_seqs": 256,
     f"{A}.use_dynamic_bsz": False,
 }
-LORA = {f"{R}.load_format": "safetensors"}
+LORA = {f"{R}.load_format": "safetensors", "algorithm.rollout_correction.bypass_mode": False}
 CLUSTERS = {
     "cpu": {"trainer.nnodes": 1, "trainer.n_gpus_per_node": 1},
     "gpu1": {"trainer.n_gpus_per_node": 1, f"{A}.fsdp_config.param_offload": True},
