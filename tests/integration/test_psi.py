@@ -161,7 +161,8 @@ from pgenrm_train.backends.sft.settings import deepspeed_settings, set_variables
 from pgenrm_train.config import ClusterConfig, ModelConfig, PsiConfig
 set_variables(ClusterConfig())
 join_processes(ClusterConfig())
-settings = deepspeed_settings(ClusterConfig(device="cuda", zero_stage=int(sys.argv[1])), ModelConfig(), PsiConfig())
+cluster = ClusterConfig(device="cuda", zero_stage=int(sys.argv[1]))
+settings = deepspeed_settings(cluster, ModelConfig(), PsiConfig())
 settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0}
 settings["train_batch_size"] = 2
 model = torch.nn.Linear(1, 1, bias=False)
