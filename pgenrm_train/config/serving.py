@@ -19,6 +19,11 @@ class ServeConfig:
     votes: str | None = setting(
         None, "votes to import at the start, in the form of data=pairs; a run has build_data/pairs.parquet"
     )
+    replicas: int = setting(1, "on Ray: engines at least, each with cluster.tensor_parallel GPUs", gt=0)
+    max_replicas: int | None = setting(
+        None, "on Ray: engines at most, by the number of open prompts; null: as many as replicas", gt=0
+    )
+    target_in_flight: int = setting(64, "on Ray: open prompts per engine above which another starts", gt=0)
     calibrate: int = setting(
         0,
         "pairs of validation users on which probabilities are fitted before serving; 0: as fitted before",

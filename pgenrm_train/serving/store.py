@@ -12,6 +12,7 @@ and its log is emptied.
 import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -131,6 +132,14 @@ class UserStore:
         if self._sqlite:
             with self._engine.connect() as connection:
                 connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+
+
+def local_place(url: str) -> str:
+    """The URL with an absolute path, if it is that of an SQLite file."""
+    place = make_url(url)
+    if place.get_backend_name() != "sqlite" or not place.database:
+        return url
+    return place.set(database=str(Path(place.database).absolute())).render_as_string(hide_password=False)
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ BODY = {
 @contextmanager
 def served(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     command = [
-        sys.executable, "-m", "pgenrm_train", "recipe=serve", f"model.path={NANO}", "serve.port=0",
+        sys.executable, "-m", "pgenrm_train", "recipe=serve", f"model.path={NANO}",
         f"run_dir={folder}", f"serve.store=sqlite:///{folder}/users.db", *words,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KEY": "secret"}
@@ -62,7 +63,7 @@ def served(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], h
 
 
 def test_a_real_model_scores_and_drains(tmp_path):
-    with served(tmp_path, "serve.local=true", "serve.api_key_env=KEY") as (process, client):
+    with served(tmp_path, "serve.local=true", "serve.port=0", "serve.api_key_env=KEY") as (process, client):
         assert client.get("/ready").status_code == 200
         assert client.put("/v1/users/ann/votes", json={"votes": VOTES}).status_code == 200
         first = client.post("/v1/score", json={"user_id": "ann", **BODY, "return_chains": True}).json()
@@ -101,3 +102,22 @@ def test_mistakes_end_in_a_sentence(tmp_path, words, sentence):
         text=True,
     )  # fmt: skip
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ray_serve_scores_and_drains(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with served(tmp_path, f"serve.port={port}", "serve.api_key_env=KEY") as (process, client):
+        assert client.get("/ready").status_code == 200
+        assert client.put("/v1/users/ann/votes", json={"votes": VOTES}).status_code == 200
+        asked = {"user_id": "ann", **BODY, "ind": 2}
+        first = client.post("/v1/score", json=asked).json()
+        assert first["usage"]["chains"] == 12 and len(first["scores"]) == 3, first
+        again = client.post("/v1/score", json=asked).json()
+        assert again["scores"] == first["scores"] and again["usage"]["cached_chains"] == 12
+        assert client.post("/v1/score", content=b"x" * 3_000_000).status_code == 413
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == 0
+    assert (tmp_path / "users.db").exists()

@@ -29,14 +29,19 @@ from recipes.wiring.similar_users import find_similar
 @contextlib.contextmanager
 def local_service(config: Config) -> Iterator[Service]:
     """A service with its engine in this process."""
-    checkpoint = start_of(config, StageName.EVALUATE.starts_from).checkpoint
-    config = with_totals(config, check_checkpoint(checkpoint))
+    checkpoint = checkpoint_of(config)
+    config = with_totals(config, checkpoint)
     with contextlib.closing(open_store(config)) as store:
         find = similar_users(config)
         with contextlib.closing(ContinuousEngine(VllmGenerator(config, checkpoint))) as engine:
             yield calibrated(
                 make_service(config, checkpoint, engine, store, find), weights_digest(checkpoint)
             )
+
+
+def checkpoint_of(config: Config) -> Path:
+    """The checkpoint of `model.path` or the newest of the run.  Raises ArtifactError if there is none."""
+    return check_checkpoint(start_of(config, StageName.EVALUATE.starts_from).checkpoint)
 
 
 def make_service(
