@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,11 +107,9 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_published(
     stage(tmp_path / "a", complete=False)
     step(tmp_path / "a", 1, best=1)
     step(tmp_path / "a", 2, best=1)
-    monkeypatch.setattr(
-        snapshots.time,
-        "sleep",
-        lambda _: (tmp_path / "a/psi/steps/checkpoint-1/model.safetensors").unlink(missing_ok=True),
-    )
+    weights = tmp_path / "a/psi/steps/checkpoint-1/model.safetensors"
+    # Not `time.sleep` itself: threads of other tests sleep too.
+    monkeypatch.setattr(snapshots, "time", SimpleNamespace(sleep=lambda _: weights.unlink(missing_ok=True)))
     assert not first.round() and held(url) == {"config.yaml"} and first.lost is None
     shutil.rmtree(tmp_path / "a" / "psi" / "steps" / "checkpoint-1")
     assert first.round()
