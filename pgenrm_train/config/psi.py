@@ -42,7 +42,7 @@ class PsiConfig:
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(5e-6, "peak learning rate of AdamW", gt=0)
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon's matrices", gt=0)
+    muon_learning_rate: float = setting(0.007, "peak learning rate of Muon's matrices", gt=0)
     batch_size: int | None = setting(
         None, "sequences per optimiser step, over all processes; null: from the number of chains", gt=0
     )

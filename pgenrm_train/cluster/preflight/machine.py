@@ -196,10 +196,12 @@ def driver_version() -> str | None:
     """Version of NVIDIA's driver; None without NVML."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:
+    except pynvml.NVMLError:
         return None
 
 
