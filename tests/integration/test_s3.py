@@ -108,26 +108,26 @@ def test_a_fresh_machine_redoes_nothing(
 def test_training_that_was_killed_goes_on_elsewhere_from_the_step_that_was_saved(
     server: dict[str, str], fs: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:
-    run, steps = "votes/runs/second", 200
-    keys = (
-        "recipe=psi",
-        f"run_dir=s3://{run}",
-        f"psi.max_steps={steps}",
-        "psi.save_every=10",
-        "psi.log_every=1",
-    )
-    process = start(server, tmp_path / "a", *keys)
-    try:
-        wait_until(lambda: fs.exists(f"{run}/psi/{MARKER}"), process, tmp_path / "a" / "log")
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    shutil.rmtree(tmp_path / "a")
-    marker = json.loads(fs.cat_file(f"{run}/psi/{MARKER}"))
-    state, saved = (
-        marker["state"],
-        [f"{run}/psi/{file['at']}" for file in marker["files"] if file["name"].startswith("steps/")],
-    )
+    for steps in (200, 1000):  # if the kill came too late, a longer run
+        run = f"votes/runs/killed-after-{steps}"
+        keys = (
+            "recipe=psi",
+            f"run_dir=s3://{run}",
+            f"psi.max_steps={steps}",
+            "psi.save_every=10",
+            "psi.log_every=1",
+        )
+        process = start(server, tmp_path / "a", *keys)
+        try:
+            wait_until(lambda at=f"{run}/psi/{MARKER}": fs.exists(at), process, tmp_path / "a" / "log")
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(tmp_path / "a")
+        marker = json.loads(fs.cat_file(f"{run}/psi/{MARKER}"))
+        if (state := marker["state"]).startswith("steps/checkpoint-"):
+            break
+    saved = [f"{run}/psi/{file['at']}" for file in marker["files"] if file["name"].startswith("steps/")]
     assert state.startswith("steps/checkpoint-") and len(saved) > 3
 
     message = said(server, tmp_path / "b", *keys)

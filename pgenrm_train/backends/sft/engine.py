@@ -19,7 +19,7 @@ from pgenrm_train.backends.sft import ray_train
 from pgenrm_train.backends.sft.batches import write_chats
 from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspect_start
 from pgenrm_train.backends.sft.job import STEPS, Job, Mark, check_resumable, is_over, state_of
-from pgenrm_train.backends.sft.rank import train_rank
+from pgenrm_train.backends.sft.rank import leave_processes, train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.cluster.sizes import settle_sizes
 from pgenrm_train.config import Config, StageName, psi_cluster
@@ -68,7 +68,10 @@ def train(
 def _run(job: Job) -> None:
     cluster = job.config.cluster
     if cluster.ranks == 1:
-        train_rank(job)
+        try:
+            train_rank(job)
+        finally:
+            leave_processes()
     elif cluster.nodes > 1:
         ray_train.run(job.config, job.write(), deepspeed_variables(cluster))
     else:

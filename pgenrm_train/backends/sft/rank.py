@@ -76,6 +76,18 @@ def join_processes(cluster: ClusterConfig) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
 
 
+def leave_processes() -> None:
+    """End the process group, so that the next user of this process starts its own."""
+    from accelerate.state import AcceleratorState
+    from deepspeed import comm
+    from torch import distributed
+
+    if distributed.is_initialized():
+        comm.destroy_process_group()
+        comm.comm.cdb = None  # or DeepSpeed would go on with the ended group
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _trainer(job: Job) -> Any:
     from transformers import AutoTokenizer
 
@@ -154,7 +166,9 @@ if __name__ == "__main__":
     # ranks that outlive a killed run would hold the GPUs, and write into the files of its successor
     die_with_parent()
     train_rank(Job.read(Path(sys.argv[1])))
-    from torch import distributed
-
-    # a rank that exits with its threads running may abort, and torchrun would end the others
-    distributed.destroy_process_group()
+    leave_processes()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # gloo's threads may outlive the group; joined by C++'s exit handlers they abort the process, and torchrun
+    # would call that a failed rank although its checkpoint is complete
+    os._exit(0)
