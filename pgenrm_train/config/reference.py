@@ -23,31 +23,53 @@ A list follows the constraint item by item. Rules that span several keys are in
 
 
 def reference() -> str:
-    """The page: one table per section, in the order of the schema."""
-    return "\n".join([HEAD, *_tables(Config(), "Top level", "keys of all recipes", "")])
+    """The page: one table per section, in the order of the schema.
+
+    A row that an earlier section has too, such as `attempts` of every API, is named instead of repeated.
+    """
+    return "\n".join([HEAD, *_tables(Config(), "Top level", "keys of all recipes", "", {})])
 
 
-def _tables(section: Any, title: str, document: str, prefix: str) -> Iterator[str]:
-    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
+def _tables(
+    section: Any, title: str, document: str, prefix: str, printed: dict[tuple[str, ...], str]
+) -> Iterator[str]:
+    """`printed` maps each row of the page to the section that has it."""
     yield f"## {title}\n\n{document[0].upper()}{document[1:]}.\n"
-    yield "| key | default | constraint | meaning |\n|---|---|---|---|"
+    values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
+    rows = []
+    shared: dict[str, list[str]] = {}
     for field, value in values.items():
-        if not dataclasses.is_dataclass(value):
-            meaning = field.metadata["document"]
-            yield f"| `{prefix}{field.name}` | `{_default(value)}` | {_constraint(field)} | {meaning} |"
-    yield ""
+        if dataclasses.is_dataclass(value):
+            continue
+        row = (field.name, _default(value), _constraint(field), field.metadata["document"])
+        if row in printed:
+            shared.setdefault(printed[row], []).append(f"`{field.name}`")
+        else:
+            rows.append(f"| `{prefix}{row[0]}` | `{row[1]}` | {row[2]} | {row[3]} |")
+            printed[row] = prefix.rstrip(".")
+    for home, names in shared.items():
+        yield f"These keys are as in [`{home}`](#{home.replace('.', '')}): {', '.join(names)}.\n"
+    yield "\n".join(["| key | default | constraint | meaning |\n|---|---|---|---|", *rows, ""])
     for field, value in values.items():
-        for key, nested in _sections(prefix + field.name, value):
-            yield from _tables(nested, f"`{key}`", field.metadata["document"], f"{key}.")
+        key = prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _tables(value, f"`{key}`", field.metadata["document"], f"{key}.", printed)
+        elif isinstance(value, dict) and value:
+            yield _dictionary(key, value, field.metadata["document"])
 
 
-def _sections(key: str, value: Any) -> list[tuple[str, Any]]:
-    items = (
-        [(f"{key}.{name}", item) for name, item in value.items()]
-        if isinstance(value, dict)
-        else [(key, value)]
-    )
-    return [(name, item) for name, item in items if dataclasses.is_dataclass(item)]
+def _dictionary(key: str, sections: dict[str, Any], document: str) -> str:
+    """One table for sections of one type: a row per key, with the default of each section."""
+    fields = dataclasses.fields(next(iter(sections.values())))
+    rows = []
+    for field in fields:
+        defaults = ", ".join(
+            f"{name} {_default(getattr(section, field.name))}" for name, section in sections.items()
+        )
+        meaning = field.metadata["document"]
+        rows.append(f"| `{key}.NAME.{field.name}` | `{defaults}` | {_constraint(field)} | {meaning} |")
+    head = f"## `{key}.NAME`\n\n{document[0].upper()}{document[1:]}.\n"
+    return "\n".join([head, "| key | default | constraint | meaning |\n|---|---|---|---|", *rows, ""])
 
 
 def _default(value: Any) -> str:

@@ -34,3 +34,16 @@ def test_a_row_has_key_default_constraint_and_meaning():
     assert "| `cre.group_size` | `8` | int at least 2 | samples per prompt, which GRPO compares |" in page
     assert "| `psi.max_steps` | `null` | int above 0, or null |" in page
     assert "| `plan.emit` | `null` | slurm, rayjob, verl, deepspeed, vllm, or null |" in page
+
+
+def test_a_row_of_an_earlier_section_is_named_and_not_repeated():
+    page = reference()
+    judge = page.partition("## `judge`")[2].partition("\n## ")[0]
+    assert "`judge.attempts`" not in page and "as in [`model`](#model): `base_url`" in judge
+    assert "`attempts`" in judge and "| `judge.kind` | `none` |" in judge
+    assert "| `curriculum.process_weight` | `0.0` |" in page, "another default is a row of its own"
+
+
+def test_sections_of_one_type_share_a_table():
+    row = "| `plan.cards.NAME.memory_gib` | `a100 80.0, h100 79.6, h200 140.4, l40s 45.0, cpu 24.0` | float |"
+    assert row in reference()
