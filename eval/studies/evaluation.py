@@ -36,7 +36,7 @@ from eval.studies.scaling_study import (
     replayed,
     sample_pool,
 )
-from pgenrm_train.backends.protocols import Generator, Validated
+from pgenrm_train.backends.protocols import TRUTH, ChainReader, Generator, Validated
 from pgenrm_train.config import Config, Totals, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.records.pairs import PreferencePair
@@ -258,8 +258,9 @@ class Validation:
         pairs: Sequence[PreferencePair],
         histories: Histories,
         write: Write,
+        truth: ChainReader | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.truth = config, truth
         questions = own_questions(pairs, histories)
         self.questions = {q.key: q for q in questions}
         self.requests = list(requests(questions, write, masking_of(config, "eval")))
@@ -275,7 +276,11 @@ class Validation:
         shown = [
             {k: v for k, v in row.items() if k in SHOWN} for row in rows[: self.config.tracking.sample_chains]
         ]
-        return Validated(headline(report), shown)
+        metrics = headline(report)
+        if self.truth:
+            chains = ((row["pair_id"], row["order"], row["text"]) for row in rows)
+            metrics |= {f"{TRUTH}{name}": share for name, share in self.truth(chains).items()}
+        return Validated(metrics, shown)
 
 
 def headline(report: AccuracyReport) -> dict[str, float]:

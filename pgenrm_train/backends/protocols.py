@@ -184,6 +184,15 @@ class Validated:
     samples: Sequence[Mapping[str, object]]
 
 
+TRUTH = "eval/truth/"  # prefix of the metrics of a `ChainReader`
+
+
+class ChainReader(Protocol):
+    """Compare validation chains, as (pair_id, order, text), with the truth: shares of right steps by name."""
+
+    def __call__(self, chains: Iterable[tuple[str, int, str | None]]) -> Mapping[str, float]: ...
+
+
 class Validator(Protocol):
     """Score a model in training on a fixed slice of questions."""
 

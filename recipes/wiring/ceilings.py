@@ -1,7 +1,9 @@
 """Ceilings of PersonaWorld: what exact readers of the masked prompt reach on the evaluated pairs."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from data_builders.teachers.chain_truth import ChainTruth, chain_truth
@@ -14,6 +16,7 @@ from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import present
+from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 COLUMNS = {
@@ -74,28 +77,56 @@ def _hits(
 def truth_rows(
     config: Config,
     pairs: Sequence[PreferencePair],
-    histories: Mapping[str, tuple[HistoryItem, ...]],
+    shown: Mapping[str, tuple[HistoryItem, ...]],
     tested: Sequence[Tested],
 ) -> list[Row]:
     """Per model, the mean over readable chains of each share of `ChainTruth`; empty for other data."""
     if config.data.name != "personaworld":
         return []
-    reader, by_id = IdealReader(), {pair.pair_id: pair for pair in pairs}
+    truth = TruthReader(IdealReader(), {pair.pair_id: pair for pair in pairs}, shown)
     rows: list[Row] = []
     for model in tested:
-        truths = []
-        for pair_id, order, text in model.own[["pair_id", "order", "text"]].itertuples(index=False):
-            chain = parse_chain(text) if isinstance(text, str) else None
-            if isinstance(chain, Chain):
-                example = present(by_id[pair_id], histories[pair_id], order)
-                truths.append(chain_truth(chain, text, example, by_id[pair_id].explicit, reader))
+        truths = truth.of(model.own[["pair_id", "order", "text"]].itertuples(index=False))
         if truths:
-            rows.append({"model": model.name, "chains": len(truths), **_means(truths)})
+            shares = {column: _mean(truths, name) for name, column in COLUMNS.items()}
+            rows.append({"model": model.name, "chains": len(truths), **shares})
     return rows
 
 
-def _means(truths: Sequence[ChainTruth]) -> Row:
-    return {
-        column: mean([share for truth in truths if (share := getattr(truth, name)) is not None])
-        for name, column in COLUMNS.items()
-    }
+@dataclass(frozen=True)
+class TruthReader:
+    """Compares chains of known pairs with the truth of PersonaWorld."""
+
+    ideal: IdealReader
+    pairs: Mapping[str, PreferencePair]
+    histories: Mapping[str, tuple[HistoryItem, ...]]
+
+    def of(self, chains: Iterable[tuple[str, int, str | None]]) -> list[ChainTruth]:
+        """`ChainTruth` of the readable ones of `chains`: (pair_id, order, text)."""
+        truths = []
+        for pair_id, order, text in chains:
+            chain = parse_chain(text) if isinstance(text, str) else None
+            if isinstance(text, str) and isinstance(chain, Chain):
+                pair = self.pairs[pair_id]
+                example = present(pair, self.histories[pair_id], order)
+                truths.append(chain_truth(chain, text, example, pair.explicit, self.ideal))
+        return truths
+
+    def __call__(self, chains: Iterable[tuple[str, int, str | None]]) -> dict[str, float]:
+        """Means of the shares of `ChainTruth` that the chains have."""
+        truths = self.of(chains)
+        means = {name: _mean(truths, name) for name in COLUMNS}
+        return {name: value for name, value in means.items() if value is not None}
+
+
+def validation_truth(config: Config) -> TruthReader:
+    """The reader of the chains of a stage's validation, for data=personaworld."""
+    pairs = load_pairs(Path(config.run_dir))
+    sampler, some = histories(config, pairs), pairs_of_split(pairs, "val")
+    return TruthReader(
+        IdealReader(), {pair.pair_id: pair for pair in some}, {pair.pair_id: sampler(pair) for pair in some}
+    )
+
+
+def _mean(truths: Sequence[ChainTruth], name: str) -> float | None:
+    return mean([share for truth in truths if (share := getattr(truth, name)) is not None])

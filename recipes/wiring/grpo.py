@@ -34,6 +34,7 @@ from recipes.wiring.costs import estimate_judge, judge_cost
 from recipes.wiring.llm import settings_of
 from recipes.wiring.models import NO_VAL, load_tokenizer, make_embedder
 
+TRUTH = "recipes.wiring.ceilings:validation_truth"
 RULE_JUDGE = "data_builders.teachers.oracle:judge_for_rewards"
 LLM_JUDGE = "pgenrm_train.backends.api.roles:judge_for_rewards"
 
@@ -118,6 +119,7 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
         judge=judge_spec(config, judge, rows) if settings.process_weight else None,
         hardness=hardness_source(config, work_dir) if stage == StageName.CURRICULUM else None,
         validation=validation if validation.exists() else None,
+        truth=TRUTH if config.data.name == "personaworld" else None,
     )
 
 

@@ -23,6 +23,7 @@ from pgenrm_train.prototypes.refinement import refine
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.stages.build_sec import Kept
 from pgenrm_train.stages.prototypes import Refine
+from recipes.wiring.ceilings import validation_truth
 
 NO_VAL = "no pair has split=val; data.val_share=0.1 in another run_dir= holds out a tenth of the users"
 LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
@@ -71,7 +72,8 @@ def validation(config: Config) -> Validator:
     """Validation while PSI trains: a fixed slice of the validation split, in the shared harness."""
     sampler, pairs = histories(config, load_pairs(Path(config.run_dir))), validation_pairs(config)
     writer = PromptWriter(config.model, load_tokenizer(base_model(config)))
-    return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer)
+    truth = validation_truth(config) if config.data.name == "personaworld" else None
+    return Validation(config, pairs, {p.pair_id: sampler(p) for p in pairs}, writer, truth)
 
 
 def validation_pairs(config: Config) -> list[PreferencePair]:

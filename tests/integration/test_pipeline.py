@@ -72,8 +72,12 @@ def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
     assert promised <= results.keys()
     assert list(results["stages"]) == ["psi", "cre", "curriculum"]
     assert 0 <= results["accuracy"] <= 1 and results["n_pairs"] >= 40
-    for line in (finished / "metrics.jsonl").read_text().splitlines():
-        assert {"step", "stage"} <= json.loads(line).keys()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all({"step", "stage"} <= line.keys() for line in lines)
+    for stage in ("psi", "cre", "curriculum"):
+        measured = [line for line in lines if line["stage"] == stage and "eval/accuracy" in line]
+        shares = [line[f"eval/truth/{name}"] for line in measured for name in ("allowed", "recalled", "votes")]
+        assert shares and all(0 <= share <= 1 for share in shares)
 
 
 def test_a_question_is_scored_with_samples_of_ones_own_and_of_similar_users(finished: Path) -> None:

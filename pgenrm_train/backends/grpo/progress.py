@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
+from pgenrm_train.backends.protocols import TRUTH, ChainReader
 from pgenrm_train.bootstrap import mean, user_bootstrap
 from pgenrm_train.chains.totals import UNVERIFIED
 from pgenrm_train.curriculum.sampler import CurriculumSampler
@@ -208,6 +209,28 @@ def _interval(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> tuple[f
         return 0.0, 1.0
     sums, counts = (np.array([of(rates) for rates in won.values()], dtype=float) for of in (sum, len))
     return user_bootstrap(sums, counts, draws=DRAWS, seed=0)
+
+
+def truth_metrics(
+    groups: Sequence[Sequence[ScoredChain]], extras: Sequence[RowExtra], reader: ChainReader
+) -> Metrics:
+    """Where the chains of a validation err, step by step, for those with the user's own history."""
+    own = [
+        (extra["pair_id"], extra["order"], chain.text)
+        for group, extra in zip(groups, extras, strict=True)
+        for chain in group
+        if (extra.get("probe") or OWN) == OWN
+    ]
+    return {f"{TRUTH}{name}": share for name, share in reader(own).items()}
+
+
+def validation_line(metrics: Metrics) -> str:
+    """The console's part on a validation: accuracy, and where truth is known what the criteria are worth."""
+    words = f"validation accuracy {metrics[ACCURACY]:.3f}"
+    for name in ("allowed", "recalled"):
+        if (share := metrics.get(f"{TRUTH}{name}")) is not None:
+            words += f" · criteria {name} {share:.0%}"
+    return words
 
 
 def sample_rows(

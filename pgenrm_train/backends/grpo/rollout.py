@@ -35,7 +35,7 @@ from pgenrm_train.backends.grpo.scoring import (
     settle,
     tokens_before_total,
 )
-from pgenrm_train.chains.totals import STOP
+from pgenrm_train.chains.totals import STOP, close_chain
 from pgenrm_train.config import Totals
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.training_rows import GrpoRow
@@ -129,8 +129,9 @@ class ChainSampler:
 
         async def measure(prompt: Prompt) -> None:
             group = await self._sampled(prompt)
+            shown = close_chain if self.rewards.totals is Totals.CODE else str
             chains = zip(await group.scoring, group.samples, strict=True)
-            self.measured.append((prompt.uid, [replace(chain, text=of.text) for chain, of in chains]))
+            self.measured.append((prompt.uid, [replace(chain, text=shown(of.text)) for chain, of in chains]))
 
         await asyncio.gather(*map(measure, prompts))
 

@@ -19,6 +19,7 @@ the reasons:
   verdicts) therefore leaves a resumable run, and `metrics.jsonl` has every step that a checkpoint has.
 """
 
+import pkgutil
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -50,12 +51,15 @@ from pgenrm_train.backends.grpo.progress import (
     progress_line,
     rewards_problem,
     sample_rows,
+    truth_metrics,
     under_stage,
+    validation_line,
     validation_metrics,
 )
 from pgenrm_train.backends.grpo.rollout import Measured, Prompt, Rollout
 from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
+from pgenrm_train.backends.protocols import ChainReader
 from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
@@ -84,6 +88,7 @@ class ChainTrainer(PPOTrainerSync):
         self.loaded: str | None = config.actor_rollout_ref.model.path
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
         self.utilization = Utilization()
+        self.truth: ChainReader | None = None
 
     # set-up: rows and checkpoints belong to phases
 
@@ -117,6 +122,7 @@ class ChainTrainer(PPOTrainerSync):
             config.algorithm.rollout_correction.bypass_mode,
         )
         self.loaded, self.global_steps = str(start), 0
+        self.truth = pkgutil.resolve_name(run.phase.truth)(run.config) if run.phase.truth else None
         totals = run.config.model.counted
         self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy, totals))
 
@@ -200,12 +206,12 @@ class ChainTrainer(PPOTrainerSync):
             name: metrics[name.replace("eval/", "validation/")]
             for name in (ACCURACY, *INTERVAL, "eval/order_flip_rate")
         }
+        if self.truth:
+            headline |= truth_metrics(groups, extras, self.truth)
         if rows := sample_rows(groups, extras, run.config.tracking.sample_chains):
             write_table(samples_file(file, step), rows)
         self._log(headline | under_stage(phase.section, metrics))
-        print(
-            f"{phase.section} {step}/{phase.steps} · validation accuracy {headline[ACCURACY]:.3f}", flush=True
-        )
+        print(f"{phase.section} {step}/{phase.steps} · {validation_line(headline)}", flush=True)
 
     def _log(self, metrics: Metrics) -> None:
         phase = self.run.phase

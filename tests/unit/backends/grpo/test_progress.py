@@ -1,11 +1,15 @@
 """Numbers of veRL that reach metrics.jsonl, and the warning that vLLM and the actor differ."""
 
+from collections.abc import Iterable
+
 from pgenrm_train.backends.grpo.progress import (
     DIFFERENCE,
     MAX_DIFFERENCE,
     difference_warning,
     engine_metrics,
     sample_rows,
+    truth_metrics,
+    validation_line,
     validation_metrics,
 )
 from pgenrm_train.backends.grpo.scoring import ScoredChain
@@ -51,3 +55,21 @@ def test_a_validation_has_an_interval_over_users_and_sample_chains_with_their_te
     rows = sample_rows([*groups, *groups], [*probes, *extras], 3)
     assert [row["text"] for row in rows] == ["chain 0", "chain 1", "chain 2"]
     assert [row["passed"] for row in rows] == [False, True, False] and not sample_rows(groups, extras, 0)
+
+
+def test_where_chains_err_is_read_from_chains_with_the_user_s_own_history() -> None:
+    chains = [[ScoredChain(length=9, text=f"chain {n}")] for n in range(4)]
+    own = [{"pair_id": f"p{n}", "order": n % 2} for n in range(2)]
+    probes = [{**extra, "probe": "empty_history"} for extra in own]
+    read: list[object] = []
+
+    def reader(answers: Iterable[tuple[str, int, str | None]]) -> dict[str, float]:
+        read.extend(answers)
+        return {"allowed": 0.5, "recalled": 0.25}
+
+    metrics = truth_metrics(chains, [*own, *probes], reader)
+    assert read == [("p0", 0, "chain 0"), ("p1", 1, "chain 1")]
+    assert metrics == {"eval/truth/allowed": 0.5, "eval/truth/recalled": 0.25}
+    assert validation_line({"eval/accuracy": 0.75}) == "validation accuracy 0.750"
+    line = validation_line({"eval/accuracy": 0.75, **metrics})
+    assert line == "validation accuracy 0.750 · criteria allowed 50% · criteria recalled 25%"
