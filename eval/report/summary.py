@@ -60,6 +60,12 @@ GRIDS = (
     "Tie share: ties as a share of all draws of a cell. A pool of M samples gives M // m draws per pair and "
     "order."
 )
+CONTROL = "Similar users against random users"
+CONTROL_TEXT = (
+    "The same own chains, with chains from the histories of the most similar training users, or of as many "
+    "training users drawn by lot. Own chains: as many own chains as both kinds together. Differences are over "
+    "the same pairs; intervals resample users."
+)
 RULES = {
     "strict": "both orders; ties and failures are misses",
     "both_orders": "both orders; ties are misses, failed orders leave",
@@ -192,6 +198,7 @@ def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dic
         "totals": config.model.counted,
         "weights": list(config.eval.weights),
         "grids": {g.study.name: g.rows for g in grids},
+        "similar_against_random": {g.study.name: list(g.control) for g in grids if g.control},
         "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
         "stages": {
             t.name: {**t.report, "ceiling": evaluated.ceilings.by_stage.get(t.name)} for t in evaluated.tested
@@ -230,6 +237,7 @@ def _report(
     optional = [
         Section(GAINS, "Difference in strict accuracy; intervals resample users.", gains) if gains else None,
         *(Section(grid_title(g), GRIDS, g.rows) for g in grids),
+        Section(CONTROL, CONTROL_TEXT, control) if (control := control_rows(grids)) else None,
         Section("Adaptive stopping, replayed", ADAPTIVE, stopped) if stopped else None,
         *chain_sections(evaluated.ceilings, details.chain_errors, evaluated.truth),
         *(prototype_sections(clustered) if clustered else []),
@@ -280,8 +288,14 @@ def console_text(evaluated: Evaluated, gains: Sequence[Row], notes: Sequence[str
             else ""
         )
         + "".join(text_table(g.rows, grid_title(g), 110) for g in evaluated.grids)
+        + (text_table(control, CONTROL, 150) if (control := control_rows(evaluated.grids)) else "")
         + "".join(f"- {note}\n" for note in notes)
     )
+
+
+def control_rows(grids: Sequence[Grid]) -> list[Row]:
+    """The cells of all studies whose similar users were compared with random ones."""
+    return [{"study": g.study.name, **row} for g in grids for row in g.control]
 
 
 def narrow(gains: Sequence[Row], columns: int = 12) -> Sequence[Row]:

@@ -29,10 +29,12 @@ from eval.studies.robustness import ProbeRow, probe_questions, probe_rows, probe
 from eval.studies.scaling_study import (
     Ask,
     CellRow,
+    ControlRow,
     FindSimilar,
     ReplayedRow,
     Study,
     cells,
+    controlled,
     replayed,
     sample_pool,
 )
@@ -110,6 +112,7 @@ class Grid:
     pool: pd.DataFrame
     rows: list[CellRow]
     adaptive: ReplayedRow | None = None  # the largest cell with adaptive stopping, replayed on the pool
+    control: Sequence[ControlRow] = ()  # similar users against random ones
 
 
 def kept_answers(
@@ -182,14 +185,23 @@ class Evaluation:
         folder: Path,
         progress: Progress,
         find: FindSimilar | None,
+        control: FindSimilar | None = None,
     ) -> Grid:
-        """Sample one pool and fill every cell of `study`; several samples need a temperature above 0."""
+        """Sample one pool and fill every cell of `study`; several samples need a temperature above 0.
+
+        `control` finds random users: a second pool with their histories and the same own chains.
+        """
         pairs = self.pairs[: self.config.eval.grid_pairs]
         asker = self.asker(candidate, folder, progress, "samples")
         # A smaller cell would lack the samples that adaptive stopping saves in the largest one.
         adaptive = self.config.eval.adaptive if len(study.ind) == len(study.pro) == 1 else None
         pool = sample_pool(study, pairs, histories, asker, find, adaptive=adaptive)
-        return Grid(study, pool, cells(pool, study, self.config), replayed(pool, study, self.config))
+        against: list[ControlRow] = []
+        if control and adaptive is None:
+            others = sample_pool(study, pairs, histories, asker, control)
+            against = controlled(pool, others, study, self.config)
+        stopped = replayed(pool, study, self.config)
+        return Grid(study, pool, cells(pool, study, self.config), stopped, against)
 
     def judge(
         self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False

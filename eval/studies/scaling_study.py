@@ -54,6 +54,20 @@ CellRow = TypedDict(
         "paired difference ci95": NotRequired[list[float]],
     },
 )
+ControlRow = TypedDict(
+    "ControlRow",
+    {
+        "ind": int,
+        "pro": int,
+        "similar users accuracy": float | None,
+        "random users accuracy": float | None,
+        "similar − random difference": float | None,
+        "similar − random difference ci95": list[float],
+        "own chains accuracy": NotRequired[float | None],  # of ind + pro own chains
+        "similar − own difference": NotRequired[float | None],
+        "similar − own difference ci95": NotRequired[list[float]],
+    },
+)
 ReplayedRow = TypedDict(
     "ReplayedRow",
     {
@@ -152,6 +166,46 @@ def cells(pool: pd.DataFrame, study: Study, config: Config) -> list[CellRow]:
             difference = paired_difference(part, parts[0][1], draws=settings.draws, seed=seed)
             row["paired difference"] = difference["difference"]
             row["paired difference ci95"] = difference["ci95"]
+        rows.append(row)
+    return rows
+
+
+def controlled(pool: pd.DataFrame, control: pd.DataFrame, study: Study, config: Config) -> list[ControlRow]:
+    """What similar users add beyond any other users, and beyond as many own chains, per cell with pro > 0.
+
+    `control` is a pool of the same study with the histories of random training users.  Differences are over
+    the same pairs, own chains included.
+    """
+    draws, seed, protocol = config.eval.draws, config.seed, config.eval.protocol
+
+    def by_cell(chains: pd.DataFrame) -> dict[tuple[int, int], pd.DataFrame]:
+        parts = grid(chains, study.ind, study.pro, study.weights).groupby(["ind", "pro"])
+        return {(int(m), int(n)): part for (m, n), part in parts}
+
+    similar, others = by_cell(pool), by_cell(control)
+    rows: list[ControlRow] = []
+    for (m, n), part in similar.items():
+        if not n:
+            continue
+        reports = [
+            accuracy_report(p, protocol=protocol, draws=draws, seed=seed) for p in (part, others[m, n])
+        ]
+        gain = paired_difference(part, others[m, n], draws=draws, seed=seed)
+        row: ControlRow = {
+            "ind": m,
+            "pro": n,
+            "similar users accuracy": reports[0]["accuracy"],
+            "random users accuracy": reports[1]["accuracy"],
+            "similar − random difference": gain["difference"],
+            "similar − random difference ci95": gain["ci95"],
+        }
+        if (own := similar.get((m + n, 0))) is not None:
+            gain = paired_difference(part, own, draws=draws, seed=seed)
+            row["own chains accuracy"] = accuracy_report(own, protocol=protocol, draws=draws, seed=seed)[
+                "accuracy"
+            ]
+            row["similar − own difference"] = gain["difference"]
+            row["similar − own difference ci95"] = gain["ci95"]
         rows.append(row)
     return rows
 

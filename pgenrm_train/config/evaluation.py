@@ -34,6 +34,9 @@ class EvalConfig:
     )
     one_pair_ind: list[int] = setting([], "a second grid, for users of whom one history pair is known")
     one_pair_pro: list[int] = setting([], "similar users' chains of that grid")
+    random_users: bool = setting(
+        False, "control of the grids: histories of random training users in place of similar ones"
+    )
     grid_pairs: int | None = setting(None, "pairs of the grids; null: all")
     grid_seeds: int = setting(
         1, "pools of the grids; each samples everything again, and the standard error is over them", gt=0

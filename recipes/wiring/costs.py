@@ -53,6 +53,11 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
         calls += (
             2 * grid * settings.grid_seeds * (max(settings.one_pair_ind) + max(settings.one_pair_pro or [0]))
         )
+    if settings.random_users:
+        borrowed = seeds_of_grid(settings) * max(sizes(settings.pro))
+        if settings.one_pair_ind:
+            borrowed += settings.grid_seeds * max(settings.one_pair_pro or [0])
+        calls += 2 * grid * borrowed
     if settings.probes:
         calls += 2 * len(settings.probe_kinds) * min(pairs, settings.probe_pairs)
     return calls

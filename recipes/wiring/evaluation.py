@@ -20,7 +20,7 @@ from recipes.wiring.baselines import scorers
 from recipes.wiring.ceilings import ceilings, truth_rows
 from recipes.wiring.costs import estimate_evaluation
 from recipes.wiring.llm import model_endpoint, shown_histories
-from recipes.wiring.similar_users import find_similar, nearest_prototypes
+from recipes.wiring.similar_users import find_random, find_similar, nearest_prototypes
 
 
 def evaluate(
@@ -128,6 +128,7 @@ def scale(
 ) -> list[Grid]:
     """Test-time user-based scaling of one model, for the grids with more than one sample."""
     settings, sampler = config.eval, histories(config, pairs)
+    control = find_random(config, pairs) if find and settings.random_users else None
     ind, pro = sizes(settings.ind), sizes(settings.pro)
     weights = (settings.weights[0], settings.weights[1])
     studies = []
@@ -145,6 +146,7 @@ def scale(
             folder,
             progress,
             find if study.n else None,
+            control if study.n else None,
         )
         for study, size in studies
     ]

@@ -1,5 +1,6 @@
 """Similar users and nearest prototypes, from the prototypes of a run (METHOD §6, §7)."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,31 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
             nearest = [by_id[members["pair_id"].iat[row]] for row in rows]
             similar.append([Similar(p.user_id, sampler(p)) for p in nearest])
         return similar
+
+    return find
+
+
+def find_random(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:
+    """Other training users by lot, with the histories that `find_similar` would show: its control."""
+    import pandas as pd
+
+    folder = newest(config, StageName.PROTOTYPES)
+    members = pd.read_parquet(folder.path / "analyses.parquet").sort_values("row")
+    sampler, by_id = histories(config, pairs), {p.pair_id: p for p in pairs}
+
+    pairs_of: dict[str, list[str]] = {}
+    for user, pair_id in zip(members["user_id"].astype(str), members["pair_id"]):
+        pairs_of.setdefault(user, []).append(pair_id)
+    everyone = sorted(pairs_of)
+
+    def find(analyses: Sequence[str], users: Sequence[str], n: int) -> list[list[Similar]]:
+        found = []
+        for analysis, user in zip(analyses, users):
+            draw = random.Random(f"{config.seed}/{user}/{analysis}")
+            drawn = draw.sample(everyone, min(n + 1, len(everyone)))
+            others = [by_id[draw.choice(pairs_of[name])] for name in drawn if name != user][:n]
+            found.append([Similar(pair.user_id, sampler(pair)) for pair in others])
+        return found
 
     return find
 

@@ -76,7 +76,9 @@ def test_run_folder_holds_what_interfaces_promise(finished: Path) -> None:
     assert all({"step", "stage"} <= line.keys() for line in lines)
     for stage in ("psi", "cre", "curriculum"):
         measured = [line for line in lines if line["stage"] == stage and "eval/accuracy" in line]
-        shares = [line[f"eval/truth/{name}"] for line in measured for name in ("allowed", "recalled", "votes")]
+        shares = [
+            line[f"eval/truth/{name}"] for line in measured for name in ("allowed", "recalled", "votes")
+        ]
         assert shares and all(0 <= share <= 1 for share in shares)
 
 

@@ -279,7 +279,7 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
     from pgenrm_train.files import write_table
     from pgenrm_train.prompts.writer import PAIRS
     from pgenrm_train.records.rows import pair_to_row
-    from recipes.wiring.similar_users import find_similar
+    from recipes.wiring.similar_users import find_random, find_similar
 
     config, (chains, shown), _ = world
     config.run_dir = str(tmp_path)
@@ -303,6 +303,13 @@ def test_queries_and_index_hold_the_same_kind_of_text_and_neighbours_are_others(
         assert len(set(names)) == 4 and user not in names and all(name.startswith("train-") for name in names)
     written_from = {(p.user_id, shown[p.pair_id]) for p, _ in chains}
     assert all((one.user_id, one.history) in written_from for similar in found for one in similar)
+
+    by_lot = find_random(config, pairs)(table["analysis"].tolist(), table["user_id"].tolist(), 4)
+    for user, others in zip(table["user_id"], by_lot):
+        names = [one.user_id for one in others]
+        assert len(set(names)) == 4 and user not in names
+        assert all((one.user_id, one.history) in written_from for one in others)
+    assert len({one.user_id for others in by_lot for one in others}) > 4, "by lot, not always the same users"
 
     embed.fingerprint = "another"
     with pytest.raises(ArtifactError, match="another embedder"):

@@ -11,7 +11,7 @@ from prompt_sections import split_prompt
 from eval.ask.harness import PredictionStore, ask
 from eval.report.summary import headline
 from eval.studies import evaluation
-from eval.studies.scaling_study import SETTLED, Similar, Study, cells, replayed, sample_pool
+from eval.studies.scaling_study import SETTLED, Similar, Study, cells, controlled, replayed, sample_pool
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, load, seeds_of_grid
@@ -62,7 +62,7 @@ def find(analyses, users, n):
     ]
 
 
-def pool_of(folder, model, study, pairs=PAIRS, **more):
+def pool_of(folder, model, study, pairs=PAIRS, finder=find, **more):
     def answer(questions):
         return ask(
             questions,
@@ -75,7 +75,7 @@ def pool_of(folder, model, study, pairs=PAIRS, **more):
             what="test",
         )
 
-    return sample_pool(study, pairs, HISTORIES, answer, find, **more)
+    return sample_pool(study, pairs, HISTORIES, answer, finder, **more)
 
 
 def config(**settings):
@@ -98,6 +98,35 @@ def test_the_whole_grid_costs_no_more_than_its_largest_cell(tmp_path):
     ]
     assert all(r["ci95"][0] <= r["accuracy"] <= r["ci95"][1] and r["pairs"] == 20 for r in rows)
     assert all("paired difference ci95" in r for r in rows[1:])
+
+
+def test_random_users_share_the_own_chains_and_differ_only_in_whose_histories_are_read(tmp_path):
+    """A model that reads `theirs` right and `strangers` wrong: the whole difference is the similar users'."""
+
+    def strangers(analyses, users, n):
+        return [
+            [Similar(f"far{rank}", (HistoryItem("theirs", f"strange {rank}", "x"),)) for rank in range(n)]
+            for _ in users
+        ]
+
+    class Reader(Model):
+        def __call__(self, requests, *, temperature):
+            for request in requests:
+                self.share = 0.0 if "strange" in request.messages[-1]["content"] else 1.0
+                yield from super().__call__([request], temperature=temperature)
+
+    model, study = Reader(), Study("scaling", (1, 3), (0, 2), weights=(1.0, 2.0))
+    pool = pool_of(tmp_path, model, study)
+    asked = sum(model.samples.values())
+    control = pool_of(tmp_path, model, study, finder=strangers)
+    assert sum(model.samples.values()) - asked == 40 * 2, "own chains are not sampled again"
+    rows = controlled(pool, control, study, config())
+    assert [(row["ind"], row["pro"]) for row in rows] == [(1, 2), (3, 2)]
+    for row in rows:
+        assert (row["similar users accuracy"], row["random users accuracy"]) == (1.0, 0.0)
+        assert row["similar − random difference"] == 1.0 and row["similar − random difference ci95"] == [1, 1]
+    assert rows[0]["own chains accuracy"] == 1.0 and rows[0]["similar − own difference"] == 0.0
+    assert "own chains accuracy" not in rows[1], "no cell has five own chains"
 
 
 def test_every_seed_of_a_grid_has_samples_of_its_own_and_the_standard_error_is_over_them(tmp_path):
@@ -255,6 +284,8 @@ def test_the_estimate_of_calls_counts_the_seeds_of_the_headline_cell():
     tests = evaluation.Evaluation(config(probes=False), PAIRS, HISTORIES)
     cell, grid = (evaluation_calls(config(ind=ind, pro=2, probes=False), tests) for ind in (4, [4]))
     probes = evaluation_calls(config(ind=4, pro=2, probe_pairs=6), tests) - cell
+    control = evaluation_calls(config(ind=4, pro=2, probes=False, random_users=True), tests) - cell
+    assert control == 2 * 20 * 5 * 2
     assert probes == 2 * 6 * len(config().eval.probe_kinds) > 0
     assert (cell, grid) == (2 * 20 * 5 * (1 + 4 + 2), 2 * 20 * (5 + 4 + 2))
 
