@@ -63,8 +63,8 @@ GRIDS = (
 CONTROL = "Similar users against random users"
 CONTROL_TEXT = (
     "The same own chains, with chains from the histories of the most similar training users, or of as many "
-    "training users drawn by lot. Own chains: as many own chains as both kinds together. Differences are over "
-    "the same pairs; intervals resample users."
+    "training users drawn by lot. Own chains: as many own chains as both kinds together. Differences are "
+    "over the same pairs; intervals resample users."
 )
 RULES = {
     "strict": "both orders; ties and failures are misses",
