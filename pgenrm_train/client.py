@@ -10,7 +10,7 @@
 | OpenRLHF | `reward_func = openrlhf_reward(url)` in the file of `--reward.remote_url` |
 
 Responses to one prompt are scored as one group.  So the reward functions gather the rollouts of a prompt and
-send them once.  A response without a score is None or NaN where the trainer takes it, and else ScoringError.
+send them once.  A response without a score is None or NaN if the trainer accepts that, else ScoringError.
 """
 
 import asyncio
@@ -65,7 +65,8 @@ class Scores:
 class PersonalReward:
     """A scoring service at `url`; safe to share between threads, and picklable.
 
-    `attempts` are tries per call, on 429, 503 and lost connections, with growing waits.
+    `timeout` is in seconds per try.  `attempts` are tries per call: 429, 503 and lost connections are tried
+    again, with growing waits.
     """
 
     url: str
@@ -82,7 +83,7 @@ class PersonalReward:
         return Scores(**self._call("POST", "/v1/score", {**request, "responses": list(responses)}))
 
     async def score_async(self, *, responses: Sequence[str], **request: object) -> Scores:
-        """`score` for an event loop, which it does not block."""
+        """`score` without blocking the event loop."""
         return await _in_thread(lambda: self.score(responses=responses, **request))
 
     def rank(self, *, responses: Sequence[str], **request: object) -> list[int]:
@@ -134,7 +135,7 @@ def _http(process: int) -> httpx.Client:
 
 @functools.lru_cache(maxsize=1)
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Threads for calls from event loops, whose own pool is as small as the machine."""
+    """Threads for calls from event loops, whose default pool may be small."""
     return ThreadPoolExecutor(PARALLEL, "scoring")
 
 
@@ -209,7 +210,7 @@ def _score_group(
     reward: PersonalReward, request: str, responses: Sequence[str]
 ) -> Sequence[float | ScoringError]:
     if len(responses) < 2:
-        message = "a prompt has one rollout; scores compare at least two of a prompt"
+        message = "the prompt has one rollout, and scores compare at least two"
         return [ScoringError("single_rollout", message)]
     try:
         scores = reward.score(responses=responses, **json.loads(request))
@@ -223,7 +224,7 @@ def _score_group(
 
 
 class _Gatherer:
-    """Gathers the rollouts of one event loop; a group is sent when full, or when nothing came for a while."""
+    """Gather the rollouts of one event loop; a group is sent when full, or a while after its last rollout."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[PersonalReward, str], list[tuple[str, asyncio.Future[float | ScoringError]]]]
@@ -260,7 +261,7 @@ class _Gatherer:
         results: Sequence[float | ScoringError]
         try:
             results = await _in_thread(lambda: _score_group(*key, [response for response, _ in group]))
-        except Exception as error:  # every rollout must learn of it
+        except Exception as error:  # else its rollouts would wait forever
             results = [ScoringError("client", f"{type(error).__name__}: {error}")] * len(group)
         for (_, answer), result in zip(group, results, strict=True):
             if not answer.done():
@@ -310,7 +311,7 @@ async def compute_score(
 
 
 def _plain(value: object) -> object:
-    """Lists for arrays: data frames turn the one into the other."""
+    """Arrays as lists, because data frames turn lists into arrays."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):

@@ -45,7 +45,7 @@ def main() -> None:
     margins = np.array([vote.margin for vote in votes if vote.margin is not None])
     pairs = 1 / (1 + np.exp(-margins / calibration.temperature))
     single = [(m, label) for v in votes for m, label in ((v.chosen, 1), (v.rejected, 0)) if m is not None]
-    alone = np.array([calibration.like(*m) for m, _ in single])
+    alone = np.array([calibration.single_probability(*m) for m, _ in single])
     both, right = np.concatenate([pairs, 1 - pairs]), np.repeat([1.0, 0.0], len(pairs))
     report = {
         "pairs": len(pairs),

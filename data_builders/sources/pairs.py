@@ -13,7 +13,7 @@ from pathlib import Path
 from data_builders.sources import hub
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.file_columns import file_columns, lacking
+from pgenrm_train.records.file_columns import file_columns, missing_columns
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import PreferencePair
@@ -124,7 +124,7 @@ class NamedColumns:
 
     def add(self, row: hub.Row) -> hub.Row:
         """The row with the columns that it lacks."""
-        added = lacking(row, self.columns)
+        added = missing_columns(row, self.columns)
         for column, value in added.items():
             self.values[column][value] += 1
             self.example[column] = self.file

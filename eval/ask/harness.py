@@ -22,10 +22,10 @@ from pgenrm_train.chains.totals import UNVERIFIED, failure_of, read_chain
 from pgenrm_train.config import Totals
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import next_part, write_table, write_text
-from pgenrm_train.prompts.masking import FullView, MaskedView, apply_masking, present
+from pgenrm_train.prompts.masking import apply_masking, present
+from pgenrm_train.prompts.writer import Write
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
-Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 Progress = Callable[..., Iterable[Any]]
 Histories = Mapping[str, tuple[HistoryItem, ...]]  # pair_id → the history in its prompt
 ROWS_PER_SHARD = 512

@@ -31,13 +31,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from eval.ask.harness import PredictionStore, Progress, Write
+from eval.ask.harness import PredictionStore, Progress
 from eval.ask.scored import ScoreMany, validate_scores
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Generator
 from pgenrm_train.chains.chain import ParseFailure
 from pgenrm_train.chains.totals import failure_of, read_chain
 from pgenrm_train.config import Totals
 from pgenrm_train.prompts.masking import MaskedView
+from pgenrm_train.prompts.writer import Write
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
 from pgenrm_train.records.questions import Answer, UserQuestion
 

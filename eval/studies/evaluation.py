@@ -16,7 +16,6 @@ from eval.ask.harness import (
     PredictionStore,
     Progress,
     Question,
-    Write,
     ask,
     own_questions,
     prediction,
@@ -41,6 +40,7 @@ from eval.studies.scaling_study import (
 from pgenrm_train.backends.protocols import TRUTH, ChainReader, Generator, Validated
 from pgenrm_train.config import Config, Totals, masking_of
 from pgenrm_train.files import fingerprint
+from pgenrm_train.prompts.writer import Write
 from pgenrm_train.records.pairs import PreferencePair
 
 # Columns of the chains that a validation logs.

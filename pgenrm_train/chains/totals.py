@@ -41,14 +41,14 @@ _UNVERIFIED = ParseFailure(
 _UNREADABLE = re.compile(r"[,;%=\s]+")
 
 
-class Answer(NamedTuple):
-    """The text of a chain with the totals that count, and the chain; `scores` of it are these totals."""
+class CountedChain(NamedTuple):
+    """The text of a chain, and the chain whose `scores` are the totals that count."""
 
     text: str
     chain: Chain | ParseFailure
 
 
-def read_chain(text: str, totals: Totals, n_responses: int = 2) -> Answer:
+def read_chain(text: str, totals: Totals, n_responses: int = 2) -> CountedChain:
     """Read the text of a model whose checkpoint has this kind of totals.
 
     Never raises on a string.  A complete chain whose totals are not those of its rubric keeps the issue
@@ -56,22 +56,22 @@ def read_chain(text: str, totals: Totals, n_responses: int = 2) -> Answer:
     """
     chain = parse_chain(text, n_responses)
     if totals is Totals.DECLARED:
-        return Answer(text, chain)
+        return CountedChain(text, chain)
     if totals is Totals.CODE:
         closed = close_chain(text, n_responses)
         if isinstance(chain, ParseFailure):
             chain = parse_chain(closed, n_responses)
             if isinstance(chain, ParseFailure) and chain.kind == NO_MARKERS and JSON_START in text:
-                return Answer(text, _UNVERIFIED)
+                return CountedChain(text, _UNVERIFIED)
         text = closed
     if isinstance(chain, ParseFailure):
-        return Answer(text, chain)
+        return CountedChain(text, chain)
     scores = chain.verified_scores
-    return Answer(text, _UNVERIFIED if scores is None else replace(chain, scores=scores))
+    return CountedChain(text, _UNVERIFIED if scores is None else replace(chain, scores=scores))
 
 
 def failure_of(chain: ParseFailure) -> str:
-    """The failure of an answer, by kind."""
+    """The kind of a failure as predictions name it."""
     return chain.kind if chain.kind == UNVERIFIED else f"parse:{chain.kind}"
 
 

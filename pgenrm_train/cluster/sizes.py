@@ -1,7 +1,7 @@
-"""Sizes that engines work with and the planner counts: a piece of PSI's loss, batch and steps of training.
+"""Batch, passes and steps of training stages, and the piece size of PSI's loss.
 
-Settings that are given stay.  Null ones follow from the number N of examples: kept chains in PSI, training
-pairs in CRE and the curriculum.
+The planner and the engines both use them.  Settings that are given stay.  Null ones follow from the number N
+of examples: kept chains in PSI, training pairs in CRE and the curriculum.
 
     batch B   128, halved down to 16 while P·N/B < 50 steps;  P = 3 in PSI, 16 in GRPO
     passes    as 200 steps need, but at least 1 and at most P
@@ -22,14 +22,15 @@ from pgenrm_train.config.setting import known
 # Logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256.
 PIECE = 2**26
 LARGEST, SMALLEST = 128, 16  # batch
-STEPS, FEW, FEWER = 200, 50, 10  # wanted; fewer are warned about
+STEPS = 200  # as many as passes allow
+FEW, FEWER = 50, 10  # fewer steps cause a warning
 PASSES = {StageName.PSI: 3, StageName.CRE: 16, StageName.CURRICULUM: 16}
 MANY_PASSES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """One training: `steps` take `batch` of the `examples` each; `updates` are optimiser steps."""
+    """Sizes of a stage: each of `steps` takes `batch` of the `examples`; `updates` are optimiser steps."""
 
     stage: StageName
     examples: int
@@ -80,7 +81,7 @@ def sizes_of(config: Config, stage: StageName, examples: int) -> Sizes:
 
 
 def settle_sizes(config: Config, stage: StageName, examples: int) -> Config:
-    """`with_sizes`; logs the sizes, and a warning where they are poor."""
+    """`with_sizes` that logs the sizes, and a warning if they are poor."""
     config = with_sizes(config, stage, examples)
     sizes = sizes_of(config, stage, examples)
     print(sizes, flush=True)
@@ -129,7 +130,7 @@ def size_warnings(config: Config, sizes: Sizes) -> Iterator[str]:
     if sizes.passes > MANY_PASSES:
         yield (
             f"{sizes.stage} makes {sizes.passes:.0f} passes over {sizes.examples:,} examples, and more than "
-            f"{MANY_PASSES} learn them by heart; {_fewer_passes(config, sizes)}"
+            f"{MANY_PASSES} overfit them; {_fewer_passes(config, sizes)}"
         )
 
 

@@ -37,5 +37,5 @@ class ServeConfig:
     timeout_seconds: float = setting(600.0, "longest time of a request; then 503", gt=0)
     drain_seconds: int = setting(60, "time for open requests to end after SIGTERM", gt=0)
     on_failure: str = setting(
-        "error", "faces without null: answer a failure with an error or with NaN", choices=("error", "nan")
+        "error", "a missing score on routes of trainers: an error, or NaN", choices=("error", "nan")
     )

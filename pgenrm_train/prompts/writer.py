@@ -4,7 +4,7 @@ import functools
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pgenrm_train.records.rows import read_pairs
 
 PAIRS = "pairs.parquet"
 Messages = list[dict[str, str]]
+Write = Callable[[MaskedView | FullView], Messages]
 
 
 def load_pairs(run_dir: Path) -> list[PreferencePair]:

@@ -1,4 +1,4 @@
-"""Columns that the place of a file names: partitions (`split=test/`) and splits (`test-00000.parquet`).
+"""Columns from the path of a file: partitions (`split=test/`) and splits (`test-00000.parquet`).
 
 pandas, Spark and DuckDB leave a partition's column out of its files, and the Hugging Face hub names splits by
 files or folders.  A value in the row itself comes first.
@@ -22,7 +22,7 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Columns of votes that are no texts; a folder's name spells their values.
+# Columns of votes that are not texts; a folder's name has their values as text.
 _NO_TEXTS = {
     *(
         "chosen_score",
@@ -55,13 +55,13 @@ def file_columns(file: Path, source: Path) -> dict[str, object]:
     return ({"split": split} if split else {}) | columns
 
 
-def lacking(row: Mapping[str, object], columns: Mapping[str, object]) -> dict[str, object]:
-    """The columns for which the row has no value: null, NaN or an empty text."""
+def missing_columns(row: Mapping[str, object], columns: Mapping[str, object]) -> dict[str, object]:
+    """Those of `columns` for which the row has no value: null, NaN or an empty text."""
     return {name: value for name, value in columns.items() if _is_absent(row.get(name))}
 
 
 def named_columns(source: Path) -> dict[str, dict[str, object]]:
-    """Columns that names give to the rows, by file; without those that a file's first row has."""
+    """Columns from the path by file, without those that the file's first row has."""
     named: dict[str, dict[str, object]] = {}
     for file in parts(source):
         with suppress(DataError):  # the build reports it
@@ -76,7 +76,7 @@ def _is_absent(value: object) -> bool:
 
 
 def _partitions_above(folder: Path) -> list[str]:
-    """Names of the unbroken line of partition folders that ends with this one."""
+    """Names of this folder and those above it, as long as they are partitions."""
     line = takewhile(_partition, (place.name for place in (folder.absolute(), *folder.absolute().parents)))
     return list(line)[::-1]
 
@@ -99,7 +99,7 @@ def _split(name: str) -> str | None:
 
 
 def _split_of_saved(file: Path) -> str | None:
-    """The split of a file of `Dataset.save_to_disk`: as its state has it, or as its folder is named."""
+    """The split of a file of `Dataset.save_to_disk`: from its state, or from the name of its folder."""
     state: object = None
     with suppress(ArtifactError):  # no such file, or none of `datasets`
         state = read_json(file.parent / "state.json") if file.suffix == ".arrow" else None

@@ -1,6 +1,6 @@
-"""Identifiers of users, votes and conversations: one spelling for what sources write in several.
+"""Identifiers of users, votes and conversations: one spelling per identifier.
 
-pandas writes the user 1 as 1.0 where a column holds a null, and as "1" after a detour through text.  All
+pandas writes the user 1 as 1.0 if a column has a null, and as "1" after a round trip through text.  All
 three are one user.  "1.0" and "01" are texts of their own, because a source that writes them means them.
 """
 
@@ -44,7 +44,7 @@ def read_id(value: object) -> str | None:
 
 
 def id_of(row: Mapping[str, object], name: str, where: str) -> str:
-    """The identifier in a field of a raw row.  DataError names field and expectation if there is none."""
+    """The identifier in a field of a raw row.  Raises DataError if there is none."""
     if not (text := read_id(value := row.get(name))):
         got = "nothing (missing or null)" if value is None else repr(value)[:60]
         raise DataError(f"{where}, field '{name}': expected {ID}, got {got}")

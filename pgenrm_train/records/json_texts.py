@@ -1,7 +1,7 @@
-"""Conversations and responses that a file holds as JSON text, as a detour through CSV leaves them.
+"""Conversations and responses stored as JSON text, as after a round trip through CSV.
 
-A column is either text or JSON text, in all of its rows.  The first text decides and a later one that differs
-is refused, so one pass suffices.  Only messages count: a response that is other JSON remains a text.
+A column is either text or JSON text, in all of its rows.  The first text decides, and a later one that
+differs is refused, so one pass suffices.  Only messages count: a response that is other JSON remains a text.
 """
 
 import json
@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pgenrm_train.errors import DataError
 
 COLUMNS = ("context", "chosen", "rejected")
-MESSAGES = ({"role", "content"}, {"from", "value"})  # keys; those of ShareGPT are refused by name later
+MESSAGES = (
+    {"role", "content"},
+    {"from", "value"},
+)  # keys; those of ShareGPT are refused later, with their name
 _KEYS = [re.compile(rf"['\"]{key}['\"]\s*:") for key in ("role", "content")]
 _SHOWN = 60  # characters of a text in an error
 
@@ -23,7 +26,7 @@ class JsonTexts:
         self._is_json: dict[str, bool] = {}  # column → whether its texts are JSON
 
     def read(self, row: Mapping[str, object], where: str) -> Mapping[str, object]:
-        """The row, with the messages that its JSON texts spell.  DataError names row and field."""
+        """The row with its JSON texts as messages.  Raises DataError with row and field."""
         texts = {name: text for name in COLUMNS if isinstance(text := row.get(name), str) and text.strip()}
         return (
             {**row, **{name: self._read(name, text, where) for name, text in texts.items()}} if texts else row
@@ -42,7 +45,7 @@ class JsonTexts:
 
 
 def _messages(text: str) -> object:
-    """The message or list of messages that a text spells in JSON, also if encoded twice; else None."""
+    """The message or list of messages in a JSON text, also if encoded twice; else None."""
     value = _json(text)
     value = _json(value) if isinstance(value, str) else value
     listed = value if isinstance(value, list) else [value]

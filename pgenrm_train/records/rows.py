@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import shards
-from pgenrm_train.records.file_columns import file_columns, lacking
+from pgenrm_train.records.file_columns import file_columns, missing_columns
 from pgenrm_train.records.ids import ID, WHOLE, read_id
 from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
@@ -62,7 +62,7 @@ def read_pairs(path: str | Path) -> Iterator[PreferencePair]:
         columns = file_columns(file, path)
         for number, row in enumerate(read_rows(file), start=1):
             empty = False
-            row = texts.read({**row, **lacking(row, columns)}, f"{file}, row {number}")
+            row = texts.read({**row, **missing_columns(row, columns)}, f"{file}, row {number}")
             yield row_to_pair(row, file, number)
     if empty:
         raise DataError(f"{path} holds no rows; expected at least one preference pair")

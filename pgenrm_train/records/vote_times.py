@@ -1,8 +1,8 @@
 """Times of all votes of a build: their unit, and the histories that they leave empty.
 
-Times are seconds since 1970.  Milli-, micro- and nanoseconds are recognised where every vote with a time
-is from 1990 to 2100 in that unit; the ranges of the units do not overlap.  Other numbers,
-such as the steps of a session, remain: a history needs their order only.
+Times are seconds since 1970.  Milli-, micro- and nanoseconds are recognised if every time is from 1990 to
+2100 in that unit; the ranges of the units do not overlap.  Other numbers, such as the steps of a session,
+remain: a history needs their order only.
 """
 
 from collections.abc import Iterator
@@ -16,23 +16,23 @@ _UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanosecon
 
 @dataclass(frozen=True)
 class VoteTimes:
-    """Facts on the times of the kept votes; *asked* votes are those of val and test."""
+    """Facts on the times of the kept votes; *evaluated* votes are those of val and test."""
 
     units: dict[str, int]  # unit → votes whose time is plausible in it
     timed: dict[str, int]  # split → votes with a time
     votes: dict[str, int]  # split → votes
-    asked: int  # asked votes of users with training votes
+    evaluated: int  # evaluated votes of users with training votes
     emptied: int  # of these, votes whose times leave no training vote of their user
 
     @classmethod
     def of(cls, index: VoteIndex) -> "VoteTimes":
-        """Measure, after splits and limits are decided."""
+        """Measure; splits and limits must be decided before."""
         kept = "votes WHERE kept AND time IS NOT NULL"
         counts = {
             unit: index.number(f"SELECT COUNT(*) FROM {kept} AND time BETWEEN {_FROM * n} AND {_TO * n}")
             for unit, n in _UNITS.items()
         }
-        asked = """
+        evaluated = """
             FROM votes JOIN (SELECT user, MIN(time) AS first FROM votes
                              WHERE kept AND split = 'train' GROUP BY user) AS history USING (user)
             WHERE kept AND split != 'train'"""
@@ -40,9 +40,9 @@ class VoteTimes:
             {unit: count for unit, count in counts.items() if count},
             index.counts("split", kept),
             index.counts("split"),
-            index.number(f"SELECT COUNT(*) {asked}"),
+            index.number(f"SELECT COUNT(*) {evaluated}"),
             index.number(
-                f"SELECT COUNT(*) {asked} AND time IS NOT NULL AND (first IS NULL OR first >= time)"
+                f"SELECT COUNT(*) {evaluated} AND time IS NOT NULL AND (first IS NULL OR first >= time)"
             ),
         )
 
@@ -53,7 +53,7 @@ class VoteTimes:
         return next((_UNITS[unit] for unit, count in self.units.items() if count == total), 1)
 
     def sentences(self) -> Iterator[str]:
-        """Sentences for the user of the build: the unit read, and whatever disturbs histories."""
+        """Messages for the user of the build: the unit of the times, and problems of histories."""
         if self.scale > 1:
             (unit,) = self.units
             yield f"times are read as {unit} since 1970"
@@ -69,6 +69,6 @@ class VoteTimes:
             reasons.append("some votes have no earlier training vote of their user")
         if reasons:
             yield (
-                f"warning: {'; '.join(reasons)}; times leave the history of {self.emptied} of {self.asked} "
-                "val and test votes empty"
+                f"warning: {'; '.join(reasons)}; times leave the history of {self.emptied} of "
+                f"{self.evaluated} val and test votes empty"
             )

@@ -1,4 +1,4 @@
-"""The HTTP app of the service: own routes, and errors as {"error": {"kind", "message"}}.
+"""The HTTP app of the service: its own routes, and errors as {"error": {"kind", "message"}}.
 
 | route | |
 |---|---|
@@ -6,7 +6,7 @@
 | `PUT`, `POST`, `GET`, `DELETE /v1/users/{id}/votes` | replace, append, list, delete all of a user |
 | `GET /v1/models`, `/health`, `/ready`, `/metrics` | |
 
-`faces` adds the routes of trainers.
+`faces` adds routes in the formats of trainers.
 """
 
 from collections.abc import Awaitable, Callable
@@ -32,7 +32,7 @@ UserPath = Annotated[str, Path(min_length=1, max_length=256), AfterValidator(as_
 
 
 def make_app(service: Service, key: str | None = None) -> FastAPI:
-    """The app of a service; `key` is what requests must carry."""
+    """The app of a service; requests must carry `key` unless it is None."""
     app = FastAPI(title="pgenrm-train", version=__version__, description=__doc__.partition("\n")[0])
     app.add_middleware(Guard, settings=service.config.serve, metrics=service.metrics, key=key)
     for error, explain in _ERRORS.items():
@@ -117,7 +117,8 @@ def _http(error: Exception) -> Refused:
 
 
 def _store(error: Exception) -> Refused:
-    LOG.error("store: %s", type(error).__name__)  # its text holds the parameters, and so texts of users
+    # Not its text, which holds the parameters and so texts of users.
+    LOG.error("store: %s", type(error).__name__)
     return Refused(503, "store", "the store of users does not answer", RETRY_SECONDS)
 
 

@@ -2,7 +2,7 @@
 
 
 class Refused(Exception):
-    """A request that gets no answer; `retry_after` in seconds where a later try can succeed."""
+    """A refused request; `retry_after`, in seconds, if a later try may succeed."""
 
     def __init__(self, status: int, kind: str, message: str, retry_after: int | None = None) -> None:
         super().__init__(message)

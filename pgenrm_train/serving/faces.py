@@ -1,6 +1,6 @@
-"""Faces of the service that trainers know: each takes and gives what its real client sends and reads.
+"""Faces: routes in the formats of trainers, so that their own clients can use the service.
 
-| face | request → answer |
+| route | request → answer |
 |---|---|
 | `POST /v1/chat/completions` | OpenAI: chat messages that our client wrote → chains |
 | `POST /openrlhf` | `{query, prompts, labels}` → `{rewards, scores, extra_logs}` |
@@ -10,7 +10,7 @@
 
 The user is in `labels`, `label`, `profile` or `principle`: the id of a stored user, or an object (or its
 JSON) with `user_id` or `history`.  The object may hold `criteria`, and `query` or `messages` instead of the
-prompt.  Faces of a single response give its calibrated probability.  A failure is an error, or NaN under
+prompt.  Routes for a single response return its calibrated probability.  A failure is an error, or NaN under
 `serve.on_failure=nan`.
 """
 
@@ -28,17 +28,17 @@ from starlette.responses import Response
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.prompts.messages import INSTRUCTIONS, OPEN_INSTRUCTIONS, neutralise, split_prompt
-from pgenrm_train.serving.answers import Prompt
+from pgenrm_train.serving.cached_engine import Prompt
 from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.service import RETRY_SECONDS, Service, Single
-from pgenrm_train.serving.wire import Question, Strict, Text, Turn, User, check_limits
+from pgenrm_train.serving.wire import QueryOrMessages, Strict, Text, Turn, User, check_limits
 
 Label = str | dict[str, Any]
 ChatPrompt = Text | list[Turn]
 
 
 class LabelledUser(User):
-    """The user of a label; the question, if given, replaces that of the prompt."""
+    """The user in a label; a question in the label replaces that of the prompt."""
 
     query: Text | None = None
     messages: list[Turn] | None = None
@@ -119,8 +119,8 @@ async def _single(service: Service, label: Label, prompt: ChatPrompt, response: 
     return await service.single(await service.task(user, question, [response]))
 
 
-def _labelled(label: Label, prompt: ChatPrompt) -> tuple[User, Question]:
-    """The user of a label, and the question: that of the label if it has one."""
+def _labelled(label: Label, prompt: ChatPrompt) -> tuple[User, QueryOrMessages]:
+    """The user of a label, and the question of the label if it has one, else of the prompt."""
     if isinstance(label, str) and label.lstrip().startswith("{"):
         try:
             label = json.loads(label)
@@ -129,10 +129,11 @@ def _labelled(label: Label, prompt: ChatPrompt) -> tuple[User, Question]:
     fields = {"user_id": label} if isinstance(label, str) else label
     try:
         user = LabelledUser.model_validate(fields)
-        asked = user.query is not None or user.messages is not None
-        if asked:
-            return user, Question(query=user.query, messages=user.messages)
-        return user, Question(query=prompt) if isinstance(prompt, str) else Question(messages=prompt)
+        if user.query is not None or user.messages is not None:
+            return user, QueryOrMessages(query=user.query, messages=user.messages)
+        return user, QueryOrMessages(query=prompt) if isinstance(prompt, str) else QueryOrMessages(
+            messages=prompt
+        )
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "user"
@@ -146,7 +147,7 @@ def _number(service: Service, single: Single) -> float:
 
 
 def _failure(service: Service, kinds: str) -> float:
-    """NaN, if the service is configured so.  Raises Refused: a retry helps only where the engine failed."""
+    """NaN if `serve.on_failure=nan`; else raises Refused, with 503 (retry) only if the engine failed."""
     if service.config.serve.on_failure == "nan":
         return math.nan
     if "engine:" in kinds:
@@ -155,7 +156,7 @@ def _failure(service: Service, kinds: str) -> float:
 
 
 def _json(value: object) -> Response:
-    """JSON as Python's clients read it, with NaN."""
+    """JSON with NaN, which Python's clients read."""
     return Response(json.dumps(value), media_type="application/json")
 
 
@@ -227,10 +228,10 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
 def _check_chat(service: Service, request: Chat) -> None:
     longest = service.config.model.max_response_tokens
-    asked = [n for n in (request.max_tokens, request.max_completion_tokens) if n is not None]
+    limits = [n for n in (request.max_tokens, request.max_completion_tokens) if n is not None]
     if request.stream:
         raise bad_request("stream: chains are sent complete; use stream=false")
-    if asked and min(asked) < longest:
+    if limits and min(limits) < longest:
         raise bad_request(f"max_tokens: expected at least {longest}, the length that a chain may have")
     check_limits((turn.content for turn in request.messages), 0, service.config.serve)
     last = request.messages[-1]
@@ -239,7 +240,7 @@ def _check_chat(service: Service, request: Chat) -> None:
 
 
 def _safe(turn: Turn, reserved: Sequence[str]) -> dict[str, str]:
-    """A message of our layout, in which the tokenizer's special tokens delimit nothing."""
+    """A message of our layout, with the tokenizer's special tokens made harmless."""
     if turn.role == "user":
         sections = split_prompt(turn.content)
         # An empty section ends its line at the tag.

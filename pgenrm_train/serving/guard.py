@@ -1,6 +1,6 @@
-"""Checks before any face: key, size of the body, number of open requests; then logs and metrics.
+"""Middleware before all routes: check key, size of the body and open requests; write logs and metrics.
 
-An ASGI middleware.  Log lines are JSON objects without texts and without users: route, status, time.
+It is ASGI.  Log lines are JSON objects without texts and without users: route, status, time.
 """
 
 import hmac
@@ -26,7 +26,7 @@ REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
 
 
 class Guard:
-    """Wraps the app; `key` is None where no key is asked for."""
+    """The wrapped app; `key` is None if requests need none."""
 
     def __init__(self, app: ASGIApp, settings: ServeConfig, metrics: Metrics, key: str | None) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the service: requests, chains, tokens, failures.  No label holds a user's text."""
+"""Prometheus metrics of the service: requests, chains, tokens, failures.  No label has a user's text."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 

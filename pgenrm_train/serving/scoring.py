@@ -23,21 +23,19 @@ from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
 from pgenrm_train.chains.totals import failure_of, read_chain
 from pgenrm_train.config import Config
 from pgenrm_train.prompts.history import HistorySampler
-from pgenrm_train.prompts.masking import FullView, MaskedView
-from pgenrm_train.prompts.writer import PromptWriter, view_of
+from pgenrm_train.prompts.writer import PromptWriter, Write, view_of
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message, PreferencePair
 from pgenrm_train.scaling.combine import scale
 from pgenrm_train.scaling.groups import Presentation, circle, merge
 from pgenrm_train.scaling.stopping import looks, settled
-from pgenrm_train.serving.answers import Answered, Answers, Prompt
+from pgenrm_train.serving.cached_engine import Answered, CachedEngine, Prompt
 from pgenrm_train.serving.errors import Refused
 
-Write = Callable[[MaskedView | FullView], list[dict[str, str]]]
 NO_PAIR = "no_complete_pair"  # kind: the response has chains, but no pair with scores in both positions
 
 
 class Neighbour(Protocol):
-    """A similar user and the history from which their analysis was written."""
+    """A similar user, and the history from which the user's analysis was written."""
 
     @property
     def user_id(self) -> str: ...
@@ -47,7 +45,7 @@ class Neighbour(Protocol):
 
 
 # (analyses, their users, n) → similar users per analysis, the most similar first
-FindSimilar = Callable[[Sequence[str], Sequence[str], int], Sequence[Sequence[Neighbour]]]
+FindNeighbours = Callable[[Sequence[str], Sequence[str], int], Sequence[Sequence[Neighbour]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +112,24 @@ class Scored:
         return Counter((c.shown, c.failure) for c in self.chains if c.failure)
 
 
-class Scorer:
+class TaskScorer:
     """A model, its prompts and its settings; `find` is None without prototypes."""
 
-    def __init__(self, config: Config, answers: Answers, write: Write, find: FindSimilar | None) -> None:
-        self.config, self.answers, self.find, self._write = config, answers, find, write
-        # Tokenizers are not for several threads; one thread also leaves the event loop free.
+    def __init__(
+        self, config: Config, engine: CachedEngine, write: Write, find: FindNeighbours | None
+    ) -> None:
+        self.config, self.engine, self.find, self._write = config, engine, find, write
+        # Tokenizers are not thread-safe; one thread also leaves the event loop free.
         self._writer = ThreadPoolExecutor(1, "writer")
-        # Special tokens of the model, which no text may hold; none for a writer without a tokenizer.
+        # Special tokens that no text may contain; none for a writer without a tokenizer.
         self.reserved: tuple[str, ...] = write.reserved if isinstance(write, PromptWriter) else ()
 
     async def score(self, task: Task) -> Scored:
-        """Raises Refused for similar users without prototypes, EngineLostError, and DataError for a prompt
-        that cannot be cut to the model's length."""
+        """Score the responses of a task.
+
+        Raises Refused for similar users without prototypes, EngineLostError, and DataError for a prompt that
+        cannot be cut to the model's length.
+        """
         if task.pro and self.find is None:
             raise Refused(422, "no_prototypes", "pro: the service has no prototypes; use pro=0")
         return await _Scoring(self, task).run()
@@ -139,11 +142,11 @@ class Scorer:
         return len(await loop.run_in_executor(self._writer, self._write.ids, messages))
 
     def temperature(self, task: Task) -> float:
-        """0 for a single chain, which is the likeliest one; several must differ."""
+        """0 (greedy) for a single chain; several must differ."""
         return 0.0 if (task.ind, task.pro) == (1, 0) else self.config.eval.temperature
 
     def history(self, task: Task) -> tuple[HistoryItem, ...]:
-        """Votes to show, by the settings of `data`; none on the same query with one of the responses."""
+        """Votes to show, by the settings of `data`; never one on the same query with one of the responses."""
         query = task.context[-1].content
         usable = [
             vote
@@ -163,7 +166,7 @@ class Scorer:
         """Chains `runs` of each presentation, from the user's own history or from a neighbour's."""
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._writer, self._prompts, task, shown, histories, runs)
-        answered = await self.answers(prompts, self.temperature(task), task.user_id)
+        answered = await self.engine.generate(prompts, self.temperature(task), task.user_id)
         return [
             self._read(order, other, answer, sample, runs.start)
             for order, other, answer in zip(shown, histories, answered, strict=True)
@@ -207,9 +210,9 @@ class Scorer:
 
 
 class _Scoring:
-    """One task while its chains come in."""
+    """One task in progress, with the chains read so far."""
 
-    def __init__(self, scorer: Scorer, task: Task) -> None:
+    def __init__(self, scorer: TaskScorer, task: Task) -> None:
         self.scorer, self.task = scorer, task
         self.shown = circle(len(task.responses))
         self.place = {order: number for number, order in enumerate(self.shown)}
@@ -263,7 +266,7 @@ class _Scoring:
             self.chains.append(replace(read, sample=rank))
 
     def _margins(self) -> np.ndarray:
-        """Margins (P, m) per own chain, plus the similar users' mean margin, as an evaluation stops by."""
+        """Margins (P, m): own chains plus the similar users' mean margin, as in an adaptive evaluation."""
         weights = self.scorer.config.eval.weights
         similar = self.similar[:, :, 0] - self.similar[:, :, 1]
         count = np.isfinite(similar).sum(axis=1)

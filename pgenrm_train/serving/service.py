@@ -1,4 +1,4 @@
-"""The service behind all faces: finds the user's votes, checks limits, scores, counts."""
+"""The service behind all routes: find the user's votes, check limits, score, count."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
@@ -12,18 +12,18 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError, EngineLostError
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.rows import read_pairs
-from pgenrm_train.serving.answers import Prompt, Samples
-from pgenrm_train.serving.calibration import Calibration
+from pgenrm_train.serving.cached_engine import Prompt, Samples
 from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.metrics import Metrics
-from pgenrm_train.serving.scoring import NO_PAIR, Scored, Scorer, Task
+from pgenrm_train.serving.probabilities import ProbabilityModel
+from pgenrm_train.serving.scoring import NO_PAIR, Scored, Task, TaskScorer
 from pgenrm_train.serving.store import UserStore
 from pgenrm_train.serving.wire import (
+    ChainCounts,
     FailedChains,
-    Question,
+    QueryOrMessages,
     ScoreAnswer,
     ScoreRequest,
-    Usage,
     User,
     Vote,
     WrittenChain,
@@ -32,8 +32,9 @@ from pgenrm_train.serving.wire import (
 
 Result = TypeVar("Result")
 RETRY_SECONDS = 1
-ANCHOR_VOTES = 2  # newest votes whose responses are anchors: 8 presentations per response
-ANONYMOUS = ""  # the user id of a history in the request, which no stored user can have
+# Newest votes whose responses are anchors: 8 presentations per response.
+ANCHOR_VOTES = 2
+ANONYMOUS = ""  # user id of a history in the request; no stored user can have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Single:
 
     probability: float | None
     failure: str | None
-    usage: Usage
+    usage: ChainCounts
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Service:
     """A model, the users' votes and the calibration, if there is one."""
 
     config: Config
-    scorer: Scorer
+    scorer: TaskScorer
     store: UserStore
     metrics: Metrics
-    calibration: Calibration | None = None
+    calibration: ProbabilityModel | None = None
 
     async def score(self, request: ScoreRequest) -> ScoreAnswer:
         """Scores of at least two responses.  Raises Refused."""
@@ -66,7 +67,7 @@ class Service:
     async def task(
         self,
         user: User,
-        question: Question,
+        question: QueryOrMessages,
         responses: Sequence[str],
         ind: int | None = None,
         pro: int | None = None,
@@ -99,7 +100,7 @@ class Service:
 
     async def generate(self, prompt: Prompt, temperature: float) -> Samples:
         """Chains for a prompt, as the model writes them.  Raises Refused."""
-        [answered] = await self._in_time(self.scorer.answers([prompt], temperature, ANONYMOUS))
+        [answered] = await self._in_time(self.scorer.engine.generate([prompt], temperature, ANONYMOUS))
         return answered.samples
 
     async def _in_time(self, work: Awaitable[Result]) -> Result:
@@ -124,11 +125,11 @@ class Service:
                 "a single response needs a calibration; start with serve.calibrate=PAIRS",
             )
         margins, scored = await self.margins(task)
-        chains = usage(*scored)
+        chains = chain_counts(*scored)
         if margins is None:
             kinds = sorted({kind for one in scored for _, kind in one.failures()})
             return Single(None, ", ".join(kinds) or NO_PAIR, chains)
-        return Single(self.calibration.like(*margins), None, chains)
+        return Single(self.calibration.single_probability(*margins), None, chains)
 
     async def margins(self, task: Task) -> tuple[tuple[float, float] | None, list[Scored]]:
         """Mean margins of a single response against chosen and against rejected anchors; None for none."""
@@ -156,14 +157,14 @@ class Service:
         await asyncio.to_thread(lambda: self.store.add(pairs, replace=replace))
 
     async def delete(self, user_id: str) -> int:
-        """Delete all of a user; returns the number of votes.  Raises Refused for an unknown user."""
+        """Delete everything of a user; returns the number of votes.  Raises Refused for an unknown user."""
         if not (votes := await asyncio.to_thread(self.store.delete, user_id)):
             raise Refused(404, "unknown_user", "this user has no stored votes")
         return votes
 
     async def check(self) -> None:
         """Raise Refused if the engine or the store cannot answer."""
-        if lost := self.scorer.answers.engine.lost():
+        if lost := self.scorer.engine.lost():
             raise Refused(503, "engine_lost", str(lost), RETRY_SECONDS)
         await asyncio.to_thread(self.store.check)
 
@@ -207,19 +208,21 @@ class Service:
         return ScoreAnswer(
             scores=[None if i in missing else float(score) for i, score in enumerate(scored.scores)],
             verified=scored.verified(),
-            probabilities=(calibration.best(scored.scores) if calibration else [None] * len(scored.scores)),
+            probabilities=(
+                calibration.best_probabilities(scored.scores) if calibration else [None] * len(scored.scores)
+            ),
             ranking=scored.ranking(),
             failures=failures,
-            usage=usage(scored),
+            usage=chain_counts(scored),
             model=self.config.model.label,
             chains=chains if return_chains else None,
         )
 
 
-def usage(*scored: Scored) -> Usage:
+def chain_counts(*scored: Scored) -> ChainCounts:
     """Chains and tokens behind some scores."""
     chains = [chain for one in scored for chain in one.chains]
-    return Usage(
+    return ChainCounts(
         chains=len(chains),
         cached_chains=sum(chain.cached for chain in chains),
         completion_tokens=sum(chain.generation.tokens for chain in chains if not chain.cached),

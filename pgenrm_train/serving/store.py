@@ -4,9 +4,8 @@
     answers         the generations of one prompt, by the hash of model, prompt and sampling
     answer_owners   the users whose votes that prompt showed
 
-Only answers about stored users are kept.  So deleting a user deletes all that is on disk of them: votes, and
-every answer whose prompt showed them, also as a neighbour of another user.  SQLite overwrites deleted rows,
-and its log is emptied.
+Only answers about stored users are kept.  Deleting a user deletes the votes and every answer whose prompt
+showed them, also as a neighbour of another user.  SQLite overwrites deleted rows, and its log is emptied.
 """
 
 import json
@@ -83,7 +82,7 @@ class UserStore:
             return [_as_pair(row) for row in connection.execute(query).mappings()]
 
     def add(self, votes: Sequence[PreferencePair], *, replace: bool = False) -> None:
-        """Append votes; with `replace`, the users among them keep no earlier vote and no cached answer."""
+        """Append votes; with `replace`, earlier votes and cached answers of their users are deleted first."""
         rows = [_as_row(vote) for vote in votes]
         with self._engine.begin() as connection:
             for user in dict.fromkeys(vote.user_id for vote in votes) if replace else ():
@@ -106,7 +105,7 @@ class UserStore:
             return {row.key: row.value for row in connection.execute(query)}
 
     def keep(self, answers: Mapping[str, tuple[str, Set[str]]], user_id: str) -> None:
-        """Keep answers (key → value, its users), unless `user_id` was deleted meanwhile."""
+        """Keep answers (key → value, users shown), unless `user_id` was deleted in the meantime."""
         values = [{"key": key, "value": value} for key, (value, _) in answers.items()]
         owners = [
             {"key": key, "user_id": user} for key, (_, users) in answers.items() for user in sorted(users)
@@ -115,7 +114,7 @@ class UserStore:
         with suppress(exc.IntegrityError), self._engine.connect() as connection:
             connection.execute(insert(_ANSWERS), values)
             connection.execute(insert(_OWNERS), owners)
-            # After the first write, or with the row locked, no deletion can pass unseen.
+            # After the first write (SQLite) or with the row locked, no deletion can come in between.
             votes = select(_VOTES.c.id).where(_VOTES.c.user_id == user_id).limit(1).with_for_update()
             if connection.scalar(votes) is not None:
                 connection.commit()

@@ -1,4 +1,4 @@
-"""Bodies of the service's own requests and answers, and their limits."""
+"""Bodies of requests and answers of the service's own routes, and their limits."""
 
 from collections.abc import Iterator
 from typing import Annotated, Self
@@ -18,7 +18,7 @@ def _without_nul(text: str) -> str:
 
 
 def as_user_id(text: str) -> str:
-    """An id as votes files are read: other spellings of it are the same user."""
+    """An id, spelled as in votes files (`records.ids`)."""
     if not (known := read_id(_without_nul(text))):
         raise ValueError("expected a user's id, got a blank text")
     return known
@@ -37,14 +37,14 @@ class Turn(Strict):
     content: Text
 
 
-class Question(Strict):
+class QueryOrMessages(Strict):
     """A query, or the conversation that ends with it."""
 
     query: Text | None = None
     messages: list[Turn] | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
+    def _check_one_is_given(self) -> Self:
         if (self.query is None) == (self.messages is None):
             raise ValueError("expected one of query and messages")
         if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
@@ -60,7 +60,7 @@ class Question(Strict):
         yield from (message.content for message in self.context())
 
 
-class Vote(Question):
+class Vote(QueryOrMessages):
     """One earlier vote; `time` in seconds since 1970."""
 
     chosen: Text
@@ -95,21 +95,21 @@ class Votes(Strict):
 
 
 class User(Strict):
-    """A stored user, or the votes of one who is not stored; optionally with stated criteria."""
+    """A stored user, or the votes of another user; optionally with stated criteria."""
 
     user_id: UserId | None = None
     history: list[Vote] | None = None
     criteria: Text | None = None
 
     @model_validator(mode="after")
-    def _one_user(self) -> Self:
+    def _check_one_user(self) -> Self:
         if (self.user_id is None) == (self.history is None):
             raise ValueError("expected one of user_id and history")
         return self
 
 
-class ScoreRequest(User, Question):
-    """Responses to score; without `ind` and `pro` those of the configuration."""
+class ScoreRequest(User, QueryOrMessages):
+    """Responses to score; `ind` and `pro` are by default those of the configuration."""
 
     responses: Annotated[list[Text], Field(min_length=1)]
     ind: Annotated[int, Field(ge=1)] | None = None
@@ -123,14 +123,16 @@ class ScoreRequest(User, Question):
 
 
 class FailedChains(Strict):
-    """Chains of one presentation that gave no score; `responses` by number, in the order shown."""
+    """Chains of one presentation without a score; `responses` by number, in the order shown."""
 
     responses: list[int]
     kind: str
     chains: int
 
 
-class Usage(Strict):
+class ChainCounts(Strict):
+    """Chains behind a score, those from the cache among them, and tokens that the model wrote."""
+
     chains: int
     cached_chains: int
     completion_tokens: int
@@ -151,7 +153,7 @@ class ScoreAnswer(Strict):
     probabilities: list[float | None]
     ranking: list[int]
     failures: list[FailedChains]
-    usage: Usage
+    usage: ChainCounts
     model: str
     chains: list[WrittenChain] | None = None
 

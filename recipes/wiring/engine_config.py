@@ -1,7 +1,7 @@
 """The exact configuration of an engine in a run, as YAML with our key as a comment on each value that we set.
 
-The comments are found, not written down: `sources` changes one key of ours at a time.  Sizes that are null
-follow from the planned number of pairs, in a run from the true one.
+The comments are computed: `sources` changes one key of ours at a time.  Sizes that are null follow from the
+planned number of pairs; in a run they follow from the true one.
 """
 
 import copy
@@ -122,7 +122,7 @@ def sources(config: Config, table: Callable[[Config], Values]) -> dict[str, list
             try:
                 others = table(changed)
             except Exception:
-                # another value of this kind may be a valid one
+                # This value is invalid, but another one of its kind may be valid.
                 continue
             for key in values:
                 if others.get(key, values) != values[key] and name not in found[key]:
@@ -144,7 +144,7 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.F
 
 
 def _others(field: dataclasses.Field[Any], value: object) -> list[object]:
-    """Other values of a setting, valid or not: enough of them to cross thresholds such as > 0."""
+    """Other values of a setting, valid or not, on both sides of thresholds such as > 0."""
     if field.metadata["choices"]:
         return [choice for choice in field.metadata["choices"] if choice != value]
     match value:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.ask.harness import Write
 from eval.studies.scaling_study import Similar
 from pgenrm_train.backends.protocols import GenerationRequest, Generator
 from pgenrm_train.backends.vllm.engine import VllmGenerator
@@ -17,7 +16,7 @@ from pgenrm_train.chains.chain import Chain, ParseFailure
 from pgenrm_train.chains.totals import read_chain
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import BackendError
-from pgenrm_train.prompts.writer import PromptWriter, load_pairs, view_of
+from pgenrm_train.prompts.writer import PromptWriter, Write, load_pairs, view_of
 from pgenrm_train.records.pairs import Example
 from pgenrm_train.scaling.combine import scale
 from pgenrm_train.stages.stage import start_of, with_totals
@@ -25,8 +24,8 @@ from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 from recipes.wiring.similar_users import find_similar
 
 
-class Answer(NamedTuple):
-    """A chain with the totals that count, as text and as parsed."""
+class ChainText(NamedTuple):
+    """A chain as text, and as read with the totals that count."""
 
     text: str | None
     chain: Chain | ParseFailure
@@ -67,7 +66,7 @@ class Scorer:
             "similar": _usage(similar) | {"asked": settings.pro, "users": [user.user_id for user in users]},
         }
 
-    def _chains(self, examples: Sequence[Example], samples: int) -> list[Answer]:
+    def _chains(self, examples: Sequence[Example], samples: int) -> list[ChainText]:
         """`samples` chains per example, in order."""
         requests = [
             GenerationRequest(
@@ -78,9 +77,9 @@ class Scorer:
         generations = self.generator(requests, temperature=temperature(self.config))
         totals, responses = self.config.model.counted, len(examples[0].responses) if examples else 0
         return [
-            Answer(g.text, ParseFailure(g.failure, g.words))
+            ChainText(g.text, ParseFailure(g.failure, g.words))
             if g.failure
-            else Answer(*read_chain(g.text or "", totals, responses))
+            else ChainText(*read_chain(g.text or "", totals, responses))
             for g in sorted(generations, key=lambda g: (int(g.key), g.sample))
         ]
 
@@ -101,7 +100,7 @@ def is_single(config: Config) -> bool:
 
 
 def temperature(config: Config) -> float:
-    """`score.temperature`, else 0 for a single chain, which is the likeliest one; several must differ."""
+    """`score.temperature`, else 0 (greedy) for a single chain; several must differ."""
     if (chosen := config.score.temperature) is not None:
         return chosen
     return 0.0 if is_single(config) else config.eval.temperature
@@ -113,22 +112,22 @@ def similar_users(config: Config, example: Example, analysis: str) -> list[Simil
     return find([analysis], [example.user_id], config.score.pro)[0]
 
 
-def _readable(answer: Answer) -> Chain:
+def _readable(answer: ChainText) -> Chain:
     if isinstance(answer.chain, Chain):
         return answer.chain
     if answer.text is None:
         words = f": {answer.chain.detail}" if answer.chain.detail else ""
-        raise BackendError(f"the model gave no chain ({answer.chain.kind}{words})")
+        raise BackendError(f"the model wrote no chain ({answer.chain.kind}{words})")
     print(answer.text)
     raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
 
 
-def _scores(answers: Sequence[Answer], responses: int) -> np.ndarray:
+def _scores(answers: Sequence[ChainText], responses: int) -> np.ndarray:
     """(chains, responses), NaN if a chain could not be read."""
     rows = [a.chain.scores if isinstance(a.chain, Chain) else (math.nan,) * responses for a in answers]
     return np.array(rows, dtype=float).reshape(len(rows), responses)
 
 
-def _usage(answers: Sequence[Answer]) -> dict[str, object]:
+def _usage(answers: Sequence[ChainText]) -> dict[str, object]:
     failures = Counter(a.chain.kind for a in answers if isinstance(a.chain, ParseFailure))
     return {"used": len(answers) - failures.total(), "failures": dict(failures)}

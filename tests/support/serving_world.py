@@ -19,11 +19,11 @@ from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import EngineLostError
 from pgenrm_train.prompts.messages import chat_messages
-from pgenrm_train.serving.answers import Answers
 from pgenrm_train.serving.app import make_app
-from pgenrm_train.serving.calibration import Calibration
+from pgenrm_train.serving.cached_engine import CachedEngine
 from pgenrm_train.serving.metrics import Metrics
-from pgenrm_train.serving.scoring import FindSimilar, Scorer
+from pgenrm_train.serving.probabilities import ProbabilityModel
+from pgenrm_train.serving.scoring import FindNeighbours, TaskScorer
 from pgenrm_train.serving.service import Service
 from pgenrm_train.serving.store import UserStore
 
@@ -90,12 +90,12 @@ def configured(folder: Path, **settings: Any) -> Config:
 def service_of(
     config: Config,
     engine: StubEngine,
-    find: FindSimilar | None = None,
-    calibration: Calibration | None = None,
+    find: FindNeighbours | None = None,
+    calibration: ProbabilityModel | None = None,
 ) -> Service:
     store = UserStore(config.serve.store)
-    answers = Answers(engine, store, "stub")
-    scorer = Scorer(config, answers, chat_messages, find)
+    cached = CachedEngine(engine, store, "stub")
+    scorer = TaskScorer(config, cached, chat_messages, find)
     return Service(config, scorer, store, Metrics(), calibration)
 
 

@@ -6,7 +6,7 @@ only the calls in flight.  The cost is on disk with the answers (see `answers`),
 restarts.  A failed call is a `Reply` with its reason, never an exception and never an empty text.
 
 A server may refuse a field that it does not know (`response_format`, the generator's `n`), a prompt that it
-finds too long, or everything.  Only a comparison tells which: a field is at fault if the same call succeeds
+finds too long, or everything.  A comparison shows which: a field is at fault if the same call succeeds
 without it, and a prompt if a greeting with the same fields succeeds.  A refused field is left out from then
 on, and neither it nor a refused prompt counts towards a server that is down.
 """
@@ -31,7 +31,7 @@ from pgenrm_train.run.http import key_of
 
 Messages = Sequence[Mapping[str, str]]
 Schema = Mapping[str, object]
-MAX_WAIT_SECONDS = 60.0  # between two tries of a call, whatever the server asks for
+MAX_WAIT_SECONDS = 60.0  # between two tries of a call, also if the server requests more
 RESTED_SECONDS = 30.0  # after which a server that failed call after call is tried again
 # Refusals that a prompt may cause, e.g. by its length.
 OF_THE_PROMPT = ("http_400", "http_413", "http_422")
@@ -91,8 +91,8 @@ class Endpoint:
         self._refused_prompts: set[bytes] = set()
         self._works: bool | None = None  # whether it answers any prompt; None until it is known
         self._greeting = threading.Lock()
-        self._known = Answers(cache) if cache else None
-        self.usage.earlier = self._known.paid() if self._known else (0, 0)
+        self._cache = Answers(cache) if cache else None
+        self.usage.earlier = self._cache.paid() if self._cache else (0, 0)
         self._closed = threading.Event()
         self._key = key_of(settings.api_key_env) if settings.api_key_env else ""
         self._api = ChatApi(settings)
@@ -104,7 +104,7 @@ class Endpoint:
         """
         body = self.body(messages, sample, schema)
         key = _key(body, sample)
-        if self._known and (known := self._known.get(key)) is not None:
+        if self._cache and (known := self._cache.get(key)) is not None:
             with self._lock:
                 self.usage.calls += 1
                 self.usage.cached += 1
@@ -113,14 +113,14 @@ class Endpoint:
             if (refused := self._refused()) is not None:
                 return self.book(Reply(None, refused))
             reply = self._answer(body)
-            if self._known:
-                self._known.add(key, reply)
+            if self._cache:
+                self._cache.add(key, reply)
             return reply
 
     def knows(self, messages: Messages, *, sample: int = 0) -> bool:
         """Whether the answer is on disk, so that it costs nothing."""
         key = _key(self.body(messages, sample, None), sample)
-        return self._known is not None and self._known.get(key) is not None
+        return self._cache is not None and self._cache.get(key) is not None
 
     def close(self) -> None:
         """Stop retries at once; wait for the calls in flight and keep their answers, which are paid for."""
@@ -131,8 +131,8 @@ class Endpoint:
         for _ in range(ended):  # calls that still wait for a slot are refused
             self._slots.release()
         self._api.close()
-        if self._known:
-            self._known.close()
+        if self._cache:
+            self._cache.close()
 
     @property
     def stopped(self) -> str | None:
@@ -217,15 +217,15 @@ class Endpoint:
         settings = self.settings
         if settings.max_dollars is None and settings.max_total_tokens is None:
             return False
-        paid = max(self._known.paid() if self._known else (0, 0), self.usage.paid, key=sum)
+        paid = max(self._cache.paid() if self._cache else (0, 0), self.usage.paid, key=sum)
         return (settings.max_dollars is not None and dollars(settings, *paid) >= settings.max_dollars) or (
             settings.max_total_tokens is not None and sum(paid) >= settings.max_total_tokens
         )
 
     def pay(self, reply: Reply) -> None:
         """Record the cost of an answer that is kept elsewhere."""
-        if self._known:
-            self._known.add(None, reply)
+        if self._cache:
+            self._cache.add(None, reply)
 
     def book(self, reply: Reply) -> Reply:
         """Count a reply; too many failures in a row open the circuit."""
@@ -278,7 +278,7 @@ class Endpoint:
             self._works = True
             if trouble is not None:
                 self.usage.calls += 1
-                words = f"{trouble.words or 'no reason given'} (requests go on without {name})"
+                words = f"{trouble.words or 'no reason given'} (requests continue without {name})"
                 self._count_failure(trouble.kind, words)
 
     def failed(self, body: Mapping[str, object], trouble: Trouble) -> Reply:
@@ -298,8 +298,8 @@ class Endpoint:
         with self._greeting:
             if self._works is not None:
                 return self._works
-            asked: Any = body["messages"]
-            messages = [{**message, "content": "Hello."} for message in asked]
+            original: Any = body["messages"]
+            messages = [{**message, "content": "Hello."} for message in original]
             greeting = {key: value for key, value in body.items() if key != "n"} | {"messages": messages}
             try:
                 reply = _reply(self._tried(greeting))

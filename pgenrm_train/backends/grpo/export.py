@@ -28,7 +28,7 @@ class Source:
 
 
 class Export:
-    """The files of an export.  All ranks make one and call `write` for the same files; rank 0 writes."""
+    """An export.  All ranks create one and call `write` for the same files; rank 0 writes them."""
 
     def __init__(self, module: Any, model_config: Any, folder: Path, dtype: torch.dtype, device: str) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device

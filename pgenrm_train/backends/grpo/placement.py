@@ -1,7 +1,7 @@
 """Placement of groups on vLLM servers.
 
 All samples of a group go to one server.  It reads the prompt once, and the other samples find it in its
-prefix cache.  A group waits until the servers have room, so that a server that is fast gets more groups.
+prefix cache.  A group waits until the servers have room, so a fast server gets more groups.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import random
 
 
 class Placement:
-    """Sequences in flight per server; `room` is the most on all servers together."""
+    """Sequences in flight per server; `room` is the limit for all servers together."""
 
     def __init__(self, servers: int, room: int) -> None:
         self.in_flight, self.room = [0] * servers, room
@@ -18,9 +18,9 @@ class Placement:
     async def take(self, samples: int) -> int:
         """Reserve places for a group, in the order of the calls; returns the index of its server.
 
-        The server is the one with the fewest sequences, at random among equals: several samplers share the
-        servers and do not know each other's groups.  A group larger than `room` gets its places once nothing
-        else is in flight.
+        The server is the one with the fewest sequences, at random among equals, because several samplers
+        share the servers and do not know each other's groups.  A group larger than `room` gets its places
+        once nothing else is in flight.
         """
         async with self._turn:
             while any(self.in_flight) and sum(self.in_flight) + samples > self.room:

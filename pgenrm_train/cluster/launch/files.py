@@ -122,12 +122,12 @@ def _group(config: Config, head: bool) -> dict[str, object]:
     }
     volumes = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": config.plan.volume_claim}},
-        # NCCL and Ray need more than the 64 MiB of a container
+        # NCCL and Ray need more than the default 64 MiB of a container.
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
     # On CPUs these are logical, as in a local Ray.
     start = {"num-gpus": str(gpus)} | ({} if cuda else {"num-cpus": str(8 + 4 * gpus)})
-    # the volume's files belong to the group of the image's user
+    # The volume's files belong to the group of the image's user.
     user = {"runAsNonRoot": True, "fsGroup": USER}
     pod = {"securityContext": user, "containers": [container], "volumes": volumes}
     return {"rayStartParams": start, "template": {"spec": pod}}

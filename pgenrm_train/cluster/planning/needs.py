@@ -1,4 +1,4 @@
-"""What a stage needs of its machines: host memory, disk, and GPUs that would have nothing to do.
+"""Needs of a stage: host memory and disk; and warnings about GPUs that would stay idle.
 
 Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption),
 the planned host parts of the fullest phase, and loading on rank 0 (veRL: in fp32) or publishing (PSI: all

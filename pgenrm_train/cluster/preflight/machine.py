@@ -47,7 +47,7 @@ def check_memory(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_shared_memory(config: Config, stage: str) -> Iterator[str]:
-    """Size of /dev/shm, which NCCL and Ray need: a container's 64 MiB break them obscurely."""
+    """Size of /dev/shm: with a container's 64 MiB, NCCL and Ray fail with obscure errors."""
     shm = Path("/dev/shm")
     if config.cluster.device == "cuda" and stage in TRAINED and shm.exists():
         size = shutil.disk_usage(shm).total / 2**30
@@ -89,7 +89,7 @@ def _bind(port: int) -> None:
 
 
 def check_versions(config: Config, stage: str) -> Iterator[str]:
-    """One sentence for all other versions, one for missing kernels; none outside a checkout, without pins."""
+    """One sentence for all differing versions, one for missing kernels; none outside a checkout."""
     device = _device(config)
     wanted = pins(device)
     wrong = []

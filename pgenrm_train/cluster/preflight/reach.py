@@ -27,9 +27,9 @@ class ChildFailed(Exception):
 
 
 def run_module(module: str, *arguments: str, seconds: float, variables: dict[str, str] | None = None) -> str:
-    """Run `python -m module` and return its output, so that no driver, CUDA context or torch stays here.
+    """Run `python -m module` in a child, which keeps drivers, CUDA and torch out of this process.
 
-    Raises ChildFailed, or subprocess.TimeoutExpired.
+    Returns its output.  Raises ChildFailed, or subprocess.TimeoutExpired.
     """
     child = subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -45,7 +45,7 @@ def run_module(module: str, *arguments: str, seconds: float, variables: dict[str
 
 
 def check_store(config: Config, stage: str) -> Iterator[str]:
-    """Access to a run_dir that is a URL, only with preflight.only=true: a start tries it by itself."""
+    """Access to a run_dir that is a URL, only with preflight.only=true, because a start tries it anyway."""
     if config.store is None or not config.preflight.only:
         return
     from pgenrm_train.errors import PGenRMError
@@ -75,7 +75,7 @@ def check_data(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_model(config: Config, stage: str) -> Iterator[str]:
-    """Weights that the first stages start from: a local folder, the hub's cache, or the hub itself."""
+    """Weights that a stage starts from: a local folder, the hub's cache, or the hub itself."""
     model, starts = config.model, stage in (StageName.BUILD_SEC, StageName.PSI)
     if model.kind not in ("nano", "hf") or not (starts or stage in TRAINED or stage == StageName.EVALUATE):
         return
@@ -169,7 +169,7 @@ def check_ray(config: Config, stage: str) -> Iterator[str]:
         yield from cluster_problems(config, stage, nodes_at(config.ray.address or ""))
     except ChildFailed as reason:
         yield (
-            f"the Ray cluster at {config.ray.address} takes no driver from here ({reason}); "
+            f"the Ray cluster at {config.ray.address} accepts no driver from this machine ({reason}); "
             "start it with the versions of the pins, on every node"
         )
 
@@ -226,10 +226,10 @@ def check_wandb(config: Config, stage: str) -> Iterator[str]:
     try:
         query = {"query": "{viewer {id}}"}
         answer = httpx.post(f"{base}/graphql", json=query, auth=("api", key), timeout=SECONDS)
-        stranger = answer.is_success and not (answer.json().get("data") or {}).get("viewer")
+        unknown = answer.is_success and not (answer.json().get("data") or {}).get("viewer")
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return
-    if stranger or answer.status_code in (401, 403):
+    if unknown or answer.status_code in (401, 403):
         yield (
             f"W&B at {host} refuses the key; "
             "run wandb login --relogin, correct WANDB_API_KEY, or use tracking=offline"
@@ -248,21 +248,21 @@ def _in_netrc(host: str) -> str | None:
 
 def check_teacher(config: Config, stage: str) -> Iterator[str]:
     if stage == StageName.BUILD_SEC and config.teacher.kind == "endpoint":
-        yield from answering("teacher", config.teacher)
+        yield from endpoint_problems("teacher", config.teacher)
 
 
 def check_judge(config: Config, stage: str) -> Iterator[str]:
     judged = stage in GRPO_STAGES and getattr(config, stage).process_weight
     if judged and config.judge.kind == "endpoint":
-        yield from answering("judge", config.judge)
+        yield from endpoint_problems("judge", config.judge)
 
 
 def check_model_endpoint(config: Config, stage: str) -> Iterator[str]:
     if stage == StageName.EVALUATE and config.model.kind == "endpoint":
-        yield from answering("model", config.model)
+        yield from endpoint_problems("model", config.model)
 
 
-def answering(section: str, settings: ApiConfig) -> Iterator[str]:
+def endpoint_problems(section: str, settings: ApiConfig) -> Iterator[str]:
     """GET {base_url}/models, which is cheap and free.  Any answer but a refusal is proof of a server."""
     import httpx
 
@@ -275,7 +275,7 @@ def answering(section: str, settings: ApiConfig) -> Iterator[str]:
         with client(url, timeout=SECONDS, headers=headers) as connection:
             status = connection.get(url).status_code
     except ConfigError as error:
-        yield f"the {section} cannot be asked: {error}"
+        yield f"the {section} cannot be called: {error}"
         return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         kind, words, _ = lost_connection(error)

@@ -1,4 +1,4 @@
-"""Fit the probabilities of a service on validation users of the run (`serving.calibration`)."""
+"""Fit the probabilities of a service on validation users of the run (`serving.probabilities`)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
-from pgenrm_train.serving.calibration import FILE, Calibration, read_calibration
+from pgenrm_train.serving.probabilities import FILE, ProbabilityModel, read_probabilities
 from pgenrm_train.serving.scoring import Task
 from pgenrm_train.serving.service import Service
 
@@ -22,7 +22,7 @@ AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One vote: the margin of its two responses, and the margins of each against anchors; None for none."""
+    """One vote: the margin of its responses, and of each response against anchors; None without scores."""
 
     user_id: str
     margin: float | None
@@ -31,7 +31,7 @@ class Measured:
 
 
 def calibrated(service: Service, model: str) -> Service:
-    """The service with the calibration of its run folder, which `serve.calibrate` fits anew.
+    """The service with the calibration of its run folder; `serve.calibrate` fits it first.
 
     Raises ArtifactError for a calibration of another model, DataError for too few validation pairs.
     """
@@ -44,11 +44,11 @@ def calibrated(service: Service, model: str) -> Service:
         print(f"calibrated on {calibration.pairs} pairs of {calibration.users} users: {path}", flush=True)
     elif not path.exists():
         return service
-    return replace(service, calibration=read_calibration(path, model))
+    return replace(service, calibration=read_probabilities(path, model))
 
 
 async def measure(service: Service, split: str, most: int) -> list[Measured]:
-    """Score about `most` votes of a split, each response also alone against anchors."""
+    """Score about `most` votes of a split: the pair, and each response alone against anchors."""
     pairs = load_pairs(Path(service.config.run_dir))
     chosen = pairs_of_split(pairs, split, most)
     users = {pair.user_id for pair in chosen}
@@ -76,7 +76,7 @@ async def _measure(service: Service, pair: PreferencePair, votes: Sequence[Prefe
     return Measured(pair.user_id, margin if np.isfinite(margin) else None, alone[0], alone[1])
 
 
-def fit(votes: Sequence[Measured], ind: int, pro: int, model: str) -> Calibration:
+def fit(votes: Sequence[Measured], ind: int, pro: int, model: str) -> ProbabilityModel:
     """The temperature of groups, and the three parameters of single responses."""
     from sklearn.linear_model import LogisticRegression
 
@@ -90,7 +90,7 @@ def fit(votes: Sequence[Measured], ind: int, pro: int, model: str) -> Calibratio
         )
     model_of_single = LogisticRegression().fit(np.array([m for m, _ in single]), labels)
     against_chosen, against_rejected = map(float, model_of_single.coef_[0])
-    return Calibration(
+    return ProbabilityModel(
         temperature=fit_temperature(margins),
         single=(float(model_of_single.intercept_[0]), against_chosen, against_rejected),
         pairs=len(margins),

@@ -14,10 +14,10 @@ from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
-from pgenrm_train.serving.answers import Answers, Engine
+from pgenrm_train.serving.cached_engine import CachedEngine, Engine
 from pgenrm_train.serving.guard import LOG
 from pgenrm_train.serving.metrics import Metrics
-from pgenrm_train.serving.scoring import FindSimilar, Scorer
+from pgenrm_train.serving.scoring import FindNeighbours, TaskScorer
 from pgenrm_train.serving.service import Service, import_votes
 from pgenrm_train.serving.store import UserStore
 from pgenrm_train.stages.stage import start_of, with_totals
@@ -45,15 +45,15 @@ def checkpoint_of(config: Config) -> Path:
 
 
 def make_service(
-    config: Config, checkpoint: Path, engine: Engine, store: UserStore, find: FindSimilar | None
+    config: Config, checkpoint: Path, engine: Engine, store: UserStore, find: FindNeighbours | None
 ) -> Service:
     """The service around an engine that runs `checkpoint`."""
     model = config.model
     limits = (model.prompt, model.max_prompt_tokens, model.max_response_tokens, model.dtype, model.counted)
-    answers = Answers(engine, store, fingerprint(weights_digest(checkpoint), *limits))
-    # A tokenizer of its own: the engine's is used by another thread.
+    cached = CachedEngine(engine, store, fingerprint(weights_digest(checkpoint), *limits))
+    # Another tokenizer than the engine's, which another thread uses.
     write = PromptWriter(config.model, load_tokenizer(checkpoint))
-    return Service(config, Scorer(config, answers, write, find), store, Metrics())
+    return Service(config, TaskScorer(config, cached, write, find), store, Metrics())
 
 
 def open_store(config: Config) -> UserStore:
@@ -65,7 +65,7 @@ def open_store(config: Config) -> UserStore:
     return store
 
 
-def similar_users(config: Config) -> FindSimilar | None:
+def similar_users(config: Config) -> FindNeighbours | None:
     """Neighbours from the prototypes of the run; None for a run without.
 
     Raises ArtifactError for prototypes of another model, if scores use similar users by default.
@@ -73,8 +73,8 @@ def similar_users(config: Config) -> FindSimilar | None:
     if not StageFolder.read(Path(config.run_dir), StageName.PROTOTYPES).complete:
         if config.score.pro:
             raise ArtifactError(
-                f"score.pro={config.score.pro} needs user prototypes, of which run_dir={config.run_dir} "
-                "holds none; run recipe=prototypes there first, or use score.pro=0"
+                f"score.pro={config.score.pro} needs user prototypes, and run_dir={config.run_dir} has "
+                "none; run recipe=prototypes there first, or use score.pro=0"
             )
         return None
     try:
@@ -101,14 +101,15 @@ def api_key(config: Config) -> str | None:
 
 
 def listening_socket(config: Config) -> socket.socket:
-    """The bound socket, before a model loads.  Raises ConfigError if the address is taken."""
+    """A bound socket, opened before the model loads.  Raises ConfigError if the address is taken."""
     settings = config.serve
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(
-            f"serve.host={settings.host} serve.port={settings.port} cannot be listened on ({error.strerror})"
+            f"serve.host={settings.host} serve.port={settings.port} cannot be opened ({error.strerror}); "
+            "choose another address or port"
         ) from None
 
 
@@ -130,7 +131,7 @@ def run_app(service: Service, key: str | None, listening: socket.socket) -> None
             timeout_graceful_shutdown=service.config.serve.drain_seconds,
         )
     )
-    # uvicorn repeats the signal once it has drained, and a service that was stopped has not failed.
+    # uvicorn raises the signal again after draining; a stopped service has not failed.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     print("stopped", flush=True)

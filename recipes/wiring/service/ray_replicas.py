@@ -24,8 +24,8 @@ from pgenrm_train.stages.stage import with_totals
 from recipes.wiring.service.calibrate import calibrated
 from recipes.wiring.service.local import api_key, checkpoint_of, make_service, open_store, similar_users
 
-TRIES = 3  # replicas that a prompt may outlive
-EXTRA_SECONDS = 30.0  # the app answers its own time-outs, before Serve does
+TRIES = 3  # replicas on which a prompt is tried
+EXTRA_SECONDS = 30.0  # Serve's time-out comes after the app's own
 
 
 class EngineReplica:
@@ -44,7 +44,7 @@ class EngineReplica:
 
 
 class ReplicatedEngine:
-    """An engine of the app: all replicas behind one handle."""
+    """The app's engine: all replicas behind one handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -62,7 +62,7 @@ class ReplicatedEngine:
         raise AssertionError
 
     def lost(self) -> None:
-        """Never: Serve replaces replicas."""
+        """Always None: Serve replaces lost replicas."""
 
 
 class Front:

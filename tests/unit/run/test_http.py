@@ -10,7 +10,7 @@ from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.generator import EndpointGenerator
 from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.backends.vllm import server as vllm_server
-from pgenrm_train.cluster.preflight.reach import answering
+from pgenrm_train.cluster.preflight.reach import endpoint_problems
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.http import client, key_of, proxy_for, service, trusted
@@ -56,7 +56,7 @@ def test_a_proxy_that_cannot_be_used_is_one_sentence(value, words, monkeypatch, 
     with pytest.raises(ConfigError, match=words) as error:
         client(AWAY)
     assert "NO_PROXY" in str(error.value) and "secret" not in str(error.value)
-    [problem] = answering("teacher", EndpointConfig(base_url=AWAY))
+    [problem] = endpoint_problems("teacher", EndpointConfig(base_url=AWAY))
     assert words in problem
     assert proxy_for("http://localhost:8000/v1") is None, "and no reason not to ask this machine"
     assert words in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_this_machine_is_never_asked_through_a_proxy(variable, monkeypatch, tmp_
         assert Endpoint(settings).complete([{"role": "user", "content": "q"}]).text == "hi"
         request = GenerationRequest("k", ({"role": "user", "content": "q"},))
         [generation] = EndpointGenerator(Endpoint(settings))([request], temperature=0.7)
-        assert generation.text == "hi" and not list(answering("teacher", settings))
+        assert generation.text == "hi" and not list(endpoint_problems("teacher", settings))
         monkeypatch.setattr(vllm_server, "START_SECONDS", 2)
         vllm_server._wait(lambda: None, server.url, tmp_path / "log")
 
@@ -116,7 +116,7 @@ def test_a_key_that_no_request_can_carry_is_refused_without_it(key, monkeypatch)
     monkeypatch.setenv("KEY", key)
     with pytest.raises(ConfigError, match=r"\bKEY\b") as error:
         Endpoint(EndpointConfig(kind="endpoint", base_url=AWAY, name="m", api_key_env="KEY"))
-    [problem] = answering("judge", EndpointConfig(base_url=AWAY, api_key_env="KEY"))
+    [problem] = endpoint_problems("judge", EndpointConfig(base_url=AWAY, api_key_env="KEY"))
     assert "KEY" in problem
     for text in (str(error.value), problem):
         assert "abc" not in text

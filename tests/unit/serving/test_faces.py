@@ -16,9 +16,11 @@ from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.prompts.masking import MaskedView
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message
-from pgenrm_train.serving.calibration import Calibration
+from pgenrm_train.serving.probabilities import ProbabilityModel
 
-CALIBRATION = Calibration(temperature=3.0, single=(-0.1, 0.2, 0.3), pairs=9, users=3, ind=1, pro=0, model="m")
+CALIBRATION = ProbabilityModel(
+    temperature=3.0, single=(-0.1, 0.2, 0.3), pairs=9, users=3, ind=1, pro=0, model="m"
+)
 USER = json.dumps({"history": [VOTE]})
 NO_CHAIN = StubEngine(lambda request, sample: None)
 

@@ -11,7 +11,7 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import write_table
 from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.rows import pair_to_row
-from pgenrm_train.serving.calibration import Calibration
+from pgenrm_train.serving.probabilities import ProbabilityModel
 from recipes.wiring.service.calibrate import Measured, calibrated, fit
 
 
@@ -32,7 +32,7 @@ def test_the_fit_finds_the_truth():
         rejected = next((tuple(m) for m, yes in zip(margins, liked) if not yes), None)
         votes.append(Measured(f"u{n % 50}", margin, chosen, rejected))
     calibration = fit(votes, 1, 0, "m")
-    first, second = calibration.best(np.array([3.0, 1.0]))
+    first, second = calibration.best_probabilities(np.array([3.0, 1.0]))
     assert first + second == pytest.approx(1) and first > 0.6
     a, chosen, rejected = calibration.single
     assert (a, chosen, rejected) == pytest.approx((-0.2, 0.5, 0.25), abs=0.1)
@@ -40,11 +40,11 @@ def test_the_fit_finds_the_truth():
 
 
 def test_a_response_without_a_score_has_no_probability():
-    calibration = Calibration(2.0, (0.0, 1.0, 1.0), 9, 3, 1, 0, "m")
-    assert calibration.best(np.array([1.0, np.nan, 1.0])) == [0.5, None, 0.5]
-    assert calibration.best(np.array([np.nan, np.nan])) == [None, None]
-    assert calibration.best(np.array([1e4, -1e4])) == [1.0, 0.0]
-    assert calibration.like(1e6, 1e6) <= 1 and calibration.like(-1e6, 0) >= 0
+    calibration = ProbabilityModel(2.0, (0.0, 1.0, 1.0), 9, 3, 1, 0, "m")
+    assert calibration.best_probabilities(np.array([1.0, np.nan, 1.0])) == [0.5, None, 0.5]
+    assert calibration.best_probabilities(np.array([np.nan, np.nan])) == [None, None]
+    assert calibration.best_probabilities(np.array([1e4, -1e4])) == [1.0, 0.0]
+    assert calibration.single_probability(1e6, 1e6) <= 1 and calibration.single_probability(-1e6, 0) >= 0
 
 
 def pairs(users):

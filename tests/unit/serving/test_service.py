@@ -24,7 +24,7 @@ from pgenrm_train.errors import EngineLostError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 from pgenrm_train.scaling.combine import scale
-from pgenrm_train.serving.calibration import Calibration
+from pgenrm_train.serving.probabilities import ProbabilityModel
 
 ANN = "/v1/users/ann/votes"
 
@@ -84,7 +84,7 @@ def test_a_failed_position_gives_null_with_its_kind(tmp_path):
 
 
 def test_probabilities_come_from_the_calibration(tmp_path, engine):
-    calibration = Calibration(
+    calibration = ProbabilityModel(
         temperature=3.0, single=(0.0, 0.1, 0.1), pairs=9, users=3, ind=1, pro=0, model="m"
     )
     with running(service_of(configured(tmp_path), engine, calibration=calibration)) as client:

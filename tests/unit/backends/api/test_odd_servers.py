@@ -98,8 +98,8 @@ def test_reasoning_in_answers_of_an_older_run_is_dropped(tmp_path):
     with serve(lambda body, n: "hi") as server:
         one = endpoint(server, tmp_path)
         one.complete(ASK)
-        [key] = [key for key in one._known._cache if key != "paid"]
-        one._known._cache.set(key, {"text": THOUGHT + "hi", "in": 1, "out": 1})
+        [key] = [key for key in one._cache._cache if key != "paid"]
+        one._cache._cache.set(key, {"text": THOUGHT + "hi", "in": 1, "out": 1})
         assert one.complete(ASK).text == "hi"
 
 

@@ -30,8 +30,8 @@ FILE = "calibration.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """Fitted parameters, and on what they were fitted."""
+class ProbabilityModel:
+    """Fitted parameters, and the data and model of the fit."""
 
     temperature: float
     single: tuple[float, float, float]  # a, b_c, b_x
@@ -41,24 +41,24 @@ class Calibration:
     pro: int
     model: str  # digest of the weights
 
-    def best(self, scores: np.ndarray) -> list[float | None]:
+    def best_probabilities(self, scores: np.ndarray) -> list[float | None]:
         """P(best) per response among those with a score; None for the others."""
         valid = np.isfinite(scores)
         shifted = np.where(valid, (scores - scores[valid].max(initial=-np.inf)) / self.temperature, -np.inf)
         weights = np.exp(shifted)
         return [float(w / weights.sum()) if ok else None for w, ok in zip(weights, valid)]
 
-    def like(self, against_chosen: float, against_rejected: float) -> float:
+    def single_probability(self, against_chosen: float, against_rejected: float) -> float:
         """P(r) of a single response, from its mean margins against both kinds of anchors."""
         a, chosen, rejected = self.single
         logit = a + chosen * against_chosen + rejected * against_rejected
         return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
 
 
-def read_calibration(path: Path, model: str) -> Calibration:
-    """Read a calibration.  Raises ArtifactError if it belongs to another model."""
+def read_probabilities(path: Path, model: str) -> ProbabilityModel:
+    """Read fitted parameters.  Raises ArtifactError if they belong to another model."""
     values = read_json(path)
-    calibration = Calibration(**{**values, "single": tuple(values["single"])})
+    calibration = ProbabilityModel(**{**values, "single": tuple(values["single"])})
     if calibration.model != model:
         raise ArtifactError(f"{path} was fitted for another model; fit it again with serve.calibrate=PAIRS")
     return calibration

@@ -1,6 +1,6 @@
-"""Answers of the model to many prompts at a time, from the cache where it holds them.
+"""Generate for many prompts at the same time, with a cache of the answers about stored users.
 
-Sampling is seeded by the prompt, so that a repeated request has the same answers with or without the cache.
+Sampling is seeded by the prompt, so a repeated request has the same answers with or without the cache.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ class Engine(Protocol):
         """The samples of a request, in order.  Raises EngineLostError."""
 
     def lost(self) -> EngineLostError | None:
-        """The reason why the engine answers no more."""
+        """The reason why the engine is lost; None while it works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request, and the stored users whose votes it shows; without any, its answers are not cached."""
+    """A request, and the stored users whose votes it shows; without any, answers are not cached."""
 
     request: GenerationRequest
     owners: frozenset[str] = frozenset()
@@ -41,21 +41,28 @@ class Answered:
     cached: bool = False
 
 
-class Answers:
-    """The engine behind the cache of the store; `identity` names the model and its sampling."""
+class CachedEngine:
+    """An engine with a cache in the store; `identity` names the model and its sampling."""
 
     def __init__(self, engine: Engine, store: UserStore, identity: str) -> None:
-        self.engine, self._store, self._identity = engine, store, identity
+        self._engine, self._store, self._identity = engine, store, identity
 
-    async def __call__(self, prompts: Sequence[Prompt], temperature: float, user: str) -> list[Answered]:
-        """The answers in order; new ones about stored users are cached.  Raises EngineLostError."""
+    def lost(self) -> EngineLostError | None:
+        """The reason why the engine is lost; None while it works."""
+        return self._engine.lost()
+
+    async def generate(self, prompts: Sequence[Prompt], temperature: float, user: str) -> list[Answered]:
+        """Answer prompts, in order; new answers about stored users are cached for `user`.
+
+        Raises EngineLostError.
+        """
         keys = [self._key(prompt, temperature) for prompt in prompts]
-        asked = [key for key, prompt in zip(keys, prompts) if prompt.owners]
-        held = await asyncio.to_thread(self._store.answers, asked) if asked else {}
-        new = [prompt for key, prompt in zip(keys, prompts) if key not in held]
+        cacheable = [key for key, prompt in zip(keys, prompts) if prompt.owners]
+        cached = await asyncio.to_thread(self._store.answers, cacheable) if cacheable else {}
+        new = [prompt for key, prompt in zip(keys, prompts) if key not in cached]
         generated = iter(await self._generate([prompt.request for prompt in new], temperature))
         answers = [
-            Answered(_read(held[key]), cached=True) if key in held else Answered(next(generated))
+            Answered(_read(cached[key]), cached=True) if key in cached else Answered(next(generated))
             for key in keys
         ]
         fresh = {
@@ -68,11 +75,12 @@ class Answers:
         return answers
 
     async def _generate(self, requests: Sequence[GenerationRequest], temperature: float) -> list[Samples]:
-        tasks = [asyncio.ensure_future(self.engine.generate(request, temperature)) for request in requests]
+        tasks = [asyncio.ensure_future(self._engine.generate(request, temperature)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # after an error or a time-out the rest leaves the engine
+            # After an error or a time-out the other requests leave the engine.
+            for task in tasks:
                 task.cancel()
 
     def _key(self, prompt: Prompt, temperature: float) -> str:
