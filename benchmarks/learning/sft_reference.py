@@ -192,7 +192,7 @@ def validate(model: Any, tokenizer: Any, examples: Sequence[Example], pad: int) 
     return result
 
 
-UNSEEN = 12.0  # nats from which criteria are those of no training user
+UNSEEN = 12.0  # from this many nats on, no training user has the criteria
 
 
 def _nats(reader: IdealReader, example: Example) -> float:

@@ -78,7 +78,7 @@ class Cells:
         self.evaluate(folder, folder / {"uniform": "curriculum"}.get(method, method) / "checkpoint")
 
     def evaluate(self, folder: Path, checkpoint: Path) -> None:
-        # the control of the comparison is the pairs, which the settings below give to every cell
+        # Every cell judges the same pairs with these settings.
         few = ("eval.seeds=1", "eval.ind=1", "eval.one_pair_ind=[]", "eval.baselines=[]")
         self.recipe(folder, "evaluate", checkpoint, "eval.probes=false", *few)
 

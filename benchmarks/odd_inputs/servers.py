@@ -3,8 +3,8 @@
     python benchmarks/odd_inputs/servers.py [--seeds 20] [--questions 40]
 
 Every seed draws a server: whether it refuses `n`, `response_format` or long prompts, with which status, and
-how often it fails, in which of a dozen ways.  A teacher and a model under test ask it the same questions in
-two starts; the second start finds the server well.  Then
+how often it fails, in which of a dozen ways.  A teacher and a model under test request the same answers in
+two starts; in the second the server has no faults.  Then
 
     lost     questions without a text and without a reason, or with another question's text
     twice    answers that the server delivered more often than once
@@ -222,7 +222,7 @@ def teacher(server: Server, questions: int, folder: Path) -> Counter[str]:
             right = reply.text == f"q{question}/{sample}" and reply.failure is None
             problems["lost"] += not (right or (reply.text is None and bool(reply.failure)))
             late = start == 1 and reply.failure not in (None, *limits.WORKING)
-            problems["lost"] += late  # the server is well
+            problems["lost"] += late  # the server has no faults now
         problems["cost"] += abs(sum(one.usage.paid) - server.tokens)
         one.close()
         server.quirks.fault_rate = 0.0
@@ -273,7 +273,7 @@ def _answers(one: EndpointGenerator, requests: list[GenerationRequest]) -> Itera
 
 
 def fuzz(seeds: range, questions: int, slow: bool = True) -> Counter[str]:
-    """Problems over all seeds, and the calls and faults that led to none."""
+    """Problems by kind over all seeds, and the numbers of calls and faults."""
     limits.MAX_WAIT_SECONDS = 0.02
     total: Counter[str] = Counter()
     for seed in seeds:

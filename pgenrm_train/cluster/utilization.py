@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from pgenrm_train.cluster.preflight.machine import Gpu, visible_gpus
+from pgenrm_train.cluster.preflight.gpus import Gpu, visible_gpus
 
 
 class Utilization:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from eval.studies.evaluation import Evaluation
 from pgenrm_train.backends.api.answers import Answers
 from pgenrm_train.backends.api.costs import ANSWER_TOKENS, announce, characters, estimate
-from pgenrm_train.backends.api.endpoint import dollars
+from pgenrm_train.backends.api.usage import dollars
 from pgenrm_train.backends.protocols import SAMPLE, Estimate, estimate_sample
 from pgenrm_train.config import (
     Config,

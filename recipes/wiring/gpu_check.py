@@ -18,7 +18,7 @@ import psutil
 
 from pgenrm_train.cluster.planning.plan import Plan, plan_of
 from pgenrm_train.cluster.preflight.checks import stages_of
-from pgenrm_train.cluster.preflight.machine import visible_gpus
+from pgenrm_train.cluster.preflight.gpus import visible_gpus
 from pgenrm_train.cluster.sizes import with_sizes
 from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.config.places import beneath

@@ -8,7 +8,7 @@ without them dollars are not estimated.
 
 from collections.abc import Mapping, Sequence
 
-from pgenrm_train.backends.api.endpoint import dollars
+from pgenrm_train.backends.api.usage import dollars
 from pgenrm_train.backends.protocols import Estimate, Range
 from pgenrm_train.config import EndpointConfig
 

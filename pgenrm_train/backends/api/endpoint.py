@@ -16,14 +16,14 @@ import json
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.backends.api.answers import OF_THE_ANSWER, PROMPT_REFUSED, Answers, Reply
 from pgenrm_train.backends.api.chat_api import ChatApi, Completion, Trouble, may_be_a_field
+from pgenrm_train.backends.api.usage import Pace, Usage, dollars
 from pgenrm_train.backends.protocols import Spending
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.prompts.messages import folded
@@ -40,37 +40,6 @@ WORKING = (*OF_THE_ANSWER, PROMPT_REFUSED)
 REFUSALS = ("closed", "circuit_open", "budget")  # failures of calls that were not made
 FORMAT = "response_format"
 FIELDS = "leave_out, max_tokens_field, structured and extra_body change the fields of requests"
-CHARACTERS_PER_TOKEN = 3.0  # a low guess before the first answers
-
-
-def dollars(settings: EndpointConfig, prompt_tokens: int, completion_tokens: int) -> float:
-    """Price at the configured rates, by default 0."""
-    return (
-        prompt_tokens * settings.dollars_per_million_in + completion_tokens * settings.dollars_per_million_out
-    ) / 1e6
-
-
-@dataclass
-class Usage:
-    """Calls and tokens of this start; retries count in `tries` only.
-
-    `failures` are by reason, with the server's last words on each in `words`; `earlier` are the tokens of
-    earlier starts.
-    """
-
-    calls: int = 0
-    tries: int = 0
-    cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    earlier: tuple[int, int] = (0, 0)
-    failures: Counter[str] = field(default_factory=Counter)
-    words: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def paid(self) -> tuple[int, int]:
-        """Tokens of prompts and of answers in all starts."""
-        return self.earlier[0] + self.prompt_tokens, self.earlier[1] + self.completion_tokens
 
 
 class Endpoint:
@@ -80,12 +49,9 @@ class Endpoint:
     """
 
     def __init__(self, settings: EndpointConfig, cache: Path | None = None) -> None:
-        self.settings, self.usage = settings, Usage()
+        self.settings, self.usage, self.pace = settings, Usage(), Pace(settings)
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
         self._lock = threading.Lock()
-        self._next_start = 0.0
-        # All answers count, cut-off and empty ones too, because the server's limit counts their tokens.
-        self._answers = self._tokens = 0
         self._in_a_row, self._open_until = 0, 0.0
         self._refused_fields: set[str] = set()
         self._refused_prompts: set[bytes] = set()
@@ -359,36 +325,18 @@ class Endpoint:
         return retrying(self._once, _encoded(body))
 
     def _once(self, payload: bytes) -> Completion:
-        self._closed.wait(self.start_in(len(payload)))
+        self._closed.wait(self.wait_seconds(len(payload)))
         if self._closed.is_set():
             raise Trouble("closed")
         completion = self._api.post(payload)
-        self.learn(completion.prompt_tokens + completion.completion_tokens)
+        self.pace.learn(completion.prompt_tokens + completion.completion_tokens)
         return completion
 
-    def learn(self, tokens: int) -> None:
-        """Record the tokens of one answer, for the pace."""
-        with self._lock:
-            self._answers, self._tokens = self._answers + 1, self._tokens + tokens
-
-    def start_in(self, characters: int, samples: int = 1) -> float:
-        """Count a try and return the seconds until it may start.
-
-        Tries are spread evenly, to at most `requests_per_minute` starts and `tokens_per_minute` tokens.  A
-        call is expected to need the mean tokens of the calls so far; the first ones, their maximum.
-        """
-        settings, gap = self.settings, 0.0
-        if settings.requests_per_minute is not None:
-            gap = 60.0 / settings.requests_per_minute
+    def wait_seconds(self, characters: int, samples: int = 1) -> float:
+        """Count a try, and return the seconds until it may start."""
         with self._lock:
             self.usage.tries += 1
-            if settings.tokens_per_minute is not None:
-                most = characters / CHARACTERS_PER_TOKEN + settings.max_tokens * samples
-                expected = self._tokens / self._answers if self._answers else most
-                gap = max(gap, 60.0 * expected / settings.tokens_per_minute)
-            start = max(self._next_start, time.monotonic())
-            self._next_start = start + gap
-        return max(0.0, start - time.monotonic())
+        return self.pace.wait_seconds(characters, samples)
 
 
 def _key(body: Mapping[str, object], sample: int) -> str:

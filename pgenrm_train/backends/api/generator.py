@@ -180,7 +180,7 @@ class _Queue:
         """At most `samples` generations from number `first` on, and at least one."""
         choices = completion.choices[:samples]
         spent = completion.prompt_tokens, completion.completion_tokens
-        self.endpoint.learn(sum(spent))
+        self.endpoint.pace.learn(sum(spent))
         self.endpoint.pay(self.endpoint.book(Reply("", None, *spent)))
         self.endpoint.count_failures([(choice.failure, choice.words) for choice in choices])
         return [
@@ -223,7 +223,7 @@ class _Queue:
                 headers=self.headers,
             )
         payload = json.dumps(body).encode()
-        await asyncio.sleep(self.endpoint.start_in(len(payload), samples))
+        await asyncio.sleep(self.endpoint.wait_seconds(len(payload), samples))
         try:
             for _ in range(MOVES):
                 post = self.session.post(self.url, data=payload, proxy=self.proxy, allow_redirects=False)

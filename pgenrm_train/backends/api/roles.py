@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pgenrm_train.backends.api.answers import Reply
 from pgenrm_train.backends.api.costs import announce, characters, estimate
-from pgenrm_train.backends.api.endpoint import Endpoint, dollars
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.usage import dollars
 from pgenrm_train.backends.protocols import Estimate, Generation, Spending, estimate_sample
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError

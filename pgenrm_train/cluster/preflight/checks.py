@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.planning.needs import idle_warnings
+from pgenrm_train.cluster.preflight.gpus import check_compilers, check_gpus, idle_gpus
 from pgenrm_train.cluster.preflight.machine import (
-    check_compilers,
     check_disk,
-    check_gpus,
     check_memory,
     check_ports,
     check_ring,
     check_shared_memory,
     check_versions,
-    idle_gpus,
 )
 from pgenrm_train.cluster.preflight.reach import (
     check_data,

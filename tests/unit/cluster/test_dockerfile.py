@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from pgenrm_train.cluster.launch.files import CHECKOUT, RUNS
-from pgenrm_train.cluster.preflight import machine
+from pgenrm_train.cluster.preflight import gpus, machine
 from pgenrm_train.cluster.preflight.checks import findings
 from pgenrm_train.config import ROOT, load
 from recipes.wiring.gpu_check import STEPS
@@ -92,8 +92,8 @@ def test_the_example_composes_and_passes_the_preflight_in_the_image(tmp_path, mo
     # the image on a machine with one GPU
     monkeypatch.setattr(machine, "installed", machine.pins("gpu").get)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(machine, "visible_gpus", lambda: [machine.Gpu("NVIDIA L40S", 45.0, 44.0, (8, 9))])
-    monkeypatch.setattr(machine, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [gpus.Gpu("NVIDIA L40S", 45.0, 44.0, (8, 9))])
+    monkeypatch.setattr(gpus, "driver_version", lambda: "580.65.06")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))

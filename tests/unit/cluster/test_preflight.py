@@ -16,7 +16,7 @@ from threading import Thread
 
 import pytest
 
-from pgenrm_train.cluster.preflight import machine, reach
+from pgenrm_train.cluster.preflight import gpus, machine, reach
 from pgenrm_train.cluster.preflight.checks import CHECKS, check_machine, findings, still_to_do
 from pgenrm_train.config import ROOT, STAGES, Config, load
 from pgenrm_train.config.cluster import PREFLIGHT
@@ -117,18 +117,18 @@ def test_missing_gpus_are_named(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="cluster=gpu8 needs"):
         check_machine(wanting, "psi")
     wanting.ray.address = "head:6379"
-    assert list(machine.check_gpus(wanting, "psi")) == [], "the cluster's GPUs are not this machine's"
+    assert list(gpus.check_gpus(wanting, "psi")) == [], "the cluster's GPUs are not this machine's"
 
 
 def test_unfit_gpus_are_named(tmp_path: Path) -> None:
     wanting = config(tmp_path)
-    good = machine.Gpu("NVIDIA H100", 80.0, 79.0, (9, 0))
-    assert list(machine.gpu_problems(wanting, [good, good])) == []
-    old, busy = machine.Gpu("Tesla V100", 32.0, 31.0, (7, 0)), machine.Gpu("NVIDIA H100", 80.0, 12.0, (9, 0))
-    assert "computes no bfloat16" in " ".join(machine.gpu_problems(wanting, [old]))
-    assert "the GPUs differ (NVIDIA H100, Tesla V100)" in " ".join(machine.gpu_problems(wanting, [good, old]))
+    good = gpus.Gpu("NVIDIA H100", 80.0, 79.0, (9, 0))
+    assert list(gpus.gpu_problems(wanting, [good, good])) == []
+    old, busy = gpus.Gpu("Tesla V100", 32.0, 31.0, (7, 0)), gpus.Gpu("NVIDIA H100", 80.0, 12.0, (9, 0))
+    assert "computes no bfloat16" in " ".join(gpus.gpu_problems(wanting, [old]))
+    assert "the GPUs differ (NVIDIA H100, Tesla V100)" in " ".join(gpus.gpu_problems(wanting, [good, old]))
     assert "GPU 1 (NVIDIA H100) has 12.0 of 80.0 GiB free" in " ".join(
-        machine.gpu_problems(wanting, [good, busy])
+        gpus.gpu_problems(wanting, [good, busy])
     )
 
 
@@ -144,8 +144,8 @@ def test_a_fixed_port_in_use_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_driver_must_know_the_cuda_of_the_pins() -> None:
-    assert list(machine.driver_problems("580.65.06")) == [] == list(machine.driver_problems(None))
-    (problem,) = machine.driver_problems("570.124.06")
+    assert list(gpus.driver_problems("580.65.06")) == [] == list(gpus.driver_problems(None))
+    (problem,) = gpus.driver_problems("570.124.06")
     assert "driver is 570.124.06" in problem and "580 or newer" in problem
 
 
@@ -156,14 +156,14 @@ def test_gpus_without_work_are_warned_about(
 
     one = load("recipe=psi", "model=llama31_8b", "cluster=gpu1", f"run_dir={tmp_path}")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert next(machine.idle_gpus(one, "psi")) == (
+    assert next(gpus.idle_gpus(one, "psi")) == (
         "psi uses 1 of 8 GPUs; the nearest better setting is cluster.processes_per_node=8"
     )
-    assert list(machine.idle_gpus(one, "build_data")) == []
-    monkeypatch.setattr(machine, "nodes_at", lambda _: [{"GPU": 8.0}] * 6)
+    assert list(gpus.idle_gpus(one, "build_data")) == []
+    monkeypatch.setattr(gpus, "nodes_at", lambda _: [{"GPU": 8.0}] * 6)
     four = dataclasses.replace(one, cluster=dataclasses.replace(one.cluster, nodes=2, processes_per_node=8))
     four.ray.address = "head:6379"
-    assert "psi uses 16 of 48 GPUs; the nearest better setting is cluster.nodes=6" in machine.idle_gpus(
+    assert "psi uses 16 of 48 GPUs; the nearest better setting is cluster.nodes=6" in gpus.idle_gpus(
         four, "psi"
     )
     four.preflight.skip = list(CHECKS)
@@ -177,16 +177,16 @@ def test_missing_compilers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("CC", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(machine, "TOOLKIT", "nowhere")
-    assert list(machine.check_compilers(asking, "cre")) == [], "on a CPU nothing is compiled"
+    monkeypatch.setattr(gpus, "TOOLKIT", "nowhere")
+    assert list(gpus.check_compilers(asking, "cre")) == [], "on a CPU nothing is compiled"
     asking.cluster.device = "cuda"
-    assert list(machine.check_compilers(asking, "build_data")) == []
-    told = " ".join(machine.check_compilers(asking, "cre"))
+    assert list(gpus.check_compilers(asking, "build_data")) == []
+    told = " ".join(gpus.check_compilers(asking, "cre"))
     assert "no C compiler is on PATH" in told and "nvcc is neither on PATH nor under CUDA_HOME" in told
     (tmp_path / "bin").mkdir()
     for tool in (tmp_path / "bin" / "nvcc", tmp_path / "gcc"):
         tool.touch(0o755)
-    assert list(machine.check_compilers(asking, "cre")) == []
+    assert list(gpus.check_compilers(asking, "cre")) == []
 
 
 def test_nodes_that_talk_over_tcp_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,7 +453,7 @@ def failures_in_the_code() -> list[str]:
     import ast
 
     found = []
-    for name in ("machine", "reach"):
+    for name in ("gpus", "machine", "reach"):
         tree = ast.parse((ROOT / f"pgenrm_train/cluster/preflight/{name}.py").read_text(encoding="utf-8"))
         for node in (n.value for n in ast.walk(tree) if isinstance(n, ast.Yield)):
             assert isinstance(node, ast.JoinedStr)

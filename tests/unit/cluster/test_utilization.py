@@ -2,7 +2,7 @@
 
 import time
 
-from pgenrm_train.cluster.preflight.machine import Gpu
+from pgenrm_train.cluster.preflight.gpus import Gpu
 from pgenrm_train.cluster.utilization import Utilization
 
 

@@ -10,7 +10,8 @@ from llm_server import Server, completion, serve, slowly
 
 from pgenrm_train.backends.api import endpoint as module
 from pgenrm_train.backends.api.chat_api import refusal
-from pgenrm_train.backends.api.endpoint import Endpoint, dollars
+from pgenrm_train.backends.api.endpoint import Endpoint
+from pgenrm_train.backends.api.usage import dollars
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.concurrency import concurrently
