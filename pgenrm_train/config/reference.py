@@ -17,8 +17,8 @@ Every key of `python -m pgenrm_train recipe=NAME key=value …`, generated from 
 such as `model=nano` or `data=pairs` overrides some of them by its file in `configs/`;
 `python -m pgenrm_train recipe=NAME --cfg job --resolve` prints the values of a run.
 
-A list follows the constraint item by item. Rules that span several keys are in
-[checks.py](../pgenrm_train/config/checks.py).
+No constraint means any text, or `true` and `false`. A list follows the constraint item by item. Rules that
+span several keys are in [checks.py](../pgenrm_train/config/checks.py).
 """
 
 
@@ -79,7 +79,11 @@ def _default(value: Any) -> str:
 
 
 def _constraint(field: dataclasses.Field[Any]) -> str:
-    kind = inspect.formatannotation(field.type).removesuffix(" | None")
+    """The constraint in words; empty for any text and for true or false, which the default shows."""
+    kind = inspect.formatannotation(field.type)
+    if kind == "bool" or (kind == "str" and not field.metadata["choices"]):
+        return ""
+    kind = kind.removesuffix(" | None")
     kind = {"Any": "see meaning"}.get(kind, "dict" if kind.startswith("dict") else kind)
     return valid_values(field, "" if field.metadata["choices"] else kind)
 
