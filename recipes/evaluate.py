@@ -5,18 +5,24 @@ from pathlib import Path
 
 from pgenrm_train.backends.vllm.replicas import local_engines
 from pgenrm_train.config import TRAINED, Config, StageName
+from pgenrm_train.config.data import CHOICES
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages.stage import prepare, run_stage, with_totals
 from recipes import build_data
-from recipes.wiring import evaluation, lampqa
+from recipes.wiring import evaluation
+from recipes.wiring.benchmarks import choices, lampqa
+from recipes.wiring.benchmarks.tasks import run_tasks
 from recipes.wiring.candidates import candidates
 
 
 def run(config: Config) -> None:
     if config.eval.compare:
         evaluation.compare_runs(config)
+        return
+    if config.eval.tasks:
+        run_tasks(config, run)
         return
     prepare(config)
     run_dir = Path(config.run_dir)
@@ -35,6 +41,8 @@ def run(config: Config) -> None:
     body, summary = evaluation.evaluate, "accuracy {accuracy:.3f} of {model}"
     if config.data.name == "lampqa":
         body, summary = lampqa.evaluate, "Spearman {spearman} of {model}"
+    if config.data.name in CHOICES:
+        body = choices.evaluate
     clustered = StageFolder.read(run_dir, StageName.PROTOTYPES).complete
     inputs = (*made, *([StageName.PROTOTYPES] if clustered else []))
 

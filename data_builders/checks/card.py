@@ -35,6 +35,12 @@ SOURCES = {
     ),
     "prism": ("HannahRoseKirk/prism-alignment", "human text CC BY 4.0, model text CC BY-NC 4.0"),
     "lampqa": ("alireza7/LaMP-QA", "see the data set's page"),
+    "personalized_rewardbench": ("QiyaoMa/Personalized-RewardBench (arXiv 2604.07343)", "Apache 2.0"),
+    "rmgap": ("data/test.jsonl of github.com/nanzhi84/RMGAP (arXiv 2605.01831)", "MIT"),
+    "rm_as_user": (
+        "google/rfm-rm-as-user-dataset (arXiv 2503.17338), on prompts of UltraFeedback",
+        "CC BY 4.0",
+    ),
 }
 PERCENTILES = (50, 90, 99, 100)
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")

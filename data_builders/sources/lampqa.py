@@ -91,24 +91,24 @@ def rows(data: DataConfig, left_out: LeftOut) -> Iterator[tuple[UserQuestion, Qu
 def read(row: hub.Row, subset: str, where: str, left_out: LeftOut) -> tuple[UserQuestion, QuestionSecret]:
     """Read one raw row.  DataError names the field and the expectation."""
     check_texts(row, where)
-    name, question = id_of(row, "id", where), _text(row, "question", where)
+    name, question = id_of(row, "id", where), text(row, "question", where)
     profile = [
         ProfileItem(
             read_id(item.get("id")) or f"{name}/{i}",
-            _text(item, "text", f"{where}, profile[{i}]"),
+            text(item, "text", f"{where}, profile[{i}]"),
             str(item.get("category") or ""),
         )
-        for i, item in enumerate(_objects(row, "profile", where))
+        for i, item in enumerate(objects(row, "profile", where))
     ]
     others = tuple(item for item in profile if item.id != name and item.text.strip() != question.strip())
     left_out["profile items that are the question itself"] += len(profile) - len(others)
     aspects = tuple(
         Aspect(
-            _text(a, "aspect", f"{where}, rubric_aspects[{i}]"),
+            text(a, "aspect", f"{where}, rubric_aspects[{i}]"),
             str(a.get("reason") or ""),
             str(a.get("evidence") or ""),
         )
-        for i, a in enumerate(_objects(row, "rubric_aspects", where))
+        for i, a in enumerate(objects(row, "rubric_aspects", where))
     )
     narrative = row.get("narrative")
     return (
@@ -117,14 +117,16 @@ def read(row: hub.Row, subset: str, where: str, left_out: LeftOut) -> tuple[User
     )
 
 
-def _text(row: hub.Row, name: str, where: str) -> str:
+def text(row: hub.Row, name: str, where: str) -> str:
+    """The text of a field.  DataError if it is missing or empty."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
     return value
 
 
-def _objects(row: hub.Row, name: str, where: str) -> list[hub.Row]:
+def objects(row: hub.Row, name: str, where: str) -> list[hub.Row]:
+    """The objects that a field lists.  DataError for anything else."""
     value = row.get(name)
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise DataError(f"{where}, field '{name}': expected a list of objects, got {str(value)[:60]!r}")

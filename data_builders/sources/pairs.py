@@ -1,7 +1,8 @@
-"""data=pairs, chatbot_arena and prism_personalized: votes in PersonalRewardBench's schema.
+"""data=pairs, chatbot_arena, prism_personalized and rm_as_user: votes in PersonalRewardBench's schema.
 
-Source of `pairs`: the parquet or JSONL file of `data.path`, or a folder of them.  The others are the two
-parts of PersonalRewardBench (SynthesizeMe, Ryan et al. 2025), for which `data.path` may name a copy on disk.
+Source of `pairs`: the parquet or JSONL file of `data.path`, or a folder of them; a row may hold several rated
+or ranked responses (`several_responses`).  `chatbot_arena` and `prism_personalized` are the two parts of
+PersonalRewardBench (SynthesizeMe, Ryan et al. 2025), for which `data.path` may name a copy on disk.
 Users appear in every split; the `split` column counts, not the hub's split.  Columns with verdicts of other
 judges are ignored.
 """
@@ -10,7 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_builders.sources import hub
+from data_builders.sources import hub, rm_as_user
+from data_builders.sources.several_responses import votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.file_columns import file_columns, missing_columns
@@ -23,6 +25,7 @@ from pgenrm_train.records.rows import row_to_pair
 HUB = {
     "chatbot_arena": "MichaelR207/chatbot_arena_personalized_0125",
     "prism_personalized": "MichaelR207/prism_personalized_0125",
+    "rm_as_user": rm_as_user.HUB,
 }
 LISTED = 20  # skipped rows, or values of a column, that a message names
 USER_IDS = "user ids with white space at an end, or in another Unicode form than NFC"
@@ -32,8 +35,8 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
     """Stream the pairs.  DataError names file, row, field and expectation, or reports that no row is left."""
     source = data.path or HUB[data.name]
     bad, only, texts, named = BadRows(data.on_bad_row, left_out), Only(data.only), JsonTexts(), NamedColumns()
-    kept = 0
-    for table, rows in hub.tables(source):
+    kept, wide = 0, data.name == "rm_as_user"
+    for table, rows in rm_as_user.tables(source) if wide else hub.tables(source):
         named.open(Path(table), Path(source))
         for number, raw in enumerate(rows, start=1):
             where = f"{table}, row {number}"
@@ -41,14 +44,23 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
                 row = named.add(raw)
                 if not only.keeps(row, where):
                     continue
-                pair = row_to_pair(texts.read(row, where), Path(table), number)
+                row = texts.read(row, where)
+                votes = [
+                    vote
+                    for rated in (rm_as_user.votes(row, where) if wide else [row])
+                    for vote in votes_of(
+                        rated, where, data.pairs_of, f"{Path(table).stem}-{number}", left_out
+                    )
+                ]
+                pairs = [row_to_pair(vote, Path(table), number) for vote in votes]
             except DataError as error:
                 bad.take(error)
                 continue
-            kept += 1
-            user = row["user_id"]
-            left_out.normalised[USER_IDS] += isinstance(user, str) and user != pair.user_id
-            yield pair
+            kept += len(pairs)
+            for vote, pair in zip(votes, pairs, strict=True):
+                user = vote["user_id"]
+                left_out.normalised[USER_IDS] += isinstance(user, str) and user != pair.user_id
+                yield pair
     bad.report(source)
     named.report(data.name)
     if not kept:

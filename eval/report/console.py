@@ -7,6 +7,10 @@ from eval.report.report import Rows
 
 WORDS = (
     "stage",
+    "task",
+    "published",
+    "measure",
+    "source",
     "from",
     "to",
     "run",

@@ -6,7 +6,7 @@ A rule is a pair: whether it is broken, and the sentence for the user, which nam
 import math
 from collections.abc import Iterator
 
-from pgenrm_train.config.data import VOTES
+from pgenrm_train.config.data import QUESTIONS, VOTES
 from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import sizes
 from pgenrm_train.config.grpo import GrpoConfig
@@ -14,6 +14,7 @@ from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.tasks import TASKS, task_of
 from pgenrm_train.errors import ConfigError
 
 Rules = list[tuple[bool, str]]
@@ -125,6 +126,7 @@ def _not_counts(config: Config) -> Iterator[str]:
 
 def _evaluation(config: Config) -> Rules:
     settings, weights, adaptive = config.eval, config.eval.weights, config.eval.adaptive is not None
+    pathless = sorted(set(settings.task_paths) - set(TASKS))
     own, similar = max(sizes(settings.ind)), max(sizes(settings.pro))
     return [
         (own + similar == 0, "eval.ind=0 needs eval.pro above 0: a score takes at least one chain"),
@@ -132,6 +134,15 @@ def _evaluation(config: Config) -> Rules:
             len(weights) != 2 or min(weights) < 0 or not sum(weights),
             f"eval.weights={weights} must be two numbers from 0, of own and of similar users' chains, "
             "one above 0",
+        ),
+        (
+            bool(pathless),
+            f"eval.task_paths names {', '.join(pathless)}, which is not one of {', '.join(TASKS)}",
+        ),
+        (
+            "rmgap" in {task_of(text).name for text in settings.tasks} and "rmgap" not in settings.task_paths,
+            "eval.tasks=[rmgap] needs +eval.task_paths.rmgap=test.jsonl, the file data/test.jsonl of "
+            "github.com/nanzhi84/RMGAP",
         ),
         (
             len(settings.compare) not in (0, 2),
@@ -154,11 +165,27 @@ def _evaluation(config: Config) -> Rules:
 
 def _data(config: Config) -> Rules:
     data = config.data
+    hidden = data.name in QUESTIONS and config.recipe == StageName.EVALUATE
+    masking = config.masking.policy or config.eval.masking
     smoke = (config.recipe, config.model.kind, config.pipeline.budget) == ("pipeline", "nano", "smoke")
     return [
         (
             data.name == "pairs" and not data.path,
             "data=pairs needs data.path=FILE, a parquet or JSONL file in PersonalRewardBench's schema",
+        ),
+        (
+            data.name == "rmgap" and not data.path,
+            "data=rmgap needs data.path=test.jsonl, the file data/test.jsonl of github.com/nanzhi84/RMGAP",
+        ),
+        (
+            hidden and masking in ("full", "mixed"),
+            f"data={data.name} withholds its rubrics from every prompt, and eval.masking={masking} asks to "
+            "show what users stated; use eval.masking=masked",
+        ),
+        (
+            hidden and config.model.prompt == "persona",
+            f"model.prompt=persona is written from votes, of which data={data.name} has none; use another "
+            "model.prompt=",
         ),
         (
             bool(data.only) and data.name not in VOTES,

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from pgenrm_train.config.setting import setting
 
-VOTES = ("pairs", "chatbot_arena", "prism_personalized")  # sources whose rows are votes
+VOTES = ("pairs", "chatbot_arena", "prism_personalized", "rm_as_user")  # sources whose rows are votes
+CHOICES = ("personalized_rewardbench", "rmgap")  # questions with one preferred response, to evaluate on only
+QUESTIONS = ("lampqa", *CHOICES)
 MASKINGS = ("full", "masked", "history_dropout", "mixed")
 
 
@@ -48,6 +50,12 @@ class DataConfig:
     answers: str | None = setting(None, "LaMP-QA: file of the models' answers")
     only: dict[str, str | int | float | bool | None] = setting(
         {}, 'keep rows whose column has this value, e.g. {shared_context: "True"}'
+    )
+    pairs_of: str = setting(
+        "best",
+        "pairs of a row with several rated responses: the best against each other one, all two, or the best "
+        "against the worst",
+        choices=("best", "all", "ends"),
     )
     min_rating_gap: float = setting(
         10.0, "PRISM: points between two ratings that make a pair; closer ones are near-equal"

@@ -53,6 +53,10 @@ class EvalConfig:
         ["random", "longer", "shorter", "majority"], "baselines next to the model", choices=BASELINES
     )
     compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
+    tasks: list[str] = setting(
+        [], "benchmarks to evaluate one model on, NAME or NAME@VERSION (config/tasks.py); data= is not read"
+    )
+    task_paths: dict[str, str] = setting({}, "copies on disk of the benchmarks, by name, in place of the hub")
     cache: str | None = setting(
         None, "a folder of answers that several runs share; null: each run keeps its own"
     )

@@ -1,4 +1,4 @@
-"""Records of a question-answering evaluation set (LaMP-QA, METHOD §10): users' questions and models' answers.
+"""Records of evaluation sets of questions (LaMP-QA, METHOD §10, and others): users' questions and answers.
 
 A judge of answers may read the rubric and the user's narrative; a reward model may not.  Both have a type and
 a file of their own.  Neither `UserQuestion` nor `Answer` has a field for them, nor has
@@ -37,7 +37,8 @@ class ProfileItem:
 class UserQuestion:
     """A user's question and their earlier texts (`profile`, in the order of the source).
 
-    `subset` is the part of the data set.
+    `subset` is the part of the data set.  Questions of one `group` ask the same in other words, and those of
+    one `instance` are about the same responses; empty where a question is alone.
     """
 
     id: str
@@ -45,6 +46,8 @@ class UserQuestion:
     profile: tuple[ProfileItem, ...]
     category: str
     subset: str
+    group: str = ""
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Answer:
 
 def write_questions(folder: Path, questions: Iterable[UserQuestion]) -> None:
     """Write `questions.parquet`, atomically."""
-    texts = ("id", "question", "category", "subset")
+    texts = ("id", "question", "category", "subset", "group", "instance")
     _write(folder / QUESTIONS, questions, texts, profile=("id", "text", "category"))
 
 
@@ -101,6 +104,8 @@ def read_questions(folder: Path) -> list[UserQuestion]:
             tuple(ProfileItem(**item) for item in r["profile"]),
             r["category"],
             r["subset"],
+            r.get("group", ""),
+            r.get("instance", ""),
         )
         for r in _rows(folder / QUESTIONS)
     ]
@@ -171,7 +176,7 @@ def _rows(path: Path) -> Iterator[Any]:
     """Rows of a file that this module wrote."""
     if not path.exists():
         raise ArtifactError(
-            f"{path} does not exist; run recipe=build_data data=lampqa with the same run_dir first"
+            f"{path} does not exist; run recipe=build_data with the same data= and run_dir first"
         )
     return read_rows(path)
 

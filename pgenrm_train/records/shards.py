@@ -99,11 +99,12 @@ class ShardWriter:
 def parts(path: Path) -> list[Path]:
     """The files of a table: `path` itself, or those of the folder in the order of their names.
 
+    A folder of CSV files alone counts, too: one builder reads them.
     Raises DataError if there is none, or if names end in `-of-N` and some of the N are missing.
     """
     if not path.is_dir():
         return [path]
-    if not (files := data_files(path)):
+    if not (files := data_files(path) or data_files(path, (".csv",))):
         raise DataError(f"{path} holds no parquet or JSONL file; expected at least one")
     check_complete(files)
     return files

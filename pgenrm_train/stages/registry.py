@@ -36,7 +36,13 @@ FREE = (  # a run may continue with other values: they change no step
     "validate_pairs",
     "stall_seconds",
 )
-ADDED = (("val_share", 0.0), ("family", "qwen2"))
+ADDED: tuple[tuple[str, object], ...] = (
+    ("val_share", 0.0),
+    ("family", "qwen2"),
+    ("pairs_of", "best"),
+    ("tasks", []),
+    ("task_paths", {}),
+)
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)

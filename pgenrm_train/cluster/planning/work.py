@@ -40,8 +40,13 @@ from pgenrm_train.cluster.sizes import sizes_of, with_sizes
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, EndpointConfig, StageName, seeds_of_grid, sizes
 
 # Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
-PUBLISHED = {"chatbot_arena": (305, 798)}
-USERS = {"chatbot_arena": 131, "prism_personalized": 720, "prism": 1500}
+PUBLISHED = {
+    "chatbot_arena": (305, 798),
+    "rm_as_user": (8 * 60_819, 8 * 985),
+    "personalized_rewardbench": (0, 2830),  # questions, as the next
+    "rmgap": (0, 12 * 1097),
+}
+USERS = {"chatbot_arena": 131, "prism_personalized": 720, "prism": 1500, "rm_as_user": 8}
 ASSUMED_PAIRS = (10_000, 1_000)
 STATES = "optimizer states and weights"  # of the checkpoints that are kept
 SEQUENCES = 256  # concurrent sequences of a vLLM replica of veRL

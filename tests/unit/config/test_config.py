@@ -48,7 +48,7 @@ def load(*overrides: str) -> Config:
 
 
 def data_keys(data: str) -> list[str]:
-    return [f"data={data}", *(["data.path=votes.parquet"] if data == "pairs" else [])]
+    return [f"data={data}", *(["data.path=votes.parquet"] if data in ("pairs", "rmgap") else [])]
 
 
 SCHEMA = OmegaConf.structured(Config)
@@ -277,6 +277,7 @@ MISTAKES = {
     "model.nano.layers=-3": ("model.nano.layers=-3", "above 0"),
     "psi.sequence_parallel=0": ("psi.sequence_parallel=0", "above 0"),
     "data.name=pairs": ("data.path=", "data=pairs"),
+    "data.name=rmgap": ("data.path=", "data=rmgap"),
     "teacher.kind=vllm": ("teacher=vllm", "teacher.name"),
     "judge.kind=endpoint": ("judge=endpoint", "judge.base_url"),
     "judge.structured=xml": ("judge.structured=xml", "json_schema, json_object, none"),

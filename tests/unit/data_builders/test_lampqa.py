@@ -97,7 +97,7 @@ def test_without_answers_there_is_no_file_of_them_and_the_error_names_the_key(tm
     )
     with pytest.raises(ArtifactError, match=r"data\.answers=FILE"):
         read_answers(folder)
-    with pytest.raises(ArtifactError, match="recipe=build_data data=lampqa"):
+    with pytest.raises(ArtifactError, match="recipe=build_data with the same data="):
         read_questions(tmp_path)
 
 

@@ -30,8 +30,8 @@ from pgenrm_train.records.questions import (
     write_secrets,
 )
 from pgenrm_train.run.folder import StageFolder
+from recipes.wiring.benchmarks.lampqa import evaluate
 from recipes.wiring.candidates import candidates
-from recipes.wiring.lampqa import evaluate
 
 MODELS = ("a", "b", "c", "d")
 

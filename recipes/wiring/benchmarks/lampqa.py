@@ -42,10 +42,10 @@ def evaluate(
     first = [t for t in every if t.sample == 0]
     tables = {
         name: score_tasks(first, one_by_one(fit_baseline(name, [], [], seed=config.seed)))
-        for name in _rules(config)
+        for name in rules(config)
     }
     for candidate in everyone:
-        tables[candidate.name] = _ask(config, candidate, every, folder.path)
+        tables[candidate.name] = ask(config, candidate, every, folder.path)
     reports = {
         name: report(questions, reference.grades, table, draws=config.eval.draws, seed=config.seed)
         for name, table in tables.items()
@@ -64,13 +64,13 @@ def evaluate(
     }
 
 
-def _rules(config: Config) -> list[str]:
+def rules(config: Config) -> list[str]:
     """The applicable baselines; a `model=baseline` comes last, for the headline."""
     headline = [config.model.name] if config.model.kind == "baseline" else []
     if headline and headline[0] not in RULES:
         raise ConfigError(
-            f"model.name={headline[0]} learns from votes, of which data=lampqa has none; use one of "
-            f"{', '.join(RULES)}"
+            f"model.name={headline[0]} learns from votes, of which data={config.data.name} has none; use one "
+            f"of {', '.join(RULES)}"
         )
     return [name for name in config.eval.baselines if name in RULES and name not in headline] + headline
 
@@ -116,9 +116,15 @@ def _reference(
     return Reference(grades, f"judge {config.judge.name}", dict(failures))
 
 
-def _ask(
-    config: Config, candidate: Candidate | ScoredCandidate, every: Sequence[Task], folder: Path
+def ask(
+    config: Config,
+    candidate: Candidate | ScoredCandidate,
+    every: Sequence[Task],
+    folder: Path,
+    *,
+    close: bool = True,
 ) -> pd.DataFrame:
+    """The candidate's scores of all tasks, one row per task; closes the candidate unless told otherwise."""
     try:
         if isinstance(candidate, ScoredCandidate):
             return score_tasks([t for t in every if t.sample == 0], candidate.start())
@@ -133,4 +139,5 @@ def _ask(
             totals=config.model.counted,
         )
     finally:
-        candidate.close()
+        if close:
+            candidate.close()

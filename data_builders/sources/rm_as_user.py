@@ -1,0 +1,112 @@
+"""data=rm_as_user: eight reward models as users (Barreto et al. 2025, arXiv 2503.17338).
+
+Source: google/rfm-rm-as-user-dataset, two CSV files over UltraFeedback's prompts (60,819 to train, 985 to
+test), or `data.path` for a copy.  One row holds a prompt, its responses and all models' scores:
+
+    prompt                        the user turn; `prompt_id` names it
+    chosen, rejected | response_… two texts or more
+    MODEL_RESPONSE[_score]        per reward model and response, in either order of the two names
+
+Each reward model becomes a user who rates the responses; `several_responses` makes the votes.  Columns with
+ranks repeat the scores and are not read.
+"""
+
+import csv
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from data_builders.sources import hub
+from pgenrm_train.errors import DataError
+from pgenrm_train.records.raw_rows import UTF8
+from pgenrm_train.records.shards import data_files
+
+HUB = "google/rfm-rm-as-user-dataset"
+_PROMPTS = ("prompt", "instruction", "context")
+_RESPONSE = re.compile(r"chosen|rejected|response[_-]?\w{1,2}", re.IGNORECASE)
+_SCORE = re.compile(r"^scores?[ _-]|[ _-]*scores?$", re.IGNORECASE)
+
+
+def tables(source: str) -> Iterator[tuple[str, hub.Rows]]:
+    """(name for messages, raw rows) of the CSV files of a copy, else of the hub or of other formats."""
+    path = Path(source)
+    files = data_files(path, (".csv",)) if path.is_dir() else [path] if path.suffix == ".csv" else []
+    if not files:
+        yield from hub.tables(source)
+    for file in files:
+        yield str(file), _csv_rows(file)
+
+
+def _csv_rows(path: Path) -> hub.Rows:
+    csv.field_size_limit(sys.maxsize)
+    number = 0
+    try:
+        with path.open(encoding=UTF8, newline="") as stream:
+            for number, row in enumerate(csv.DictReader(stream, strict=True), start=1):
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}, row {number}: expected a value for each column of the head line"
+                    )
+                yield row
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}, after row {number}: expected complete CSV in UTF-8 ({error})") from None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of the columns: the prompt's, the responses', and per rater its scores' in their order."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    raters: Mapping[str, tuple[str, ...]]
+
+
+@lru_cache(maxsize=8)
+def _layout(columns: tuple[str, ...]) -> Layout | None:
+    prompt = next((name for name in _PROMPTS if name in columns), None)
+    responses = tuple(name for name in columns if _RESPONSE.fullmatch(name))
+    found: dict[str, dict[str, str]] = {}
+    for column in set(columns) - {*responses}:
+        for response in responses:
+            part = re.search(rf"(?:^|[_-])({re.escape(response)})(?=$|[_-])", column)
+            if part and "rank" not in column.lower():
+                rest = f"{column[: part.start()]} {column[part.end() :]}".strip(" _-")
+                found.setdefault(_SCORE.sub("", rest), {})[response] = column
+    raters = {
+        rater: tuple(of[response] for response in responses)
+        for rater, of in sorted(found.items())
+        if rater and len(of) == len(responses)
+    }
+    return Layout(prompt, responses, raters) if prompt and len(responses) > 1 and raters else None
+
+
+def votes(row: hub.Row, where: str) -> Sequence[hub.Row]:
+    """One row of several rated responses per reward model.  DataError names the columns or the field."""
+    layout = _layout(tuple(row))
+    if layout is None:
+        raise DataError(
+            f"{where}: expected the columns prompt, response_1, response_2 … (or chosen, rejected), and "
+            f"MODEL_RESPONSE with a score per reward model and response; got {', '.join(row)[:200]}"
+        )
+    shared = {
+        "context": row[layout.prompt],
+        "responses": [row[name] for name in layout.responses],
+        "pair_id": row.get("prompt_id"),
+        "split": row.get("split"),
+    }
+    return [
+        shared | {"user_id": rater, "ratings": [_score(row, name, where) for name in columns]}
+        for rater, columns in layout.raters.items()
+    ]
+
+
+def _score(row: hub.Row, name: str, where: str) -> object:
+    """A number, also from a text of CSV; None if empty."""
+    value = row[name]
+    try:
+        return (float(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError:
+        raise DataError(f"{where}, field '{name}': expected a number, got {str(value)[:60]!r}") from None

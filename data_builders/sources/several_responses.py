@@ -1,0 +1,109 @@
+"""Rows with several responses: votes between two of them, by a stated rule.
+
+A row has `responses` (n ≥ 2 texts, or messages) and one of
+
+    ratings   one number per response, higher is better; null leaves an unrated response out
+    ranking   one rank per response, 1 is the best; equal ranks are a tie
+
+The rule is `data.pairs_of`:
+
+    best   the best response against each other one: n − 1 votes
+    all    every two responses: n (n − 1) / 2 votes
+    ends   the best response against the worst: 1 vote
+
+Two responses with equal ratings or equal texts make no vote, and are counted.  Of several best ones the first
+counts as the best.  All votes of a row share its conversation, so that no split parts them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+from data_builders.sources import hub
+from pgenrm_train.errors import DataError
+from pgenrm_train.records.raw_rows import LeftOut
+
+RULES = {
+    "best": lambda order: [(order[0], other) for other in order[1:]],
+    "all": lambda order: list(combinations(order, 2)),
+    "ends": lambda order: [(order[0], order[-1])],
+}
+COLUMNS = ("responses", "ratings", "ranking")
+
+
+def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut) -> Iterator[hub.Row]:
+    """The row's votes, each with `chosen` and `rejected`; a row without `responses` is one already.
+
+    `number` names the row where it has no id of its own.  DataError names field and expectation.
+    """
+    if row.get("responses") is None or row.get("chosen") is not None:
+        yield row
+        return
+    texts = _texts(row, where)
+    values = _values(row, where, len(texts))
+    rated = [i for i, value in enumerate(values) if value is not None]
+    left_out["responses without a rating"] += len(texts) - len(rated)
+    order = sorted(rated, key=lambda i: -(values[i] or 0.0))
+    name = str(row.get("pair_id") or row.get("conversation_id") or number)
+    rest = {column: value for column, value in row.items() if column not in COLUMNS}
+    scored = row.get("ratings") is not None
+    for better, worse in RULES[rule](order) if len(order) > 1 else []:
+        if values[better] == values[worse] or texts[better] == texts[worse]:
+            left_out["two responses of equal rating or text"] += 1
+            continue
+        yield rest | {
+            "pair_id": f"{name}/{better}-{worse}",
+            "conversation_id": row.get("conversation_id") or name,
+            "chosen": texts[better],
+            "rejected": texts[worse],
+            "chosen_score": values[better] if scored else None,
+            "rejected_score": values[worse] if scored else None,
+        }
+
+
+def _texts(row: hub.Row, where: str) -> list[str]:
+    items = row["responses"]
+    if not isinstance(items, list) or len(items) < 2:
+        raise DataError(
+            f"{where}, field 'responses': expected a list of two texts or more, got {str(items)[:60]!r}"
+        )
+    texts: list[str] = []
+    for place, item in enumerate(items):
+        text = item.get("content") if isinstance(item, Mapping) else item
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{where}, field 'responses[{place}]': expected a non-empty text or {{role, content}}, "
+                f"got {str(text)[:60]!r}"
+            )
+        texts.append(text)
+    return texts
+
+
+def _values(row: hub.Row, where: str, n: int) -> list[float | None]:
+    """A value per response, higher is better; None if it has none."""
+    given = [name for name in ("ratings", "ranking") if row.get(name) is not None]
+    if len(given) != 1:
+        raise DataError(
+            f"{where}: expected 'ratings' or 'ranking' next to 'responses', got "
+            f"{' and '.join(given) or 'neither'}"
+        )
+    (name,) = given
+    values = row[name]
+    if not isinstance(values, list) or len(values) != n:
+        raise DataError(
+            f"{where}, field '{name}': expected one value for each of the {n} responses, "
+            f"got {str(values)[:60]!r}"
+        )
+    return [_value(value, f"{where}, field '{name}[{place}]'", name) for place, value in enumerate(values)]
+
+
+def _value(value: object, where: str, name: str) -> float | None:
+    if value is None or value != value:  # NaN is what pandas writes for null
+        return None
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
+    if name == "ratings" and math.isfinite(number):
+        return number
+    if name == "ranking" and number >= 1 and number.is_integer():
+        return -number
+    expected = "a finite number or null" if name == "ratings" else "a rank from 1 (the best) or null"
+    raise DataError(f"{where}: expected {expected}, got {str(value)[:60]!r}")
