@@ -42,6 +42,7 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("pairs_of", "best"),
     ("tasks", []),
     ("task_paths", {}),
+    ("random_users", False),
 )
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
