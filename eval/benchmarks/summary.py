@@ -15,7 +15,7 @@ from eval.report.console import text_table
 from eval.report.report import Report, Row, Section, write_markdown, write_report
 from eval.report.sections import protocol_rows
 from eval.studies.evaluation import Tested
-from pgenrm_train.config.tasks import Task
+from pgenrm_train.config.evaluation import Task
 from pgenrm_train.files import write_json, write_table, write_text
 
 NAMES = ("best_of_n", "consistency", "pointwise")

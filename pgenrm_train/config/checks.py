@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 from pgenrm_train.config.data import QUESTIONS, VOTES
 from pgenrm_train.config.endpoints import api_problems
-from pgenrm_train.config.evaluation import sizes
+from pgenrm_train.config.evaluation import TASKS, sizes, task_of
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import known, not_one_of, violations
 from pgenrm_train.config.stage_names import StageName
-from pgenrm_train.config.tasks import TASKS, task_of
 from pgenrm_train.errors import ConfigError
 
 Rules = list[tuple[bool, str]]

@@ -1,4 +1,8 @@
-"""Settings of evaluate and score."""
+"""Settings of evaluate and score, and the benchmarks of `eval.tasks`.
+
+A task's version counts changes of ours to the builder or to the measures: results of two versions are not
+compared.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +11,69 @@ from typing import Any
 from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.config.model import BASELINES
 from pgenrm_train.config.setting import setting
+from pgenrm_train.errors import ConfigError
 
 PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
 PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A benchmark: its name (also that of `data=`), our version, and the published figure to show."""
+
+    name: str
+    version: int
+    measure: str  # of the published figure, as in our results
+    published: float | None = None
+    system: str = ""
+    source: str = ""
+    protocol: str = ""  # of the published figure
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+_RELEASE = "one random order; ties and failures leave"
+TASKS = {
+    task.name: task
+    for task in (
+        Task("chatbot_arena", 1, "accuracy", 0.7268, "P-GenRM 8B", "arXiv 2602.12116", _RELEASE),
+        Task("prism_personalized", 1, "accuracy", 0.6532, "P-GenRM 8B", "arXiv 2602.12116", _RELEASE),
+        Task(
+            "personalized_rewardbench",
+            1,
+            "accuracy",
+            0.7594,
+            "the best of its paper",
+            "arXiv 2604.07343",
+            "one shuffled order; a failed answer counts as the first response",
+        ),
+        Task(
+            "rmgap",
+            1,
+            "best of n accuracy",
+            0.4927,
+            "the best of its paper",
+            "arXiv 2605.01831",
+            "mean over domains; failures leave",
+        ),
+        Task("rm_as_user", 1, "accuracy"),
+    )
+}
+
+
+def task_of(text: str) -> Task:
+    """The task of `NAME` or `NAME@VERSION`.  ConfigError for another name or version."""
+    name, _, version = text.partition("@")
+    task = TASKS.get(name)
+    if task is None:
+        raise ConfigError(f"eval.tasks={text} is not one of {', '.join(map(str, TASKS.values()))}")
+    if version not in ("", str(task.version)):
+        raise ConfigError(
+            f"eval.tasks={text}: this version of the code has {task}; use the commit that made the results "
+            "to compare with"
+        )
+    return task
 
 
 @dataclass
@@ -54,7 +118,8 @@ class EvalConfig:
     )
     compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
     tasks: list[str] = setting(
-        [], "benchmarks to evaluate one model on, NAME or NAME@VERSION (config/tasks.py); data= is not read"
+        [],
+        "benchmarks to evaluate one model on, NAME or NAME@VERSION (config/evaluation.py); data= is not read",
     )
     task_paths: dict[str, str] = setting({}, "copies on disk of the benchmarks, by name, in place of the hub")
     cache: str | None = setting(

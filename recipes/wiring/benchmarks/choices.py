@@ -24,7 +24,7 @@ from eval.lampqa.ranking import score_tasks
 from eval.metrics.accuracy import accuracy_report
 from eval.studies.evaluation import Candidate, ScoredCandidate, headline
 from pgenrm_train.config import Config, StageName
-from pgenrm_train.config.tasks import TASKS
+from pgenrm_train.config.evaluation import TASKS
 from pgenrm_train.records.questions import read_answers, read_questions
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.tracking import Tracker

@@ -8,7 +8,7 @@ from pathlib import Path
 from eval.benchmarks.summary import published_row, tasks_table
 from eval.report.console import text_table
 from pgenrm_train.config import TRAINED, Config, StageName, beneath, load
-from pgenrm_train.config.tasks import Task, task_of
+from pgenrm_train.config.evaluation import Task, task_of
 from pgenrm_train.files import read_json, write_json, write_text
 from pgenrm_train.stages.stage import newest
 

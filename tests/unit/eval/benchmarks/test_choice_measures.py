@@ -21,7 +21,7 @@ from eval.metrics.accuracy import accuracy_report
 from eval.report.compare import compare
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import load
-from pgenrm_train.config.tasks import task_of
+from pgenrm_train.config.evaluation import task_of
 from pgenrm_train.errors import ConfigError, DataError
 from pgenrm_train.records.questions import Answer, UserQuestion
 from recipes import evaluate
