@@ -90,16 +90,22 @@ def run_recipe(config: Config) -> int:
             str(Path(config.mirror).absolute()),
         )
         config.model.path = str(Path(config.model.path).absolute()) if config.model.path else None
-    try:
-        module = importlib.import_module(f"recipes.{config.recipe}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("recipes", f"recipes.{config.recipe}"):
-            raise
-        raise ConfigError(f"recipe={config.recipe} is not one of {', '.join(choices('recipe'))}") from None
+    module = _module(config.recipe)
     if config.preflight.only and config.recipe != "plan":
         module = importlib.import_module("recipes.preflight")
     with publisher.kept():
         return int(module.run(config) or 0)
+
+
+def _module(recipe: str) -> Any:
+    """The recipe's module, in `recipes` or in `recipes.results`."""
+    for name in (f"recipes.{recipe}", f"recipes.results.{recipe}"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("recipes", "recipes.results", name):
+                raise
+    raise ConfigError(f"recipe={recipe} is not one of {', '.join(choices('recipe'))}")
 
 
 def _hydra_main() -> int:

@@ -98,12 +98,7 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
     Raises ArtifactError for a folder without a finished evaluation, DataError if the runs are not comparable.
     """
     a, b = (read_run(Path(path)) for path in runs)
-    _refuse_different(a, b)
-    try:
-        hits = paired_hits(a.predictions, b.predictions, protocol=a.results.protocol, seed=seed)
-    except DataError as error:
-        raise DataError(f"{a.name} and {b.name} cannot be compared: {error}") from None
-    refuse_unpaired(hits, f"{a.name} and {b.name}", a.name, b.name)
+    hits = hits_of(a, b, seed)
     overall = difference(hits, draws=draws, seed=seed)
     return {
         "runs": [
@@ -123,6 +118,17 @@ def compare(runs: tuple[str, str], *, draws: int, seed: int) -> Comparison:
         "slices": _by_slice(hits, a.predictions, draws, seed),
         "notes": _notes(a, b, overall),
     }
+
+
+def hits_of(a: Run, b: Run, seed: int) -> pd.DataFrame:
+    """Both runs' hits on the same pairs (`paired_hits`).  DataError if the runs are not comparable."""
+    _refuse_different(a, b)
+    try:
+        hits = paired_hits(a.predictions, b.predictions, protocol=a.results.protocol, seed=seed)
+    except DataError as error:
+        raise DataError(f"{a.name} and {b.name} cannot be compared: {error}") from None
+    refuse_unpaired(hits, f"{a.name} and {b.name}", a.name, b.name)
+    return hits
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> str:

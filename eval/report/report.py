@@ -128,6 +128,25 @@ class Table(NamedTuple):
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write `report` as one HTML file, atomically.  Needs no network to write or to read."""
+    html = render(
+        "report.html.j2",
+        report=report,
+        facts=[(_heading(name), _fact(value)) for name, value in report.run.items()],
+        headline=table_of(report.stages),
+        comparisons=table_of(report.comparisons),
+        sections=[(title, text, table_of(rows)) for title, text, rows in report.sections],
+        plots=_plots(report),
+    )
+    _write(Path(path), html)
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Write a page of `templates/` in the report's style, atomically."""
+    _write(path, render(template, **values))
+
+
+def render(template: str, **values: object) -> str:
+    """Fill a template; every value is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,  # for every name: select_autoescape would skip `.j2`
@@ -137,15 +156,7 @@ def write_report(path: str | Path, report: Report) -> None:
     )
     environment.filters["number"] = _number
     environment.filters["csp_hash"] = _csp_hash
-    html = environment.get_template("report.html.j2").render(
-        report=report,
-        facts=[(_heading(name), _fact(value)) for name, value in report.run.items()],
-        headline=_table(report.stages),
-        comparisons=_table(report.comparisons),
-        sections=[(title, text, _table(rows)) for title, text, rows in report.sections],
-        plots=_plots(report),
-    )
-    _write(Path(path), html)
+    return environment.get_template(template).render(**values)
 
 
 def write_markdown(path: str | Path, report: Report) -> None:
@@ -155,9 +166,9 @@ def write_markdown(path: str | Path, report: Report) -> None:
     tables = {"Run": facts, "Results": report.stages, "Baselines and references": report.comparisons}
     for heading, table in tables.items():
         if len(table):
-            parts += [f"## {heading}", _markdown_table(_table(table))]
+            parts += [f"## {heading}", _markdown_table(table_of(table))]
     for title, text, rows in report.sections:
-        parts += [f"## {_plain(title)}", _plain(text), _markdown_table(_table(rows))]
+        parts += [f"## {_plain(title)}", _plain(text), _markdown_table(table_of(rows))]
     if report.curves or report.chains:
         parts.append(
             f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report."
@@ -184,7 +195,8 @@ def _bars(rows: Rows) -> list[tuple[str, float, tuple[float, float] | None]]:
     return bars
 
 
-def _table(rows: pd.DataFrame | Rows) -> Table:
+def table_of(rows: pd.DataFrame | Rows) -> Table:
+    """Cells of rows, as the page's tables show them."""
     records = _records(rows)
     names = list(dict.fromkeys(str(name) for row in records for name in row))
     folded = {name for name in names if _measure(name) in names}

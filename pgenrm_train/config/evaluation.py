@@ -141,6 +141,11 @@ class ScoreConfig:
     dry_run: bool = setting(False, "print the chat messages as JSON and start nothing")
 
 
+@dataclass
+class LeaderboardConfig:
+    runs: list[str] = setting([], "run folders with a finished evaluation, or folders of runs")
+
+
 def sizes(value: int | Sequence[int]) -> tuple[int, ...]:
     """`eval.ind` or `eval.pro` as a tuple."""
     return (value,) if isinstance(value, int) else tuple(value)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pgenrm_train.config.cluster import ClusterConfig, PlanConfig, PreflightConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import JudgeConfig, TeacherConfig
-from pgenrm_train.config.evaluation import EvalConfig, ScoreConfig
+from pgenrm_train.config.evaluation import EvalConfig, LeaderboardConfig, ScoreConfig
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import ModelConfig
 from pgenrm_train.config.prototypes import PrototypesConfig
@@ -77,6 +77,7 @@ class Config:
         PrototypesConfig(), "user prototypes (METHOD §6; equations in prototypes/refinement.py)"
     )
     eval: EvalConfig = setting(EvalConfig(), "the protocol of an evaluation, its samples and its studies")
+    leaderboard: LeaderboardConfig = setting(LeaderboardConfig(), "one page for the results of many runs")
     score: ScoreConfig = setting(ScoreConfig(), "one user, one query, several responses")
     serve: ServeConfig = setting(ServeConfig(), "the scoring service; docs/serving.md")
     preflight: PreflightConfig = setting(PreflightConfig(), "checks of the machine before a stage starts")
