@@ -161,14 +161,14 @@ def render(template: str, **values: object) -> str:
 
 def write_markdown(path: str | Path, report: Report) -> None:
     """Write facts, tables and notes as Markdown; it only counts the curves and chains of the HTML."""
-    parts = [f"# {_plain(report.title)}", *(f"- {_plain(note)}" for note in report.notes)]
+    parts = [f"# {plain(report.title)}", *(f"- {plain(note)}" for note in report.notes)]
     facts = [{"fact": _heading(name), "value": _fact(value)} for name, value in report.run.items()]
     tables = {"Run": facts, "Results": report.stages, "Baselines and references": report.comparisons}
     for heading, table in tables.items():
         if len(table):
-            parts += [f"## {heading}", _markdown_table(table_of(table))]
+            parts += [f"## {heading}", markdown_table(table)]
     for title, text, rows in report.sections:
-        parts += [f"## {_plain(title)}", _plain(text), _markdown_table(table_of(rows))]
+        parts += [f"## {plain(title)}", plain(text), markdown_table(rows)]
     if report.curves or report.chains:
         parts.append(
             f"{len(report.curves)} curves and {len(report.chains)} evaluation chains are in the HTML report."
@@ -265,18 +265,20 @@ def _heading(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(rows: pd.DataFrame | Rows) -> str:
+    """Rows as a table of Markdown, which shows every text literally."""
+    table = table_of(rows)
     if not table.rows:
         return "No rows."
     lines = [
-        [_plain(heading) for heading, _ in table.columns],
+        [plain(heading) for heading, _ in table.columns],
         ["---:" if n else "---" for _, n in table.columns],
-        *([_plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows),
+        *([plain(f"{cell.text} {cell.interval}".strip()) for cell in row] for row in table.rows),
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line of Markdown that shows `text` literally: no table breaks, tags, links, emphasis."""
     return re.sub(r"([\\|<>\[\]*_`#])", r"\\\1", " ".join(text.split()))
 

@@ -16,7 +16,7 @@ from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import ModelConfig
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
-from pgenrm_train.config.serving import ServeConfig
+from pgenrm_train.config.serving import PublishConfig, ServeConfig
 from pgenrm_train.config.setting import setting
 from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
@@ -80,6 +80,7 @@ class Config:
     leaderboard: LeaderboardConfig = setting(LeaderboardConfig(), "one page for the results of many runs")
     score: ScoreConfig = setting(ScoreConfig(), "one user, one query, several responses")
     serve: ServeConfig = setting(ServeConfig(), "the scoring service; docs/serving.md")
+    publish: PublishConfig = setting(PublishConfig(), "a model card with results, for the Hugging Face hub")
     preflight: PreflightConfig = setting(PreflightConfig(), "checks of the machine before a stage starts")
     plan: PlanConfig = setting(
         PlanConfig(), "memory, hours and cost of a run; each plan prints these assumptions"

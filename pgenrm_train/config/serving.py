@@ -1,4 +1,4 @@
-"""Settings of the scoring service."""
+"""Settings of the scoring service, and of publishing a run on a hub."""
 
 from dataclasses import dataclass
 
@@ -39,3 +39,15 @@ class ServeConfig:
     on_failure: str = setting(
         "error", "a missing score on routes of trainers: an error, or NaN", choices=("error", "nan")
     )
+
+
+@dataclass
+class PublishConfig:
+    repo: str | None = setting(None, "repository of the model, NAMESPACE/NAME")
+    dataset_repo: str | None = setting(None, "repository of the built pairs; null: they are not published")
+    dry_run: bool = setting(True, "write all files and upload nothing; false uploads")
+    private: bool = setting(True, "a repository that is made here is private")
+    weights: bool = setting(True, "upload the checkpoint, not only its card and results")
+    license: str | None = setting(None, "licence of the model as the hub spells it, e.g. llama3.1")
+    source_url: str | None = setting(None, "link to the evaluation, shown beside its results")
+    token_env: str = setting("HF_TOKEN", "environment variable with the hub's token")
