@@ -4,7 +4,7 @@ Source: google/rfm-rm-as-user-dataset, two CSV files over UltraFeedback's prompt
 test), or `data.path` for a copy.  One row holds a prompt, its responses and all models' scores:
 
     prompt                        the user turn; `prompt_id` names it
-    chosen, rejected | response_… two texts or more
+    chosen, rejected | response_… two or more: texts, or (the first two) conversations as JSON
     MODEL_RESPONSE[_score]        per reward model and response, in either order of the two names
 
 Each reward model becomes a user who rates the responses; `several_responses` makes the votes.  Columns with
@@ -93,7 +93,7 @@ def votes(row: hub.Row, where: str) -> Sequence[hub.Row]:
         )
     shared = {
         "context": row[layout.prompt],
-        "responses": [row[name] for name in layout.responses],
+        "responses": [_last(row[name]) for name in layout.responses],
         "pair_id": row.get("prompt_id"),
         "split": row.get("split"),
     }
@@ -101,6 +101,11 @@ def votes(row: hub.Row, where: str) -> Sequence[hub.Row]:
         shared | {"user_id": rater, "ratings": [_score(row, name, where) for name in columns]}
         for rater, columns in layout.raters.items()
     ]
+
+
+def _last(response: object) -> object:
+    """The last message of a conversation, as UltraFeedback writes a response; anything else as it is."""
+    return response[-1] if isinstance(response, list) and response else response
 
 
 def _score(row: hub.Row, name: str, where: str) -> object:

@@ -21,6 +21,7 @@ from itertools import combinations
 
 from data_builders.sources import hub
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.raw_rows import LeftOut
 
 RULES = {
@@ -44,7 +45,7 @@ def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut
     rated = [i for i, value in enumerate(values) if value is not None]
     left_out["responses without a rating"] += len(texts) - len(rated)
     order = sorted(rated, key=lambda i: -(values[i] or 0.0))
-    name = str(row.get("pair_id") or row.get("conversation_id") or number)
+    name = read_id(row.get("pair_id")) or read_id(row.get("conversation_id")) or number
     rest = {column: value for column, value in row.items() if column not in COLUMNS}
     scored = row.get("ratings") is not None
     for better, worse in RULES[rule](order) if len(order) > 1 else []:

@@ -76,6 +76,17 @@ def test_reward_models_are_users(tmp_path):
     assert found[0].chosen_score == 3.0
 
 
+def test_a_conversation_as_json_counts_by_its_last_message(tmp_path):
+    talks = {
+        side: json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": side}])
+        for side in ("chosen", "rejected")
+    }
+    row = {"prompt": "q", "prompt_id": 7.0, **talks, "chosen_m": 1, "rejected_m": 2}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = pairs.build(DataConfig(name="rm_as_user", path=str(tmp_path)), 0, LeftOut())
+    assert (found.chosen, found.rejected, found.pair_id) == ("rejected", "chosen", "7/1-0")
+
+
 def test_a_cut_file_and_other_columns_are_named(tmp_path):
     folder = reward_models(tmp_path / "raw")
     train = folder / "merged_reward_model_as_user_train.csv"
