@@ -22,12 +22,19 @@ VALIDATION = {
 }
 PASS_RATES = {name: f"curriculum/{name}_pass_rate" for name in ("hard", "rest", "suspect")}
 MIX = {"target": "curriculum/target_hard_share", "realised": "curriculum/realised_hard_share"}
+JUDGES = {
+    "training judge": "validation/judge_gold/training_judge",
+    "second judge": "validation/judge_gold/score",
+    "gap": "validation/judge_gold/gap",
+}
 TRAINING_CURVES = (  # stage, title, axis, lines by the stage's metric
     (StageName.PSI, "loss", "loss", {"loss": "loss"}),
     (StageName.CRE, "reward parts", "mean reward", REWARD_PARTS),
     (StageName.CURRICULUM, "reward parts", "mean reward", REWARD_PARTS),
     (StageName.CRE, "validation and probes", "accuracy", VALIDATION),
     (StageName.CURRICULUM, "validation and probes", "accuracy", VALIDATION),
+    (StageName.CRE, "both judges on validation chains", "mean score", JUDGES),
+    (StageName.CURRICULUM, "both judges on validation chains", "mean score", JUDGES),
     (StageName.CURRICULUM, "curriculum mix", "share of hard pairs", MIX),
     (StageName.CURRICULUM, "pass rate by hardness", "pass rate", PASS_RATES),
 )

@@ -34,7 +34,12 @@ def check(config: Config) -> None:
 def _problems(config: Config) -> Iterator[str]:
     # Single keys come first: the other rules compute with valid values.
     yield from violations(config)
-    for section, api in (("teacher", config.teacher), ("judge", config.judge), ("model", config.model)):
+    for section, api in (
+        ("teacher", config.teacher),
+        ("judge", config.judge),
+        ("judge_gold", config.judge_gold),
+        ("model", config.model),
+    ):
         yield from api_problems(section, api)
     yield from _not_counts(config)
     rules = [
@@ -242,8 +247,13 @@ def _training(config: Config) -> Rules:
 
 def _endpoints(config: Config) -> Rules:
     data, judge, synthesis = config.data.name, config.judge.kind, config.sec.synthesize_criteria
-    endpoints = {"teacher": config.teacher, "judge": config.judge}
+    endpoints = {"teacher": config.teacher, "judge": config.judge, "judge_gold": config.judge_gold}
     return [
+        (
+            config.judge_gold.kind == "vllm",
+            "judge_gold=vllm is not served by the run, next to training and its judge; serve the model "
+            "yourself and use judge_gold=endpoint",
+        ),
         *(
             (
                 endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name),

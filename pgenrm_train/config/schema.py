@@ -65,6 +65,9 @@ class Config:
         TeacherConfig(), "the writer of chains, and of criteria that users did not state"
     )
     judge: JudgeConfig = setting(JudgeConfig(), "the rater of chains for the process reward")
+    judge_gold: JudgeConfig = setting(
+        JudgeConfig(), "a second rater, of validation chains alone; kinds oracle, none and endpoint"
+    )
     masking: MaskingConfig = setting(MaskingConfig(), "criteria and history that a prompt shows")
     tracking: TrackingConfig = setting(TrackingConfig(), "Weights & Biases; offline keeps its files on disk")
     sec: SecConfig = setting(SecConfig(), "chains by a teacher, filtered by rejection sampling (METHOD §3)")

@@ -8,14 +8,15 @@ from eval.report.compare import compare, write_comparison
 from eval.report.summary import Evaluated, write_results
 from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, headline
 from eval.studies.scaling_study import FindSimilar, Study
-from pgenrm_train.config import Config, StageName, seeds_of_grid, sizes
+from pgenrm_train.backends.grpo.gold import widened
+from pgenrm_train.config import GRPO_STAGES, Config, StageName, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.concurrency import progress
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.tracking import Tracker
+from pgenrm_train.run.tracking import METRICS, Tracker, read
 from recipes.wiring.baselines import scorers
 from recipes.wiring.ceilings import ceilings, truth_rows
 from recipes.wiring.costs import estimate_evaluation
@@ -163,6 +164,8 @@ def notes(config: Config, tested: Sequence[str]) -> list[str]:
             "chance on real text. This run tests the machinery on real data, not the accuracy of an 8B "
             "model."
         )
+    widening = [widened(read(Path(config.run_dir) / stage / METRICS), stage) for stage in GRPO_STAGES]
+    run_notes += [f"Judges of {sentence}." for sentence in widening if sentence]
     facts = StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA).manifest.facts
     lost = [f"{n} {what} were left out" for what, n in facts.get("left_out", {}).items() if n]
     return [*run_notes, *(f"Data: {finding}." for finding in (*lost, *facts.get("findings", [])))]

@@ -117,6 +117,7 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
             verified=settings.verified_weight,
         ),
         judge=judge_spec(config, judge, rows) if settings.process_weight else None,
+        gold=judge_spec(config, config.judge_gold, rows, "judge_gold") if validation.exists() else None,
         hardness=hardness_source(config, work_dir) if stage == StageName.CURRICULUM else None,
         validation=validation if validation.exists() else None,
         truth=TRUTH if config.data.name == "personaworld" else None,
@@ -149,24 +150,27 @@ def hardness_source(config: Config, work_dir: Path) -> HardnessSource | None:
     return HardnessSource(work_dir / SIGNALS, config.curriculum.mining_samples, work_dir / MIRROR)
 
 
-def judge_spec(config: Config, judge: EndpointConfig, rows: Path) -> JudgeSpec | None:
-    """The judge of a stage.  Raises ConfigError if a language model would have nothing to judge by."""
+def judge_spec(config: Config, judge: EndpointConfig, rows: Path, section: str = "judge") -> JudgeSpec | None:
+    """The judge of a stage, or its second one.
+
+    `section`: judge or judge_gold.  Raises ConfigError if a language model would have nothing to judge by.
+    """
     if judge.kind == "none":
         return None
     if judge.kind == "oracle":
         return JudgeSpec(RULE_JUDGE)
     if judge.kind not in ("endpoint", "vllm"):
-        raise ConfigError(f"judge.kind={judge.kind} has no judge; use oracle, endpoint, vllm or none")
+        raise ConfigError(f"{section}.kind={judge.kind} has no judge; use oracle, endpoint, vllm or none")
     if not any(withheld_signals(extra) for extra in read_extras(rows)):
         raise ConfigError(
-            f"judge={config.judge.kind} has nothing to judge by: no training user of data={config.data.name} "
-            "states criteria, style, attributes or a self-description; use judge=none, or "
+            f"{section}={judge.kind} has nothing to judge by: no training user of data={config.data.name} "
+            f"states criteria, style, attributes or a self-description; use {section}=none, or "
             "sec.synthesize_criteria=true to infer criteria from their votes"
         )
     return JudgeSpec(
         LLM_JUDGE,
         settings=judge,
         # Several nodes share no file that SQLite can lock.
-        cache=rows.parent / "judge_cache" if config.cluster.nodes == 1 else None,
+        cache=rows.parent / f"{section}_cache" if config.cluster.nodes == 1 else None,
         in_flight=judge.max_in_flight,
     )

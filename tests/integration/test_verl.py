@@ -79,6 +79,7 @@ def cre(world: Path, run: Path, steps: int = STEPS) -> Phase:
         run / "cre",
         steps,
         judge=JudgeSpec("verl_world:unreliable_judge"),
+        gold=JudgeSpec("verl_world:strict_judge"),
         validation=world / "validation.parquet",
     )
 
@@ -245,6 +246,18 @@ def test_validation_runs_at_the_start_at_its_steps_and_at_the_end(trained: Path)
         validations[0]["cre/validation/length_drift"] == 1
         and max(line["eval/accuracy"] for line in validations) > 0
     )
+
+
+def test_the_second_judge_rates_validation_chains_alone(trained: Path) -> None:
+    rated = [
+        line for line in lines(trained / "cre/metrics.jsonl") if "cre/validation/judge_gold/score" in line
+    ]
+    assert [line["step"] for line in rated] == [0, 3, STEPS]
+    for line in rated:
+        assert line["cre/validation/judge_gold/score"] == 0.25
+        gap = line["cre/validation/judge_gold/training_judge"] - 0.25
+        assert line["cre/validation/judge_gold/gap"] == pytest.approx(gap)
+    assert not any("judge_gold" in name for line in training(trained) for name in line)
 
 
 def test_a_judge_without_a_verdict_is_null(trained: Path) -> None:

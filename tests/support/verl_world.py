@@ -66,6 +66,15 @@ def unreliable_judge() -> Any:
     return judge
 
 
+def strict_judge() -> Any:
+    """A second judge, never pleased by more than a quarter; it must not see a training chain."""
+
+    def judge(chain_text: str, example: Mapping[str, Any]) -> float | None:
+        return 0.25 if chain_text else None
+
+    return judge
+
+
 def swapped(row: dict[str, Any]) -> dict[str, Any]:
     """The same pair in the other order."""
     text, extra = row["prompt"][0]["content"], row["extra_info"]

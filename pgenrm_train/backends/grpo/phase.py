@@ -52,7 +52,8 @@ class Phase:
 
     `section`: cre or curriculum, whose settings apply.  `start`: checkpoint in Hugging Face format; None
     takes that of the phase before.  `rows`: parquet of `rewards.training_rows.GrpoRow`.  `steps`: optimiser
-    steps of the complete phase.  `judge`: None for no process reward.  `validation`: rows with each pair in
+    steps of the complete phase.  `judge`: None for no process reward.
+    `gold`: a second judge, of validation chains alone.  `validation`: rows with each pair in
     both orders, sampled every `<section>.validate_every` steps.  `truth`: `module:function` that makes a
     `ChainReader` of the validation's chains from the configuration; None for data whose truth is unknown.
     `settings`: keys of the section in which this phase differs from the configuration, so that one session
@@ -66,6 +67,7 @@ class Phase:
     steps: int
     weights: RewardWeights = DEFAULT_WEIGHTS
     judge: JudgeSpec | None = None
+    gold: JudgeSpec | None = None
     hardness: HardnessSource | None = None
     validation: Path | None = None
     truth: str | None = None

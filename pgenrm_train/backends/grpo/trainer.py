@@ -36,6 +36,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
 from pgenrm_train.backends.grpo.config import TRAINER
+from pgenrm_train.backends.grpo.gold import gold_metrics, widened
 from pgenrm_train.backends.grpo.phase import ChainRequest, PhaseRun
 from pgenrm_train.backends.grpo.progress import (
     ACCURACY,
@@ -59,7 +60,7 @@ from pgenrm_train.backends.grpo.progress import (
 from pgenrm_train.backends.grpo.rollout import Measured, Prompt, Rollout
 from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
-from pgenrm_train.backends.protocols import ChainReader
+from pgenrm_train.backends.protocols import ChainReader, Judge
 from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import BackendError, EngineLostError
@@ -89,6 +90,7 @@ class ChainTrainer(PPOTrainerSync):
         self.awake = False  # verl's set-up leaves the vLLM replicas asleep
         self.utilization = Utilization()
         self.truth: ChainReader | None = None
+        self.gold: Judge | None = None
 
     # set-up: rows and checkpoints belong to phases
 
@@ -123,6 +125,7 @@ class ChainTrainer(PPOTrainerSync):
         )
         self.loaded, self.global_steps = str(start), 0
         self.truth = pkgutil.resolve_name(run.phase.truth)(run.config) if run.phase.truth else None
+        self.gold = run.phase.gold.build() if run.phase.gold else None
         totals = run.config.model.counted
         self.rollout.use_rewards(RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy, totals))
 
@@ -201,6 +204,8 @@ class ChainTrainer(PPOTrainerSync):
         first_length = before[0][f"{phase.section}/{LENGTH}"] if before else None
         extras = table["extra_info"].to_pylist()
         metrics = validation_metrics(groups, extras, first_length)
+        if self.gold and phase.gold:
+            metrics |= gold_metrics(groups, extras, self.gold, phase.gold.in_flight)
         metrics["validation/seconds"] = time.monotonic() - began
         headline = {
             name: metrics[name.replace("eval/", "validation/")]
@@ -212,6 +217,8 @@ class ChainTrainer(PPOTrainerSync):
             write_table(samples_file(file, step), rows)
         self._log(headline | under_stage(phase.section, metrics))
         print(f"{phase.section} {step}/{phase.steps} · {validation_line(headline)}", flush=True)
+        if sentence := widened(read(file), phase.section):
+            print(f"warning: {sentence}", flush=True)
 
     def _log(self, metrics: Metrics) -> None:
         phase = self.run.phase

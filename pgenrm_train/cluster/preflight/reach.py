@@ -255,6 +255,8 @@ def check_judge(config: Config, stage: str) -> Iterator[str]:
     judged = stage in GRPO_STAGES and getattr(config, stage).process_weight
     if judged and config.judge.kind == "endpoint":
         yield from endpoint_problems("judge", config.judge)
+    if stage in GRPO_STAGES and config.judge_gold.kind == "endpoint":
+        yield from endpoint_problems("judge_gold", config.judge_gold)
 
 
 def check_model_endpoint(config: Config, stage: str) -> Iterator[str]:
