@@ -1,12 +1,18 @@
 """Reasoning that a model writes before its answer, as in `<think>…</think>`; it is no part of the answer.
 
+Tags are those of DeepSeek, Qwen, Mistral, Kimi, Seed and Gemini, and the channels of gpt-oss.
+
 A chat template may write the opening tag into the prompt, so that the model's text has the closing tag alone.
 Prompts hold no such tag, because `messages.neutralise` removes them from the data.
 """
 
 import re
 
-_TAG = re.compile(r"<\s*+(/?)\s*+think(?:ing)?\s*+>|\[(/?)THINK\]", re.IGNORECASE)
+_TAG = re.compile(
+    r"<\s*+(/?)\s*+(?:think(?:ing)?|thoughts?|reasoning|seed:think)\s*+>|\[(/?)THINK\]|◁(/?)think▷"
+    r"|<\|(?:begin|(end))_of_thought\|>|<\|channel\|>(?:(?:analysis|commentary)|(final))<\|message\|>",
+    re.IGNORECASE,
+)
 
 
 def strip_reasoning(text: str, *, unclosed: bool = False) -> str:
@@ -20,7 +26,7 @@ def strip_reasoning(text: str, *, unclosed: bool = False) -> str:
     kept: list[str] = []
     start, opened = 0, -1
     for tag in _TAG.finditer(text):
-        if not (tag[1] or tag[2]):
+        if not any(tag.groups()):
             opened = tag.start() if opened < 0 else opened
             continue
         # A closing tag alone: all before it is reasoning.

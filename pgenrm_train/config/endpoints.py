@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pgenrm_train.config.setting import setting
 
@@ -99,21 +99,39 @@ class JudgeConfig(EndpointConfig):
 def api_problems(section: str, settings: ApiConfig) -> list[str]:
     """Mistakes in the settings of one role, each a sentence; a key is never repeated."""
     name, url = settings.api_key_env, settings.base_url
-    parts = urlsplit(url or "http://unset")
+    parts = _split(url or "http://unset")
     problems = [sentence] if name and (sentence := key_in_place_of_name(section, name)) else []
-    if parts.password or parts.query:
+    if "@" in parts.netloc or parts.query:
         problems.append(
-            f"{section}.base_url holds a password or a query, which would be written into files; leave it "
+            f"{section}.base_url holds a user or a query, which would be written into files; leave it "
             f"out, and name the variable of a key in {section}.api_key_env"
         )
-    elif url and (parts.scheme not in ("http", "https") or not parts.hostname):
-        problems.append(f"{section}.base_url={url} must begin with http:// or https:// and name a host")
+    elif url and not _is_address(parts):
+        problems.append(
+            f"{section}.base_url={url} must begin with http:// or https:// and name a host; "
+            "a port is a number"
+        )
     problems += [
         f"{section}.extra_body.{key} cannot be set; requests have this field already, from other settings"
         for key in settings.extra_body
         if key in OWN_FIELDS
     ]
     return problems
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets that cannot be
+        return SplitResult("", url.partition("//")[2], "", "", "")
+
+
+def _is_address(parts: SplitResult) -> bool:
+    try:
+        host = (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and b" " not in host
+    except ValueError:
+        return False
 
 
 def key_in_place_of_name(section: str, name: str) -> str | None:

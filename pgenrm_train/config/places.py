@@ -20,6 +20,9 @@ def place(config: Config) -> None:
     Raises ConfigError for a URL that is not that of a run, and for a home that does not exist.
     """
     _expand_homes(config)
+    for name, folder in (("run_dir", config.run_dir), ("mirror", config.mirror)):
+        if not folder.strip():
+            raise ConfigError(f"{name}= is empty; it names a folder, and . is this one")
     if URL.fullmatch(config.mirror):
         raise ConfigError(
             f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir="

@@ -87,16 +87,16 @@ computed from your weights and scores."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]+")
 _OUR_NAMES = "|".join((*_SECTIONS, *_TURNS, "json_start", "json_end", "response(?:_|[ -])?[0-9]+"))
-_CHAT_NAMES = "s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|think(?:ing)?"
+_CHAT_NAMES = "s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|think(?:ing)?|thoughts?|reasoning|seed:think"
 # Possessive quantifiers: no backtracking, so that a megabyte of "<" and blanks costs one pass.
 _DELIMITER = re.compile(
     rf"<\s*+(?:/\s*+)?+(?:{_OUR_NAMES}|{_CHAT_NAMES})\s*+(?:/\s*+)?+>"
     r"|<<\s*+(?:/\s*+)?+SYS\s*+>>|\[\s*+(?:/\s*+)?+(?:INST|THINK)\s*+\]"
-    r"|<(?=[|｜])|(?<=[|｜])>",
+    r"|<(?=[|｜])|(?<=[|｜])>|◁\s*+(?:/\s*+)?+think\s*+▷",
     re.IGNORECASE,
 )
 _TAG = re.compile(rf"<(?:{'|'.join((*_SECTIONS, *_TURNS))}|response_[0-9]+)>")
-_LEGIBLE = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")"})
+_LEGIBLE = str.maketrans("<>[]◁▷", "‹›()‹›")
 
 
 def chat_messages(

@@ -37,7 +37,8 @@ def key_of(variable: str) -> str:
     """
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigError(f"the environment variable {variable} named by api_key_env is not set")
+        state = "is blank" if variable in os.environ else "is not set"
+        raise ConfigError(f"the environment variable {variable} named by api_key_env {state}")
     odd = re.search(r"[^!-~]", key)
     if odd or key[0] in "'\"" or key[-1] in "'\"":
         what = "white space" if odd and odd[0].isspace() else repr(odd[0] if odd else key[0])
@@ -52,23 +53,54 @@ def proxy_for(url: str) -> str | None:
     parts = urlsplit(url)
     scheme, host = parts.scheme, parts.hostname or ""
     variable, proxy = _proxy_variable(scheme)
-    if not proxy or urllib.request.proxy_bypass(f"{host}:{parts.port or ''}".rstrip(":")):
+    if not proxy or _is_excepted(host, parts.port):
         return None
-    kind = proxy.partition("://")[0]
-    trouble = None
+    kind, _, rest = proxy.partition("://")
+    kind, trouble = kind.lower(), None
     if kind not in PROXIES:
         trouble = f"{variable} begins with {kind}://, and a proxy is one of {', '.join(PROXIES)}"
     elif kind.startswith("socks") and not importlib.util.find_spec("socksio"):
         trouble = f"{variable} names a SOCKS proxy, which needs the package socksio (pip install socksio)"
-    elif not urlsplit(proxy).hostname:
-        trouble = f"{variable} names no host"
+    elif not _names_host(proxy):
+        trouble = f"{variable} names no host, or a port that is no number"
     if _is_here(host):
         if trouble:
             print(f"warning: {trouble}; {host} is asked without it", file=sys.stderr, flush=True)
         return None
     if trouble:
         raise ConfigError(f"{trouble}; correct or unset it, or add {host} to NO_PROXY")
-    return proxy
+    return f"{kind}://{rest}"
+
+
+def _names_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", url)
+    except ValueError:
+        return False
+
+
+def _is_excepted(host: str, port: int | None) -> bool:
+    """Whether NO_PROXY names the host: as a name, a domain (also `*.domain`), an address or a network."""
+    entries = urllib.request.getproxies_environment().get("no", "").lower().split(",")
+    for entry in map(str.strip, entries):
+        name = re.sub(r"^\*?\.", "", entry).rstrip(".")
+        named = name and any(f".{asked}".endswith(f".{name}") for asked in (host, f"{host}:{port}"))
+        if entry == "*" or named or _holds(entry, host, port):
+            return True
+    return False
+
+
+def _holds(entry: str, host: str, port: int | None) -> bool:
+    """Whether an address or network of NO_PROXY, in brackets or not, holds an address."""
+    bracketed = re.fullmatch(r"\[(.*)\](?::(\d+))?", entry)
+    if bracketed and bracketed[2] and int(bracketed[2]) != port:
+        return False
+    try:
+        network = ipaddress.ip_network(bracketed[1] if bracketed else entry, strict=False)
+        return ipaddress.ip_address(host) in network
+    except ValueError:
+        return False
 
 
 def _proxy_variable(scheme: str) -> tuple[str, str]:
@@ -99,8 +131,9 @@ def certificates(file: str | None, folder: str | None) -> ssl.SSLContext:
         ("SSL_CERT_FILE", file, os.path.isfile),
         ("SSL_CERT_DIR", folder, os.path.isdir),
     ):
-        if path and not exists(path):
-            raise ConfigError(f"{variable}={path} does not exist; correct or unset it")
+        if path and not all(map(exists, path.split(os.pathsep) if exists is os.path.isdir else [path])):
+            kind = "folder" if exists is os.path.isdir else "file"
+            raise ConfigError(f"{variable}={path} names no {kind} that exists; correct or unset it")
     try:
         return ssl.create_default_context(
             cafile=file or (None if folder else certifi.where()), capath=folder or None

@@ -96,6 +96,8 @@ class ChatApi:
         except httpx.HTTPError as error:
             kind, words, passing = lost_connection(error)
             raise Trouble(kind, words, passing=passing) from None
+        except httpx.InvalidURL as error:  # of a redirect
+            raise Trouble("redirect", f"a redirect to no address ({error})") from None
         return read_answer(response.status_code, response.headers, content)
 
     def close(self) -> None:
@@ -156,7 +158,10 @@ def _error_in(answer: Any) -> Trouble | None:
     if isinstance(answer, list) and answer:
         answer = answer[0]
     choices = answer.get("choices") or [{}]
-    error = choices[0].get("error") or (not answer.get("choices") and answer.get("error"))
+    failed = all(_has_failed(choice) for choice in choices)
+    error = choices[0].get("error") if failed else not answer.get("choices") and answer.get("error")
+    if failed and not error:
+        error = {"message": "the server broke off the answer", "code": 502}
     if answer.get("object") == "error":
         error = error or answer
     if not error:
@@ -166,6 +171,11 @@ def _error_in(answer: Any) -> Trouble | None:
     if not 400 <= code < 600:
         return Trouble("error", words)
     return Trouble(f"http_{code}", words, passing=is_transient_status(code))
+
+
+def _has_failed(choice: Mapping[str, Any]) -> bool:
+    """Whether a router marks the choice as one that its provider broke off."""
+    return bool(choice.get("error")) or choice.get("finish_reason") == "error"
 
 
 def _code(error: Mapping[str, Any]) -> int:
@@ -205,6 +215,8 @@ def _choice(choice: Any) -> Choice:
     message = choice["message"]
     written = _text_of(message.get("content"))
     text = strip_reasoning(replace_surrogates(written), unclosed=True)
+    if _has_failed(choice):
+        return Choice(None, "error", refusal(json.dumps(choice).encode()))
     if choice.get("finish_reason") == "length":
         return Choice(text, "length")
     if choice.get("finish_reason") == "content_filter":
@@ -223,11 +235,13 @@ def _text_of(content: object) -> str:
     """The text of a message: a string, or the text parts of a list.  Raises TypeError for anything else."""
     if content is None or isinstance(content, str):
         return content or ""
-    if not isinstance(content, list):
+    if isinstance(content, list):
+        return "".join(map(_text_of, content))
+    if not isinstance(content, dict):
         raise TypeError("content")
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-    texts = [part["text"] for part in parts if part.get("type", "text") in ("text", "output_text")]
-    return "".join(texts)
+    if (content.get("type") or "text") not in ("text", "output_text"):
+        return ""
+    return _text_of(content["text"] if "text" in content else content["value"])
 
 
 def refusal(content: bytes) -> str:
@@ -251,7 +265,8 @@ def _title(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:WORDS]
+    """One line, without what a terminal would obey."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))[:WORDS]
 
 
 def replace_surrogates(text: str) -> str:
@@ -270,7 +285,7 @@ def is_transient_status(code: int) -> bool:
 def may_be_a_field(failure: str | None) -> bool:
     """Whether a server may refuse a field of the request with this failure, by HTTP's or its own rules."""
     code = (failure or "").removeprefix("http_")
-    return code in ("500", "501", "505") or (
+    return code in ("error", "500", "501", "505") or (
         code.startswith("4") and code not in ("401", "403", "408", "429")
     )
 
@@ -294,6 +309,9 @@ def moved_to(url: str, status: int, headers: Mapping[str, str]) -> str | None:
     """Where to repeat a call by a redirect that keeps it: on the same host, and never from TLS to none."""
     if status not in (307, 308) or not headers.get("location"):
         return None
-    before, moved = urlsplit(url), urlsplit(urljoin(url, headers["location"]))
-    kept = moved.hostname == before.hostname and moved.scheme in (before.scheme, "https")
-    return moved.geturl() if kept else None
+    try:
+        before, moved = urlsplit(url), urlsplit(urljoin(url, headers["location"]))
+        kept = moved.hostname == before.hostname and moved.scheme in (before.scheme, "https")
+        return moved.geturl() if kept and moved.port != 0 else None
+    except ValueError:  # brackets or a port that cannot be
+        return None

@@ -21,6 +21,12 @@ FINAL = write_chain("The user wants it long.", [("long", 100)], [[8], [2]])
         f"<think>a <think> {DRAFT}</think>{FINAL}",
         f"<THINKING>{DRAFT}</thinking>{FINAL}",
         f"[THINK]{DRAFT}[/THINK]{FINAL}",
+        f"<reasoning>{DRAFT}</reasoning>{FINAL}",
+        f"<thought>{DRAFT}</thought>{FINAL}",
+        f"<seed:think>{DRAFT}</seed:think>{FINAL}",
+        f"◁think▷{DRAFT}◁/think▷{FINAL}",
+        f"<|begin_of_thought|>{DRAFT}<|end_of_thought|>{FINAL}",
+        f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{FINAL}",
     ],
 )
 def test_a_block_inside_reasoning_is_never_taken(text):

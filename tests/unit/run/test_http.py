@@ -33,6 +33,7 @@ def plain_environment(monkeypatch):
         ("ALL_PROXY", "https://proxy:3128", "https://proxy:3128"),
         ("HTTPS_PROXY", "http://proxy:3128", None),
         ("HTTP_PROXY", " ", None),
+        ("HTTP_PROXY", "HTTP://proxy:3128", "http://proxy:3128"),
     ],
 )
 def test_a_proxy_is_taken_from_the_environment(variable, value, proxy, monkeypatch):
@@ -43,12 +44,53 @@ def test_a_proxy_is_taken_from_the_environment(variable, value, proxy, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("url", "entry", "excepted"),
+    [
+        ("http://[2001:db8::1]:8000/v1", "[2001:db8::1]", True),
+        ("http://[2001:db8::1]:8000/v1", "[2001:db8::1]:8000", True),
+        ("http://[2001:db8::1]:8000/v1", "[2001:db8::1]:80", False),
+        ("http://[2001:db8::1]:8000/v1", "2001:DB8:0::1", True),
+        ("http://[2001:db8::1]:8000/v1", "x, 2001:db8::/32", True),
+        ("http://10.1.2.3:8000/v1", "10.0.0.0/8", True),
+        ("http://10.1.2.3:8000/v1", "11.0.0.0/8", False),
+        ("http://10.1.2.3:8000/v1", "10.1.2.3:80", False),
+        ("http://api.internal.example/v1", "*.example", True),
+        ("http://api.internal.example/v1", " EXAMPLE. ", True),
+        ("http://api.internal.example/v1", "*", True),
+        ("http://api.internal.example/v1", "*.other,", False),
+    ],
+)
+def test_no_proxy_names_hosts_domains_addresses_and_networks(url, entry, excepted, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", entry)
+    assert (proxy_for(url) is None) == excepted
+
+
+def test_several_folders_of_certificates_are_read_or_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path}:{tmp_path}")
+    trusted()
+    monkeypatch.setenv("SSL_CERT_DIR", f"{tmp_path}:{tmp_path / 'none'}")
+    with pytest.raises(ConfigError, match="none names no folder that exists"):
+        trusted()
+
+
+def test_a_blank_key_is_not_called_unset(monkeypatch):
+    monkeypatch.setenv("KEY", " \n")
+    with pytest.raises(ConfigError, match="KEY named by api_key_env is blank"):
+        key_of("KEY")
+
+
+@pytest.mark.parametrize(
     ("value", "words"),
     [
         ("socks://127.0.0.1:7890", "ALL_PROXY begins with socks://"),
         ("socks4://127.0.0.1:7890", "ALL_PROXY begins with socks4://"),
         ("ftp://user:secret@proxy", "ALL_PROXY begins with ftp://"),
         ("http://", "ALL_PROXY names no host"),
+        ("http://proxy:port", "ALL_PROXY names no host, or a port"),
+        ("http://proxy:99999", "ALL_PROXY names no host, or a port"),
+        ("http://[::1", "ALL_PROXY names no host"),
+        ("http://pro xy:1", "ALL_PROXY names no host"),
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_one_sentence(value, words, monkeypatch, capsys):

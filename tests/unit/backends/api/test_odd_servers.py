@@ -62,6 +62,10 @@ def several(body, number):
         [{"type": "text", "text": "hi"}],
         [{"type": "text", "text": "h"}, {"type": "output_text", "text": "i"}],
         ["hi"],
+        {"type": "text", "text": "hi"},
+        [{"type": None, "text": "hi"}, None, {"type": "text", "text": None}],
+        [{"type": "text", "text": {"value": "hi", "annotations": []}}],
+        "◁think▷Hmm◁/think▷hi",
         [{"type": "thinking", "thinking": [{"type": "text", "text": "hmm"}]}, {"type": "text", "text": "hi"}],
         THOUGHT + "hi",
         "Hmm, first.</think>hi",
@@ -140,6 +144,8 @@ def test_usage_in_any_form_is_no_reason_to_lose_an_answer(usage, tokens):
         ({"status": 302, "headers": {"location": "https://other/login"}}, "redirect", "https://other/login"),
         ({"status": 307, "headers": {"location": "http://127.0.0.9:1/v1"}}, "redirect", "127.0.0.9"),
         ({"status": 403, "words": "no such model"}, "http_403", "no such model"),
+        ({"status": 403, "words": "\x1b[2Jno\x07 access"}, "http_403", "[2Jno access"),
+        ({"status": 307, "headers": {"location": ""}}, "redirect", "307"),
     ],
 )
 def test_a_failure_is_named_as_what_it_is_in_the_server_s_words(form, failure, words, capsys):
@@ -154,6 +160,39 @@ def test_a_failure_is_named_as_what_it_is_in_the_server_s_words(form, failure, w
                 assert generation.failure == f"engine:{failure}" and words in generation.words
         assert words in one.troubles and words in one.spending().for_manifest()["messages"][failure]
         assert f"warning: stub at {server.url}: {failure}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "place", ["http://[::1:bad/v1", "http://127.0.0.1:bad/v1", "mailto:a@b", "http://[/"]
+)
+def test_a_redirect_to_no_address_is_a_failed_call_of_every_role(place):
+    with serve(lambda body, n: {"status": 308, "headers": {"location": place}}) as server:
+        assert endpoint(server, attempts=1).complete(ASK).failure in ("redirect", "connection")
+        with pytest.raises(BackendError, match=r"redirect|connection"):
+            list(EndpointGenerator(endpoint(server, attempts=1))(requests(1), temperature=0.7))
+
+
+def test_half_an_answer_that_a_router_broke_off_is_no_answer():
+    broken = completion("half")["choices"][0] | {"finish_reason": "error"}
+
+    def answer(body, number):
+        choices = [completion("hi")["choices"][0], broken, broken | {"error": {"message": "gone"}}]
+        return {"completion": completion("") | {"choices": choices[: body["n"]] if "n" in body else [broken]}}
+
+    with serve(answer) as server:
+        generations = list(EndpointGenerator(endpoint(server))(requests(1, samples=3), temperature=0.7))
+        assert [(g.text, g.failure) for g in generations] == [("hi", None), *[(None, "engine:error")] * 2]
+        assert generations[2].words == "gone"
+        assert endpoint(server).complete(ASK).failure == "http_502" and len(server.bodies) == 3
+
+
+def test_an_error_without_a_code_may_be_a_refusal_of_n():
+    def answer(body, number):
+        return {"raw": b'{"error": "n is not implemented"}'} if "n" in body else "hi"
+
+    with serve(answer) as server:
+        generations = list(EndpointGenerator(endpoint(server))(requests(2, samples=2), temperature=0.7))
+        assert [g.text for g in generations] == ["hi"] * 4
 
 
 def test_an_error_under_http_200_may_pass():
