@@ -21,13 +21,14 @@ def test_a_cell_is_kept_with_its_facts_and_read_back(tmp_path) -> None:
     results = {"chain_errors": [], "chain_truth": truth, "stages": stages}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "manifest.json").write_text("{}")
+    fixed = {"set": "own", "kind": "easy", "cohort": "seen", "score_rejected": 5.0, "failure": None}
     rows = [
-        {"set": "own", "model": stage, "pair_id": f"p{n}", "user_id": f"u{n}", "kind": "easy", "cohort": "seen",
-         "order": order, "score_chosen": 8.0 if n < right else 2.0, "score_rejected": 5.0, "failure": None}
+        {**fixed, "model": stage, "pair_id": f"p{n}", "user_id": f"u{n}", "order": order}
+        | {"score_chosen": 8.0 if n < right else 2.0}
         for stage, right in (("psi", 1), ("cre", 2), ("curriculum", 4))
         for n in range(4)
         for order in (0, 1)
-    ]  # fmt: skip
+    ]
     pd.DataFrame([*rows, {**rows[0], "set": "swapped"}]).to_parquet(folder / "predictions.parquet")
     keep(tmp_path / "code-7", tmp_path / "kept" / "code-7.parquet")
     assert pq.read_table(tmp_path / "kept" / "code-7.parquet").num_rows == 24
