@@ -735,6 +735,14 @@ def test_the_cpu_patches_are_still_needed() -> None:
     from verl.workers.engine.fsdp import transformer_impl
 
     assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl)
+    from verl.workers.rollout.vllm_rollout import utils, vllm_async_server, vllm_rollout
+
+    for module, words in (
+        (vllm_rollout, "job_id = ray.get_runtime_context().get_job_id()"),
+        (vllm_async_server, 'os.environ["VERL_RAY_JOB_ID"] = ray.get_runtime_context().get_job_id()'),
+        (utils, 'os.environ.get("VERL_RAY_JOB_ID"'),
+    ):
+        assert words in inspect.getsource(module), "the socket has another name: ray/job_ids.py can go"
     assert ".bfloat16()" in inspect.getsource(fsdp_model_merger), (
         "verl's merger still rounds: our export stays"
     )
@@ -771,5 +779,6 @@ if layer.weight.numel():
 
 def test_the_environment_reaches_every_worker() -> None:
     variables = verl_variables(Config(recipe="cre"))
-    assert variables["VERL_USE_EXTERNAL_MODULES"] == "pgenrm_train.backends.grpo.cpu"
+    modules = variables["VERL_USE_EXTERNAL_MODULES"].split(",")
+    assert modules == ["pgenrm_train.backends.ray.job_ids", "pgenrm_train.backends.grpo.cpu"]
     assert all(isinstance(value, str) for value in variables.values())

@@ -20,6 +20,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import read_json
 
 TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
+JOB_IDS = "pgenrm_train.backends.ray.job_ids"
 MODULE = "pgenrm_train.backends.grpo.cpu"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 TOKEN_LIMITS = (
@@ -37,7 +38,7 @@ def verl_variables(config: Config) -> dict[str, str]:
     env = {
         # So that recipes, data_builders and eval can be imported in workers.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited]),
-        "VERL_USE_EXTERNAL_MODULES": "",
+        "VERL_USE_EXTERNAL_MODULES": JOB_IDS,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # stages pass local folders only
         "TRANSFORMERS_OFFLINE": "1",
@@ -52,7 +53,7 @@ def verl_variables(config: Config) -> dict[str, str]:
     }
     if config.cluster.device == "cpu":
         env |= {
-            "VERL_USE_EXTERNAL_MODULES": MODULE,
+            "VERL_USE_EXTERNAL_MODULES": f"{JOB_IDS},{MODULE}",
             "VERL_PLATFORM": "cpu",
             "VERL_ENGINE_DEVICE": "cuda",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
