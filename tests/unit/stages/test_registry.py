@@ -18,7 +18,7 @@ FINGERPRINTS = {
     StageName.CRE: "e1d7f7cf3e144eb8",
     StageName.CURRICULUM: "1eba216f5b0a8403",
     StageName.PROTOTYPES: "9caeb3c56f0031ef",
-    StageName.EVALUATE: "b8c5638694315bbc",
+    StageName.EVALUATE: "3fa6d07101f7b14c",
 }
 
 
