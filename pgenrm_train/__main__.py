@@ -1,18 +1,19 @@
 """`python -m pgenrm_train recipe=NAME …`: compose the configuration, find the recipe, run it.
 
 Imports nothing heavy.  Exit codes: 0 for success, 1 for an internal error (with traceback), 2 for a user's
-mistake (one sentence on stderr), 130 when interrupted.
+mistake (one sentence on stderr), 130 when interrupted, 141 when whoever read the output has closed it.
 """
 
 import importlib
 import os
+import select
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pgenrm_train.cli_errors import choices, explain, groups, key_on_command_line
-from pgenrm_train.config import CONFIG_DIR, Config, beneath, parse, register_resolvers
+from pgenrm_train.config import CONFIG_DIR, Config, as_typed, beneath, parse, register_resolvers
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.process import end_on_sigterm
 from pgenrm_train.run.store import publisher
@@ -49,6 +50,26 @@ python -m pgenrm_train recipe=plan model=llama31_8b cluster=gpu8 data=chatbot_ar
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    try:
+        code = _run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        return _fail_or_raise(error)
+
+
+def _close_broken_output() -> bool:
+    """Send output that is read no more to nowhere, so that its flush at exit is quiet; False if none is."""
+    outputs = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        outputs.register(stream.fileno(), 0)  # errors and hang-ups are always reported
+    broken = [descriptor for descriptor, _ in outputs.poll(0)]
+    for descriptor in broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(broken)
+
+
+def _run() -> int:
     if not (CONFIG_DIR / "config.yaml").exists():
         return _fail(
             "the recipes and configs are not installed; run from a checkout, or `pip install -e .` in one"
@@ -67,6 +88,7 @@ def main() -> int:
     if sentence := key_on_command_line(sys.argv[1:]):
         return _fail(sentence)
     sys.path.insert(0, str(CONFIG_DIR.parent))
+    sys.argv[1:] = map(as_typed, sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises and does not print
     end_on_sigterm()
     try:
@@ -134,6 +156,8 @@ def _hydra_main() -> int:
 
 
 def _fail_or_raise(error: Exception) -> int:
+    if isinstance(error, BrokenPipeError) and _close_broken_output():
+        return 141
     if (sentence := explain(error)) is None:
         raise error
     return _fail(sentence)

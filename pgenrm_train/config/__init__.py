@@ -5,9 +5,11 @@ One file per section holds the settings with defaults, constraints and documents
 the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pgenrm_train.config.checks import check
 from pgenrm_train.config.cluster import CardConfig, ClusterConfig, RayConfig
@@ -71,6 +73,7 @@ __all__ = [
     "StageName",
     "Totals",
     "TrackingConfig",
+    "as_typed",
     "beneath",
     "check",
     "compose",
@@ -93,6 +96,8 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG_DIR = ROOT / "configs"
+# Texts that Hydra reads as numbers or booleans.
+_NO_TEXT = r"[-+]?(?:[\d._]+(?:e[-+]?[\d_]+)?|inf|nan)|true|false"
 
 
 def register_resolvers() -> None:
@@ -121,9 +126,25 @@ def compose(folder: Path, name: str, overrides: Sequence[str] = ()) -> Any:
     state.clear()
     try:
         with hydra.initialize_config_dir(str(folder), version_base=None):
-            return hydra.compose(name, overrides=list(overrides))
+            return hydra.compose(name, overrides=list(map(as_typed, overrides)))
     finally:
         state.hydra = running
+
+
+def as_typed(override: str) -> str:
+    """An override whose text Hydra keeps: `run_dir=2024_11_30` would be 20241130, and `1.10` would be 1.1.
+
+    >>> as_typed("run_dir=2024_11_30"), as_typed("seed=1_0")
+    ('run_dir="2024_11_30"', 'seed=1_0')
+    """
+    key, _, value = override.partition("=")
+    kind: Any = Config
+    for name in key.lstrip("+").split("."):
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    if kind not in (str, str | None, list[str]) or set(value) & set("'\"\\(){}$"):
+        return override
+    item = r"(?<=[\[,])(\s*)({})(?=\s*[],])" if kind == list[str] else r"^(\s*)({})$"
+    return f"{key}=" + re.sub(item.format(_NO_TEXT), r'\1"\2"', value, flags=re.IGNORECASE)
 
 
 def parse(composed: Any, checked: bool = True) -> Config:

@@ -21,10 +21,12 @@ and requests the paper's output format (METHOD §2).
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 from pgenrm_train.config import Totals
+from pgenrm_train.errors import DataError, first_line
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.records.pairs import ExplicitSignals
 from pgenrm_train.records.words import count_words
@@ -226,15 +228,31 @@ def folded(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def takes_system(tokenizer: Any) -> bool:
-    """Whether a chat template renders a system message; some refuse it, and some drop it silently."""
+    """Whether a chat template renders a system message; some refuse it, and some drop it silently.
+
+    Raises DataError for a template that does not render a user's message as it is.
+    """
     from jinja2.exceptions import TemplateError
 
-    mark = "instructions of the task"
-    chat = [{"role": "system", "content": mark}, {"role": "user", "content": "question"}]
+    task, question = (
+        {"role": "system", "content": "Task of all"},
+        {"role": "user", "content": "User's <text>"},
+    )
+    render, name = tokenizer.apply_chat_template, tokenizer.name_or_path
+    with suppress(TemplateError, TypeError):
+        text = render([task, question], tokenize=False, add_generation_prompt=True)
+        if task["content"] in text and question["content"] in text:
+            return True
     try:
-        return mark in tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return False
+        text = render([question], tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"the chat template of {name} cannot render a message: {first_line(error)}") from None
+    if question["content"] not in text:
+        raise DataError(
+            f"the chat template of {name} drops or changes the text of a user's message; "
+            "mend chat_template.jinja so that it writes message.content, a text, as it is"
+        )
+    return False
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

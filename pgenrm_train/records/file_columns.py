@@ -82,8 +82,16 @@ def _partitions_above(folder: Path) -> list[str]:
 
 
 def _partition(name: str) -> dict[str, object]:
-    """Column and value of a partition's folder; empty for another name or for null."""
-    column, equals, value = map(unquote, name.partition("="))
+    """Column and value of a partition's folder; empty for another name or for null.
+
+    Raises DataError for escapes that are not UTF-8, since with a replacement several values would be one.
+    """
+    try:
+        column, equals, value = (unquote(part, errors="strict") for part in name.partition("="))
+    except UnicodeDecodeError:
+        raise DataError(
+            f"folder {name}: expected column=value with percent escapes of UTF-8, such as %C3%BC for ü"
+        ) from None
     if not column or not equals or value == _NULL:
         return {}
     if column in _NO_TEXTS:

@@ -16,6 +16,9 @@ MESSAGES = (
     {"from", "value"},
 )  # keys; those of ShareGPT are refused later, with their name
 _KEYS = [re.compile(rf"['\"]{key}['\"]\s*:") for key in ("role", "content")]
+_MESSAGE = re.compile(r"""\s*[\[{(]+\s*['"](?:role|content|from)['"]\s*:""")  # how messages begin
+# A string, also one without an end, or a bracket.
+_TOKEN = re.compile(r""""(?:[^"\\]|\\.)*+\\?(?:"|\Z)|'(?:[^'\\]|\\.)*+\\?(?:'|\Z)|[][{}()]""", re.DOTALL)
 _SHOWN = 60  # characters of a text in an error
 
 
@@ -35,8 +38,8 @@ class JsonTexts:
     def _read(self, name: str, text: str, where: str) -> object:
         messages = _messages(text)
         expected = None
-        if messages is None and _is_python(text.strip()):
-            expected = "plain text, or messages as json.dumps writes them"
+        if messages is None and (_is_python(text.strip()) or _is_cut(text)):
+            expected = "plain text, or complete messages as json.dumps writes them"
         elif self._is_json.setdefault(name, messages is not None) != (messages is not None):
             expected = f"{'JSON' if messages is None else 'plain'} text, as in the rows before"
         if expected:
@@ -68,3 +71,15 @@ def _is_python(text: str) -> bool:
     """Whether a text looks like messages that Python or numpy printed, or like JSON that is broken."""
     brackets = text.startswith(("[", "{", "(", "array(")) and text.endswith(("]", "}", ")"))
     return brackets and _json(text) is None and all(key.search(text) for key in _KEYS)
+
+
+def _is_cut(text: str) -> bool:
+    """Whether a text begins like messages and ends before their last bracket."""
+    if not _MESSAGE.match(text):
+        return False
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        depth += (token[0] in "[{(") - (token[0] in "]})")
+        if depth == 0:
+            return False
+    return True

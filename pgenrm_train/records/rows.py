@@ -4,8 +4,10 @@ Schema read: PersonalRewardBench (`chatbot_arena_personalized_0125`, `prism_pers
 columns.
 """
 
+import functools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +39,15 @@ _TEXTS = (  # columns whose texts are kept
     "style",
     "attributes",
 )
+_COLUMNS = {  # all columns that are read, by their letters
+    re.sub(r"\W|_", "", name): name
+    for name in (
+        *_TEXTS,
+        *("chosen_score", "rejected_score", "turn", "turns", "split", "time", "timestamp", "position"),
+        *("position_of_chosen", "n_other_agree", "n_other_disagree", "n_other_judges", "n_other_tie"),
+        "synthetic_criteria",
+    )
+}
 _POSITIONS = {"left": 0, "first": 0, "a": 0, "a1": 0, "right": 1, "second": 1, "b": 1, "a2": 1}
 _DATE = "seconds since 1970 or a date in ISO 8601"
 _MAX_SHOWN = 80  # characters of a bad value in an error
@@ -117,6 +128,9 @@ def pair_schema() -> Any:
 def row_to_pair(row: Mapping[str, object], path: Path, number: int) -> PreferencePair:
     """One raw row → a pair.  Raises DataError naming file, row, field and expectation."""
     fields = _Fields(row, f"{path}, row {number}")
+    if misnamed := _misnamed(tuple(row)):
+        name, expected = misnamed
+        raise DataError(f"{fields.where}: rename the column '{name}' to '{expected}', or else remove it")
     for name in _REQUIRED:
         if fields.value(name) is None:
             raise fields.error(name, "a value", None)
@@ -150,6 +164,16 @@ def row_to_pair(row: Mapping[str, object], path: Path, number: int) -> Preferenc
             synthetic=fields.flag("synthetic_criteria"),
         ),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _misnamed(names: tuple[str, ...]) -> tuple[str, str] | None:
+    """A column like `Split` or `userId` that would be ignored, and the missing one that it resembles."""
+    for name in names:
+        expected = _COLUMNS.get(re.sub(r"\W|_", "", name).lower(), name)
+        if expected not in names:
+            return name, expected
+    return None
 
 
 @dataclass(frozen=True, slots=True)

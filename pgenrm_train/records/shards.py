@@ -24,6 +24,8 @@ BATCH = 1024  # rows that are Python objects at a time
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
 # Files of the Hugging Face hub and of `Dataset.save_to_disk` next to the data.
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# Folders of Delta, Spark and the archiver of macOS next to the data.
+_NO_DATA = {"_delta_log", "_change_data", "_spark_metadata", "_temporary", "__MACOSX"}
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 
 
@@ -113,17 +115,22 @@ def parts(path: Path) -> list[Path]:
 def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Parquet, Arrow and JSON files, or those of other suffixes, below a folder, by path.
 
-    Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.
+    Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.  Raises
+    DataError for a link that leads to no file, because its rows would be missing.
     """
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in suffixes
-        and file.is_file()
-        and file.name not in _METADATA
-        and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if _NO_DATA.intersection(parts) or any(part.startswith(".") for part in parts):
+            continue
+        fits = path.suffix.lower() in suffixes
+        if path.is_symlink() and not path.is_file() and (fits or path.is_dir() or not path.suffix):
+            kind = "a folder; links to folders are not followed" if path.is_dir() else "nothing"
+            raise DataError(f"{path} is a link to {kind}; put the files themselves in its place")
+        is_cache = path.suffix == ".arrow" and path.name.startswith("cache-")
+        if fits and path.is_file() and path.name not in _METADATA and not is_cache:
+            found.append(path)
+    return found
 
 
 def check_complete(files: list[Path]) -> None:

@@ -160,6 +160,20 @@ def test_an_argument_that_no_quotes_mend_is_named(argument, sentence):
     assert sentence in explain(error.value)
 
 
+@pytest.mark.parametrize("text", ["2024_11_30", "1.10", "true", "1e3", "-01", "nan", "+5", "0x10", "my 1.10"])
+def test_a_text_stays_as_it_is_typed(text):
+    arguments = (
+        f"run_dir={text}",
+        f"data.path={text}",
+        f"model.name={text}",
+        f"++eval.compare=[{text}, 1.0]",
+    )
+    config = load("recipe=build_data", "data=pairs", *arguments)
+    assert (config.run_dir, config.data.path, config.model.name) == (text, text, text)
+    assert config.eval.compare == [text, "1.0"]
+    assert load("recipe=build_data", "model.path=null", "seed=1_0").seed == 10
+
+
 def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):
     done = pgenrm(
         "recipe=build_data",
@@ -170,6 +184,21 @@ def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.parquet does not exist") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "recipe=psi --cfg job", "recipe=build_data data.users=3 data.heldout_users=2"]
+)
+def test_a_closed_pipe_ends_the_output_quietly(tmp_path, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pgenrm_train", *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/pairs.parquet")
@@ -214,10 +243,11 @@ def test_an_internal_error_keeps_its_traceback(tmp_path):
 
 
 def test_the_composed_configuration_is_printed_resolved():
-    done = pgenrm("recipe=pipeline", "pipeline.budget=smoke", "--cfg", "job", "--resolve")
+    done = pgenrm("recipe=pipeline", "pipeline.budget=smoke", "data.path=1.10", "--cfg", "job", "--resolve")
     assert done.returncode == 0 and done.stderr == "" and "${" not in done.stdout
     shown = yaml.safe_load(done.stdout)
     assert shown["recipe"] == "pipeline" and shown["teacher"]["kind"] == "oracle"
+    assert shown["data"]["path"] == "1.10"
     assert shown["run_dir"] == "runs/personaworld-nano-smoke"
 
 

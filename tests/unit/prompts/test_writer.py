@@ -174,6 +174,24 @@ def test_a_template_without_a_system_role_gets_the_instructions_from_the_user(
 
 
 @pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for p in messages[-1]['content'] %}{{ p['text'] }}{% endfor %}", "drops or changes the text"),
+        ("{{ messages[-1]['content'] | upper }}", "drops or changes the text"),
+        ("{{ messages[-1]['content'] | escape }}", "drops or changes the text"),
+        ("{{ messages[-1]['content'].parts[0] }}", "cannot render a message"),
+        ("{{ 1 + messages[-1]['content'] }}", "cannot render a message"),
+        ("{% for m in messages %}{{ m['content'] }}", "cannot render a message"),
+    ],
+)
+def test_a_template_that_loses_the_votes_is_refused(tokenizer, template, sentence):
+    strange = copy.deepcopy(tokenizer)
+    strange.chat_template = template
+    with pytest.raises(DataError, match=f"the chat template of .* {sentence}"):
+        writer(strange)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("one two", 2),

@@ -443,3 +443,69 @@ def test_a_null_user_of_a_hub_file_is_still_a_bad_row(tmp_path):
     write_table(tmp_path / "votes.parquet", [a_vote(0), a_vote(1, user=None)])
     with pytest.raises(DataError, match="row 2, field 'user_id': expected a value"):
         build(tmp_path, tmp_path / "votes.parquet")
+
+
+# ---- what would be lost in silence ----
+
+
+def test_a_link_that_leads_to_no_file_is_refused(tmp_path):
+    votes = write_jsonl(tmp_path / "votes" / "a.jsonl", [a_vote(n) for n in range(3)]).parent
+    (votes / "linked.jsonl").symlink_to(write_jsonl(tmp_path / "elsewhere" / "b.jsonl", [a_vote(3)]))
+    assert len(build(tmp_path, votes)[0]) == 4
+    (votes / "README.md").symlink_to("gone.md")
+    (votes / ".hidden.jsonl").symlink_to("gone.jsonl")
+    for name, target in (("c.jsonl", "gone.jsonl"), ("part=1", "gone"), ("more", tmp_path / "elsewhere")):
+        (votes / name).symlink_to(target)
+        with pytest.raises(DataError, match=f"votes/{name} is a link to "):
+            build(tmp_path, votes)
+        (votes / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["Split", "SPLIT", "sp_lit", "Time", "userSplit", "pair id", " cohort"])
+def test_a_column_whose_name_nearly_fits_is_refused(tmp_path, name):
+    path = write_jsonl(tmp_path / "votes.jsonl", [a_vote(split=..., **{name: "test"})])
+    with pytest.raises(DataError, match=f"row 1: rename the column '{name}' to '[a-z_]+'"):
+        build(tmp_path, path)
+
+
+def test_another_column_and_one_next_to_the_right_one_are_no_matter(tmp_path):
+    rows = [a_vote(n, Split="x", model="m", splits="test", Zeit=1) for n in range(3)]
+    assert len(build(tmp_path, write_jsonl(tmp_path / "votes.jsonl", rows))[0]) == 3
+
+
+@pytest.mark.parametrize("column", ["context", "chosen", "rejected"])
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_that_were_cut_off_are_no_plain_text(tmp_path, column, write):
+    text = write([{"role": "user", "content": 'it\'s "so" [b] {c'}])
+    for end in range(12, len(text)):
+        path = write_jsonl(tmp_path / "votes.jsonl", [a_vote(**{column: text[:end]}), a_vote(1)])
+        with pytest.raises(DataError, match=f"row 1, field '{column}': expected plain text, or complete"):
+            list(read_pairs(path))
+
+
+@pytest.mark.parametrize("text", ['{"role": "user"} is what I\'d send', "[role: user", '{"a": [', "[{'role"])
+def test_a_text_about_messages_is_a_text(tmp_path, text):
+    (made,) = read_pairs(write_jsonl(tmp_path / "votes.jsonl", [a_vote(chosen=text)]))
+    assert made.chosen == text
+
+
+def test_a_folders_name_that_is_no_utf8_is_refused(tmp_path):
+    for name in ("user_id=%FF", "user_id=%FE"):
+        write_jsonl(tmp_path / "votes" / name / "a.jsonl", [a_vote(user_id=...)])
+    with pytest.raises(DataError, match="folder user_id=%FE: expected column=value with percent escapes"):
+        build(tmp_path, tmp_path / "votes")
+
+
+@pytest.mark.parametrize("form", ["{}", "[{}]"])
+def test_a_key_twice_is_refused(tmp_path, form):
+    row = json.dumps(a_vote())
+    (tmp_path / "votes.jsonl").write_text(form.replace("{}", row[:-1] + ', "user_id": "bob"}'))
+    with pytest.raises(DataError, match="the key 'user_id' twice"):
+        build(tmp_path, tmp_path / "votes.jsonl")
+
+
+@pytest.mark.parametrize("name", ["_delta_log", "__MACOSX", ".ipynb_checkpoints", "a/_temporary/0"])
+def test_folders_of_other_programs_hold_no_votes(tmp_path, name):
+    votes = write_jsonl(tmp_path / "votes" / "a.jsonl", [a_vote(n) for n in range(3)]).parent
+    write_jsonl(votes / name / "a.json", [{"commitInfo": {}}])
+    assert len(build(tmp_path, votes)[0]) == 3
