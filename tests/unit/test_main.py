@@ -88,7 +88,7 @@ MISTAKES = {
     ("recipe=nope",): ("recipe=nope", "build_data", "pipeline", "psi"),
     (): ("recipe=", "pipeline"),
     ("recipe=psi", "cluter=cpu"): ("cluter", "did you mean cluster?"),
-    ("recipe=psi", "data=nope"): ("data=nope", "pairs, personaworld"),
+    ("recipe=psi", "data=nope"): ("data=nope", "personaworld, prism"),
     ("recipe=psi", "psi.learning_rat=1"): (
         "psi.learning_rat",
         "did you mean psi.learning_rate?",
