@@ -2,14 +2,15 @@
 
 import re
 
-# Japanese kana, CJK ideographs, Hangul, Thai, Lao, Burmese, Khmer.
+# Japanese kana, Bopomofo, single Jamo, CJK ideographs, Hangul, Thai, Lao, Burmese, Khmer.
 UNSPACED = (
-    "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
+    "\u3040-\u31ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
     "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff"
 )
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+_PUNCTUATION = "\u3000-\u303f\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"  # no wide letters
 # As `str.split`, except for these scripts and their punctuation.
-_PIECE = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}\u3000-\u303f\uff00-\uff65]+")
+_PIECE = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}{_PUNCTUATION}]+")
 
 
 def count_words(text: str) -> int:

@@ -201,6 +201,8 @@ def test_a_template_that_loses_the_votes_is_refused(tokenizer, template, sentenc
         ("ภาษาไทย", 7),
         ("とても良い", 5),
         ("한국어 좋아", 5),
+        ("ㄅㄆㄇ ㅋㅋ", 5),
+        ("Ｗｉｄｅ　１２！", 2),
         ("it's 3.5 — fine", 4),
         ("", 0),
     ],
