@@ -33,13 +33,15 @@ def run(config: Config) -> int:
 
 def emit(config: Config, plan: Plan) -> int:
     """Print the file to stdout, so that it can be redirected."""
-    from pgenrm_train.cluster.launch.files import rayjob, slurm
+    from pgenrm_train.cluster.launch.files import idle_warning, rayjob, slurm
     from recipes.wiring.engine_config import engine_yaml
 
     for stage in plan.stages:
         change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []
         for warning in (*stage.problems, *change, *stage.warnings):
             print(f"warning: {warning}", file=sys.stderr)
+    if config.plan.emit == "slurm" and (warning := idle_warning(config)):
+        print(f"warning: {warning}", file=sys.stderr)
     launch = {"slurm": slurm, "rayjob": rayjob}.get(what := str(config.plan.emit))
     print(launch(config, hours=plan.hours) if launch else engine_yaml(config, what), end="")
     return 0 if plan.fits else 1

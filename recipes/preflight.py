@@ -1,6 +1,7 @@
 """preflight.only=true: a table of all checks of the recipe's stages; exit code 2 if one fails."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pgenrm_train.cluster.preflight.checks import CHECKS, findings, stages_of
@@ -13,7 +14,7 @@ def run(config: Config) -> int:
         problems[finding.check] += finding.problems
     table = Table("check", "", "what to do")
     for name, sentences in problems.items():
-        table.add_row(name, "FAILED" if sentences else "ok", "\n".join(sentences))
+        table.add_row(name, "FAILED" if sentences else "ok", escape("\n".join(sentences)))
     for name in config.preflight.skip:
         table.add_row(name, "skipped", "by preflight.skip")
     Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""Batch, passes and steps of training stages, and the piece size of PSI's loss.
+"""Batch, passes, steps and learning rate of training stages, and the piece size of PSI's loss.
 
 The planner and the engines both use them.  Settings that are given stay.  Null ones follow from the number N
 of examples: kept chains in PSI, training pairs in CRE and the curriculum.
@@ -8,6 +8,10 @@ of examples: kept chains in PSI, training pairs in CRE and the curriculum.
 
 128 is RM-R1's batch.  PSI makes whole passes, and B is a multiple that processes and micro-batches divide.
 GRPO samples new chains in every pass, so it may see a pair more often; one step is one update.
+
+PSI's peak learning rate is 5e-6 where B = 128 makes 50 steps or more, that of RM-R1's SFT (8,700 chains in
+batches of 128), and else 1e-5, as in SFT on 1,000 examples in batches of 16 to 32 (s1: Muennighoff et al.
+2025; LIMA: Zhou et al. 2023).  LoRA takes ten times the rate (Schulman et al. 2025, "LoRA Without Regret").
 """
 
 import copy
@@ -26,6 +30,7 @@ STEPS = 200  # as many as passes allow
 FEW, FEWER = 50, 10  # fewer steps cause a warning
 PASSES = {StageName.PSI: 3, StageName.CRE: 16, StageName.CURRICULUM: 16}
 MANY_PASSES = 20
+RATE, RATE_OF_FEW, LORA_FACTOR = 5e-6, 1e-5, 10  # PSI's peak learning rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,13 @@ class Sizes:
     steps: int
     updates: int
     passes: float
+    learning_rate: float
 
     def __str__(self) -> str:
         kind = "chains" if self.stage == StageName.PSI else "pairs"
         return (
             f"{self.stage}: {self.examples:,} {kind} in batches of {self.batch}, {self.updates:,} optimiser "
-            f"steps, {self.passes:.1f} passes"
+            f"steps, {self.passes:.1f} passes, learning rate {self.learning_rate:g}"
         )
 
 
@@ -55,6 +61,8 @@ def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
     if stage == StageName.PSI:
         section.batch_size = section.batch_size or _batch(stage, examples, psi_unit(config))
         section.epochs = section.epochs or float(math.ceil(_passes(stage, examples, section.batch_size)))
+        rate = RATE_OF_FEW if PASSES[stage] * examples / LARGEST < FEW else RATE
+        section.learning_rate = section.learning_rate or rate * (LORA_FACTOR if config.model.lora.rank else 1)
         return sized
     unit = section.mini_batch_prompts or grpo_unit(config, section)
     most = max(unit, examples // unit * unit)  # a step draws no pair twice
@@ -68,16 +76,18 @@ def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
 def sizes_of(config: Config, stage: StageName, examples: int) -> Sizes:
     """Sizes of a configuration in which they are numbers."""
     if stage == StageName.PSI:
-        batch, per_pass = known(config.psi.batch_size), math.ceil(examples / known(config.psi.batch_size))
+        batch = known(config.psi.batch_size)
+        per_pass = max(1, math.ceil(examples / batch))
         epochs, steps = known(config.psi.epochs), config.psi.max_steps
         if steps:
-            return Sizes(stage, examples, batch, steps, steps, steps / per_pass)
-        steps = math.ceil(epochs * per_pass)  # the last step of a pass may be short
-        return Sizes(stage, examples, batch, steps, steps, epochs)
+            epochs = steps / per_pass
+        steps = steps or math.ceil(epochs * per_pass)  # the last step of a pass may be short
+        return Sizes(stage, examples, batch, steps, steps, epochs, known(config.psi.learning_rate))
     grpo: GrpoConfig = getattr(config, stage)
     prompts, steps = known(grpo.prompts_per_step), known(grpo.steps)
     updates = steps * prompts // known(grpo.mini_batch_prompts)
-    return Sizes(stage, examples, prompts, steps, updates, steps * prompts / max(1, examples))
+    passes = steps * prompts / max(1, examples)
+    return Sizes(stage, examples, prompts, steps, updates, passes, grpo.learning_rate)
 
 
 def settle_sizes(config: Config, stage: StageName, examples: int) -> Config:

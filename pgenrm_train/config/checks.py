@@ -12,8 +12,8 @@ from pgenrm_train.config.evaluation import TASKS, sizes, task_of
 from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
-from pgenrm_train.config.setting import known, not_one_of, violations
-from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.config.setting import not_one_of, violations
+from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
 
 Rules = list[tuple[bool, str]]
@@ -23,6 +23,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "reward_head": (StageName.EVALUATE,),
     "callable": (StageName.EVALUATE,),
 }
+SEVERAL = {"pipeline": GRPO_STAGES, "gpu_check": (StageName.CRE,)}  # recipes that run PSI and these stages
 
 
 def check(config: Config) -> None:
@@ -51,8 +52,12 @@ def _problems(config: Config) -> Iterator[str]:
         *_machines(config),
     ]
     yield from (sentence for broken, sentence in rules if broken)
-    if config.recipe in (StageName.PSI, "pipeline"):
+    # all stages of a recipe: hours of PSI must not end at the settings of CRE
+    if config.recipe in (StageName.PSI, *SEVERAL):
         yield from psi_problems(config)
+    for stage in GRPO_STAGES:
+        if config.recipe == stage or stage in SEVERAL.get(config.recipe, ()):
+            yield from grpo_problems(config, stage)
 
 
 def psi_problems(config: Config) -> list[str]:
@@ -94,12 +99,21 @@ def _nearest(size: int | None, rows: int, factor: int) -> int:
     return max(unit, round((size or 0) / unit) * unit)
 
 
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number up to a limit."""
+    return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)
+
+
 def grpo_problems(config: Config, stage: StageName) -> list[str]:
-    """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys."""
+    """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys.
+
+    Sizes that are null follow from the data, and then divide.
+    """
     grpo: GrpoConfig = getattr(config, stage)
     ranks, tensor_parallel = config.cluster.ranks, config.cluster.tensor_parallel
-    rollouts = known(grpo.mini_batch_prompts) * grpo.group_size
-    nearest = _nearest(grpo.mini_batch_prompts, ranks, grpo.group_size)
+    mini_batch = grpo.mini_batch_prompts or grpo.prompts_per_step or 0
+    rollouts = mini_batch * grpo.group_size
+    nearest = _nearest(mini_batch, ranks, grpo.group_size)
     rules = [
         (
             rollouts % ranks > 0,
@@ -110,12 +124,14 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
         (
             tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,
             f"{stage}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts "
-            f"of a process ({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes)",
+            f"of a process ({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes); "
+            f"the nearest is {stage}.micro_batch_size={_divisor(rollouts // ranks, grpo.micro_batch_size)}",
         ),
         (
             ranks % tensor_parallel > 0,
-            f"cluster.tensor_parallel={tensor_parallel} must divide the {ranks} processes of "
-            "cluster.processes_per_node",
+            f"cluster.tensor_parallel={tensor_parallel} must divide the {ranks} processes of cluster.nodes × "
+            f"cluster.processes_per_node; the nearest is "
+            f"cluster.tensor_parallel={_divisor(ranks, tensor_parallel)}",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -26,6 +27,9 @@ OWN_FIELDS = (
 )
 # Beginnings of keys that might pass for names of variables.
 _KEY = re.compile(r"(sk|gsk|hf|xai|r8|pplx|key|fw|nvapi|AIza|ghp|glpat)[_-]?\w*\d")
+# Names of fields, and values, that are secret keys: settings are written into files.
+_SECRET_NAME = re.compile(r"(?i)(api_?key|authorization|(access_?)?token|password|secret)")
+_SECRET_VALUE = re.compile(r"(Bearer |(sk|gsk|hf|xai|r8|pplx|nvapi|ghp|glpat)[_-]|AIza)[\w-]{10,}")
 
 
 @dataclass
@@ -116,6 +120,11 @@ def api_problems(section: str, settings: ApiConfig) -> list[str]:
         for key in settings.extra_body
         if key in OWN_FIELDS
     ]
+    if secret := next(_secret_fields(settings.extra_body), None):
+        problems.append(
+            f"{section}.extra_body.{secret} holds a key, which would be written into files; name the "
+            f"variable of a key in {section}.api_key_env"
+        )
     return problems
 
 
@@ -132,6 +141,15 @@ def _is_address(parts: SplitResult) -> bool:
         return parts.scheme in ("http", "https") and bool(host) and parts.port != 0 and b" " not in host
     except ValueError:
         return False
+
+
+def _secret_fields(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of fields that hold secrets, by their names or values."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _secret_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and (_SECRET_NAME.fullmatch(name) or _SECRET_VALUE.match(value)):
+            yield prefix + name
 
 
 def key_in_place_of_name(section: str, name: str) -> str | None:

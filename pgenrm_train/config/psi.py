@@ -1,7 +1,7 @@
 """Settings of the supervised stages: build_sec and psi.
 
-The paper gives no values for PSI; the learning rate of 8B is that of RM-R1's SFT.  Batch and passes follow
-from the number of chains (`cluster.sizes`).
+The paper gives no values for PSI.  Batch, passes and learning rate follow from the number of chains
+(`cluster.sizes`).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,9 @@ class PsiConfig:
         "muon: DeepSpeed's Muon for matrices of hidden layers, AdamW for the rest",
         choices=("adamw", "muon"),
     )
-    learning_rate: float = setting(5e-6, "peak learning rate of AdamW", gt=0)
+    learning_rate: float | None = setting(
+        None, "peak learning rate of AdamW; null: from the number of chains", gt=0
+    )
     muon_learning_rate: float = setting(0.007, "peak learning rate of Muon's matrices", gt=0)
     batch_size: int | None = setting(
         None, "sequences per optimiser step, over all processes; null: from the number of chains", gt=0

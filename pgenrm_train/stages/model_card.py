@@ -4,7 +4,9 @@ Written from configuration and manifest, without dates or machine paths, so that
 card.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.files import write_text
@@ -12,8 +14,11 @@ from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.stages.registry import Stage
 
 
-def write_card(config: Config, stage: Stage, folder: StageFolder, steps: object) -> None:
-    """Write `checkpoint/README.md`, which the Hugging Face hub shows as the page of the model."""
+def write_card(config: Config, stage: Stage, folder: StageFolder, trained: Mapping[str, Any]) -> None:
+    """Write `checkpoint/README.md`, which the Hugging Face hub shows as the page of the model.
+
+    `trained`: facts of the training, with its `steps` and `metrics`.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     base = _base(config, folder.stage)
@@ -28,7 +33,7 @@ def write_card(config: Config, stage: Stage, folder: StageFolder, steps: object)
     )
     facts = "\n".join(
         f"| {name} | {str(value).replace('|', '/')} |"
-        for name, value in _facts(config, folder, steps).items()
+        for name, value in _facts(config, folder, trained).items()
     )
     body = f"""# {config.model.label}, {folder.stage}
 
@@ -70,7 +75,7 @@ def _base(config: Config, stage: str) -> str:
     return (config.model.path if stage == StageName.PSI else None) or config.model.name
 
 
-def _facts(config: Config, folder: StageFolder, steps: object) -> dict[str, object]:
+def _facts(config: Config, folder: StageFolder, trained: Mapping[str, Any]) -> dict[str, object]:
     manifest, settings = folder.manifest, getattr(config, folder.stage)
     judge = {"judge": config.judge.name or config.judge.kind} if folder.stage == StageName.CRE else {}
     return {
@@ -79,8 +84,8 @@ def _facts(config: Config, folder: StageFolder, steps: object) -> dict[str, obje
         "teacher of the chains": config.teacher.name or config.teacher.kind,
         **judge,
         "masking": config.masking.policy or settings.masking,
-        "optimiser steps": steps,
-        "learning rate": settings.learning_rate,
+        "optimiser steps": trained["steps"],
+        "learning rate": settings.learning_rate or trained["metrics"]["psi/peak_learning_rate"],
         "LoRA rank (merged)": config.model.lora.rank or "full parameters",
         "seed": manifest.seed,
         "packages": ", ".join(

@@ -61,7 +61,7 @@ def run_stage(
     with _recorded(config, folder) as tracker:
         facts = body(folder, tracker)
         if stage.method:
-            write_card(config, stage, folder, facts["steps"])
+            write_card(config, stage, folder, facts)
             write_manifest(folder.path / "checkpoint", config.model.counted)
             facts = {**facts, "totals": config.model.counted}
         tracker.link(facts)

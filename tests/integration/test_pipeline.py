@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import wandb_server
 
 from pgenrm_train.config import ROOT
 
@@ -142,6 +143,33 @@ def test_every_stage_trained_and_its_checkpoint_loads(finished: Path) -> None:
         weights.append(next(model.parameters()).detach())
         assert not list((finished / stage / "checkpoint").glob("*.bin")), "no pickles"
     assert (weights[0] != weights[1]).any() and (weights[1] != weights[2]).any()
+
+
+def test_the_offline_runs_of_wandb_show_accuracy_of_all_stages_on_one_axis(
+    finished: Path, tmp_path: Path
+) -> None:
+    """`wandb sync` opens each run and sends it to a stub of W&B's server."""
+    steps = {}
+    for stage in ("psi", "cre", "curriculum"):
+        (run,) = (finished / stage).glob("wandb/offline-run-*")
+        command = [sys.executable, "-m", "wandb", "sync", str(shutil.copytree(run, tmp_path / run.name))]
+        with wandb_server.serve() as server:
+            done = subprocess.run(
+                command,
+                cwd=tmp_path,
+                env={**os.environ, "HOME": str(tmp_path), **server.environment},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+        assert done.returncode == 0, done.stderr
+        rows = [row for row in server.history if "eval/accuracy" in row]
+        assert all(
+            row["eval/accuracy_low"] <= row["eval/accuracy"] <= row["eval/accuracy_high"] for row in rows
+        )
+        assert all(row["eval/chains"]["nrows"] > 0 for row in rows)
+        steps[stage] = [row["_step"] for row in rows]
+    assert steps == {"psi": [0, 10, 20], "cre": [20, 23], "curriculum": [23, 26]}
 
 
 def test_a_second_start_changes_nothing(finished: Path) -> None:

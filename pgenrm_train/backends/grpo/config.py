@@ -189,25 +189,31 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
     }
 
 
+# Actor and reference compute in fp32; veRL's default is bf16, whatever the type of the weights.
+FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+IN_FP32: dict[str, object] = {
+    f"{ACTOR}.fsdp_config.mixed_precision": FP32,
+    "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision": FP32,
+}
+
+
 def cpu_keys(config: Config, section: str) -> dict[str, object]:
     """fp32; engine and server in one process.
 
     The log-probabilities of sampling equal the actor's, so they are not computed again.
     """
     grpo: GrpoConfig = getattr(config, section)
-    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     return {
+        **IN_FP32,
         "algorithm.rollout_correction.bypass_mode": True,
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"},
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
         f"{ACTOR}.use_torch_compile": False,
         f"{ACTOR}.fsdp_config.use_torch_compile": False,
-        f"{ACTOR}.fsdp_config.mixed_precision": fp32,
         "actor_rollout_ref.ref.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
-        "actor_rollout_ref.ref.fsdp_config.model_dtype": "fp32",
-        "actor_rollout_ref.ref.fsdp_config.mixed_precision": fp32,
         f"{ROLLOUT}.dtype": "float32",
         f"{ROLLOUT}.enforce_eager": True,
         f"{ROLLOUT}.free_cache_engine": False,
@@ -229,7 +235,7 @@ def cpu_keys(config: Config, section: str) -> dict[str, object]:
 
 
 def gpu_keys(config: Config, section: str) -> dict[str, object]:
-    """bf16, with FlashAttention over packed sequences; NCCL is verl's default.
+    """The model's type, bf16 by default, with FlashAttention over packed sequences; NCCL is verl's default.
 
     vLLM shares the GPUs and sleeps during updates.  Rows without padding are cut by tokens.  With one update
     per rollout the actor is still the policy that has sampled, so vLLM's log-probabilities are taken for the
@@ -257,6 +263,7 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
         "actor_rollout_ref.ref.fsdp_config.param_offload": True,
         # Never trained: the checkpoint's own precision.
         "actor_rollout_ref.ref.fsdp_config.model_dtype": "bf16",
+        **(IN_FP32 if model.dtype == "float32" else {}),
         f"{ROLLOUT}.dtype": model.dtype,
         f"{ROLLOUT}.max_num_seqs": 256,
         f"{ROLLOUT}.gpu_memory_utilization": cluster.gpu_memory_utilization,

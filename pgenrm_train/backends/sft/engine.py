@@ -23,6 +23,7 @@ from pgenrm_train.backends.sft.rank import leave_processes, train_rank
 from pgenrm_train.backends.sft.settings import deepspeed_variables, set_variables
 from pgenrm_train.cluster.sizes import settle_sizes
 from pgenrm_train.config import Config, StageName, psi_cluster
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
 from pgenrm_train.files import read_json, staged_folder, write_json
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints, newest_complete, step_of
@@ -106,7 +107,11 @@ def publish(job: Job, tokenizer: Any) -> Trained:
         tokenizer.save_pretrained(staging)
     prune(job.steps)
     losses = [line["loss"] for line in state.log_history if "loss" in line]
-    metrics = {"psi/steps": float(state.global_step), "psi/published_step": float(step_of(source))}
+    metrics = {
+        "psi/steps": float(state.global_step),
+        "psi/published_step": float(step_of(source)),
+        "psi/peak_learning_rate": known(job.config.psi.learning_rate),
+    }
     if losses:
         metrics["psi/train_loss"] = sum(losses) / len(losses)
     return Trained(state.global_step, final, metrics)

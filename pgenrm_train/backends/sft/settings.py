@@ -80,7 +80,7 @@ def trainer_settings(config: Config, steps: Path, accumulation: int | None) -> d
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": known(psi.epochs),
         "max_steps": psi.max_steps or -1,
-        "learning_rate": psi.learning_rate,
+        "learning_rate": known(psi.learning_rate),
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": psi.min_learning_rate_ratio},
         "warmup_steps": psi.warmup_ratio,

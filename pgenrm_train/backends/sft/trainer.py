@@ -17,6 +17,7 @@ from pgenrm_train.backends.sft.generate import complete_weights, fits
 from pgenrm_train.backends.sft.job import Mark, stopped_early
 from pgenrm_train.cluster.utilization import Utilization
 from pgenrm_train.config import PsiConfig, StageName
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import BackendError
 from pgenrm_train.files import write_table
 from pgenrm_train.run.checkpoints import mark_complete, sizes
@@ -150,6 +151,6 @@ class PsiCallback(TrainerCallback):  # type: ignore[misc]
 
 def _diverged(psi: PsiConfig, reason: str) -> BackendError:
     return BackendError(
-        f"PSI has diverged: {reason}; lower psi.learning_rate={psi.learning_rate:g} in another run_dir=, "
-        "and check the training rows"
+        f"PSI has diverged: {reason}; lower psi.learning_rate={known(psi.learning_rate):g} in another "
+        "run_dir=, and check the training rows"
     )

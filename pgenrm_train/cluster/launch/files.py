@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pgenrm_train.cluster.planning.needs import host_gib
 from pgenrm_train.config import CONFIG_DIR, STAGES, Config, StageName, load, machines, to_dict
+from pgenrm_train.config.schema import NODE_GPUS
 from pgenrm_train.config.stage_names import PLANNED
 from pgenrm_train.errors import ConfigError
 
@@ -95,7 +96,21 @@ def rayjob(config: Config, hours: float | None = None) -> str:
 
 
 def _stages(config: Config) -> tuple[StageName, ...]:
-    return STAGES if config.plan.stage == "all" else (StageName(config.plan.stage),)
+    """Stages that the command runs: recipe=psi serves the teacher of build_sec, too."""
+    from pgenrm_train.cluster.preflight.checks import stages_of
+
+    return STAGES if config.plan.stage == "all" else tuple(map(StageName, stages_of(config.plan.stage)))
+
+
+def idle_warning(config: Config) -> str | None:
+    """A sentence if a SLURM job, which takes full nodes, uses less than half of their usual GPUs."""
+    gpus = machines(config, *_stages(config)).gpus
+    if config.cluster.device == "cpu" or 2 * gpus >= NODE_GPUS:
+        return None
+    return (
+        f"the script takes full nodes (--exclusive, --mem=0) and uses {gpus} GPUs of each; where nodes have "
+        f"{NODE_GPUS}, the nearest better setting is cluster.processes_per_node={NODE_GPUS}"
+    )
 
 
 def _group(config: Config, head: bool) -> dict[str, object]:

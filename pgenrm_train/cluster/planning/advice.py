@@ -17,7 +17,7 @@ from pgenrm_train.cluster.planning.memory import (
     phases_of,
 )
 from pgenrm_train.cluster.planning.work import with_planned_sizes
-from pgenrm_train.cluster.sizes import psi_unit
+from pgenrm_train.cluster.sizes import LORA_FACTOR, psi_unit
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, psi_cluster, tokens_per_pass
 from pgenrm_train.config.checks import grpo_problems, psi_problems
 from pgenrm_train.config.setting import known
@@ -139,7 +139,12 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
         if response < model.max_response_tokens:
             yield (("model.max_response_tokens", response),)
     if cuda and stage in TRAINED and not model.lora.rank:
-        yield (("model.lora.rank", 64), ("model.lora.alpha", 128))
+        # PSI's default rate knows of adapters, GRPO's does not
+        rates = [
+            (f"{name}.learning_rate", LORA_FACTOR * getattr(config, name).learning_rate)
+            for name in GRPO_STAGES
+        ]
+        yield (("model.lora.rank", 64), ("model.lora.alpha", 128), *rates)
     if cuda:
         yield from ((("cluster.processes_per_node", n),) for n in (2, 4, 8) if n > cluster.processes_per_node)
         if cluster.processes_per_node == 8:
@@ -197,4 +202,6 @@ def _with(node: T, key: str, value: object) -> T:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return str(value).lower() if isinstance(value, bool) else str(value)

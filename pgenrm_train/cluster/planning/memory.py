@@ -257,7 +257,9 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     local, offload = config.cluster.processes_per_node, config.cluster.offload_optimizer
     host = {
         "offloaded actor": local * (weights + states["optimizer"]) if offload else 0.0,
-        "reference model": local * 2 * parameters / n if grpo.kl_coefficient and not lora else 0.0,
+        "reference model": local * element_bytes(config) * parameters / n
+        if grpo.kl_coefficient and not lora
+        else 0.0,
     }
     kept = {} if offload else _gib({name: states[name] for name in ("actor weights", "optimizer")})
     cluster = config.cluster

@@ -1,8 +1,9 @@
 """Needs of a stage: host memory and disk; and warnings about GPUs that would stay idle.
 
-Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption),
-the planned host parts of the fullest phase, and loading on rank 0 (veRL: in fp32) or publishing (PSI: all
-weights gathered on rank 0; veRL: one file at a time).  With LoRA vLLM sleeps with its weights in host memory.
+Host memory of a node with GPUs, in GiB: 8 per process (a rank, its vLLM worker, libraries; an assumption) and
+per GPU of a judge or teacher that is served there, the planned host parts of the fullest phase, and loading
+on rank 0 (veRL: in fp32) or publishing (PSI: all weights gathered on rank 0; veRL: one file at a time).  With
+LoRA vLLM sleeps with its weights in host memory.
 
 Disk of a training stage: the kept optimiser states and one more while it saves, and the published checkpoint.
 """
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from pgenrm_train.cluster.planning.geometry import geometry_of
 from pgenrm_train.cluster.planning.memory import GIB, element_bytes, phases_of
-from pgenrm_train.cluster.planning.work import STATES, with_planned_sizes, work_of
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName
+from pgenrm_train.cluster.planning.work import STATES, examples_of, with_planned_sizes, work_of
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, gpus_per_node
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 
 LEAST_MEMORY, LEAST_DISK = 6.0, 3.0  # GiB
@@ -35,7 +37,7 @@ def host_gib(config: Config, stage: StageName) -> float:
 def host_parts(config: Config, stage: StageName) -> dict[str, float]:
     """GiB of host memory per node by part.  Raises ConfigError if the model's geometry is unknown."""
     sized, geometry, cluster = with_planned_sizes(config), geometry_of(config), config.cluster
-    parts = {"processes": PROCESS * cluster.processes_per_node}
+    parts = {"processes": PROCESS * gpus_per_node(config, stage)}
     phases = [dict(phase.host_parts) for phase in phases_of(sized, geometry, stage)]
     fullest: dict[str, float] = max(phases, key=lambda each: sum(each.values()), default={})
     parts |= fullest
@@ -81,6 +83,8 @@ def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
             f"{stage} uses {used} of {cluster.ranks} GPUs with cluster.engines={cluster.engines}; "
             f"the nearest better setting is cluster.engines={cluster.ranks // cluster.tensor_parallel}"
         )
+    if stage in GRPO_STAGES:
+        yield from _idle_replicas(config, stage)
     if stage == StageName.BUILD_SEC and teacher.kind == "vllm" and 2 * teacher.gpus < cluster.ranks:
         better = f"teacher.gpus={cluster.processes_per_node}"
         if teacher.gpus >= cluster.processes_per_node:
@@ -89,3 +93,18 @@ def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
             f"{stage} uses {teacher.gpus} of {cluster.ranks} GPUs with teacher.gpus={teacher.gpus}; "
             f"the nearest better setting is {better}"
         )
+
+
+def _idle_replicas(config: Config, stage: StageName) -> Iterator[str]:
+    """One vLLM replica samples the chains of a prompt, so a step of few prompts leaves others idle."""
+    replicas = config.cluster.ranks // config.cluster.tensor_parallel
+    prompts = known(getattr(with_planned_sizes(config), stage).prompts_per_step)
+    if 2 * prompts >= replicas:
+        return
+    better = " ".join(f"{stage}.{key}={replicas}" for key in ("prompts_per_step", "mini_batch_prompts"))
+    if examples_of(config, stage) < replicas:
+        better = "fewer GPUs: there are no more pairs"
+    yield (
+        f"{stage} samples {prompts} prompts per step, each on one of {replicas} vLLM replicas; "
+        f"the nearest better setting is {better}"
+    )

@@ -21,6 +21,7 @@ to an API.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,9 +83,9 @@ def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
         train, test = data.users * data.pairs_per_user, data.heldout_users * data.pairs_per_user
     elif data.name in PUBLISHED:
         train, test = PUBLISHED[data.name]
-    elif (rows := _rows_of_file(data.path)) is not None:
-        train = test = rows
-        assumed.append(f"{rows:,} rows of {data.path} count as training and as test pairs")
+    elif (rows := _rows_of_file(data.path, data.split_by == "source")) is not None:
+        train, test = rows
+        assumed.append(f"{train:,} rows of {data.path} count as training pairs, and {test:,} as test pairs")
     else:
         train, test = ASSUMED_PAIRS
         assumed.append(f"{train:,} training and {test:,} test pairs (plan.pairs=, plan.test_pairs=)")
@@ -93,21 +94,29 @@ def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
     return train, test, () if config.plan.pairs and config.plan.test_pairs else tuple(assumed)
 
 
-def _rows_of_file(path: str | None) -> int | None:
+def _rows_of_file(path: str | None, splits: bool) -> tuple[int, int] | None:
     if path is None or not Path(path).is_file():
         return None
-    return _count(path, Path(path).stat().st_mtime_ns)
+    return _count(path, splits, Path(path).stat().st_mtime_ns)
 
 
 @functools.cache
-def _count(path: str, changed: int) -> int:
-    """Rows of a file, counted once for all changes that are tried."""
+def _count(path: str, splits: bool, changed: int) -> tuple[int, int]:
+    """Training and test rows of a file, counted once for all changes that are tried.
+
+    Without `splits`, in JSONL and without a column `split` all rows count as both.
+    """
     if Path(path).suffix != ".parquet":
         with Path(path).open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
+            rows = sum(1 for line in lines if line.strip())
+        return rows, rows
     import pyarrow.parquet as pq
 
-    return int(pq.read_metadata(path).num_rows)
+    if not splits or "split" not in pq.read_schema(path).names:
+        rows = int(pq.read_metadata(path).num_rows)
+        return rows, rows
+    named = Counter(pq.read_table(path, columns=["split"])["split"].to_pylist())
+    return named["train"] + named[None], named["test"]
 
 
 # ---- rates ----

@@ -49,7 +49,7 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
 def idle_gpus(config: Config, stage: str) -> Iterator[str]:
     """A warning if more than half of the GPUs of this machine, or of the Ray cluster, stay unused."""
     cluster, address = config.cluster, config.ray.address
-    if cluster.device != "cuda" or stage not in TRAINED:
+    if cluster.device != "cuda" or stage not in (*HEAVY, StageName.PROTOTYPES):
         return
     if address is None:
         import torch

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, ApiConfig, Config, StageName
+from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, ApiConfig, Config, StageName, gpus_per_node
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.http import client, key_of, lost_connection, service
@@ -195,6 +195,13 @@ def cluster_problems(config: Config, stage: str, nodes: Sequence[Mapping[str, fl
             f"the Ray cluster has room for {able} nodes of {gpus} GPUs and cluster={cluster.name} needs "
             f"{cluster.nodes}; add nodes with ray start, or set cluster.nodes= and "
             "cluster.processes_per_node="
+        )
+    total = sum(int(node.get("GPU", 0)) for node in nodes)
+    needed = cluster.ranks + gpus_per_node(config, stage) - gpus
+    if able >= cluster.nodes and total < needed:
+        yield (
+            f"the Ray cluster has {total} GPUs, and {stage} needs {needed} with those of the judge; "
+            "add a node with ray start, or set cluster.processes_per_node="
         )
     label = "accelerator_type:"
     kinds = {name.removeprefix(label) for node in nodes for name in node if name.startswith(label)}

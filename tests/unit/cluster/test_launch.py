@@ -187,6 +187,24 @@ def test_a_served_judge_has_gpus_of_its_own() -> None:
     assert gpus == {"psi": "7", "cre": "8", "curriculum": "7"}
 
 
+def test_a_script_of_psi_has_the_gpus_of_its_teacher() -> None:
+    teacher = ("teacher=vllm", "teacher.name=Qwen/Qwen3-8B", "teacher.gpus=4")
+    one = ("model=llama31_8b", "cluster=gpu1", "plan.stage=psi", "data=chatbot_arena")
+    config = composed(*one, *teacher)
+    assert "#SBATCH --gpus-per-node=4\n" in launch.slurm(config)
+    assert "nvidia.com/gpu: 4\n" in launch.rayjob(config)
+    assert "#SBATCH --gpus-per-node=1\n" in launch.slurm(composed(*one, *teacher, "plan.stage=evaluate"))
+
+
+def test_a_full_node_for_few_gpus_is_warned_about() -> None:
+    one = ("model=llama31_8b", "cluster=gpu1", "plan.stage=evaluate")
+    assert "the nearest better setting is cluster.processes_per_node=8" in (
+        launch.idle_warning(composed(*one)) or ""
+    )
+    assert launch.idle_warning(composed(*one, "cluster=gpu8")) is None
+    assert launch.idle_warning(composed()) is None
+
+
 def test_a_judge_without_room_is_refused_or_gets_a_node() -> None:
     judge = ("judge=vllm", "judge.name=Qwen/Qwen3-8B", "data=chatbot_arena")
     for emit in (launch.slurm, launch.rayjob):

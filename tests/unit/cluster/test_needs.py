@@ -54,6 +54,8 @@ def test_tensor_parallelism_belongs_to_the_model():
         (EVALUATE, {"cluster.engines": 3}, "cluster.engines=8"),
         (BUILD_SEC, {"teacher.gpus": 1}, "teacher.gpus=8"),
         (BUILD_SEC, {"teacher.gpus": 8, "cluster.nodes": 4}, "cluster.nodes=1"),
+        (CRE, {"cre.prompts_per_step": 3}, "cre.prompts_per_step=8 cre.mini_batch_prompts=8"),
+        (CRE, {"cre.prompts_per_step": 3, "plan.pairs": 5}, "fewer GPUs: there are no more pairs"),
     ],
 )
 def test_an_idle_cluster_gets_one_sentence_with_a_better_setting(stage, keys, better):
@@ -64,6 +66,13 @@ def test_an_idle_cluster_gets_one_sentence_with_a_better_setting(stage, keys, be
     (warning,) = idle_warnings(config, stage)
     assert better in warning and "nearest better setting" in warning
     assert warning in next(s for s in plan_of(config).stages if s.stage == stage).warnings
+
+
+def test_a_served_model_needs_host_memory_too():
+    judged = composed("llama31_8b", "multi_node", "judge=vllm", "judge.name=Qwen/Qwen3-8B", "judge.gpus=2")
+    assert host_parts(judged, CRE)["processes"] - host_parts(judged, PSI)["processes"] == 2 * 8
+    taught = composed("llama31_8b", "gpu1", "teacher=vllm", "teacher.name=Qwen/Qwen3-8B", "teacher.gpus=4")
+    assert host_parts(taught, BUILD_SEC)["processes"] == 4 * 8
 
 
 def test_a_busy_cluster_gets_none():

@@ -21,6 +21,7 @@ from pgenrm_train.cluster.planning.work import generation_rate, lengths, pairs_o
 from pgenrm_train.config import CONFIG_DIR, ROOT, Config, load
 from pgenrm_train.config.stage_names import PLANNED, StageName
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.files import write_table
 
 WITHOUT_WEIGHTS = ("endpoint", "baseline", "callable", "reward_head")
 MODELS = sorted({path.stem for path in (CONFIG_DIR / "model").glob("*.yaml")} - set(WITHOUT_WEIGHTS))
@@ -340,6 +341,16 @@ def test_apis_are_paid_by_the_token() -> None:
     assert sec.work.api_dollars == pytest.approx(calls * (2000 * 2 + 1000 * 8) / 1e6)
 
 
+def test_pairs_are_those_of_the_split_of_a_file(tmp_path: Path) -> None:
+    votes = tmp_path / "votes.parquet"
+    splits = ["train"] * 5 + [None] + ["val"] * 2 + ["test"] * 3
+    write_table(votes, [{"user_id": "u", "split": split} for split in splits])
+    keys = ("recipe=plan", "data=pairs", f"data.path={votes}")
+    train, test, (assumed,) = pairs_of(load(*keys))
+    assert (train, test) == (6, 3) and "6 rows of" in assumed
+    assert pairs_of(load(*keys, "data.split_by=within_user"))[:2] == (11, 11)
+
+
 # ---- the command ----
 
 
@@ -357,9 +368,10 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_table_is_printed_and_nothing_is_made(tmp_path: Path) -> None:
     done = command("model=llama31_8b", "cluster=gpu1", "data=chatbot_arena", "plan.stage=cre", cwd=tmp_path)
     assert done.returncode == 1, "a plan that does not fit says so by its exit code"
-    assert (
-        "DOES NOT FIT" in done.stdout and "nearest change of cre that fits: model.lora.rank=64" in done.stdout
+    change = (
+        "nearest change of cre that fits: model.lora.rank=64 model.lora.alpha=128 cre.learning_rate=1e-05"
     )
+    assert "DOES NOT FIT" in done.stdout and change in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -159,6 +159,7 @@ def test_gpus_without_work_are_warned_about(
     assert next(gpus.idle_gpus(one, "psi")) == (
         "psi uses 1 of 8 GPUs; the nearest better setting is cluster.processes_per_node=8"
     )
+    assert next(gpus.idle_gpus(one, "evaluate")).startswith("evaluate uses 1 of 8 GPUs")
     assert list(gpus.idle_gpus(one, "build_data")) == []
     monkeypatch.setattr(gpus, "nodes_at", lambda _: [{"GPU": 8.0}] * 6)
     four = dataclasses.replace(one, cluster=dataclasses.replace(one.cluster, nodes=2, processes_per_node=8))
@@ -399,6 +400,11 @@ def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Pat
     assert "differ (A100, H100)" in " ".join(
         reach.cluster_problems(asking, "cre", [full, {"GPU": 8.0, "accelerator_type:A100": 1.0}])
     )
+    judged = load("recipe=cre", "model=llama31_8b", "cluster=gpu8", "judge=vllm", "judge.name=some/model")
+    (problem,) = reach.cluster_problems(judged, "cre", [full])
+    assert problem.startswith("the Ray cluster has 8 GPUs, and cre needs 9 with those of the judge")
+    assert list(reach.cluster_problems(judged, "cre", [full, half])) == []
+    assert list(reach.cluster_problems(judged, "psi", [full])) == []
     assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], (
         "on CPUs PSI takes no GPUs, logical ones neither"
     )
@@ -435,6 +441,7 @@ def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) 
 
     lacking = ask("cluster.min_free_disk_gib=1e6", "cluster.min_free_memory_gib=0")
     assert lacking.returncode == 2 and "FAILED" in lacking.stdout and lacking.stdout.count("FAILED") == 1
+    assert "votes[copy].parquet" in ask("data=pairs", "data.path='votes[copy].parquet'").stdout
     fine = ask("cluster.min_free_disk_gib=0", "cluster.min_free_memory_gib=0", "preflight.skip=[versions]")
     assert fine.returncode == 0 and "FAILED" not in fine.stdout and "skipped" in fine.stdout
     assert list(tmp_path.iterdir()) == []

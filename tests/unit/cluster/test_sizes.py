@@ -62,6 +62,17 @@ def test_the_rule(stage: StageName, examples: int, batch: int, steps: int, passe
     assert sizes.passes == pytest.approx(passes, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("chains", "lora", "rate"), [(610, 0, 1e-5), (2_133, 0, 1e-5), (2_134, 0, 5e-6), (610, 64, 1e-4)]
+)
+def test_few_chains_and_adapters_are_learnt_at_a_higher_rate(chains: int, lora: int, rate: float) -> None:
+    config = given_keys(EIGHT, f"model.lora.rank={lora}")
+    sized = with_sizes(config, PSI, chains)
+    assert sized.psi.learning_rate == pytest.approx(rate)
+    assert str(sizes_of(sized, PSI, chains)).endswith(f"learning rate {rate:g}")
+    assert with_sizes(given_keys(config, "psi.learning_rate=1"), PSI, chains).psi.learning_rate == 1
+
+
 @given(
     st.integers(1, 100_000),
     st.integers(1, 8),
@@ -150,7 +161,8 @@ def test_too_few_data_for_the_cluster_name_the_remedy() -> None:
 def test_a_run_logs_its_sizes_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     settle_sizes(given_keys(EIGHT, "cre.steps=3"), CRE, 305)
     printed = capsys.readouterr()
-    assert printed.out == "cre: 305 pairs in batches of 64, 3 optimiser steps, 0.6 passes\n"
+    expected = "cre: 305 pairs in batches of 64, 3 optimiser steps, 0.6 passes, learning rate 1e-06\n"
+    assert printed.out == expected
     assert printed.err.startswith("warning: cre makes 3 optimiser steps")
 
 

@@ -58,17 +58,17 @@ BUILT = [model for model in MODELS if model not in ("endpoint", "reward_head", "
 
 COMBINATIONS = sorted(
     {
-        *itertools.product(DATA, BUILT, ["cpu"]),
-        *itertools.product(["pairs"], ["nano", "llama31_8b", "llama31_70b_lora"], CLUSTERS),
+        *itertools.product(DATA, [model for model in BUILT if "70b" not in model], ["cpu"]),
+        *itertools.product(["pairs"], ["nano", "llama31_8b"], CLUSTERS),
+        *itertools.product(DATA, ["llama31_70b_lora"], ["gpu8", "multi_node"]),
     }
 )
 
 
 @pytest.mark.parametrize("data,model,cluster", COMBINATIONS)
 def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster):
-    batch = (
-        [] if cluster == "cpu" else ["psi.batch_size=128", "psi.micro_batch_size=1"]
-    )  # nano's own batch is for one process
+    batch = ["psi.batch_size=128", "cre.micro_batch_size=1", "curriculum.micro_batch_size=1"]
+    batch = [] if cluster == "cpu" else batch  # nano's own are for few processes
     config = load("recipe=pipeline", *data_keys(data), f"model={model}", f"cluster={cluster}", *batch)
     assert (config.data.name, config.cluster.name) == (data, cluster)
     assert config.model.label.startswith(model)
@@ -231,6 +231,8 @@ MISTAKES = {
     "run_dir=''": ("run_dir= is empty",),
     "judge.base_url=https://u:p@h/v1": ("judge.base_url holds a user", "judge.api_key_env"),
     "model.leave_out=[top_p]": ("model.leave_out=top_p", "seed, temperature, system"),
+    "judge.extra_body={api_key: some-text}": ("judge.extra_body.api_key holds a key", "judge.api_key_env"),
+    "teacher.extra_body={x: {y: sk-proj-0123456789}}": ("teacher.extra_body.x.y", "teacher.api_key_env"),
     "model.extra_body={temperature: 1}": ("model.extra_body.temperature", "already"),
     "model.attempts=0": ("model.attempts=0", "above 0"),
     "run_dir=~nobody-here/x": ("run_dir=~nobody-here/x", "no home"),
@@ -279,6 +281,8 @@ MISTAKES = {
     "curriculum.max_null_share=-1": ("curriculum.max_null_share=-1", "curriculum.max_null_share=-1"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
     "psi.batch_size=12": ("psi.batch_size=12", "psi.micro_batch_size", "the nearest is psi.batch_size=16"),
+    "cre.micro_batch_size=3": ("must divide the 128 rollouts", "the nearest is cre.micro_batch_size=2"),
+    "cluster.tensor_parallel=2": ("must divide the 1 processes", "nearest is cluster.tensor_parallel=1"),
     "teacher.tokens_per_minute=0": ("teacher.tokens_per_minute=0", "above 0"),
     "cluster.processes_per_node=3": ("psi.batch_size=8", "4 × 3"),
     "psi.sequence_parallel=2": ("psi.sequence_parallel=2", "psi.micro_batch_size=1"),
@@ -311,6 +315,13 @@ def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
     }.items():
         with pytest.raises(ConfigError, match=words):
             load(*keys_given, *more)
+
+
+def test_gpu_check_refuses_batches_that_do_not_divide_before_it_starts(hydra):
+    for key in ("psi.batch_size=12", "cre.micro_batch_size=3"):
+        with pytest.raises(ConfigError, match=key):
+            load("recipe=gpu_check", key)
+    assert load("recipe=gpu_check", "curriculum.micro_batch_size=3"), "it trains no curriculum"
 
 
 def test_no_more_engines_than_gpus(hydra):

@@ -65,7 +65,7 @@ def test_the_shipped_pairs_have_the_expected_keys(model: str, cluster: str) -> N
     if cluster != "cpu" and model == "llama31_70b_lora":
         expected |= LORA
     if model == "nano" and cluster != "cpu":
-        expected |= {f"{R}.dtype": "float32"}
+        expected |= {f"{R}.dtype": "float32", f"{F}.fsdp_config.model_dtype": "fp32"}
     keys = verl(settings)
     assert {name: keys.get(name) for name in expected} == expected
     engine = engine_settings(settings)
@@ -93,6 +93,14 @@ def test_with_flash_attention_micro_batches_are_cut_by_tokens(model: str) -> Non
     )
 
 
+def test_a_model_in_float32_computes_in_it() -> None:
+    half, full = (verl(config("llama31_8b", "gpu8", f"model.dtype={d}")) for d in ("bfloat16", "float32"))
+    for part in (A, F):
+        assert full[f"{part}.fsdp_config.mixed_precision"]["param_dtype"] == "fp32", "veRL's default is bf16"
+        assert f"{part}.fsdp_config.mixed_precision" not in half
+    assert full[f"{F}.fsdp_config.model_dtype"] == "fp32" and full[f"{R}.dtype"] == "float32"
+
+
 def test_a_value_has_the_keys_that_change_it() -> None:
     found = sources(config("llama31_8b", "gpu8"), verl)
     rollout, actor = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
@@ -109,7 +117,8 @@ def test_deepspeed_is_printed_with_the_batch_of_the_trainer() -> None:
     text = engine_yaml(config("llama31_8b", "gpu8", "psi.batch_size=64", "psi.packing=false"), "deepspeed")
     values = yaml.safe_load(text)
     assert values["deepspeed"]["train_batch_size"] == 64
-    assert "  learning_rate: " in text and "# psi.learning_rate" in text
+    (rate,) = (line for line in text.splitlines() if line.startswith("  learning_rate: "))
+    assert "psi.learning_rate" in rate.partition("#")[2].split(", ")
     packed = yaml.safe_load(engine_yaml(config("llama31_8b", "gpu8"), "deepspeed"))
     assert packed["deepspeed"]["train_batch_size"] is None, "follows from the lengths of the chains"
     assert not any(line.endswith("auto") for line in text.splitlines())

@@ -107,9 +107,10 @@ def test_a_card_names_the_base_model(tmp_path):
         ((), "Llama-3.1-8B-Instruct", "base_model: meta-llama/Llama-3.1-8B-Instruct"),
         ((f"model.path={tmp_path / 'mine'}",), "mine", None),
     ):
-        write_card(load("recipe=psi", "model=llama31_8b", *more), REGISTRY[StageName.PSI], folder, 3)
+        trained = {"steps": 3, "metrics": {"psi/peak_learning_rate": 1e-05}}
+        write_card(load("recipe=psi", "model=llama31_8b", *more), REGISTRY[StageName.PSI], folder, trained)
         card = (folder.path / "checkpoint" / "README.md").read_text()
-        assert f"| base model | {base} |" in card
+        assert f"| base model | {base} |" in card and "| learning rate | 1e-05 |" in card
         assert (hub in card) if hub else ("base_model" not in card)
 
 
