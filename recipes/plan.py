@@ -40,8 +40,8 @@ def emit(config: Config, plan: Plan) -> int:
         change = [f"{stage.stage} fits with {' '.join(stage.change)}"] if stage.change else []
         for warning in (*stage.problems, *change, *stage.warnings):
             print(f"warning: {warning}", file=sys.stderr)
-    if config.plan.emit == "slurm" and (warning := idle_warning(config)):
-        print(f"warning: {warning}", file=sys.stderr)
+    if config.plan.emit == "slurm" and (idle := idle_warning(config)):
+        print(f"warning: {idle}", file=sys.stderr)
     launch = {"slurm": slurm, "rayjob": rayjob}.get(what := str(config.plan.emit))
     print(launch(config, hours=plan.hours) if launch else engine_yaml(config, what), end="")
     return 0 if plan.fits else 1

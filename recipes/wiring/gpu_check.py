@@ -227,4 +227,6 @@ def throughput(config: Config, recipe: str, measured: Measurement) -> dict[str, 
             "generated_per_second": round(tokens / last["cre/time/gen"], 1),
         }
     steps = measured.steps
-    return {"seconds_per_step": round((steps[-1] - steps[0]) / (len(steps) - 1), 2)} if len(steps) > 1 else {}
+    if len(steps) < 2 or steps[-1] == steps[0]:  # all lines were there at the start: it was complete
+        return {}
+    return {"seconds_per_step": round((steps[-1] - steps[0]) / (len(steps) - 1), 2)}
