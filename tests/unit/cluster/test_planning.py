@@ -203,7 +203,7 @@ def test_every_shipped_recipe_is_planned(recipe: str) -> None:
 
 @pytest.mark.parametrize("data", sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
 def test_every_shipped_data_set_is_planned(data: str) -> None:
-    path = ["data.path=votes.parquet"] if data == "pairs" else []
+    path = ["data.path=votes.jsonl"] if data in ("pairs", "rmgap") else []
     plan = plan_of(load("recipe=plan", f"data={data}", "model=llama31_8b", "cluster=gpu8", *path))
     assert plan.fits and plan.hours > 0 and plan.dollars > 0
 
