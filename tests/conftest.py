@@ -8,4 +8,4 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 # Ray's agents would record every histogram sample again, which on two cores takes longer than the tests.
-os.environ["RAY_enable_metrics_collection"] = "0"
+os.environ["RAY_enable_metrics_collection"] = "0"  # noqa: SIM112  (Ray spells it so)
