@@ -78,8 +78,7 @@ class ModelConfig(ApiConfig):
     totals: str | None = setting(
         None,
         "totals that count: as declared, recomputed from the rubric (verified), or recomputed and never "
-        "written by the model (code); null: those of the checkpoint's manifest; without one declared, "
-        "but code for a nano from scratch",
+        "written by the model (code); null: those of the checkpoint's manifest, else declared",
         choices=tuple(Totals),
     )
     max_prompt_tokens: int = setting(4096, "longest prompt; longer histories are cut to it", gt=0)

@@ -130,9 +130,6 @@ def newest(config: Config, *stages: StageName) -> StageFolder:
 def with_totals(config: Config, *checkpoints: Path) -> Config:
     """The configuration with the kind of totals of the checkpoints' manifests, or else its own.
 
-    Without either it is `declared`, the paper's, or for a nano that starts without a checkpoint `code`, which
-    gained most in our trial (docs/results.md).
-
     Raises ConfigError if they differ from each other, or from `model.totals`.
     """
     stated = {path: kind for path in checkpoints if (kind := totals_of(path)) is not None}
@@ -145,8 +142,7 @@ def with_totals(config: Config, *checkpoints: Path) -> Config:
             if given
             else f"checkpoints with different totals need runs of their own: {listed}; use model.path="
         )
-    new_nano = config.model.kind == "nano" and not checkpoints
-    kind = next(iter(kinds), Totals.CODE if new_nano else Totals.DECLARED)
+    kind = next(iter(kinds), Totals.DECLARED)
     return replace(config, model=replace(config.model, totals=kind.value))
 
 
