@@ -10,7 +10,7 @@ SCRIPT = """
 import ray
 import pgenrm_train.backends.ray.job_ids
 
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
 
 @ray.remote
 def of_worker():
