@@ -115,10 +115,32 @@ def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
     return max(0.0, covered - contradicted) / sum(true.values())
 
 
+def names_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
+    """Share of the stated criteria that the chain names, less the share whose opposites it names.
+
+    Weights do not count, so that no chain gains by shifting them.  None as for `oracle_judge`.
+    """
+    stated, chain = read_criteria(explicit), parse_chain(chain_text)
+    if stated is None or isinstance(chain, ParseFailure):
+        return None
+    true, named = stated[1], {name for name, weight in chain.criteria if weight > 0}
+    right, wrong = (sum(name in named for name in names) for names in (true, [OPPOSITE[n] for n in true]))
+    return max(0, right - wrong) / len(true)
+
+
 def judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
     """Make a judge that reads the withheld criteria in `extra_info`; the GRPO backend names this factory."""
 
     def judge(chain_text: str, extra_info: Mapping[str, str | None]) -> float | None:
         return oracle_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
+
+    return judge
+
+
+def names_judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
+    """`judge_for_rewards` with `names_judge`."""
+
+    def judge(chain_text: str, extra_info: Mapping[str, str | None]) -> float | None:
+        return names_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
 
     return judge

@@ -12,6 +12,7 @@ from data_builders.teachers.oracle import (
     OracleTeacher,
     advantage,
     judge_for_rewards,
+    names_judge,
     oracle_judge,
     read_criteria,
 )
@@ -187,6 +188,22 @@ def test_the_judge_prefers_truer_weights():
     ]
     scores = [verdict(weights) for weights in ranked]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
+
+
+def test_the_judge_of_names_ignores_weights_and_subtracts_opposites():
+    first, second, third = CRITERIA
+    for names, earned in (
+        ((first, second, third), 1.0),
+        ((first, second), 2 / 3),
+        ((first, second, OPPOSITE[third]), 1 / 3),
+        ((first, OPPOSITE[second], OPPOSITE[third]), 0.0),
+        (POLES, 0.0),  # everything
+    ):
+        for quality in (0, 10, 900):
+            weights = {**dict.fromkeys(names, 10), "quality": quality}
+            assert names_judge(chain_naming(weights), STATED) == pytest.approx(earned)
+    assert names_judge("no chain at all", STATED) is None
+    assert names_judge(chain_naming({first: 100}), ExplicitSignals()) is None
 
 
 def test_naming_every_attribute_earns_no_more_than_naming_random_ones():
