@@ -1,6 +1,6 @@
 """Arms of CRE at equal steps from one PSI checkpoint, in one veRL session; compared on validation users.
 
-Needs the folders build_data, build_sec and psi of a PersonaWorld run, and the overrides that it was made with:
+Needs the folders build_data, build_sec and psi of a PersonaWorld run, and the overrides of that run:
 
     python benchmarks/learning/cre_arms.py --run RUN_FOLDER --out runs/cre_arms --overrides seed=1
 
