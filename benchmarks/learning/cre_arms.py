@@ -36,7 +36,7 @@ ARMS: dict[str, tuple[tuple[str, ...], JudgeSpec | None]] = {
     "rate_3e-4": (("cre.learning_rate=3e-4",), None),
     "names": ((), NAMES),
     "names_3e-4": (("cre.learning_rate=3e-4",), NAMES),
-    "names_unseen_3e-4": (("cre.learning_rate=3e-4",), NAMES),  # no pair that PSI has learnt by a chain
+    "names_unseen_3e-4": (("cre.learning_rate=3e-4",), NAMES),  # without the pairs of PSI's chains
 }
 COLUMNS = ("votes share", "criteria recalled share", "criteria allowed share", "scores share")
 
@@ -129,7 +129,7 @@ def phase(args: Any, arm: str) -> Any:
 
 
 def leave_out_rows_of_psi(args: Any, file: Path) -> None:
-    """Keep the rows whose pairs PSI has not learnt by a chain."""
+    """Keep the rows whose pairs are not in the training chains of PSI."""
     learnt = set(
         pq.read_table(args.run / "build_sec" / "sec.parquet", columns=["pair_id"])["pair_id"].to_pylist()
     )

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def make(args: Any, kind: str, seed: int) -> None:
-    """Train and evaluate one cell; a killed one goes on where it was."""
+    """Train and evaluate one cell.  The recipes resume a killed one."""
     folder = args.out.resolve() / f"{kind}-{seed}"
     settings = (f"run_dir={folder}", f"seed={seed}", f"model.totals={kind}", *SETTINGS, *args.overrides)
     if kind == Totals.VERIFIED:

@@ -34,7 +34,7 @@ from pgenrm_train.records.raw_rows import LeftOut, check_texts
 
 HUB = "QiyaoMa/Personalized-RewardBench"
 CHOSEN, REJECTED = "chosen", "rejected"
-RESPONSES = GROUPS = 4  # of a row of RMGAP
+RESPONSES = GROUPS = 4  # per row of RMGAP
 PROMPTS = 3  # of a group of RMGAP
 
 Built = tuple[list[UserQuestion], list[Answer], QuestionSecret | None]

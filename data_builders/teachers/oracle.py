@@ -16,6 +16,7 @@ hits.
 import random
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from data_builders.sources.personaworld import (
     OPPOSITE,
@@ -130,17 +131,17 @@ def names_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
 
 def judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
     """Make a judge that reads the withheld criteria in `extra_info`; the GRPO backend names this factory."""
-
-    def judge(chain_text: str, extra_info: Mapping[str, str | None]) -> float | None:
-        return oracle_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
-
-    return judge
+    return partial(_judge_extra, oracle_judge)
 
 
 def names_judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
     """`judge_for_rewards` with `names_judge`."""
+    return partial(_judge_extra, names_judge)
 
-    def judge(chain_text: str, extra_info: Mapping[str, str | None]) -> float | None:
-        return names_judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
 
-    return judge
+def _judge_extra(
+    judge: Callable[[str, ExplicitSignals], float | None],
+    chain_text: str,
+    extra_info: Mapping[str, str | None],
+) -> float | None:
+    return judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))

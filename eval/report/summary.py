@@ -63,7 +63,7 @@ GRIDS = (
 CONTROL = "Similar users against random users"
 CONTROL_TEXT = (
     "The same own chains, with chains from the histories of the most similar training users, or of as many "
-    "training users drawn by lot. Own chains: as many own chains as both kinds together. Differences are "
+    "random training users. Own chains: as many own chains as both kinds together. Differences are "
     "over the same pairs; intervals resample users."
 )
 RULES = {

@@ -41,7 +41,7 @@ def find_similar(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar
 
 
 def find_random(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:
-    """Other training users by lot, with the histories that `find_similar` would show: its control."""
+    """Random other training users, with the histories that `find_similar` would show: its control."""
     import pandas as pd
 
     folder = newest(config, StageName.PROTOTYPES)
