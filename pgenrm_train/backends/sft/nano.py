@@ -36,7 +36,9 @@ def make_nano(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a tiny model's files are written at once
     tokenizer = train_tokenizer(texts, fixed, config)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(

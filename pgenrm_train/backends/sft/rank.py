@@ -39,6 +39,7 @@ def train_rank(job: Job) -> None:
     Each process finds that checkpoint by itself: a launcher may start processes again after a loss.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.utils import logging
 
     set_variables(job.config.cluster)
     join_processes(job.config.cluster)
@@ -50,6 +51,9 @@ def train_rank(job: Job) -> None:
         if resume:
             print(f"resuming from {resume}", flush=True)
     trainer.args.eval_on_start = trainer.validate is not None and resume is None
+    # The bar of each checkpoint's shards breaks the training's bar, and prints a traceback if interrupted
+    # as it starts.
+    logging.disable_progress_bar()
     try:
         with _without_compiling(job.config.cluster):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
