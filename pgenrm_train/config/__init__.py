@@ -8,6 +8,7 @@ the resolver `${budget:SMOKE,DEMO,FULL}`, which picks by `pipeline.budget`.
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -100,8 +101,9 @@ CONFIG_DIR = ROOT / "configs"
 _NO_TEXT = r"[-+]?(?:[\d._]+(?:e[-+]?[\d_]+)?|inf|nan)|true|false"
 
 
+@cache
 def register_resolvers() -> None:
-    """Make `${budget:…}` and the schema known to OmegaConf and Hydra (idempotent)."""
+    """Make `${budget:…}` and the schema known to OmegaConf and Hydra."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
@@ -158,12 +160,20 @@ def parse(composed: Any, checked: bool = True) -> Config:
     if OmegaConf.is_config(composed):
         # Plain values: merging the tree itself would take over keys that `+key=` put past the schema.
         composed = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    config = OmegaConf.to_object(OmegaConf.merge(_schema(), composed))
     assert isinstance(config, Config)
     place(config)
     if checked:
         check(config)
     return config
+
+
+@cache
+def _schema() -> Any:
+    """The schema with its defaults; `OmegaConf.merge` copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
 
 
 def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
