@@ -284,4 +284,4 @@ def test_an_ended_run_can_be_resumed_and_leaves_no_process(how: str, tmp_path: P
     log = run_dir.parent / "run.log"
     assert "error: interrupted; the same command continues the run" in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert "Writing model shards" not in log.read_text(), "a bar that starts as Ctrl-C comes prints a traceback"
+    assert "Writing model shards" not in log.read_text()  # a bar that Ctrl-C interrupts prints a traceback
