@@ -38,7 +38,7 @@ class ClusterConfig:
     )
     tensor_parallel: int = setting(1, "GPUs of a vLLM replica")
     engines: int | None = setting(
-        None, "vLLM replicas that evaluate; null: as many as the processes hold", gt=0
+        None, "vLLM replicas that evaluate; null: processes / tensor_parallel", gt=0
     )
     gpu_memory_utilization: float = setting(0.6, "vLLM's share of a GPU that it shares with the actor")
     min_free_memory_gib: float | None = setting(

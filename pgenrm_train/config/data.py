@@ -17,8 +17,7 @@ class DataConfig:
     history_size: int = setting(3, "votes in a history; h, the paper's best (METHOD §1)", gt=0)
     history_policy: str = setting(
         "random",
-        "which votes enter a history; random is the paper's, most_similar compares queries, "
-        "same_scenario is PersonaWorld's",
+        "choice of a history's votes: random (the paper's), similar queries, or PersonaWorld's scenario",
         choices=("random", "recent", "most_similar", "same_scenario"),
     )
     history_kind: str | None = setting(None, "draw history only from pairs of this kind")
@@ -27,41 +26,38 @@ class DataConfig:
     max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all")
     on_bad_row: str = setting(
         "fail",
-        "what happens to a row that cannot be read; skip counts and lists it",
+        "for rows that do not fit the schema; skip counts and lists them",
         choices=("fail", "skip"),
     )
     on_overlap: str = setting(
         "fail",
-        "what happens to a vote that its user casts again in a later split; drop counts it",
+        "for votes that their user repeats in a later split; drop counts them",
         choices=("drop", "fail"),
     )
     split_by: str = setting(
         "source",
-        "source keeps the split of the records; pair puts all voters on a pair into one split",
+        "source keeps the data's splits; docs/data.md defines the others",
         choices=("source", "within_user", "user_disjoint", "pair"),
     )
     val_share: float = setting(
         0.0,
-        "share of the training users to hold out for validation, where the data has no split=val",
+        "share of training users held out for validation, if the data have no split=val",
         ge=0,
         le=0.5,
     )
-    near_duplicates: bool = setting(True, "search near-duplicates for the leak report; its slow part")
+    near_duplicates: bool = setting(True, "search near-duplicates, the slow part of the leak report")
     answers: str | None = setting(None, "LaMP-QA: file of the models' answers")
     only: dict[str, str | int | float | bool | None] = setting(
         {}, 'keep rows whose column has this value, e.g. {shared_context: "True"}'
     )
     pairs_of: str = setting(
         "best",
-        "pairs of a row with several rated responses: the best against each other one, all two, or the best "
-        "against the worst",
+        "pairs of a row with several responses: best against each other, every two, or best against worst",
         choices=("best", "all", "ends"),
     )
-    min_rating_gap: float = setting(
-        10.0, "PRISM: points between two ratings that make a pair; closer ones are near-equal"
-    )
+    min_rating_gap: float = setting(10.0, "PRISM: least difference of two ratings that makes a pair")
     users: int = setting(3000, "PersonaWorld: users")
-    heldout_users: int = setting(300, "PersonaWorld: users whose votes no stage trains on")
+    heldout_users: int = setting(300, "PersonaWorld: users that no stage trains on")
     pairs_per_user: int = setting(12, "PersonaWorld: pairs per user")
 
 

@@ -49,11 +49,11 @@ class ApiConfig:
     give_up_after: int = setting(20, "calls that fail in a row before the server counts as down", gt=0)
     max_tokens_field: str = setting(
         "max_tokens",
-        "name of that field in a request; OpenAI's reasoning models need max_completion_tokens",
+        "the request's field for the longest answer; OpenAI's reasoning models need max_completion_tokens",
         choices=("max_tokens", "max_completion_tokens"),
     )
     extra_body: dict[str, Any] = setting(
-        {}, "further fields of every request, e.g. chat_template_kwargs; each key with a plus"
+        {}, "further fields of every request, each key with a plus, e.g. +model.extra_body.top_k=20"
     )
     leave_out: list[str] = setting(
         [],

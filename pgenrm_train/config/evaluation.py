@@ -103,12 +103,12 @@ class EvalConfig:
     )
     grid_pairs: int | None = setting(None, "pairs of the grids; null: all")
     grid_seeds: int = setting(
-        1, "pools of the grids; each samples everything again, and the standard error is over them", gt=0
+        1, "pools of a grid, each with its own samples; the standard error is over them", gt=0
     )
     temperature: float = setting(
         0.7, "sampling temperature; 0 is greedy and needs one sample per question", ge=0
     )
-    max_in_flight: int = setting(256, "questions at the same time", gt=0)
+    max_in_flight: int = setting(256, "samples at the same time, over all questions", gt=0)
     draws: int = setting(2000, "draws of the bootstrap", gt=0)
     probes: bool = setting(True, "run the robustness probes of the final model")
     probe_kinds: list[str] = setting(list(PROBES), "probes to run", choices=PROBES)
@@ -119,7 +119,7 @@ class EvalConfig:
     compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
     tasks: list[str] = setting(
         [],
-        "benchmarks to evaluate one model on, NAME or NAME@VERSION (config/evaluation.py); data= is not read",
+        "benchmarks, NAME or NAME@VERSION (docs/evaluation.md); data= is then ignored",
     )
     task_paths: dict[str, str] = setting({}, "copies on disk of the benchmarks, by name, in place of the hub")
     cache: str | None = setting(

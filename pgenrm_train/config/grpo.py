@@ -52,7 +52,7 @@ class GrpoConfig:
     resample: int = setting(0, "times that a group with equal rewards is sampled again", ge=0)
     max_null_share: float = setting(
         0.5,
-        "largest share of a step's judged chains without a verdict; above it the run ends, resumably",
+        "share of a step's judged chains without a verdict above which the run stops; it can resume",
         ge=0,
         le=1,
     )
@@ -64,7 +64,7 @@ class GrpoConfig:
         256, "validation pairs, in both orders, with their own, another user's and no history", gt=0
     )
     keep_checkpoints: int = setting(2, "checkpoints to keep")
-    stall_seconds: float = setting(1800.0, "the watchdog ends a run without progress for this long")
+    stall_seconds: float = setting(1800.0, "time without progress after which the watchdog ends the run")
 
 
 @dataclass
@@ -89,12 +89,13 @@ class CurriculumConfig(GrpoConfig):
     )
     mining_samples: int = setting(4, "chains per pair from the CRE model, half of them in each order")
     hard_low: float = setting(
-        0.25, "a pair is hard from this share of chains that rank chosen first; below, it may be suspect"
+        0.25,
+        "least pass rate of a hard pair (share of chains that rank chosen first); below, it may be suspect",
     )
-    hard_high: float = setting(0.75, "a pair is hard up to this share of chains that rank chosen first")
+    hard_high: float = setting(0.75, "highest pass rate of a hard pair")
     suspect_weight: float = setting(
         0.5,
-        "how often a pair whose vote the model confidently contradicts is drawn, against an easy one",
+        "draws of a suspect pair per draw of a pair that is neither hard nor suspect",
         ge=0,
         le=1,
     )

@@ -42,7 +42,7 @@ class NanoConfig:
     )
     layers: int = setting(3, "transformer layers", gt=0)
     hidden: int = setting(96, "width", gt=0)
-    heads: int = setting(3, "attention heads; head_dim 32 is the least that vLLM on CPU takes")
+    heads: int = setting(3, "attention heads; vLLM on CPUs needs hidden / heads of 32 or more")
     intermediate: int = setting(256, "width of the feed-forward layers")
     vocabulary: int = setting(4096, "tokens of the tokenizer")
     positions: int = setting(1024, "longest sequence")
@@ -77,8 +77,7 @@ class ModelConfig(ApiConfig):
     )
     totals: str | None = setting(
         None,
-        "totals that count: as declared, recomputed from the rubric (verified), or recomputed and never "
-        "written by the model (code); null: those of the checkpoint's manifest, else declared",
+        "totals that count (docs/evaluation.md); null: as in the checkpoint's manifest, else declared",
         choices=tuple(Totals),
     )
     max_prompt_tokens: int = setting(4096, "longest prompt; longer histories are cut to it", gt=0)
@@ -89,12 +88,12 @@ class ModelConfig(ApiConfig):
     dtype: str = setting("bfloat16", "type of the weights", choices=("bfloat16", "float32"))
     attention: str = setting(
         "sdpa",
-        "flash_attention_2 where flash-attn is installed: packing without padding on veRL",
+        "flash_attention_2 needs flash-attn; veRL then packs without padding",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
     lora: LoraConfig = setting(LoraConfig(), "low-rank adapters")
     nano: NanoConfig = setting(
-        NanoConfig(), "the CPU default: a Qwen2 of well under a million parameters with its own tokenizer"
+        NanoConfig(), "the default, for CPUs: a Qwen2 of 0.4 M parameters with its own tokenizer"
     )
 
     @property

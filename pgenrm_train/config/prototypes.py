@@ -13,7 +13,7 @@ class PrototypesConfig:
     )
     retained_mass: float = setting(
         0.8,
-        "share of the singular values' sum for k=auto; 0.8 takes 8 to 12 in PersonaWorld, of 12 cells",
+        "share of the singular values' sum for k=auto; 0.8 gives 8 to 12 on PersonaWorld's 12 groups",
         gt=0,
         le=1,
     )

@@ -18,14 +18,14 @@ class SecConfig:
     )
     max_chains: int | None = setting(None, "most chains to keep; null: all")
     second_chance: bool = setting(
-        True, "the next try reads what was wrong with the last one's form, never that its ranking was wrong"
+        True, "the next try sees the last one's fault of form, but never a wrong ranking"
     )
     synthesize_criteria: bool = setting(
         False, "the teacher infers criteria of users who stated none, for CRE's judge (METHOD §4)"
     )
     near_duplicate: float = setting(
         0.9,
-        "similarity of two analyses (Jaccard, word triples) from which the second teaches nothing new",
+        "similarity of two analyses (Jaccard, word triples) from which the second is rejected",
         gt=0,
         le=1,
     )
@@ -35,7 +35,7 @@ class SecConfig:
 class PsiConfig:
     masking: str = setting("full", "masking policy of the stage", choices=MASKINGS)
     epochs: float | None = setting(None, "passes over the chains; null: from their number", gt=0)
-    max_steps: int | None = setting(None, "most optimiser steps; null: as epochs gives", gt=0)
+    max_steps: int | None = setting(None, "most optimiser steps; null: from epochs", gt=0)
     optimizer: str = setting(
         "adamw",
         "muon: DeepSpeed's Muon for matrices of hidden layers, AdamW for the rest",
@@ -53,7 +53,7 @@ class PsiConfig:
         16384, "packed sequences: tokens per process and forward pass, or one longer sequence", gt=0
     )
     cpu_processes: int = setting(
-        1, "least processes that train PSI on a CPU; more if cluster.processes_per_node is", gt=0
+        1, "least processes of PSI on a CPU; cluster.processes_per_node may be more", gt=0
     )
     warmup_ratio: float = setting(0.05, "share of the steps that warm up")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
@@ -75,8 +75,8 @@ class PsiConfig:
     liger: bool = setting(False, "Liger's kernels for norms, rotations and activations; needs its package")
     evaluate_every: int | None = setting(
         None,
-        "steps between validations by generation, of which the best is published; null: at the start, in the "
-        "middle and at the end, and the last checkpoint is published; 0: none",
+        "steps between validations, of which the best checkpoint is published; null: start, middle and end, "
+        "and the last is published; 0: none",
         ge=0,
     )
     evaluate_pairs: int = setting(256, "validation pairs, each in both orders", gt=0)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pgenrm_train.config import CONFIG_DIR
 from pgenrm_train.config.schema import Config
 from pgenrm_train.config.setting import valid_values
 
@@ -13,13 +14,18 @@ HEAD = """\
 # Configuration
 
 Every key of `python -m pgenrm_train recipe=NAME key=value …`, generated from the schema by
-`python -m pgenrm_train.config.reference > docs/configuration.md`. The defaults are the schema's. A group
-such as `model=nano` or `data=pairs` overrides some of them by its file in `configs/`;
-`python -m pgenrm_train recipe=NAME --cfg job --resolve` prints the values of a run.
+`python -m pgenrm_train.config.reference > docs/configuration.md`. A key has its default and, in brackets,
+the values that it takes; without brackets it takes any of the default's type. A default of null is allowed
+too, and the values of a list are those of its items. Rules over several keys are in
+[checks.py](../pgenrm_train/config/checks.py).
 
-No constraint means any text, or `true` and `false`. A list follows the constraint item by item. Rules that
-span several keys are in [checks.py](../pgenrm_train/config/checks.py).
+A group sets several keys by a file of `configs/`, so its values replace the defaults below.
+`python -m pgenrm_train recipe=NAME --cfg job --resolve` prints the values of a run. The groups:
+
 """
+NEARLY_ALL = 8  # rows of a section that is named as one
+TABLE = "| key | default | meaning |\n|---|---|---|"
+Row = tuple[str, str, str, str]  # name, default, constraint, document
 
 
 def reference() -> str:
@@ -27,35 +33,64 @@ def reference() -> str:
 
     A row that an earlier section has too, such as `attempts` of every API, is named instead of repeated.
     """
-    return "\n".join([HEAD, *_tables(Config(), "Top level", "keys of all recipes", "", {})])
+    tables = _tables(Config(), "Top level", "keys of all recipes", "", {})
+    return HEAD + "\n".join([*_groups(), "", *tables])
+
+
+def _groups() -> Iterator[str]:
+    """One line per group, with its files."""
+    for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
+        yield f"- `{folder.name}=`: {', '.join(f'`{path.stem}`' for path in sorted(folder.glob('*.yaml')))}"
 
 
 def _tables(
-    section: Any, title: str, document: str, prefix: str, printed: dict[tuple[str, ...], str]
+    section: Any, title: str, document: str, prefix: str, printed: dict[str, list[Row]]
 ) -> Iterator[str]:
-    """`printed` maps each row of the page to the section that has it."""
+    """`printed` maps each section of the page to all of its rows, named ones included."""
     yield f"## {title}\n\n{document[0].upper()}{document[1:]}.\n"
     values = {field: getattr(section, field.name) for field in dataclasses.fields(section)}
-    rows = []
-    shared: dict[str, list[str]] = {}
-    for field, value in values.items():
-        if dataclasses.is_dataclass(value):
-            continue
-        row = (field.name, _default(value), _constraint(field), field.metadata["document"])
-        if row in printed:
-            shared.setdefault(printed[row], []).append(f"`{field.name}`")
-        else:
-            rows.append(f"| `{prefix}{row[0]}` | `{row[1]}` | {row[2]} | {row[3]} |")
-            printed[row] = prefix.rstrip(".")
-    for home, names in shared.items():
-        yield f"These keys are as in [`{home}`](#{home.replace('.', '')}): {', '.join(names)}.\n"
-    yield "\n".join(["| key | default | constraint | meaning |\n|---|---|---|---|", *rows, ""])
+    rows = [
+        (field.name, _default(value), _constraint(field, value), field.metadata["document"])
+        for field, value in values.items()
+        if not dataclasses.is_dataclass(value)
+    ]
+    own = list(rows)
+    for sentence, shared in _named(rows, printed):
+        own = [row for row in own if row not in shared]
+        yield f"{sentence}.\n"
+    printed[prefix.rstrip(".")] = rows
+    if own:
+        yield "\n".join([TABLE, *(_row(prefix, row) for row in own), ""])
     for field, value in values.items():
         key = prefix + field.name
         if dataclasses.is_dataclass(value):
             yield from _tables(value, f"`{key}`", field.metadata["document"], f"{key}.", printed)
         elif isinstance(value, dict) and value:
             yield _dictionary(key, value, field.metadata["document"])
+
+
+def _named(rows: list[Row], printed: dict[str, list[Row]]) -> Iterator[tuple[str, list[Row]]]:
+    """Sentences that name rows of earlier sections, each with these rows."""
+    for home, others in reversed(printed.items()):
+        lacking = [f"`{row[0]}`" for row in others if row not in rows]
+        if len(others) > NEARLY_ALL and len(lacking) <= 1:
+            yield f"All keys of {_link(home)}{' except ' if lacking else ''}{', '.join(lacking)}", others
+            return
+    left = list(rows)
+    for home, others in printed.items():
+        if shared := [row for row in left if row in others]:
+            left = [row for row in left if row not in shared]
+            yield f"As in {_link(home)}: {', '.join(f'`{row[0]}`' for row in shared)}", shared
+
+
+def _link(home: str) -> str:
+    return f"[`{home}`](#{home.replace('.', '')})"
+
+
+def _row(prefix: str, row: Row) -> str:
+    name, default, constraint, document = row
+    values = f" ({constraint})" if constraint else ""
+    return f"| `{prefix}{name}` | `{default}`{values} | {document} |"
 
 
 def _dictionary(key: str, sections: dict[str, Any], document: str) -> str:
@@ -66,10 +101,9 @@ def _dictionary(key: str, sections: dict[str, Any], document: str) -> str:
         defaults = ", ".join(
             f"{name} {_default(getattr(section, field.name))}" for name, section in sections.items()
         )
-        meaning = field.metadata["document"]
-        rows.append(f"| `{key}.NAME.{field.name}` | `{defaults}` | {_constraint(field)} | {meaning} |")
+        rows.append(_row(f"{key}.NAME.", (field.name, defaults, "", field.metadata["document"])))
     head = f"## `{key}.NAME`\n\n{document[0].upper()}{document[1:]}.\n"
-    return "\n".join([head, "| key | default | constraint | meaning |\n|---|---|---|---|", *rows, ""])
+    return "\n".join([head, TABLE, *rows, ""])
 
 
 def _default(value: Any) -> str:
@@ -78,14 +112,14 @@ def _default(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _constraint(field: dataclasses.Field[Any]) -> str:
-    """The constraint in words; empty for any text and for true or false, which the default shows."""
-    kind = inspect.formatannotation(field.type)
-    if kind == "bool" or (kind == "str" and not field.metadata["choices"]):
-        return ""
-    kind = kind.removesuffix(" | None")
+def _constraint(field: dataclasses.Field[Any], value: Any) -> str:
+    """The constraint in words; empty for any value of the default's type, "or null" only if that is news."""
+    kind = inspect.formatannotation(field.type).removesuffix(" | None")
     kind = {"Any": "see meaning"}.get(kind, "dict" if kind.startswith("dict") else kind)
-    return valid_values(field, "" if field.metadata["choices"] else kind)
+    words = valid_values(field, "" if field.metadata["choices"] else kind)
+    if value is None:
+        return words.removesuffix(", or null")
+    return "" if words == type(value).__name__ else words
 
 
 if __name__ == "__main__":

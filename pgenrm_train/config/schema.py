@@ -29,7 +29,7 @@ BUDGETS = ("smoke", "demo", "full")
 class PipelineConfig:
     budget: str = setting(
         "demo",
-        "smoke: minutes, from a shipped checkpoint; demo: the README's run; full: everything",
+        "sizes of nano and PersonaWorld; smoke: minutes, from a shipped checkpoint; demo: the README's run",
         choices=BUDGETS,
     )
 
@@ -53,10 +53,12 @@ class Config:
     run_dir: str = setting(
         "runs/${data.name}-${model.label}-${pipeline.budget}", "a folder, or any fsspec URL (s3://…, gs://…)"
     )
-    mirror: str = setting("runs/mirror", "where this machine keeps its copies of runs at URLs")
-    store: str | None = setting(None, "the URL; follows from run_dir, which then is the mirror's folder")
+    mirror: str = setting("runs/mirror", "folder for the local copies of runs at URLs")
+    store: str | None = setting(
+        None, "set by the program: the URL given as run_dir, which becomes a folder in mirror"
+    )
     seed: int = setting(0, "seed of data, training and evaluation")
-    resume: bool = setting(True, "false sets an existing run folder aside and starts again")
+    resume: bool = setting(True, "false renames an existing run folder and starts again")
     pipeline: PipelineConfig = setting(PipelineConfig(), "the size of a run")
     data: DataConfig = setting(DataConfig(), "the source of votes, and how it becomes records")
     model: ModelConfig = setting(ModelConfig(), "the model to train or evaluate")

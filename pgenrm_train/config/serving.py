@@ -19,10 +19,8 @@ class ServeConfig:
     votes: str | None = setting(
         None, "votes to import at the start, in the form of data=pairs; a run has build_data/pairs.parquet"
     )
-    replicas: int = setting(1, "on Ray: engines at least, each with cluster.tensor_parallel GPUs", gt=0)
-    max_replicas: int | None = setting(
-        None, "on Ray: engines at most, by the number of open prompts; null: as many as replicas", gt=0
-    )
+    replicas: int = setting(1, "on Ray: least engines, each with cluster.tensor_parallel GPUs", gt=0)
+    max_replicas: int | None = setting(None, "on Ray: most engines; null: as many as replicas", gt=0)
     target_in_flight: int = setting(64, "on Ray: open prompts per engine above which another starts", gt=0)
     calibrate: int = setting(
         0,
@@ -49,5 +47,5 @@ class PublishConfig:
     private: bool = setting(True, "a repository that is made here is private")
     weights: bool = setting(True, "upload the checkpoint, not only its card and results")
     license: str | None = setting(None, "licence of the model as the hub spells it, e.g. llama3.1")
-    source_url: str | None = setting(None, "link to the evaluation, shown beside its results")
+    source_url: str | None = setting(None, "link to the evaluation, shown with its results")
     token_env: str = setting("HF_TOKEN", "environment variable with the hub's token")
