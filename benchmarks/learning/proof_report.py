@@ -75,20 +75,21 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
             "seeds": seeds,
             "protocol": "strict (both orders)",
             "interval": "95 %, over users",
+            "arms": "see Trials in curriculum.md",
+            "unseen": "pairs of personas that no training user has",
         },
         stages=[_arm(answers, facts, method) for method in shown],
         sections=[
             Section(
                 "Differences on the same pairs",
-                "Mean over training seeds. Intervals resample users. The standard error and the number of "
-                "seeds with a gain are over training seeds, of all pairs.",
+                "Means over training seeds, with intervals over users. Seeds up (with a gain) and seed stderr "
+                "(standard error over training seeds) are of all pairs.",
                 differences(answers),
             ),
             Section(
                 "Facts of the training",
-                "Means over training seeds: the shares of hard and suspect pairs, pass rates of the drawn "
-                "pairs in the first and the last third of training, and the share of groups without "
-                "advantage, which teach nothing.",
+                "Means over training seeds: shares of hard and suspect pairs, pass rates of the drawn pairs "
+                "(first → last third of training), and groups without advantage, which teach nothing.",
                 [
                     _training_row(method, [f for (m, _), f in facts.items() if m == method])
                     for method in shown
