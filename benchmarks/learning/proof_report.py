@@ -82,8 +82,8 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
         sections=[
             Section(
                 "Differences on the same pairs",
-                "Means over training seeds, with intervals over users. Seeds up (with a gain) and seed stderr "
-                "(standard error over training seeds) are of all pairs.",
+                "Means over training seeds, with intervals over users. Seeds up (with a gain) and seed "
+                "stderr (standard error over training seeds) are of all pairs.",
                 differences(answers),
             ),
             Section(
