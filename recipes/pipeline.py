@@ -6,6 +6,7 @@ from pathlib import Path
 from pgenrm_train.cluster.preflight.checks import fail_early
 from pgenrm_train.config import STAGES, TRAINED, Config, StageName
 from pgenrm_train.files import link, write_json
+from pgenrm_train.run import timeline
 from pgenrm_train.run.folder import MANIFEST, StageFolder, Status, environment_facts
 from pgenrm_train.run.tracking import METRICS
 from pgenrm_train.stages.stage import launch, prepare
@@ -41,6 +42,7 @@ def gather(config: Config, seconds: float) -> None:
     link(run_dir / trained[-1] / "checkpoint", run_dir / "checkpoint")
     metrics = [path for stage in STAGES if (path := run_dir / stage / METRICS).exists()]
     (run_dir / METRICS).write_text("".join(path.read_text() for path in metrics))
+    timeline.write_summary(run_dir)
     manifests = {stage: StageFolder.read(run_dir, stage).manifest for stage in STAGES}
     brief = ("status", "wall_seconds", "fingerprint", "starts")
     facts = {

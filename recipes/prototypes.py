@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.timeline import Part, mark
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages import prototypes
 from pgenrm_train.stages.stage import prepare, run_stage, start_of, with_totals
@@ -29,6 +30,7 @@ def run(config: Config) -> None:
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> prototypes.PrototypeFacts:
     """Write analyses, then embed and cluster them: the embedder needs the devices that the engines held."""
     training, newcomers = write_analyses(config, folder, checkpoint)
+    mark(Part.DATA)
     embedder = make_embedder(config, workers=config.cluster.ranks)
     hashes = prototypes.read_hashes(config, checkpoint, embedder.fingerprint)
     refine = refiner(config, len(training.chains))

@@ -13,6 +13,7 @@ from eval.studies.evaluation import Tested
 from eval.studies.robustness import ProbeRow
 from pgenrm_train.config import Config, StageName
 from pgenrm_train.files import read_json
+from pgenrm_train.run import timeline
 
 TWINS = (
     "Votes by two users who disagree about the same two responses. A rule that ignores the user scores at "
@@ -46,6 +47,19 @@ SLICES = (
     "the user has votes in train. Prototype: the nearest user prototype. The interval of a slice with few "
     "users is too narrow; a single user gets the full range."
 )
+
+
+TIMELINE = (
+    "Seconds of each stage, over all of its starts, by what its processes did. The evaluation's row ends where "
+    "this report was written. The seconds of a process that was killed count up to its last change of part. "
+    "`timeline.jsonl` has every change."
+)
+
+
+def timeline_section(run_dir: Path) -> Section | None:
+    """Where the time of the run went; None without a time line."""
+    rows = timeline.rows(timeline.seconds_by_part(run_dir))
+    return Section("Where the time went", TIMELINE, rows) if rows else None
 
 
 def sections(

@@ -42,6 +42,7 @@ from eval.report.sections import (
     protocol_rows,
     sections,
     stage_row,
+    timeline_section,
     yield_section,
 )
 from eval.studies.evaluation import Evaluation, Grid, Tested
@@ -250,6 +251,7 @@ def _report(
             details.calibration,
         ),
         Section("Leaderboard row", "Accuracies with protocol, interval and denominator.", [leaderboard]),
+        timeline_section(run_dir),
         yield_section(run_dir),
         cost_section(evaluated.cost),
     ]

@@ -38,6 +38,7 @@ from pgenrm_train.prompts.writer import PromptWriter, histories, pairs_of_split
 from pgenrm_train.records.pairs import Example, PreferencePair
 from pgenrm_train.run.concurrency import concurrently, progress
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.timeline import Part, mark
 
 SEC = "sec.parquet"
 
@@ -156,10 +157,12 @@ def sample_chains(
     def sample(question: tuple[PreferencePair, int]) -> tuple[Kept | None, list[Rejected]]:
         return _sample(config.sec, shown(config, *question, history), question[1], teacher)
 
+    mark(Part.GENERATION)
     answers = concurrently(sample, all_questions, teacher.in_flight)
     in_order = sorted(
         progress(answers, "teacher chains", len(all_questions)), key=lambda numbered: numbered[0]
     )
+    mark(Part.DATA)
     kept = [item for _, (item, _) in in_order if item is not None]
     return kept, [row for _, (_, rejected) in in_order for row in rejected]
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from pgenrm_train.cluster.preflight.checks import check_machine
 from pgenrm_train.config import TRAINED, Config, StageName, Totals, to_dict
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
+from pgenrm_train.run import timeline
 from pgenrm_train.run.checkpoints import totals_of, write_manifest
 from pgenrm_train.run.folder import Manifest, StageFolder, check_checkpoint, set_aside, write_config
 from pgenrm_train.run.lock import lock, unlock
 from pgenrm_train.run.process import child_environment, run_child
 from pgenrm_train.run.store import publisher
+from pgenrm_train.run.timeline import Part
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages.model_card import write_card
 from pgenrm_train.stages.registry import REGISTRY
@@ -58,6 +60,7 @@ def run_stage(
     if renew and not unchanged:
         folder.manifest = Manifest()
     folder.begin(config=to_dict(config), settings=settings, inputs=made_from, seed=config.seed)
+    timeline.begin(run_dir, name)
     with _recorded(config, folder) as tracker:
         facts = body(folder, tracker)
         if stage.method:
@@ -77,6 +80,7 @@ def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
         config, folder.stage, folder.path, steps_before(config, folder.stage)
     )
     tracker.after_log = folder.beat
+    timeline.mark(Part.DATA)
     try:
         yield tracker
     except (KeyboardInterrupt, Exception) as error:
@@ -85,6 +89,7 @@ def _recorded(config: Config, folder: StageFolder) -> Iterator[Tracker]:
         raise
     finally:
         tracker.close()
+        timeline.end()
 
 
 def steps_before(config: Config, stage: str) -> int:

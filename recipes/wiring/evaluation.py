@@ -16,6 +16,7 @@ from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.run.concurrency import progress
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.timeline import Part, mark
 from pgenrm_train.run.tracking import METRICS, Tracker, read
 from recipes.wiring.baselines import scorers
 from recipes.wiring.ceilings import ceilings, truth_rows
@@ -62,6 +63,7 @@ def evaluate(
             grids = scale(config, evaluation, candidate, answers, pairs, find)
             cost[candidate.name] = dict(candidate.cost())
         candidate.close()
+    mark(Part.REPORT)
     for step, result in enumerate(tested):
         tracker.log(step, headline(result.report))
     evaluated = Evaluated(

@@ -17,6 +17,7 @@ from pgenrm_train.prompts.writer import PromptWriter, load_pairs, pairs_of_split
 from pgenrm_train.rewards.reward import RewardWeights
 from pgenrm_train.rewards.training_rows import read_extras, withheld_signals
 from pgenrm_train.run.folder import StageFolder
+from pgenrm_train.run.timeline import Part, mark
 from pgenrm_train.run.tracking import METRICS, Tracker, read
 from pgenrm_train.stages.criteria import load as load_criteria
 from pgenrm_train.stages.grpo import (
@@ -68,6 +69,7 @@ def train(
                 if p is phases[0] or seconds is None:
                     followed.enter_context(tracker.follow(p.work_dir / METRICS))
                 first_step += p.steps
+            mark(Part.START)
             trained = launch(config, phases)[0]
     facts: dict[str, object] = {
         "steps": trained.steps,

@@ -239,6 +239,17 @@ STAGES = {  # stage → what shows that it is at work
 }
 
 
+def test_the_time_line_covers_the_run(finished: Path) -> None:
+    spent = json.loads((finished / "timeline.json").read_text())
+    trained = {"start-up", "generation", "log-probabilities", "update", "weight sync", "validation", "export"}
+    assert trained <= set(spent["cre"]) and trained <= set(spent["curriculum"]) | {"start-up"}
+    assert {"start-up", "update", "checkpoints", "export"} <= set(spent["psi"])
+    assert {"start-up", "generation", "statistics and report"} <= set(spent["evaluate"])
+    wall = json.loads((finished / "manifest.json").read_text())["wall_seconds"]
+    assert 0.8 * wall < sum(sum(parts.values()) for parts in spent.values()) < wall
+    assert "Where the time went" in (finished / "report.md").read_text()
+
+
 def test_killed_in_every_stage_and_rerun_ends_in_the_same_table(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for stage, at_work in STAGES.items():

@@ -22,6 +22,7 @@ from pgenrm_train.config.setting import known
 from pgenrm_train.curriculum.sampler import CurriculumSampler, PairFacts, Schedule
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, NothingTrainedError
 from pgenrm_train.files import staged_folder
+from pgenrm_train.run.timeline import Part
 
 if TYPE_CHECKING:
     from pgenrm_train.backends.grpo.trainer import ChainTrainer
@@ -91,7 +92,7 @@ def _verl(config: Config, phase: Phase, start: Path) -> Any:
 def _run_phase(run: PhaseRun, start: Path, trainer: "ChainTrainer") -> None:
     """Measure hardness if needed, train to the planned step, export, and write `trained.json`."""
     config, phase = run.config, run.phase
-    run.beat(0, "preparing the phase")
+    run.beat(0, "preparing the phase", Part.START)
     trainer.prepare(run, _verl(config, phase, start), start)
     if trainer.begin(_sampler(run, start, trainer.measure)) < phase.steps:
         trainer.fit()
@@ -100,7 +101,7 @@ def _run_phase(run: PhaseRun, start: Path, trainer: "ChainTrainer") -> None:
             f"{phase.section} planned {phase.steps} steps and its newest checkpoint is of step {saved}; "
             f"see {phase.work_dir / 'metrics.jsonl'}"
         )
-    run.beat(phase.steps, "exporting the checkpoint")
+    run.beat(phase.steps, "exporting the checkpoint", Part.EXPORT)
     trainer.sleep()
     dtype = "float32" if config.cluster.device == "cpu" else config.model.dtype
     with staged_folder(phase.checkpoint) as draft:
@@ -131,6 +132,7 @@ def _sampler(run: PhaseRun, start: Path, measure: Measure) -> CurriculumSampler:
         users = run.user_ids if grpo.user_balanced else None
         facts = PairFacts(users=users)
         if source is not None:
+            run.beat(0, "measuring hardness", Part.GENERATION)
             record = hardness(run, source, start, measure)
             facts = PairFacts(
                 hard=record["hard"],

@@ -107,9 +107,7 @@ PHASES = TypeAdapter(list[Phase])  # of a job file
 class PhaseRun:
     """A phase in progress: its settings, rows, sampler and clock."""
 
-    def __init__(
-        self, phase: Phase, config: Config, beat: Callable[[str, int, str], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, phase: Phase, config: Config, beat: Callable[..., None] = lambda *_: None) -> None:
         self.phase, self.config = phase, phase.config(config)
         self.grpo: GrpoConfig = getattr(self.config, phase.section)
         self.seed = seed_of(self.config, phase.section)
@@ -122,7 +120,9 @@ class PhaseRun:
         self.drawn: list[int] = []  # rows of the current step
         self.warned = False  # that vLLM and the actor differ
         self.sampler: CurriculumSampler  # set once hardness is known
-        self.beat = functools.partial(beat, phase.section)  # (step, doing), for the watchdog
+        self.beat = functools.partial(
+            beat, phase.section
+        )  # (step, doing, part), for the watchdog and the time line
 
     def state_dict(self) -> dict[str, Any]:
         """verl stores this in data.pt; we read it back from the marker."""

@@ -31,6 +31,7 @@ from pgenrm_train.backends.ray.cluster import (
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, EngineLostError, NodeLostError, PGenRMError
 from pgenrm_train.files import write_json
+from pgenrm_train.run.timeline import Part, mark
 
 # Least patience until the end of the session's first step: 70B loads and compiles without a beat.
 STARTUP_SECONDS = 3600.0
@@ -49,7 +50,10 @@ class Watchdog:
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self, stage: str, step: int, doing: str) -> None:
+    def beat(self, stage: str, step: int, doing: str, part: Part | None = None) -> None:
+        """The session works: `stage` at `step` is `doing` something, which is another `part` of its time."""
+        if part is not None:
+            mark(part, stage)
         # The first step of a session also imports and compiles: it has the patience of the start-up.
         self.stepped = self.stepped or (stage == self.stage and 0 < self.step < step)
         self.stage, self.step, self.doing, self.last = stage, step, doing, time.monotonic()

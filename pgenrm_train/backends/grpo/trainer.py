@@ -67,6 +67,7 @@ from pgenrm_train.errors import BackendError, EngineLostError
 from pgenrm_train.files import write_table
 from pgenrm_train.rewards.training_rows import GrpoRow
 from pgenrm_train.run.checkpoints import complete_checkpoints, mark_complete
+from pgenrm_train.run.timeline import Part
 from pgenrm_train.run.tracking import METRICS, append, read, samples_file, trim
 
 MEASURED_PER_BEAT = 64  # prompts
@@ -197,6 +198,7 @@ class ChainTrainer(PPOTrainerSync):
         before = [line for line in read(file) if ACCURACY in line]
         if any(line["step"] == step for line in before):
             return
+        run.beat(step, "validating", Part.VALIDATION)
         table, began = pq.read_table(phase.validation), time.monotonic()
         requests = [ChainRequest(f"validation{i}", row, 1) for i, row in enumerate(table.to_pylist())]
         chains = dict(self.measure(requests, run.config.eval.temperature))
@@ -242,7 +244,7 @@ class ChainTrainer(PPOTrainerSync):
     def prepare_step(self) -> dict[str, object]:
         """Draw the batch and pass it to the rollout."""
         run, step = self.run, self.global_steps
-        run.beat(step, "sampling chains")
+        run.beat(step, "sampling chains", Part.GENERATION)
         drawn = run.drawn = run.sampler.next_batch(step)
         prompts = [
             self._prompt(row, f"s{step}p{place:05d}", run.grpo.group_size, step)
@@ -262,10 +264,10 @@ class ChainTrainer(PPOTrainerSync):
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
-        self.run.beat(self.global_steps, "taking log-probabilities")
+        self.run.beat(self.global_steps, "taking log-probabilities", Part.LOG_PROBABILITIES)
 
     def on_step_end(self) -> None:
-        self.run.beat(self.global_steps, "syncing weights to vLLM")
+        self.run.beat(self.global_steps, "syncing weights to vLLM", Part.SYNC)
         super().on_step_end()
         self.validate()
 
@@ -275,10 +277,10 @@ class ChainTrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, float]) -> Any:
         run, step = self.run, self.global_steps
-        run.beat(step, "waiting for verdicts")
+        run.beat(step, "waiting for verdicts", Part.VERDICTS)
         with marked_timer("verdicts", self.timing_raw):
             self.rollout.settled()
-        run.beat(step, "updating the actor")
+        run.beat(step, "updating the actor", Part.UPDATE)
         return super()._compute_advantage(batch, metrics)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
@@ -347,7 +349,7 @@ class ChainTrainer(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         run, step = self.run, self.global_steps
-        run.beat(step, "saving a checkpoint")
+        run.beat(step, "saving a checkpoint", Part.CHECKPOINT)
         super()._save_checkpoint()
         checkpoints = run.phase.work_dir / "verl"
         mark_complete(checkpoints / f"global_step_{step}", {"sampler": run.state_dict()})

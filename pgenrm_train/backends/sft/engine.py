@@ -26,6 +26,7 @@ from pgenrm_train.config import Config, StageName, psi_cluster
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, BackendError, NothingTrainedError
 from pgenrm_train.files import read_json, staged_folder, write_json
+from pgenrm_train.run import timeline
 from pgenrm_train.run.checkpoints import COMPLETE, complete_checkpoints, newest_complete, step_of
 from pgenrm_train.run.process import run_child
 from pgenrm_train.run.tracking import trim
@@ -62,7 +63,9 @@ def train(
     if resume and is_over(config.psi, state_of(resume)):
         trim(job.metrics, step_of(resume))
     else:
+        timeline.mark(timeline.Part.START)
         _run(job)
+    timeline.mark(timeline.Part.EXPORT)
     return publish(job, inspected.tokenizer)
 
 

@@ -21,6 +21,7 @@ from pgenrm_train.config.setting import known
 from pgenrm_train.errors import BackendError
 from pgenrm_train.files import write_table
 from pgenrm_train.run.checkpoints import mark_complete, sizes
+from pgenrm_train.run.timeline import Part, mark
 from pgenrm_train.run.tracking import append, samples_file
 
 
@@ -82,10 +83,12 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self.control.should_evaluate = False  # a step that ends an epoch would be measured twice
         if not self._measurable():
             return {}
+        self._mark(Part.VALIDATION)
         self.model.eval()
         with complete_weights(self.deepspeed):
             validated = self.validate()
         self.model.train(was_training)
+        self._mark(Part.UPDATE)
         if self.is_world_process_zero():
             if validated.samples:
                 write_table(samples_file(self.metrics, step), validated.samples)
@@ -99,6 +102,15 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         control.should_training_stop |= not better and stopped_early(self.psi, self.state)
         self.control = control
         return metrics
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._mark(Part.CHECKPOINT)
+        super()._save_checkpoint(*args, **kwargs)
+        self._mark(Part.UPDATE)
+
+    def _mark(self, part: Part) -> None:
+        if self.is_world_process_zero():
+            mark(part)
 
     def _measurable(self) -> bool:
         """Whether accuracy is measured: by default only if each process can hold the complete weights."""
@@ -119,6 +131,10 @@ class PsiCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, psi: PsiConfig, order: StepOrder, metrics: Path, mark: Mark, validates: bool) -> None:
         self.psi, self.validates = psi, validates
         self.order, self.metrics, self.mark = order, metrics, mark
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            mark(Part.UPDATE)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # accelerate sets a sampler's epoch too, except if several processes resume in the middle of an epoch

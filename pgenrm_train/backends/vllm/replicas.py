@@ -13,6 +13,7 @@ from pgenrm_train.backends.ray.cluster import connect
 from pgenrm_train.backends.vllm.engine import VllmGenerator, vllm_variables
 from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError, last_line
+from pgenrm_train.run.timeline import Part, mark
 
 # Requests, or answers, per message.  Neighbours share a history, and so a prefix in the cache of one engine.
 BLOCK = 16
@@ -31,11 +32,15 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
     engines = config.cluster.engines or config.cluster.ranks // config.cluster.tensor_parallel
     with contextlib.ExitStack() as stack:
         start = functools.cache(lambda: _actors(config, engines, stack))
-        yield (
-            lambda checkpoint: (
-                VllmReplicas(start(), checkpoint) if engines > 1 else VllmGenerator(config, checkpoint)
-            )
-        )
+
+        def load(checkpoint: Path | str) -> Generator:
+            mark(Part.START)
+            several = engines > 1
+            engine = VllmReplicas(start(), checkpoint) if several else VllmGenerator(config, checkpoint)
+            mark(Part.GENERATION)
+            return engine
+
+        yield load
 
 
 def _actors(config: Config, engines: int, stack: contextlib.ExitStack) -> list[Any]:
