@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n logical --maxprocesses 8
 STAMP := $(VENV)/.installed
 # Let Python write .pyc files: every process of a run then starts faster.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,7 +13,10 @@ demo: env ## the full pipeline on this machine: CPU, tiny model, embedded data
 	$(BIN)/python -m pgenrm_train recipe=pipeline $(ARGS)
 
 test: env ## the full test suite, real frameworks on tiny models
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@# Unit tests on all cores; then the engines' tests one by one, since each has processes of its own.
+	@code=0; for tests in "tests/unit $(PARALLEL)" tests/integration; do \
+		$(BIN)/python -m pytest -m "not slow and not gpu" $$tests $(ARGS) || { c=$$?; [ $$c = 5 ] || code=$$c; }; \
+	done; exit $$code
 
 test-slow: env ## long trials
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
@@ -26,7 +30,7 @@ lint: env
 	$(BIN)/lint-imports
 
 unit: env
-	$(BIN)/python -m pytest tests/unit -q $(ARGS)
+	$(BIN)/python -m pytest tests/unit -q $(PARALLEL) $(ARGS)
 
 env: $(STAMP) ## the environment, from nothing, by the pins of requirements/cpu.txt
 $(STAMP): requirements/cpu.txt requirements/vllm-alias/pyproject.toml pyproject.toml
