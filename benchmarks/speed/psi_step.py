@@ -68,8 +68,8 @@ def main() -> None:
     )
     print(
         f"{sum(lengths) / seconds:.0f} tokens/s, {flops / 1e12:.3f} TFLOP/s: MFU "
-        f"{flops / (card_of(config).tflops * 1e12):.1%} of the card's peak, {flops / reached:.1%} of a matrix "
-        f"product's {reached / 1e12:.3f} TFLOP/s"
+        f"{flops / (card_of(config).tflops * 1e12):.1%} of the card's peak, {flops / reached:.1%} of a "
+        f"matrix product's {reached / 1e12:.3f} TFLOP/s"
     )
     measured, planned = (peak(args.device) - base) / 2**30, predicted(config, geometry)
     print(

@@ -58,7 +58,7 @@ def begin(run_dir: Path, stage: str) -> None:
 
 
 def mark(part: Part, stage: str | None = None) -> None:
-    """The stage of `begin`, or `stage`, does `part` from now on.  Called by one of its processes at a time."""
+    """The stage of `begin`, or `stage`, does `part` from now on.  One of its processes calls at a time."""
     _write(part, time.time(), stage)
 
 
