@@ -1,14 +1,14 @@
 """Speed and memory of PSI's forward and backward pass on an 8B shape, or on as many of its layers as fit.
 
-    python -m benchmarks.speed.psi_step                               # 1 layer of Llama 3.1 8B, fp32, on this CPU
+    python -m benchmarks.speed.psi_step                               # 1 layer of Llama 3.1 8B, fp32, on a CPU
     python -m benchmarks.speed.psi_step --layers 32 --tokens 16384    # the whole of it, bf16, on one GPU
 
 Our loss, packed attention and batching with gradient checkpointing, random weights, sequences of between a
 quarter and all of `--length`.  Tokens/s count each token once.  MFU counts the model's FLOPs without
 recomputation (PaLM, appendix B) against the card's peak of `plan.cards`; the second share is against the rate
 of a large matrix product in the same run.  Memory is that of weights, gradients and activations beside
-`recipe=plan`'s parts.  DeepSpeed's optimizer states are not in it: `benchmarks/memory/plan_memory.py` compares
-those.
+`recipe=plan`'s parts.  DeepSpeed's optimizer states are not in it: `benchmarks/memory/plan_memory.py`
+compares those.
 """
 
 import argparse

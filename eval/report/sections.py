@@ -51,8 +51,8 @@ SLICES = (
 
 TIMELINE = (
     "Seconds of each stage, over all of its starts, by what its processes did. The evaluation's row ends "
-    "where this report was written. The seconds of a process that was killed count up to its last change of part. "
-    "`timeline.jsonl` has every change."
+    "where this report was written. The seconds of a process that was killed count up to its last change of "
+    "part. `timeline.jsonl` has every change."
 )
 
 
