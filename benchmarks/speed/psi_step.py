@@ -1,7 +1,7 @@
 """Speed and memory of PSI's forward and backward pass on an 8B shape, or on as many of its layers as fit.
 
-    python -m benchmarks.speed.psi_step                               # 1 layer of Llama 3.1 8B, fp32, on a CPU
-    python -m benchmarks.speed.psi_step --layers 32 --tokens 16384    # the whole of it, bf16, on one GPU
+    python -m benchmarks.speed.psi_step            # 1 layer of Llama 3.1 8B, fp32, on a CPU
+    python -m benchmarks.speed.psi_step --layers 32 --tokens 16384  # all layers, bf16, on one GPU
 
 Our loss, packed attention and batching with gradient checkpointing, random weights, sequences of between a
 quarter and all of `--length`.  Tokens/s count each token once.  MFU counts the model's FLOPs without
