@@ -48,7 +48,7 @@ gpu-check: ## on a GPU node: preflight, 3 steps of PSI and CRE, an evaluation, o
 	$(PYTHON) -m pgenrm_train recipe=gpu_check model=nano_1b cluster=gpu1 cluster.min_free_memory_gib=32 cluster.min_free_disk_gib=60 $(ARGS)
 
 fixture: env ## the small PSI checkpoint that budget=smoke and the tests start from
-	$(BIN)/python -m pgenrm_train recipe=psi run_dir=runs/fixture tracking=none
+	$(BIN)/python -m pgenrm_train recipe=psi model.totals=declared run_dir=runs/fixture tracking=none
 	rm -rf tests/data/psi_nano && mkdir -p tests/data/psi_nano
 	cp runs/fixture/psi/checkpoint/* tests/data/psi_nano/
 	cp runs/fixture/psi/manifest.json tests/data/psi_nano/

@@ -135,6 +135,9 @@ def newest(config: Config, *stages: StageName) -> StageFolder:
 def with_totals(config: Config, *checkpoints: Path) -> Config:
     """The configuration with the kind of totals of the checkpoints' manifests, or else its own.
 
+    Without either it is `declared`, the paper's, or `code` for a nano from scratch, which gained most in our
+    trial (docs/results.md).
+
     Raises ConfigError if they differ from each other, or from `model.totals`.
     """
     stated = {path: kind for path in checkpoints if (kind := totals_of(path)) is not None}
@@ -147,7 +150,8 @@ def with_totals(config: Config, *checkpoints: Path) -> Config:
             if given
             else f"checkpoints with different totals need runs of their own: {listed}; use model.path="
         )
-    kind = next(iter(kinds), Totals.DECLARED)
+    new_nano = config.model.kind == "nano" and not checkpoints and not config.psi.nano_start
+    kind = next(iter(kinds), Totals.CODE if new_nano else Totals.DECLARED)
     return replace(config, model=replace(config.model, totals=kind.value))
 
 

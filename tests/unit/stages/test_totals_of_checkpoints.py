@@ -26,6 +26,13 @@ def test_the_manifest_decides_and_without_one_the_setting(tmp_path):
         with_totals(load("recipe=score", "model.totals=verified"), tmp_path).model.counted is Totals.VERIFIED
     )
     assert with_totals(load("recipe=score"), tmp_path).model.counted is Totals.DECLARED
+    for more, kind in (
+        (["model=nano"], Totals.CODE),
+        (["model=nano", "pipeline.budget=smoke"], Totals.DECLARED),  # PSI goes on from a small checkpoint
+        (["model=qwen3_8b"], Totals.DECLARED),
+    ):
+        assert with_totals(load("recipe=psi", *more)).model.counted is kind, "without a checkpoint"
+    assert with_totals(load("recipe=psi", "model.totals=declared")).model.counted is Totals.DECLARED
 
 
 def test_another_kind_than_the_manifests_is_one_sentence(tmp_path):
