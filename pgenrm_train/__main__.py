@@ -120,12 +120,12 @@ def run_recipe(config: Config) -> int:
 
 
 def _module(recipe: str) -> Any:
-    """The recipe's module, in `recipes` or in `recipes.results`."""
-    for name in (f"recipes.{recipe}", f"recipes.results.{recipe}"):
+    """The recipe's module, in `recipes` or in a folder of it."""
+    for package in ("recipes", "recipes.choosing", "recipes.results"):
         try:
-            return importlib.import_module(name)
+            return importlib.import_module(f"{package}.{recipe}")
         except ModuleNotFoundError as error:
-            if error.name not in ("recipes", "recipes.results", name):
+            if error.name not in ("recipes", package, f"{package}.{recipe}"):
                 raise
     raise ConfigError(f"recipe={recipe} is not one of {', '.join(choices('recipe'))}")
 

@@ -17,18 +17,13 @@ counts as the best.  All votes of a row share its conversation, so that no split
 
 import math
 from collections.abc import Iterator, Mapping
-from itertools import combinations
 
 from data_builders.sources import hub
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.records.slates import RULES
 
-RULES = {
-    "best": lambda order: [(order[0], other) for other in order[1:]],
-    "all": lambda order: list(combinations(order, 2)),
-    "ends": lambda order: [(order[0], order[-1])],
-}
 COLUMNS = ("responses", "ratings", "ranking")
 
 
@@ -40,8 +35,8 @@ def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut
     if row.get("responses") is None or row.get("chosen") is not None:
         yield row
         return
-    texts = _texts(row, where)
-    values = _values(row, where, len(texts))
+    texts = texts_of(row, where)
+    values = values_of(row, where, len(texts))
     rated = [i for i, value in enumerate(values) if value is not None]
     left_out["responses without a rating"] += len(texts) - len(rated)
     order = sorted(rated, key=lambda i: -(values[i] or 0.0))
@@ -62,8 +57,9 @@ def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut
         }
 
 
-def _texts(row: hub.Row, where: str) -> list[str]:
-    items = row["responses"]
+def texts_of(row: hub.Row, where: str) -> list[str]:
+    """The texts of `responses`.  DataError for fewer than two, or for one without content."""
+    items = row.get("responses")
     if not isinstance(items, list) or len(items) < 2:
         raise DataError(
             f"{where}, field 'responses': expected a list of two texts or more, got {str(items)[:60]!r}"
@@ -80,7 +76,7 @@ def _texts(row: hub.Row, where: str) -> list[str]:
     return texts
 
 
-def _values(row: hub.Row, where: str, n: int) -> list[float | None]:
+def values_of(row: hub.Row, where: str, n: int) -> list[float | None]:
     """A value per response, higher is better; None if it has none."""
     given = [name for name in ("ratings", "ranking") if row.get(name) is not None]
     if len(given) != 1:

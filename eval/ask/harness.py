@@ -31,6 +31,7 @@ Histories = Mapping[str, tuple[HistoryItem, ...]]  # pair_id → the history in 
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
+CHOICE = "choice"  # first word of sets whose pairs are candidates: nobody chose one of the two
 ENGINE_FAILURE = "engine:"  # prefix of a failure of the engine, not of the model
 
 
@@ -137,7 +138,7 @@ class RunningAccuracy:
         self.hits = self.total = 0
 
     def add(self, row: Prediction) -> None:
-        if row["set"].endswith("own"):
+        if row["set"].endswith("own") and not row["set"].startswith(CHOICE):
             self.total += 1
             chosen, rejected = row["score_chosen"], row["score_rejected"]
             self.hits += chosen is not None and rejected is not None and chosen > rejected

@@ -19,7 +19,7 @@ from eval.studies.evaluation import Evaluation, Tested
 from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.config import Config
 from pgenrm_train.prompts.masking import present
-from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 
 CHANCE = 0.5
 CEILINGS = (
@@ -101,7 +101,11 @@ def chain_views(config: Config, evaluation: Evaluation, final: Tested) -> list[C
     """`eval.chains_in_report` answers to questions with the user's own history, as chosen by `shown_rows`."""
     pairs = {p.pair_id: p for p in evaluation.pairs}
     rows = shown_rows(final.predictions, config.eval.chains_in_report)
-    return [_view(row, pairs[row["pair_id"]], evaluation, final.name) for row in rows.to_dict("records")]
+    return [
+        chain_view(row, pair, evaluation.histories[pair.pair_id], final.name)
+        for row in rows.to_dict("records")
+        for pair in [pairs[row["pair_id"]]]
+    ]
 
 
 def shown_rows(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
@@ -125,9 +129,11 @@ def shown_rows(predictions: pd.DataFrame, limit: int) -> pd.DataFrame:
     return rows.sort_values(["turn", "outcome"], ascending=[True, False], kind="stable").head(limit)
 
 
-def _view(row: Mapping[Hashable, Any], pair: PreferencePair, evaluation: Evaluation, name: str) -> ChainView:
+def chain_view(
+    row: Mapping[Hashable, Any], pair: PreferencePair, history: tuple[HistoryItem, ...], name: str
+) -> ChainView:
     """A view with the parts of the chain; of a model without chains, with its scores only."""
-    example = present(pair, evaluation.histories[pair.pair_id], row["order"])
+    example = present(pair, history, row["order"])
     view = ChainView(
         pair_id=pair.pair_id,
         user_id=pair.user_id,

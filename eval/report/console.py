@@ -20,11 +20,15 @@ WORDS = (
     "value",
     "protocol",
     "probe",
+    "chooser",
 )  # other columns hold numbers
 
 
 def text_table(rows: Rows, title: str, width: int) -> str:
-    """Format a table; a column `X ci95` is folded into X, a fraction shown in percent."""
+    """Format a table; a column `X ci95` is folded into X, a fraction shown in percent.
+
+    Utilities, scores and gains are shown as they are.
+    """
     from io import StringIO
 
     from rich.console import Console
@@ -46,11 +50,19 @@ def text_table(rows: Rows, title: str, width: int) -> str:
     return out.getvalue()
 
 
+def _is_plain(column: str) -> bool:
+    """Whether the column has a unit of its own, and is not shown in percent."""
+    return column.endswith(("utility", "score")) or column.startswith("gain")
+
+
 def _cell(column: str, value: object, interval: object) -> str:
     if value is None or value != value:
         return "–"
     if not isinstance(value, int | float):
         return str(value)
+    if _is_plain(column):
+        bounds = ", ".join(f"{bound:.3f}" for bound in cast("Sequence[float]", interval or ()))
+        return f"{value:.3f}" + (f" [{bounds}]" if bounds else "")
     if interval:
         low, high = cast("Sequence[float]", interval)
         return f"{value * 100:.1f} [{low * 100:.1f}, {high * 100:.1f}]"

@@ -59,9 +59,18 @@ def accuracy_bars(bars: Sequence[tuple[str, float, tuple[float, float] | None]],
 
 
 def line_plot(
-    x: Sequence[float], series: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, *, prefix: str
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float | None]],
+    xlabel: str,
+    ylabel: str,
+    bands: Mapping[str, Sequence[Sequence[float] | None]] | None = None,
+    *,
+    prefix: str,
 ) -> Markup:
-    """SVG of lines over `x`; None and NaN are gaps, few points get markers, colours and dashes differ."""
+    """SVG of lines over `x`; None and NaN are gaps, few points get markers, colours and dashes differ.
+
+    `bands`: name of a line → its 95 % interval per `x`, drawn as a shade.
+    """
     with _axes(5.0, 3.0) as (figure, axes):
         for i, (name, values) in enumerate(series.items()):
             numbers = np.array([np.nan if value is None else value for value in values], dtype=float)
@@ -70,6 +79,9 @@ def line_plot(
             axes.plot(
                 x, numbers, dash, color=colour, label=_short(name), linewidth=1.6, marker=marker, markersize=3
             )
+            if bands and name in bands:
+                low, high = np.array([(np.nan, np.nan) if b is None else b for b in bands[name]], float).T
+                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=_short(xlabel, 60), ylabel=_short(ylabel, 40))
         if all(float(value).is_integer() for value in x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

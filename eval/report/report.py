@@ -49,13 +49,17 @@ class Section(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Lines over a common `x`: name → one value per `x`; None and NaN are gaps."""
+    """Lines over a common `x`: name → one value per `x`; None and NaN are gaps.
+
+    `bands`: name → 95 % interval per `x`, of some of the lines.
+    """
 
     title: str
     x: Sequence[float]
     series: Mapping[str, Sequence[float | None]]
     xlabel: str
     ylabel: str
+    bands: Mapping[str, Sequence[Sequence[float] | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class ChainView:
     user_id: str
     query: str
     responses: tuple[str, ...]
-    label: int  # index of the response that the user preferred
+    label: int | None  # index of the response that the user preferred; None if unknown
     text: str  # the chain as generated, empty for a model without chains
     kind: str | None = None
     stage: str | None = None
@@ -92,11 +96,13 @@ class ChainView:
 
     @property
     def outcome(self) -> str:
-        """hit, miss, tie or failure."""
+        """hit, miss, tie, failure, or unknown without the user's preference."""
         if self.failure or not self.declared:
             return "failure"
         if self.verdict is None or len(set(self.responses)) == 1:
             return "tie"
+        if self.label is None:
+            return "unknown"
         return "hit" if self.verdict == self.label else "miss"
 
 

@@ -155,14 +155,22 @@ class Evaluation:
         return self.judge(candidate.name, predictions, candidate.seconds, final=final)
 
     def asker(
-        self, candidate: Candidate | ScoredCandidate, folder: Path, progress: Progress, store: str
+        self,
+        candidate: Candidate | ScoredCandidate,
+        folder: Path,
+        progress: Progress,
+        store: str,
+        what: str = "evaluate",
     ) -> Ask:
-        """A function that answers questions with the candidate and stores the answers by identity."""
+        """A function that answers questions with the candidate and stores the answers by identity.
+
+        `what` names the work on the progress bar.
+        """
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
-            kept, what = kept_answers(self.config, candidate, folder, store), f"evaluate {candidate.name}"
+            kept, shown = kept_answers(self.config, candidate, folder, store), f"{what} {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
-                return ask_scores(questions, candidate.start, kept, progress=progress, what=what)
+                return ask_scores(questions, candidate.start, kept, progress=progress, what=shown)
             return ask(
                 questions,
                 candidate.start,
@@ -171,7 +179,7 @@ class Evaluation:
                 masking=masking_of(self.config, "eval"),
                 temperature=self.config.eval.temperature,
                 progress=progress,
-                what=what,
+                what=shown,
                 totals=self.config.model.counted,
             )
 

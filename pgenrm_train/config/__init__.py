@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pgenrm_train.config.checks import check
+from pgenrm_train.config.choosing import BestOfNConfig, LabelConfig
 from pgenrm_train.config.cluster import CardConfig, ClusterConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import ANSWER_KEYS, FIELD_KEYS, ApiConfig, EndpointConfig
@@ -38,13 +39,14 @@ from pgenrm_train.config.schema import (
 )
 from pgenrm_train.config.serving import ServeConfig
 from pgenrm_train.config.setting import not_one_of
-from pgenrm_train.config.stage_names import GRPO_STAGES, STAGES, TRAINED, StageName
+from pgenrm_train.config.stage_names import CHOOSING, GRPO_STAGES, STAGES, TRAINED, StageName
 from pgenrm_train.errors import ConfigError
 
 __all__ = [
     "ANSWER_KEYS",
     "BASELINES",
     "BUDGETS",
+    "CHOOSING",
     "CONFIG_DIR",
     "EXACT",
     "FIELD_KEYS",
@@ -54,6 +56,7 @@ __all__ = [
     "STAGES",
     "TRAINED",
     "ApiConfig",
+    "BestOfNConfig",
     "CardConfig",
     "ClusterConfig",
     "Config",
@@ -62,6 +65,7 @@ __all__ = [
     "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
+    "LabelConfig",
     "LoraConfig",
     "MaskingConfig",
     "ModelConfig",

@@ -13,13 +13,13 @@ from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import not_one_of, violations
-from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
+from pgenrm_train.config.stage_names import CHOOSING, GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
 
 Rules = list[tuple[bool, str]]
 # Recipes of the models that have no weights to train.
 RECIPES: dict[str, tuple[str, ...]] = {
-    "endpoint": (StageName.EVALUATE, "score"),
+    "endpoint": (StageName.EVALUATE, "score", *CHOOSING),
     "reward_head": (StageName.EVALUATE,),
     "callable": (StageName.EVALUATE,),
 }
@@ -176,6 +176,16 @@ def _evaluation(config: Config) -> Rules:
             adaptive and own == 1,
             "eval.adaptive stops the sampling of own chains and needs eval.ind above 1",
         ),
+        (not config.best_of_n.sizes, "best_of_n.sizes=[] must name one size or more"),
+        (
+            config.recipe == StageName.LABEL and settings.temperature == 0 and config.label.ind > 1,
+            "eval.temperature=0 gives the same chain each time; it needs label.ind=1",
+        ),
+        (
+            config.recipe == StageName.BEST_OF_N and settings.temperature == 0,
+            "eval.temperature=0 gives the same chain each time, and recipe=best_of_n samples some questions "
+            "twice; use a temperature above 0",
+        ),
         (
             settings.temperature == 0 and (own > 1 or settings.seeds > 1),
             "eval.temperature=0 gives the same chain each time; it needs eval.ind=1 and eval.seeds=1",
@@ -326,6 +336,10 @@ def _model(config: Config) -> Rules:
             recipe not in (StageName.BUILD_DATA, *recipes),
             f"model={model.kind} is for recipe={' or '.join(recipes)}; recipe={recipe} needs one with "
             "weights that writes chains",
+        ),
+        (
+            bool(baseline) and recipe in CHOOSING,
+            f"recipe={recipe} chooses by chains, and model=baseline writes none; use a trained model",
         ),
         (
             model.kind == "endpoint" and not model.base_url,

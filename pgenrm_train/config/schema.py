@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from pgenrm_train.config.choosing import BestOfNConfig, LabelConfig
 from pgenrm_train.config.cluster import ClusterConfig, PlanConfig, PreflightConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import JudgeConfig, TeacherConfig
@@ -84,6 +85,8 @@ class Config:
     eval: EvalConfig = setting(EvalConfig(), "the protocol of an evaluation, its samples and its studies")
     leaderboard: LeaderboardConfig = setting(LeaderboardConfig(), "one page for the results of many runs")
     score: ScoreConfig = setting(ScoreConfig(), "one user, one query, several responses")
+    label: LabelConfig = setting(LabelConfig(), "chosen and rejected responses for DPO; docs/using.md")
+    best_of_n: BestOfNConfig = setting(BestOfNConfig(), "the gain of choosing by the model; docs/using.md")
     serve: ServeConfig = setting(ServeConfig(), "the scoring service; docs/serving.md")
     publish: PublishConfig = setting(PublishConfig(), "a model card with results, for the Hugging Face hub")
     preflight: PreflightConfig = setting(PreflightConfig(), "checks of the machine before a stage starts")

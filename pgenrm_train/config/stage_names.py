@@ -14,6 +14,8 @@ class StageName(StrEnum):
     CURRICULUM = "curriculum"
     PROTOTYPES = "prototypes"
     EVALUATE = "evaluate"
+    LABEL = "label"
+    BEST_OF_N = "best_of_n"
 
     @property
     def starts_from(self) -> tuple["StageName", ...]:
@@ -24,6 +26,7 @@ class StageName(StrEnum):
 
 GRPO_STAGES = (StageName.CRE, StageName.CURRICULUM)
 TRAINED = (StageName.PSI, *GRPO_STAGES)  # they make a checkpoint
+CHOOSING = (StageName.LABEL, StageName.BEST_OF_N)  # they choose among responses, with a finished model
 # Stages of every pipeline; CRE runs `criteria` too if `sec.synthesize_criteria` is set.
-STAGES = tuple(stage for stage in StageName if stage is not StageName.CRITERIA)
+STAGES = tuple(stage for stage in StageName if stage not in (StageName.CRITERIA, *CHOOSING))
 PLANNED = STAGES[1:]  # building data needs no plan

@@ -15,7 +15,7 @@ to the newer vote), `same_scenario` (random, votes of the pair's scenario first)
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.records.words import WORD
@@ -46,11 +46,16 @@ class HistorySampler:
             votes.sort(key=lambda p: -math.inf if p.time is None else p.time)
         self._queries: dict[str, _Queries] = {}
 
-    def __call__(self, pair: PreferencePair, size: int | None = None) -> tuple[HistoryItem, ...]:
-        """Draw up to `size` items, oldest first; fewer if the user has fewer."""
+    def __call__(
+        self, pair: PreferencePair, size: int | None = None, shown: Collection[str] = ()
+    ) -> tuple[HistoryItem, ...]:
+        """Draw up to `size` items, oldest first; fewer if the user has fewer.
+
+        `shown`: further responses of the question, under the same rules as those of the pair.
+        """
         size = self.size if size is None else size
         votes = self._by_user.get(pair.user_id, [])
-        usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair)]
+        usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair, shown)]
         return tuple(votes[i].as_history() for i in sorted(self._choose(pair, usable, votes, size)))
 
     def _choose(
@@ -70,9 +75,10 @@ class HistorySampler:
         return indices[:size]
 
 
-def _may_show(vote: PreferencePair, pair: PreferencePair) -> bool:
-    shared = {vote.chosen, vote.rejected} & {pair.chosen, pair.rejected}
-    same = vote.pair_id == pair.pair_id or shared == {pair.chosen, pair.rejected}
+def _may_show(vote: PreferencePair, pair: PreferencePair, shown: Collection[str]) -> bool:
+    texts, of_pair = {vote.chosen, vote.rejected}, {pair.chosen, pair.rejected}
+    shared = texts & {*of_pair, *shown}
+    same = vote.pair_id == pair.pair_id or shared == of_pair or (bool(shown) and shared == texts)
     later = pair.time is not None and (vote.time is None or vote.time >= pair.time)
     same_conversation = bool(pair.conversation_id) and vote.conversation_id == pair.conversation_id
     return not (

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
-from pgenrm_train.config import Config, StageName
+from pgenrm_train.config import CHOOSING, Config, StageName
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import PAIRS
@@ -69,7 +69,7 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
                 writer.row(pair_to_row(pair))
         index.added()
         dropped = _decide(index, config)
-        if config.recipe != StageName.EVALUATE and not index.number(
+        if config.recipe not in (StageName.EVALUATE, *CHOOSING) and not index.number(
             f"SELECT COUNT(*) FROM votes WHERE kept AND {TRAINS}"
         ):
             raise DataError(

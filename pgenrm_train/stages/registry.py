@@ -48,6 +48,16 @@ MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
 JUDGE = tuple(f"judge.{key}" for key in ANSWER_KEYS)
+CHOICE = (  # of stages that choose among responses
+    "data",
+    "seed",
+    "masking",
+    *(f"eval.{key}" for key in ("split", "masking", "temperature", "weights", "draws", "chains_in_report")),
+    *MODEL,
+    "model.prompt",
+    *PROMPT,
+    "model.max_response_tokens",
+)
 RANKS = ("cluster.processes_per_node", "cluster.nodes")
 
 
@@ -83,6 +93,9 @@ class Stage:
             settings["data"] = _plain(config.data) | dict.fromkeys(files)
         if "path" in files and config.data.name in VOTES and (named := named_columns(files["path"])):
             settings["data.path columns"] = named  # the names of files count where rows lack these columns
+        if "label" in reads and (candidates := config.label.input) and Path(candidates).exists():
+            settings["label"] = to_dict(config.label) | {"input": None}
+            settings["label.input sha256"] = digest(Path(candidates))
         return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
 
 
@@ -178,5 +191,7 @@ REGISTRY = {
                 "model.max_response_tokens",
             ),
         ),
+        Stage(StageName.LABEL, (), ("label", *CHOICE)),
+        Stage(StageName.BEST_OF_N, (StageName.BUILD_DATA,), ("best_of_n", *CHOICE)),
     )
 }

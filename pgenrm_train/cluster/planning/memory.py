@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.cluster.sizes import PIECE
 from pgenrm_train.config import (
+    CHOOSING,
     GRPO_STAGES,
     CardConfig,
     Config,
@@ -56,7 +57,7 @@ CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, if it has the GPU to itself
-GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE)
+GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE, *CHOOSING)
 # Python, Ray and libraries of a stage's processes on a CPU.
 CPU_PROCESSES_GIB = {StageName.PSI: 1.0} | dict.fromkeys(GRPO_STAGES, 5.5) | dict.fromkeys(GENERATING, 2.0)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.reach import nodes_at
-from pgenrm_train.config import TRAINED, Config, StageName, gpus_per_node, machines
+from pgenrm_train.config import CHOOSING, TRAINED, Config, StageName, gpus_per_node, machines
 
-HEAVY = (*TRAINED, StageName.EVALUATE)
+HEAVY = (*TRAINED, StageName.EVALUATE, *CHOOSING)
 TOOLKIT = "/usr/local/cuda"
 DRIVER = 580  # the first version that supports CUDA 13
 

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pgenrm_train.config import GRPO_STAGES, ROOT, TRAINED, ApiConfig, Config, StageName, gpus_per_node
+from pgenrm_train.config import (
+    CHOOSING,
+    GRPO_STAGES,
+    ROOT,
+    TRAINED,
+    ApiConfig,
+    Config,
+    StageName,
+    gpus_per_node,
+)
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.http import client, key_of, lost_connection, service
@@ -18,7 +27,8 @@ from pgenrm_train.run.process import child_environment
 
 SECONDS = 5.0  # per request: a server that is up answers in less
 RAY_SECONDS = 60.0
-ON_RAY = (*TRAINED, StageName.PROTOTYPES, StageName.EVALUATE)
+ASKING = (StageName.EVALUATE, *CHOOSING)  # a finished model answers their questions
+ON_RAY = (*TRAINED, StageName.PROTOTYPES, *ASKING)
 OFFLINE = ("1", "true", "yes", "on")
 
 
@@ -77,7 +87,7 @@ def check_data(config: Config, stage: str) -> Iterator[str]:
 def check_model(config: Config, stage: str) -> Iterator[str]:
     """Weights that a stage starts from: a local folder, the hub's cache, or the hub itself."""
     model, starts = config.model, stage in (StageName.BUILD_SEC, StageName.PSI)
-    if model.kind not in ("nano", "hf") or not (starts or stage in TRAINED or stage == StageName.EVALUATE):
+    if model.kind not in ("nano", "hf") or not (starts or stage in (*TRAINED, *ASKING)):
         return
     if model.path is not None:
         if not _is_checkpoint(model.path):
@@ -267,7 +277,7 @@ def check_judge(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_model_endpoint(config: Config, stage: str) -> Iterator[str]:
-    if stage == StageName.EVALUATE and config.model.kind == "endpoint":
+    if stage in ASKING and config.model.kind == "endpoint":
         yield from endpoint_problems("model", config.model)
 
 

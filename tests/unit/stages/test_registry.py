@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pgenrm_train.config import Config, get, load
-from pgenrm_train.config.stage_names import STAGES, TRAINED, StageName
+from pgenrm_train.config.stage_names import CHOOSING, STAGES, TRAINED, StageName
 from pgenrm_train.files import fingerprint
 from pgenrm_train.stages.registry import REGISTRY
 
@@ -19,12 +19,14 @@ FINGERPRINTS = {
     StageName.CURRICULUM: "1eba216f5b0a8403",
     StageName.PROTOTYPES: "9caeb3c56f0031ef",
     StageName.EVALUATE: "3fa6d07101f7b14c",
+    StageName.LABEL: "18086539448611cd",
+    StageName.BEST_OF_N: "b0556bce7cf7b3cf",
 }
 
 
 def test_every_stage_comes_after_the_stages_that_it_uses():
     order = list(StageName)
-    assert list(REGISTRY) == order and set(STAGES) == set(order) - {StageName.CRITERIA}
+    assert list(REGISTRY) == order and set(STAGES) == set(order) - {StageName.CRITERIA, *CHOOSING}
     for stage in REGISTRY.values():
         assert all(order.index(earlier) < order.index(stage.name) for earlier in stage.after)
         assert bool(stage.method) == (stage.name in TRAINED)

@@ -1,0 +1,1 @@
+"""Choosing among candidate responses: schemes, labels, and what a choice gains."""

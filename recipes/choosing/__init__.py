@@ -1,0 +1,1 @@
+"""Recipes that choose among responses with a trained model."""

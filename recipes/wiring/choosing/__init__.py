@@ -1,0 +1,1 @@
+"""The model that chooses, its candidates, and what it is compared with."""

@@ -1,0 +1,121 @@
+"""Candidates of best_of_n with their utility, and references that choose among them.
+
+PersonaWorld draws candidates and knows the truth (`data_builders.teachers.choosers`).  Elsewhere the candidates
+are the responses that a user rated for one prompt, in a random order, and the utility is the rating.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data_builders.sources.personaworld import PersonaWorld
+from data_builders.teachers.choosers import draw_slate, references
+from data_builders.teachers.ideal import IdealReader
+from eval.ask.bradley_terry import BradleyTerry
+from pgenrm_train.config import Config
+from pgenrm_train.errors import DataError
+from pgenrm_train.prompts.writer import pairs_of_split
+from pgenrm_train.records.pairs import Example, HistoryItem, Message, PreferencePair
+from pgenrm_train.records.slates import Slate, slates_of, user_by_user
+from recipes.wiring.models import make_embedder
+
+
+@dataclass(frozen=True)
+class Values:
+    """Per slate `utility`, `population` and, where it is known, `ideal` of every response; and their meaning."""
+
+    by_slate: Sequence[Mapping[str, np.ndarray]]
+    utility: str
+    population: str
+    ideal: str
+
+
+def candidates_of(config: Config, pairs: Sequence[PreferencePair]) -> list[Slate]:
+    """The slates of `eval.split`.  Raises DataError if no prompt has enough rated responses."""
+    settings, split = config.best_of_n, pairs_of_split(pairs, config.eval.split)
+    limit = settings.prompts or None
+    if config.data.name == "personaworld":
+        queries = [Slate(pair, ()) for pair in split if pair.conversation_id == pair.pair_id]
+        drawn = user_by_user(queries, limit)
+        return [draw_slate(query.prompt, max(settings.sizes), config.seed) for query in drawn]
+    rated = [slate for slate in slates_of(split) if all(value is not None for value in slate.values)]
+    slates = [shuffled(slate, config.seed) for slate in rated if len(slate.responses) >= min(settings.sizes)]
+    if not slates:
+        raise DataError(
+            f"eval.split={config.eval.split} of data={config.data.name} holds no prompt with "
+            f"{min(settings.sizes)} rated responses; recipe=best_of_n needs chosen_score and rejected_score, "
+            "rows of responses with ratings, or data=personaworld"
+        )
+    return user_by_user(slates, limit)
+
+
+def shuffled(slate: Slate, seed: int) -> Slate:
+    """The responses in a random order: as read, the best may come first."""
+    order = list(range(len(slate.responses)))
+    random.Random(f"{seed}/{slate.key}").shuffle(order)
+    texts, values = (tuple(column[i] for i in order) for column in (slate.responses, slate.values))
+    return replace(slate, responses=texts, values=values)
+
+
+def values_of(
+    config: Config,
+    slates: Sequence[Slate],
+    histories: Mapping[str, tuple[HistoryItem, ...]],
+    pairs: Sequence[PreferencePair],
+) -> Values:
+    """Utility and references of all slates."""
+    if config.data.name == "personaworld":
+        reader, world = IdealReader(), PersonaWorld()
+        known = [references(slate, histories[slate.key], reader, world) for slate in slates]
+        return Values(
+            known,
+            "true utility of PersonaWorld",
+            "mean utility over the prototypes",
+            "greatest expected utility given the votes in the prompt, under training users' personas",
+        )
+    favourites, meaning = population_of(config, slates, pairs)
+    ratings = [np.array([float(value or 0.0) for value in slate.values]) for slate in slates]
+    by_slate = [{"utility": own, "population": all_} for own, all_ in zip(ratings, favourites, strict=True)]
+    return Values(by_slate, "the user's rating", meaning, "unknown on these data; best is the bound")
+
+
+def population_of(
+    config: Config, slates: Sequence[Slate], pairs: Sequence[PreferencePair]
+) -> tuple[list[np.ndarray], str]:
+    """Other users' mean ratings where every response has one, else a Bradley–Terry model of all users."""
+    others = [others_mean(slate, ratings) for ratings in [ratings_of(pairs)] for slate in slates]
+    if all(np.isfinite(means).all() for means in others):
+        return others, "mean rating by the other users"
+    scorer = BradleyTerry(make_embedder(config)).fit([pair for pair in pairs if pair.trains], pairs)
+    examples = [
+        Example(slate.key, slate.prompt.user_id, slate.prompt.context, slate.responses, -1)
+        for slate in slates
+    ]
+    meaning = "Bradley–Terry on sentence embeddings, fitted on all training votes"
+    return [np.array(scorer.score(example)) for example in examples], meaning
+
+
+Rated = Mapping[tuple[tuple[Message, ...], str], Mapping[str, float]]
+
+
+def ratings_of(pairs: Sequence[PreferencePair]) -> Rated:
+    """(context, response) → user → rating."""
+    ratings: dict[tuple[tuple[Message, ...], str], dict[str, float]] = defaultdict(dict)
+    for pair in pairs:
+        for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
+            if score is not None:
+                ratings[pair.context, text][pair.user_id] = score
+    return ratings
+
+
+def others_mean(slate: Slate, ratings: Rated) -> np.ndarray:
+    """Mean rating per response by other users, NaN without any."""
+    own = slate.prompt.user_id
+    given = [
+        [value for user, value in ratings.get((slate.prompt.context, text), {}).items() if user != own]
+        for text in slate.responses
+    ]
+    return np.array([np.mean(values) if values else np.nan for values in given])
