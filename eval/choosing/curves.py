@@ -3,7 +3,7 @@
     model        best mean score in the circle            knockout   winner of the rounds (see `schemes`)
     random       the mean over the n candidates: a uniform choice, in expectation
     population   favourite of all users                   ideal      exact choice given the user's votes
-    best         the greatest true utility: a bound
+    best         the greatest true utility: a bound; `ideal, all personas` see `data_builders.teachers.choosers`
 
     share of a gain = Σ (model − random) / Σ (ideal − random)      `best` in place of `ideal` where none is known
     KL(n) = ln n − (n − 1)/n      nats between best of n and the candidates' distribution; an upper bound
@@ -23,15 +23,16 @@ from eval.choosing.schemes import Choice, Slot, best, chains_of
 from eval.metrics.intervals import by_user, interval
 from pgenrm_train.bootstrap import user_bootstrap
 
-MODEL, KNOCKOUT, RANDOM, POPULATION, IDEAL, BEST = (
+MODEL, KNOCKOUT, RANDOM, POPULATION, IDEAL, IDEAL_ALL, BEST = (
     "model",
     "model, knockout",
     "random",
     "population",
     "ideal",
+    "ideal, all personas",
     "best",
 )
-CHOOSERS = (MODEL, KNOCKOUT, RANDOM, POPULATION, IDEAL, BEST)
+CHOOSERS = (MODEL, KNOCKOUT, RANDOM, POPULATION, IDEAL, IDEAL_ALL, BEST)
 Value = dict[str, object]
 
 
@@ -50,7 +51,7 @@ def choices(
     for slot, own in sorted(scores.items()):
         truth = values[slot.slate]["utility"][: slot.n]
         picked = {MODEL: best(own), KNOCKOUT: winners[slot], BEST: best(truth)}
-        for name in (POPULATION, IDEAL):
+        for name in (POPULATION, IDEAL, IDEAL_ALL):
             if name in values[slot.slate]:
                 picked[name] = best(values[slot.slate][name][: slot.n])
         common = {"user_id": users[slot.slate], "slate": slot.slate, "n": slot.n}
@@ -99,7 +100,7 @@ class Curves:
                 for other in (RANDOM, POPULATION):
                     if other in wide and name != other:
                         row |= self._mean(f"gain over {other}", wide[name] - wide[other])
-                if name in (MODEL, KNOCKOUT, POPULATION):
+                if name in (MODEL, KNOCKOUT, POPULATION, IDEAL_ALL):
                     row |= self._share(wide, name)
                 rows.append(row | {"prompts": len(wide)})
         return rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_builders.sources.personaworld import PersonaWorld
-from data_builders.teachers.choosers import draw_slate, references
+from data_builders.teachers.choosers import READERS, draw_slate, references
 from data_builders.teachers.ideal import IdealReader
 from eval.ask.bradley_terry import BradleyTerry
 from pgenrm_train.config import Config
@@ -68,8 +68,8 @@ def values_of(
 ) -> Values:
     """Utility and references of all slates."""
     if config.data.name == "personaworld":
-        reader, world = IdealReader(), PersonaWorld()
-        known = [references(slate, histories[slate.key], reader, world) for slate in slates]
+        readers, world = {name: IdealReader(cohorts) for name, cohorts in READERS.items()}, PersonaWorld()
+        known = [references(slate, histories[slate.key], readers, world) for slate in slates]
         return Values(
             known,
             "true utility of PersonaWorld",

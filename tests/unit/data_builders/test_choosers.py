@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_builders.sources.personaworld import PersonaWorld, build, read_response, utility
-from data_builders.teachers.choosers import draw_slate, references
+from data_builders.teachers.choosers import READERS, draw_slate, references
 from data_builders.teachers.ideal import IdealReader
 from data_builders.teachers.oracle import read_criteria
 from pgenrm_train.config import DataConfig
@@ -37,15 +37,16 @@ def test_candidates_are_distinct_answers_drawn_without_the_user():
 
 def test_the_ideal_choice_beats_the_favourite_and_is_below_the_best():
     sampler = HistorySampler(PAIRS, size=3, policy="same_scenario", kind="medium", seed=0)
-    reader, world = IdealReader(), PersonaWorld()
-    gained = {"ideal": [], "population": [], "utility": []}
+    readers, world = {name: IdealReader(cohorts) for name, cohorts in READERS.items()}, PersonaWorld()
+    gained = {"ideal": [], "ideal, all personas": [], "population": [], "utility": []}
     for vote in VOTES:
         slate = draw_slate(vote, 8, 0)
-        values = references(slate, sampler(slate.prompt, shown=slate.responses), reader, world)
+        values = references(slate, sampler(slate.prompt, shown=slate.responses), readers, world)
         for name, found in gained.items():
             found.append(values["utility"][values[name].argmax()])
     means = {name: np.mean(found) for name, found in gained.items()}
-    assert means["utility"] > means["ideal"] > means["population"] > 0.03
+    assert means["utility"] > means["ideal, all personas"] > means["population"] > 0.03
+    assert means["ideal"] > means["population"]
 
 
 def test_a_known_user_makes_the_expected_utility_the_true_one():
@@ -55,10 +56,10 @@ def test_a_known_user_makes_the_expected_utility_the_true_one():
         def after_votes(self, example):
             return {read_criteria(VOTES[0].explicit)[1]: 1.0}
 
-    values = references(draw_slate(VOTES[0], 8, 0), (), Sure(), PersonaWorld())
+    values = references(draw_slate(VOTES[0], 8, 0), (), {"ideal": Sure()}, PersonaWorld())
     assert values["ideal"] == pytest.approx(values["utility"])
 
 
 def test_other_data_end_in_a_sentence():
     with pytest.raises(DataError, match=r"expected a vote of PersonaWorld, with stated criteria"):
-        references(Slate(VOTES[0], ("Hello.", "No.")), (), IdealReader(), PersonaWorld())
+        references(Slate(VOTES[0], ("Hello.", "No.")), (), {}, PersonaWorld())
