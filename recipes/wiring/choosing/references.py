@@ -56,8 +56,8 @@ def shuffled(slate: Slate, seed: int) -> Slate:
     """The responses in a random order: as read, the best may come first."""
     order = list(range(len(slate.responses)))
     random.Random(f"{seed}/{slate.key}").shuffle(order)
-    texts, values = (tuple(column[i] for i in order) for column in (slate.responses, slate.values))
-    return replace(slate, responses=texts, values=values)
+    texts, values = slate.responses, slate.values
+    return replace(slate, responses=tuple(texts[i] for i in order), values=tuple(values[i] for i in order))
 
 
 def values_of(
