@@ -84,7 +84,7 @@ def test_a_model_that_likes_long_answers_serves_those_who_do(tmp_path, capsys):
         (TRAIN, (), DataError, r"eval\.split=test of data=pairs holds no prompt"),
         ([*TRAIN, *RATED], ("best_of_n.sizes=[8]",), DataError, "no prompt with 8 rated responses"),
         ([*TRAIN, *RATED], ("best_of_n.pro=1",), ArtifactError, r"best_of_n\.pro=1 needs user prototypes"),
-        (TRAIN, ("best_of_n.sizes=[1]",), ConfigError, r"best_of_n\.sizes=1 must be list\[int\] at least 2"),
+        (TRAIN, ("best_of_n.sizes=[1]",), ConfigError, r"best_of_n\.sizes=1 must be at least 2"),
         (TRAIN, ("best_of_n.sizes=[]",), ConfigError, r"best_of_n\.sizes=\[\] must name one size or more"),
         (TRAIN, ("eval.temperature=0", "eval.seeds=1", "eval.ind=1"), ConfigError, "above 0"),
     ],
