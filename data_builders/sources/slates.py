@@ -69,7 +69,8 @@ def _history(row: hub.Row, where: str) -> tuple[HistoryItem, ...] | None:
         return None
     if not isinstance(items, list):
         raise DataError(
-            f"{where}, field 'history': expected a list of {{query, chosen, rejected}}, got {str(items)[:60]!r}"
+            f"{where}, field 'history': expected a list of {{query, chosen, rejected}}, "
+            f"got {str(items)[:60]!r}"
         )
     history = []
     for place, item in enumerate(items):

@@ -17,15 +17,20 @@ from pgenrm_train.files import write_json, write_table, write_text
 
 HEADLINE = 8  # candidates
 UTILITY = (
-    "The choosers see the same candidates. model: the best mean score in a circle of pairs; model, knockout: the "
-    "winner of rounds, at as many chains; random: the mean of the candidates; best: the greatest true utility. "
+    "The choosers see the same candidates. model: the best mean score in a circle of pairs; model, knockout: "
+    "the winner of rounds, at as many chains; random: the mean of the candidates; best: the greatest true "
+    "utility. "
     "Gains are paired by prompt. The gain share is the gain over random as a share of the named chooser's. "
     "Intervals resample users."
 )
-SCHEMES = "Both schemes ask about the same candidates, with the same number of chains. Undecided: equal or no scores."
+SCHEMES = (
+    "Both schemes ask about the same candidates, with the same number of chains. Undecided: equal or no "
+    "scores."
+)
 OPTIMISATION = (
-    "The model's choice among more and more candidates. If its score rises while the utility falls, the choice is "
-    "over-optimised. KL bound: of best of n against the candidates' distribution. Gains are over the size before."
+    "The model's choice among more and more candidates. If its score rises while the utility falls, the "
+    "choice is over-optimised. KL bound: of best of n against the candidates' distribution. Gains are over "
+    "the size before."
 )
 
 

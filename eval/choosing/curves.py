@@ -1,16 +1,19 @@
 """What the choice among n candidates gains: utility by chooser and n, with intervals over users.
 
-    model        best mean score in the circle            knockout   winner of the rounds (see `schemes`)
+    model        best mean score in the circle
+    knockout     winner of the rounds (see `schemes`)
     random       the mean over the n candidates: a uniform choice, in expectation
-    population   favourite of all users                   ideal      exact choice given the user's votes
-    best         the greatest true utility: a bound; `ideal, all personas` see `data_builders.teachers.choosers`
+    population   favourite of all users
+    ideal        exact choice given the user's votes (two priors, see `data_builders.teachers.choosers`)
+    best         the greatest true utility: a bound
 
-    share of a gain = Σ (model − random) / Σ (ideal − random)      `best` in place of `ideal` where none is known
-    KL(n) = ln n − (n − 1)/n      nats between best of n and the candidates' distribution; an upper bound
+    gain share = Σ (model − random) / Σ (ideal − random)     `best` in place of `ideal` where none is known
+    KL(n) = ln n − (n − 1)/n     nats between best of n and the candidates' distribution; an upper bound
 
-Utility: the true one of PersonaWorld, else the user's ratings.  The curve of over-optimisation sets it against
-the model's own score of its choice: a score that rises while utility falls is over-optimised.  All choosers see
-the same candidates, and differences are paired by prompt.  Our choice; the paper reports trained policies.
+Utility: the true one of PersonaWorld, else the user's ratings.  The curve of over-optimisation sets it
+against the model's own score of its choice: a score that rises while utility falls is over-optimised.  All
+choosers see the same candidates, and differences are paired by prompt.  Our choice; the paper reports trained
+policies.
 """
 
 import math

@@ -10,6 +10,7 @@ veRL 0.9 has no trainer for DPO, and so no schema for it.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -206,8 +207,8 @@ def _card(
     parts = [
         f"---\n{head.to_yaml()}\n---",
         "# Preferences by a personalised reward model",
-        "Per user and prompt a chosen and a rejected answer, as a model scored them for this user. The schema "
-        "is TRL's for DPO: conversational preferences with an explicit prompt.",
+        "Per user and prompt a chosen and a rejected answer, as a model scored them for this user. The "
+        "schema is TRL's for DPO: conversational preferences with an explicit prompt.",
         "## Columns",
         markdown_table(columns),
         f"T = {run.labelled.temperature:.3g}, {fit}.",
@@ -226,17 +227,15 @@ def _card(
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _curves(quarters: Sequence[Mapping[str, object]]) -> list[Curve]:
+def _curves(quarters: Sequence[Mapping[str, Any]]) -> list[Curve]:
     if len(quarters) < 2:
         return []
-    shares = [float(str(row["agreement accuracy"])) for row in quarters]
-    bands = [[100 * bound for bound in row["agreement accuracy ci95"]] for row in quarters]  # type: ignore[attr-defined]
-    confidence = [100 * float(str(row["mean confidence"])) for row in quarters]
-    lines = {"agreement": [100 * share for share in shares], "perfectly calibrated": confidence}
-    title = "Agreement with the user by confidence"
-    return [
-        Curve(title, confidence, lines, "confidence σ(margin / T), %", "agreement, %", {"agreement": bands})
-    ]
+    shares = [100 * row["agreement accuracy"] for row in quarters]
+    bands = [[100 * bound for bound in row["agreement accuracy ci95"]] for row in quarters]
+    confidence = [100 * row["mean confidence"] for row in quarters]
+    lines = {"agreement": shares, "perfectly calibrated": confidence}
+    title, xlabel = "Agreement with the user by confidence", "confidence σ(margin / T), %"
+    return [Curve(title, confidence, lines, xlabel, "agreement, %", {"agreement": bands})]
 
 
 def _shown(run: LabelRun) -> list[Shown]:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pgenrm_train.config.checks import check
-from pgenrm_train.config.choosing import BestOfNConfig, LabelConfig
 from pgenrm_train.config.cluster import CardConfig, ClusterConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import ANSWER_KEYS, FIELD_KEYS, ApiConfig, EndpointConfig
-from pgenrm_train.config.evaluation import EvalConfig, seeds_of_grid, sizes
+from pgenrm_train.config.evaluation import BestOfNConfig, EvalConfig, LabelConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig, Totals
 from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url

@@ -1,4 +1,4 @@
-"""Settings of evaluate and score, and the benchmarks of `eval.tasks`.
+"""Settings of evaluate, score, label and best_of_n, and the benchmarks of `eval.tasks`.
 
 A task's version counts changes of ours to the builder or to the measures: results of two versions are not
 compared.
@@ -15,6 +15,9 @@ from pgenrm_train.errors import ConfigError
 
 PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
 PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
+
+_IND = "own chains per two responses and position"
+_PRO = "similar users' chains per two responses and position; above 0 needs recipe=prototypes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,33 @@ class ScoreConfig:
         None, "sampling temperature; null: 0 for one chain, eval.temperature for several", ge=0
     )
     dry_run: bool = setting(False, "print the chat messages as JSON and start nothing")
+
+
+@dataclass
+class LabelConfig:
+    input: str | None = setting(
+        None,
+        "parquet or JSONL file of user_id, context and responses (docs/using.md); null: the responses of the "
+        "run's pairs in eval.split",
+    )
+    max_prompts: int | None = setting(None, "prompts to label at most; null: all", gt=0)
+    pairs_of: str = setting(
+        "ends",
+        "labels of a prompt: the best response against the worst, the best against each other one, or every "
+        "two",
+        choices=("ends", "best", "all"),
+    )
+    min_margin: float = setting(0.0, "labels whose two scores are closer than this are left out", ge=0)
+    ind: int = setting(1, _IND, gt=0)
+    pro: int = setting(0, _PRO, ge=0)
+
+
+@dataclass
+class BestOfNConfig:
+    sizes: list[int] = setting([2, 4, 8, 16, 32], "numbers of candidates to choose from", ge=2)
+    prompts: int = setting(120, "prompts, of as many users as possible; 0: all", ge=0)
+    ind: int = setting(1, _IND, gt=0)
+    pro: int = setting(0, _PRO, ge=0)
 
 
 @dataclass

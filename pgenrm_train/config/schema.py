@@ -8,11 +8,16 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from pgenrm_train.config.choosing import BestOfNConfig, LabelConfig
 from pgenrm_train.config.cluster import ClusterConfig, PlanConfig, PreflightConfig, RayConfig
 from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import JudgeConfig, TeacherConfig
-from pgenrm_train.config.evaluation import EvalConfig, LeaderboardConfig, ScoreConfig
+from pgenrm_train.config.evaluation import (
+    BestOfNConfig,
+    EvalConfig,
+    LabelConfig,
+    LeaderboardConfig,
+    ScoreConfig,
+)
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import ModelConfig
 from pgenrm_train.config.prototypes import PrototypesConfig

@@ -79,7 +79,8 @@ def usable_slates(
         if slate.history is None and slate.prompt.user_id not in known:
             raise DataError(
                 f"label.input={where}: the row {slate.prompt.pair_id!r} of user {slate.prompt.user_id!r} has "
-                f"no column history, and run_dir={config.run_dir} holds no votes of this user with split=train"
+                f"no column history, and run_dir={config.run_dir} holds no votes of this user with "
+                "split=train"
             )
     usable = [slate for slate in slates if len(slate.responses) > 1]
     if not usable:

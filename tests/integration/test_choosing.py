@@ -1,4 +1,4 @@
-"""recipe=label and recipe=best_of_n with a real model: from a killed start to data set, results and report."""
+"""recipe=label and recipe=best_of_n with a real model: a killed start, data set, results and report."""
 
 import json
 import os

@@ -1,7 +1,8 @@
 """Candidates of best_of_n with their utility, and references that choose among them.
 
-PersonaWorld draws candidates and knows the truth (`data_builders.teachers.choosers`).  Elsewhere the candidates
-are the responses that a user rated for one prompt, in a random order, and the utility is the rating.
+PersonaWorld draws candidates and knows the truth (`data_builders.teachers.choosers`).  Elsewhere the
+candidates are the responses that a user rated for one prompt, in a random order, and the utility is the
+rating.
 """
 
 import random
@@ -25,7 +26,7 @@ from recipes.wiring.models import make_embedder
 
 @dataclass(frozen=True)
 class Values:
-    """Per slate `utility`, `population` and, where it is known, `ideal` of every response; and their meaning."""
+    """Per slate `utility`, `population` and, where known, `ideal` of every response; and their meaning."""
 
     by_slate: Sequence[Mapping[str, np.ndarray]]
     utility: str

@@ -1,4 +1,4 @@
-"""recipe=label: a file or a run's pairs → a data set in TRL's schema, with its card; bad input in a sentence."""
+"""recipe=label: a file or a run's pairs → a data set in TRL's schema with its card; bad input."""
 
 import json
 

@@ -14,7 +14,7 @@ SIZES = (2, 4)
 
 
 def world(users=40, seed=0, noise=0.0, ideal=True):
-    """Slates of four candidates; the model's scores are the utility and noise, the knockout takes the first."""
+    """Slates of four: the model's scores are the utility and noise, the knockout takes the first."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(users, 4))
     scores = 5 + truth + noise * rng.normal(size=truth.shape)
