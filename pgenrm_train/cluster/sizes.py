@@ -125,12 +125,19 @@ def _passes(stage: StageName, examples: int, batch: int) -> float:
 
 
 def size_warnings(config: Config, sizes: Sizes) -> Iterator[str]:
-    """One sentence with the nearest better setting if steps are few or passes many.
+    """One sentence with the nearest better setting if steps are few, passes many, or LoRA's rate is low.
 
     None for nano, whose sizes are those of a demonstration.
     """
     if config.model.kind == "nano":
         return
+    low = sizes.stage != StageName.PSI and sizes.learning_rate <= GrpoConfig.learning_rate
+    if low and config.model.lora.rank:
+        better = f"{sizes.stage}.learning_rate={LORA_FACTOR * sizes.learning_rate:g}"
+        yield (
+            f"{sizes.stage}.learning_rate={sizes.learning_rate:g} is one of full parameters, and LoRA takes "
+            f"{LORA_FACTOR} times as much; the nearest better setting is {better}"
+        )
     if sizes.updates < FEW:
         limit, effect = (FEWER, "next to nothing") if sizes.updates < FEWER else (FEW, "little")
         yield (
@@ -160,10 +167,12 @@ def _more_steps(config: Config, sizes: Sizes) -> str:
     unit = psi_unit(config) if stage == StageName.PSI else grpo_unit(config, getattr(config, stage))
     batches = [b for b in (sizes.batch, *range(sizes.batch // unit * unit, 0, -unit)) if b * FEW <= limit]
     if not batches:
-        return (
-            f"{sizes.examples:,} examples are too few for {config.cluster.ranks} processes: "
-            "add data or use fewer GPUs"
-        )
+        too_few = f"{sizes.examples:,} examples are too few for {config.cluster.ranks} processes"
+        processes = min(limit // FEW, config.cluster.processes_per_node)
+        if not processes or config.cluster.tensor_parallel > 1:
+            return f"{too_few}: add data or use fewer GPUs"
+        nodes = "cluster.nodes=1 " if config.cluster.nodes > 1 else ""
+        return f"{too_few}; the nearest better setting is {nodes}cluster.processes_per_node={processes}"
     changes = []
     if stage == StageName.PSI:
         epochs = known(config.psi.epochs)

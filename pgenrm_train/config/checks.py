@@ -80,26 +80,27 @@ def psi_problems(config: Config) -> list[str]:
         ),
         (
             ranks % shared > 0,
-            f"psi.sequence_parallel={shared} must divide the {ranks} processes of cluster.processes_per_node",
+            f"psi.sequence_parallel={shared} must divide the {ranks} processes of "
+            f"cluster.processes_per_node; the nearest is psi.sequence_parallel={divisor_of(ranks, shared)}",
         ),
         (
             psi.batch_size is not None
             and ranks % shared == 0
             and psi.batch_size * shared % (size * ranks) > 0,
             f"psi.batch_size={psi.batch_size} must be a multiple of {divisor} = {unit}; "
-            f"the nearest is psi.batch_size={_nearest(psi.batch_size, size * ranks, shared)}",
+            f"the nearest is psi.batch_size={nearest_multiple(psi.batch_size, size * ranks, shared)}",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]
 
 
-def _nearest(size: int | None, rows: int, factor: int) -> int:
+def nearest_multiple(size: int | None, rows: int, factor: int) -> int:
     """The number nearest to `size` whose product with `factor` is a multiple of `rows`."""
     unit = rows // math.gcd(rows, factor)
     return max(unit, round((size or 0) / unit) * unit)
 
 
-def _divisor(number: int, limit: int) -> int:
+def divisor_of(number: int, limit: int) -> int:
     """The largest divisor of a number up to a limit."""
     return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)
 
@@ -110,10 +111,10 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     Sizes that are null follow from the data, and then divide.
     """
     grpo: GrpoConfig = getattr(config, stage)
-    ranks, tensor_parallel = config.cluster.ranks, config.cluster.tensor_parallel
+    cluster, ranks = config.cluster, config.cluster.ranks
     mini_batch = grpo.mini_batch_prompts or grpo.prompts_per_step or 0
     rollouts = mini_batch * grpo.group_size
-    nearest = _nearest(mini_batch, ranks, grpo.group_size)
+    nearest = nearest_multiple(mini_batch, ranks, grpo.group_size)
     rules = [
         (
             rollouts % ranks > 0,
@@ -125,13 +126,14 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             tokens_per_pass(config, stage) is None and (rollouts // ranks) % grpo.micro_batch_size > 0,
             f"{stage}.micro_batch_size={grpo.micro_batch_size} must divide the {rollouts // ranks} rollouts "
             f"of a process ({stage}.mini_batch_prompts × {stage}.group_size over {ranks} processes); "
-            f"the nearest is {stage}.micro_batch_size={_divisor(rollouts // ranks, grpo.micro_batch_size)}",
+            f"the nearest is {stage}.micro_batch_size={divisor_of(rollouts // ranks, grpo.micro_batch_size)}",
         ),
         (
-            ranks % tensor_parallel > 0,
-            f"cluster.tensor_parallel={tensor_parallel} must divide the {ranks} processes of cluster.nodes × "
-            f"cluster.processes_per_node; the nearest is "
-            f"cluster.tensor_parallel={_divisor(ranks, tensor_parallel)}",
+            # a vLLM replica stays on one node
+            cluster.processes_per_node % cluster.tensor_parallel > 0,
+            f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {cluster.processes_per_node} "
+            "processes of cluster.processes_per_node; the nearest is "
+            f"cluster.tensor_parallel={divisor_of(cluster.processes_per_node, cluster.tensor_parallel)}",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]
@@ -241,7 +243,9 @@ def _training(config: Config) -> Rules:
             (
                 (grpo.prompts_per_step or 0) % (grpo.mini_batch_prompts or 1) > 0,
                 f"{section}.prompts_per_step={grpo.prompts_per_step} must be a multiple of "
-                f"{section}.mini_batch_prompts={grpo.mini_batch_prompts}",
+                f"{section}.mini_batch_prompts={grpo.mini_batch_prompts}; the nearest is "
+                f"{section}.mini_batch_prompts="
+                f"{divisor_of(grpo.prompts_per_step or 1, grpo.mini_batch_prompts or 1)}",
             )
             for section, grpo in ((StageName.CRE, config.cre), (StageName.CURRICULUM, config.curriculum))
         ),

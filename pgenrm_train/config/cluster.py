@@ -11,6 +11,7 @@ PREFLIGHT = (
     "memory",
     "versions",
     "gpus",
+    "fit",
     "compilers",
     "shared_memory",
     "ports",
@@ -31,16 +32,18 @@ class ClusterConfig:
     device: str = setting("cpu", "device of training and generation", choices=("cpu", "cuda"))
     nodes: int = setting(1, "machines", gt=0)
     processes_per_node: int = setting(1, "ranks of FSDP and DeepSpeed; on cuda: GPUs", gt=0)
-    zero_stage: int = setting(0, "DeepSpeed's ZeRO stage")
+    zero_stage: int = setting(0, "DeepSpeed's ZeRO stage", choices=(0, 1, 2, 3))
     offload_optimizer: bool = setting(False, "keep the optimiser's states in host memory")
     max_failures: int = setting(
         3, "restarts of a training stage from its newest checkpoint after a lost engine or node", ge=0
     )
-    tensor_parallel: int = setting(1, "GPUs of a vLLM replica")
+    tensor_parallel: int = setting(1, "GPUs of a vLLM replica", gt=0)
     engines: int | None = setting(
         None, "vLLM replicas that evaluate; null: processes / tensor_parallel", gt=0
     )
-    gpu_memory_utilization: float = setting(0.6, "vLLM's share of a GPU that it shares with the actor")
+    gpu_memory_utilization: float = setting(
+        0.6, "vLLM's share of a GPU that it shares with the actor", gt=0, lt=1
+    )
     min_free_memory_gib: float | None = setting(
         None, "preflight: host memory that must be free; null: as planned for the stage"
     )

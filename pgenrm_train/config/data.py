@@ -21,9 +21,11 @@ class DataConfig:
         choices=("random", "recent", "most_similar", "same_scenario"),
     )
     history_kind: str | None = setting(None, "draw history only from pairs of this kind")
-    max_train_pairs: int | None = setting(None, "most training pairs; null: all")
-    max_val_pairs: int | None = setting(None, "most validation pairs that prototypes are tried on; null: all")
-    max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all")
+    max_train_pairs: int | None = setting(None, "most training pairs; null: all", gt=0)
+    max_val_pairs: int | None = setting(
+        None, "most validation pairs that prototypes are tried on; null: all", gt=0
+    )
+    max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all", gt=0)
     on_bad_row: str = setting(
         "fail",
         "for rows that do not fit the schema; skip counts and lists them",

@@ -16,7 +16,7 @@ SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
 class GrpoConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
-    rows: int = setting(8192, "training pairs to draw from")
+    rows: int = setting(8192, "training pairs to draw from", gt=0)
     steps: int | None = setting(None, "steps of the stage; null: from the number of pairs", gt=0)
     prompts_per_step: int | None = setting(
         None, "prompts per step; null: from the number of pairs, at most 128", gt=0
@@ -32,12 +32,12 @@ class GrpoConfig:
         24576, "without padding (flash_attention_2): tokens per process and forward pass", gt=0
     )
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
-    warmup_steps: int = setting(0, "steps that warm up")
-    weight_decay: float = setting(0.01, "AdamW's weight decay")
-    kl_coefficient: float = setting(0.001, "weight of the KL loss against the stage's start; 0: none")
-    clip_ratio: float = setting(0.2, "clip range of the importance ratio")
+    warmup_steps: int = setting(0, "steps that warm up", ge=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0)
+    kl_coefficient: float = setting(0.001, "weight of the KL loss against the stage's start; 0: none", ge=0)
+    clip_ratio: float = setting(0.2, "clip range of the importance ratio", gt=0)
     entropy_coefficient: float = setting(0.0, "weight of the entropy bonus")
-    temperature: float = setting(1.0, "sampling temperature of the rollouts")
+    temperature: float = setting(1.0, "sampling temperature of the rollouts", gt=0)
     outcome_weight: float = setting(1.0, "weight of the outcome reward")
     process_weight: float = setting(0.5, "weight of the judge's process reward")
     format_error: float = setting(-0.1, "reward of a chain that cannot be parsed")
@@ -56,15 +56,17 @@ class GrpoConfig:
         ge=0,
         le=1,
     )
-    save_every: int = setting(50, "steps between checkpoints; 0: only the last step")
+    save_every: int = setting(50, "steps between checkpoints; 0: only the last step", ge=0)
     validate_every: int = setting(
         25, "steps between validations, also at the start and the end; 0: none", ge=0
     )
     validate_pairs: int = setting(
         256, "validation pairs, in both orders, with their own, another user's and no history", gt=0
     )
-    keep_checkpoints: int = setting(2, "checkpoints to keep")
-    stall_seconds: float = setting(1800.0, "time without progress after which the watchdog ends the run")
+    keep_checkpoints: int = setting(2, "checkpoints to keep", gt=0)
+    stall_seconds: float = setting(
+        1800.0, "time without progress after which the watchdog ends the run", gt=0
+    )
 
 
 @dataclass

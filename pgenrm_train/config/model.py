@@ -50,9 +50,9 @@ class NanoConfig:
 
 @dataclass
 class LoraConfig:
-    rank: int = setting(0, "0: full-parameter training")
-    alpha: int = setting(32, "scale of the adapters")
-    dropout: float = setting(0.0, "dropout before the adapters")
+    rank: int = setting(0, "0: full-parameter training", ge=0)
+    alpha: int = setting(32, "scale of the adapters", gt=0)
+    dropout: float = setting(0.0, "dropout before the adapters", ge=0, lt=1)
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "layers that get adapters",

@@ -16,7 +16,7 @@ class SecConfig:
     orders_per_pair: int = setting(
         1, "presentation orders per pair; 1 is balanced over pairs", choices=(1, 2)
     )
-    max_chains: int | None = setting(None, "most chains to keep; null: all")
+    max_chains: int | None = setting(None, "most chains to keep; null: all", gt=0)
     second_chance: bool = setting(
         True, "the next try sees the last one's fault of form, but never a wrong ranking"
     )
@@ -55,10 +55,10 @@ class PsiConfig:
     cpu_processes: int = setting(
         1, "least processes of PSI on a CPU; cluster.processes_per_node may be more", gt=0
     )
-    warmup_ratio: float = setting(0.05, "share of the steps that warm up")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
-    beta2: float = setting(0.999, "AdamW's second moment")
-    min_learning_rate_ratio: float = setting(0.0, "last learning rate over the peak, on a cosine")
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", ge=0)
+    beta2: float = setting(0.999, "AdamW's second moment", gt=0, lt=1)
+    min_learning_rate_ratio: float = setting(0.0, "last learning rate over the peak, on a cosine", ge=0, le=1)
     gradient_checkpointing: bool = setting(True, "recompute activations to save memory")
     save_every: int = setting(200, "steps between checkpoints", gt=0)
     log_every: int = setting(10, "steps between lines of metrics", gt=0)

@@ -29,7 +29,8 @@ def local_engines(config: Config) -> Iterator[Callable[[Path | str], Generator]]
     process.  Several are Ray actors that outlive a checkpoint, since a new process takes longer to import
     vLLM than to load weights.  Nothing starts before the first checkpoint.
     """
-    engines = config.cluster.engines or config.cluster.ranks // config.cluster.tensor_parallel
+    cluster = config.cluster
+    engines = cluster.engines or cluster.nodes * (cluster.processes_per_node // cluster.tensor_parallel)
     with contextlib.ExitStack() as stack:
         start = functools.cache(lambda: _actors(config, engines, stack))
 

@@ -25,7 +25,7 @@ USER = 10001  # of the image
 MEMORY_LIMIT = 1.5  # over the planned memory: files in /dev/shm count, and a pod above its limit is killed
 RUNS = "/runs"  # where the volume claim is mounted
 BARE = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)  # no quotes needed in Hydra's grammar
-LEFT_OUT = ("recipe", "plan", "preflight", "ray")  # sections for the planner, not for the run
+LEFT_OUT = ("recipe", "plan", "ray")  # sections for the planner, not for the run
 
 
 def slurm(config: Config, hours: float | None = None) -> str:
@@ -195,6 +195,7 @@ def overrides_of(config: Config) -> list[str]:
     # Unchecked, because the differences may hold keys that a group requires (data.path, judge.name, …).
     base = to_dict(load(*chosen, checked=False))
     wanted = to_dict(config) | {"run_dir": config.store or config.run_dir, "store": None}
+    wanted["preflight"] = to_dict(config.preflight) | {"only": False}
     return chosen + list(_differences(wanted, base, LEFT_OUT))
 
 

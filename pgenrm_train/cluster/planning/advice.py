@@ -5,6 +5,7 @@ Fewest changes come first, then the cheapest in time.
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,7 +20,7 @@ from pgenrm_train.cluster.planning.memory import (
 from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.cluster.sizes import LORA_FACTOR, psi_unit
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, psi_cluster, tokens_per_pass
-from pgenrm_train.config.checks import grpo_problems, psi_problems
+from pgenrm_train.config.checks import divisor_of, grpo_problems, nearest_multiple, psi_problems
 from pgenrm_train.config.setting import known
 
 T = TypeVar("T")
@@ -78,24 +79,33 @@ def grpo_batches(config: Config, stage: StageName) -> Batches:
 def problems_of(config: Config, geometry: Geometry, stage: StageName) -> list[str]:
     """One sentence per reason why the stage cannot run."""
     config = with_planned_sizes(config)
-    batches, length, cluster = batches_of(config, stage), longest(config), config.cluster
+    batches = batches_of(config, stage)
     problems = [
         *(_overfull(phase) for phase in phases_of(config, geometry, stage) if not phase.fits),
         *(batches.problems if batches else ()),
     ]
-    if stage != StageName.BUILD_SEC and length > geometry.positions:
+    if stage != StageName.BUILD_SEC and longest(config) > geometry.positions:
         problems.append(
-            f"model.max_prompt_tokens + model.max_response_tokens = {length} exceeds the "
-            f"{geometry.positions} "
-            "positions"
+            f"model.max_prompt_tokens + model.max_response_tokens = {longest(config)} exceeds the model's "
+            f"{geometry.positions} positions"
         )
-    generates = stage not in (StageName.PSI, StageName.BUILD_SEC)
-    if generates and cluster.tensor_parallel > cluster.processes_per_node:
-        problems.append(
-            f"{stage}: cluster.tensor_parallel={cluster.tensor_parallel} exceeds cluster.processes_per_node="
-            f"{cluster.processes_per_node}: a vLLM replica stays on one node"
-        )
+    if stage not in (StageName.PSI, StageName.BUILD_SEC):
+        problems += _unequal_parts(config, geometry, stage)
     return problems
+
+
+def _unequal_parts(config: Config, geometry: Geometry, stage: StageName) -> Iterator[str]:
+    """Reasons why vLLM cannot split the model over `cluster.tensor_parallel` GPUs of one node."""
+    parallel, processes = config.cluster.tensor_parallel, config.cluster.processes_per_node
+    if parallel > processes:
+        yield (
+            f"{stage}: cluster.tensor_parallel={parallel} exceeds cluster.processes_per_node={processes}: "
+            "a vLLM replica stays on one node"
+        )
+    if config.cluster.device == "cuda" and geometry.heads % parallel:
+        yield (
+            f"{stage}: cluster.tensor_parallel={parallel} does not divide the model's {geometry.heads} heads"
+        )
 
 
 def _overfull(phase: Phase) -> str:
@@ -111,7 +121,7 @@ def _overfull(phase: Phase) -> str:
 
 def nearest_fit(config: Config, geometry: Geometry, stage: StageName) -> tuple[str, ...] | None:
     """Overrides under which the stage has no problem; None if no few known changes suffice."""
-    possible = list(changes(config, stage))
+    possible = [*_splits(config, geometry), *_shorter(config, geometry), *changes(config, stage)]
     for number in range(1, MOST_CHANGES + 1):
         for chosen in itertools.combinations(possible, number):
             keys = [key for change in chosen for key, _ in change]
@@ -133,8 +143,11 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
         if not cluster.offload_optimizer:
             yield (("cluster.offload_optimizer", True),)
         yield from _grpo_batches(config, stage)
-    if cuda and stage != StageName.PSI:
+    if cuda and stage not in (StageName.PSI, StageName.BUILD_SEC):
         yield from ((("cluster.tensor_parallel", tp),) for tp in (2, 4, 8) if tp > cluster.tensor_parallel)
+    for section, served in (("teacher", config.teacher), ("judge", config.judge)):
+        if cuda and served.kind == "vllm" and (section == "teacher") == (stage == StageName.BUILD_SEC):
+            yield from (((f"{section}.gpus", gpus),) for gpus in (2, 4, 8) if gpus > served.gpus)
     for response in (4096, 2048, 1024):
         if response < model.max_response_tokens:
             yield (("model.max_response_tokens", response),)
@@ -149,6 +162,25 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
         yield from ((("cluster.processes_per_node", n),) for n in (2, 4, 8) if n > cluster.processes_per_node)
         if cluster.processes_per_node == 8:
             yield from ((("cluster.nodes", cluster.nodes * n),) for n in (2, 4))
+
+
+def _splits(config: Config, geometry: Geometry) -> Iterator[Change]:
+    """The nearest smaller number of GPUs per vLLM replica that node and heads divide by."""
+    wanted = config.cluster.tensor_parallel
+    possible = divisor_of(math.gcd(config.cluster.processes_per_node, geometry.heads), wanted)
+    if possible < wanted:
+        yield (("cluster.tensor_parallel", possible),)
+
+
+def _shorter(config: Config, geometry: Geometry) -> Iterator[Change]:
+    """Prompt and answer that the model's positions hold."""
+    model = config.model
+    if longest(config) <= geometry.positions:
+        return
+    if (prompt := geometry.positions - model.max_response_tokens) > 0:
+        yield (("model.max_prompt_tokens", prompt),)
+    half = geometry.positions // 2
+    yield (("model.max_prompt_tokens", half), ("model.max_response_tokens", geometry.positions - half))
 
 
 def _smaller_passes(config: Config, stage: StageName) -> Iterator[Change]:
@@ -174,7 +206,9 @@ def _psi_changes(config: Config) -> Iterator[Change]:
         yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
     unit = psi_unit(config)
     if psi.batch_size and psi.batch_size % unit:
-        yield (("psi.batch_size", max(unit, psi.batch_size // unit * unit)),)
+        yield (("psi.batch_size", nearest_multiple(psi.batch_size, unit, 1)),)
+    if (ranks := psi_cluster(config).ranks) % psi.sequence_parallel:
+        yield (("psi.sequence_parallel", divisor_of(ranks, psi.sequence_parallel)),)
     if cuda and not cluster.offload_optimizer:
         sharding = () if cluster.zero_stage else (("cluster.zero_stage", 2),)
         yield (("cluster.offload_optimizer", True), *sharding)

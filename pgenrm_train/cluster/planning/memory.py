@@ -34,7 +34,7 @@ share.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
 from pgenrm_train.cluster.sizes import PIECE
@@ -338,7 +338,13 @@ def served_phases(config: Config, section: str, settings: EndpointConfig, stage:
         notes = (f"not planned: {error}",)
         return [Phase(stage, f"{section} (vLLM)", {}, card_of(config).memory_gib, notes=notes)]
     serving = Serving(VLLM_SHARE, settings.gpus, geometry.positions)
-    return [vllm_phase(config, geometry, stage, f"{section} (vLLM, {settings.gpus} GPUs)", serving)]
+    phase = vllm_phase(config, geometry, stage, f"{section} (vLLM, {settings.gpus} GPUs)", serving)
+    if geometry.heads % settings.gpus:
+        problem = (
+            f"{stage}: {section}.gpus={settings.gpus} does not divide its model's {geometry.heads} heads"
+        )
+        return [replace(phase, problem=problem)]
+    return [phase]
 
 
 def phases_of(config: Config, geometry: Geometry, stage: StageName) -> list[Phase]:

@@ -89,6 +89,9 @@ def pairs_of(config: Config) -> tuple[int, int, tuple[str, ...]]:
     else:
         train, test = ASSUMED_PAIRS
         assumed.append(f"{train:,} training and {test:,} test pairs (plan.pairs=, plan.test_pairs=)")
+    if data.val_share:
+        train -= round(train * data.val_share)
+        assumed.append(f"data.val_share={data.val_share:g} holds out that share of the pairs")
     train = config.plan.pairs or min(train, data.max_train_pairs or train)
     test = config.plan.test_pairs or min(test, data.max_test_pairs or test)
     return train, test, () if config.plan.pairs and config.plan.test_pairs else tuple(assumed)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.planning.needs import idle_warnings
+from pgenrm_train.cluster.preflight.fit import check_fit, planned_warnings
 from pgenrm_train.cluster.preflight.gpus import check_compilers, check_gpus, idle_gpus
 from pgenrm_train.cluster.preflight.machine import (
     check_disk,
@@ -41,6 +42,7 @@ CHECKS: dict[str, Check] = {
     "memory": check_memory,
     "versions": check_versions,
     "gpus": check_gpus,
+    "fit": check_fit,
     "compilers": check_compilers,
     "shared_memory": check_shared_memory,
     "ports": check_ports,
@@ -80,8 +82,14 @@ def check_machine(config: Config, *stages: str, skip: Sequence[str] = ()) -> Non
 
 
 def fail_early(config: Config, stages: Sequence[str]) -> None:
-    """Check all remaining stages now, so that a missing judge key fails in seconds."""
-    check_machine(config, *still_to_do(config, stages), skip=("ring",))
+    """Check all remaining stages now, so that a missing judge key fails in seconds.
+
+    Sizes are those of the plan; each stage logs its own from the real data.
+    """
+    remaining = still_to_do(config, stages)
+    check_machine(config, *remaining, skip=("ring",))
+    for warning in planned_warnings(config, remaining):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def findings(config: Config, stages: Sequence[str], skip: Sequence[str] = ()) -> Iterator[Finding]:

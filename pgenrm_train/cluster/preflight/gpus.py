@@ -27,19 +27,27 @@ class Gpu:
 
 def check_gpus(config: Config, stage: str) -> Iterator[str]:
     """Count and kind of this machine's GPUs; with ray.address it may have none."""
-    used = stage in (*HEAVY, StageName.PROTOTYPES)
+    taught = stage == StageName.BUILD_SEC and config.teacher.kind == "vllm"
+    used = stage in (*HEAVY, StageName.PROTOTYPES) or taught
     if config.cluster.device != "cuda" or not used or config.ray.address is not None:
         return
     import torch
 
     visible, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
     if visible < needed:
-        served = needed > config.cluster.processes_per_node
+        served = needed > config.cluster.processes_per_node and not taught
         judge = f", {config.judge.gpus} of them for the judge" if served else ""
+        tp = config.cluster.tensor_parallel
+        left = (visible - (config.judge.gpus if served else 0)) // tp * tp
+        better = (
+            f"the nearest is cluster.processes_per_node={left}" if left > 0 else "choose another cluster="
+        )
+        if taught and config.teacher.gpus > visible:
+            judge = f", {config.teacher.gpus} of them for the teacher"
+            better = f"the nearest is teacher.gpus={visible}" if visible else "choose another teacher="
         yield (
             f"cluster={config.cluster.name} needs {needed} GPUs per node{judge} and this machine shows "
-            f"{visible}; "
-            "choose another cluster= or set cluster.processes_per_node="
+            f"{visible}; {better}"
         )
         return
     yield from driver_problems(driver_version())

@@ -120,6 +120,11 @@ def test_the_command_composes_the_same_configuration(overrides: list[str]) -> No
     assert not any(argument.startswith("plan.") for argument in arguments)
 
 
+def test_checks_that_are_skipped_are_skipped_by_the_job_too() -> None:
+    arguments = launch.overrides_of(composed("preflight.skip=[compilers,fit]", "preflight.only=true"))
+    assert "preflight.skip=[compilers,fit]" in arguments and "preflight.only" not in " ".join(arguments)
+
+
 @given(st.text(st.characters(min_codepoint=32, blacklist_categories=("Cs", "Cc")), min_size=1, max_size=20))
 @settings(max_examples=100)
 def test_any_text_survives_hydra(text: str) -> None:

@@ -235,6 +235,37 @@ def test_what_fits_on_the_shipped_clusters(model: str, cluster: str) -> None:
     assert {stage.stage for stage in plan.stages if not stage.fits} == EXPECTED[model, cluster]
 
 
+@pytest.mark.parametrize(
+    ("keys", "stage", "problem", "change"),
+    [
+        ("cluster.tensor_parallel=16", "cre", "exceeds cluster.processes_per_node=8", "tensor_parallel=8"),
+        (
+            "cluster.processes_per_node=6 cluster.tensor_parallel=3",
+            "evaluate",
+            "does not divide the model's 32 heads",
+            "cluster.tensor_parallel=2",
+        ),
+        (
+            "cluster.processes_per_node=3 cluster.nodes=2 cluster.tensor_parallel=2",
+            "cre",
+            "must divide the 3 processes of cluster.processes_per_node",
+            "cluster.tensor_parallel=1",
+        ),
+        ("psi.sequence_parallel=3", "psi", "must divide the 8 processes", "psi.sequence_parallel=2"),
+        ("psi.batch_size=20", "psi", "the nearest is psi.batch_size=16", "psi.batch_size=16"),
+        ("model.max_prompt_tokens=130000", "evaluate", "131072 positions", "model.max_prompt_tokens=122880"),
+        ("teacher.gpus=1", "build_sec", "room for 0 tokens", "teacher.gpus=4"),
+        ("teacher.gpus=3", "build_sec", "teacher.gpus=3 does not divide its model's 64", "teacher.gpus=4"),
+    ],
+)
+def test_what_engines_refuse_is_planned_with_the_nearest_change(keys, stage, problem, change) -> None:
+    served = ("teacher=vllm", "teacher.name=meta-llama/Llama-3.1-70B-Instruct", "teacher.gpus=4")
+    config = composed("llama31_8b", "gpu8", *served, *keys.split())
+    (plan,) = plan_of(changed(config, plan__stage=stage)).stages
+    assert any(problem in text for text in plan.problems)
+    assert plan.change is not None and change in plan.change[0] and len(plan.change) == 1
+
+
 def test_the_nearest_change_has_no_needless_part() -> None:
     config = composed("llama31_70b_lora", "gpu1")
     (psi,) = plan_of(changed(config, plan__stage="psi")).stages
@@ -319,6 +350,11 @@ def test_pairs_come_from_the_data(tmp_path: Path, eight: Config) -> None:
     train, _, assumed = pairs_of(load("recipe=plan", "data=pairs", f"data.path={votes}"))
     assert train == 7 and "7 rows" in assumed[0]
     assert pairs_of(load("recipe=plan", "data=pairs", "data.path=none.jsonl"))[0] == 10_000
+
+
+def test_held_out_users_are_no_training_pairs() -> None:
+    plan = plan_of(composed("llama31_8b", "gpu8", "data.val_share=0.2", "plan.stage=cre"))
+    assert plan.stages[0].sizes is not None and plan.stages[0].sizes.examples == 244
 
 
 def test_lengths_are_at_most_the_models() -> None:

@@ -156,6 +156,18 @@ def test_too_few_data_for_the_cluster_name_the_remedy() -> None:
         .warnings
     )
     assert "10 examples are too few for 32 processes" in warning
+    better = warning.partition("setting is ")[2].split()
+    assert better == ["cluster.nodes=1", "cluster.processes_per_node=4"]
+    fewer = given_keys(EIGHT, "plan.pairs=10", "sec.orders_per_pair=1", *better)
+    assert "psi.epochs=" in next(iter(plan_of(fewer).stages[1].warnings)), "then passes are the remedy"
+
+
+def test_grpo_with_adapters_takes_a_higher_rate() -> None:
+    config = given_keys(EIGHT, "model.lora.rank=16")
+    cre, curriculum = (w for stage in plan_of(config).stages for w in stage.warnings)
+    assert "cre.learning_rate=1e-05" in cre and "curriculum.learning_rate=1e-05" in curriculum
+    shipped = load("recipe=plan", "model=llama31_70b_lora", "cluster=gpu8", "data=chatbot_arena")
+    assert not [w for stage in plan_of(shipped).stages for w in stage.warnings]
 
 
 def test_a_run_logs_its_sizes_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,6 +277,21 @@ MISTAKES = {
     "cluster.engines=0": ("cluster.engines=0", "above 0"),
     "cre.group_size=1": ("cre.group_size=1", "at least 2"),
     "cre.mini_batch_prompts=0": ("cre.mini_batch_prompts=0", "above 0"),
+    "cluster.tensor_parallel=0": ("cluster.tensor_parallel=0", "above 0"),
+    "cluster.zero_stage=4": ("cluster.zero_stage=4", "0, 1, 2, 3"),
+    "cluster.gpu_memory_utilization=60": ("cluster.gpu_memory_utilization=60", "below 1"),
+    "model.lora.rank=-8": ("model.lora.rank=-8", "at least 0"),
+    "model.lora.dropout=1": ("model.lora.dropout=1", "below 1"),
+    "data.max_train_pairs=0": ("data.max_train_pairs=0", "above 0, or null"),
+    "sec.max_chains=0": ("sec.max_chains=0", "above 0, or null"),
+    "psi.warmup_ratio=5": ("psi.warmup_ratio=5", "below 1"),
+    "psi.min_learning_rate_ratio=2": ("psi.min_learning_rate_ratio=2", "at most 1"),
+    "cre.rows=-5": ("cre.rows=-5", "above 0"),
+    "cre.temperature=0": ("cre.temperature=0", "above 0"),
+    "cre.clip_ratio=-1": ("cre.clip_ratio=-1", "above 0"),
+    "cre.keep_checkpoints=0": ("cre.keep_checkpoints=0", "above 0"),
+    "cre.save_every=-1": ("cre.save_every=-1", "at least 0"),
+    "cre.mini_batch_prompts=12": ("a multiple of cre.mini_batch_prompts=12", "cre.mini_batch_prompts=8"),
     "cre.max_null_share=2": ("cre.max_null_share=2", "cre.max_null_share=2"),
     "curriculum.max_null_share=-1": ("curriculum.max_null_share=-1", "curriculum.max_null_share=-1"),
     "curriculum.prompts_per_step=17": ("curriculum.prompts_per_step=17", "curriculum.mini_batch_prompts=16"),
@@ -309,7 +324,7 @@ def test_processes_that_share_a_sequence_divide_processes_and_batch(hydra):
     keys_given = ("recipe=psi", "psi.micro_batch_size=1", "cluster.processes_per_node=4")
     assert load(*keys_given, "psi.sequence_parallel=2", "psi.batch_size=6").psi.batch_size == 6
     for more, words in {
-        ("psi.sequence_parallel=3",): "must divide the 4 processes",
+        ("psi.sequence_parallel=3",): r"must divide the 4 processes .* nearest is psi\.sequence_parallel=2",
         ("psi.sequence_parallel=2", "psi.packing=true"): "psi.packing must be false or null",
         ("psi.sequence_parallel=2", "psi.batch_size=7"): r"processes ÷ psi.sequence_parallel = 1 × 4 ÷ 2",
     }.items():

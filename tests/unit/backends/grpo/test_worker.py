@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from pgenrm_train.backends.grpo import session
 from pgenrm_train.backends.grpo.config import grpo_keys, verl_variables
-from pgenrm_train.backends.grpo.session import STARTUP_SECONDS
 from pgenrm_train.config import ROOT, load
+from pgenrm_train.errors import PGenRMError
 
 JOIN = """
 import sys
@@ -49,8 +51,22 @@ def test_ranks_wait_for_each_other_as_long_as_the_watchdog(tmp_path):
     assert float(done.stdout.split()[-1]) == timeout
 
 
-def test_a_start_up_has_more_patience_than_a_step():
-    assert load("recipe=cre").cre.stall_seconds < STARTUP_SECONDS
+def test_a_start_up_has_more_patience_than_a_step(tmp_path, monkeypatch):
+    assert load("recipe=cre").cre.stall_seconds < session.STARTUP_SECONDS
+    monkeypatch.setattr(session, "STARTUP_SECONDS", 600.0)
+    stalls: list[PGenRMError] = []
+    watchdog = session.Watchdog(0.2, stalls.append, tmp_path)
+    try:
+        watchdog.beat("cre", 1, "sampling")
+        time.sleep(1.5)
+        assert not stalls, "the first step compiles"
+        watchdog.beat("cre", 2, "sampling")
+        end = time.monotonic() + 30
+        while not stalls and time.monotonic() < end:
+            time.sleep(0.05)
+        assert "cre made no progress" in str(stalls[0])
+    finally:
+        watchdog.stopped.set()
 
 
 def test_the_loss_of_bypass_mode_compares_the_actor_with_the_sampler() -> None:
