@@ -148,7 +148,8 @@ def as_typed(override: str) -> str:
         kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
     if kind not in (str, str | None, list[str]) or set(value) & set("'\"\\(){}$"):
         return override
-    item = r"(?<=[\[,])(\s*)({})(?=\s*[],])" if kind == list[str] else r"^(\s*)({})$"
+    # Several values, of a list or of -m, are separated by commas.
+    item = r"(?<=[\[,])(\s*)({})(?=\s*[],])" if kind == list[str] else r"(?:^|(?<=,))(\s*)({})(?=\s*(?:,|$))"
     return f"{key}=" + re.sub(item.format(_NO_TEXT), r'\1"\2"', value, flags=re.IGNORECASE)
 
 

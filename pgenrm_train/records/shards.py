@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,8 +24,10 @@ BATCH = 1024  # rows that are Python objects at a time
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
 # Files of the Hugging Face hub and of `Dataset.save_to_disk` next to the data.
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-# Folders of Delta, Spark and the archiver of macOS next to the data.
-_NO_DATA = {"_delta_log", "_change_data", "_spark_metadata", "_temporary", "__MACOSX"}
+# Folders of Spark and the archiver of macOS next to the data.
+_NO_DATA = {"_change_data", "_spark_metadata", "_temporary", "__MACOSX"}
+# Folders of logs: only files that the log names count, and others hold deleted rows and older versions.
+_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi", "metadata": "Iceberg"}
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 
 
@@ -116,10 +118,11 @@ def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]
     """Parquet, Arrow and JSON files, or those of other suffixes, below a folder, by path.
 
     Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.  Raises
-    DataError for a link that leads to no file, because its rows would be missing.
+    DataError for a link that leads to no file, because its rows would be missing, and for a table with a log.
     """
-    found = []
-    for path in sorted(folder.rglob("*")):
+    found, entries = [], sorted(folder.rglob("*"))
+    _check_for_log([*entries, *(place / name for place in folder.absolute().parents for name in _LOGS)])
+    for path in entries:
         parts = path.relative_to(folder).parts
         if _NO_DATA.intersection(parts) or any(part.startswith(".") for part in parts):
             continue
@@ -131,6 +134,17 @@ def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]
         if fits and path.is_file() and path.name not in _METADATA and not is_cache:
             found.append(path)
     return found
+
+
+def _check_for_log(paths: Iterable[Path]) -> None:
+    """Raise DataError if one of these is the log of a table that keeps the files of deleted rows."""
+    for path in paths:
+        kind = _LOGS.get(path.name)
+        if kind and path.is_dir() and (kind != "Iceberg" or any(path.glob("*.metadata.json"))):
+            raise DataError(
+                f"{path.parent} is a table of {kind}, which keeps files of deleted rows; save the rows of its "
+                "current version as parquet, and give that file or folder"
+            )
 
 
 def check_complete(files: list[Path]) -> None:

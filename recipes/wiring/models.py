@@ -63,7 +63,7 @@ def load_tokenizer(model: Path | str) -> Any:
 def check_base(config: Config) -> None:
     """Check the model that PSI starts from before chains are sampled and paid for."""
     # A nano may be made from the chains.
-    if config.model.kind == "hf" and still_to_do(config, [StageName.PSI]):
+    if (config.model.kind == "hf" or config.model.path) and still_to_do(config, [StageName.PSI]):
         check_libraries(config.psi)
         inspect_start(config, base_model(config))
 

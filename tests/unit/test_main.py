@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from pgenrm_train.__main__ import run_recipe
 from pgenrm_train.cli_errors import explain
-from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.config import ROOT, Config, as_typed, load
 
 HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "deepspeed", "wandb", "pandas", "sklearn")
 
@@ -172,6 +172,21 @@ def test_a_text_stays_as_it_is_typed(text):
     assert (config.run_dir, config.data.path, config.model.name) == (text, text, text)
     assert config.eval.compare == [text, "1.0"]
     assert load("recipe=build_data", "model.path=null", "seed=1_0").seed == 10
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("run_dir=1.10,1.20", ["1.10", "1.20"]),
+        ("run_dir=2024_11_30, runs/a,true", ["2024_11_30", "runs/a", "true"]),
+        ("eval.compare=[1.10,x],[2_0]", [["1.10", "x"], ["2_0"]]),
+        ("seed=1_0,2", [10, 2]),
+    ],
+)
+def test_each_text_of_several_runs_stays_as_it_is_typed(argument, values):
+    (override,) = OverridesParser.create().parse_overrides([as_typed(argument)])
+    runs = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+    assert [parse_argument(run) for run in runs] == values
 
 
 def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):

@@ -49,6 +49,7 @@ def inspect_start(config: Config, start: Path | str) -> Start:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{start} is not a model that PSI can start from: {first_line(error)}") from None
     check_template(tokenizer, start)
+    _check_place_of_answer(tokenizer, start)
     if changes := [name for name in CHANGES_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]:
         raise ConfigError(
             f"{start} changes its logits after the head ({changes[0]}), which the loss of PSI does not do; "
@@ -66,6 +67,14 @@ def check_template(tokenizer: Any, model: Path | str) -> None:
             f"the tokenizer of {model} has no chat template; start from an instruct model or add "
             "chat_template.jinja"
         )
+
+
+def _check_place_of_answer(tokenizer: Any, model: Path | str) -> None:
+    """Raise DataError if the chat template renders an answer elsewhere than after the generation prompt."""
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    except DataError as error:
+        raise DataError(f"the tokenizer of {model}: {error}") from None
 
 
 def _check_heads(parts: int, shape: Any) -> None:

@@ -1,6 +1,7 @@
 """The LLM judge: a chain cannot forge its verdict, and a failure is never a score."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,27 @@ def test_a_failed_judgement_is_none_and_counted(answer, kind, monkeypatch):
         rate = judge(server)
         assert rate("a chain", row()) is None
         assert rate.metrics()[f"no_verdict/{kind}"] == 1
+
+
+def test_a_strict_server_takes_the_schema_and_one_without_schemas_loses_no_verdict():
+    def answer(body, n):
+        if "response_format" not in body:
+            return GOOD
+        schema = body["response_format"]["json_schema"]["schema"]
+        loose = [name for name, kind in schema["properties"].items() if {"type", "maxLength"} & {*kind} != {"type"}]
+        return {"status": 400, "words": f"schema: {loose}"} if loose else GOOD
+
+    def no_format(body, n):
+        return {"status": 400, "words": "no response_format"} if "response_format" in body else GOOD
+
+    for behaviour, formatted in ((answer, range(40, 50)), (no_format, range(1, 5))):
+        with serve(behaviour) as server, ThreadPoolExecutor(4) as threads:
+            rate = judge(server, give_up_after=2)
+            scores = list(threads.map(rate, [f"chain {n}" for n in range(40)], [row()] * 40))
+            assert scores == [pytest.approx(0.6)] * 40 and not [
+                name for name in rate.metrics() if name.startswith("no_verdict/")
+            ]
+            assert sum("response_format" in body for body in server.bodies) in formatted
 
 
 def test_a_fixed_sample_of_chains_is_judged_twice_and_the_difference_is_known():

@@ -504,8 +504,26 @@ def test_a_key_twice_is_refused(tmp_path, form):
         build(tmp_path, tmp_path / "votes.jsonl")
 
 
-@pytest.mark.parametrize("name", ["_delta_log", "__MACOSX", ".ipynb_checkpoints", "a/_temporary/0"])
+@pytest.mark.parametrize("name", ["_change_data", "__MACOSX", ".ipynb_checkpoints", "a/_temporary/0"])
 def test_folders_of_other_programs_hold_no_votes(tmp_path, name):
     votes = write_jsonl(tmp_path / "votes" / "a.jsonl", [a_vote(n) for n in range(3)]).parent
     write_jsonl(votes / name / "a.json", [{"commitInfo": {}}])
     assert len(build(tmp_path, votes)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("log", "kind"),
+    [
+        ("_delta_log/00000000000000000001.json", "Delta"),
+        (".hoodie/hoodie.properties", "Hudi"),
+        ("metadata/v1.metadata.json", "Iceberg"),
+    ],
+)
+def test_a_table_that_keeps_deleted_rows_is_refused(tmp_path, log, kind):
+    part = write_jsonl(tmp_path / "votes" / "data" / "a.jsonl", [a_vote(n) for n in range(3)]).parent
+    write_jsonl(part.parent / log, [{"remove": {"path": "data/a.jsonl"}}])
+    for folder in (part, part.parent, tmp_path):
+        with pytest.raises(DataError, match=f"votes is a table of {kind}, which keeps files of deleted rows"):
+            build(tmp_path, folder)
+    (part.parent / log).rename(tmp_path / "elsewhere")
+    assert kind != "Iceberg" or len(build(tmp_path, part.parent)[0]) == 3, "metadata of another program"

@@ -89,6 +89,14 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
     with pytest.raises(ConfigError, match="target_modules=nope names no linear layer"):
         psi.run(load("recipe=psi", *overrides, "preflight.skip=[disk,memory,versions]"))
     assert not (tmp_path / "run" / "build_data").exists()
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}<model>{% endif %}"
+    )
+    for kind in ("nano", "llama31_8b"):
+        with pytest.raises(DataError, match="base: the chat template renders a prompt that is not a prefix"):
+            psi.run(load("recipe=psi", f"model={kind}", *overrides[1:4], "preflight.skip=[disk,memory,versions]"))
+        assert not (tmp_path / "run" / "build_data").exists()
 
 
 def test_a_run_may_resume_with_another_interval_of_saving():
