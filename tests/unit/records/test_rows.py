@@ -240,7 +240,7 @@ def test_missing_file(tmp_path):
     assert "does not exist" in problem(tmp_path / "nothing.parquet")
 
 
-@pytest.mark.parametrize("name", ["votes.csv", "votes"])
+@pytest.mark.parametrize("name", ["votes.csv", "votes", "votes.jsonl.gz"])
 def test_wrong_suffix(tmp_path, name):
     (tmp_path / name).write_text("a,b\n")
     assert "expected .parquet or .jsonl" in problem(tmp_path / name)
@@ -286,6 +286,18 @@ def test_bytes_that_are_no_text(tmp_path):
     assert "UTF-8" in problem(path)
 
 
+def test_another_encoding_than_utf8(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.write_text(json.dumps(a_row()), encoding="utf-16")
+    assert "after row 0: expected UTF-8 text, got other bytes" in problem(path)
+
+
+def test_an_object_around_the_rows_is_no_vote(tmp_path):
+    path = tmp_path / "votes.json"
+    path.write_text(json.dumps({"data": [a_row()]}))
+    assert "row 1, field 'user_id': expected a value" in problem(path)
+
+
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "votes.jsonl").mkdir()
     problem(tmp_path / "votes.jsonl")
@@ -314,6 +326,30 @@ BAD_FIELDS = {
     "empty chosen": ({"chosen": " \n"}, "chosen", "non-empty text"),
     "empty rejected": ({"rejected": {"role": "model", "content": ""}}, "rejected", "non-empty text"),
     "chosen of another type": ({"chosen": ["good"]}, "chosen", "non-empty text"),
+    "a conversation as chosen": (
+        {"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+        "chosen",
+        "non-empty text",
+    ),
+    "parts as content": (
+        {"context": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        "context[0]",
+        "{role, content} with two texts",
+    ),
+    "a tool's turn": (
+        {"context": [{"role": "tool", "content": "42"}, {"role": "user", "content": "hi"}]},
+        "context[0].role",
+        "user, assistant, model or system",
+    ),
+    "ends with the system": (
+        {"context": [{"role": "user", "content": "hi"}, {"role": "system", "content": "Be terse."}]},
+        "context",
+        "ends with a user turn",
+    ),
+    "another spelling of a split": ({"split": "Train"}, "split", "train, val or test"),
+    "score that is a number as text": ({"chosen_score": "8"}, "chosen_score", "a number or null"),
+    "type that is a number": ({"type": 3}, "type", "a text or null"),
+    "criteria that are a list": ({"criteria": ["short", "kind"]}, "criteria", "a text or null"),
     "bad split": ({"split": "dev"}, "split", "train, val or test"),
     "split that is a list": ({"split": ["train"]}, "split", "train, val or test"),
     "split that is a number": ({"split": 1}, "split", "train, val or test"),
@@ -360,6 +396,29 @@ def test_a_text_column_of_other_bytes_is_one_sentence(tmp_path):
     table = pa.table({"user_id": ["u", "u"], "context": ["q", "r"], "chosen": texts, "rejected": ["a", "b"]})
     pq.write_table(table, tmp_path / "votes.parquet")
     assert "rows 1 to 2: expected UTF-8 text, got other bytes" in problem(tmp_path / "votes.parquet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [
+        (pa.large_string(), True),
+        (pa.string_view(), True),
+        (pa.dictionary(pa.int8(), pa.string()), True),
+        (pa.binary(), False),
+    ],
+    ids=str,
+)
+def test_texts_in_arrows_other_types(tmp_path, kind, fits):
+    columns = {"user_id": "7", "context": "q", "chosen": "a\u200b\0", "rejected": "b"}
+    table = pa.table({name: pa.array([text], pa.string()).cast(kind) for name, text in columns.items()})
+    users = pa.array([7], pa.uint64())
+    for one in (table, table.set_column(0, "user_id", users)):
+        pq.write_table(one, tmp_path / "votes.parquet")
+        if fits:
+            [pair] = read_pairs(tmp_path / "votes.parquet")
+            assert (pair.user_id, pair.query, pair.chosen, pair.rejected) == ("7", "q", "a\u200b\0", "b")
+        else:
+            assert "row 1, field" in problem(tmp_path / "votes.parquet")
 
 
 @pytest.mark.parametrize("column", ["user_id", "context", "chosen", "rejected"])

@@ -142,7 +142,9 @@ def test_a_strict_server_takes_the_schema_and_one_without_schemas_loses_no_verdi
         if "response_format" not in body:
             return GOOD
         schema = body["response_format"]["json_schema"]["schema"]
-        loose = [name for name, kind in schema["properties"].items() if {"type", "maxLength"} & {*kind} != {"type"}]
+        loose = [
+            name for name, kind in schema["properties"].items() if {"type", "maxLength"} & {*kind} != {"type"}
+        ]
         return {"status": 400, "words": f"schema: {loose}"} if loose else GOOD
 
     def no_format(body, n):

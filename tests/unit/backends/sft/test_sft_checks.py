@@ -95,7 +95,9 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
     )
     for kind in ("nano", "llama31_8b"):
         with pytest.raises(DataError, match="base: the chat template renders a prompt that is not a prefix"):
-            psi.run(load("recipe=psi", f"model={kind}", *overrides[1:4], "preflight.skip=[disk,memory,versions]"))
+            psi.run(
+                load("recipe=psi", f"model={kind}", *overrides[1:4], "preflight.skip=[disk,memory,versions]")
+            )
         assert not (tmp_path / "run" / "build_data").exists()
 
 
