@@ -5,6 +5,7 @@ mistake (one sentence on stderr), 130 when interrupted, 141 when whoever read th
 """
 
 import importlib
+import io
 import os
 import select
 import sys
@@ -50,12 +51,21 @@ python -m pgenrm_train recipe=plan model=llama31_8b cluster=gpu8 data=chatbot_ar
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    _write_utf8()
     try:
         code = _run()
         sys.stdout.flush()
         return code
     except BrokenPipeError as error:
         return _fail_or_raise(error)
+
+
+def _write_utf8() -> None:
+    """Write UTF-8, here and in children, where the locale's encoding cannot hold every text."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(encoding="utf-8")
+            os.environ["PYTHONIOENCODING"] = "utf-8"
 
 
 def _close_broken_output() -> bool:
@@ -88,7 +98,9 @@ def _run() -> int:
     if sentence := key_on_command_line(sys.argv[1:]):
         return _fail(sentence)
     sys.path.insert(0, str(CONFIG_DIR.parent))
-    sys.argv[1:] = map(as_typed, sys.argv[1:])
+    # argparse reads no key=value after an option.
+    arguments_in_order = sorted(sys.argv[1:], key=lambda text: text.startswith("-") or "=" not in text)
+    sys.argv[1:] = map(as_typed, arguments_in_order)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises and does not print
     end_on_sigterm()
     try:

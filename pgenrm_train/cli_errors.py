@@ -63,8 +63,11 @@ def explain(error: Exception) -> str | None:
         key, _, value = match[1].partition("=")
         quoting = _quoting(key, value)
         return f"{key}={value} stands for several values; {quoting}, or give -m for one run per value"
-    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        return f"{match[1]}={match[2]} is not one of {', '.join(choices(match[1]))}"
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        names = choices(match[1])
+        return f"{match[1]}={match[2]} is not " + (f"one of {', '.join(names)}" if names else "installed")
+    if match := re.search(r"ConfigError raised while resolving interpolation: (.+)", text):
+        return match[1]
     if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
         return _unknown_key(match[1] or match[2])
     if match := re.search(r"Missing mandatory value: (\S+)", text):
@@ -73,7 +76,8 @@ def explain(error: Exception) -> str | None:
         return f"config group or file '{match[1]}' does not exist; groups are {', '.join(groups())}"
     if match := re.search(r"Error merging override (.+)", text):
         key, _, value = match[1].partition("=")
-        hint = f"; {_quoting(key, value)}" if value[:1] in ("[", "{") else ""
+        is_text = "string" in str(error.__cause__ or error).lower()
+        hint = f"; {_quoting(key, value)}" if value[:1] in ("[", "{") and is_text else ""
         return f"{match[1]}: {first_line(error.__cause__ or error)}{hint}"
     return " ".join(text.split())
 

@@ -28,6 +28,8 @@ HUB = {
     "rm_as_user": rm_as_user.HUB,
 }
 LISTED = 20  # skipped rows, or values of a column, that a message names
+# What programs write as text for a user who is missing.
+NOBODY = ("nan", "NaN", "None", "null", "NULL", "<NA>", "N/A")
 USER_IDS = "user ids with white space at an end, or in another Unicode form than NFC"
 
 
@@ -35,6 +37,7 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
     """Stream the pairs.  DataError names file, row, field and expectation, or reports that no row is left."""
     source = data.path or HUB[data.name]
     bad, only, texts, named = BadRows(data.on_bad_row, left_out), Only(data.only), JsonTexts(), NamedColumns()
+    nobody: Counter[str] = Counter()
     kept, wide = 0, data.name == "rm_as_user"
     for table, rows in rm_as_user.tables(source) if wide else hub.tables(source):
         named.open(Path(table), Path(source))
@@ -59,10 +62,16 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
             kept += len(pairs)
             for vote, pair in zip(votes, pairs, strict=True):
                 user = vote["user_id"]
+                nobody[pair.user_id] += pair.user_id in NOBODY
                 left_out.normalised[USER_IDS] += isinstance(user, str) and user != pair.user_id
                 yield pair
     bad.report(source)
     named.report(data.name)
+    for user, count in (+nobody).items():
+        print(
+            f"warning: {count} votes are of one user {user!r}, which many programs write for a missing user",
+            flush=True,
+        )
     if not kept:
         raise DataError(
             only.mismatch(source) or f"{source} holds no usable rows; expected at least one preference pair"

@@ -1,6 +1,6 @@
 """Reasoning that a model writes before its answer, as in `<think>…</think>`; it is no part of the answer.
 
-Tags are those of DeepSeek, Qwen, Mistral, Kimi, Seed and Gemini, and the channels of gpt-oss.
+Tags are those of DeepSeek, Qwen, Mistral, Kimi, Seed, Command and Gemini, and the channels of gpt-oss.
 
 A chat template may write the opening tag into the prompt, so that the model's text has the closing tag alone.
 Prompts hold no such tag, because `messages.neutralise` removes them from the data.
@@ -10,9 +10,13 @@ import re
 
 _TAG = re.compile(
     r"<\s*+(/?)\s*+(?:think(?:ing)?|thoughts?|reasoning|seed:think)\s*+>|\[(/?)THINK\]|◁(/?)think▷"
-    r"|<\|(?:begin|(end))_of_thought\|>|<\|channel\|>(?:(?:analysis|commentary)|(final))<\|message\|>",
+    r"|<\|(?:begin|(end))_of_thought\|>|<\|(?:start|(end))_thinking\|>"
+    # Tags that open the answer.
+    r"|<\|(begin)_of_solution\|>|<\|(start)_response\|>"
+    r"|<\|channel\|>(?:(?:analysis|commentary)|(final))<\|message\|>",
     re.IGNORECASE,
 )
+_END = re.compile(r"<\|end_(?:of_solution|response)\|>\s*\Z", re.IGNORECASE)
 
 
 def strip_reasoning(text: str, *, unclosed: bool = False) -> str:
@@ -34,4 +38,4 @@ def strip_reasoning(text: str, *, unclosed: bool = False) -> str:
         start, opened = tag.end(), -1
     cut = unclosed and opened >= 0
     kept.append(text[start:opened] if cut else text[start:])
-    return "\n".join(kept).strip() if start or cut else text
+    return _END.sub("", "\n".join(kept)).strip() if start or cut else text

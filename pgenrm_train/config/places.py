@@ -31,6 +31,10 @@ def place(config: Config) -> None:
         raise ConfigError(
             f"run_dir={config.run_dir} is neither a folder nor a URL; did you mean {match[1]}://{match[2]}?"
         )
+    if (match := re.match(r"[A-Za-z][\w+.-]*:", config.run_dir)) and not URL.fullmatch(config.run_dir):
+        raise ConfigError(
+            f"run_dir={config.run_dir} begins like a URL ({match[0]}); leave out the colon, or give the full path"
+        )
     if URL.fullmatch(config.run_dir):
         config.store = plain_url(config.run_dir)
         config.run_dir = mirror_of(config.store, config.mirror)

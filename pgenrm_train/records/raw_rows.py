@@ -15,6 +15,7 @@ from pgenrm_train.records import shards
 SKIPPED = "skipped_rows.txt"
 UTF8 = "utf-8-sig"  # Windows writes a mark before the text
 _EXACT = {"halffloat": 2**11, "float": 2**24}  # whole numbers below are exact in Arrow's short floats
+_POINTER = b"version https://git-lfs"
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -44,12 +45,24 @@ def read_rows(path: Path) -> Iterator[Mapping[str, object]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; expected a parquet or JSONL file")
+    if _is_pointer(path):
+        raise DataError(
+            f"{path} is a pointer of Git LFS in place of the file; `git lfs pull` fetches the file"
+        )
     if path.suffix.lower() in (".parquet", ".arrow"):
         yield from _arrow_rows(path)
     elif path.suffix.lower() not in shards.SUFFIXES:
         raise DataError(f"{path} ends in {path.suffix!r}; expected .parquet or .jsonl")
     else:
         yield from _array_rows(path) if path.is_file() and _is_array(path) else _jsonl_rows(path)
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether Git wrote a short text in place of a large file, as it does without Git LFS."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
 
 
 def check_texts(row: Mapping[str, object], where: str, columns: Iterable[str] | None = None) -> None:

@@ -318,6 +318,8 @@ class _Fields:
         value = self.value(name)
         if isinstance(value, str) and value.strip():
             try:
+                if re.fullmatch(r"\d{9,}", value.strip()):  # seconds as text, which ISO reads as 17101214
+                    raise ValueError
                 value = datetime.fromisoformat(value.strip())
             except ValueError:
                 raise self.error(name, _DATE, value) from None

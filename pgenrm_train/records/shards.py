@@ -190,7 +190,8 @@ def tables(path: Path, batch: int = BATCH) -> Iterator[Any]:
 def _parquet_batches(file: Path, batch: int) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    # Arrow takes a relative path such as a:b for a URL.
+    with pyarrow.parquet.ParquetFile(file.absolute()) as table:
         yield from table.iter_batches(batch_size=batch)
 
 

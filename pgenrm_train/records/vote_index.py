@@ -244,6 +244,14 @@ class VoteIndex:
         ).fetchone()
         return row[0], row[1], row[2]
 
+    def strangers(self) -> tuple[int, str]:
+        """Number of val and test votes of users without a training vote, and one such user."""
+        row = self.db.execute(
+            """SELECT COUNT(*), MIN(user) FROM votes WHERE kept AND split != 'train'
+            AND user NOT IN (SELECT user FROM votes WHERE kept AND split = 'train')"""
+        ).fetchone()
+        return row[0], row[1] or ""
+
     def decisions(self) -> Iterator[tuple[str, str, str, int]]:
         """(pair_id, split, user_split, kept) per vote, in the order of `add`."""
         yield from self.db.execute("SELECT name, split, user_split, kept FROM votes ORDER BY row")

@@ -75,7 +75,7 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
             raise DataError(
                 "the data holds no pair with split=train of a training user: there is nothing to learn from"
             )
-        counts, times = _counts(index), VoteTimes.of(index)
+        counts, times, (strangers, stranger) = _counts(index), VoteTimes.of(index), index.strangers()
         _write(raw, index, folder.path / PAIRS, times.scale)
     finally:
         left_out.write(folder.path)
@@ -89,6 +89,12 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
             )
     for sentence in times.sentences():
         print(f"{config.data.name}: {sentence}", flush=True)
+    if strangers:
+        print(
+            f"{config.data.name}: {strangers} val and test votes have no history, because their users have no "
+            f"training vote, e.g. {stranger!r}",
+            flush=True,
+        )
     for what, count in (+left_out.normalised).items():
         print(f"{config.data.name}: normalised {count} {what}", flush=True)
     for reason, count in (+left_out).most_common():

@@ -35,17 +35,10 @@ def cluster() -> Iterator[str]:
 
 @pytest.mark.parametrize("place", ["here", "cluster"])
 def test_a_served_judge_gives_verdicts_of_the_required_form(
-    tmp_path: Path, place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, place: str, request: pytest.FixtureRequest
 ) -> None:
-    """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process.
-
-    A proxy that nothing answers at is set: the server, also one at a network address, is asked without it.
-    """
+    """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
     config = Config(recipe="cre")
-    for variable in ("HTTP_PROXY", "http_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    for variable in ("NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(variable, raising=False)
     config.ray.address = request.getfixturevalue("cluster") if place == "cluster" else None
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
     settings = EndpointConfig(

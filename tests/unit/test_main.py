@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from pgenrm_train.__main__ import run_recipe
 from pgenrm_train.cli_errors import explain
@@ -22,15 +23,20 @@ from pgenrm_train.config import ROOT, Config, as_typed, load
 HEAVY = ("torch", "ray", "verl", "vllm", "transformers", "deepspeed", "wandb", "pandas", "sklearn")
 
 
-def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def python(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment | variables,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
 
 
-def pgenrm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return python("-m", "pgenrm_train", *arguments, cwd=cwd)
+def pgenrm(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    return python("-m", "pgenrm_train", *arguments, cwd=cwd, **variables)
 
 
 def test_help_is_quick_and_lists_recipes_and_groups():
@@ -175,6 +181,23 @@ def test_a_text_stays_as_it_is_typed(text):
 
 
 @pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("pipeline.budget=Smoke", "pipeline.budget=Smoke is not one of smoke, demo, full"),
+        ("hydra/launcher=joblib", "hydra/launcher=joblib is not installed"),
+        (
+            "eval.seeds=[1,2]",
+            "eval.seeds=[1,2]: Value '[1, 2]' of type 'list' could not be converted to Integer",
+        ),
+    ],
+)
+def test_a_sentence_is_ours_and_gives_no_advice_that_fails(argument, sentence):
+    with pytest.raises((HydraException, OmegaConfBaseException)) as error:
+        load("recipe=evaluate", argument)
+    assert explain(error.value) == sentence
+
+
+@pytest.mark.parametrize(
     ("argument", "values"),
     [
         ("run_dir=1.10,1.20", ["1.10", "1.20"]),
@@ -258,11 +281,22 @@ def test_an_internal_error_keeps_its_traceback(tmp_path):
 
 
 def test_the_composed_configuration_is_printed_resolved():
-    done = pgenrm("recipe=pipeline", "pipeline.budget=smoke", "data.path=1.10", "--cfg", "job", "--resolve")
+    """Settings may follow options; the output is UTF-8 under any locale."""
+    style = 'teacher.name="größe 漢"'
+    arguments = (
+        "recipe=pipeline",
+        "--cfg",
+        "job",
+        "pipeline.budget=smoke",
+        "data.path=1.10",
+        "--resolve",
+        style,
+    )
+    done = pgenrm(*arguments, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and done.stderr == "" and "${" not in done.stdout
     shown = yaml.safe_load(done.stdout)
     assert shown["recipe"] == "pipeline" and shown["teacher"]["kind"] == "oracle"
-    assert shown["data"]["path"] == "1.10"
+    assert shown["data"]["path"] == "1.10" and shown["teacher"]["name"] == "größe 漢"
     assert shown["run_dir"] == "runs/personaworld-nano-smoke"
 
 

@@ -36,6 +36,7 @@ from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.run.http import lost_connection, proxy_for, trusted
 
 ENGINE = "engine:"
+HEADER_BYTES = 2**16  # of the longest line of an answer's header
 FINAL = (*OF_THE_ANSWER, PROMPT_REFUSED)  # failures that were paid for, or that would repeat
 
 
@@ -221,6 +222,9 @@ class _Queue:
                 connector=aiohttp.TCPConnector(limit=0, ssl=trusted()),
                 timeout=aiohttp.ClientTimeout(total=settings.timeout_seconds),
                 headers=self.headers,
+                # As httpx allows; gateways send policies of more than aiohttp's 8 KiB.
+                max_field_size=HEADER_BYTES,
+                max_line_size=HEADER_BYTES,
             )
         payload = json.dumps(body).encode()
         await asyncio.sleep(self.endpoint.wait_seconds(len(payload), samples))

@@ -70,7 +70,11 @@ def check_template(tokenizer: Any, model: Path | str) -> None:
 
 
 def _check_place_of_answer(tokenizer: Any, model: Path | str) -> None:
-    """Raise DataError if the chat template renders an answer elsewhere than after the generation prompt."""
+    """Raise DataError for a tokenizer without an end, or a chat template without a place for the answer."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer of {model} has no eos_token, which ends an answer; set it in its files"
+        )
     try:
         encode_chat(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
     except DataError as error:

@@ -135,8 +135,12 @@ def _hub(name: str) -> Iterator[str]:
     url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
     headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
     try:
-        answer = httpx.head(url, headers=headers, timeout=SECONDS, follow_redirects=True)
-    except httpx.HTTPError as error:
+        with client(url, headers=headers, timeout=SECONDS, follow_redirects=True) as connection:
+            answer = connection.head(url)
+    except ConfigError as error:
+        yield f"{name} is not in the local cache, and the Hugging Face hub cannot be called: {error}"
+        return
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         yield (
             f"{name} is not in the local cache and the Hugging Face hub is not reached "
             f"({type(error).__name__}); "
@@ -242,8 +246,12 @@ def check_wandb(config: Config, stage: str) -> Iterator[str]:
         return
     try:
         query = {"query": "{viewer {id}}"}
-        answer = httpx.post(f"{base}/graphql", json=query, auth=("api", key), timeout=SECONDS)
+        with client(base, auth=("api", key), timeout=SECONDS) as connection:
+            answer = connection.post(f"{base}/graphql", json=query)
         unknown = answer.is_success and not (answer.json().get("data") or {}).get("viewer")
+    except ConfigError as error:
+        yield f"W&B at {host} cannot be called: {error}; or use tracking=offline"
+        return
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return
     if unknown or answer.status_code in (401, 403):

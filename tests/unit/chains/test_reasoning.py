@@ -26,6 +26,8 @@ FINAL = write_chain("The user wants it long.", [("long", 100)], [[8], [2]])
         f"<seed:think>{DRAFT}</seed:think>{FINAL}",
         f"◁think▷{DRAFT}◁/think▷{FINAL}",
         f"<|begin_of_thought|>{DRAFT}<|end_of_thought|>{FINAL}",
+        f"<|START_THINKING|>{DRAFT}<|END_THINKING|><|START_RESPONSE|>{FINAL}<|END_RESPONSE|>",
+        f"<|begin_of_thought|>{DRAFT}<|end_of_thought|>\n<|begin_of_solution|>\n{FINAL}<|end_of_solution|>\n",
         f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{FINAL}",
     ],
 )

@@ -337,6 +337,17 @@ def test_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert (message in output) if message else not output
     monkeypatch.setattr(constants, "ENDPOINT", dead_url())
     assert "is not reached" in " ".join(reach.check_model(asking, "psi"))
+    for variable, value in (("ALL_PROXY", "socks://proxy:1"), ("SSL_CERT_FILE", "/nowhere/ca.pem")):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, value)
+            environment.setattr(constants, "ENDPOINT", "https://hub.example")
+            [problem] = reach.check_model(asking, "psi")
+            environment.setenv("WANDB_API_KEY", "key")
+            environment.setenv("WANDB_BASE_URL", "https://wandb.example")
+            asking.tracking.kind = "wandb"
+            [other] = reach.check_wandb(asking, "psi")
+        assert variable in problem and "hub cannot be called" in problem
+        assert variable in other and "W&B at wandb.example cannot be called" in other
     asking.model.name = str(ROOT / "tests/data/psi_nano")
     assert list(reach.check_model(asking, "psi")) == []
 

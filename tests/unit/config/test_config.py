@@ -212,6 +212,8 @@ MISTAKES = {
         "data.history_policy=oldest",
         "random, recent, most_similar, same_scenario",
     ),
+    "run_dir=a:b": ("run_dir=a:b", "begins like a URL", "full path"),
+    "seed=-1": ("seed=-1", "at least 0"),
     "data.on_bad_row=ignore": ("data.on_bad_row=ignore", "fail, skip"),
     "model.kind=huge": ("model.kind=huge", "nano, hf"),
     "model.kind=endpoint": ("model=endpoint", "needs one with weights"),

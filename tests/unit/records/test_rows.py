@@ -118,6 +118,23 @@ def test_a_bad_time_is_an_error(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", ["1710121412", "1710121412345", "20240102123456"])
+def test_a_number_as_text_is_no_date_of_another_century(tmp_path, text):
+    """ISO 8601 as Python reads it takes the second for the evening of 14 December 1710."""
+    path = write_jsonl(tmp_path, a_row(time=text))
+    assert f"row 1, field 'time': expected seconds since 1970 or a date in ISO 8601, got '{text}'" in problem(
+        path
+    )
+    [pair] = read_pairs(write_jsonl(tmp_path, a_row(time="20240102")))
+    assert pair.time == 1_704_153_600
+
+
+@pytest.mark.parametrize("name", ["votes.parquet", "votes.jsonl", "votes.arrow"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert f"{name} is a pointer of Git LFS" in problem(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("given", "position"),
     [

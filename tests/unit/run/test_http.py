@@ -124,6 +124,21 @@ def test_this_machine_is_never_asked_through_a_proxy(variable, monkeypatch, tmp_
         vllm_server._wait(lambda: None, server.url, tmp_path / "log")
 
 
+def test_a_served_vllm_on_another_node_is_asked_without_a_proxy(monkeypatch, tmp_path):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    with serve(lambda body, n: "hi") as server:
+        # The resolver knows this spelling of 127.0.0.1 and `ipaddress` does not: it stands for a node's address.
+        url = server.url.replace("127.0.0.1", "127.1")
+        assert proxy_for(url), "any other server there is asked through the proxy"
+        vllm = EndpointConfig(kind="vllm", base_url=url, name="m", attempts=1)
+        assert Endpoint(vllm).complete([{"role": "user", "content": "q"}]).text == "hi"
+        other = Endpoint(EndpointConfig(kind="endpoint", base_url=url, name="m", attempts=1))
+        assert other.complete([{"role": "user", "content": "q"}]).failure == "connection"
+        monkeypatch.setattr(vllm_server, "START_SECONDS", 2)
+        vllm_server._wait(lambda: None, url.removesuffix("/v1"), tmp_path / "log")
+
+
 def test_others_are_asked_through_the_proxy_by_every_role(monkeypatch):
     with serve(lambda body, n: "by proxy") as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))

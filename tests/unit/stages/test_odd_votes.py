@@ -91,6 +91,23 @@ def test_a_float_that_stands_for_several_users_is_refused(tmp_path):
         build(tmp_path, path)
 
 
+def test_held_out_votes_of_users_who_never_train_are_told(tmp_path, capsys):
+    rows = [a_vote(n, user) for user in ("ann", "bob") for n in range(3)]
+    rows[-1]["user_id"] = "Bob"
+    build(tmp_path, write_jsonl(tmp_path / "votes.jsonl", rows))
+    assert "1 val and test votes have no history, because their users have no training vote, e.g. 'Bob'" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("nobody", ["nan", "None", "<NA>"])
+def test_a_missing_user_that_became_a_text_is_told(tmp_path, capsys, nobody):
+    rows = [a_vote(n) for n in range(3)] + [a_vote(n, nobody) for n in range(2)]
+    _, card = build(tmp_path, write_jsonl(tmp_path / "votes.jsonl", rows))
+    assert card["users"] == 2
+    assert f"warning: 2 votes are of one user '{nobody}', which many programs" in capsys.readouterr().out
+
+
 # ---- times ----
 
 
@@ -234,6 +251,12 @@ def test_what_datasets_saved_is_read(tmp_path):
     shard.write_bytes(shard.read_bytes()[:300])
     with pytest.raises(DataError, match="cannot be read as arrow: it was cut off"):
         list(read_pairs(tmp_path / "one"))
+
+
+def test_a_relative_path_with_a_colon_is_no_url(tmp_path, monkeypatch):
+    parquet(tmp_path, [a_vote(n) for n in range(3)]).rename(tmp_path / "exp:1.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert len(build(tmp_path, "exp:1.parquet")[0]) == 3
 
 
 def test_a_feather_file_is_read(tmp_path):

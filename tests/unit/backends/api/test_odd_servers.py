@@ -79,6 +79,13 @@ def test_an_answer_is_its_text_without_reasoning(content):
         assert both(server) == (("hi", None), ("hi", None))
 
 
+def test_a_gateway_may_send_long_headers_and_a_byte_order_mark():
+    form = {"raw": b"\xef\xbb\xbf" + json.dumps(completion("hi")).encode()}
+    form["headers"] = {"content-security-policy": "x" * 30_000}
+    with serve(lambda body, n: form) as server:
+        assert both(server) == (("hi", None), ("hi", None))
+
+
 @pytest.mark.parametrize(
     ("answer", "failure"),
     [

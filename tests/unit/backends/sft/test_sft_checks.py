@@ -66,6 +66,13 @@ def test_a_missing_chat_template_is_refused(tmp_path):
         load_tokenizer(tmp_path / "base")
 
 
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    settings = shutil.copytree(NANO, tmp_path / "base") / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token": "<|end|>"', '"eos_token": null'))
+    with pytest.raises(DataError, match="the tokenizer of .*base has no eos_token"):
+        inspect_start(Config(), tmp_path / "base")
+
+
 def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_path):
     (tmp_path / "model").mkdir()
     overrides = (
