@@ -69,7 +69,7 @@ def test_a_missing_chat_template_is_refused(tmp_path):
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     settings = shutil.copytree(NANO, tmp_path / "base") / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"eos_token": "<|end|>"', '"eos_token": null'))
-    with pytest.raises(DataError, match="the tokenizer of .*base has no eos_token"):
+    with pytest.raises(DataError, match=r"the tokenizer of .*base has no eos_token"):
         inspect_start(Config(), tmp_path / "base")
 
 
