@@ -33,7 +33,8 @@ def place(config: Config) -> None:
         )
     if (match := re.match(r"[A-Za-z][\w+.-]*:", config.run_dir)) and not URL.fullmatch(config.run_dir):
         raise ConfigError(
-            f"run_dir={config.run_dir} begins like a URL ({match[0]}); leave out the colon, or give the full path"
+            f"run_dir={config.run_dir} begins like a URL ({match[0]}); leave out the colon, or "
+            "give the full path"
         )
     if URL.fullmatch(config.run_dir):
         config.store = plain_url(config.run_dir)

@@ -142,8 +142,8 @@ def _check_for_log(paths: Iterable[Path]) -> None:
         kind = _LOGS.get(path.name)
         if kind and path.is_dir() and (kind != "Iceberg" or any(path.glob("*.metadata.json"))):
             raise DataError(
-                f"{path.parent} is a table of {kind}, which keeps files of deleted rows; save the rows of its "
-                "current version as parquet, and give that file or folder"
+                f"{path.parent} is a table of {kind}, which keeps files of deleted rows; save the rows of "
+                "its current version as parquet, and give that file or folder"
             )
 
 

@@ -91,8 +91,8 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
         print(f"{config.data.name}: {sentence}", flush=True)
     if strangers:
         print(
-            f"{config.data.name}: {strangers} val and test votes have no history, because their users have no "
-            f"training vote, e.g. {stranger!r}",
+            f"{config.data.name}: {strangers} val and test votes have no history, because their users have "
+            f"no training vote, e.g. {stranger!r}",
             flush=True,
         )
     for what, count in (+left_out.normalised).items():

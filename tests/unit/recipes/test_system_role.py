@@ -1,4 +1,4 @@
-"""A model whose chat template refuses a system message, as Gemma's does, through the recipe that makes chains."""
+"""A model whose chat template refuses a system message, as Gemma's does, through build_sec."""
 
 import json
 import shutil

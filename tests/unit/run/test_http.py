@@ -128,7 +128,7 @@ def test_a_served_vllm_on_another_node_is_asked_without_a_proxy(monkeypatch, tmp
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
     with serve(lambda body, n: "hi") as server:
-        # The resolver knows this spelling of 127.0.0.1 and `ipaddress` does not: it stands for a node's address.
+        # The resolver knows this spelling of 127.0.0.1, `ipaddress` does not: it stands for a node.
         url = server.url.replace("127.0.0.1", "127.1")
         assert proxy_for(url), "any other server there is asked through the proxy"
         vllm = EndpointConfig(kind="vllm", base_url=url, name="m", attempts=1)
