@@ -197,10 +197,8 @@ def _card(
 ) -> str:
     from huggingface_hub import DatasetCardData
 
-    head = DatasetCardData(
-        tags=["preference", "dpo", "trl", "personalization"],
-        configs=[{"config_name": "default", "data_files": "labels.parquet"}],  # type: ignore[arg-type]
-    )
+    # Without `configs`: with them datasets 5.2 caches by the folder's name alone, and returns older labels.
+    head = DatasetCardData(tags=["preference", "dpo", "trl", "personalization"])
     facts = [{"fact": name.replace("_", " "), "value": value} for name, value in asdict(run.facts).items()]
     columns = [{"column": name, "meaning": meaning} for name, meaning in COLUMNS.items()]
     fit = "fitted on the compared labels" if run.labelled.fitted else "not fitted"

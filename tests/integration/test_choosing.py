@@ -54,6 +54,6 @@ def test_best_of_n_resumes_after_a_kill_and_labels_share_the_run(tmp_path):
     run(tmp_path, "recipe=label", "label.max_prompts=10")
     made = tmp_path / "label"
     facts = json.loads((made / "results.json").read_text())
-    rows = datasets.load_dataset(str(made / "dataset"), split="train")
+    rows = datasets.load_dataset(str(made / "dataset"), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == facts["labels"] == facts["agreement"]["compared labels"]
     assert facts["labels"] + sum(facts["left_out"].values()) >= facts["prompts"] == 10

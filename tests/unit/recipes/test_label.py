@@ -53,7 +53,9 @@ def written(folder, rows):
 def test_a_file_becomes_a_data_set_of_trl(tmp_path, capsys):
     with serve(longest) as server:
         found = run(tmp_path, server.url, written(tmp_path, FILE))
-        asked = len(server.bodies)
+        asked, place = len(server.bodies), str(tmp_path / "run" / "label" / "dataset")
+        cache = str(tmp_path / "cache")
+        assert len(datasets.load_dataset(place, split="train", cache_dir=cache)) == 2
         assert run(tmp_path, server.url, written(tmp_path, FILE)) == found
         run(tmp_path, server.url, written(tmp_path, FILE), "label.min_margin=2.5")
         assert len(server.bodies) == asked == 6 + 3 * 2, "a second start asks nothing"
@@ -66,7 +68,9 @@ def test_a_file_becomes_a_data_set_of_trl(tmp_path, capsys):
     assert found["failures"] == {"parse:no_markers": 2} and found["chains"] == 12
     assert found["agreement"]["compared labels"] == 1 and found["agreement"]["agreement accuracy"] == 1.0
     folder = tmp_path / "run" / "label"
-    (row,) = datasets.load_dataset(str(folder / "dataset"), split="train")  # after min_margin=1.5
+    (row,) = datasets.load_dataset(
+        place, split="train", cache_dir=cache
+    )  # not the older ones
     assert row | {"confidence": None} == {
         "prompt": [{"role": "user", "content": "q1"}],
         "chosen": [{"role": "assistant", "content": "cccc"}],
