@@ -68,9 +68,7 @@ def test_a_file_becomes_a_data_set_of_trl(tmp_path, capsys):
     assert found["failures"] == {"parse:no_markers": 2} and found["chains"] == 12
     assert found["agreement"]["compared labels"] == 1 and found["agreement"]["agreement accuracy"] == 1.0
     folder = tmp_path / "run" / "label"
-    (row,) = datasets.load_dataset(
-        place, split="train", cache_dir=cache
-    )  # not the older ones
+    (row,) = datasets.load_dataset(place, split="train", cache_dir=cache)  # not the older ones
     assert row | {"confidence": None} == {
         "prompt": [{"role": "user", "content": "q1"}],
         "chosen": [{"role": "assistant", "content": "cccc"}],
