@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from llm_server import serve
+from prism_world import CONVERSATION, SURVEY
 from prompt_sections import split_prompt
 
+from data_builders.sources import prism
 from pgenrm_train.chains.chain import write_chain
-from pgenrm_train.config import load
+from pgenrm_train.config import DataConfig, load
 from pgenrm_train.errors import ArtifactError, ConfigError, DataError
 from pgenrm_train.records.pairs import Message, PreferencePair
+from pgenrm_train.records.raw_rows import LeftOut
 from pgenrm_train.records.slates import slates_of, user_by_user
 from recipes.choosing import best_of_n
 from recipes.wiring.choosing.references import others_mean, ratings_of, shuffled
@@ -117,3 +120,11 @@ def test_pairs_of_one_prompt_become_a_slate_with_ratings():
     assert means[:2].tolist() == [2.0, 8.0] and np.isnan(means[2]), "no other user rated c"
     mixed = shuffled(first, 1)
     assert dict(zip(mixed.responses, mixed.values)) == dict(zip(first.responses, first.values))
+
+
+def test_turns_of_prism_become_slates_of_all_rated_responses(tmp_path):
+    for name, row in (("survey", SURVEY), ("conversations", CONVERSATION)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    pairs = list(prism.build(DataConfig(name="prism", path=str(tmp_path)), 0, LeftOut()))
+    found = [dict(zip(slate.responses, slate.values)) for slate in slates_of(pairs)]
+    assert found == [{"A": 90, "B": 40, "C": 85}, {"E": 70, "D": 20}], "A and C are too close to be a pair"
