@@ -292,7 +292,7 @@ def test_a_lost_engine_is_503_and_not_ready(client, engine):
 
 def test_a_time_out_leaves_the_engine(tmp_path):
     slow = StubEngine(seconds=30)
-    with running(service_of(configured(tmp_path, serve__timeout_seconds=0.1), slow)) as client:
+    with running(service_of(configured(tmp_path, serve__timeout_seconds=2.0), slow)) as client:
         assert refusal(score(client)) == (503, "timeout")
     assert slow.cancelled == len(slow.requests) == 2
 
