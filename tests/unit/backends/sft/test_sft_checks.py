@@ -35,6 +35,7 @@ from recipes import psi
 from recipes.wiring.models import load_tokenizer
 
 NANO = ROOT / "tests" / "data" / "psi_nano"
+SKIPPED = "preflight.skip=[disk,memory,versions,fit]"  # an 8B model does not fit here
 
 
 def chat(answer, question="Which?"):
@@ -83,7 +84,7 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
         "tracking=none",
     )
     with pytest.raises(PGenRMError, match=r"model is not a"):
-        psi.run(load("recipe=psi", *overrides, "preflight.skip=[disk,memory,versions,fit]"))
+        psi.run(load("recipe=psi", *overrides, SKIPPED))
     assert not (tmp_path / "run" / "build_data").exists()
     shutil.copytree(NANO, tmp_path / "base")
     overrides = (
@@ -94,7 +95,7 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
         "model.lora.target_modules=[nope]",
     )
     with pytest.raises(ConfigError, match="target_modules=nope names no linear layer"):
-        psi.run(load("recipe=psi", *overrides, "preflight.skip=[disk,memory,versions,fit]"))
+        psi.run(load("recipe=psi", *overrides, SKIPPED))
     assert not (tmp_path / "run" / "build_data").exists()
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     (tmp_path / "base" / "chat_template.jinja").write_text(
@@ -102,9 +103,7 @@ def test_a_start_that_psi_would_refuse_is_refused_before_any_chain_is_made(tmp_p
     )
     for kind in ("nano", "llama31_8b"):
         with pytest.raises(DataError, match="base: the chat template renders a prompt that is not a prefix"):
-            psi.run(
-                load("recipe=psi", f"model={kind}", *overrides[1:4], "preflight.skip=[disk,memory,versions,fit]")
-            )
+            psi.run(load("recipe=psi", f"model={kind}", *overrides[1:4], SKIPPED))
         assert not (tmp_path / "run" / "build_data").exists()
 
 
