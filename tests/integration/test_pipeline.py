@@ -245,8 +245,9 @@ def test_the_time_line_covers_the_run(finished: Path) -> None:
     assert trained <= set(spent["cre"]) and trained <= set(spent["curriculum"]) | {"start-up"}
     assert {"start-up", "update", "checkpoints", "export"} <= set(spent["psi"])
     assert {"start-up", "generation", "statistics and report"} <= set(spent["evaluate"])
-    wall = json.loads((finished / "manifest.json").read_text())["wall_seconds"]
-    assert 0.8 * wall < sum(sum(parts.values()) for parts in spent.values()) < wall
+    stages = json.loads((finished / "manifest.json").read_text())["stages"].values()
+    wall = sum(stage["wall_seconds"] for stage in stages)  # without the imports of their processes
+    assert wall < sum(sum(parts.values()) for parts in spent.values()) < 1.5 * wall
     assert "Where the time went" in (finished / "report.md").read_text()
 
 
