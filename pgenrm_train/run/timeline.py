@@ -1,7 +1,7 @@
 """Where the time of a run goes: the parts of each stage, from all of its processes.
 
 A stage does one thing at a time: while a child process trains, its parent waits.  So one line per change, in
-`timeline.jsonl` of the run folder, is enough: each part lasts until the next line.  A line costs some 20 µs.
+`timeline.jsonl` of the run folder, is enough: each part lasts until the next line.
 Child processes find file and stage by environment variables.  Without `begin`, `mark` does nothing.
 """
 

@@ -120,9 +120,8 @@ class PhaseRun:
         self.drawn: list[int] = []  # rows of the current step
         self.warned = False  # that vLLM and the actor differ
         self.sampler: CurriculumSampler  # set once hardness is known
-        self.beat = functools.partial(
-            beat, phase.section
-        )  # (step, doing, part), for the watchdog and the time line
+        # (step, doing, part), for the watchdog and the time line
+        self.beat = functools.partial(beat, phase.section)
 
     def state_dict(self) -> dict[str, Any]:
         """verl stores this in data.pt; we read it back from the marker."""
