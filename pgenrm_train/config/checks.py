@@ -106,7 +106,7 @@ def divisor_of(number: int, limit: int) -> int:
 
 
 def grpo_problems(config: Config, stage: StageName) -> list[str]:
-    """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys.
+    """Rules of CRE or the curriculum, most of divisibility; each problem is one sentence that names its keys.
 
     Sizes that are null follow from the data, and then divide.
     """
@@ -115,7 +115,13 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     mini_batch = grpo.mini_batch_prompts or grpo.prompts_per_step or 0
     rollouts = mini_batch * grpo.group_size
     nearest = nearest_multiple(mini_batch, ranks, grpo.group_size)
+    one_part = f"{stage}.process_weight=0" if not grpo.process_weight else "judge=none"
     rules = [
+        (
+            grpo.advantage == "gdpo" and (not grpo.process_weight or config.judge.kind == "none"),
+            f"{stage}.advantage=gdpo normalises outcome and process reward apart, and with {one_part} there "
+            f"is no process reward; use {stage}.advantage=grpo or dr_grpo",
+        ),
         (
             rollouts % ranks > 0,
             f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "

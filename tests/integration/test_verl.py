@@ -108,7 +108,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         world / "rows.parquet",
         run / "arm",
         1,
-        settings={"schedule": "uniform"},
+        settings={"schedule": "uniform", "advantage": "dr_grpo"},
     )
     with serve(unreliable_judge()) as server:
         settings = EndpointConfig(
@@ -128,6 +128,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             judge=JudgeSpec(
                 "pgenrm_train.backends.api.roles:judge_for_rewards", settings, run / "judge_cache"
             ),
+            settings={"advantage": "gdpo", "warmup_steps": 1, "min_learning_rate_ratio": 0.1},
         )
         done = launch(config(run), [cre(world, run), second, arm, third])
     assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2]
@@ -561,7 +562,7 @@ def sample(text: str, finished: bool = True) -> Sample:
 
 
 def test_scores_of_a_group() -> None:
-    from pgenrm_train.backends.grpo.scoring import score, settle
+    from pgenrm_train.backends.grpo.scoring import RewardSpec, score, settle
 
     row, weights = verl_world.example(0), RewardWeights()
     chosen = int(row["reward_model"]["ground_truth"])
@@ -573,9 +574,9 @@ def test_scores_of_a_group() -> None:
         return next(verdicts)
 
     group = [score(one, row, weights, judge) for one in samples]
-    settled = settle(group, weights.process, "group_mean")
+    settled = settle(group, RewardSpec(weights, null_policy="group_mean"))
     assert [one.score for one in settled] == [1.5, -0.1, -0.1, 1.5], "the mean of the existing verdicts"
-    settled = settle(group, weights.process, "drop_process_for_group")
+    settled = settle(group, RewardSpec(weights, null_policy="drop_process_for_group"))
     assert settled[1].failure == "length"
     assert [one.score for one in settled] == [1.0, -0.1, -0.1, 1.0], (
         "no verdict for one: no process reward in its group"
@@ -584,7 +585,7 @@ def test_scores_of_a_group() -> None:
 
 
 def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
-    from pgenrm_train.backends.grpo.scoring import score, settle
+    from pgenrm_train.backends.grpo.scoring import RewardSpec, score, settle
 
     row, weights = verl_world.example(0), RewardWeights()
 
@@ -593,7 +594,7 @@ def test_a_raising_reward_is_data_with_the_mean_of_its_group() -> None:
 
     samples = [sample(verl_world.chain("warm", (5, 5))), sample("no chain")]
     group = [score(one, row, weights, judge) for one in samples]
-    first, second = settle(group, weights.process, "drop_process_for_group")
+    first, second = settle(group, RewardSpec(weights, null_policy="drop_process_for_group"))
     assert first.error == "OSError: connection lost"
     assert first.score == second.score == pytest.approx(-0.1)
 

@@ -206,8 +206,7 @@ class ChainSampler:
         return ids
 
     async def _settle(self, scored: Sequence[asyncio.Task[ScoredChain]]) -> list[ScoredChain]:
-        weight, null_policy = self.rewards.weights.process, self.rewards.null_policy
-        return settle(await asyncio.gather(*scored), weight, null_policy)
+        return settle(await asyncio.gather(*scored), self.rewards)
 
     async def _sample(
         self, prompt: Prompt, ids: list[int], number: int, server: int
