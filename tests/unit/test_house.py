@@ -1,5 +1,6 @@
 """The house: every module has a layer and strict types, folders stay small, lines and English stay plain."""
 
+import subprocess
 import sys
 import tomllib
 from collections import Counter, defaultdict
@@ -48,6 +49,13 @@ def test_no_module_of_ours_escapes_strict_typing():
 
 def folders(*places: str) -> set[Path]:
     return {path.parent for path in house.modules(ROOT, *places)}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_no_link_is_tracked():
+    """A checkout of a link replaces an ignored folder of its name, such as .venv, without a question."""
+    files = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [line for line in files.stdout.splitlines() if line.startswith("120000")]
 
 
 def test_contracts_name_folders():
