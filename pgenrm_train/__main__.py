@@ -9,6 +9,9 @@ import io
 import os
 import select
 import sys
+import tempfile
+from contextlib import ExitStack
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -163,7 +166,10 @@ def _hydra_main() -> int:
         except Exception as error:  # caught here, because Hydra would add lines of its own
             codes.append(_fail_or_raise(error))
 
-    job()
+    with ExitStack() as folders:
+        scratch = cache(lambda: folders.enter_context(tempfile.TemporaryDirectory(prefix="pgenrm_")))
+        OmegaConf.register_new_resolver("scratch", scratch, replace=True)
+        job()
     return max(codes, default=0)
 
 

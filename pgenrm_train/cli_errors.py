@@ -70,12 +70,16 @@ def explain(error: Exception) -> str | None:
         return match[1]
     if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
         return _unknown_key(match[1] or match[2])
+    if match := re.search(r"An item is already at '([\w.]+)'", text):
+        return _of_a_section(match[1]) or f"{match[1]} has a value and takes no plus: {match[1]}=VALUE"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]}= must be given"
     if match := re.search(r"Could not find '([^']+)'", text):
         return f"config group or file '{match[1]}' does not exist; groups are {', '.join(groups())}"
     if match := re.search(r"Error merging override (.+)", text):
         key, _, value = match[1].partition("=")
+        if sentence := _of_a_section(key.lstrip("+")):
+            return sentence
         is_text = "string" in str(error.__cause__ or error).lower()
         hint = f"; {_quoting(key, value)}" if value[:1] in ("[", "{") and is_text else ""
         return f"{match[1]}: {first_line(error.__cause__ or error)}{hint}"
@@ -98,10 +102,23 @@ def _is_full(error: BaseException) -> bool:
     return "No space left on device" in text or "database or disk is full" in text
 
 
+def _of_a_section(key: str) -> str | None:
+    """How the keys of a section or a free dictionary are set; None for any other key."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.select(OmegaConf.structured(Config), key)
+    if not OmegaConf.is_dict(node):
+        return None
+    plus = "" if node else "+"  # a free dictionary
+    return f"{key}= cannot take this value; its keys are set one by one, as in {plus}{key}.KEY=VALUE"
+
+
 def _unknown_key(key: str) -> str:
     """A key that is not in the schema: the keys of its section and the nearest match."""
     from omegaconf import OmegaConf
 
+    if sentence := _of_a_section(key):
+        return sentence
     node, parts = OmegaConf.structured(Config), key.split(".")
     while len(parts) > 1 and parts[0] in node and OmegaConf.is_config(node[parts[0]]):
         node = node[parts.pop(0)]
@@ -109,9 +126,6 @@ def _unknown_key(key: str) -> str:
     names = sorted(str(name) for name in node)
     if not names:  # a free dictionary
         return f"key '{key}' is new and takes a plus: +{key}=VALUE"
-    if parts[0] in names:
-        plus = "" if node[parts[0]] else "+"  # a free dictionary
-        return f"{key}= cannot take this value; its keys are set one by one, as in {plus}{key}.KEY=VALUE"
     near = get_close_matches(parts[0], names, n=1)
     hint = f"did you mean {section}{near[0]}? " if near else ""
     where = f"{section.rstrip('.')} has" if section else "top-level keys are"

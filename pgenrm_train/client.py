@@ -15,10 +15,12 @@ send them once.  A response without a score is None or NaN if the trainer accept
 
 import asyncio
 import functools
+import ipaddress
 import json
 import math
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -109,28 +111,48 @@ class PersonalReward:
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         for attempt in range(1, self.attempts + 1):
             try:
-                answer = _http(os.getpid()).request(
+                answer = _http(os.getpid(), _is_here(self.url)).request(
                     method, self.url.rstrip("/") + path, json=body, headers=headers, timeout=self.timeout
                 )
             except httpx.TransportError as error:
                 failure = ScoringError("connection", f"{self.url} does not answer ({type(error).__name__})")
                 wait = None
+            except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the address or a proxy
+                raise ScoringError("client", f"{self.url} cannot be asked: {error}") from None
             else:
-                if answer.is_success:
-                    return dict(answer.json())
-                failure, wait = _failure(answer), answer.headers.get("retry-after")
+                try:
+                    if answer.is_success:
+                        return dict(answer.json())
+                except (ValueError, TypeError):
+                    raise ScoringError(
+                        "http", f"{self.url} is no scoring service", answer.status_code
+                    ) from None
+                failure, wait = _failure(answer), answer.headers.get("retry-after", "")
             if attempt == self.attempts or failure.status not in (None, *RETRIED):
                 raise failure
-            time.sleep(
-                min(MAX_WAIT_SECONDS, float(wait or 0.5) * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-            )
+            seconds = float(wait) if wait and re.fullmatch(r"\d+(\.\d+)?", wait) else 0.5
+            time.sleep(min(MAX_WAIT_SECONDS, seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1)))
         raise AssertionError("attempts must be at least 1")
 
 
-@functools.lru_cache(maxsize=1)
-def _http(process: int) -> httpx.Client:
-    """The connections of a process; a forked child opens its own."""
-    return httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=PARALLEL))
+@functools.lru_cache(maxsize=2)
+def _http(process: int, here: bool) -> httpx.Client:
+    """The connections of a process; a forked child opens its own.
+
+    This machine's own addresses are never asked through a proxy of the environment.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=PARALLEL)
+    # The environment also names certificates, which create_ssl_context reads.
+    return httpx.Client(limits=limits, verify=httpx.create_ssl_context(), trust_env=not here)
+
+
+def _is_here(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pgenrm_train.prompts.messages import neutralise
 from pgenrm_train.records.questions import QuestionSecret, UserQuestion
-from pgenrm_train.rewards.judging import unfenced
+from pgenrm_train.rewards.judging import unwrapped
 
 TOP = 2
 INSTRUCTIONS = """You grade an answer to a user's question by what this user wants from it. The message is \
@@ -64,7 +64,7 @@ def rubric_messages(question: UserQuestion, secret: QuestionSecret, answer: str)
 def read_rubric_score(text: str, n_aspects: int) -> float | None:
     """The rubric score of `text`, or None for anything but a rating of every aspect."""
     try:
-        ratings = _Ratings.model_validate(json.loads(unfenced(text))).ratings
+        ratings = _Ratings.model_validate(json.loads(unwrapped(text))).ratings
     except (ValidationError, ValueError, RecursionError):
         return None
     if len(ratings) != n_aspects or not all(0 <= rating <= TOP for rating in ratings) or not ratings:

@@ -19,7 +19,7 @@ from pgenrm_train.config.endpoints import ANSWER_KEYS, FIELD_KEYS, ApiConfig, En
 from pgenrm_train.config.evaluation import BestOfNConfig, EvalConfig, LabelConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig, Totals
-from pgenrm_train.config.places import URL, beneath, mirror_of, place, plain_url
+from pgenrm_train.config.places import beneath, mirror_of, place
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
 from pgenrm_train.config.schema import (
@@ -111,7 +111,6 @@ def register_resolvers() -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("budget", _by_budget, replace=True)
-    OmegaConf.register_new_resolver("on_disk", _on_disk, replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -188,10 +187,3 @@ def _by_budget(smoke: Any, demo: Any, full: Any, *, _root_: Any) -> Any:
         raise ConfigError(not_one_of("pipeline.budget", budget, BUDGETS))
     value = values[budget]
     return OmegaConf.create(value) if isinstance(value, list) else value
-
-
-def _on_disk(run_dir: str, mirror: str) -> str:
-    """The folder of this machine for Hydra's own files of a multirun."""
-    if URL.fullmatch(run_dir):
-        return mirror_of(plain_url(run_dir), mirror)
-    return str(Path(run_dir).expanduser()) if run_dir.startswith("~/") else run_dir

@@ -11,6 +11,7 @@ requested shape, so nothing quoted from the chain is read as a verdict.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ from pgenrm_train.prompts.messages import neutralise
 from pgenrm_train.records.pairs import ExplicitSignals
 
 Answer = TypeVar("Answer", bound=BaseModel)
+PROSE, UNREADABLE = "prose", "unreadable"  # reasons for no verdict
+_DECODER = json.JSONDecoder(strict=False)
 
 INSTRUCTIONS = """You grade how well an evaluation chain has understood one user. The message is a JSON \
 object with two keys:
@@ -90,21 +93,38 @@ def judge_messages(chain_text: str, withheld: Mapping[str, object]) -> list[dict
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
 
 
-def unfenced(text: str) -> str:
-    """A model's answer without white space and a Markdown fence around it."""
-    stripped = text.strip()
-    if stripped.startswith("```") and stripped.endswith("```"):
-        return stripped[3:-3].removeprefix("json").strip()
-    return stripped
+# What models put around a requested object; these hold nothing of the judged text.
+_WRAPPER = re.compile(
+    r"```(?:[\w+-]*[ \t]*\n|json)?(?P<fenced>.*)```"
+    r"|<(?P<tag>answer|final_answer|json|output|response|result|verdict)>(?P<tagged>.*)</(?P=tag)>"
+    r"|\\boxed\{(?P<boxed>.*)\}",
+    re.DOTALL | re.IGNORECASE,
+)
+_WRAPPERS = 3  # at most, one in the other
+_MAX_OBJECTS = 16  # places in a text at which an object is tried
+
+
+def unwrapped(text: str) -> str:
+    """A model's answer without what surrounds all of it: white space, a Markdown fence, `<answer>` tags.
+
+    >>> unwrapped("<answer>\\n```json\\n{}\\n```\\n</answer>")
+    '{}'
+    """
+    text = text.strip()
+    for _ in range(_WRAPPERS):
+        if (match := _WRAPPER.fullmatch(text)) is None:
+            break
+        text = next(match[name] for name in ("fenced", "tagged", "boxed") if match[name] is not None).strip()
+    return text
 
 
 def read_answer(text: str, shape: type[Answer]) -> Answer | None:
     """The JSON object of `shape` that `text` is, or None.
 
-    A Markdown fence around the object is accepted, and so are control characters in its strings.
+    Accepted are wrappers around the object (see `unwrapped`), and control characters in its strings.
     """
     try:
-        return shape.model_validate(json.loads(unfenced(text), strict=False))
+        return shape.model_validate(json.loads(unwrapped(text), strict=False))
     except (ValidationError, ValueError, RecursionError):
         return None
 
@@ -112,3 +132,16 @@ def read_answer(text: str, shape: type[Answer]) -> Answer | None:
 def read_verdict(text: str) -> Verdict | None:
     """The verdict that `text` is, or None."""
     return read_answer(text, Verdict)
+
+
+def no_verdict(text: str) -> str:
+    """Why `text` is no verdict: `prose` if one is among other text, which may quote the chain."""
+    starts = [match.start() for match in re.finditer(r"\{", text)][:_MAX_OBJECTS]
+    for start in starts:
+        try:
+            value, _ = _DECODER.raw_decode(text, start)
+            Verdict.model_validate(value)
+        except (ValidationError, ValueError, RecursionError):
+            continue
+        return PROSE
+    return UNREADABLE

@@ -166,6 +166,10 @@ def test_an_argument_that_no_quotes_mend_is_named(argument, sentence):
     assert sentence in explain(error.value)
 
 
+ONLY = "data.only= cannot take this value; its keys are set one by one, as in +data.only.KEY=VALUE"
+EVAL = "eval= cannot take this value; its keys are set one by one, as in eval.KEY=VALUE"
+
+
 @pytest.mark.parametrize("text", ["2024_11_30", "1.10", "true", "1e3", "-01", "nan", "+5", "0x10", "my 1.10"])
 def test_a_text_stays_as_it_is_typed(text):
     arguments = (
@@ -183,6 +187,11 @@ def test_a_text_stays_as_it_is_typed(text):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
+        *((f"{form}data.only={value}", ONLY) for form in ("", "+", "++") for value in ("x", "[a]", "")),
+        ("data.only={a: b}", ONLY),
+        ("eval=3", EVAL),
+        ("+eval=3", EVAL),
+        ("+seed=3", "seed has a value and takes no plus: seed=VALUE"),
         ("pipeline.budget=Smoke", "pipeline.budget=Smoke is not one of smoke, demo, full"),
         ("hydra/launcher=joblib", "hydra/launcher=joblib is not installed"),
         (
@@ -329,6 +338,21 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path):
     (runs,) = tmp_path.iterdir()
     names = sorted(p.parent.parent.relative_to(runs).as_posix() for p in runs.rglob("pairs.parquet"))
     assert names == ["personaworld-nano-demo/job-0", "personaworld-nano-demo/job-1"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data=pairs", "seed=1,2"),
+        ("recipe=build_data,nope",),
+        ("data.nope=1,2",),
+        ("data.only=x", "seed=1,2"),
+    ],
+)
+def test_a_refused_multirun_leaves_nothing(tmp_path, arguments):
+    done = pgenrm("-m", "recipe=build_data", *arguments, cwd=tmp_path, TMPDIR=str(tmp_path))
+    assert done.returncode == 2 and "error: " in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_on_a_cluster_paths_mean_the_same_to_every_worker(monkeypatch):

@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pgenrm_train.backends.api.answers import Reply
@@ -17,7 +18,7 @@ from pgenrm_train.prompts.masking import FullView
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import Example, HistoryItem
 from pgenrm_train.rewards import synthetic_criteria as synthesis
-from pgenrm_train.rewards.judging import SCHEMA, judge_messages, read_verdict
+from pgenrm_train.rewards.judging import SCHEMA, judge_messages, no_verdict, read_verdict, unwrapped
 from pgenrm_train.rewards.synthetic_criteria import synthesis_messages
 from pgenrm_train.rewards.training_rows import RowExtra, withheld_signals
 
@@ -46,6 +47,8 @@ class LlmTeacher:
             )
             messages.append({"role": "user", "content": again})
         reply = self.endpoint.complete(messages, sample=attempt)
+        if reply.text is not None:  # a fence around all of it would count as text after the end marker
+            reply = replace(reply, text=unwrapped(reply.text))
         return _generation(example.pair_id, attempt, reply)
 
     def expect(self, examples: Sequence[Example], questions: int, tries: int) -> Estimate:
@@ -137,7 +140,7 @@ class LlmJudge:
         verdict = read_verdict(reply.text) if reply.text is not None else None
         if verdict is None:
             with self.lock:
-                self.failures[reply.failure or "unreadable"] += 1
+                self.failures[reply.failure or no_verdict(reply.text or "")] += 1
             return None
         return verdict.score
 

@@ -16,6 +16,7 @@ import pytest
 from llm_server import serve
 from serving_world import QUESTION, VOTE, StubEngine, by_length, configured, running, service_of, shown
 
+from pgenrm_train import client
 from pgenrm_train.client import (
     PersonalReward,
     ScoringError,
@@ -52,9 +53,9 @@ def service(tmp_path, engine):
 
 @pytest.fixture
 def url(service):
-    with running(service) as client:
-        client.put("/v1/users/ann/votes", json={"votes": [VOTE]})
-        yield str(client.base_url)
+    with running(service) as connection:
+        connection.put("/v1/users/ann/votes", json={"votes": [VOTE]})
+        yield str(connection.base_url)
 
 
 def test_score_and_rank(url):
@@ -95,6 +96,56 @@ def test_a_busy_server_is_asked_again(url):
     with pytest.raises(ScoringError, match="does not answer"):
         PersonalReward("http://127.0.0.1:9", attempts=2).score(user_id="ann", **QUESTION)
     assert "key" not in repr(reward)
+
+
+@pytest.fixture
+def fresh_connections(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    client._http.cache_clear()
+    yield
+    client._http.cache_clear()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_this_machine_is_never_asked_through_a_proxy(host, monkeypatch, fresh_connections):
+    for variable in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9" if variable == "HTTP_PROXY" else "socks://nowhere")
+    with serve(lambda body, n: {"raw": json.dumps(ANSWER).encode()}) as server:
+        url = f"http://{host}:{server.server_address[1]}"
+        assert PersonalReward(url, attempts=1).score(user_id="ann", **QUESTION).scores == [1]
+
+
+def test_other_hosts_are_asked_through_the_proxy(monkeypatch, fresh_connections):
+    with serve(lambda body, n: {"raw": json.dumps(ANSWER).encode()}) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        reward = PersonalReward("http://scores.example", attempts=1)
+        assert reward.score(user_id="ann", **QUESTION).scores == [1] and len(proxy.bodies) == 1
+    client._http.cache_clear()
+    monkeypatch.setenv("HTTP_PROXY", "socks://nowhere")
+    with pytest.raises(ScoringError, match=r"scores\.example cannot be asked: .*socks"):
+        reward.score(user_id="ann", **QUESTION)
+
+
+@pytest.mark.parametrize("wait", ["Thu, 01 Jan 2026 00:00:06 GMT", "soon", "", "nan", "-1"])
+def test_any_retry_after_is_a_wait(wait, monkeypatch):
+    monkeypatch.setattr(client, "MAX_WAIT_SECONDS", 0.01)
+    with serve(
+        lambda body, n: (
+            {"raw": json.dumps(ANSWER).encode()} if n else {"status": 503, "headers": {"retry-after": wait}}
+        )
+    ) as server:
+        assert PersonalReward(server.url.removesuffix("/v1")).score(user_id="ann", **QUESTION).scores == [1]
+
+
+@pytest.mark.parametrize("page", [b"<html>Sign in</html>", b"", b"[1]", b"null"])
+def test_another_service_is_no_scoring_service(page):
+    with (
+        serve(lambda body, n: {"raw": page}) as server,
+        pytest.raises(ScoringError, match="no scoring service"),
+    ):
+        PersonalReward(server.url.removesuffix("/v1")).score(user_id="ann", **QUESTION)
 
 
 async def as_verl(url, prompts, **settings):

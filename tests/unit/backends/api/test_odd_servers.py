@@ -1,5 +1,6 @@
 """Servers that differ from OpenAI's: each answer or refusal is read as what it is, by every role."""
 
+import gzip
 import json
 import socket
 import ssl
@@ -8,13 +9,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from llm_server import completion, serve
+from sec_world import EXAMPLE
 
 from eval.lampqa import rubric_judge
 from pgenrm_train.backends.api import endpoint as limits
 from pgenrm_train.backends.api.chat_api import retry_after
 from pgenrm_train.backends.api.endpoint import Endpoint
 from pgenrm_train.backends.api.generator import EndpointGenerator
+from pgenrm_train.backends.api.roles import LlmTeacher
 from pgenrm_train.backends.protocols import GenerationRequest
+from pgenrm_train.chains.chain import JSON_END, JSON_START, ParseFailure, parse_chain, write_chain
+from pgenrm_train.chains.rejection import reason_to_reject
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import BackendError
 from pgenrm_train.rewards import judging, synthetic_criteria
@@ -129,6 +134,65 @@ def test_usage_in_any_form_is_no_reason_to_lose_an_answer(usage, tokens):
     with serve(lambda body, n: {"completion": completion("hi") | {"usage": usage}}) as server:
         one = endpoint(server)
         assert one.complete(ASK).text == "hi" and one.usage.paid == tokens
+
+
+LEFT, RIGHT = [[8, 8], [3, 3]], (8.0, 3.0)
+CHAIN = write_chain("Short is better.", [("brevity", 70), ("wit", 30)], LEFT)
+
+
+def marked(start, end):
+    return CHAIN.replace(JSON_START, start).replace(JSON_END, end)
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "as_teacher"),
+    [
+        (CHAIN, (RIGHT, ()), None),
+        (f"```\n{CHAIN}\n```", (RIGHT, ("trailing_text",)), None),
+        (f"<answer>{CHAIN}</answer>", (RIGHT, ("trailing_text",)), None),
+        (f"{CHAIN}\n\nIn summary, Response 1 is better.", (RIGHT, ("trailing_text",)), "issue:trailing_text"),
+        (marked("\\<JSON_START\\>", "\\<JSON_END\\>"), "no_markers", "parse:no_markers"),
+        (marked("&lt;JSON_START&gt;", "&lt;JSON_END&gt;"), "no_markers", "parse:no_markers"),
+        (marked(JSON_START, ""), "no_markers", "parse:no_markers"),
+        (CHAIN.replace('": 8.0', '": "8.0/10"'), "scores_not_numbers", "parse:scores_not_numbers"),
+        (
+            CHAIN.replace('": 8.0', '": 7').replace('": 3.0', '": 7'),
+            ((7.0, 7.0), ("declared_differs",)),
+            "tie",
+        ),
+    ],
+)
+def test_a_chain_in_another_form_is_read_as_what_it_is(written, read, as_teacher):
+    with serve(lambda body, n: written) as server:
+        [generation] = EndpointGenerator(endpoint(server))(
+            [GenerationRequest("k", tuple(ASK))], temperature=0.7
+        )
+        chain = parse_chain(generation.text)
+        assert (chain.kind if isinstance(chain, ParseFailure) else (chain.scores, chain.issues)) == read
+        text = LlmTeacher(endpoint(server)).write(EXAMPLE, 0).text
+        assert reason_to_reject(parse_chain(text), 0, text) == as_teacher
+
+
+def test_a_compressed_answer_is_read():
+    form = {"raw": gzip.compress(json.dumps(completion("hi")).encode())}
+    form["headers"] = {"content-encoding": "gzip"}
+    with serve(lambda body, n: form) as server:
+        assert both(server) == (("hi", None), ("hi", None))
+
+
+def test_an_empty_answer_that_was_cut_off_is_cut_off():
+    with serve(lambda body, n: {"completion": completion("", "length")}) as server:
+        assert both(server) == ((None, "length"), ("", "length"))
+
+
+def test_a_server_that_ignores_n_is_asked_for_single_samples():
+    with serve(lambda body, n: f"answer {n}") as server:
+        one = EndpointGenerator(endpoint(server))
+        answers = list(one(requests(5, 4), temperature=0.7))
+        assert sorted((a.key, a.sample) for a in answers) == [
+            (f"k{i}", s) for i in range(5) for s in range(4)
+        ]
+        assert len({a.text for a in answers}) == 20 == len(server.bodies) == one.endpoint.usage.calls
 
 
 # ---- failures ----
