@@ -87,6 +87,7 @@ def configuration(args: argparse.Namespace) -> Config:
         *(cluster if args.device == "cuda" else ("cluster=cpu",)),
         "psi.gradient_checkpointing=true",
         f"psi.micro_batch_tokens={args.tokens}",
+        f"psi.micro_batch_size={-(-args.tokens // args.length)}",  # a CPU's plan counts sequences
         f"model.max_prompt_tokens={args.length - args.length // TRAINED}",
         f"model.max_response_tokens={args.length // TRAINED}",
     )

@@ -22,8 +22,9 @@ their product).  `sdpa` repeats k and v to the width of q; `eager` adds heads·T
 checkpointing only each layer's input, b·h, stays, and one layer at a time is recomputed.
 
 Logits: PSI computes them for the answer only, 12 bytes each at the peak of the backward pass (fp32
-log-probabilities and two gradients).  veRL computes them for every token: 4 bytes with FlashAttention's
-in-place cross-entropy, 8 without, 16 in fp32; with LoRA in chunks.
+log-probabilities and two gradients).  A trained head adds its own gradient: one copy, or three if the loss
+has several pieces.  veRL computes logits for every token: 4 bytes with FlashAttention's in-place
+cross-entropy, 8 without, 16 in fp32; with LoRA in chunks.
 
 Tokens of a micro-batch: `micro_batch_tokens` in packed rows of PSI and in GRPO without padding, else
 `micro_batch_size` longest sequences.
@@ -85,12 +86,16 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sizes of one micro-batch: all tokens, those with a row of logits, bytes per logit, longest sequence."""
+    """Sizes of one micro-batch: all tokens, those with a row of logits, bytes per logit, longest sequence.
+
+    `head_gradients`: copies of the head's gradient that the backward pass makes before it adds them.
+    """
 
     tokens: int
     logits: int
     logit_bytes: int
     length: int
+    head_gradients: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ def activations(
     # gradients inside one layer
     working = batch.tokens * b * (3 * geometry.intermediate + 2 * geometry.hidden)
     logits = batch.logits * geometry.vocabulary * float(batch.logit_bytes)
+    logits += float(batch.head_gradients) * b * geometry.vocabulary * geometry.hidden
     if checkpointing:
         kept = batch.tokens * b * geometry.hidden * geometry.layers
         # The loss is finished before the layers are recomputed: the larger of the two counts.
@@ -187,7 +193,10 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     else:
         tokens = math.ceil(psi.micro_batch_size * length / psi.sequence_parallel)
         answers = psi.micro_batch_size * (config.model.max_response_tokens + 1)
-    batch = MicroBatch(tokens, min(tokens, answers, math.ceil(PIECE / geometry.vocabulary)), 12, length)
+    rows = math.ceil(PIECE / geometry.vocabulary)  # of a piece
+    # autograd sums the gradients of two pieces into a third tensor
+    copies = 0 if config.model.lora.rank else 1 if min(tokens, answers) <= rows else 3
+    batch = MicroBatch(tokens, min(tokens, answers, rows), 12, length, copies)
     acts, others = (
         activations(config, geometry, batch, checkpointing)
         for checkpointing in (psi.gradient_checkpointing, not psi.gradient_checkpointing)

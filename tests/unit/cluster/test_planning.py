@@ -146,6 +146,22 @@ def test_logits_of_psi_are_those_of_one_piece(eight: Config) -> None:
     assert parts.get("logits", 0.0) < 1.0 and sum(parts.values()) > 0
 
 
+def test_a_trained_head_has_gradients_of_its_own() -> None:
+    """One for one piece, three while those of two pieces are added; none with LoRA."""
+    base = ("recipe=psi", "model=llama31_8b", "cluster=cpu", "psi.gradient_checkpointing=true")
+    base += ("model.max_prompt_tokens=342", "model.max_response_tokens=170")
+    head = 4 * 128_256 * 4096 / memory.GIB
+
+    def logits(sequences: int, *more: str) -> float:
+        batch = f"psi.micro_batch_size={sequences}"
+        config = load(*base, batch, *more)
+        return memory.psi_phases(config, geometry_of(config))[0].parts.get("logits", 0.0)
+
+    assert 1 < logits(2) / head < 1.5
+    assert 3 < logits(4) / head < 3.5
+    assert logits(4, "model.lora.rank=16") < head
+
+
 @pytest.mark.parametrize(
     "key", ["psi.micro_batch_tokens", "model.max_response_tokens", "model.max_prompt_tokens"]
 )
