@@ -100,7 +100,7 @@ def answers_of(run: Path, count: int = 512) -> list[list[int]]:
 def step(driver: Rollout, prompts: list[Prompt], clock: Clock) -> None:
     """What our trainer does in a step around verl's: sample, score, write; then read groups and metrics."""
     driver.train(prompts)
-    if failures := driver.settled():
+    if failures := driver.settled(prompts[0].step):
         raise SystemExit(f"error: {len(failures)} prompts failed, first {failures[0]}")
     keys = [f"{prompt.uid}_{number}_0" for prompt in prompts for number in range(prompt.samples)]
     batch = SimpleNamespace(keys=keys, tags=[{}] * len(keys), partition_id="train")

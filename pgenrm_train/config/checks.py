@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pgenrm_train.config.data import QUESTIONS, VOTES
 from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import TASKS, sizes, task_of
-from pgenrm_train.config.grpo import GrpoConfig
+from pgenrm_train.config.grpo import SEPARATE, GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import not_one_of, violations
@@ -121,6 +121,11 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             grpo.advantage == "gdpo" and (not grpo.process_weight or config.judge.kind == "none"),
             f"{stage}.advantage=gdpo normalises outcome and process reward apart, and with {one_part} there "
             f"is no process reward; use {stage}.advantage=grpo or dr_grpo",
+        ),
+        (
+            grpo.mode == SEPARATE,
+            f"{stage}.mode=separate_async needs GPUs for vLLM alone and veRL's nccl checkpoint engine, which "
+            f"this version does not start; {stage}.mode=async hides a slow judge on the training GPUs",
         ),
         (
             rollouts % ranks > 0,

@@ -11,11 +11,18 @@ from pgenrm_train.config.setting import setting
 
 ADVANTAGES = ("grpo", "dr_grpo", "gdpo")
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
+SYNC, ASYNC, SEPARATE = MODES = ("sync", "async", "separate_async")
 
 
 @dataclass
 class GrpoConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
+    mode: str = setting(
+        SYNC, "async: the next step's chains are sampled while this step's are judged", choices=MODES
+    )
+    max_staleness: int = setting(
+        1, "mode=async: updates that a chain's weights may be old, and steps sampled ahead", ge=1
+    )
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
     rows: int = setting(8192, "training pairs to draw from", gt=0)
     steps: int | None = setting(None, "steps of the stage; null: from the number of pairs", gt=0)
@@ -77,6 +84,11 @@ class GrpoConfig:
     stall_seconds: float = setting(
         1800.0, "time without progress after which the watchdog ends the run", gt=0
     )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps that are sampled before their turn."""
+        return self.max_staleness if self.mode == ASYNC else 0
 
 
 @dataclass

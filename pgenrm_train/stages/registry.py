@@ -14,6 +14,7 @@ from typing import Any
 from pgenrm_train.config import (
     ANSWER_KEYS,
     FIELD_KEYS,
+    GRPO_STAGES,
     Config,
     CurriculumConfig,
     GrpoConfig,
@@ -43,6 +44,11 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("tasks", []),
     ("task_paths", {}),
     ("random_users", False),
+    # of CRE and curriculum
+    ("mode", "sync"),
+    ("max_staleness", 1),
+    ("advantage", "grpo"),
+    ("min_learning_rate_ratio", 1.0),
 )
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
@@ -81,6 +87,10 @@ class Stage:
         settings |= {key: value for key in added if (value := get(config, key))}
         if config.model.counted is Totals.DECLARED:  # whether stated or not
             settings.pop("model.totals", None)
+        if self.name in GRPO_STAGES:
+            for key, value in ADDED:
+                if settings.get(name := f"{self.name}.{key}") == value:
+                    del settings[name]
         if "psi.evaluate_every" in settings and not config.psi.evaluate_every:
             # measured alone, accuracy changes no checkpoint: as in runs that measured none
             settings |= {"psi.evaluate_every": 0, "psi.evaluate_pairs": 64}

@@ -612,6 +612,9 @@ def test_a_group_without_advantage_is_sampled_again_and_its_chains_are_counted()
         def __init__(self, *groups: list[ScoredChain]) -> None:
             self.groups, self.calls = groups, 0
 
+        async def _mark(self, prompt: Prompt, status: str) -> None:
+            assert status == "running", "sampled once"
+
         async def _sampled(self, prompt: Prompt, attempt: int = 0) -> Group:
             assert attempt == self.calls
             self.calls += 1

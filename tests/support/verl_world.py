@@ -75,6 +75,11 @@ def strict_judge() -> Any:
     return judge
 
 
+def dead_judge() -> Any:
+    """A judge that never gives a verdict."""
+    return lambda chain_text, example: None
+
+
 def swapped(row: dict[str, Any]) -> dict[str, Any]:
     """The same pair in the other order."""
     text, extra = row["prompt"][0]["content"], row["extra_info"]

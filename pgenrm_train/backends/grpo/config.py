@@ -138,6 +138,8 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         "algorithm.adv_estimator": WHITENED if grpo.advantage == "gdpo" else "grpo",
         "algorithm.norm_adv_by_std_in_grpo": grpo.advantage != "dr_grpo",
         "algorithm.use_kl_in_reward": False,
+        # Without `bypass_mode`, where the ratio is to the sampler: weights min(actor / sampler, 2) per token.
+        "algorithm.rollout_correction.rollout_is": "token" if grpo.steps_ahead else None,
         "data.train_batch_size": known(grpo.prompts_per_step),
         "data.max_prompt_length": model.max_prompt_tokens,
         "data.max_response_length": model.max_response_tokens,

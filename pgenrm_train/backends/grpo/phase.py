@@ -104,6 +104,15 @@ class Phase:
 PHASES = TypeAdapter(list[Phase])  # of a job file
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Rows of one step, and the shares of hard pairs at its draw (None under `uniform`)."""
+
+    rows: list[int]
+    target: float | None = None
+    realised: float | None = None
+
+
 class PhaseRun:
     """A phase in progress: its settings, rows, sampler and clock."""
 
@@ -117,15 +126,28 @@ class PhaseRun:
         self.opened = self.started = time.monotonic()
         self.first_step = 0
         self.last: Mapping[str, float | None] = {}  # metrics of the newest step
-        self.drawn: list[int] = []  # rows of the current step
+        self.draws: dict[int, Draw] = {}  # of steps that are not trained yet
         self.warned = False  # that vLLM and the actor differ
         self.sampler: CurriculumSampler  # set once hardness is known
         # (step, doing, part), for the watchdog and the time line
         self.beat = functools.partial(beat, phase.section)
 
+    def draw(self, step: int) -> Draw:
+        """The step's rows; a step that a checkpoint has stored is not drawn again."""
+        if step not in self.draws:
+            rows = self.sampler.next_batch(step)
+            self.draws[step] = Draw(rows, self.sampler.target, self.sampler.realised)
+        return self.draws[step]
+
     def state_dict(self) -> dict[str, Any]:
-        """verl stores this in data.pt; we read it back from the marker."""
-        return self.sampler.state_dict()
+        """The sampler, and the steps drawn ahead; verl stores it in data.pt, we read it from the marker."""
+        ahead = {str(step): dataclasses.asdict(draw) for step, draw in self.draws.items()}
+        return self.sampler.state_dict() | {"ahead": ahead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+        # Checkpoints of older versions have no steps ahead.
+        self.draws = {int(step): Draw(**draw) for step, draw in state.get("ahead", {}).items()}
 
     def write_report(self) -> None:
         """Write `trained.json`, which makes the phase complete."""

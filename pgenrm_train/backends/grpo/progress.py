@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgenrm_train.backends.grpo.phase import Draw
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.backends.protocols import TRUTH, ChainReader
 from pgenrm_train.bootstrap import mean, user_bootstrap
@@ -106,6 +107,12 @@ def engine_metrics(metrics: Mapping[str, float]) -> Metrics:
     return {name: float(value) for name, value in plain.items() if name.startswith(ENGINE)}
 
 
+def staleness_metrics(step: int, tags: Sequence[Mapping[str, Any]]) -> Metrics:
+    """Updates between the weights that sampled a chain and those that `step` trains; `tags`: veRL's."""
+    ages = [step - 1 - tag["min_global_steps"] for tag in tags if not tag.get("is_padding", False)]
+    return {"staleness/mean": float(np.mean(ages)), "staleness/max": max(ages)}
+
+
 def difference_warning(metrics: Metrics) -> str | None:
     """A sentence if vLLM and the actor give the sampled tokens other probabilities, else None."""
     difference = metrics.get(DIFFERENCE)
@@ -118,14 +125,14 @@ def difference_warning(metrics: Metrics) -> str | None:
     )
 
 
-def mix_metrics(drawn: Mapping[int, ScoredGroup], sampler: CurriculumSampler) -> Metrics:
+def mix_metrics(drawn: Mapping[int, ScoredGroup], sampler: CurriculumSampler, draw: Draw) -> Metrics:
     """Target and realised share of hard pairs, and pass rates of the hard, the suspect and the rest.
 
     `drawn`: pair → its group.  Call it before `sampler.observe`, which may move the pairs.
     """
     metrics: Metrics = {
-        "curriculum/target_hard_share": sampler.target,
-        "curriculum/realised_hard_share": sampler.realised,
+        "curriculum/target_hard_share": draw.target,
+        "curriculum/realised_hard_share": draw.realised,
     }
     if len(sampler.buckets) == 1:
         return metrics

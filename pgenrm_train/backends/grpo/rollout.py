@@ -42,6 +42,8 @@ from pgenrm_train.rewards.training_rows import GrpoRow
 
 # A reward that is not written yet: it would show in an update that did not wait for it.
 UNKNOWN = float("nan")
+# verl's status of a prompt: sampled once, and perhaps sampled again once it is judged
+SAMPLED = "running"
 COLLECT_SECONDS = 1.0  # between two collections of measured groups
 Measured = tuple[str, list[ScoredChain]]  # a group and its `Prompt.uid`
 
@@ -140,6 +142,12 @@ class ChainSampler:
         measured, self.measured = self.measured, []
         return measured
 
+    async def pause(self) -> None:
+        await self.placement.pause()
+
+    async def resume(self) -> None:
+        self.placement.resume()
+
     async def judge_metrics(self) -> dict[str, float]:
         """The judge's own counts (calls, cost, missing verdicts) since the start; empty for a rule."""
         return dict(getattr(self.judge, "metrics", dict)())
@@ -153,16 +161,14 @@ class ChainSampler:
         except Exception as error:
             # An engine failure of one prompt must not strand the others; the trainer counts them.
             result = f"{prompt.row['extra_info']['pair_id']}: {type(error).__name__}: {error}"[:300]
-        status = "failure" if isinstance(result, str) else "finished"
-        await asyncio.to_thread(
-            tq.kv_batch_put,
-            keys=[prompt.uid],
-            partition_id="train",
-            tags=[{"is_prompt": True, "status": status, "global_steps": prompt.step}],
-        )
+        await self._mark(prompt, "failure" if isinstance(result, str) else "finished")
         if isinstance(result, Group):
             await result.scoring
         return result
+
+    async def _mark(self, prompt: Prompt, status: str) -> None:
+        tag = {"is_prompt": True, "status": status, "global_steps": prompt.step}
+        await asyncio.to_thread(tq.kv_batch_put, keys=[prompt.uid], partition_id="train", tags=[tag])
 
     async def _with_advantage(self, prompt: Prompt) -> Group:
         """The first group whose rewards differ, else the last of `1 + prompt.resample`.
@@ -173,6 +179,8 @@ class ChainSampler:
         discarded: list[ScoredChain] = []
         for attempt in range(prompt.resample):
             group = await self._sampled(prompt, attempt)
+            if attempt == 0:
+                await self._mark(prompt, SAMPLED)
             chains = await group.scoring
             if len({chain.score for chain in chains}) > 1:
                 break
@@ -263,7 +271,7 @@ class Rollout:
 
     def __init__(self, config: Any, servers: Sequence[Any]) -> None:
         self.actors: list[Any] = []
-        self.training: list[Any] = []  # started by `train`
+        self.training: dict[int, list[Any]] = {}  # step → calls of `train` that have started
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         if workers == 0:
             self.sampler = ChainSampler(config, servers)
@@ -282,12 +290,19 @@ class Rollout:
         ray.get([actor.use_rewards.remote(spec) for actor in self.actors])
 
     def train(self, prompts: Sequence[Prompt]) -> None:
-        """Start sampling and return; results arrive in TransferQueue."""
-        self.training = self._start("train", prompts)
+        """Start sampling a step and return; results arrive in TransferQueue."""
+        self.training[prompts[0].step] = self._start("train", prompts)
 
-    def settled(self) -> list[str]:
-        """Wait until all rewards of `train` are in TransferQueue; returns the reasons of failed prompts."""
-        return [reason for reasons in self._wait(self.training) for reason in reasons]
+    def settled(self, step: int) -> list[str]:
+        """Wait until all rewards of a step are in TransferQueue; returns the reasons of failed prompts."""
+        return [reason for reasons in self._wait(self.training[step]) for reason in reasons]
+
+    def pause(self) -> None:
+        """Start no further group; returns once no request is in flight, so that vLLM may sleep."""
+        self._call("pause")
+
+    def resume(self) -> None:
+        self._call("resume")
 
     def measure(self, prompts: Sequence[Prompt]) -> Iterator[Measured]:
         """Scored chains by `Prompt.uid`, as groups end; no group waits for the caller."""

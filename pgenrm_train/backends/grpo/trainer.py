@@ -13,6 +13,10 @@ the reasons:
   order.
 - The sampler learns the step's pass rates before the checkpoint is written, so its saved state is not one
   update stale.
+- With `mode=async` the chains of the next `max_staleness` steps are sampled while this step's verdicts are
+  awaited: update, sync, then sample step t + 1 while step t is judged.  Steps, their rows and their groups
+  are those of `sync`; only the weights that sample them are older.  vLLM sleeps once nothing is in flight.
+  verl's `colocate_async` instead aborts chains in the middle and trains on the groups that end first.
 - Rewards are awaited where advantages need them, after the log-probabilities; `time/verdicts` is that wait
   per step.
 - Reward parts are read before the checkpoint is written.  A stop (too many reward errors, a judge without
@@ -54,6 +58,7 @@ from pgenrm_train.backends.grpo.progress import (
     progress_line,
     rewards_problem,
     sample_rows,
+    staleness_metrics,
     truth_metrics,
     under_stage,
     validation_line,
@@ -161,7 +166,7 @@ class ChainTrainer(PPOTrainerSync):
             self.actor_rollout_wg.load_checkpoint(
                 local_path=str(newest.folder / "actor"), del_local_after_load=False
             )
-            sampler.load_state_dict(newest.sampler)
+            run.load_state_dict(newest.sampler)
             self.loaded, self.global_steps = str(newest.folder), newest.step
         self._wake()
         self._init_dump_executor()
@@ -260,10 +265,19 @@ class ChainTrainer(PPOTrainerSync):
         )
 
     def prepare_step(self) -> dict[str, object]:
-        """Draw the batch and pass it to the rollout."""
+        """Begin to sample the step, and those that are sampled ahead of their turn."""
         run, step = self.run, self.global_steps
-        run.beat(step, "sampling chains", Part.GENERATION)
-        drawn = run.drawn = run.sampler.next_batch(step)
+        last = min(step + run.grpo.steps_ahead, run.phase.steps)
+        ahead = f" of steps up to {last}" if last > step else ""
+        run.beat(step, f"sampling chains{ahead}", Part.GENERATION)
+        for each in range(step, last + 1):
+            if each not in self.rollout.training:
+                self._sample(each)
+        return {}
+
+    def _sample(self, step: int) -> None:
+        """Draw the batch of a step and pass it to the rollout."""
+        run, drawn = self.run, self.run.draw(step).rows
         prompts = [
             self._prompt(row, f"s{step}p{place:05d}", run.grpo.group_size, step)
             for place, row in enumerate(run.table.take(drawn).to_pylist())
@@ -278,7 +292,19 @@ class ChainTrainer(PPOTrainerSync):
             tags=[{"is_prompt": True, "status": "pending", "global_steps": step} for _ in prompts],
         )
         self.rollout.train(prompts)
-        return {}
+
+    def on_sample_begin(self) -> None:
+        """Wait until vLLM may sleep: the step is sampled, and every prompt of the steps ahead once."""
+        if self.run.grpo.steps_ahead:
+            while self._samples():
+                time.sleep(POLL_SECONDS)
+            self.rollout.pause()
+
+    def _samples(self) -> bool:
+        buffer = self.replay_buffer
+        buffer._sync_metadata_from_transfer_queue()
+        again = any(uid.startswith(f"s{self.global_steps}p") for uid in buffer.running_keys["train"])
+        return again or bool(buffer.pending_keys["train"])
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
@@ -287,6 +313,8 @@ class ChainTrainer(PPOTrainerSync):
     def on_step_end(self) -> None:
         self.run.beat(self.global_steps, "syncing weights to vLLM", Part.SYNC)
         super().on_step_end()
+        if self.run.grpo.steps_ahead:
+            self.rollout.resume()
         self.validate()
 
     def _balance_batch(self, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,7 +325,7 @@ class ChainTrainer(PPOTrainerSync):
         run, step = self.run, self.global_steps
         run.beat(step, "waiting for verdicts", Part.VERDICTS)
         with marked_timer("verdicts", self.timing_raw):
-            self.rollout.settled()
+            self.rollout.settled(step)
         run.beat(step, "updating the actor", Part.UPDATE)
         return super()._compute_advantage(batch, metrics)
 
@@ -307,24 +335,27 @@ class ChainTrainer(PPOTrainerSync):
             batch = super().step(metrics, timing_raw)
         except RuntimeError as error:
             # verl's replay buffer raises if no prompt of the step has a chain: add the reason.
-            if failures := self.rollout.settled():
+            if failures := self.rollout.settled(step):
                 raise EngineLostError(
                     f"{phase.section} has no chains at step {self.global_steps}: {failures[0]}"
                 ) from error
             raise
         by_place = self._groups(batch)
-        groups, failures = list(by_place.values()), self.rollout.settled()
-        by_pair = {run.drawn[place]: group for place, group in by_place.items()}
-        ours = chain_metrics(groups) | mix_metrics(by_pair, run.sampler) | self.rollout.judge_metrics()
+        groups, failures = list(by_place.values()), self.rollout.settled(step)
+        del self.rollout.training[step]
+        draw = run.draws.pop(step)
+        by_pair = {draw.rows[place]: group for place, group in by_place.items()}
+        ours = chain_metrics(groups) | mix_metrics(by_pair, run.sampler, draw) | self.rollout.judge_metrics()
+        ours |= staleness_metrics(step, batch.tags)
         ours["rollout/failed_prompts"] = len(failures)
-        run.sampler.observe((run.drawn[place], *group.evidence()) for place, group in by_place.items())
+        run.sampler.observe((draw.rows[place], *group.evidence()) for place, group in by_place.items())
         metrics.update({f"{phase.section}/{name}": value for name, value in ours.items()})
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= engine_metrics(metrics) | self.utilization.read()
         tokens = sum(tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False))
         ranks = self.actor_rollout_wg.world_size
         ours["perf/throughput"] = tokens / ours["time/step"] / ranks  # tokens per second and rank
-        if not run.warned and (warning := difference_warning(ours)):
+        if not run.warned and not ours["staleness/max"] and (warning := difference_warning(ours)):
             run.warned = True
             print(f"{phase.section}: step {step}: {warning}", flush=True)
         run.last = ours

@@ -60,3 +60,11 @@ def test_raw_data_counts_by_content(tmp_path):
         REGISTRY[StageName.CRE].settings(moved_config)["data.path sha256"]
         == REGISTRY[StageName.BUILD_DATA].settings(moved_config)["data.path sha256"]
     )
+
+
+def test_the_mode_of_a_grpo_stage_counts_if_it_is_not_that_of_older_runs():
+    def of(*overrides):
+        return fingerprint(REGISTRY[StageName.CRE].settings(load("recipe=cre", *overrides)))
+
+    ahead = of("cre.mode=async")
+    assert of() != ahead != of("cre.mode=async", "cre.max_staleness=2")

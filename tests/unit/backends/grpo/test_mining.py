@@ -15,7 +15,7 @@ import pytest
 from pgenrm_train.backends.grpo.config import verl_variables
 from pgenrm_train.backends.grpo.engine import train
 from pgenrm_train.backends.grpo.mining import hardness, summarise
-from pgenrm_train.backends.grpo.phase import ChainRequest, HardnessSource, Phase, PhaseRun
+from pgenrm_train.backends.grpo.phase import ChainRequest, Draw, HardnessSource, Phase, PhaseRun
 from pgenrm_train.backends.grpo.progress import chain_metrics, mix_metrics
 from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 from pgenrm_train.config import Config
@@ -189,12 +189,14 @@ def test_the_mix_and_what_its_parts_are_worth_are_in_the_metrics() -> None:
         facts=PairFacts([True] * 4 + [False] * 4),
     )
     drawn = sampler.next_batch(1)
-    metrics = mix_metrics({i: ScoredGroup([chain(float(i >= 4))] * 2) for i in drawn}, sampler)
-    assert metrics["curriculum/target_hard_share"] == metrics["curriculum/realised_hard_share"] == 0.5
+    groups = {i: ScoredGroup([chain(float(i >= 4))] * 2) for i in drawn}
+    metrics = mix_metrics(groups, sampler, Draw(drawn, 0.5, 0.25))
+    assert metrics["curriculum/target_hard_share"] == 0.5
+    assert metrics["curriculum/realised_hard_share"] == 0.25, "of this draw, not of the sampler's newest"
     assert (metrics["curriculum/hard_pass_rate"], metrics["curriculum/rest_pass_rate"]) == (0.0, 1.0)
     assert (metrics["curriculum/hard_pairs"], metrics["curriculum/rest_pairs"]) == (4, 4)
     plain = CurriculumSampler(8, prompts_per_step=4, steps=2, seed=0)
-    assert mix_metrics({}, plain) == {
+    assert mix_metrics({}, plain, Draw([])) == {
         "curriculum/target_hard_share": None,
         "curriculum/realised_hard_share": None,
     }

@@ -39,3 +39,32 @@ def test_a_group_waits_for_room_in_the_order_of_the_calls() -> None:
         return served
 
     assert asyncio.run(order()) == ["a", "b", "c", "large", "d"]
+
+
+def test_a_pause_waits_for_what_is_in_flight_and_lets_no_group_start() -> None:
+    async def order() -> list[str]:
+        placement, events = Placement(1, room=8), []
+
+        async def group(name: str) -> None:
+            await placement.take(4)
+            events.append(name)
+
+        async def pause() -> None:
+            await placement.pause()
+            events.append("paused")
+
+        server = await placement.take(4)
+        pausing = asyncio.create_task(pause())
+        await asyncio.sleep(0)
+        late = asyncio.create_task(group("late"))  # there is room for it
+        for _ in range(4):
+            await asyncio.sleep(0.01)
+            assert not events
+            placement.release(server)
+        await asyncio.sleep(0.01)
+        assert events == ["paused"]
+        placement.resume()
+        await asyncio.gather(pausing, late)
+        return events
+
+    assert asyncio.run(order()) == ["paused", "late"]

@@ -8,6 +8,7 @@ from pgenrm_train.backends.grpo.progress import (
     difference_warning,
     engine_metrics,
     sample_rows,
+    staleness_metrics,
     truth_metrics,
     validation_line,
     validation_metrics,
@@ -73,3 +74,10 @@ def test_where_chains_err_is_read_from_chains_with_the_user_s_own_history() -> N
     assert validation_line({"eval/accuracy": 0.75}) == "validation accuracy 0.750"
     line = validation_line({"eval/accuracy": 0.75, **metrics})
     assert line == "validation accuracy 0.750 · criteria allowed 50% · criteria recalled 25%"
+
+
+def test_staleness_is_in_updates_and_padding_has_none() -> None:
+    """A step trains the weights of the update before it; chains from those are not stale."""
+    tags = [{"min_global_steps": version} for version in (4, 4, 3, 3)]
+    padding = {"min_global_steps": 0, "is_padding": True}
+    assert staleness_metrics(5, [*tags, padding]) == {"staleness/mean": 0.5, "staleness/max": 1}

@@ -1,0 +1,139 @@
+"""CRE and curriculum with `mode=async`: the next step is sampled while this one is judged, killed, resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_verl import (
+    CHILD,
+    CURRICULUM_STEPS,
+    ROWS,
+    STEPS,
+    children_of_ray,
+    config,
+    cre,
+    curriculum,
+    in_background,
+    judge_on_path,
+    lines,
+    processes,
+    training,
+    wait_for,
+    world,
+)
+
+from pgenrm_train.backends.grpo.phase import Phase
+from pgenrm_train.backends.grpo.scoring import JudgeSpec
+from pgenrm_train.backends.grpo.supervisor import launch
+from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.curriculum.sampler import CurriculumSampler
+
+__all__ = ["judge_on_path", "world"]  # fixtures
+
+
+def batches() -> list[list[int]]:
+    sampler = CurriculumSampler(ROWS, prompts_per_step=8, steps=STEPS, seed=0)
+    return [sampler.next_batch(step) for step in range(1, STEPS + 1)]
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CRE, a self-paced curriculum that samples groups again, and CRE with a dead judge, in one session."""
+    run = tmp_path_factory.mktemp("run")
+    dead = Phase(
+        StageName.CRE,
+        world / "start",
+        world / "rows.parquet",
+        run / "dead",
+        2,
+        judge=JudgeSpec("verl_world:dead_judge"),
+        settings={"max_null_share": 1.0},
+    )
+    done = launch(config(run, mode="async"), [cre(world, run), curriculum(world, run), dead])
+    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 2]
+    assert not children_of_ray()
+    return run
+
+
+def test_each_step_after_the_first_is_sampled_one_update_early_and_corrected(trained: Path) -> None:
+    steps = training(trained)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["cre/staleness/max"] for line in steps] == [0, 1, 1, 1]
+    assert [line["cre/staleness/mean"] for line in steps] == [0, 1, 1, 1]
+    assert abs(steps[0]["cre/actor/ppo_kl"]) < 1e-5
+    assert all(abs(line["cre/actor/ppo_kl"]) > 1e-5 for line in steps[1:]), "the ratio is to the old sampler"
+    assert all(abs(line["cre/rollout_corr/kl"]) > 1e-5 for line in steps[1:]), "the mismatch is logged"
+    assert all(math.isfinite(line["cre/actor/grad_norm"]) for line in steps)
+    assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == batches(), "those of sync"
+    accuracies = [line["step"] for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
+    assert accuracies == [0, 3, STEPS]
+
+
+def test_groups_are_sampled_again_within_the_bound_and_the_curriculum_draws_one_step_early(
+    trained: Path,
+) -> None:
+    steps = training(trained, "curriculum")
+    assert [line["step"] for line in steps] == list(range(1, CURRICULUM_STEPS + 1))
+    assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0
+    assert all(0 <= line["curriculum/staleness/mean"] <= 1 for line in steps)
+    assert all(line["curriculum/staleness/max"] <= 1 for line in steps)
+    assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
+    assert [len(set(line["rows"])) for line in lines(trained / "curriculum/batches.jsonl")] == [8] * len(steps)
+
+
+def test_a_dead_judge_gives_null_verdicts(trained: Path) -> None:
+    steps = training(trained, "dead", "cre")
+    assert [line["cre/reward/process_null_share"] for line in steps] == [1, 1]
+    assert all(line["cre/reward/process"] is None and line["cre/reward/outcome"] >= 0 for line in steps)
+
+
+def test_a_killed_run_trains_every_step_once(world: Path, tmp_path: Path) -> None:
+    """kill -9 with two steps in flight; they are sampled again, with the weights of the checkpoint."""
+    phase, saved = dataclasses.replace(cre(world, tmp_path), validation=None), tmp_path / "cre/verl"
+    settings = config(tmp_path, mode="async", max_staleness=2)
+    thread, killed = in_background(lambda: launch(settings, [phase]))
+    wait_for(lambda: (saved / "global_step_1/complete.json").exists(), 240, "the first checkpoint")
+    processes(CHILD)[0].send_signal(signal.SIGKILL)
+    thread.join(timeout=60)
+    assert "code -9" in str(killed[0])
+    wait_for(lambda: not children_of_ray(), 30, "Ray and vLLM to follow their driver")
+    assert launch(settings, [phase])[0].steps == STEPS
+    steps = training(tmp_path)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(line["cre/staleness/max"] <= 2 for line in steps)
+    assert 0 in [line["cre/staleness/max"] for line in steps[1:]], "the first step after the kill"
+    assert [line["rows"] for line in lines(tmp_path / "cre/batches.jsonl")] == batches()
+
+
+def test_verls_own_buffer_trains_on_the_groups_that_end_first() -> None:
+    """Why this is not verl's `colocate_async`: chance would decide which pairs a step trains, or drops."""
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
+
+    refilled: list[int] = []
+
+    class Scripted(ReplayBufferAsync):
+        late = "pending"  # status of a group of step 1 with long chains
+
+        def _sync_metadata_from_transfer_queue(self) -> None:
+            self.prompt_global_steps["train"] = {"s1p0": 1, "s1p1": 1, "s2p0": 2, "s2p1": 2}
+            self.pending_keys["train"] = {"s1p0"} if self.late == "pending" else set()
+            self.finished_keys["train"] = set(self.prompt_global_steps["train"]) - self.pending_keys["train"]
+
+        def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
+            self.late = "pending"
+            refilled.append(len(uids))
+
+    settings: Any = {"max_off_policy_threshold": 1, "max_off_policy_strategy": "drop"}
+    buffer = Scripted("colocate_async", {}, sampler_kwargs={}, poll_interval=0.0, refill_fn=print, **settings)
+    buffer.max_off_policy_threshold = None
+    keys, _ = buffer.wait_for_sampleable(1, "train", 2)
+    assert sorted(buffer._select_prompt_uids("train", keys, 2)[0]) == ["s1p1", "s2p0"] or (
+        sorted(buffer._select_prompt_uids("train", keys, 2)[0]) == ["s1p1", "s2p1"]
+    ), "step 1 trains a pair of step 2, whose group has ended first"
+    buffer.late, buffer.max_off_policy_threshold = "finished", 2
+    assert "s1p0" in buffer._stale_terminal_keys(3, "train"), "a group that ends late is dropped"
