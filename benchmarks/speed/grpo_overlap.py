@@ -2,8 +2,9 @@
 
 From one checkpoint, on the same rows and with the same settings:
 
-    ours     our trainer with a stub judge that takes no CPU.  Its verdicts come at once, or after 10, 50 or
+    sync     our trainer with a stub judge that takes no CPU.  Its verdicts come at once, or after 10, 50 or
              100 % of a step's generation time.  Latencies alternate by step, so other load affects all
+    async    the same with cre.mode=async, in the same session
     stock    veRL's own PPOTrainerSync, agent loop and reward worker, with our reward as its custom reward
              function; its replay buffer polls as often as ours
 
@@ -14,8 +15,9 @@ From one checkpoint, on the same rows and with the same settings:
 A step is veRL's own `timing_s/step`: generation, rewards, update and weight sync, and as on GPUs the
 log-probabilities of actor and reference.  Prints medians, and for the judge the median over rounds of the
 ratio to the round's step with instant verdicts.  A verdict is requested when its chain ends and awaited
-after the log-probabilities.  So the rest of a judge's latency is that of the chain that ends last, less
-the time of the log-probabilities.
+after the log-probabilities.  So with `sync` the rest of a judge's latency is that of the chain that ends
+last, less the time of the log-probabilities.  With `async` an update, a weight sync and the next step's
+generation are in between too.
 """
 
 import argparse
@@ -36,11 +38,14 @@ from pgenrm_train.backends.grpo.phase import Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.session import Session
 from pgenrm_train.config import ROOT, Config, load
+from pgenrm_train.config.grpo import ASYNC, SYNC
 from pgenrm_train.config.setting import known
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.rewards.reward import chain_reward
 from pgenrm_train.run.process import die_with_parent, end_on_sigterm
 
+JUDGES = {SYNC: "stub_judge", ASYNC: "stub_judge_ahead"}
+PHASES = {"ours": (SYNC, ASYNC), "stock": ("stock",)}  # by child process
 SHARES = (0.0, 0.1, 0.5, 1.0)  # of the generation time of a step whose verdicts come at once
 ROLLOUT = "actor_rollout_ref.rollout"
 TIMES = "VERL_FILE_LOGGER_ROOT"  # folder of veRL's file logger
@@ -61,17 +66,25 @@ def compute_score(
     return chain_reward(solution_str, int(ground_truth), n_responses=int(extra_info["n_responses"])).total
 
 
-def stub_judge() -> Any:
-    """Judge of `ours`, with the latency of the current step; veRL's log has the steps before."""
-    times = times_of(Path(os.environ[TIMES]).parent, "ours")
+def stub_judge(mode: str = SYNC) -> Any:
+    """Judge with the latency of the step whose chains are sampled; veRL's log has the steps before."""
+    out = Path(os.environ[TIMES]).parent
+    times = times_of(out, mode)
 
     def judge(chain_text: str, example: Mapping[str, Any]) -> float:
         done = read_times(times)
-        if share := share_of(len(done) + 1):
-            time.sleep(share * statistics.median(of_share(done, 0.0, "timing_s/gen")))
+        if share := share_of(len(done) + (2 if mode == ASYNC else 1)):
+            generation = of_share(done, 0.0, "timing_s/gen")
+            # `async` samples its third step before its second has ended
+            generation = generation or of_share(read_times(times_of(out, SYNC)), 0.0, "timing_s/gen")
+            time.sleep(share * statistics.median(generation))
         return 0.5
 
     return judge
+
+
+def stub_judge_ahead() -> Any:
+    return stub_judge(ASYNC)
 
 
 def share_of(step: int) -> float:
@@ -102,7 +115,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps with each latency")
     parser.add_argument("--overrides", nargs="*", default=[], help="more Hydra overrides")
-    parser.add_argument("--child", choices=("ours", "stock"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=tuple(PHASES), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -151,8 +164,17 @@ to_verl = engine.to_verl
 def ours(config: Config, out: Path) -> None:
     engine.to_verl = timed  # type: ignore[assignment]
     in_flight = known(config.cre.prompts_per_step) * config.cre.group_size
-    judge = JudgeSpec("grpo_overlap:stub_judge", in_flight=in_flight)
-    engine.train(config, [dataclasses.replace(base_phase(config), work_dir=out / "ours", judge=judge)])
+    base = base_phase(config)
+    phases = [
+        dataclasses.replace(
+            base,
+            work_dir=out / mode,
+            judge=JudgeSpec(f"grpo_overlap:{judge}", in_flight=in_flight),
+            settings={"mode": mode},
+        )
+        for mode, judge in JUDGES.items()
+    ]
+    engine.train(config, phases)
 
 
 def stock(config: Config, out: Path) -> None:
@@ -200,14 +222,22 @@ def run_child(args: argparse.Namespace, config: Config, which: str) -> None:
 
 
 def report(out: Path) -> None:
-    ours, stock = (read_times(times_of(out, name))[:-1] for name in ("ours", "stock"))
+    at_once = [report_mode(mode, read_times(times_of(out, mode))[:-1]) for mode in JUDGES]
+    print(f"async, verdicts at once: {at_once[1] / at_once[0]:.2f} × sync")
+    stock = read_times(times_of(out, "stock"))[1:-1]
+    theirs = statistics.median(line["timing_s/step"] for line in stock)
+    print(f"stock veRL: step {theirs:.2f} s; sync = {at_once[0] / theirs:.2f} × stock")
+
+
+def report_mode(mode: str, ours: Sequence[Mapping[str, float]]) -> float:
+    """Print the steps of a mode by latency; returns the median step with verdicts at once."""
     at_once = of_share(ours, 0.0, "timing_s/step")
     generation = statistics.median(of_share(ours, 0.0, "timing_s/gen"))
     hidden = sum(
         statistics.median(of_share(ours, 0.0, f"timing_s/{name}")) for name in ("old_log_prob", "ref")
     )
     print(
-        f"ours, verdicts at once: step {statistics.median(at_once):.2f} s, of which "
+        f"{mode}, verdicts at once: step {statistics.median(at_once):.2f} s, of which "
         f"{generation:.2f} s generation and "
         f"{hidden:.2f} s log-probabilities ({len(at_once)} rounds)"
     )
@@ -215,11 +245,10 @@ def report(out: Path) -> None:
         steps = of_share(ours, share, "timing_s/step")
         ratio = statistics.median(step / plain for step, plain in zip(steps, at_once, strict=True))
         print(
-            f"judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = "
+            f"{mode}, judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = "
             f"{ratio:.2f} × at once"
         )
-    theirs = statistics.median(line["timing_s/step"] for line in stock[1:])
-    print(f"stock veRL: step {theirs:.2f} s; ours = {statistics.median(at_once) / theirs:.2f} × stock")
+    return statistics.median(at_once)
 
 
 def main() -> None:
@@ -230,8 +259,8 @@ def main() -> None:
         end_on_sigterm()
         {"ours": ours, "stock": stock}[args.child](config, args.out.resolve())
         return
-    for which in ("ours", "stock"):
-        if len(read_times(times_of(args.out, which))) < config.cre.steps:
+    for which, phases in PHASES.items():
+        if min(len(read_times(times_of(args.out, phase))) for phase in phases) < known(config.cre.steps):
             run_child(args, config, which)
     report(args.out)
 

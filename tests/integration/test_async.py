@@ -1,4 +1,4 @@
-"""CRE and curriculum with `mode=async`: the next step is sampled while this one is judged, killed, resumed."""
+"""CRE and curriculum with `mode=async`: the next step is sampled while this one is judged; kill and resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import math
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_verl import (
@@ -83,7 +82,9 @@ def test_groups_are_sampled_again_within_the_bound_and_the_curriculum_draws_one_
     assert all(0 <= line["curriculum/staleness/mean"] <= 1 for line in steps)
     assert all(line["curriculum/staleness/max"] <= 1 for line in steps)
     assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
-    assert [len(set(line["rows"])) for line in lines(trained / "curriculum/batches.jsonl")] == [8] * len(steps)
+    assert [len(set(line["rows"])) for line in lines(trained / "curriculum/batches.jsonl")] == [8] * len(
+        steps
+    )
 
 
 def test_a_dead_judge_gives_null_verdicts(trained: Path) -> None:
@@ -114,26 +115,32 @@ def test_verls_own_buffer_trains_on_the_groups_that_end_first() -> None:
     """Why this is not verl's `colocate_async`: chance would decide which pairs a step trains, or drops."""
     from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
-    refilled: list[int] = []
-
     class Scripted(ReplayBufferAsync):
-        late = "pending"  # status of a group of step 1 with long chains
+        """Two steps of two groups, of which `pending` are still sampled."""
+
+        pending = frozenset({"s1p0"})
 
         def _sync_metadata_from_transfer_queue(self) -> None:
-            self.prompt_global_steps["train"] = {"s1p0": 1, "s1p1": 1, "s2p0": 2, "s2p1": 2}
-            self.pending_keys["train"] = {"s1p0"} if self.late == "pending" else set()
-            self.finished_keys["train"] = set(self.prompt_global_steps["train"]) - self.pending_keys["train"]
+            self.prompt_global_steps["train"] = {"s1p0": 1, "s1p1": 1, "s2p0": 2}
+            self.pending_keys["train"] = set(self.pending)
+            self.finished_keys["train"] = set(self.prompt_global_steps["train"]) - self.pending
 
         def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
-            self.late = "pending"
-            refilled.append(len(uids))
+            """In place of TransferQueue; the new groups are not sampled yet."""
+            self.finished_keys[partition_id] -= uids
 
-    settings: Any = {"max_off_policy_threshold": 1, "max_off_policy_strategy": "drop"}
-    buffer = Scripted("colocate_async", {}, sampler_kwargs={}, poll_interval=0.0, refill_fn=print, **settings)
-    buffer.max_off_policy_threshold = None
-    keys, _ = buffer.wait_for_sampleable(1, "train", 2)
-    assert sorted(buffer._select_prompt_uids("train", keys, 2)[0]) == ["s1p1", "s2p0"] or (
-        sorted(buffer._select_prompt_uids("train", keys, 2)[0]) == ["s1p1", "s2p1"]
-    ), "step 1 trains a pair of step 2, whose group has ended first"
-    buffer.late, buffer.max_off_policy_threshold = "finished", 2
-    assert "s1p0" in buffer._stale_terminal_keys(3, "train"), "a group that ends late is dropped"
+    buffer = Scripted(
+        "colocate_async",
+        {},
+        max_off_policy_threshold=2,
+        max_off_policy_strategy="drop",  # verl's default
+        sampler_kwargs={},
+        refill_fn=print,
+    )
+    ended, _ = buffer.wait_for_sampleable(1, "train", 2)
+    chosen, *_ = buffer._select_prompt_uids("train", ended, 2)
+    assert chosen == ["s1p1", "s2p0"], "step 1 trains a pair of step 2, because its own is still sampled"
+    buffer.pending = frozenset()
+    buffer._sync_metadata_from_transfer_queue()
+    late = buffer._terminal_eviction_reasons(3, "train")
+    assert "s1p0" in buffer._evict_terminal_groups(3, "train", late)[0], "its pair is dropped for another"
