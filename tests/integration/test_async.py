@@ -1,4 +1,4 @@
-"""CRE and curriculum with `mode=async`: the next step is sampled while this one is judged; kill and resume."""
+"""CRE and curriculum with `mode=async`: the next step is sampled while this one is judged; kill, resume."""
 
 from __future__ import annotations
 
