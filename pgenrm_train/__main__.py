@@ -1,7 +1,7 @@
 """`python -m pgenrm_train recipe=NAME …`: compose the configuration, find the recipe, run it.
 
 Imports nothing heavy.  Exit codes: 0 for success, 1 for an internal error (with traceback), 2 for a user's
-mistake (one sentence on stderr), 130 when interrupted, 141 when whoever read the output has closed it.
+mistake (one sentence on stderr), 130 when interrupted, 141 when the reader of the output has closed it.
 """
 
 import importlib
@@ -32,10 +32,10 @@ usage: python -m pgenrm_train recipe=NAME [group=choice …] [key=value …]
 {groups}
 == Common keys (all of them: docs/configuration.md) ==
 run_dir=FOLDER|URL        place of the run; a second start with the same one continues.  A run at a URL
-                          (s3://bucket/path, gs://…) is worked on in mirror= (runs/mirror), from where all
-                          that is complete goes to the URL
+                          (s3://bucket/path, gs://…) works in mirror= (runs/mirror) and uploads finished
+                          parts to the URL
 seed=0                    of data, training and evaluation
-resume=true|false         false sets an existing run folder aside and starts again
+resume=true|false         false renames an existing run folder and starts again
 pipeline.budget=          smoke | demo | full
 model.path=FOLDER         start from, or evaluate, this checkpoint
 data.path=FILE            parquet or JSONL for data=pairs
@@ -72,7 +72,7 @@ def _write_utf8() -> None:
 
 
 def _close_broken_output() -> bool:
-    """Send output that is read no more to nowhere, so that its flush at exit is quiet; False if none is."""
+    """Discard output whose reader is gone, so that its flush at exit is quiet; False if there is none."""
     outputs = select.poll()
     for stream in (sys.stdout, sys.stderr):
         outputs.register(stream.fileno(), 0)  # errors and hang-ups are always reported

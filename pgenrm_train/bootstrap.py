@@ -1,4 +1,4 @@
-"""Means, and the bootstrap over users: pairs of one user are not independent, so users are drawn with all."""
+"""Means, and the bootstrap over users: pairs of one user depend on each other, so users are drawn."""
 
 from collections.abc import Sequence
 

@@ -118,7 +118,7 @@ class PersonalReward:
                 failure = ScoringError("connection", f"{self.url} does not answer ({type(error).__name__})")
                 wait = None
             except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the address or a proxy
-                raise ScoringError("client", f"{self.url} cannot be asked: {error}") from None
+                raise ScoringError("client", f"{self.url} cannot be called: {error}") from None
             else:
                 try:
                     if answer.is_success:
@@ -139,7 +139,7 @@ class PersonalReward:
 def _http(process: int, here: bool) -> httpx.Client:
     """The connections of a process; a forked child opens its own.
 
-    This machine's own addresses are never asked through a proxy of the environment.
+    This machine's own addresses are never called through a proxy of the environment.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=PARALLEL)
     # The environment also names certificates, which create_ssl_context reads.

@@ -1,4 +1,4 @@
-"""criteria: infer from training votes the wishes of users who stated none, by `teacher=`, for CRE."""
+"""criteria: for CRE, `teacher=` infers criteria of users who stated none, from their training votes."""
 
 from pathlib import Path
 

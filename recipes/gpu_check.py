@@ -1,4 +1,4 @@
-"""gpu_check: the first day on a GPU node, in 30 minutes.
+"""gpu_check: the first check of a GPU node, in 30 minutes.
 
 Preflight, three steps of PSI and of CRE, an evaluation; PSI and CRE again with adapters of a Qwen3; one
 verdict.  The stages are the recipes themselves, each in a process of its own as in the pipeline.  The model

@@ -3,7 +3,7 @@
     python benchmarks/learning/totals_trial.py --out runs/totals --seeds 1 2        # train the open cells
     python benchmarks/learning/totals_trial.py --table                              # the table of kept cells
 
-A seed draws its own world, so its test users are nobody else's.  `declared` and `verified` share a PSI, which
+A seed draws its own world, so seeds share no test users.  `declared` and `verified` share a PSI, which
 both train on totals.  A finished cell (kind and seed) is one file in `--keep`: the answers of its three
 checkpoints, one chain per pair and order, with the facts of its chains.  Kept cells are not made again.
 """

@@ -210,7 +210,7 @@ def settings(server: Server) -> EndpointConfig:
 
 
 def teacher(server: Server, questions: int, folder: Path) -> Counter[str]:
-    """Threads that ask for structured answers, in two starts."""
+    """Threads that request structured answers, in two starts."""
     problems: Counter[str] = Counter()
     asked = [(q, s) for q in range(questions) for s in range(SAMPLES)]
     for start in range(2):
@@ -230,7 +230,7 @@ def teacher(server: Server, questions: int, folder: Path) -> Counter[str]:
 
 
 def model(server: Server, questions: int, folder: Path) -> Counter[str]:
-    """The queue of a model under test, in two starts; the second asks what the first could not get."""
+    """The queue of a model under test, in two starts; the second requests what the first did not get."""
     problems: Counter[str] = Counter()
     missing = {(q, s) for q in range(questions) for s in range(SAMPLES)}
     for _ in range(2):

@@ -5,8 +5,8 @@
 Needs a run of which PSI and CRE's rows exist (`RUN_FOLDER/psi/checkpoint`, `RUN_FOLDER/cre/rows.parquet`,
 `RUN_FOLDER/build_sec/sec.parquet`).  Rows, tokenizer, sampling, scoring and TransferQueue are the real ones.
 A stub server answers after a random latency with a teacher's chain of the run, so no time is an engine's.
-Times are CPU times of the driver, where the sampler runs on a thread: per part, per chain, and the share of
-the whole.  TransferQueue's own actors and the workers are other processes.
+Times are CPU times of the driver, where the sampler runs on a thread: per part, per chain, and as a share of
+the total.  TransferQueue's own actors and the workers are other processes.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def answers_of(run: Path, count: int = 512) -> list[list[int]]:
 
 
 def step(driver: Rollout, prompts: list[Prompt], clock: Clock) -> None:
-    """What our trainer does in a step around verl's: sample, score, write; then read groups and metrics."""
+    """Run our trainer's part of a step: sample, score, write; then read groups and metrics."""
     driver.train(prompts)
     if failures := driver.settled(prompts[0].step):
         raise SystemExit(f"error: {len(failures)} prompts failed, first {failures[0]}")

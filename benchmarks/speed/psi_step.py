@@ -6,7 +6,7 @@
 Our loss, packed attention and batching with gradient checkpointing, random weights, sequences of between a
 quarter and all of `--length`.  Tokens/s count each token once.  MFU counts the model's FLOPs without
 recomputation (PaLM, appendix B) against the card's peak of `plan.cards`; the second share is against the rate
-of a large matrix product in the same run.  Memory is that of weights, gradients and activations beside
+of a large matrix product in the same run.  Memory is that of weights, gradients and activations, next to
 `recipe=plan`'s parts.  DeepSpeed's optimizer states are not in it: `benchmarks/memory/plan_memory.py`
 compares those.
 """

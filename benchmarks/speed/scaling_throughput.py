@@ -13,7 +13,7 @@ per pair:
     python benchmarks/speed/scaling_throughput.py --pairs 8000 --ind 1 --pro 0 --chain-seconds 0.5
         --user-share 0.02
 
-Both clients put the same questions: every pair once, in one order as the released script does, `--ind`
+Both clients send the same questions: every pair once, in one order as the released script does, `--ind`
 samples from the user's own history, then one from each of `--pro` similar users' histories.
 
 - `user by user`: one user after another, with a pool of 36 threads over the user's pairs.  A thread

@@ -9,7 +9,7 @@ Measured on the records as they were written.
     near duplicates     texts of val and test with nearly the word 3-grams of a training text
                         (MinHash, Broder 1997)
     length, position    dependence of the label on which text is longer, or was shown first
-    duplicates          the same vote twice; contradictory: the same user chose either way
+    duplicates          the same vote twice; contradictory: the same user chose both ways
 
 The intervals of length and position are those of a ratio estimator over users (Cochran 1977, §2.9), without
 resampling, because the votes of one user are similar.  Findings are sentences that a reader of an accuracy
@@ -29,7 +29,7 @@ HELD_OUT = "split != 'train'"
 _SPLITS_OF = "(SELECT COUNT(DISTINCT split) AS splits FROM votes GROUP BY {})"
 _DUPLICATES = {
     "repeated_votes": "{} votes repeat an earlier one of the same user",
-    "contradictory_pairs": "on {} pairs the same user chose either way",
+    "contradictory_pairs": "on {} pairs the same user chose both ways",
     "identical_responses": "{} votes are between two equal texts",
 }
 

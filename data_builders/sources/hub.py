@@ -69,9 +69,7 @@ def _files(folder: Path, table: str, split: str | None) -> list[Path]:
         )
     check_complete(files)
     if others := data_files(folder, OTHER):
-        print(
-            f"passed over {len(others)} files of other formats in {folder}, e.g. {others[0].name}", flush=True
-        )
+        print(f"skipped {len(others)} files of other formats in {folder}, e.g. {others[0].name}", flush=True)
     names = re.compile(rf"{re.escape(split or '')}(-.*)?|.*_{re.escape(split or '')}", re.DOTALL)
     places = {file: (file.stem, *file.relative_to(folder).parts[:-1]) for file in files}
     return [file for file in files if split and any(map(names.fullmatch, places[file]))] or files

@@ -12,7 +12,7 @@ The rule is `data.pairs_of`:
     ends   the best response against the worst: 1 vote
 
 Two responses with equal ratings or equal texts make no vote, and are counted.  Of several best ones the first
-counts as the best.  All votes of a row share its conversation, so that no split parts them.
+counts as the best.  All votes of a row share its conversation, so they are in one split.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""Ask models and baselines."""
+"""Query models and baselines."""

@@ -31,7 +31,7 @@ Histories = Mapping[str, tuple[HistoryItem, ...]]  # pair_id → the history in 
 ROWS_PER_SHARD = 512
 SECONDS_PER_SHARD = 60.0  # however the process ends, answers older than a minute are on disk
 STAMP = "identity.txt"
-CHOICE = "choice"  # first word of sets whose pairs are candidates: nobody chose one of the two
+CHOICE = "choice"  # first word of sets whose pairs are candidates without a vote
 ENGINE_FAILURE = "engine:"  # prefix of a failure of the engine, not of the model
 
 

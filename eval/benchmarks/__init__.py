@@ -1,1 +1,1 @@
-"""Benchmarks of questions with one preferred response: what is asked, counted and shown."""
+"""Benchmarks of questions with one preferred response: questions, measures and tables."""

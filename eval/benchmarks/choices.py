@@ -1,7 +1,7 @@
 """Benchmarks of choices: one question, b ≥ 2 responses, one of them preferred.
 
-Every question is asked in a random order of its responses and in the reverse, so that each two of them are
-seen in both orders.  Per evaluation seed:
+Every question shows its responses in a random order and in the reverse, so each two of them are seen in
+both orders.  Per evaluation seed:
 
     pair         the preferred response against each other one, as votes: `eval.metrics` counts them, under
                  every protocol

@@ -1,4 +1,4 @@
-"""Write the results of a benchmark of choices, with the published figure beside it.
+"""Write the results of a benchmark of choices, next to the published figure.
 
 Files as in `eval.report.summary`: results.json, predictions.parquet, table.txt, report.html and report.md.
 """
@@ -20,8 +20,8 @@ from pgenrm_train.files import write_json, write_table, write_text
 
 NAMES = ("best_of_n", "consistency", "pointwise")
 TEXT = (
-    "Published figures for orientation: their protocol differs from ours where it is stated so, and other "
-    "models were tested. docs/evaluation.md defines the measures."
+    "Published figures for orientation: other models were tested, and a row states its protocol where that "
+    "differs from ours. docs/evaluation.md defines the measures."
 )
 
 

@@ -1,1 +1,1 @@
-"""Choosing among candidate responses: schemes, labels, and what a choice gains."""
+"""Choosing among candidate responses: schemes, labels, and the gain of a choice."""

@@ -24,8 +24,7 @@ UTILITY = (
     "Intervals resample users."
 )
 SCHEMES = (
-    "Both schemes ask about the same candidates, with the same number of chains. Undecided: equal or no "
-    "scores."
+    "Both schemes judge the same candidates, with the same number of chains. Undecided: equal or no scores."
 )
 OPTIMISATION = (
     "The model's choice among more and more candidates. If its score rises while the utility falls, the "
@@ -157,7 +156,7 @@ def _shown(run: ChoiceRun) -> list[Shown]:
     shown = []
     for slot in slots[::step][: run.shown // 2]:
         winner = run.winners[slot].candidate
-        other = winner - 1 if winner % 2 else winner + 1  # its first match; an odd last one met nobody here
+        other = winner - 1 if winner % 2 else winner + 1  # its first match; an odd last one had none here
         if other >= slot.n:
             continue
         truth = run.values[slot.slate]["utility"]

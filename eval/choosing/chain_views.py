@@ -1,4 +1,4 @@
-"""Both chains of some matches for the reader of a report: a chosen answer against a passed-over one."""
+"""Both chains of some matches for the reader of a report: a chosen answer against a rejected one."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the choice among n candidates gains: utility by chooser and n, with intervals over users.
+"""Gain of a choice among n candidates: utility by chooser and n, with intervals over users.
 
     model        best mean score in the circle
     knockout     winner of the rounds (see `schemes`)
@@ -91,7 +91,7 @@ class Curves:
 
     @property
     def reference(self) -> str:
-        """Chooser whose gain counts as the whole: ideal, where it is known."""
+        """Chooser whose gain counts as 100 %: ideal, where it is known."""
         return IDEAL if all(IDEAL in wide for wide in self.by_n.values()) else BEST
 
     def rows(self) -> list[Value]:

@@ -205,7 +205,7 @@ def _card(
     parts = [
         f"---\n{head.to_yaml()}\n---",
         "# Preferences by a personalised reward model",
-        "Per user and prompt a chosen and a rejected answer, as a model scored them for this user. The "
+        "One chosen and one rejected answer per label, by a model's scores for the prompt's user. The "
         "schema is TRL's for DPO: conversational preferences with an explicit prompt.",
         "## Columns",
         markdown_table(columns),

@@ -1,13 +1,13 @@
 """Schemes that choose one of n candidates with a model that was trained on groups of two.
 
     circle      the circle of `scaling.groups`; the best mean score is chosen
-    knockout    rounds of matches (0 against 1, 2 against 3, …); the winner goes on, and an odd one waits.
+    knockout    rounds of matches (0 against 1, 2 against 3, …); the winner plays on, an odd one waits.
                 The final has twice the chains
 
 Both cost 2n·(m + n_s) chains, with m own and n_s similar users' chains per position: a circle of n ≥ 3 has n
 pairs, a knockout n − 1 matches of which one counts twice, and two candidates are one pair.  Every pair is
 shown in both positions.  A match is won by the higher mean over both; without scores in both, or with equal
-ones, the earlier candidate goes on, which is a matter of chance if the candidates are in random order.
+ones, the earlier candidate wins, which is a matter of chance if the candidates are in random order.
 
 A slot is one slate with its first n candidates.  Smaller slots are the beginnings of larger ones, so that
 they share chains.
@@ -54,7 +54,7 @@ Scores = np.ndarray
 
 
 class Play(Protocol):
-    """Asks about matches, with `times` as many chains as usual."""
+    """Judges matches, with `times` as many chains as usual."""
 
     def __call__(self, matches: Collection[Match], times: int = 1) -> Mapping[Match, Scores]: ...
 

@@ -19,7 +19,7 @@ def interval(
     seed: int,
     whole_range: tuple[float, float] = (0.0, 1.0),
 ) -> list[float]:
-    """95 % interval of the mean of `values` (pairs, seeds); the whole range for fewer than two users."""
+    """95 % interval of the mean of `values` (pairs, seeds); the full range for fewer than two users."""
     sums, counts = by_user(values, users)
     if sums.size < 2:  # resampling a single user cannot narrow the range
         return list(whole_range)

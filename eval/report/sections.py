@@ -31,8 +31,8 @@ PROBES = (
 )
 PROTOCOLS = (
     "strict: ties and failures are misses, and every pair counts. both orders: a failed order leaves the "
-    "mean. release: one random order; ties and failures leave. Dropped: pair × seed cells that left the "
-    "denominator."
+    "mean. release: one random order; ties and failures are dropped. Dropped: pair × seed cells that "
+    "left the denominator."
 )
 VERDICTS = (
     "A presentation is one pair in one order and evaluation seed. All presentations stay in the strict "

@@ -69,8 +69,8 @@ CONTROL_TEXT = (
 )
 RULES = {
     "strict": "both orders; ties and failures are misses",
-    "both_orders": "both orders; ties are misses, failed orders leave",
-    "release": "one random order; ties and failures leave",
+    "both_orders": "both orders; ties are misses, failed orders are dropped",
+    "release": "one random order; ties and failures are dropped",
     "user_disjoint": "held-out users; both orders; ties and failures are misses",
 }
 GAINS = "Gain of each stage on the same pairs"

@@ -222,7 +222,7 @@ def _data(config: Config) -> Rules:
         ),
         (
             hidden and masking in ("full", "mixed"),
-            f"data={data.name} withholds its rubrics from every prompt, and eval.masking={masking} asks to "
+            f"data={data.name} withholds its rubrics from every prompt, and eval.masking={masking} would "
             "show what users stated; use eval.masking=masked",
         ),
         (

@@ -23,7 +23,7 @@ class DataConfig:
     history_kind: str | None = setting(None, "draw history only from pairs of this kind")
     max_train_pairs: int | None = setting(None, "most training pairs; null: all", gt=0)
     max_val_pairs: int | None = setting(
-        None, "most validation pairs that prototypes are tried on; null: all", gt=0
+        None, "most validation pairs on which prototypes are tested; null: all", gt=0
     )
     max_test_pairs: int | None = setting(None, "most test pairs to evaluate; null: all", gt=0)
     on_bad_row: str = setting(

@@ -16,8 +16,8 @@ from pgenrm_train.errors import ConfigError
 PROTOCOLS = ("strict", "both_orders", "release", "user_disjoint")
 PROBES = ("swapped_history", "empty_history", "shuffled_history", "padded", "injected", "paraphrased")
 
-_IND = "own chains per two responses and position"
-_PRO = "similar users' chains per two responses and position; above 0 needs recipe=prototypes"
+_IND = "own chains per pair of responses and presentation order"
+_PRO = "similar users' chains per pair and presentation order; above 0 needs recipe=prototypes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Task:
         return f"{self.name}@{self.version}"
 
 
-_RELEASE = "one random order; ties and failures leave"
+_RELEASE = "one random order; ties and failures dropped"
 TASKS = {
     task.name: task
     for task in (
@@ -58,7 +58,7 @@ TASKS = {
             0.4927,
             "the best of its paper",
             "arXiv 2605.01831",
-            "mean over domains; failures leave",
+            "mean over domains; failures dropped",
         ),
         Task("rm_as_user", 1, "accuracy"),
     )
@@ -90,14 +90,15 @@ class EvalConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     seeds: int = setting(5, "evaluation seeds; the standard error is over them", gt=0)
     ind: Any = setting(
-        1, "own samples per pair and order (Ind-m): a number from 0, or a list for a grid next to Ind-1"
+        1,
+        "own samples per pair and order (Ind-m): a number from 0, or a list for a grid in addition to Ind-1",
     )
     pro: Any = setting(0, "chains from histories of similar users (Pro-n): a number from 0, or a list")
     weights: list[float] = setting(
         [1.0, 1.0], "weights of the means over own samples and over similar users' chains"
     )
     adaptive: float | None = setting(
-        None, "error level at which sampling of a pair stops before eval.ind; null: draw all", gt=0, lt=1
+        None, "error level at which sampling of a pair stops before eval.ind; null: sample all", gt=0, lt=1
     )
     one_pair_ind: list[int] = setting([], "a second grid, for users of whom one history pair is known")
     one_pair_pro: list[int] = setting([], "similar users' chains of that grid")

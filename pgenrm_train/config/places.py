@@ -25,7 +25,7 @@ def place(config: Config) -> None:
             raise ConfigError(f"{name}= is empty; it names a folder, and . is this one")
     if URL.fullmatch(config.mirror):
         raise ConfigError(
-            f"mirror={config.mirror} must be a folder of this machine; the URL belongs into run_dir="
+            f"mirror={config.mirror} must be a folder of this machine; the URL belongs in run_dir="
         )
     if match := re.fullmatch(r"(\w{2,}):/([^/].*)", config.run_dir):
         raise ConfigError(

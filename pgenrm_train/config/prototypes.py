@@ -9,7 +9,7 @@ from pgenrm_train.config.setting import setting
 @dataclass
 class PrototypesConfig:
     k: Any = setting(
-        50, "number of prototypes from 1, or auto: as many as singular values that hold retained_mass"
+        50, "number of prototypes from 1; auto: the number of largest singular values that hold retained_mass"
     )
     retained_mass: float = setting(
         0.8,

@@ -53,7 +53,7 @@ class PsiConfig:
         16384, "packed sequences: tokens per process and forward pass, or one longer sequence", gt=0
     )
     cpu_processes: int = setting(
-        1, "least processes of PSI on a CPU; cluster.processes_per_node may be more", gt=0
+        1, "fewest processes of PSI on a CPU; cluster.processes_per_node may be more", gt=0
     )
     warmup_ratio: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", ge=0)

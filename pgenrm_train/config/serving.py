@@ -19,7 +19,7 @@ class ServeConfig:
     votes: str | None = setting(
         None, "votes to import at the start, in the form of data=pairs; a run has build_data/pairs.parquet"
     )
-    replicas: int = setting(1, "on Ray: least engines, each with cluster.tensor_parallel GPUs", gt=0)
+    replicas: int = setting(1, "on Ray: fewest engines, each with cluster.tensor_parallel GPUs", gt=0)
     max_replicas: int | None = setting(None, "on Ray: most engines; null: as many as replicas", gt=0)
     target_in_flight: int = setting(64, "on Ray: open prompts per engine above which another starts", gt=0)
     calibrate: int = setting(

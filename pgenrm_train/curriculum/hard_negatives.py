@@ -1,4 +1,4 @@
-"""Hard negatives beyond a random draw of the given pairs; each rests on votes or ratings of its own user.
+"""Hard negatives beyond a random draw of the given pairs; each is based on its own user's votes or ratings.
 
     cross_user_flip  a given pair whose user went against the others: the strict majority of the other users
                      who voted on the same two responses to the same context prefers the rejected one

@@ -130,7 +130,7 @@ def answers_of_file(path: Path, questions: Mapping[str, UserQuestion]) -> Iterat
     """Read a user's parquet or JSONL of answers.
 
     Columns are `id` (of the question), `model`, `answer`, and `rubric_score` if graded.  Raises DataError
-    with file, row, field and expectation.  Errors are also a question that is not among `questions`, and a
+    with file, row, field and expectation, also for a question that is not among `questions`, and for a
     model's second answer to one.
     """
     seen: set[tuple[str, str]] = set()

@@ -110,7 +110,7 @@ def _check_float_ids(batch: Any, where: str) -> None:
         if limit < math.inf and any(abs(value or 0) >= limit for value in column.to_pylist()):
             raise DataError(
                 f"{where}, field '{field.name}': expected numbers below {limit}, which the type "
-                f"{field.type} tells apart"
+                f"{field.type} distinguishes"
             )
 
 

@@ -1,7 +1,7 @@
 """An index of votes in SQLite, for rules over a full data set in memory that does not grow with it.
 
 A builder streams its pairs.  Rules that concern all of them are applied here: one id per vote, splits,
-limits, votes that return on the other side of a split.  The index, a temporary file, has one row of hashes
+limits, votes that are repeated in another split.  The index, a temporary file, has one row of hashes
 and labels per vote.  Its decisions take effect when the pairs are written.
 """
 
@@ -134,8 +134,8 @@ class VoteIndex:
         `within_user` gives each user's conversations to train, val and test (70/10/20 % in expectation, the
         first is always train), so that no turn of one is in two splits.  `user_disjoint` holds out a tenth of
         the users for test and a twentieth for val, half of whose conversations are history and half are
-        asked; the others train.  `pair` gives all votes on the same context and texts, whoever cast them, to
-        one split.
+        questions; the others train.  `pair` gives all votes on the same context and texts, whoever cast them,
+        to one split.
         """
         self.db.create_function(
             "draw", -1, lambda *of: text_hash(str(seed), *map(str, of)), deterministic=True
@@ -153,10 +153,10 @@ class VoteIndex:
             )
 
     def hold_out_val(self, share: float) -> int:
-        """Move a share of the training users to val: half of their conversations are history, half are asked.
+        """Move a share of the training users to val: half of their conversations are history, half questions.
 
-        Users with a single conversation have nothing to ask about and stay.  Returns the number of users; at
-        least one if another remains to train.
+        Users with a single conversation stay in train.  Returns the number of users; at least one if another
+        remains to train.
         """
         drawn = self.db.execute(
             f"SELECT user, COUNT(DISTINCT conversation) > 1 FROM votes WHERE {TRAINS} GROUP BY user"

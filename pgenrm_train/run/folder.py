@@ -163,7 +163,7 @@ class StageFolder:
             if self._holds_work():
                 raise ArtifactError(
                     f"{self.path} was made with other settings ({self._difference(settings, inputs)}); "
-                    "use another run_dir=, or resume=false to set the old run aside and start again"
+                    "use another run_dir=, or resume=false, which renames the old run folder and starts again"
                 )
             before = Manifest()
         self._started = time.monotonic()

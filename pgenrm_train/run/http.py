@@ -1,7 +1,7 @@
 """Connections to language models: proxies, certificates and keys, as the environment gives them.
 
 A mistake in the environment is a ConfigError that names the variable.  This machine's own addresses are never
-asked through a proxy: a proxy has no way to them.
+called through a proxy, which could not reach them.
 """
 
 import functools
@@ -65,7 +65,7 @@ def proxy_for(url: str) -> str | None:
         trouble = f"{variable} names no host, or a port that is no number"
     if _is_here(host):
         if trouble:
-            print(f"warning: {trouble}; {host} is asked without it", file=sys.stderr, flush=True)
+            print(f"warning: {trouble}; {host} is called without it", file=sys.stderr, flush=True)
         return None
     if trouble:
         raise ConfigError(f"{trouble}; correct or unset it, or add {host} to NO_PROXY")

@@ -24,7 +24,7 @@ FILE, STAGE = "PGENRM_TIMELINE", "PGENRM_STAGE"  # environment variables
 
 
 class Part(StrEnum):
-    """What a stage spends its time on; the report's columns, in this order."""
+    """Parts of a stage's time; the report's columns, in this order."""
 
     START = "start-up"  # imports, engines, loading weights
     DATA = "data"  # rows, prompts, rejection sampling, clusters

@@ -6,7 +6,7 @@
     s_i = mean over the pairs of i of (s_i where it is first + s_i where it is second) / 2
 
 So every response is judged equally often at each place, at 2N questions.  A pair counts only if both of its
-positions have scores: with one of them, a preference for a place would pass for one between responses.  A
+positions have scores: with one of them, a preference for a place would look like one for a response.  A
 response without such a pair has no score.
 
 The circle and the merging are our choices; the paper compares two responses.

@@ -76,7 +76,7 @@ class ChatApi:
         self._seconds = settings.timeout_seconds
         self._client = client(
             self._url,
-            # A server of this run, also on another node: no proxy knows it.
+            # This run's own server, also on another node: no proxy reaches it.
             direct=settings.kind == "vllm",
             headers=headers,
             timeout=settings.timeout_seconds,

@@ -76,7 +76,7 @@ class _Queue:
         self.proxy = proxy_for(self.url)
         if self.proxy and self.proxy.startswith("socks"):
             raise ConfigError(
-                "the model under test is not asked through a SOCKS proxy; use an http:// proxy, or NO_PROXY"
+                "the model under test cannot be called through a SOCKS proxy; use an http:// one, or NO_PROXY"
             )
         self.exhausted = False
         self.samples = 0  # in flight
@@ -147,7 +147,7 @@ class _Queue:
         return first + await self._singly(request, len(first))
 
     async def _without_n(self, request: GenerationRequest, trouble: Trouble) -> list[Generation]:
-        """A single call shows whether the refusal was one of `n`; if not, the other samples fail alike."""
+        """A single call shows whether the refusal was one of `n`; if not, all samples fail in this way."""
         [first] = await self._call(request, 0)
         if first.failure in (PROMPT_REFUSED, f"{ENGINE}{trouble.kind}"):
             return [replace(first, sample=sample) for sample in range(request.samples)]
@@ -172,7 +172,7 @@ class _Queue:
         return body | stop | ({"n": samples} if samples > 1 else {})
 
     async def _booked(self, body: dict[str, object], trouble: Trouble) -> Reply:
-        """In a thread, since the endpoint may ask the server once more to find out what is at fault."""
+        """In a thread, since the endpoint may call the server once more to find out what is at fault."""
         return await asyncio.to_thread(self.endpoint.failed, body, trouble)
 
     def _answered(

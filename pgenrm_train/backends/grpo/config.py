@@ -44,7 +44,7 @@ def verl_variables(config: Config) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # stages pass local folders only
         "TRANSFORMERS_OFFLINE": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_enable_metrics_collection": "0",  # its ingestion can keep a core busy, and nobody scrapes it
+        "RAY_enable_metrics_collection": "0",  # its ingestion can keep a core busy, and nothing reads it
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -88,7 +88,7 @@ def leave_processes() -> None:
 
     if distributed.is_initialized():
         comm.destroy_process_group()
-        comm.comm.cdb = None  # or DeepSpeed would go on with the ended group
+        comm.comm.cdb = None  # or DeepSpeed would continue with the ended group
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

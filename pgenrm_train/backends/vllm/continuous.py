@@ -98,7 +98,7 @@ class ContinuousEngine:
                 answer.set_exception(self._lost)
 
     def _admit(self) -> bool:
-        """Take what is new; wait for it if nothing runs.  Returns False when the engine shall close."""
+        """Admit new requests; wait for one if none is running.  Returns False when the engine shall close."""
         while not self._running or not self._inbox.empty():
             job = self._inbox.get()
             if job is None:

@@ -198,7 +198,7 @@ def _wait(exit_code: Callable[[], int | None], url: str, log: Path) -> None:
         if (code := exit_code()) is not None:
             raise BackendError(f"the vLLM server exited with code {code} before it answered; see {log}")
         try:
-            # This run's own server, also on another node: no proxy knows it.
+            # This run's own server, also on another node: no proxy reaches it.
             if httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:

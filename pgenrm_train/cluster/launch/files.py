@@ -67,7 +67,7 @@ def rayjob(config: Config, hours: float | None = None) -> str:
         if path is not None and not Path(path).is_absolute():
             raise ConfigError(
                 f"{key}={path} is a path of this machine; "
-                f"for plan.emit=rayjob give one below {RUNS}, where the volume is"
+                f"for plan.emit=rayjob give one below {RUNS}, where the volume is mounted"
             )
     key, path = ("mirror", config.mirror) if config.store else ("run_dir", config.run_dir)
     place = path if Path(path).is_absolute() else f"{RUNS}/{Path(path).name}"

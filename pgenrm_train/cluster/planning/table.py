@@ -68,7 +68,7 @@ def sentences(stage: StagePlan) -> list[str]:
         lines.append(
             f"  nearest change of {stage.stage} that fits: {' '.join(stage.change)}"
             if stage.change
-            else f"  no few changes make {stage.stage} fit: another cluster"
+            else f"  no small set of changes makes {stage.stage} fit: use another cluster"
         )
     lines += [f"! {warning}" for warning in stage.warnings]
     lines += [f"· {stage.sizes}"] if stage.sizes else []

@@ -171,7 +171,7 @@ def check_ring(config: Config, stage: str) -> Iterator[str]:
 
 
 def _log_ring(output: str, nodes: int) -> None:
-    """Log bandwidth and transport, and warn if nodes talk over TCP."""
+    """Log bandwidth and transport, and warn if nodes communicate over TCP."""
     report = next((line for line in output.splitlines() if line.startswith(RING_REPORT)), RING_REPORT)
     print(report, flush=True)
     if nodes > 1 and "NET/Socket" in report:

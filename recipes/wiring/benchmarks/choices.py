@@ -34,7 +34,7 @@ from recipes.wiring.benchmarks.lampqa import RULES, ask, rules
 def evaluate(
     config: Config, folder: StageFolder, tracker: Tracker, everyone: Sequence[Candidate | ScoredCandidate]
 ) -> Mapping[str, object]:
-    """Ask every candidate and rule all questions, and publish the accuracies."""
+    """Query every candidate and rule with all questions, and publish the accuracies."""
     built = Path(config.run_dir) / StageName.BUILD_DATA
     questions = read_questions(built)[: config.data.max_test_pairs]
     choices = choices_of(questions, read_answers(built))

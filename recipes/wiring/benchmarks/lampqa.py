@@ -124,7 +124,7 @@ def ask(
     *,
     close: bool = True,
 ) -> pd.DataFrame:
-    """The candidate's scores of all tasks, one row per task; closes the candidate unless told otherwise."""
+    """The candidate's scores of all tasks, one row per task; with `close`, the candidate is closed."""
     try:
         if isinstance(candidate, ScoredCandidate):
             return score_tasks([t for t in every if t.sample == 0], candidate.start())

@@ -179,7 +179,7 @@ def test_duplicates_and_contradictions_are_counted():
     assert found["duplicates"] == {"repeated_votes": 1, "contradictory_pairs": 1, "identical_responses": 1}
     assert found["findings"][-3:] == [
         "1 votes repeat an earlier one of the same user",
-        "on 1 pairs the same user chose either way",
+        "on 1 pairs the same user chose both ways",
         "1 votes are between two equal texts",
     ]
 

@@ -124,7 +124,7 @@ def test_other_hosts_are_asked_through_the_proxy(monkeypatch, fresh_connections)
         assert reward.score(user_id="ann", **QUESTION).scores == [1] and len(proxy.bodies) == 1
     client._http.cache_clear()
     monkeypatch.setenv("HTTP_PROXY", "socks://nowhere")
-    with pytest.raises(ScoringError, match=r"scores\.example cannot be asked: .*socks"):
+    with pytest.raises(ScoringError, match=r"scores\.example cannot be called: .*socks"):
         reward.score(user_id="ann", **QUESTION)
 
 

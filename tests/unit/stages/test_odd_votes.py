@@ -279,7 +279,7 @@ def test_files_of_other_formats_are_told_and_suffixes_have_no_case(tmp_path, cap
     parquet(tmp_path / "votes", [a_vote(1), a_vote(2)]).rename(tmp_path / "votes" / "B.PARQUET")
     (tmp_path / "votes" / "test.csv").write_text("user_id\nann\n")
     assert len(build(tmp_path, tmp_path / "votes")[0]) == 3
-    assert "passed over 1 files of other formats" in capsys.readouterr().out
+    assert "skipped 1 files of other formats" in capsys.readouterr().out
 
 
 # ---- JSON texts ----
