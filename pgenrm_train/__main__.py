@@ -83,6 +83,10 @@ def _close_broken_output() -> bool:
 
 
 def _run() -> int:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return _fail("the working directory does not exist any more; change to another one")
     if not (CONFIG_DIR / "config.yaml").exists():
         return _fail(
             "the recipes and configs are not installed; run from a checkout, or `pip install -e .` in one"

@@ -68,6 +68,14 @@ def explain(error: Exception) -> str | None:
         return f"{match[1]}={match[2]} is not " + (f"one of {', '.join(names)}" if names else "installed")
     if match := re.search(r"ConfigError raised while resolving interpolation: (.+)", text):
         return match[1]
+    if match := re.search(r"raised while resolving interpolation: (.+)\s+full_key: (\S+)", text):
+        return f"{match[2]}= cannot be resolved: {match[1].strip(chr(34))}"
+    if match := re.search(r"(Unsupported interpolation type .+)\s+full_key: (\S+)", text):
+        return f"{match[2]}= cannot be resolved: {match[1].lower()}"
+    if match := re.search(r"Interpolation key '(.+)' not found\s+full_key: (\S+)", text):
+        return f"{match[2]}= names the key {match[1]}, which does not exist"
+    if "Could not override ''" in text:
+        return "an argument is key=value, and one lacks the key"
     if match := re.search(r"Could not override '([\w.]+)'|not in '\w+'\s+full_key: (\S+)", text):
         return _unknown_key(match[1] or match[2])
     if match := re.search(r"An item is already at '([\w.]+)'", text):

@@ -110,10 +110,10 @@ def api_problems(section: str, settings: ApiConfig) -> list[str]:
             f"{section}.base_url holds a user or a query, which would be written into files; leave it "
             f"out, and name the variable of a key in {section}.api_key_env"
         )
-    elif url and not _is_address(parts):
+    elif url and (not _is_address(parts) or re.search(r"[\s#]", url)):
         problems.append(
             f"{section}.base_url={url} must begin with http:// or https:// and name a host; "
-            "a port is a number"
+            "a port is a number, and blanks and # are no part of it"
         )
     problems += [
         f"{section}.extra_body.{key} cannot be set; requests have this field already, from other settings"

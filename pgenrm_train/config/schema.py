@@ -63,7 +63,7 @@ class Config:
     store: str | None = setting(
         None, "set by the program: the URL given as run_dir, which becomes a folder in mirror"
     )
-    seed: int = setting(0, "seed of data, training and evaluation", ge=0)
+    seed: int = setting(0, "seed of data, training and evaluation", ge=0, le=2**32 - 1)
     resume: bool = setting(True, "false renames an existing run folder and starts again")
     pipeline: PipelineConfig = setting(PipelineConfig(), "the size of a run")
     data: DataConfig = setting(DataConfig(), "the source of votes, and how it becomes records")

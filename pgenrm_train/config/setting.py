@@ -35,7 +35,10 @@ def known(value: T | None) -> T:
 
 def valid_values(field: dataclasses.Field[Any], kind: str = "") -> str:
     """The constraint in words, e.g. "above 0, or null"; `kind` names the type of the values."""
-    bounds = [f"{BOUNDS[name][0]} {limit:g}" for name, limit in field.metadata["bounds"].items()]
+    bounds = [
+        f"{BOUNDS[name][0]} {limit if isinstance(limit, int) else f'{limit:g}'}"
+        for name, limit in field.metadata["bounds"].items()
+    ]
     words = " and ".join(bounds) or ", ".join(map(str, field.metadata["choices"]))
     return f"{kind} {words}".strip() + (", or null" if str(field.type).endswith("None") else "")
 

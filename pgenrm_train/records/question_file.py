@@ -11,7 +11,7 @@ from pathlib import Path
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.ids import id_of
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem, Message
-from pgenrm_train.records.raw_rows import UTF8, check_texts
+from pgenrm_train.records.raw_rows import UTF8, check_texts, unique
 
 KEYS = ("user_id", "history", "criteria", "query", "responses")
 
@@ -19,7 +19,7 @@ KEYS = ("user_id", "history", "criteria", "query", "responses")
 def read_question(path: Path) -> Example:
     """Parse the file.  Raises DataError naming file, field and expectation."""
     try:
-        raw = json.loads(path.read_text(encoding=UTF8))
+        raw = json.loads(path.read_text(encoding=UTF8), object_pairs_hook=unique)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; expected a JSON file for score.input") from None
     except OSError as error:

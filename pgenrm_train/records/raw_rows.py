@@ -149,7 +149,7 @@ def _is_array(path: Path) -> bool:
 
 def _array_rows(path: Path) -> Iterator[Mapping[str, object]]:
     try:
-        rows = json.loads(path.read_text(encoding=UTF8), object_pairs_hook=_unique)
+        rows = json.loads(path.read_text(encoding=UTF8), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: expected a JSON array of objects, got something that is not JSON ({error})"
@@ -160,7 +160,7 @@ def _array_rows(path: Path) -> Iterator[Mapping[str, object]]:
 
 def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, object]:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         got = "an object on several lines" if line.strip() == "{" else f"a line that is not JSON ({error})"
         raise DataError(
@@ -169,7 +169,7 @@ def _jsonl_row(line: str, path: Path, number: int) -> Mapping[str, object]:
     return _object(row, path, number)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object of JSON.  Raises ValueError for a key that it has twice, of which one value would be lost."""
     if len(row := dict(pairs)) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

@@ -24,6 +24,7 @@ BATCH = 1024  # rows that are Python objects at a time
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
 # Files of the Hugging Face hub and of `Dataset.save_to_disk` next to the data.
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+MANIFEST = "manifest.json"  # next to config.yaml, in the folder of a run's stage
 # Folders of Spark and the archiver of macOS next to the data.
 _NO_DATA = {"_change_data", "_spark_metadata", "_temporary", "__MACOSX"}
 # Folders of logs: only files that the log names count, and others hold deleted rows and older versions.
@@ -104,8 +105,12 @@ def parts(path: Path) -> list[Path]:
     """The files of a table: `path` itself, or those of the folder in the order of their names.
 
     A folder of CSV files alone counts, too: one builder reads them.
-    Raises DataError if there is none, or if names end in `-of-N` and some of the N are missing.
+    Raises DataError if there is none, if names end in `-of-N` and some of the N are missing, and for a pipe.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(
+            f"{path} is a pipe or a device, and data are read more than once; save them to a file"
+        )
     if not path.is_dir():
         return [path]
     if not (files := data_files(path) or data_files(path, (".csv",))):
@@ -118,7 +123,8 @@ def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]
     """Parquet, Arrow and JSON files, or those of other suffixes, below a folder, by path.
 
     Left out are hidden files such as a downloader's cache, metadata, and results of `Dataset.map`.  Raises
-    DataError for a link that leads to no file, because its rows would be missing, and for a table with a log.
+    DataError for a link that leads to no file, because its rows would be missing, for a table with a log, and
+    for a run below the folder, whose files hold no raw votes.
     """
     found, entries = [], sorted(folder.rglob("*"))
     _check_for_log([*entries, *(place / name for place in folder.absolute().parents for name in _LOGS)])
@@ -126,6 +132,8 @@ def data_files(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]
         parts = path.relative_to(folder).parts
         if _NO_DATA.intersection(parts) or any(part.startswith(".") for part in parts):
             continue
+        if path.name == MANIFEST and (path.parent / "config.yaml").exists():
+            raise DataError(f"{path.parent} is of a run, not of votes; give the votes a folder of their own")
         fits = path.suffix.lower() in suffixes
         if path.is_symlink() and not path.is_file() and (fits or path.is_dir() or not path.suffix):
             kind = "a folder; links to folders are not followed" if path.is_dir() else "nothing"

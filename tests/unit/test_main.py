@@ -191,6 +191,10 @@ def test_a_text_stays_as_it_is_typed(text):
         ("data.only={a: b}", ONLY),
         ("eval=3", EVAL),
         ("+eval=3", EVAL),
+        ("=x", "an argument is key=value, and one lacks the key"),
+        ("data.path=${oc.env:NOPE}", "data.path= cannot be resolved: Environment variable 'NOPE' not found"),
+        ("data.path=${nope.x}", "data.path= names the key nope.x, which does not exist"),
+        ("data.path=${nope:x}", "data.path= cannot be resolved: unsupported interpolation type nope"),
         ("+seed=3", "seed has a value and takes no plus: seed=VALUE"),
         ("pipeline.budget=Smoke", "pipeline.budget=Smoke is not one of smoke, demo, full"),
         ("hydra/launcher=joblib", "hydra/launcher=joblib is not installed"),
@@ -231,6 +235,16 @@ def test_a_mistake_inside_a_stage_gives_one_sentence_too(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.parquet does not exist") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_working_directory_that_is_gone_is_one_sentence(tmp_path):
+    code = (
+        "import os, subprocess, sys\nos.rmdir(os.getcwd())\n"
+        "sys.exit(subprocess.call([sys.executable, '-m', 'pgenrm_train', 'recipe=plan']))"
+    )
+    (tmp_path / "gone").mkdir()
+    done = python("-c", code, cwd=tmp_path / "gone")
+    assert done.returncode == 2 and done.stderr.startswith("error: the working directory does not exist")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_a_mistake_is_named(tmp_path, changes, sentence):
         read_question(write(tmp_path, **changes))
 
 
+def test_a_key_twice_is_refused(tmp_path):
+    path = tmp_path / "question.json"
+    path.write_text('{"user_id": "a", "query": "q", "query": "z", "responses": ["a", "b"]}')
+    with pytest.raises(DataError, match=r"is not JSON .*the key 'query' twice"):
+        read_question(path)
+
+
 def test_any_number_of_any_texts_is_scored(tmp_path):
     texts = ["same", "same", "", "nul \0 \u202e", *map(str, range(8))]
     question = read_question(write(tmp_path, responses=texts, history=None, query="\0"))

@@ -1,6 +1,7 @@
 """Votes as other programs write them: each becomes the right pair, or is refused with file, row and field."""
 
 import json
+import os
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -550,3 +551,56 @@ def test_a_table_that_keeps_deleted_rows_is_refused(tmp_path, log, kind):
             build(tmp_path, folder)
     (part.parent / log).rename(tmp_path / "elsewhere")
     assert kind != "Iceberg" or len(build(tmp_path, part.parent)[0]) == 3, "metadata of another program"
+
+
+# ---- places and columns that are no votes ----
+
+
+def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "votes.jsonl")
+    for path in (tmp_path / "votes.jsonl", Path("/dev/null")):
+        with pytest.raises(DataError, match="is a pipe or a device, and data are read more than once"):
+            REGISTRY[StageName.BUILD_DATA].settings(Config(data=DataConfig(name="pairs", path=str(path))))
+
+
+def test_a_run_among_the_votes_is_named(tmp_path):
+    """As with data.path=. and the default run_dir."""
+    folder = tmp_path / "votes"
+    write_jsonl(folder / "votes.jsonl", [a_vote(n) for n in range(3)])
+    assert len(build(tmp_path / "first", folder / "votes.jsonl")[0]) == 3
+    stage = StageFolder(folder / "runs" / "a" / "build_data", "build_data")
+    stage.path.mkdir(parents=True)
+    for name in ("manifest.json", "config.yaml"):
+        (stage.path / name).write_text("{}")
+    with pytest.raises(DataError, match=r"runs/a/build_data is of a run, not of votes"):
+        build(tmp_path / "second", folder)
+    (stage.path / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json, row 1"):
+        build(tmp_path / "third", folder)
+
+
+@pytest.mark.parametrize(
+    ("missing", "other"), [("context", "prompt"), ("chosen", "chosen.content"), ("rejected", "winner")]
+)
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, missing, other):
+    path = write_jsonl(tmp_path / "votes.jsonl", [a_vote(0, **{missing: ..., other: "a"})])
+    with pytest.raises(DataError, match=rf"field '{missing}': expected this column next to .*'{other}'"):
+        build(tmp_path, path)
+
+
+# ---- texts that stay as they are ----
+
+
+def test_odd_texts_are_kept_as_they_are(tmp_path):
+    users = ("ann|\0\t<b>", "../../etc/passwd", "a" * 3000, "\u202eann", "😀", "-1", "0x10")
+    texts = ("\0nul\0", "\u200b", "\u202eright to left", "<script>alert(1)</script>", "a\u2028b\x85c\r\n")
+    rows = [
+        a_vote(n, user, chosen=texts[i % len(texts)], type="a|b\n<script>", conversation_id=f"{i}-{n}")
+        for i, user in enumerate(users)
+        for n in range(3)
+    ]
+    path = tmp_path / "votes.jsonl"
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    made, card = build(tmp_path, path)
+    assert {p.user_id for p in made} == set(users) and {p.chosen for p in made} == set(texts)
+    assert {p.kind for p in made} == {"a|b\n<script>"} and card["users"] == len(users)
