@@ -21,7 +21,9 @@ class GrpoConfig:
         SYNC, "async: the next step's chains are sampled while this step's are judged", choices=MODES
     )
     max_staleness: int = setting(
-        1, "mode=async: updates that a chain's weights may be old, and steps sampled ahead", ge=1
+        1,
+        "mode=async: most updates by which a chain's weights may be old; as many steps are sampled ahead",
+        ge=1,
     )
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
     rows: int = setting(8192, "training pairs to draw from", gt=0)
