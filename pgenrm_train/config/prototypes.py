@@ -20,7 +20,9 @@ class PrototypesConfig:
     embedder: str = setting("Qwen/Qwen3-Embedding-0.6B", "a sentence-transformers path or hub id, or minilm")
     analyses_per_user: int = setting(2, "pairs per training user that are analysed", gt=0)
     max_users: int | None = setting(None, "most training users; null: all", gt=0)
-    refine_epochs: int = setting(5, "passes of the refinement; 0: centroids as clustered")
+    refine_epochs: int | None = setting(
+        None, "passes of the refinement; 0: centroids as clustered; null: 5, or 160 updates", ge=0
+    )
     learning_rate: float = setting(1e-3, "learning rate of the refinement")
     rho: float = setting(1.0, "ρ: weight of the prototype in the attention over the history")
     lambda_query: float = setting(0.1, "λ_q: weight of the query in z")

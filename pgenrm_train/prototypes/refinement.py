@@ -9,8 +9,11 @@ embeddings:
 
 Source: P-GenRM, arXiv 2602.12116.  Where the paper is silent, our choices:
 - W (d, 2d), W_q and W_s (d, d) are *shared* by all prototypes.  One pass trains all of them, and small
-  clusters borrow from large ones.  W_q and W_s start at zero: refinement starts at the unrefined centroids,
-  and everything that it adds is learnt.
+  clusters borrow from large ones.
+- W_q starts at zero.  W and W_s start so that the history counts at once (`START`): W = [0 ; 5 I] and
+  λ_s W_s = 4 (I − 𝟏𝟏ᵀ/d), where σ(x) ≈ ½ + x/4 and W_s cancels the ½.  So before the first update
+  Δ ≈ (a_j + 5 Σ_τ α_τ (y_τ⁺ − y_τ⁻))ᵀ (y⁺ − y⁻): a response that resembles earlier choices wins.  From a
+  random W, σ is nearly constant, v is almost the same for all users, and a small set never learns more.
 - μ_j is the mean of the cluster from K-means; p_j is a_j at the start of the epoch.
 - Adam without decay for the maps.  Prototypes are updated by rows (SparseAdam): a prototype absent from a
   batch keeps its bits.
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 HOLDOUT = 0.1  # share of the users whose votes measure the refinement
 DRAWS = 1000  # of the bootstrap over users
+START = (5.0, 4.0)  # slope of W and scale of λ_s W_s before the first update
+BATCH, UPDATES = 512, 160  # largest mini-batch; updates that a small set gets at least
 RefinementMetrics = dict[str, float | list[float]]
 
 
@@ -48,7 +53,7 @@ class RefinementSettings:
     """Weights of the equations and settings of the optimiser, named as in the section `prototypes`."""
 
     seed: int
-    refine_epochs: int
+    refine_epochs: int | None
     learning_rate: float
     rho: float
     lambda_query: float
@@ -188,13 +193,15 @@ def refine(
     samples: RefinementBatch,
     settings: RefinementSettings,
     *,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     device: str = "cpu",
     part: Part = ALONE,
 ) -> tuple[Prototypes, RefinementMetrics]:
     """Refine all prototypes in one pass, then assign every row to the nearest one.
 
     Sample i belongs to row i of `prototypes`.  Every process of `part` gets all samples and returns the same.
+    Unless given, a mini-batch has an eighth of the samples, between 64 and 512, and there are five passes,
+    or as many more as make 160 updates.
 
     Metrics: `loss` (one per epoch, training samples); accuracy of Δ > 0 for z and for the unrefined
     centroids, on held-out users (NaN without any) and on training users, with the labels before
@@ -207,9 +214,13 @@ def refine(
     ):
         raise DataError("refinement samples must be the clustered rows: same number, same users, same order")
     train, held = _split_users(prototypes.users, settings.seed)
+    batch_size = batch_size or min(BATCH, max(64, len(train) // 8))
+    passes = settings.refine_epochs
+    if passes is None:
+        passes = max(5, math.ceil(UPDATES / math.ceil(max(1, len(train)) / batch_size)))
     state = Refinement(prototypes, settings, device, part)
     losses = []
-    for epoch in range(settings.refine_epochs):
+    for epoch in range(passes):
         order = np.random.default_rng([settings.seed, epoch]).permutation(train)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         losses.append(state.epoch(samples, batches))
@@ -282,10 +293,12 @@ class Refinement:
 
         self.settings, self.labels, self.device, self.part = settings, prototypes.labels, device, part
         d = prototypes.A.shape[1]
-        generator = torch.Generator().manual_seed(settings.seed)
-        bound = math.sqrt(6 / (3 * d))  # Xavier's, for d outputs of 2d inputs
-        W = (torch.rand(d, 2 * d, generator=generator) * 2 - 1) * bound
-        start = {"W": W, "W_q": torch.zeros(d, d), "W_s": torch.zeros(d, d)}
+        slope, scale = START
+        one = torch.eye(d)
+        W_s = torch.zeros(d, d)
+        if settings.lambda_summary:
+            W_s += scale / settings.lambda_summary * (one - 1 / d)
+        start = {"W": torch.hstack([torch.zeros(d, d), slope * one]), "W_q": torch.zeros(d, d), "W_s": W_s}
         self.maps = {name: value.to(device).requires_grad_() for name, value in start.items()}
         self.centroids = torch.tensor(prototypes.A, device=device)
         self.A = self.centroids.clone().requires_grad_()
