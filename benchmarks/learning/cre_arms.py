@@ -45,6 +45,7 @@ ARMS: dict[str, tuple[tuple[str, ...], JudgeSpec | None]] = {
     "group_16": (("cre.group_size=16",), None),
     "two_updates": (("cre.mini_batch_prompts=8",), None),
     "steps_72": (("cre.steps=72",), None),
+    "async": (("cre.mode=async",), None),
 }
 COLUMNS = ("votes share", "criteria recalled share", "criteria allowed share", "scores share")
 
