@@ -244,9 +244,17 @@ def report_mode(mode: str, ours: Sequence[Mapping[str, float]]) -> float:
     for share in SHARES[1:]:
         steps = of_share(ours, share, "timing_s/step")
         ratio = statistics.median(step / plain for step, plain in zip(steps, at_once, strict=True))
+        waits = statistics.median(of_share(ours, share, "timing_s/verdicts"))
+        # the same step without its wait: other load between steps does not count
+        within = [
+            line["timing_s/step"] / (line["timing_s/step"] - line["timing_s/verdicts"])
+            for step, line in enumerate(ours, start=1)
+            if step > 1 and share_of(step) == share
+        ]
         print(
             f"{mode}, judge of {share:.0%} of the generation time: step {statistics.median(steps):.2f} s = "
-            f"{ratio:.2f} × at once"
+            f"{ratio:.2f} × at once; waits {waits:.2f} s for verdicts, "
+            f"{statistics.median(within):.2f} × the step without"
         )
     return statistics.median(at_once)
 
