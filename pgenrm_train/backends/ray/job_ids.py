@@ -1,9 +1,9 @@
 """Job ids that differ between the Rays of one machine.
 
-verl names the Unix socket over which a trainer hands its weights to vLLM by Ray's job id, and in every Ray
-that a run starts for itself the first job is 01000000.  Two runs on one machine would share the socket: they
-hang, or one loads the weights of the other.  With the id of the node the names differ; sender and receiver
-share it, because both are on that node.
+A trainer sends its weights to vLLM over a Unix socket, which verl names by Ray's job id.  In every Ray that a
+run starts for itself the first job is 01000000.  Two runs on one machine would share the socket: they hang,
+or one loads the weights of the other.  With the id of the node the names differ; sender and receiver share
+it, because both are on that node.
 
 Loaded by `verl/__init__` in every process (`VERL_USE_EXTERNAL_MODULES`).  Goes when verl's socket has a name
 of its own for each Ray.
