@@ -21,6 +21,7 @@ from pgenrm_train.config import TRAINED, Config, StageName
 from pgenrm_train.config.data import QUESTIONS
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError, first_line
 from pgenrm_train.files import write_json, write_text
+from pgenrm_train.prompts.writer import PAIRS
 from pgenrm_train.run.folder import StageFolder, check_checkpoint
 from pgenrm_train.stages.stage import newest
 
@@ -30,7 +31,12 @@ HUBS = {
     "lampqa": lampqa.HUB,
     "personalized_rewardbench": choices.HUB,
 }
-DATA_FILES = ("pairs.parquet", "card.json", "leaks.json")
+# File of a build → its place in the repository.  `datasets` would read visible JSON in place of the pairs.
+DATA_FILES = {
+    "pairs.parquet": "pairs.parquet",
+    "card.json": ".build/card.json",
+    "leaks.json": ".build/leaks.json",
+}
 
 
 @dataclass(frozen=True)
@@ -118,28 +124,28 @@ def entries_of(config: Config) -> tuple[list[Entry], list[str]]:
 
 
 def dataset_upload(config: Config) -> Upload:
-    """The built pairs with their card, to which the place of the files is added."""
-    from huggingface_hub import DatasetCard
+    """The built pairs with their card.
 
+    The card has no `configs`: with them datasets 5.2 caches a copy on disk by its folder's name alone, and
+    returns the pairs of an older version.
+    """
     built = StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA)
-    if config.data.name in QUESTIONS or not built.complete or not (built.path / DATA_FILES[0]).exists():
+    if config.data.name in QUESTIONS or not built.complete or not (built.path / PAIRS).exists():
         raise ArtifactError(
             f"publish.dataset_repo needs built pairs, and run_dir={config.run_dir} holds none; run "
             "recipe=build_data there first, with a data= of votes"
         )
-    card = DatasetCard.load(built.path / "README.md")
-    card.data.configs = [{"config_name": "default", "data_files": f"{DATA_FILES[0]}/*.parquet"}]
     readme = Path(config.run_dir) / "publish" / "dataset" / "README.md"
-    write_text(readme, str(card))
-    parts = [
-        path
-        for name in DATA_FILES
-        for path in (
-            [*sorted((built.path / name).iterdir())] if (built.path / name).is_dir() else [built.path / name]
-        )
-        if path.is_file()
-    ]
-    files = [File("README.md", readme), *(File(str(p.relative_to(built.path)), p) for p in parts)]
+    write_text(readme, (built.path / "README.md").read_text(encoding="utf-8"))
+    files = [File("README.md", readme)]
+    for name, place in DATA_FILES.items():
+        source = built.path / name
+        if source.is_dir():
+            files += [
+                File(f"{place}/{path.name}", path) for path in sorted(source.iterdir()) if path.is_file()
+            ]
+        elif source.is_file():
+            files.append(File(place, source))
     return Upload(str(config.publish.dataset_repo), "dataset", files)
 
 

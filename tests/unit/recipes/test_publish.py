@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import datasets
 import jsonschema
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from benchmark_files import rewardbench
@@ -12,6 +14,7 @@ from huggingface_hub import DatasetCard, ModelCard, parse_eval_result_entries
 
 from pgenrm_train.config import ROOT, load
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
+from pgenrm_train.records import read_pairs
 from recipes import evaluate
 from recipes.results import publish
 
@@ -124,8 +127,23 @@ def test_an_upload_commits_what_was_listed(run, monkeypatch):
     assert [repo["name"] for repo in hub.repos] == ["nano-cre", "votes"]
     assert all("private" in (repo.get("private") and "private", repo.get("visibility")) for repo in hub.repos)
     assert hub.tokens == {"Bearer hf_secret"}
-    card = DatasetCard(hub.files["datasets/us/votes"]["README.md"].decode())
-    assert card.data.configs[0]["data_files"] == "pairs.parquet/*.parquet" and "CC BY" in card.text
+    assert "CC BY" in DatasetCard(hub.files["datasets/us/votes"]["README.md"].decode()).text
+
+
+def test_datasets_reads_the_pairs_of_a_copy_and_never_those_of_an_older_one(run, tmp_path):
+    _, dataset = json.loads((go(run, "publish.dataset_repo=us/votes") / "files.json").read_text())
+    assert {".build/card.json", ".build/leaks.json"} < {file["path"] for file in dataset["files"]}
+    built, copy = run / "run" / "build_data", tmp_path / "votes"
+    sources = {file["path"]: built / file["path"].removeprefix(".build/") for file in dataset["files"]}
+    for path, source in sources.items():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, copy / path)
+    for rows in (None, 1):
+        for part in (copy / "pairs.parquet").iterdir() if rows else ():
+            pq.write_table(pq.read_table(part).slice(0, rows), part)
+        loaded = datasets.load_dataset(str(copy), split="train", cache_dir=str(tmp_path / "cache"))
+        assert "chosen" in loaded.column_names
+        assert len(loaded) == (rows or sum(1 for _ in read_pairs(built / "pairs.parquet")))
 
 
 def test_a_dry_run_and_a_missing_token_upload_nothing(run, monkeypatch):

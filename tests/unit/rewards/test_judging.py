@@ -212,7 +212,7 @@ def test_a_fixed_sample_of_chains_is_judged_twice_and_the_difference_is_known():
     def moody(body, n):
         return json.dumps({"reason": "", "covered": 0.5 if body["seed"] == 0 else 0.7, "unsupported": 0})
 
-    chains = [f"chain {number}" for number in range(100)]
+    chains = [f"chain {number}" for number in range(60, 100)]
     with serve(moody) as server:
         sampled = []
         for order in (chains, chains[::-1]):
@@ -220,7 +220,7 @@ def test_a_fixed_sample_of_chains_is_judged_twice_and_the_difference_is_known():
             for chain in order:
                 rate(chain, row())
             counts = rate.metrics()
-            assert 1 <= counts["judged_twice"] <= 6 and counts["calls"] == 100 + counts["judged_twice"]
+            assert counts["judged_twice"] == 2 and counts["calls"] == 42
             assert counts["judged_twice_difference"] == pytest.approx(0.2 * counts["judged_twice"])
             sampled.append({b["messages"][1]["content"] for b in server.bodies[first:] if b["seed"] == 1})
     assert sampled[0] == sampled[1]
