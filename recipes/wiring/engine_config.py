@@ -74,11 +74,30 @@ def _deepspeed(config: Config) -> Iterator[Part]:
             "gradient_clipping": trainer["max_grad_norm"],
         }
         deepspeed = deepspeed_settings(config.cluster, config.model, config.psi) | known
+        if "optimizer" in deepspeed:
+            deepspeed["optimizer"] = _without_auto(deepspeed["optimizer"], trainer)
         return _flat({"deepspeed": deepspeed, "trainer": trainer | {"deepspeed": "the section above"}})
 
     if _selected(config, (StageName.PSI,)):
-        title = "psi: DeepSpeed, and the arguments of transformers' Trainer (batches count micro-batches)"
+        title = (
+            "psi: DeepSpeed, and the arguments of transformers' Trainer (batches count micro-batches; "
+            "null: from the lengths of the chains)"
+        )
         yield title, _nested(keys(config)), _comments(config, keys)
+
+
+def _without_auto(optimizer: Any, trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's optimizer with the values that transformers fills in for `auto`."""
+    from transformers import TrainingArguments
+
+    default = TrainingArguments.__dataclass_fields__
+    filled = {
+        "lr": trainer["learning_rate"],
+        "betas": [default["adam_beta1"].default, trainer["adam_beta2"]],
+        "eps": default["adam_epsilon"].default,
+        "weight_decay": trainer["weight_decay"],
+    }
+    return {**optimizer, "params": optimizer["params"] | filled}
 
 
 def _vllm(config: Config) -> Iterator[Part]:
@@ -153,7 +172,7 @@ def _others(field: dataclasses.Field[Any], value: object) -> list[object]:
         case int() | float():
             return [0, value + 1, 2 * value, value + 10**6]
         case None:
-            return [1, 10**6, "other"]
+            return [False, 1, 10**6, "other"]
         case str():
             return [f"{value}-other"]
         case list():

@@ -37,11 +37,13 @@ def vllm_variables(device: str) -> dict[str, str]:
 def engine_settings(config: Config) -> dict[str, object]:
     """Keyword arguments of `vllm.LLM`, without the model."""
     on_cpu = config.cluster.device == "cpu"
+    longest = config.model.max_prompt_tokens + config.model.max_response_tokens
     return {
         "dtype": "float32" if on_cpu else config.model.dtype,
-        "max_model_len": config.model.max_prompt_tokens + config.model.max_response_tokens,
+        "max_model_len": longest,
         "max_num_seqs": config.eval.max_in_flight,
-        "max_num_batched_tokens": 8192,
+        # without chunked prefill, vLLM refuses a limit below the longest sequence
+        "max_num_batched_tokens": max(8192, longest) if on_cpu else 8192,
         "enforce_eager": on_cpu,
         "enable_prefix_caching": True,
         # on a CPU, a seeded request whose prompt is prefilled in pieces crashes the engine:

@@ -34,7 +34,7 @@ share.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from pgenrm_train.cluster.planning.geometry import Geometry, named_geometry
@@ -205,15 +205,26 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
         f"activations and logits take {sum(acts.values()):.2f} GiB, and {sum(others.values()):.2f} with "
         f"psi.gradient_checkpointing={str(not psi.gradient_checkpointing).lower()}"
     )
+    notes = (note, *_less_sharding(config, geometry))
     step = dict(states)
     if config.cluster.zero_stage and not config.cluster.offload_optimizer:
         piece = trained_parameters(config, geometry) / config.cluster.ranks
         step["fp32 gradients"] = 4 * (min(piece, LIVE) if config.cluster.zero_stage == 3 else piece) / GIB
     base, memory = overhead(config, StageName.PSI), card_of(config).memory_gib
     return [
-        Phase(StageName.PSI, "forward and backward", {**states, **acts, **base}, memory, host, (note,)),
+        Phase(StageName.PSI, "forward and backward", {**states, **acts, **base}, memory, host, notes),
         Phase(StageName.PSI, "optimizer step", {**step, **base}, memory, host),
     ]
+
+
+def _less_sharding(config: Config, geometry: Geometry) -> Iterator[str]:
+    """A note if ZeRO 2 suffices where ZeRO 3 is set."""
+    if config.cluster.zero_stage == 3:
+        less = replace(config, cluster=replace(config.cluster, zero_stage=2))
+        phases = psi_phases(less, geometry)
+        if all(phase.fits for phase in phases):
+            needed = max(phase.total for phase in phases)
+            yield f"cluster.zero_stage=2 fits with {needed:.1f} GiB, and gathers no weights in each pass"
 
 
 def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], dict[str, float]]:

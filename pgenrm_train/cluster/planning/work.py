@@ -241,8 +241,10 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     prefills = prompts + (sizes.examples * min(2, mined // sizes.examples) if mined else 0)
     read, cached = (float(count) * prompt for count in (prefills, rollouts + mined - prefills))
     trained_on = float(rollouts) * length
-    # With one update per rollout the sampler's own log-probabilities are those of the old policy.
-    recomputed = config.cluster.device != "cpu" and sizes.updates > sizes.steps
+    # With one update per rollout the sampler's own log-probabilities are those of the old policy, but veRL
+    # takes them with LoRA too.
+    several = bool(config.model.lora.rank) or sizes.updates > sizes.steps
+    recomputed = config.cluster.device != "cpu" and several
     passes = recomputed + (grpo.kl_coefficient > 0)
     seconds = {
         "prefill": training_seconds(config, geometry, read, prompt, 1),

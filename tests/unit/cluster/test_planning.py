@@ -47,6 +47,28 @@ def changed(config: Config, **keys: object) -> Config:
     return apply(config, (tuple((key.replace("__", "."), value) for key, value in keys.items()),))
 
 
+def test_with_lora_the_old_policy_is_taken_again(eight: Config) -> None:
+    """veRL cannot take the sampler's log-probabilities then, so there are two passes and not one."""
+    hours = []
+    for config in (eight, changed(eight, model__lora__rank=64)):
+        stages = plan_of(changed(config, plan__stage="cre")).stages
+        hours.append(stages[0].work.hours["log-probabilities"])
+    assert hours[1] == pytest.approx(2 * hours[0])
+
+
+def test_a_note_names_zero_2_where_it_suffices(eight: Config) -> None:
+    def notes(config: Config) -> str:
+        return " ".join(
+            note
+            for phase in plan_of(changed(config, plan__stage="psi")).stages[0].phases
+            for note in phase.notes
+        )
+
+    assert "cluster.zero_stage=2 fits with 42.5 GiB" in notes(eight)
+    assert "zero_stage" not in notes(changed(eight, cluster__zero_stage=2))
+    assert "zero_stage" not in notes(composed("llama31_70b_lora", "gpu8")), "131 GiB of weights"
+
+
 # ---- geometry ----
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pgenrm_train.backends.grpo.config import verl_keys
+from pgenrm_train.backends.grpo.config import verl_keys, with_defaults
 from pgenrm_train.backends.sft.batches import batching_of
 from pgenrm_train.backends.sft.settings import deepspeed_settings
 from pgenrm_train.backends.vllm.engine import engine_settings
 from pgenrm_train.cluster.planning.work import with_planned_sizes
-from pgenrm_train.config import Config, load
+from pgenrm_train.config import Config, compose, load
 from pgenrm_train.errors import ConfigError
 from recipes.wiring.engine_config import engine_yaml, sources
 
@@ -70,12 +70,36 @@ def test_the_shipped_pairs_have_the_expected_keys(model: str, cluster: str) -> N
     assert {name: keys.get(name) for name in expected} == expected
     engine = engine_settings(settings)
     assert engine["dtype"] == expected[f"{R}.dtype"]
+    assert engine["enable_chunked_prefill"] or engine["max_num_batched_tokens"] >= engine["max_model_len"]
     assert engine["tensor_parallel_size"] == keys[f"{R}.tensor_model_parallel_size"]
     batching = batching_of(with_planned_sizes(settings).psi, settings.cluster)
     assert batching.layout == ("grouped" if cluster == "cpu" else "packed")
     assert deepspeed_settings(settings.cluster, settings.model, settings.psi)["bf16"] == {
         "enabled": engine["dtype"] == "bfloat16"
     }
+
+
+# Fields of verl's dataclasses, or without a default, that its YAML does not have.
+NOT_IN_YAML = {
+    f"{R}.name",
+    f"{R}.enable_sleep_mode",
+    f"{R}.engine_kwargs.vllm.distributed_executor_backend",
+} | {f"{part}.fsdp_config.mixed_precision" for part in (A, F)}
+
+
+@pytest.mark.parametrize("model", ["nano", "llama31_70b_lora"])
+@pytest.mark.parametrize("cluster", ["cpu", "gpu8"])
+def test_verl_has_every_key_that_we_set(model: str, cluster: str) -> None:
+    import verl.trainer.config as verl_config
+    from omegaconf import OmegaConf
+    from verl.utils.config import omega_conf_to_dataclass
+
+    theirs = compose(Path(verl_config.__file__).parent, "ppo_trainer")
+    keys = verl(config(model, cluster, "model.attention=flash_attention_2", "psi.batch_size=128"))
+    unknown = {key for key in keys if OmegaConf.select(theirs, key, default=keys) is keys}
+    assert unknown <= NOT_IN_YAML
+    for part in ("actor", "rollout"):  # the dataclasses refuse fields that they do not have
+        omega_conf_to_dataclass(with_defaults(keys).actor_rollout_ref[part])
 
 
 @pytest.mark.parametrize("model", ["llama31_8b", "llama31_70b_lora"])
@@ -110,7 +134,8 @@ def test_a_value_has_the_keys_that_change_it() -> None:
     assert found[f"{rollout}.max_model_len"] == limits
     assert found[f"{rollout}.seed"] == ["seed", "cre.seed"]
     assert found["trainer.device"] == ["cluster.device"]
-    assert found["algorithm.adv_estimator"] == []
+    assert found["algorithm.adv_estimator"] == ["cre.advantage"]
+    assert found["algorithm.use_kl_in_reward"] == []
 
 
 def test_deepspeed_is_printed_with_the_batch_of_the_trainer() -> None:
@@ -119,9 +144,14 @@ def test_deepspeed_is_printed_with_the_batch_of_the_trainer() -> None:
     assert values["deepspeed"]["train_batch_size"] == 64
     (rate,) = (line for line in text.splitlines() if line.startswith("  learning_rate: "))
     assert "psi.learning_rate" in rate.partition("#")[2].split(", ")
-    packed = yaml.safe_load(engine_yaml(config("llama31_8b", "gpu8"), "deepspeed"))
-    assert packed["deepspeed"]["train_batch_size"] is None, "follows from the lengths of the chains"
-    assert not any(line.endswith("auto") for line in text.splitlines())
+    packed = engine_yaml(config("llama31_8b", "gpu8", "psi.optimizer=muon"), "deepspeed")
+    values = yaml.safe_load(packed)
+    assert values["deepspeed"]["train_batch_size"] is None, "follows from the lengths of the chains"
+    (size,) = (line for line in packed.splitlines() if line.startswith("  train_batch_size: "))
+    assert "psi.packing" in size
+    assert values["deepspeed"]["optimizer"]["params"]["betas"] == [0.9, 0.999]
+    assert values["deepspeed"]["optimizer"]["params"]["lr"] == values["trainer"]["learning_rate"]
+    assert ": auto" not in text + packed
 
 
 def test_vllm_is_printed_with_its_servers_and_environment() -> None:
