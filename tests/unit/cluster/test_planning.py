@@ -154,7 +154,7 @@ def test_checkpointing_keeps_less_and_flash_attention_less_than_eager(eight: Con
 
     whole = changed(eight, psi__gradient_checkpointing=False)
     assert peak(eight) < peak(whole)
-    (note,), (other,) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
+    (note, *_), (other, *_) = (memory.psi_phases(config, geometry)[0].notes for config in (eight, whole))
     assert "with psi.gradient_checkpointing=false" in note and "with psi.gradient_checkpointing=true" in other
     per_token = [
         memory.layer_activations(geometry, 2, a, 4096) for a in ("flash_attention_2", "sdpa", "eager")
