@@ -61,16 +61,28 @@ def swapped_histories(
 
 
 def _match(votes: Sequence[PreferencePair]) -> Twins:
-    """The largest matching within one content group: cost 1 for matching a user with themselves."""
+    """The largest matching within one content group.
+
+    Only users with votes either way can meet themselves: theirs, and as many votes of others as they may
+    need, are assigned at cost 1 for a user with themselves.  The rest meet in order, so that the cost does
+    not grow with the square of the votes.
+    """
     favourite = min(votes[0].chosen, votes[0].rejected)
     ordered = sorted(votes, key=_identity)
     one_way = [vote for vote in ordered if vote.chosen == favourite]
     other_way = [vote for vote in ordered if vote.chosen != favourite]
     if not one_way or not other_way:
         return []
-    same_user = np.array([[a.user_id == b.user_id for b in other_way] for a in one_way], dtype=float)
-    rows, columns = linear_sum_assignment(same_user)
-    return [(one_way[i], other_way[j]) for i, j in zip(rows, columns, strict=True) if not same_user[i, j]]
+    both = {vote.user_id for vote in one_way} & {vote.user_id for vote in other_way}
+    (mixed, plain), (other_mixed, other_plain) = (
+        [[vote for vote in side if (vote.user_id in both) is either] for either in (True, False)]
+        for side in (one_way, other_way)
+    )
+    some, others = mixed + plain[: len(other_mixed)], other_mixed + other_plain[: len(mixed)]
+    same_user = np.array([[a.user_id == b.user_id for b in others] for a in some], dtype=float)
+    assigned = zip(*linear_sum_assignment(same_user), strict=True) if both else ()
+    twins = [(some[i], others[j]) for i, j in assigned if not same_user[i, j]]
+    return twins + list(zip(plain[len(other_mixed) :], other_plain[len(mixed) :], strict=False))
 
 
 def _identity(pair: PreferencePair) -> tuple[str, str]:

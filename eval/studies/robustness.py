@@ -141,8 +141,9 @@ def _swap_with_others(pairs: Sequence[PreferencePair], histories: Histories) -> 
     def swap(pair: PreferencePair, history: History, _order: int) -> Changed:
         if not history:
             return None
-        start = position[pair.user_id, pair.pair_id] + 1
-        for other in (*pairs[start:], *pairs[: start - 1]):
+        place = position[pair.user_id, pair.pair_id]
+        for distance in range(1, len(pairs)):
+            other = pairs[(place + distance) % len(pairs)]
             theirs = histories[other.pair_id]
             if other.user_id != pair.user_id and theirs and theirs != history:
                 return pair, theirs

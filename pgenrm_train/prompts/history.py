@@ -14,17 +14,23 @@ to the newer vote), `same_scenario` (random, votes of the pair's scenario first)
 
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
 from pgenrm_train.records.words import WORD
+
+# Up to this many votes of a user a draw looks at all of them, and is that of earlier versions.
+SCANNED = 256
 
 
 class HistorySampler:
     """A sampler of `size` history items per pair from the `train` rows among `pairs`.
 
-    It takes O(rows) to build and O(rows of the user) per draw.
+    It takes O(rows) to build.  Beyond SCANNED votes of a user, a draw looks at about `size` of them;
+    `most_similar` compares with all that share a word.
     """
 
     def __init__(
@@ -43,8 +49,9 @@ class HistorySampler:
                 self._by_user[pair.user_id].append(pair)
         for votes in self._by_user.values():
             # The sort is stable: rows without times keep their order.
-            votes.sort(key=lambda p: -math.inf if p.time is None else p.time)
+            votes.sort(key=_time)
         self._queries: dict[str, _Queries] = {}
+        self._places: dict[str, dict[str | None, list[int]]] = {}
 
     def __call__(
         self, pair: PreferencePair, size: int | None = None, shown: Collection[str] = ()
@@ -55,8 +62,36 @@ class HistorySampler:
         """
         size = self.size if size is None else size
         votes = self._by_user.get(pair.user_id, [])
-        usable = [i for i, vote in enumerate(votes) if _may_show(vote, pair, shown)]
-        return tuple(votes[i].as_history() for i in sorted(self._choose(pair, usable, votes, size)))
+        if len(votes) > SCANNED and self.policy != "most_similar":
+            usable = (i for i in self._in_turn(pair, votes) if _may_show(votes[i], pair, shown))
+            chosen = list(islice(usable, size))
+        else:
+            indices = [i for i, vote in enumerate(votes) if _may_show(vote, pair, shown)]
+            chosen = self._choose(pair, indices, votes, size)
+        return tuple(votes[i].as_history() for i in sorted(chosen))
+
+    def _in_turn(self, pair: PreferencePair, votes: list[PreferencePair]) -> Iterator[int]:
+        """The user's votes from before the pair, the first to show first, found as they are read."""
+        start, stop = 0, len(votes)
+        if pair.time is not None:
+            start = bisect_right(votes, -math.inf, key=_time)
+            stop = bisect_left(votes, pair.time, start, key=_time)
+        if self.policy == "recent":
+            return iter(range(stop - 1, start - 1, -1))
+        rng = random.Random(f"{self.seed}/{pair.pair_id}")
+        everything = (start + i for i in shuffled(stop - start, rng))
+        if self.policy == "random":
+            return everything
+        if pair.user_id not in self._places:
+            places = self._places[pair.user_id] = defaultdict(list)
+            for i, vote in enumerate(votes):
+                places[vote.scenario].append(i)
+        alike = self._places[pair.user_id].get(pair.scenario, [])
+        first, last = bisect_left(alike, start), bisect_left(alike, stop)
+        return chain(
+            (alike[first + i] for i in shuffled(last - first, rng)),
+            (i for i in everything if votes[i].scenario != pair.scenario),
+        )
 
     def _choose(
         self, pair: PreferencePair, indices: list[int], votes: list[PreferencePair], size: int
@@ -73,6 +108,19 @@ class HistorySampler:
         if self.policy == "same_scenario":
             indices.sort(key=lambda i: votes[i].scenario != pair.scenario)  # stable: random within each group
         return indices[:size]
+
+
+def shuffled(count: int, rng: random.Random) -> Iterator[int]:
+    """The numbers below `count` in random order: a Fisher–Yates shuffle, made as far as it is read."""
+    moved: dict[int, int] = {}
+    for last in range(count - 1, -1, -1):
+        place = rng.randrange(last + 1)
+        yield moved.get(place, place)
+        moved[place] = moved.pop(last, last)
+
+
+def _time(vote: PreferencePair) -> float:
+    return -math.inf if vote.time is None else vote.time
 
 
 def _may_show(vote: PreferencePair, pair: PreferencePair, shown: Collection[str]) -> bool:

@@ -154,7 +154,9 @@ class Neighbourhood:
             if len(rows) >= n:
                 break
             for row in self._ranked(self.members[j], query):
-                if len(rows) < n and users[row] != str(user_id):
+                if len(rows) >= n:
+                    break
+                if users[row] != str(user_id):
                     rows.setdefault(str(users[row]), int(row))
         if len(rows) < n and not allow_fewer:
             raise DataError(

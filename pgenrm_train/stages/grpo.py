@@ -193,11 +193,29 @@ def _questions(
     The other user is that of the next pair of the slice whose user has a history; there may be none.
     """
     with_history = [(pair, history_of(pair)) for pair in pairs]
-    for place, (pair, history) in enumerate(with_history):
+    swapped = _next_histories(with_history)
+    for (pair, history), other in zip(with_history, swapped, strict=True):
         yield pair, OWN, history
         yield pair, EMPTY, ()
-        others = (
-            h for p, h in with_history[place + 1 :] + with_history[:place] if p.user_id != pair.user_id and h
-        )
-        if (swapped := next(others, None)) is not None:
-            yield pair, SWAPPED, swapped
+        if other is not None:
+            yield pair, SWAPPED, other
+
+
+def _next_histories(
+    pairs: Sequence[tuple[PreferencePair, tuple[HistoryItem, ...]]],
+) -> list[tuple[HistoryItem, ...] | None]:
+    """Per pair the history of the next one on the ring that is another user's and not empty, in linear time.
+
+    The ring is walked backwards, twice.  Two histories are known: the nearest, and the nearest of any user
+    but that one's.
+    """
+    found: list[tuple[HistoryItem, ...] | None] = [None] * len(pairs)
+    nearest: tuple[str, tuple[HistoryItem, ...]] | None = None
+    other: tuple[str, tuple[HistoryItem, ...]] | None = None
+    for place in (*reversed(range(len(pairs))), *reversed(range(len(pairs)))):
+        user, history = pairs[place][0].user_id, pairs[place][1]
+        known = other if nearest is not None and nearest[0] == user else nearest
+        found[place] = known[1] if known else None
+        if history:
+            other, nearest = known, (user, history)
+    return found

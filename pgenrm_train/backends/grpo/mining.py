@@ -29,7 +29,9 @@ from pgenrm_train.files import write_json, write_table
 from pgenrm_train.rewards.training_rows import read_extras
 from pgenrm_train.run.folder import weights_digest
 
-BLOCK = 256  # pairs after which the measurement is saved
+# The measurement is saved after so many pairs, or after a share of those saved: each time all of it is
+# written, so that equal blocks would cost the square of the pairs.
+BLOCK, SHARE = 256, 1 / 16
 MINING, HARDNESS, SUSPECTS, COUNTS = "mining.parquet", "hardness.parquet", "suspect.parquet", "hardness.json"
 
 
@@ -89,7 +91,7 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
         while waiting and all(request.uid in ended for request in waiting[0]):
             groups = [ended.pop(request.uid) for request in waiting.popleft()]
             pairs.append(summarise(len(pairs), run.pair_ids[len(pairs)], *groups))
-        if len(pairs) - saved >= (BLOCK if waiting else 1):
+        if len(pairs) - saved >= (max(BLOCK, SHARE * saved) if waiting else 1):
             table = pa.Table.from_pylist(
                 [asdict(pair) for pair in pairs], metadata=_mark(start, source.samples)
             )

@@ -5,10 +5,12 @@ candidates are the responses that a user rated for one prompt, in a random order
 rating.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -87,7 +89,8 @@ def population_of(
     config: Config, slates: Sequence[Slate], pairs: Sequence[PreferencePair]
 ) -> tuple[list[np.ndarray], str]:
     """Other users' mean ratings where every response has one, else a Bradley–Terry model of all users."""
-    others = [others_mean(slate, ratings) for ratings in [ratings_of(pairs)] for slate in slates]
+    ratings = ratings_of(pairs)
+    others = [others_mean(slate, ratings) for slate in slates]
     if all(np.isfinite(means).all() for means in others):
         return others, "mean rating by the other users"
     scorer = BradleyTerry(make_embedder(config)).fit([pair for pair in pairs if pair.trains], pairs)
@@ -99,24 +102,40 @@ def population_of(
     return [np.array(scorer.score(example)) for example in examples], meaning
 
 
-Rated = Mapping[tuple[tuple[Message, ...], str], Mapping[str, float]]
+@dataclass
+class Ratings:
+    """Ratings of one response by user, and their exact sum, from which one user's is taken in O(1)."""
+
+    by_user: dict[str, float] = field(default_factory=dict)
+    total: Fraction = Fraction(0)
+
+    def add(self, user: str, rating: float) -> None:
+        """The last rating of a user counts."""
+        self.total += Fraction(rating) - Fraction(self.by_user.get(user, 0.0))
+        self.by_user[user] = rating
+
+    def mean_without(self, user: str) -> float:
+        """Mean rating by the other users, NaN without any."""
+        count = len(self.by_user) - (user in self.by_user)
+        total = self.total - Fraction(self.by_user.get(user, 0.0))
+        return float(total / count) if count else math.nan
+
+
+Rated = Mapping[tuple[tuple[Message, ...], str], Ratings]
 
 
 def ratings_of(pairs: Sequence[PreferencePair]) -> Rated:
-    """(context, response) → user → rating."""
-    ratings: dict[tuple[tuple[Message, ...], str], dict[str, float]] = defaultdict(dict)
+    """(context, response) → its ratings."""
+    ratings: dict[tuple[tuple[Message, ...], str], Ratings] = defaultdict(Ratings)
     for pair in pairs:
         for text, score in ((pair.chosen, pair.chosen_score), (pair.rejected, pair.rejected_score)):
             if score is not None:
-                ratings[pair.context, text][pair.user_id] = score
+                ratings[pair.context, text].add(pair.user_id, score)
     return ratings
 
 
 def others_mean(slate: Slate, ratings: Rated) -> np.ndarray:
     """Mean rating per response by other users, NaN without any."""
-    own = slate.prompt.user_id
-    given = [
-        [value for user, value in ratings.get((slate.prompt.context, text), {}).items() if user != own]
-        for text in slate.responses
-    ]
-    return np.array([np.mean(values) if values else np.nan for values in given])
+    own, nobody = slate.prompt.user_id, Ratings()
+    of = [ratings.get((slate.prompt.context, text), nobody) for text in slate.responses]
+    return np.array([response.mean_without(own) for response in of])

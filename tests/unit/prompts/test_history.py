@@ -1,6 +1,7 @@
 """Histories hold the user's own train part without the vote in question, equal in all stages."""
 
 import dataclasses
+import itertools
 import random
 from collections import Counter
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgenrm_train.config import Config, DataConfig
+from pgenrm_train.prompts import history
 from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.writer import histories
 from pgenrm_train.records.pairs import Message, PreferencePair
@@ -32,8 +34,33 @@ ASKED = vote("a", 99, "test", scenario="work")
 [POLICIES] = (f.metadata["choices"] for f in dataclasses.fields(DataConfig) if f.name == "history_policy")
 
 
+@pytest.fixture(autouse=True, params=[history.SCANNED, 4])
+def _scanned(request, monkeypatch):
+    """Every rule also holds for users of so many votes that a draw does not look at all of them."""
+    monkeypatch.setattr(history, "SCANNED", request.param)
+
+
 def queries(items):
     return [item.query for item in items]
+
+
+@pytest.mark.parametrize("policy", set(POLICIES) - {"most_similar"})
+@pytest.mark.parametrize("time", [None, 2000.0])
+def test_a_draw_does_not_look_at_all_votes_of_a_user(policy, time, monkeypatch):
+    looked_at, may_show = [], history._may_show
+    monkeypatch.setattr(
+        history, "_may_show", lambda vote, *other: looked_at.append(vote) or may_show(vote, *other)
+    )
+    sampler = HistorySampler([vote("a", n, time=float(n)) for n in range(4000)], size=3, policy=policy)
+    drawn = [sampler(vote("a", n, "test", scenario="work", time=time)) for n in range(5000, 5200)]
+    assert len(looked_at) == 3 * len(drawn) == sum(map(len, drawn))
+    if policy != "recent":
+        assert len(set().union(*drawn)) > 400, "draws differ"
+
+
+def test_a_shuffle_is_fair_and_complete():
+    orders = Counter(tuple(history.shuffled(3, random.Random(seed))) for seed in range(600))
+    assert set(orders) == set(itertools.permutations(range(3))) and min(orders.values()) > 60
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.hard_negatives import GIVEN, NEAR_TIE, PROTOTYPE_FLIP
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Message, PreferencePair
+from pgenrm_train.stages import grpo
 from pgenrm_train.stages.grpo import (
     MIRROR,
     ROWS,
@@ -139,3 +141,17 @@ def test_without_construction_nothing_is_new() -> None:
 def test_fewer_pairs_than_a_batch_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"12 training pairs are fewer than curriculum\.prompts_per_step=16"):
         written(tmp_path, prompts_per_step=16, mini_batch_prompts=16)
+
+
+def test_another_history_is_the_next_one_on_the_ring_of_another_user() -> None:
+    rng = random.Random(0)
+    for size in (0, 1, 2, 7, 7, 7, 20, 20):
+        ring = [
+            (PreferencePair(str(n), rng.choice("abc"), (), "", ""), (f"h{n}",) * rng.randint(0, 1))
+            for n in range(size)
+        ]
+        expected = [
+            next((h for p, h in ring[n + 1 :] + ring[:n] if p.user_id != pair.user_id and h), None)
+            for n, (pair, _) in enumerate(ring)
+        ]
+        assert grpo._next_histories(ring) == expected  # type: ignore[arg-type]

@@ -108,6 +108,22 @@ def test_a_killed_mining_resumes_after_its_last_block(
     assert measured.sampled == ["mine2", "mine1"], "only the other pairs were sampled again"
 
 
+def test_saving_does_not_cost_the_square_of_the_pairs(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgenrm_train.backends.grpo.mining.BLOCK", 1)
+    written: list[int] = []
+    monkeypatch.setattr(
+        "pgenrm_train.backends.grpo.mining.write_table",
+        lambda path, table: written.append(table.num_rows) if path.name == "mining.parquet" else None,
+    )
+    measured = Measured(tmp_path, *(f"p{n}" for n in range(400)))
+    measured.order = [f"mine{n}" for n in range(400)]
+    measured.record(checkpoint, 1)
+    assert written[-1] == 400 and sum(written) < 20 * 400
+    assert max(b - a for a, b in zip([0, *written], written)) <= 400 / 16 + 1
+
+
 def test_a_cold_start_samples_no_model(tmp_path: Path, checkpoint: Path) -> None:
     measured, signals = Measured(tmp_path), tmp_path / "signals.parquet"
     nothing = pa.array([None] * 3, pa.float64())

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from eval.ask.baselines import fit_baseline
 from eval.ask.scored import score_pairs
 from eval.metrics.accuracy import accuracy_report
+from eval.studies import probes
 from eval.studies.probes import disagreement_twins, swapped_histories
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
@@ -51,6 +52,27 @@ def test_as_many_twins_as_different_users_allow():
 def test_a_user_is_no_twin_of_themselves_and_equal_responses_are_left_out():
     assert disagreement_twins([vote(1, "u", "yes", "no"), vote(2, "u", "no", "yes")]) == []
     assert disagreement_twins([vote(1, "u", "same", "same"), vote(2, "v", "same", "same")]) == []
+
+
+def test_the_assignment_is_of_users_with_votes_either_way_alone(monkeypatch):
+    shapes, assign = [], probes.linear_sum_assignment
+    monkeypatch.setattr(
+        probes, "linear_sum_assignment", lambda costs: shapes.append(costs.shape) or assign(costs)
+    )
+    pairs = [vote(i, f"u{i % 998}", *(("yes", "no") if i % 3 else ("no", "yes"))) for i in range(1000)]
+    assert len(disagreement_twins(pairs)) == 334 and shapes == [(4, 4)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=12))
+def test_no_other_matching_has_more_twins(drawn):
+    sides = [[user for user, yes in drawn if yes is way] for way in (True, False)]
+    pairs = [
+        vote(i, f"u{user}", *(("yes", "no") if yes else ("no", "yes"))) for i, (user, yes) in enumerate(drawn)
+    ]
+    twins = disagreement_twins(pairs)
+    assert all(one.user_id != other.user_id for one, other in twins)
+    alone = [len(drawn) - sum(user == name for user, _ in drawn) for name in range(5)]
+    assert len(twins) == min(*map(len, sides), *alone), "by Hall's theorem"
 
 
 votes = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.sampled_from("qr")), max_size=25)
