@@ -8,11 +8,35 @@ holds all decks:
 
 To deal is to swap a random fresh card to the end of the fresh region and to move the border: a Fisher–Yates
 shuffle, one swap at a time.  When no card is fresh, all dealt ones become fresh.  To add or remove a card is
-a swap with the border of its region.  The state lists the positions that ever changed, so it grows with the
-deals and not with N.
+a swap with the border of its region.  The state lists the positions that differ from the start, so it grows
+with the deals and not with N.
 """
 
+import base64
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+
+# Columns of numbers as text; rows of numbers in states of older versions.
+Packed = str | Sequence[Sequence[float]]
+
+
+def pack(*columns: np.ndarray, kind: str = "<i4") -> str:
+    """Columns (N,) as text of 16/3 bytes per number of type `kind`, twice that of a longer one."""
+    return base64.b64encode(np.stack(columns).astype(kind).tobytes()).decode()
+
+
+def unpack(packed: Packed, columns: int, kind: str = "<i4") -> np.ndarray:
+    """Shape (columns, N): inverse of `pack`."""
+    if isinstance(packed, str):
+        return np.frombuffer(base64.b64decode(packed), kind).reshape(columns, -1)
+    return np.array(packed, kind).reshape(-1, columns).T
+
+
+def _sorted(keys: np.ndarray) -> np.ndarray:
+    """Stable order of `keys` (uint32), in linear time: numpy sorts 16 bits at a time by radix."""
+    low = np.argsort(keys.astype(np.uint16), kind="stable").astype(np.int32)
+    return low[np.argsort((keys[low] >> 16).astype(np.uint16), kind="stable")]
 
 
 class Decks:
@@ -20,7 +44,7 @@ class Decks:
 
     def __init__(self, deck_of: np.ndarray, members: np.ndarray) -> None:
         size = int(deck_of.max()) + 1 if len(deck_of) else 0
-        order = np.argsort(deck_of.astype(np.int64) * 2 + ~members, kind="stable").astype(np.int32)
+        order = _sorted(deck_of.astype(np.uint32) * np.uint32(2) + ~members)
         place = np.empty_like(order)
         place[order] = np.arange(len(order), dtype=np.int32)
         first = np.zeros(size, dtype=np.int32)
@@ -31,9 +55,8 @@ class Decks:
         self._deck = np.ascontiguousarray(deck_of, dtype=np.int32).data
         # Ends of the fresh and of the dealt region.
         self._fresh, self._held = held.copy().data, held.data
-        # Position → card and deck → borders, as they were at the start.
-        self._order_before: dict[int, int] = {}
-        self._borders_before: dict[int, tuple[int, int]] = {}
+        # As they were at the start, where all cards of a deck are fresh.
+        self._order_before, self._held_before = order.copy(), held.copy()
 
     def size(self, deck: int) -> int:
         return self._held[deck] - self._first[deck]
@@ -44,7 +67,6 @@ class Decks:
     def deal(self, deck: int, uniform: float) -> int:
         """Deal a card by a random number `uniform` in [0, 1).  Raises IndexError for an empty deck."""
         first = self._first[deck]
-        self._note(deck)
         if self._fresh[deck] == first:
             self._fresh[deck] = self._held[deck]
         fresh = self._fresh[deck] - first
@@ -58,54 +80,46 @@ class Decks:
     def add(self, card: int) -> None:
         """Return a card that was set aside, as one dealt in this round."""
         deck = self._deck[card]
-        self._note(deck)
         self._swap(self._place[card], self._held[deck])
         self._held[deck] += 1
 
     def remove(self, card: int) -> None:
         """Set a member aside."""
         deck = self._deck[card]
-        self._note(deck)
         if self._place[card] < self._fresh[deck]:
             self._fresh[deck] -= 1
             self._swap(self._place[card], self._fresh[deck])
         self._held[deck] -= 1
         self._swap(self._place[card], self._held[deck])
 
-    def state_dict(self) -> dict[str, list[list[int]]]:
+    def state_dict(self) -> dict[str, str]:
         """Changes since the decks were built from the same arguments.
 
-        `order`: [position, card] per moved card.  `borders`: [deck, end of fresh, end of dealt] per used
-        deck.
+        `order`: [position, card] per moved card.  `borders`: [deck, end of fresh, end of dealt] per deck that
+        differs; both as `pack` writes them.
         """
+        order, fresh, held = (np.asarray(part) for part in (self._order, self._fresh, self._held))
+        moved = np.flatnonzero(order != self._order_before)
+        decks = np.flatnonzero((fresh != self._held_before) | (held != self._held_before))
         return {
-            "order": [[i, self._order[i]] for i in sorted(self._order_before)],
-            "borders": [[d, self._fresh[d], self._held[d]] for d in sorted(self._borders_before)],
+            "order": pack(moved, order[moved]),
+            "borders": pack(decks, fresh[decks], held[decks]),
         }
 
-    def load_state_dict(self, state: dict[str, list[list[int]]]) -> None:
-        for position, card in self._order_before.items():
-            self._order[position], self._place[card] = card, position
-        for deck, borders in self._borders_before.items():
-            self._fresh[deck], self._held[deck] = borders
-        self._order_before = {position: self._order[position] for position, _ in state["order"]}
-        self._borders_before = {
-            deck: (self._fresh[deck], self._held[deck]) for deck, _, _ in state["borders"]
-        }
-        for position, card in state["order"]:
-            self._order[position], self._place[card] = card, position
-        for deck, fresh, held in state["borders"]:
-            self._fresh[deck], self._held[deck] = fresh, held
-
-    def _note(self, deck: int) -> None:
-        if deck not in self._borders_before:
-            self._borders_before[deck] = (self._fresh[deck], self._held[deck])
+    def load_state_dict(self, state: Mapping[str, Packed]) -> None:
+        order, place = np.asarray(self._order), np.asarray(self._place)
+        order[:] = self._order_before
+        place[order] = np.arange(len(order), dtype=np.int32)
+        positions, cards = unpack(state["order"], 2)
+        order[positions], place[cards] = cards, positions
+        decks, *borders = unpack(state["borders"], 3)
+        for ends, saved in zip((self._fresh, self._held), borders, strict=True):
+            np.asarray(ends)[:] = self._held_before
+            np.asarray(ends)[decks] = saved
 
     def _swap(self, one: int, other: int) -> None:
         if one == other:
             return
         order, place = self._order, self._place
         a, b = order[one], order[other]
-        self._order_before.setdefault(one, a)
-        self._order_before.setdefault(other, b)
         order[one], order[other], place[a], place[b] = b, a, other, one

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from pgenrm_train.config.grpo import SCHEDULES
-from pgenrm_train.curriculum.decks import Decks
+from pgenrm_train.curriculum.decks import Decks, pack, unpack
 from pgenrm_train.errors import ConfigError
 
 HARD, REST, SUSPECT = "hard", "rest", "suspect"
@@ -168,7 +168,7 @@ class CurriculumSampler:
         if not self.uniform:
             self._check()
         self.chains, self.passes = self._evidence(facts)
-        self.before: dict[int, tuple[float, float]] = {}  # observed pair → its evidence at the start
+        self.before = self.passes.copy(), self.chains.copy()  # the evidence at the start
         self.carry = {HARD: 0.0, SUSPECT: 0.0}
         self.target: float | None = None
         self.realised: float | None = None
@@ -177,7 +177,9 @@ class CurriculumSampler:
     def _buckets(self, facts: PairFacts) -> dict[str, Bucket]:
         user_of = np.zeros(self.pairs, dtype=np.int32)
         if facts.users is not None:
-            user_of = np.unique(np.asarray(facts.users), return_inverse=True)[1].astype(np.int32)
+            from pandas import factorize  # hashes, where numpy sorts all users
+
+            user_of = factorize(np.asarray(facts.users), sort=True)[0].astype(np.int32)
         if self.uniform:
             return {REST: Bucket(user_of, np.ones(self.pairs, dtype=bool))}
         if facts.hard is None or len(facts.hard) != self.pairs:
@@ -277,7 +279,6 @@ class CurriculumSampler:
         `self_paced` moves their pairs to other buckets.
         """
         for pair, passes, chains in groups:
-            self.before.setdefault(pair, (float(self.passes[pair]), float(self.chains[pair])))
             self.passes[pair] = MEMORY * self.passes[pair] + passes
             self.chains[pair] = MEMORY * self.chains[pair] + chains
             if self.self_paced:
@@ -293,11 +294,11 @@ class CurriculumSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state from which `load_state_dict` continues as if uninterrupted."""
+        changed = np.flatnonzero((self.passes != self.before[0]) | (self.chains != self.before[1]))
+        evidence = (changed, self.passes[changed], self.chains[changed])
         return {
             "buckets": {name: bucket.state_dict() for name, bucket in self.buckets.items()},
-            "evidence": [
-                (pair, float(self.passes[pair]), float(self.chains[pair])) for pair in sorted(self.before)
-            ],
+            "evidence": pack(*evidence, kind="<f8"),
             "carry": dict(self.carry),
             "target": self.target,
             "realised": self.realised,
@@ -316,12 +317,8 @@ class CurriculumSampler:
             )
         for name, bucket in self.buckets.items():
             bucket.load_state_dict(state["buckets"][name])
-        for pair, (passes, chains) in self.before.items():
-            self.passes[pair], self.chains[pair] = passes, chains
-        self.before = {
-            pair: (float(self.passes[pair]), float(self.chains[pair])) for pair, _, _ in state["evidence"]
-        }
-        for pair, passes, chains in state["evidence"]:
-            self.passes[pair], self.chains[pair] = passes, chains
+        self.passes[:], self.chains[:] = self.before
+        pairs, passes, chains = unpack(state["evidence"], 3, "<f8")
+        self.passes[pairs.astype(int)], self.chains[pairs.astype(int)] = passes, chains
         self.carry, self.drawn = dict(state["carry"]), dict(state["drawn"])
         self.target, self.realised = state["target"], state["realised"]
