@@ -63,7 +63,7 @@ def world(folder: Path, users: int) -> None:
 
 
 def voters(folder: Path, votes: int) -> None:
-    stages.write_pairs(folder, stages.pairs_of(4, votes))
+    stages.write_pairs(folder, [pair for pair in stages.pairs_of(1, votes) if pair.trains])
 
 
 def raw(folder: Path, users: int) -> None:
@@ -71,7 +71,7 @@ def raw(folder: Path, users: int) -> None:
 
 
 def raw_votes(folder: Path, votes: int) -> None:
-    stages.write_votes(folder, stages.pairs_of(4, votes))
+    stages.write_votes(folder, [pair for pair in stages.pairs_of(1, votes) if pair.trains])
 
 
 def shared(folder: Path, users: int) -> None:
@@ -94,31 +94,31 @@ def of_users(votes: int, size: int) -> float:
     return size * votes
 
 
-U, V = partial(of_users, 16), partial(of_users, 4)
+per_user = partial(of_users, 15)  # those of held-out users included
 STAGES = (
-    Growth("build_data, PersonaWorld", "users", 250, stages.personaworld_data, pairs=partial(of_users, 12)),
-    Growth("build_data, data=pairs", "users", 60, stages.votes_data, raw, U),
-    Growth("build_data, data=pairs", "votes per user", 250, stages.votes_data, raw_votes, V),
-    Growth("build_sec, rule", "users", 40, stages.sec_by_rule, world, U),
-    Growth("build_sec, model", "users", 20, stages.sec_by_model, world, U),
-    Growth("build_sec, rule", "votes per user", 300, stages.sec_by_rule, voters, V),
-    Growth("build_sec", "samples", 8, stages.sec_samples, some_users),
-    Growth("PSI: chats to batches", "chats", 512, stages.psi, chats),
+    Growth("build_data, PersonaWorld", "users", 125, stages.personaworld_data, pairs=partial(of_users, 12)),
+    Growth("build_data, data=pairs", "users", 60, stages.votes_data, raw, per_user),
+    Growth("build_data, data=pairs", "votes per user", 500, stages.votes_data, raw_votes),
+    Growth("build_sec, rule", "users", 25, stages.sec_by_rule, world, per_user),
+    Growth("build_sec, language model", "users", 15, stages.sec_by_model, world, per_user),
+    Growth("build_sec, rule", "votes per user", 300, stages.sec_by_rule, voters),
+    Growth("build_sec, rejected chains", "samples", 8, stages.sec_samples, some_users),
+    Growth("PSI: chats to batches", "chats", 256, stages.psi, chats),
     Growth("PSI: chats to batches", "processes", 1, stages.psi_ranks, some_chats, doublings=1),
-    Growth("GRPO rows", "users", 40, stages.grpo_rows, world, U),
-    Growth("GRPO rows", "votes per user", 300, stages.grpo_rows, voters, V),
+    Growth("GRPO rows", "users", 20, stages.grpo_rows, world, per_user),
+    Growth("GRPO rows", "votes per user", 300, stages.grpo_rows, voters),
     Growth("mining's books", "pairs", 4000, stages.mined),
-    Growth("sampler, an epoch", "pairs", 16_000, stages.sampled, driver=True),
+    Growth("sampler, an epoch", "pairs", 32_000, stages.sampled, driver=True),
     Growth("sampler, set-up", "pairs", 500_000, stages.sampler_set_up, driver=True),
     Growth("scoring and metrics", "prompts", 256, stages.scored_prompts),
     Growth("scoring and metrics", "samples", 16, stages.scored_samples),
-    Growth("prototypes", "users", 250, stages.clustered, world, U),
+    Growth("prototypes", "users", 125, stages.clustered, world, per_user),
     Growth("neighbours, 500 searches", "users", 20_000, stages.neighbours),
-    Growth("evaluate", "users", 60, stages.evaluated, world, U),
-    Growth("evaluate", "samples", 8, stages.evaluated_samples, some_users),
-    Growth("label", "users", 125, stages.labelled, world, U),
-    Growth("best_of_n", "users", 40, stages.best_of_n, world, U),
-    Growth("twins, flips, others' ratings", "users", 4000, stages.shared, shared, partial(of_users, 1.5)),
+    Growth("evaluate", "users", 20, stages.evaluated, world, per_user),
+    Growth("evaluate", "samples", 4, stages.evaluated_samples, some_users),
+    Growth("label", "users", 40, stages.labelled, world, per_user),
+    Growth("best_of_n", "users", 15, stages.best_of_n, world, per_user),
+    Growth("twins, flips, others' ratings", "users", 4000, stages.shared, shared),
 )
 
 

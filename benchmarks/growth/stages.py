@@ -97,15 +97,13 @@ def pairs_of(users: int, votes: int) -> list[PreferencePair]:
 
 def shared_pairs(users: int) -> list[PreferencePair]:
     """One vote of every user on one of SHARED contents."""
-    own = pairs_of(users, 7)
-    contents, some = own[:SHARED], {pair.user_id: pair for pair in own}.values()
-    rng = random.Random(0)
-    shared = []
-    for number, pair in enumerate(some):
+    contents, rng, shared = pairs_of(4, 7)[:SHARED], random.Random(0), []
+    for number in range(users):
         content = contents[number % SHARED]
         texts = [content.chosen, content.rejected]
         rng.shuffle(texts)
-        shared.append(replace(pair, context=content.context, chosen=texts[0], rejected=texts[1], kind=None))
+        name = f"shared-{number}"
+        shared.append(replace(content, pair_id=name, user_id=name, chosen=texts[0], rejected=texts[1]))
     return shared
 
 
