@@ -85,6 +85,9 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
     saved, waiting = len(pairs), deque(_requests(run, source)[len(pairs) :])
     if not waiting:
         return pairs
+    # Made once: rows of earlier blocks stay as they are, and the mark hashes the weights.
+    tables = [pq.read_table(run.phase.work_dir / MINING)] if saved else []
+    mark = _mark(start, source.samples)
     ended: dict[str, list[ScoredChain]] = {}
     for uid, chains in measure([request for pair in waiting for request in pair]):
         ended[uid] = chains
@@ -92,9 +95,9 @@ def mined_pairs(run: PhaseRun, source: HardnessSource, start: Path, measure: Mea
             groups = [ended.pop(request.uid) for request in waiting.popleft()]
             pairs.append(summarise(len(pairs), run.pair_ids[len(pairs)], *groups))
         if len(pairs) - saved >= (max(BLOCK, SHARE * saved) if waiting else 1):
-            table = pa.Table.from_pylist(
-                [asdict(pair) for pair in pairs], metadata=_mark(start, source.samples)
-            )
+            tables.append(pa.Table.from_pylist([asdict(pair) for pair in pairs[saved:]]))
+            # A block may hold no value of a column, whose type is then null.
+            table = pa.concat_tables(tables, promote_options="permissive").replace_schema_metadata(mark)
             write_table(run.phase.work_dir / MINING, table)
             saved = len(pairs)
     return pairs
