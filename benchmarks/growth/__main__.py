@@ -96,7 +96,7 @@ def of_users(votes: int, size: int) -> float:
 
 per_user = partial(of_users, 15)  # those of held-out users included
 STAGES = (
-    Growth("build_data, PersonaWorld", "users", 125, stages.personaworld_data, pairs=partial(of_users, 12)),
+    Growth("build_data, PersonaWorld", "users", 250, stages.personaworld_data, pairs=partial(of_users, 12)),
     Growth("build_data, data=pairs", "users", 60, stages.votes_data, raw, per_user),
     Growth("build_data, data=pairs", "votes per user", 500, stages.votes_data, raw_votes),
     Growth("build_sec, rule", "users", 25, stages.sec_by_rule, world, per_user),
