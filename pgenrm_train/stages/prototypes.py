@@ -95,7 +95,7 @@ def run(
     suggested, curve = core.suggest_k(matrix, config.prototypes.retained_mass)
     wanted = suggested if config.prototypes.k == "auto" else config.prototypes.k
     centroids = core.cluster(matrix, core.count_distinct(matrix, enough=wanted), config.seed, users)
-    samples = _samples([row.pair for row in rows], training.histories, embed)
+    samples = samples_of([row.pair for row in rows], training.histories, embed)
     settings = RefinementSettings.of(config.prototypes, config.seed)
     refined, metrics = refine(centroids, samples, settings, device=config.cluster.device)
     core.save(refined, folder.path, hashes)
@@ -201,7 +201,7 @@ def _cold_start(
     label = dict(zip((row.pair.pair_id for row in rows), core.assign(refined.A, analyses)))
     pairs = [pair for pair, _ in written.chains]
     labels = np.array([label.get(pair.pair_id, -1) for pair in pairs])
-    samples = _samples(pairs, written.histories, embed)
+    samples = samples_of(pairs, written.histories, embed)
     return {
         "history_pairs": max((len(history) for history in written.histories.values()), default=0),
         "failures": dict(failures),
@@ -209,7 +209,7 @@ def _cold_start(
     }
 
 
-def _samples(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed) -> RefinementBatch:
+def samples_of(pairs: Sequence[PreferencePair], histories: Histories, embed: Embed) -> RefinementBatch:
     """Embeddings of queries and responses, and of padded histories; equal texts are embedded once."""
     items = [histories[p.pair_id] for p in pairs]
     longest = max(1, max(len(h) for h in items))

@@ -35,9 +35,17 @@ def cluster() -> Iterator[str]:
 
 @pytest.mark.parametrize("place", ["here", "cluster"])
 def test_a_served_judge_gives_verdicts_of_the_required_form(
-    tmp_path: Path, place: str, request: pytest.FixtureRequest
+    tmp_path: Path, place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process."""
+    """Random weights behind guided decoding: every answer is a verdict, and stopping leaves no process.
+
+    The proxy of the environment is dead, because a server on this machine is asked without one.
+    """
+    if place == "here":
+        for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(variable, "http://127.0.0.1:9")
+        for variable in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
     config = Config(recipe="cre")
     config.ray.address = request.getfixturevalue("cluster") if place == "cluster" else None
     make_nano(tmp_path / "model", [INSTRUCTIONS] * 4, [], NanoConfig(positions=4096), 0)
@@ -45,7 +53,9 @@ def test_a_served_judge_gives_verdicts_of_the_required_form(
         kind="vllm", name=str(tmp_path / "model"), max_tokens=600, temperature=1.0, max_in_flight=4
     )
     with served(config, settings, tmp_path / "server.log", with_training=True) as endpoint:
-        family = [p for p in psutil.process_iter() if str(tmp_path) in " ".join(p.cmdline())]
+        family = [
+            p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
+        ]
         judge = LlmJudge(Endpoint(endpoint))
         scores = [judge(f"chain {n}", {"explicit": '{"criteria": "short"}'}) for n in range(4)]
         assert judge.endpoint.usage.calls == 4, (tmp_path / "server.log").read_text()[-2000:]

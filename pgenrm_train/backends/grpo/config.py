@@ -62,6 +62,8 @@ def verl_variables(config: Config) -> dict[str, str]:
             # With the `uni` executor: engine and server in one process.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": "2",
+            # vLLM compiles one small function of the sampler, in 3 seconds, or 20 for the first time.
+            "TORCH_COMPILE_DISABLE": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "RAY_enable_worker_prestart": "0",  # an idle Python per logical CPU costs seconds
             "RAY_prestart_worker_first_driver": "0",

@@ -51,6 +51,28 @@ def test_ranks_wait_for_each_other_as_long_as_the_watchdog(tmp_path):
     assert float(done.stdout.split()[-1]) == timeout
 
 
+COMPILE = """
+import torch
+
+def backend(graph, inputs):
+    raise SystemExit("compiled")
+
+print(torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1)).item())
+"""
+
+
+def test_nothing_is_compiled_on_a_cpu():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=os.environ | verl_variables(load("recipe=cre")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "2.0\n", done.stderr[-2000:]
+    assert "TORCH_COMPILE_DISABLE" not in verl_variables(load("recipe=cre", "cluster=gpu1"))
+
+
 def test_a_start_up_has_more_patience_than_a_step(tmp_path, monkeypatch):
     assert load("recipe=cre").cre.stall_seconds < session.STARTUP_SECONDS
     monkeypatch.setattr(session, "STARTUP_SECONDS", 600.0)
