@@ -133,7 +133,7 @@ def row_to_pair(row: Mapping[str, object], path: Path, number: int) -> Preferenc
         raise DataError(f"{fields.where}: rename the column '{name}' to '{expected}', or else remove it")
     for name in _REQUIRED:
         if name not in row:
-            raise fields.error(name, f"this column next to {', '.join(map(repr, row))}"[:200], None)
+            raise fields.error(name, f"a value (the row has only {', '.join(map(repr, row))[:200]})", None)
         if fields.value(name) is None:
             raise fields.error(name, "a value", None)
     check_texts(row, fields.where, _TEXTS)

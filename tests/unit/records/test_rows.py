@@ -312,7 +312,7 @@ def test_another_encoding_than_utf8(tmp_path):
 def test_an_object_around_the_rows_is_no_vote(tmp_path):
     path = tmp_path / "votes.json"
     path.write_text(json.dumps({"data": [a_row()]}))
-    assert "row 1, field 'user_id': expected this column next to 'data'" in problem(path)
+    assert "row 1, field 'user_id': expected a value (the row has only 'data')" in problem(path)
 
 
 def test_a_folder_is_no_file(tmp_path):

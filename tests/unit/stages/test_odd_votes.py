@@ -584,7 +584,8 @@ def test_a_run_among_the_votes_is_named(tmp_path):
 )
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, missing, other):
     path = write_jsonl(tmp_path / "votes.jsonl", [a_vote(0, **{missing: ..., other: "a"})])
-    with pytest.raises(DataError, match=rf"field '{missing}': expected this column next to .*'{other}'"):
+    message = rf"field '{missing}': expected a value .the row has only .*'{other}'"
+    with pytest.raises(DataError, match=message):
         build(tmp_path, path)
 
 

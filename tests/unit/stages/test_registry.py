@@ -17,8 +17,8 @@ FINGERPRINTS = {
     StageName.PSI: "1ab66212435e8645",
     StageName.CRE: "e1d7f7cf3e144eb8",
     StageName.CURRICULUM: "1eba216f5b0a8403",
-    StageName.PROTOTYPES: "9caeb3c56f0031ef",
-    StageName.EVALUATE: "3fa6d07101f7b14c",
+    StageName.PROTOTYPES: "c2776127319550ed",
+    StageName.EVALUATE: "65ce6d821879ce2f",
     StageName.LABEL: "18086539448611cd",
     StageName.BEST_OF_N: "b0556bce7cf7b3cf",
 }
