@@ -212,7 +212,16 @@ def _half_up(weights: Sequence[float], scores: Sequence[float]) -> str:
 # Integers are read as floats: Python refuses to convert very long ones.
 _START = re.compile(JSON_START)
 _LONE = re.compile("[\ud800-\udfff]")
-DECODER = json.JSONDecoder(strict=False, parse_int=float)
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object without repeated keys: of two weights, scores or totals of one name, neither is certain."""
+    if len(data := dict(pairs)) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return data
+
+
+DECODER = json.JSONDecoder(strict=False, parse_int=float, object_pairs_hook=_distinct)
 OBJECT = re.compile(r'\{[ \t\r\n]*+["}]')
 
 

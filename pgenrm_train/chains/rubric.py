@@ -71,18 +71,25 @@ def _structured_rubric(rubric: object, n_responses: int) -> Rubric:
         (name, weight) for name, weight in zip(listed, weights, strict=True) if weight is not None
     )
     table = rubric.get("scores") if isinstance(rubric, dict) else None
-    if len(criteria) != len(listed) or not isinstance(table, dict):
+    distinct = {name.strip().casefold() for name in listed}
+    if not len(criteria) == len(listed) == len(distinct) or not isinstance(table, dict):
         return (), None
     by_index = {response_index(key): row for key, row in table.items()}
+    if len(by_index) != len(table):
+        return criteria, None
     rows = [_structured_row(by_index.get(i), criteria) for i in range(1, n_responses + 1)]
     complete = tuple(row for row in rows if row is not None)
     return criteria, complete if len(complete) == n_responses else None
 
 
 def _structured_row(row: object, criteria: Criteria) -> tuple[float, ...] | None:
+    names = [name.strip().casefold() for name, _ in criteria]
     if isinstance(row, dict):
         by_name = {name.strip().casefold(): score for name, score in row.items()}
-        row = [by_name.get(name.strip().casefold()) for name, _ in criteria]
+        scored = [
+            name for name in map(str.strip, row) if not TOTAL.fullmatch(name) or name.casefold() in names
+        ]
+        row = [by_name.get(name) for name in names] if len(scored) == len(names) else None
     if not isinstance(row, list) or len(row) != len(criteria):
         return None
     scores = tuple(score for score in map(number, row) if score is not None and math.isfinite(score))

@@ -1,9 +1,9 @@
 """Rubrics in free text: criteria, weights and scores as language models write them.
 
 A text is read only where it is clear.  Unclear are a weight that no criterion owns, two scores of one
-criterion, and a last weight that may be a criterion or the sum of the others.  An unclear rubric has no
-scores: better none than false ones.  Every pattern is bounded, so that no text makes it backtrack far and
-time is linear in the length of the text.
+criterion, weights that do not sum to 100, and a last weight that may be a criterion or the sum of the others.
+An unclear rubric has no scores: better none than false ones.  Every pattern is bounded, so that no text makes
+it backtrack far and time is linear in the length of the text.
 """
 
 import math
@@ -22,7 +22,7 @@ _MAX_WEIGHT_WORDS = 24  # characters of the words between a name and its weight
 _ROUNDING = 1.0 + 1e-9  # weights in percent may miss their sum by this much
 
 _POSITIVE = r"(?<![:=(]-)(?<![:=(]\s-)"  # "quality: -3" is no score of 3
-_DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?![0-9])"
+_DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?![0-9]|e[+-]?[0-9])"  # "1e309" is no 1
 _PERCENT = re.compile(rf"(?<![0-9.])(?<![0-9],){_POSITIVE}({_DIGITS})\s?%")
 _ANY_PERCENT = re.compile(r"[0-9]\s?(?:%|per\s?cent\b)", re.IGNORECASE)
 MENTION = re.compile(
@@ -61,7 +61,8 @@ def read_free_text(rationale: str, n_responses: int) -> Rubric:
     readings = _criteria(head) or _criteria("".join(segments[:1]))
     scored = [(criteria, _scores(segments, criteria)) for criteria in readings]
     complete = [rubric for rubric in scored if rubric[1] is not None]
-    if len(complete) == 1:
+    # With another sum a weight may have gone unseen, such as one in words or with another sign.
+    if len(complete) == 1 and _near(_whole(complete[0][0]), 100):
         return complete[0]
     return (readings[0] if readings else ()), None
 

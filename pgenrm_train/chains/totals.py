@@ -27,6 +27,7 @@ from pgenrm_train.chains.chain import (
     parse_chain,
     rationale_of,
 )
+from pgenrm_train.chains.reasoning import strip_reasoning
 from pgenrm_train.chains.rubric import read_rubric, restate, verify
 from pgenrm_train.chains.rubric_free_text import MENTION
 from pgenrm_train.config import Totals
@@ -58,16 +59,26 @@ def read_chain(text: str, totals: Totals, n_responses: int = 2) -> CountedChain:
     if totals is Totals.DECLARED:
         return CountedChain(text, chain)
     if totals is Totals.CODE:
-        closed = close_chain(text, n_responses)
-        if isinstance(chain, ParseFailure):
-            chain = parse_chain(closed, n_responses)
-            if isinstance(chain, ParseFailure) and chain.kind == NO_MARKERS and JSON_START in text:
-                return CountedChain(text, _UNVERIFIED)
-        text = closed
+        started = JSON_START in strip_reasoning(text)
+        text = close_chain(text, n_responses)
+        closed = parse_chain(text, n_responses)
+        # The last rubric counts: an earlier complete block is not the one that the text shows.
+        if not _same_rubric(chain, closed):
+            chain = closed
+        if isinstance(chain, ParseFailure) and chain.kind == NO_MARKERS and started:
+            return CountedChain(text, _UNVERIFIED)
     if isinstance(chain, ParseFailure):
         return CountedChain(text, chain)
     scores = chain.verified_scores
     return CountedChain(text, _UNVERIFIED if scores is None else replace(chain, scores=scores))
+
+
+def _same_rubric(a: Chain | ParseFailure, b: Chain | ParseFailure) -> bool:
+    return (
+        isinstance(a, Chain)
+        and isinstance(b, Chain)
+        and (a.criteria, a.criterion_scores) == (b.criteria, b.criterion_scores)
+    )
 
 
 def failure_of(chain: ParseFailure) -> str:
@@ -85,7 +96,8 @@ def close_chain(text: str, n_responses: int | None = None) -> str:
     >>> parse_chain(close_chain(text)).scores
     (9.0, 4.0)
     """
-    analysis, marker, block = text.rpartition(JSON_START)
+    answer = strip_reasoning(text)  # a rubric drafted in reasoning is none
+    analysis, marker, block = answer.rpartition(JSON_START)
     data = _open_object(block) if marker else None
     if data is None:
         return text
@@ -100,7 +112,8 @@ def close_chain(text: str, n_responses: int | None = None) -> str:
         kept = shown if read_rubric(shown, n) == rubric else kept
     declared = {f"response_{i}": total for i, total in enumerate(totals, start=1)}
     closed = escape(json.dumps({**kept, "better_response": declared}, ensure_ascii=False))
-    return f"{analysis}{JSON_START}{closed}{JSON_END}"
+    reasoning = text[: max(0, text.rfind(answer))]
+    return f"{reasoning}{analysis}{JSON_START}{closed}{JSON_END}"
 
 
 def open_chain(text: str, n_responses: int = 2) -> str | None:

@@ -371,6 +371,43 @@ def test_an_unusable_structured_rubric_does_no_harm(rubric):
         assert chain.criterion_scores == ((8, 5), (3, 6))
 
 
+@pytest.mark.parametrize(
+    ("criteria", "rows"),
+    [
+        ({"Short": 60, "short": 40}, [{"Short": 9, "short": 1}, {"Short": 4, "short": 7}]),
+        ({"short": 60, "clear": 40}, [{"short": 9, "clear": 1, "warm": 1}, {"short": 4, "clear": 7}]),
+    ],
+)
+def test_a_structured_rubric_never_drops_a_criterion(criteria, rows):
+    scores = {f"response_{i}": row for i, row in enumerate(rows, start=1)}
+    chain = rationale("", rubric={"criteria": criteria, "scores": scores})
+    assert chain.verified_scores is None and "no_rubric" in chain.issues
+    scores = {"response_1": [9], "response_01": [2], "response_2": [4]}
+    assert rationale("", rubric={"criteria": {"short": 100}, "scores": scores}).verified_scores is None
+
+
+def test_totals_in_a_structured_rubric_are_no_criteria():
+    scores = {f"response_{i}": {"short": 9, "clear": 4, "total": 7} for i in (1, 2)}
+    chain = rationale("", rubric={"criteria": {"short": 60, "clear": 40}, "scores": scores})
+    assert chain.criterion_scores == ((9, 4), (9, 4))
+
+
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ('"a": 40', '"a": 40, "a": 1'),
+        ('"response_2": 4', '"response_2": 4, "response_2": 9'),
+        ('"rationale"', '"rationale": "a 100%. Response 1: a 1. Response 2: a 9.", "rationale"'),
+    ],
+)
+def test_a_key_given_twice_is_a_failure(once, twice):
+    rubric = {"criteria": {"a": 40, "b": 60}, "scores": {"response_1": [8, 8], "response_2": [4, 4]}}
+    verdict = {"rationale": "", "rubric": rubric, "better_response": {"response_1": 8, "response_2": 4}}
+    text = f"{JSON_START}{json.dumps(verdict)}{JSON_END}"
+    assert parse_chain(text).verified_scores == (8, 4) and once in text
+    assert parse_chain(text.replace(once, twice, 1)).kind == "bad_json"
+
+
 FREE_FORMS = [
     "Accuracy (40%), Clarity (60%). Response 1: Accuracy: 8/10, Clarity: 7/10. Response 2: Accuracy: 4/10, "
     "Clarity: 5/10.",

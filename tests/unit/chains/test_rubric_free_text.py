@@ -188,6 +188,12 @@ def test_a_last_weight_that_equals_the_sum_of_the_others_is_a_criterion(weights,
         "warm 60%, formal 40%. Response 1: warm 4/5, formal 3/5. Response 2: warm 4/5, formal 5/5.",
         "warm 60%, formal 40%. Response 1: warm: -4, formal: 3. Response 2: warm: 4, formal: 5.",
         "warm 60%, formal 40%. Response 1: warm 7,5, formal 3. Response 2: warm 4, formal 5.",
+        "warm 60%, formal 40%. Response 1: warm 1e309, formal 3. Response 2: warm 4, formal 5.",
+        "warm -60%, formal 160%. Response 1: warm 8, formal 3. Response 2: warm 4, formal 5.",
+        *(
+            f"warm 60%, formal {weight}. Response 1: warm 8, formal 3. Response 2: warm 4, formal 5."
+            for weight in ("forty percent", "40 pct", "0.4", "٤٠%", "40％")
+        ),
     ],
 )
 def test_what_is_unclear_is_not_verified(text):

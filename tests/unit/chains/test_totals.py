@@ -108,6 +108,32 @@ def test_what_cannot_be_verified_is_a_failure_of_its_own_kind(text, totals):
         assert read_chain("no chain", totals).chain.kind == "no_markers"
 
 
+FORGED = write_chain("", [("short", 60), ("clear", 40)], [[1, 1], [10, 10]])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>{FORGED}</think>{OPEN}",
+        f"<think>{FORGED}</think>{TEACHERS}",
+        f"{OPEN}<think>{FORGED}</think>",
+        f"{TEACHERS}<think>{FORGED}</think>",
+        FORGED + OPEN,
+        FORGED + TEACHERS,
+    ],
+)
+def test_the_totals_that_count_are_those_of_the_text_shown(text):
+    shown, chain = read_chain(text, Totals.CODE)
+    assert chain.scores == parse_chain(shown).scores == (8.6, 5.2)
+
+
+@pytest.mark.parametrize("draft", [TEACHERS, OPEN, f'{OPEN}"}}'])
+def test_a_rubric_drafted_in_reasoning_is_no_chain(draft):
+    text = f"<think>{draft}</think>I cannot say."
+    assert close_chain(text) == text
+    assert {read_chain(text, totals).chain.kind for totals in Totals} == {"no_markers"}
+
+
 @given(st.text() | st.text('{}"\\:,rationale' + JSON_START[:3]).map(lambda text: JSON_START + text))
 @settings(max_examples=50, deadline=None)
 def test_any_text_is_read_and_closed(text):
