@@ -130,7 +130,9 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             settings={"advantage": "gdpo", "warmup_steps": 1, "min_learning_rate_ratio": 0.1},
         )
-        done = launch(config(run), [cre(world, run), second, arm, third])
+        whole = config(run)
+        whole.judge.kind = "endpoint"  # of a phase with advantage=gdpo, which needs one
+        done = launch(whole, [cre(world, run), second, arm, third])
     assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2]
     assert not children_of_ray()
     return run
