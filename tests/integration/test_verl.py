@@ -27,6 +27,7 @@ from pgenrm_train.backends.grpo.supervisor import launch
 from pgenrm_train.cluster.sizes import with_sizes
 from pgenrm_train.config import Config, EndpointConfig
 from pgenrm_train.config.stage_names import StageName
+from pgenrm_train.curriculum.decks import unpack
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.errors import ArtifactError, BackendError, ConfigError
 from pgenrm_train.rewards.reward import RewardWeights
@@ -302,7 +303,7 @@ def test_the_saved_sampler_knows_the_rollouts_of_its_own_step(trained: Path) -> 
     folder = trained / "curriculum"
     state = json.loads((folder / f"verl/global_step_{CURRICULUM_STEPS}/complete.json").read_text())["sampler"]
     drawn = [i for line in lines(folder / "batches.jsonl") for i in line["rows"]]
-    assert [pair for pair, _, _ in state["evidence"]] == sorted(set(drawn))
+    assert unpack(state["evidence"], 3, "<f8")[0].tolist() == sorted(set(drawn))
     steps = training(trained, "curriculum")
     assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
     assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0, (

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgenrm_train.curriculum.decks import unpack
 from pgenrm_train.curriculum.sampler import (
     HARD,
     REST,
@@ -125,6 +126,27 @@ def test_a_resumed_sampler_draws_what_an_uninterrupted_one_would(
         state, done = json.dumps(resumed.state_dict()), end
     assert batches == expected
     assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_state_of_an_older_version_is_read() -> None:
+    """There, moved cards, borders and evidence are lists of rows, not packed columns."""
+    drawn = sampler("self_paced", seed=3)
+    rows = {"order": (2, "<i4"), "borders": (3, "<i4"), "evidence": (3, "<f8")}
+    run(drawn, range(1, 4))
+
+    def older(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        return {
+            name: unpack(part, *rows[name]).T.tolist() if name in rows else older(part)
+            for name, part in state.items()
+        }
+
+    state = json.loads(json.dumps(older(drawn.state_dict())))
+    assert all(len(row) == 3 for row in state["evidence"]) and state["evidence"]
+    resumed = sampler("self_paced", seed=3)
+    resumed.load_state_dict(state)
+    assert run(resumed, range(4, 20)) == run(drawn, range(4, 20))
 
 
 def test_a_sampler_that_has_drawn_can_be_set_back() -> None:
