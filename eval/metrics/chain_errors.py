@@ -7,13 +7,13 @@ are not faithful does not explain its scores.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from pgenrm_train.bootstrap import mean
 from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, parse_chain
+from pgenrm_train.rewards.hacking_signs import heaviest_decides, stability
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +49,8 @@ def chain_errors(predictions: pd.DataFrame) -> ChainErrors:
         readable=len(chains) / len(predictions) if len(predictions) else None,
         verifiable=len(verifiable) / len(chains) if chains else None,
         faithful=mean([DECLARED_DIFFERS not in chain.issues for chain in verifiable]),
-        criteria_stability=_stability(by_question.values()),
-        heaviest_decides=mean([_heaviest_decides(chain) for chain in verifiable]),
+        criteria_stability=stability(
+            [[name for name, _ in chain.criteria] for chain in samples] for samples in by_question.values()
+        ),
+        heaviest_decides=mean([heaviest_decides(chain) for chain in verifiable]),
     )
-
-
-def _stability(groups: Iterable[Sequence[Chain]]) -> float | None:
-    """Mean over questions of the mean similarity of consecutive samples, so that many samples stay linear."""
-    means = []
-    for chains in groups:
-        names = [frozenset(name.casefold() for name, _ in chain.criteria) for chain in chains]
-        pairs = [(a, b) for a, b in itertools.pairwise(names) if a or b]
-        if pairs:
-            means.append(sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs))
-    return mean(means)
-
-
-def _heaviest_decides(chain: Chain) -> bool:
-    """Whether the sign of the verified difference changes without the heaviest criterion."""
-    weights = [weight for _, weight in chain.criteria]
-    heaviest = max(range(len(weights)), key=weights.__getitem__)
-    rest = [weight if place != heaviest else 0.0 for place, weight in enumerate(weights)]
-    first, second = (chain.criterion_scores or ())[:2]
-    gaps = [a - b for a, b in zip(first, second, strict=True)]
-    whole, without = (sum(w * gap for w, gap in zip(own, gaps, strict=True)) for own in (weights, rest))
-    return _sign(whole) != _sign(without)
-
-
-def _sign(value: float) -> int:
-    return (value > 1e-9) - (value < -1e-9)

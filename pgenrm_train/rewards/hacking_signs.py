@@ -5,11 +5,13 @@ All of them are *our choice*:
     verified_disagreement   share of chains with a rubric whose own sums rank the chosen response differently
     unverifiable_share      share of chains in the right form whose totals cannot be recomputed
     faithful_share          share of verifiable chains that declare the recomputed totals
+    heaviest_decides        share of verifiable chains whose verdict changes without the heaviest criterion
     criterion_kinds         effective number of criterion names: exponential of the entropy of their shares
     commonest_criteria      share of chains with the commonest set of criteria; 1 is a template for all users
     score_spread            mean of best minus worst score; near 0 the chain separates no responses
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,7 +32,7 @@ class Ranking:
     `margin`: score of the chosen response minus the best other, by the totals that count.  `verified_margin`:
     the same from the totals recomputed from the rubric, None without a complete rubric.  `spread`: best minus
     worst score.  `declared_margin`: from the declared totals.  `faithful`: whether these are the recomputed
-    ones, up to their last digit.
+    ones, up to their last digit.  `heaviest_decides`: see below; None without a complete rubric.
     """
 
     margin: float
@@ -39,6 +41,7 @@ class Ranking:
     criteria: tuple[str, ...]
     declared_margin: float
     faithful: bool
+    heaviest_decides: bool | None = None
 
     @property
     def contradicts_itself(self) -> bool:
@@ -62,7 +65,35 @@ def ranking_of(chain: Chain | ParseFailure, chosen_index: int) -> Ranking | None
         criteria=tuple(name for name, _ in chain.criteria),
         declared_margin=_margin(chain.declared, chosen_index),
         faithful=verified is not None and DECLARED_DIFFERS not in chain.issues,
+        heaviest_decides=None if verified is None else heaviest_decides(chain),
     )
+
+
+def heaviest_decides(chain: Chain) -> bool:
+    """Whether a verifiable chain prefers other responses without its heaviest criterion."""
+    weights = [weight for _, weight in chain.criteria]
+    heaviest = max(range(len(weights)), key=weights.__getitem__)
+    rest = [weight if place != heaviest else 0.0 for place, weight in enumerate(weights)]
+    return _preferred(chain, weights) != _preferred(chain, rest)
+
+
+def _preferred(chain: Chain, weights: Sequence[float]) -> list[int]:
+    """The responses with the highest total."""
+    rows = chain.criterion_scores or ()
+    totals = [sum(w * score for w, score in zip(weights, row, strict=True)) for row in rows]
+    best = max(totals)
+    return [i for i, total in enumerate(totals) if total > best - 1e-9]
+
+
+def stability(groups: Iterable[Sequence[Iterable[str]]]) -> float | None:
+    """Mean over groups of the mean Jaccard similarity of consecutive samples' criteria; linear in samples."""
+    means = []
+    for samples in groups:
+        sets = [frozenset(name.casefold() for name in names) for names in samples]
+        shares = [len(a & b) / len(a | b) for a, b in itertools.pairwise(sets) if a or b]
+        if shares:
+            means.append(sum(shares) / len(shares))
+    return mean(means)
 
 
 def _margin(scores: Sequence[float], chosen_index: int) -> float:
@@ -83,6 +114,7 @@ def signs(rankings: Iterable[Ranking | None], unverified: int = 0) -> dict[str, 
             [*(ranking.verified_margin is None for ranking in readable), *[True] * unverified]
         ),
         "faithful_share": mean([ranking.faithful for ranking in verified]),
+        "heaviest_decides": mean([r.heaviest_decides for r in verified if r.heaviest_decides is not None]),
         "criterion_kinds": _effective_number([name for names in sets for name in names]),
         "commonest_criteria": max(Counter(sets).values()) / len(sets) if sets else None,
         "score_spread": mean([ranking.spread for ranking in readable]),

@@ -22,7 +22,8 @@ def totals_of(checkpoint: Path) -> Totals | None:
     file = checkpoint / MANIFEST
     if not file.exists():
         return None
-    stated = read_json(file).get("totals", Totals.DECLARED)
+    manifest = read_json(file)
+    stated = manifest.get("totals", Totals.DECLARED) if isinstance(manifest, dict) else manifest
     if stated not in tuple(Totals):
         raise ArtifactError(f"{file}: totals={stated} is not one of {', '.join(Totals)}")
     return Totals(stated)

@@ -14,7 +14,7 @@ from pgenrm_train.bootstrap import mean, user_bootstrap
 from pgenrm_train.chains.totals import UNVERIFIED
 from pgenrm_train.curriculum.sampler import CurriculumSampler
 from pgenrm_train.files import read_json
-from pgenrm_train.rewards.hacking_signs import OWN, signs
+from pgenrm_train.rewards.hacking_signs import OWN, signs, stability
 from pgenrm_train.rewards.training_rows import RowExtra
 from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 
@@ -176,6 +176,7 @@ def validation_metrics(
             for part in ("total", "outcome", "process")
         },
         **{f"validation/{name}": value for name, value in _signs(chains).items()},
+        "validation/signs/criteria_stability": _stability_of_orders(own),
         **{
             f"validation/chains/accuracy_{kind}": float(
                 np.mean([(getattr(chain.ranking, f"{kind}_margin", None) or 0) > 0 for chain in chains])
@@ -187,6 +188,15 @@ def validation_metrics(
             for name, rows in by_probe.items()
         },
     }
+
+
+def _stability_of_orders(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> float | None:
+    """Similarity of the criteria of one pair's chains: one per order."""
+    by_pair: dict[str, list[tuple[str, ...]]] = {}
+    for group, extra in rows:
+        criteria = [chain.ranking.criteria for chain in group if chain.ranking]
+        by_pair.setdefault(extra["pair_id"], []).extend(criteria)
+    return stability(by_pair.values())
 
 
 def _accuracies(rows: Sequence[tuple[Sequence[ScoredChain], RowExtra]]) -> Metrics:

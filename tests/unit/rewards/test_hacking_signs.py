@@ -8,7 +8,8 @@ import pytest
 
 from pgenrm_train.backends.grpo.progress import Metrics, validation_metrics
 from pgenrm_train.backends.grpo.scoring import ScoredChain
-from pgenrm_train.rewards.hacking_signs import Ranking, signs
+from pgenrm_train.chains.chain import parse_chain, write_chain
+from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of, signs
 
 
 def chain(
@@ -49,6 +50,16 @@ def test_what_cannot_be_read_or_verified_is_not_counted_as_agreeing() -> None:
     assert all(value is None for value in signs([None]).values())
 
 
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [([[8, 2], [2, 4]], 1), ([[8, 8], [2, 4]], 0), ([[8, 2], [2, 2]], 1), ([[10, 2], [8, 8], [1, 1]], 1)],
+)
+def test_verdicts_that_hang_on_the_heaviest_criterion_are_counted(scores, share) -> None:
+    text = write_chain("", [("formal", 80), ("brief", 20)], scores)
+    ranking = ranking_of(parse_chain(text, len(scores)), 0)
+    assert signs([ranking, None, chain(verified_margin=None)])["heaviest_decides"] == share
+
+
 # ---- validation ----
 
 
@@ -74,6 +85,18 @@ def test_validation_separates_orders_and_counts_flips() -> None:
         1.0,
         0.5,
     )
+
+
+def test_validation_compares_the_criteria_of_both_orders_of_a_pair() -> None:
+    other, name = chain(("Formal", "warm", "vivid")), "validation/signs/criteria_stability"
+    values = metrics(
+        sampled("a", 0, True),
+        sampled("a", 1, True, ranking=other),
+        sampled("b", 0, True),
+        sampled("b", 1, True, ranking=None, failure="no_markers"),
+    )
+    assert values[name] == pytest.approx(1 / 4)
+    assert metrics(sampled("a", 0, True))[name] is None
 
 
 def test_probes_have_accuracies_of_their_own_and_touch_nothing_else() -> None:

@@ -46,6 +46,9 @@ def test_another_kind_than_the_manifests_is_one_sentence(tmp_path):
     (code / "manifest.json").write_text(json.dumps({"totals": "summed"}))
     with pytest.raises(ArtifactError, match="totals=summed is not one of declared"):
         totals_of(code)
+    (code / "manifest.json").write_text('["code"]')
+    with pytest.raises(ArtifactError, match="is not one of declared"):
+        totals_of(code)
     with pytest.raises(ConfigError, match=r"answers to model\.prompt=judge have none"):
         load(
             "recipe=evaluate",
