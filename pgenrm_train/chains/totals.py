@@ -35,7 +35,7 @@ from pgenrm_train.prompts.messages import JSON_END, JSON_START
 
 UNVERIFIED = "unverified"
 STOP = '"better_response"'  # generation of an open chain ends before it
-_TOTAL = re.compile(rf"(?<=[0-9])\s?=\s?[0-9]|{STOP}")
+_TOTAL = re.compile(rf"(?<=[0-9])\s?=\s?[0-9]|\btotal(?:\sscore)?[\s:=*]{{1,4}}[0-9]|{STOP}", re.IGNORECASE)
 _UNVERIFIED = ParseFailure(
     UNVERIFIED, "its rubric cannot be read, or its weights sum to nothing, and only recomputed totals count"
 )
@@ -56,6 +56,7 @@ def read_chain(text: str, totals: Totals, n_responses: int = 2) -> CountedChain:
     `declared_differs`, also where the recomputed ones count.
     """
     chain = parse_chain(text, n_responses)
+    closed: Chain | ParseFailure | None = None
     if totals is Totals.DECLARED:
         return CountedChain(text, chain)
     if totals is Totals.CODE:
@@ -70,7 +71,9 @@ def read_chain(text: str, totals: Totals, n_responses: int = 2) -> CountedChain:
     if isinstance(chain, ParseFailure):
         return CountedChain(text, chain)
     scores = chain.verified_scores
-    return CountedChain(text, _UNVERIFIED if scores is None else replace(chain, scores=scores))
+    # A block too damaged to close would show other totals than those that count.
+    hidden = isinstance(closed, Chain) and closed.scores != scores
+    return CountedChain(text, _UNVERIFIED if scores is None or hidden else replace(chain, scores=scores))
 
 
 def _same_rubric(a: Chain | ParseFailure, b: Chain | ParseFailure) -> bool:
@@ -134,6 +137,8 @@ def open_chain(text: str, n_responses: int = 2) -> str | None:
     )
     for write in writers:
         opened = f"{chain.analysis}\n{OPEN}{escape(json.dumps(write(), ensure_ascii=False)[1:-1])}"
+        if first_total(opened) is not None:  # in a note
+            continue
         again = parse_chain(close_chain(opened, n_responses), n_responses)
         if isinstance(again, Chain) and again.criterion_scores == chain.criterion_scores:
             return opened if again.scores == chain.verified_scores else None

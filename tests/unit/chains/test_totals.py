@@ -80,6 +80,12 @@ def test_a_teachers_free_rubric_is_trained_on_without_its_totals():
     assert parse_chain(close_chain(opened)).scores == (7.0, 4.4)
 
 
+@pytest.mark.parametrize("note", ["Total: 8.6", "9 * 0.6 + 8 * 0.4 = 8.6", "total score 8.6"])
+def test_a_total_in_a_note_is_no_part_of_an_open_chain(note):
+    text = write_chain("Short.", [("short", 60), ("clear", 40)], [[9, 8], [4, 7]], [note, ""])
+    assert open_chain(text) == OPEN.replace("to the point; ok; ", "") and first_total(OPEN + note)
+
+
 @pytest.mark.parametrize("totals", RECOMPUTED)
 def test_a_chain_edited_by_hand_is_scored_by_its_rubric_and_flagged(totals):
     answer = read_chain(EDITED, totals)
@@ -125,6 +131,12 @@ FORGED = write_chain("", [("short", 60), ("clear", 40)], [[1, 1], [10, 10]])
 def test_the_totals_that_count_are_those_of_the_text_shown(text):
     shown, chain = read_chain(text, Totals.CODE)
     assert chain.scores == parse_chain(shown).scores == (8.6, 5.2)
+
+
+@pytest.mark.parametrize("damaged", [EDITED + OPEN.replace("rationale", "remarks"), EDITED + JSON_START])
+def test_totals_that_the_text_does_not_show_never_count(damaged):
+    assert parse_chain(damaged).verified_scores == (8.6, 5.2)
+    assert read_chain(damaged, Totals.CODE) == (damaged, read_chain(JSON_START, Totals.CODE).chain)
 
 
 @pytest.mark.parametrize("draft", [TEACHERS, OPEN, f'{OPEN}"}}'])

@@ -9,8 +9,9 @@ from sec_world import Prefers, Says, chain, run, vote
 from data_builders.sources.personaworld import build
 from data_builders.teachers.oracle import OracleTeacher
 from pgenrm_train.backends.protocols import Generation
-from pgenrm_train.chains.chain import parse_chain
-from pgenrm_train.config import DataConfig, MaskingConfig, SecConfig
+from pgenrm_train.chains.chain import Chain, parse_chain
+from pgenrm_train.chains.totals import close_chain, first_total
+from pgenrm_train.config import DataConfig, MaskingConfig, ModelConfig, SecConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
 from pgenrm_train.stages.build_sec import yield_table
@@ -225,6 +226,14 @@ def test_under_history_dropout_the_teacher_reads_as_many_votes_as_the_prompt_sho
         assert prompt.count("<chosen>") == len(queries) and all(query in prompt for query in queries)
     assert {len(queries) for queries in teacher.read.values()} >= {1, 3}
     assert run(tmp_path / "b", Prefers(), masking=dropout)[1] == rows
+
+
+def test_with_totals_by_code_no_row_states_a_total(tmp_path):
+    facts, rows, _ = run(tmp_path, Prefers(), model=ModelConfig(totals="code"))
+    assert facts["chains"] == 20
+    for row in rows:
+        text = row["messages"][-1]["content"]
+        assert first_total(text) is None and isinstance(parse_chain(close_chain(text)), Chain)
 
 
 def test_a_row_is_a_chat_that_ends_with_the_chain(tmp_path):

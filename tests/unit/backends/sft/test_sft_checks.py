@@ -1,5 +1,6 @@
 """Checks fail before a weight is loaded; the published checkpoint equals the trained one."""
 
+import dataclasses
 import shutil
 from importlib.util import find_spec
 
@@ -14,6 +15,7 @@ from pgenrm_train.backends.sft.checks import check_libraries, encode_rows, inspe
 from pgenrm_train.backends.sft.engine import merge_adapter
 from pgenrm_train.backends.sft.generate import TrainingGenerator
 from pgenrm_train.chains.chain import Chain, parse_chain
+from pgenrm_train.chains.totals import STOP, close_chain
 from pgenrm_train.config import (
     ROOT,
     TRAINED,
@@ -263,6 +265,19 @@ def test_answers_do_not_depend_on_the_batch(training, validation):
     requests = validation.requests[:3]
     texts = [{a.key: a.text for a in g(requests, temperature=0.0)} for g in (generator, one_by_one)]
     assert texts[0] == texts[1] and len(texts[0]) == 3
+
+
+def test_generation_of_an_open_chain_ends_before_its_totals(training, validation):
+    config, generator = training
+    by_code = dataclasses.replace(config.model, totals="code")
+    stopped = TrainingGenerator(by_code, generator.model, generator.tokenizer, batch_size=8)
+    requests = validation.requests[:3]
+    complete = {a.key: a for a in generator(requests, temperature=0.0)}
+    for answer in stopped(requests, temperature=0.0):
+        whole, head = complete[answer.key], answer.text.partition(STOP)[0]
+        assert answer.failure is None and answer.tokens < whole.tokens
+        assert whole.text.startswith(head) and parse_chain(answer.text).kind == "no_markers"
+        assert close_chain(answer.text) == close_chain(whole.text)
 
 
 def test_answers_that_do_not_end_and_prompts_that_do_not_fit_are_failures(training):
