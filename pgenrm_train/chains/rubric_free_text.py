@@ -22,7 +22,7 @@ _MAX_WEIGHT_WORDS = 24  # characters of the words between a name and its weight
 _ROUNDING = 1.0 + 1e-9  # weights in percent may miss their sum by this much
 
 _POSITIVE = r"(?<![:=(]-)(?<![:=(]\s-)"  # "quality: -3" is no score of 3
-_DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?![0-9]|e[+-]?[0-9])"  # "1e309" is no 1
+_DIGITS = r"(?:[0-9]{1,3}(?:\.[0-9]{1,4})?|\.[0-9]{1,4})(?!\d|[¹²³⁰⁴-⁹]|[٫٬'’]\d|e[+-]?\d)"  # "1e309" is no 1
 _PERCENT = re.compile(rf"(?<![0-9.])(?<![0-9],){_POSITIVE}({_DIGITS})\s?%")
 _ANY_PERCENT = re.compile(r"[0-9]\s?(?:%|per\s?cent\b)", re.IGNORECASE)
 MENTION = re.compile(
@@ -121,6 +121,8 @@ def _readings(names: Sequence[str | None], weights: Sequence[float]) -> list[Cri
     else:
         readings = [others, criteria] if is_sum and len(others) > 1 and _near(weight, 100) else [criteria]
     repeats = len(distinct) < len(weights)  # a list stated twice is complete, so that its weights sum to 100
+    if repeats and _near(sum(weights) - sum(sums), 100):
+        return []  # or two criteria whose names differ in case
     return [
         tuple(reading)
         for reading in readings
