@@ -75,7 +75,9 @@ def _structured_rubric(rubric: object, n_responses: int) -> Rubric:
     if not len(criteria) == len(listed) == len(distinct) or not isinstance(table, dict):
         return (), None
     by_index = {response_index(key): row for key, row in table.items()}
-    if len(by_index) != len(table):
+    units = {isinstance(weight, str) and "%" in weight for weight in listed.values()}
+    mixed = len(units) > 1 and abs(sum(weight for _, weight in criteria) - 100) > 1  # 0.6 and "40%"
+    if mixed or len(by_index) != len(table):
         return criteria, None
     rows = [_structured_row(by_index.get(i), criteria) for i in range(1, n_responses + 1)]
     complete = tuple(row for row in rows if row is not None)

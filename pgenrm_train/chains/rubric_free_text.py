@@ -47,6 +47,7 @@ _TRAILING_AND = re.compile(r"\s(?:and|plus)\s?$")
 _LEADING_AND = re.compile(r"^(?:and|with|plus)\s", re.IGNORECASE)
 _LETTER = re.compile(r"[^\W\d_]")
 TOTAL = re.compile(r"(?:the\s)?(?:grand\s)?(?:total|sum|overall)(?:\sweights?)?", re.IGNORECASE)
+_NO_CRITERION = re.compile(r"[0-9]|\b(?:total|sum|overall|scor(?:e|es|ing)|weights?)\b", re.IGNORECASE)
 _WEIGHT_WORDS = re.compile(  # between a name and its weight
     r"(?:[\s:=(–—-]{0,4}\b(?:weight(?:ed|ing|s)?|at|is|of)|[\s:=(]{0,4}[0-9.]{1,6}(?:/10)?\s?[*×x·])"
     r"[\s:=(*]{0,4}$"
@@ -63,8 +64,26 @@ def read_free_text(rationale: str, n_responses: int) -> Rubric:
     complete = [rubric for rubric in scored if rubric[1] is not None]
     # With another sum a weight may have gone unseen, such as one in words or with another sign.
     if len(complete) == 1 and _near(_whole(complete[0][0]), 100):
-        return complete[0]
+        criteria, _ = complete[0]
+        if not any(_scores_by_name(segments, name) for name in _without_weight(head, criteria)):
+            return complete[0]
     return (readings[0] if readings else ()), None
+
+
+def _without_weight(head: str, criteria: Criteria) -> list[str]:
+    """Phrases next to the criteria that are none of them: a scored one is a criterion without a weight."""
+    known = {name.casefold() for name, _ in criteria}
+    phrases = [_phrase(part) for part in _BREAK_BEFORE.split(head, 2 * MAX_CRITERIA)]
+    return [
+        phrase
+        for phrase in phrases
+        if phrase and phrase.casefold() not in known and not _NO_CRITERION.search(phrase)
+    ]
+
+
+def _scores_by_name(segments: Sequence[str], name: str) -> bool:
+    """Whether the text on each response scores `name`."""
+    return all(_named_scores(segment, ((name, 0.0),)) for segment in segments)
 
 
 def _segments(rationale: str, n_responses: int) -> tuple[str, list[str]]:

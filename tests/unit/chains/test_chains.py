@@ -375,6 +375,7 @@ def test_an_unusable_structured_rubric_does_no_harm(rubric):
     ("criteria", "rows"),
     [
         ({"Short": 60, "short": 40}, [{"Short": 9, "short": 1}, {"Short": 4, "short": 7}]),
+        ({"short": 0.6, "clear": "40%"}, [[9, 1], [4, 7]]),
         ({"short": 60, "clear": 40}, [{"short": 9, "clear": 1, "warm": 1}, {"short": 4, "clear": 7}]),
     ],
 )

@@ -193,6 +193,10 @@ def test_a_last_weight_that_equals_the_sum_of_the_others_is_a_criterion(weights,
             f"warm 60%, formal 40%. Response 1: warm {score}, formal 3. Response 2: warm 4, formal 5."
             for score in ("9²", "9８", "9٣", "9٫5", "9'5")
         ),
+        "warm 60%, brief, formal 40%. Response 1: warm 8, brief 1, formal 3. Response 2: warm 4, brief 9, "
+        "formal 5.",
+        "brief; warm: 60%; formal: 40%. Response 1: warm: 8, brief: 1, formal: 3. Response 2: warm: 4, "
+        "formal: 5, brief: 9.",
         "warm 1%, Warm 1%, formal 98%. Response 1: warm 8, Warm 8, formal 3. Response 2: warm 4, formal 5.",
         "warm -60%, formal 160%. Response 1: warm 8, formal 3. Response 2: warm 4, formal 5.",
         *(
