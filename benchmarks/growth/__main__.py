@@ -135,12 +135,12 @@ def in_child(function: Callable[[], object]) -> object:
                 os.dup2(kept.fileno(), 1), os.dup2(kept.fileno(), 2)
                 try:
                     result = json.dumps(function())
-                except BaseException:
+                except BaseException:  # also an exit: its reason must reach the terminal
                     os.dup2(errors, 2)
                     raise
             os.write(writer, result.encode())
             code = 0
-        except BaseException:
+        except BaseException:  # a fork must not return into its parent's code
             import traceback
 
             traceback.print_exc()

@@ -2,9 +2,9 @@
 
     python benchmarks/learning/new_users.py RUN [--seeds 3]
 
-Needs build_data and prototypes of a PersonaWorld run.  Refines the run's clusters anew per seed, then scores
-every validation and test pair of unseen users, without their own prototypes: the mean of all centroids takes
-their place, so no chain is needed.  `resemblance` is Σ_τ (y_τ⁺ − y_τ⁻)ᵀ(y⁺ − y⁻): nothing is learnt.
+Needs build_data and prototypes of a PersonaWorld run.  Clusters and refines again per seed, then scores every
+validation and test pair of unseen users.  The mean of all centroids takes the place of their own prototypes,
+so no chain is needed.  `resemblance` is Σ_τ (y_τ⁺ − y_τ⁻)ᵀ(y⁺ − y⁻): nothing is learnt.
 """
 
 import argparse
@@ -52,9 +52,10 @@ def main() -> None:
     )
     for votes, each in facts.items():
         low, high = (fmean(f["accuracy ci95"][side] for f in each) for side in (0, 1))
+        plain = f", resemblance {100 * resemblance(known[votes]):.1f}" if votes else ""
         print(
             f"{votes} votes: z {100 * fmean(f['accuracy'] for f in each):.1f} [{100 * low:.1f}, "
-            f"{100 * high:.1f}], resemblance {100 * resemblance(known[votes]):.1f}"
+            f"{100 * high:.1f}]{plain}"
         )
 
 
