@@ -5,7 +5,7 @@ disagreement probe (see `probes`), `probe/…` ones the robustness probes (see `
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,6 +16,7 @@ from eval.ask.harness import (
     PredictionStore,
     Progress,
     Question,
+    answer_row,
     ask,
     own_questions,
     prediction,
@@ -38,11 +39,12 @@ from eval.studies.scaling_study import (
     sample_pool,
 )
 from pgenrm_train.backends.protocols import TRUTH, ChainReader, Generator, Validated
-from pgenrm_train.config import Config, Totals, masking_of
+from pgenrm_train.config import PERSONA_BASELINE, Config, Totals, masking_of
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import Write
-from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.pairs import ExplicitSignals, PreferencePair
 
+NO_PERSONA = "no_persona"  # failure of a user for whom no persona was published
 # Columns of the chains that a validation logs.
 SHOWN = ("pair_id", "order", "score_chosen", "score_rejected", "failure", "issues", "tokens", "text")
 # Settings that shape prompt and answer.
@@ -60,6 +62,7 @@ class Candidate:
     close: Callable[[], None]
     seconds: float | None = None  # wall time of the stage that trained it
     cost: Callable[[], Mapping[str, object]] = dict  # of its answers, for a paid model
+    persona_write: Callable[[], Write] | None = None  # writer of prompts with a persona
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,34 @@ class Evaluation:
 
         return answer
 
+    def with_personas(
+        self, candidate: Candidate, personas: Mapping[str, str], folder: Path, progress: Progress
+    ) -> Tested:
+        """The same model with each user's persona as their self-description, and no probes.
+
+        A user without a persona fails as `no_persona` and costs no answer.
+        """
+        assert candidate.persona_write is not None, "config.checks"
+        every = own_questions(self.pairs, self.histories, seeds=self.config.eval.seeds)
+        lacking = [q for q in every if q.pair.user_id not in personas]
+        answers = ask(
+            [_introduced(q, personas[q.pair.user_id]) for q in every if q.pair.user_id in personas],
+            candidate.start,
+            candidate.persona_write(),
+            kept_answers(self.config, candidate, folder, PERSONA_BASELINE),
+            masking="full",
+            temperature=self.config.eval.temperature,
+            progress=progress,
+            what=f"evaluate {candidate.name} with personas",
+            totals=self.config.model.counted,
+        )
+        if lacking:
+            failed = pd.DataFrame([answer_row(q, sample=0, failure=NO_PERSONA) for q in lacking])
+            answers = pd.concat([answers.astype(object), failed.astype(object)], ignore_index=True)
+        report = self._accuracy(answers)
+        report["model"] = PERSONA_BASELINE
+        return Tested(PERSONA_BASELINE, answers, report, None, None)
+
     def study(
         self,
         study: Study,
@@ -254,6 +285,12 @@ class Evaluation:
             "swapped": _brief(self._accuracy(swapped)),
             "difference": difference,
         }
+
+
+def _introduced(question: Question, persona: str) -> Question:
+    """The question of a user who stated the persona and nothing else."""
+    explicit = ExplicitSignals(self_description=persona)
+    return replace(question, pair=replace(question.pair, explicit=explicit))
 
 
 def _brief(report: AccuracyReport) -> SetAccuracy:

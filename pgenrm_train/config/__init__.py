@@ -18,7 +18,16 @@ from pgenrm_train.config.data import DataConfig, MaskingConfig
 from pgenrm_train.config.endpoints import ANSWER_KEYS, FIELD_KEYS, ApiConfig, EndpointConfig
 from pgenrm_train.config.evaluation import BestOfNConfig, EvalConfig, LabelConfig, seeds_of_grid, sizes
 from pgenrm_train.config.grpo import CurriculumConfig, GrpoConfig
-from pgenrm_train.config.model import BASELINES, EXACT, PROMPTS, LoraConfig, ModelConfig, NanoConfig, Totals
+from pgenrm_train.config.model import (
+    BASELINES,
+    EXACT,
+    PERSONA_BASELINE,
+    PROMPTS,
+    LoraConfig,
+    ModelConfig,
+    NanoConfig,
+    Totals,
+)
 from pgenrm_train.config.places import beneath, mirror_of, place
 from pgenrm_train.config.prototypes import PrototypesConfig
 from pgenrm_train.config.psi import PsiConfig, SecConfig
@@ -50,6 +59,7 @@ __all__ = [
     "EXACT",
     "FIELD_KEYS",
     "GRPO_STAGES",
+    "PERSONA_BASELINE",
     "PROMPTS",
     "ROOT",
     "STAGES",

@@ -10,7 +10,7 @@ from pgenrm_train.config.data import QUESTIONS, VOTES
 from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import TASKS, sizes, task_of
 from pgenrm_train.config.grpo import SEPARATE, GrpoConfig
-from pgenrm_train.config.model import BASELINES, EXACT, Totals
+from pgenrm_train.config.model import BASELINES, EXACT, PERSONA_BASELINE, Totals
 from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import not_one_of, violations
 from pgenrm_train.config.stage_names import CHOOSING, GRPO_STAGES, StageName
@@ -48,6 +48,7 @@ def _problems(config: Config) -> Iterator[str]:
         *_data(config),
         *_training(config),
         *_endpoints(config),
+        *_personas(config),
         *_model(config),
         *_machines(config),
     ]
@@ -331,6 +332,32 @@ def _endpoints(config: Config) -> Rules:
     ]
 
 
+def _personas(config: Config) -> Rules:
+    """Rules of the baseline `synthesize_me`, which shows published personas to the model under test."""
+    model, asked = config.model, PERSONA_BASELINE in config.eval.baselines
+    return [
+        (
+            asked and not config.eval.personas,
+            f"eval.baselines={PERSONA_BASELINE} needs eval.personas=FOLDER, the personas that SynthesizeMe "
+            "saved",
+        ),
+        (
+            bool(config.eval.personas) and not asked,
+            f"eval.personas is read by the baseline {PERSONA_BASELINE} alone; add it to eval.baselines",
+        ),
+        (
+            asked and model.kind not in ("nano", "hf", "endpoint"),
+            f"eval.baselines={PERSONA_BASELINE} shows personas to the model under test, and "
+            f"model={model.kind} reads no prompt; use a model that writes chains",
+        ),
+        (
+            asked and model.prompt not in ("p_genrm", "judge_history"),
+            f"eval.baselines={PERSONA_BASELINE} adds a persona to a prompt with the user's votes; use "
+            f"model.prompt=p_genrm or judge_history, not {model.prompt}",
+        ),
+    ]
+
+
 def _model(config: Config) -> Rules:
     model, recipe = config.model, config.recipe
     baseline = [("model.name", model.name)] if model.kind == "baseline" else []
@@ -373,6 +400,10 @@ def _model(config: Config) -> Rules:
             model.prompt != "p_genrm" and recipe not in (StageName.BUILD_DATA, StageName.EVALUATE, "score"),
             f"model.prompt={model.prompt} is for recipe=evaluate and recipe=score; recipe={recipe} "
             "needs p_genrm",
+        ),
+        (
+            bool(model.persona_program) and model.prompt != "persona",
+            "model.persona_program writes the personas of model.prompt=persona alone; give both or neither",
         ),
         (
             model.prompt == "persona" and model.kind != "endpoint",

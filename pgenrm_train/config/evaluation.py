@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgenrm_train.config.data import MASKINGS
-from pgenrm_train.config.model import BASELINES
+from pgenrm_train.config.model import BASELINES, PERSONA_BASELINE
 from pgenrm_train.config.setting import setting
 from pgenrm_train.errors import ConfigError
 
@@ -118,7 +118,12 @@ class EvalConfig:
     probe_kinds: list[str] = setting(list(PROBES), "probes to run", choices=PROBES)
     probe_pairs: int = setting(200, "pairs of these probes", gt=0)
     baselines: list[str] = setting(
-        ["random", "longer", "shorter", "majority"], "baselines next to the model", choices=BASELINES
+        ["random", "longer", "shorter", "majority"],
+        "baselines next to the model",
+        choices=(*BASELINES, PERSONA_BASELINE),
+    )
+    personas: str | None = setting(
+        None, "folder of SynthesizeMe's personas, for the baseline synthesize_me (docs/evaluation.md)"
     )
     compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
     tasks: list[str] = setting(

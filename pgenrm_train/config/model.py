@@ -22,6 +22,7 @@ BASELINES = (
     "imitator",
 )
 EXACT = BASELINES[-5:]  # they know how PersonaWorld is generated
+PERSONA_BASELINE = "synthesize_me"  # the model under test with published personas
 PROMPTS = ("p_genrm", "judge", "judge_history", "persona")
 
 
@@ -71,6 +72,10 @@ class ModelConfig(ApiConfig):
     path: str | None = setting(None, "a local checkpoint; overrides the run folder's")
     prompt: str = setting(
         "p_genrm", "prompt of evaluate and score (prompts/styles.py); training needs p_genrm", choices=PROMPTS
+    )
+    persona_program: str | None = setting(
+        None,
+        "prompt=persona: JSON file of SynthesizeMe that writes the personas, e.g. its prompts/llama70b.json",
     )
     instructions: bool = setting(
         True, "system message with the task; nano learns the task from its chains instead"

@@ -26,6 +26,7 @@ from pgenrm_train.config import (
 )
 from pgenrm_train.config.data import VOTES
 from pgenrm_train.records.file_columns import named_columns
+from pgenrm_train.records.personas import personas_digest
 from pgenrm_train.records.shards import digest
 
 FREE = (  # a run may continue with other values: they change no step
@@ -44,6 +45,7 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("tasks", []),
     ("task_paths", {}),
     ("random_users", False),
+    ("personas", None),
     # of CRE and curriculum
     ("mode", "sync"),
     ("max_staleness", 1),
@@ -89,7 +91,7 @@ class Stage:
             settings.pop("model.totals", None)
         if self.name in GRPO_STAGES:
             for key, value in ADDED:
-                if settings.get(name := f"{self.name}.{key}") == value:
+                if (name := f"{self.name}.{key}") in settings and settings[name] == value:
                     del settings[name]
         if "psi.evaluate_every" in settings and not config.psi.evaluate_every:
             # measured alone, accuracy changes no checkpoint: as in runs that measured none
@@ -106,6 +108,10 @@ class Stage:
         if "label" in reads and (candidates := config.label.input) and Path(candidates).exists():
             settings["label"] = to_dict(config.label) | {"input": None}
             settings["label.input sha256"] = digest(Path(candidates))
+        if "model.prompt" in reads and (program := config.model.persona_program) and Path(program).exists():
+            settings["model.persona_program sha256"] = digest(Path(program))
+        if "eval" in reads and (personas := config.eval.personas) and Path(personas).is_dir():
+            settings["eval.personas sha256"] = personas_digest(Path(personas))
         return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
 
 

@@ -10,7 +10,7 @@ from eval.ask.baselines import Fit, Votes, fit_baseline
 from eval.ask.bradley_terry import BradleyTerry
 from eval.ask.scored import Score
 from pgenrm_train.chains.chain import Chain, parse_chain
-from pgenrm_train.config import EXACT, Config
+from pgenrm_train.config import EXACT, PERSONA_BASELINE, Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.pairs import Example
 from recipes.wiring.models import make_embedder
@@ -19,7 +19,8 @@ from recipes.wiring.models import make_embedder
 def scorers(config: Config, pairs: Votes) -> dict[str, Score]:
     """Name → fitted baseline, in the order of the table.  A `model=baseline` comes last: the headline."""
     headline = [config.model.name] if config.model.kind == "baseline" else []
-    names = [name for name in dict.fromkeys(config.eval.baselines) if name not in headline] + headline
+    rules = (name for name in dict.fromkeys(config.eval.baselines) if name != PERSONA_BASELINE)
+    names = [name for name in rules if name not in headline] + headline
     more: dict[str, Fit] = {
         "features": _fit_features,
         "oracle": _fit_oracle,

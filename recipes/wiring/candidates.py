@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from eval.ask.scored import Score, one_by_one
 from eval.studies.evaluation import Candidate, ScoredCandidate
 from pgenrm_train.backends.protocols import Generator
 from pgenrm_train.backends.vllm.reward_head import RewardHead
-from pgenrm_train.config import FIELD_KEYS, Config, StageName
+from pgenrm_train.config import FIELD_KEYS, Config, ModelConfig, StageName
 from pgenrm_train.errors import ConfigError, PreflightError, first_line
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter
+from pgenrm_train.records.personas import read_program
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
 from recipes.wiring.llm import api_generator, model_endpoint, plain_writer
 from recipes.wiring.models import load_tokenizer
@@ -58,7 +60,15 @@ def _local(config: Config, name: str, checkpoint: Path, seconds: float | None, l
     start, close = once(lambda: load(checkpoint))
     identity = fingerprint(weights_digest(check_checkpoint(checkpoint)), config.model.prompt)
     tokenizer = functools.cache(lambda: load_tokenizer(checkpoint))
-    return Candidate(name, identity, start, lambda: PromptWriter(config.model, tokenizer()), close, seconds)
+    return Candidate(
+        name,
+        identity,
+        start,
+        lambda: PromptWriter(config.model, tokenizer()),
+        close,
+        seconds,
+        persona_write=lambda: PromptWriter(_with_persona(config.model), tokenizer()),
+    )
 
 
 def _endpoint(config: Config, folder: Path) -> Candidate:
@@ -66,6 +76,8 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
     # Fields that change answers; a run of an older version has none.
     fields = {key: value for key in FIELD_KEYS if (value := getattr(settings, key))}
     identity = f"{settings.base_url}|{settings.name}|{prompt}" + (f"|{fields}" if fields else "")
+    if config.model.persona_program:
+        identity += f"|{fingerprint(str(read_program(Path(config.model.persona_program))))}"
     start, close = once(lambda: api_generator(settings, config.model, folder))
     return Candidate(
         config.model.label,
@@ -74,7 +86,13 @@ def _endpoint(config: Config, folder: Path) -> Candidate:
         lambda: plain_writer(config),
         close,
         cost=lambda: start().spending().for_manifest(),
+        persona_write=lambda: plain_writer(replace(config, model=_with_persona(config.model))),
     )
+
+
+def _with_persona(model: ModelConfig) -> ModelConfig:
+    """The style that names the persona: a judge's instructions must explain it, P-GenRM's do."""
+    return model if model.prompt == "p_genrm" else replace(model, prompt="persona")
 
 
 def _callable(config: Config) -> ScoredCandidate:

@@ -43,9 +43,9 @@ def estimate_evaluation(config: Config, evaluation: Evaluation, settings: Endpoi
 
 
 def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
-    """Calls for own and swapped histories in both orders, for the grids, and for the probes, at most."""
+    """Calls for own and swapped histories in both orders, for personas, grids, and probes, at most."""
     settings, pairs = config.eval, len(evaluation.pairs)
-    calls = 2 * pairs * settings.seeds + 4 * len(evaluation.twins)
+    calls = 2 * pairs * settings.seeds * (1 + bool(settings.personas)) + 4 * len(evaluation.twins)
     grid = min(pairs, settings.grid_pairs or pairs)
     if max(ind := sizes(settings.ind)) > 1 or max(sizes(settings.pro)) > 0:
         calls += 2 * grid * seeds_of_grid(settings) * (max(ind) + max(sizes(settings.pro)))

@@ -6,14 +6,22 @@ from pathlib import Path
 
 from eval.report.compare import compare, write_comparison
 from eval.report.summary import Evaluated, write_results
-from eval.studies.evaluation import Candidate, Evaluation, Grid, ScoredCandidate, headline
+from eval.studies.evaluation import (
+    NO_PERSONA,
+    Candidate,
+    Evaluation,
+    Grid,
+    ScoredCandidate,
+    headline,
+)
 from eval.studies.scaling_study import FindSimilar, Study
 from pgenrm_train.backends.grpo.gold import widened
-from pgenrm_train.config import GRPO_STAGES, Config, StageName, seeds_of_grid, sizes
+from pgenrm_train.config import GRPO_STAGES, PERSONA_BASELINE, Config, StageName, seeds_of_grid, sizes
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import link
 from pgenrm_train.prompts.writer import histories, load_pairs, pairs_of_split
 from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.personas import read_personas
 from pgenrm_train.run.concurrency import progress
 from pgenrm_train.run.folder import StageFolder
 from pgenrm_train.run.timeline import Part, mark
@@ -47,7 +55,8 @@ def evaluate(
     tested, cost = [], {}
     grids: list[Grid] = []
     fitted = scorers(config, pairs)
-    # Prototypes of another model raise here, before any question.
+    # Personas, and prototypes of another model, raise here, before any question.
+    personas = published_personas(config, evaluation)
     find = find_similar(config, pairs) if needs_similar_users(config) else None
     baselines = [
         evaluation.baseline(name, score, final=not everyone and name == list(fitted)[-1])
@@ -59,6 +68,8 @@ def evaluate(
     for candidate in everyone:
         answers, last = folder.path / candidate.name, candidate is everyone[-1]
         tested.append(evaluation.test(candidate, answers, progress, final=last))
+        if last and personas and isinstance(candidate, Candidate):
+            baselines.append(evaluation.with_personas(candidate, personas, answers, progress))
         if last and isinstance(candidate, Candidate):  # pure scores do not vary by sample
             grids = scale(config, evaluation, candidate, answers, pairs, find)
             cost[candidate.name] = dict(candidate.cost())
@@ -72,7 +83,11 @@ def evaluate(
         tested,
         baselines,
         grids,
-        [*scaling_notes, *notes(config, [candidate.name for candidate in everyone])],
+        [
+            *scaling_notes,
+            *persona_notes(evaluation, personas),
+            *notes(config, [candidate.name for candidate in everyone]),
+        ],
         nearest_prototypes(config, tested[-1]) if tested else None,
         cost,
         ceilings(config, sampler, split),
@@ -83,6 +98,25 @@ def evaluate(
         if facts:
             print(f"{name} cost: {facts}", flush=True)
     return {key: results[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
+
+
+def published_personas(config: Config, evaluation: Evaluation) -> Mapping[str, str]:
+    """User → persona for the baseline `synthesize_me`; empty without it."""
+    if not config.eval.personas:
+        return {}
+    return read_personas(Path(config.eval.personas), {pair.user_id for pair in evaluation.pairs})
+
+
+def persona_notes(evaluation: Evaluation, personas: Mapping[str, str]) -> list[str]:
+    """A sentence if users have no published persona."""
+    users = {pair.user_id for pair in evaluation.pairs}
+    lacking = len(users - personas.keys())
+    if not personas or not lacking:
+        return []
+    return [
+        f"{PERSONA_BASELINE}: {lacking} of {len(users)} users have no published persona; their pairs fail as "
+        f"{NO_PERSONA}."
+    ]
 
 
 def without_prototypes(config: Config) -> tuple[Config, list[str]]:

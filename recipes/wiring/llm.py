@@ -16,6 +16,7 @@ from pgenrm_train.prompts.history import HistorySampler
 from pgenrm_train.prompts.masking import FullView, MaskedView
 from pgenrm_train.prompts.styles import styled_messages
 from pgenrm_train.records.pairs import HistoryItem, PreferencePair
+from pgenrm_train.records.personas import read_program
 
 
 @contextmanager
@@ -58,7 +59,9 @@ def api_generator(
     """Generator of `model=endpoint` in the style of its prompt; `folder` keeps costs and personas."""
     model = Endpoint(settings, folder and folder / "paid")  # answers are kept as predictions
     if model_config.prompt == "persona":
-        return PersonaGenerator(model, Endpoint(settings, folder and folder / "personas"))
+        program = model_config.persona_program
+        written = read_program(Path(program)) if program else None
+        return PersonaGenerator(model, Endpoint(settings, folder and folder / "personas"), written)
     return EndpointGenerator(model, STOP if model_config.counted is Totals.CODE else None)
 
 

@@ -9,6 +9,7 @@ from pgenrm_train.backends.api.generator import ENGINE, EndpointGenerator
 from pgenrm_train.backends.protocols import Generation, GenerationRequest, Spending
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.styles import persona_messages, with_persona
+from pgenrm_train.records.personas import PersonaProgram
 from pgenrm_train.run.concurrency import concurrently
 
 
@@ -16,15 +17,16 @@ class PersonaGenerator(EndpointGenerator):
     """A generator that writes personas first; see `protocols.Generator`.
 
     `personas` is an endpoint with a cache, so that a restart reuses them.  A question without its persona is
-    a failed generation, `engine:persona_<kind>`, or `persona_prompt_refused`, which is final.
+    a failed generation, `engine:persona_<kind>`, or `persona_prompt_refused`, which is final.  `program`:
+    instructions and demonstrations in place of ours.
     """
 
-    def __init__(self, endpoint: Endpoint, personas: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, personas: Endpoint, program: PersonaProgram | None = None) -> None:
         super().__init__(endpoint)
-        self.personas = personas
+        self.personas, self.program = personas, program
 
     def __call__(self, requests: Iterable[GenerationRequest], *, temperature: float) -> Iterator[Generation]:
-        waiting = [(request, persona_messages(request.messages)) for request in requests]
+        waiting = [(request, persona_messages(request.messages, self.program)) for request in requests]
         distinct = list({_history(messages): messages for _, messages in waiting if messages}.values())
         written = concurrently(self._write, distinct, self.personas.settings.max_in_flight)
         replies = {_history(distinct[index]): reply for index, reply in written}

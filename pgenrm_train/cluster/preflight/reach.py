@@ -73,7 +73,10 @@ def check_store(config: Config, stage: str) -> Iterator[str]:
 
 
 def check_data(config: Config, stage: str) -> Iterator[str]:
-    """Raw data, unless the run has already read them."""
+    """Raw data, unless the run has already read them, and published personas."""
+    personas = config.eval.personas
+    if stage == StageName.EVALUATE and personas is not None and not Path(personas).is_dir():
+        yield f"{personas} does not exist; eval.personas= must name a folder of SynthesizeMe's personas"
     if StageFolder.read(Path(config.run_dir), StageName.BUILD_DATA).complete:
         return
     path, answers = config.data.path, config.data.answers
