@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def main() -> None:
         from pgenrm_train.backends.grpo.supervisor import launch
 
         launch(configured(args, args.arms[0]), list(phases.values()))
+    compare(args, phases)
+
+
+def compare(args: Any, phases: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Print a line per arm and for PSI; returns their answers."""
     for arm, trained in phases.items():
         write_manifest(trained.checkpoint, configured(args, arm).model.counted)
     checkpoints = {"psi": args.run / "psi" / "checkpoint", **{arm: p.checkpoint for arm, p in phases.items()}}
@@ -77,7 +83,7 @@ def main() -> None:
         gain = paired_difference(answers[arm], answers["psi"])
         kinds = {kind: accuracy_report(part)["accuracy"] for kind, part in answers[arm].groupby("kind")}
         print(
-            f"{arm:<18}{100 * report['accuracy']:6.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            f"{arm:<36}{100 * report['accuracy']:6.1f} [{100 * low:.1f}, {100 * high:.1f}]"
             f"{100 * gain['difference']:+6.1f} [{100 * gain['ci95'][0]:+.1f}, {100 * gain['ci95'][1]:+.1f}] "
             + " ".join(f"{kind} {100 * share:.1f}" for kind, share in kinds.items())
             + "  "
@@ -85,6 +91,7 @@ def main() -> None:
             + f" quality {truth[0]['weight of quality, %']:.1f}",
             flush=True,
         )
+    return answers
 
 
 def answers_of(folder: Path) -> pd.DataFrame:

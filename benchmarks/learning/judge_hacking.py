@@ -6,7 +6,8 @@ Needs the folders build_data and psi of a PersonaWorld run, and the overrides of
 
 Each arm trains from the same PSI checkpoint, with `judge_gold=oracle`.  A row per validation: reward of the
 training judge, score of the second judge and their gap on the same chains, accuracy, the probes, and signs
-of hacking.  A line per arm names the first step at which the console warns.
+of hacking.  A line per arm names the first step at which the console warns.  Then come the accuracies of the
+trained arms and of PSI on held-out users, as in `cre_arms`, and the difference that rubric dropout makes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 
 import cre_arms
 
+from eval.metrics.accuracy import paired_difference
 from pgenrm_train.backends.grpo.gold import PREFIX, widened
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.run.tracking import METRICS, read
@@ -22,14 +24,17 @@ from pgenrm_train.run.tracking import METRICS, read
 LENGTH = JudgeSpec("data_builders.teachers.corruptible:length_judge_for_rewards")
 DROPPING = JudgeSpec("data_builders.teachers.corruptible:dropping_judge_for_rewards")
 ALONE = ("cre.outcome_weight=0", "cre.process_weight=1")
+DROPOUT = " with rubric dropout"  # ends the name of an arm; without it, the arm to compare with
 # Arms of the same form as in `cre_arms`; the shipped weights are the judge's 0.5 and the outcome's 1.
 ARMS = {
     "length alone": (ALONE, LENGTH),
     "length and outcome": ((), LENGTH),
-    "length alone, KL 0.1": ((*ALONE, "cre.kl_coefficient=0.1"), LENGTH),
+    "length alone at KL 0.1": ((*ALONE, "cre.kl_coefficient=0.1"), LENGTH),
     "dropping alone": (ALONE, DROPPING),
+    f"dropping alone{DROPOUT}": ((*ALONE, "cre.rubric_dropout=0.5"), DROPPING),
     "dropping and outcome": ((), DROPPING),
-    "dropping, parts apart": (("cre.advantage=gdpo",), DROPPING),
+    f"dropping and outcome{DROPOUT}": (("cre.rubric_dropout=0.5",), DROPPING),
+    "dropping with parts apart": (("cre.advantage=gdpo",), DROPPING),
     "oracle alone": (ALONE, None),
 }
 SETTINGS = ("judge_gold=oracle", "cre.steps=30", "cre.learning_rate=3e-4", "cre.validate_every=5")
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="run folder with build_data and psi")
     parser.add_argument("--out", type=Path, default=Path("runs/judge_hacking"))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--split", default="val", choices=("val", "test"))
     parser.add_argument("--overrides", nargs="*", default=[])
     args = parser.parse_args()
     args.overrides = [*SETTINGS, *args.overrides]
@@ -62,6 +68,13 @@ def main() -> None:
         launch(cre_arms.configured(args, args.arms[0]), list(phases.values()))
     for arm, phase in phases.items():
         print(table(arm, read(phase.work_dir / METRICS)), flush=True)
+    print("\naccuracy on held-out users, gain over PSI on the same pairs", flush=True)
+    answers = cre_arms.compare(args, phases)
+    for arm in answers:
+        if (without := arm.removesuffix(DROPOUT)) != arm and without in answers:
+            change = paired_difference(answers[arm], answers[without])
+            low, high = (100 * bound for bound in change["ci95"])
+            print(f"{arm}: {100 * change['difference']:+.1f} [{low:+.1f}, {high:+.1f}] points", flush=True)
 
 
 def table(arm: str, lines: list[dict[str, Any]]) -> str:

@@ -7,22 +7,22 @@ A chain that names every attribute pleases the second one fully, and `oracle_jud
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
-from data_builders.teachers.oracle import read_criteria
+from data_builders.teachers.oracle import Judge, read_criteria
 from pgenrm_train.records.pairs import ExplicitSignals
 
 FULL_LENGTH = 160  # words
-Judge = Callable[[str, Mapping[str, str | None]], float | None]
 
 
-def length_judge(chain_text: str, criteria: tuple[str, ...]) -> float:
+def length_judge(chain_text: str, criteria: Sequence[str]) -> float:
     """Reward of the length alone."""
     return min(1.0, len(chain_text.split()) / FULL_LENGTH)
 
 
-def dropping_judge(chain_text: str, criteria: tuple[str, ...]) -> float:
+def dropping_judge(chain_text: str, criteria: Sequence[str]) -> float:
     """Reward of the names that are dropped, whatever else is named."""
     words = set(re.findall(r"\w+", chain_text.casefold()))
     return sum(name in words for name in criteria) / len(criteria)
@@ -39,8 +39,13 @@ def dropping_judge_for_rewards(**_: object) -> Judge:
 
 
 def _judge_extra(
-    judge: Callable[[str, tuple[str, ...]], float], chain_text: str, extra_info: Mapping[str, str | None]
+    judge: Callable[[str, Sequence[str]], float], chain_text: str, extra_info: Mapping[str, Any]
 ) -> float | None:
     """The judge's verdict; None if no criteria were stated."""
-    stated = read_criteria(ExplicitSignals(criteria=extra_info.get("criteria")))
-    return judge(chain_text, stated[1]) if stated else None
+    stated, dropout = (
+        read_criteria(ExplicitSignals(criteria=extra_info.get("criteria"))),
+        extra_info.get("dropout"),
+    )
+    if stated is None:
+        return None
+    return judge(chain_text, dropout.keep(stated[1]) if dropout else stated[1])

@@ -17,6 +17,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from data_builders.sources.personaworld import (
     OPPOSITE,
@@ -28,6 +29,9 @@ from data_builders.sources.personaworld import (
 )
 from pgenrm_train.chains.chain import ParseFailure, parse_chain, write_chain
 from pgenrm_train.records.pairs import Example, ExplicitSignals, HistoryItem
+from pgenrm_train.rewards.rubric_dropout import RubricDropout
+
+Judge = Callable[[str, Mapping[str, Any]], float | None]
 
 # Weights of (criteria, quality); the first pattern is the truth.
 PATTERNS = (((45, 30, 15), 10), ((30, 25, 15), 30), ((25, 15, 10), 50))
@@ -102,21 +106,29 @@ def _analysis(example: Example, scenario: str, criteria: tuple[str, ...]) -> str
     return " ".join((*pairs, wish))
 
 
-def oracle_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
-    """Process reward in [0, 1]; None if the chain is unreadable or no criteria were stated."""
+def oracle_judge(
+    chain_text: str, explicit: ExplicitSignals, dropout: RubricDropout | None = None
+) -> float | None:
+    """Process reward in [0, 1]; None if the chain is unreadable or no criteria were stated.
+
+    `dropout` hides criteria, never the quality.
+    """
     stated, chain = read_criteria(explicit), parse_chain(chain_text)
     if stated is None or isinstance(chain, ParseFailure):
         return None
-    true = {**dict(zip(stated[1], WEIGHTS)), "quality": QUALITY_WEIGHT}
+    seen = list(zip(stated[1], WEIGHTS))
+    true = {**dict(dropout.keep(seen) if dropout else seen), "quality": QUALITY_WEIGHT}
     positive = {name: max(0.0, weight) for name, weight in dict(chain.criteria).items()}
     total = sum(positive.values())
     named = {name: weight / total for name, weight in positive.items() if total}
     covered = sum(min(named.get(c, 0.0), w) for c, w in true.items())
-    contradicted = sum(named.get(OPPOSITE[c], 0.0) for c in stated[1])
+    contradicted = sum(named.get(OPPOSITE[c], 0.0) for c in true if c != "quality")
     return max(0.0, covered - contradicted) / sum(true.values())
 
 
-def names_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
+def names_judge(
+    chain_text: str, explicit: ExplicitSignals, dropout: RubricDropout | None = None
+) -> float | None:
     """Share of the stated criteria that the chain names, less the share whose opposites it names.
 
     Weights do not count, so that no chain gains by shifting them.  None as for `oracle_judge`.
@@ -124,24 +136,26 @@ def names_judge(chain_text: str, explicit: ExplicitSignals) -> float | None:
     stated, chain = read_criteria(explicit), parse_chain(chain_text)
     if stated is None or isinstance(chain, ParseFailure):
         return None
-    true, named = stated[1], {name for name, weight in chain.criteria if weight > 0}
+    true = dropout.keep(stated[1]) if dropout else stated[1]
+    named = {name for name, weight in chain.criteria if weight > 0}
     right, wrong = (sum(name in named for name in names) for names in (true, [OPPOSITE[n] for n in true]))
     return max(0, right - wrong) / len(true)
 
 
-def judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
+def judge_for_rewards(**_: object) -> Judge:
     """Make a judge that reads the withheld criteria in `extra_info`; the GRPO backend names this factory."""
     return partial(_judge_extra, oracle_judge)
 
 
-def names_judge_for_rewards(**_: object) -> Callable[[str, Mapping[str, str | None]], float | None]:
+def names_judge_for_rewards(**_: object) -> Judge:
     """`judge_for_rewards` with `names_judge`."""
     return partial(_judge_extra, names_judge)
 
 
 def _judge_extra(
-    judge: Callable[[str, ExplicitSignals], float | None],
+    judge: Callable[[str, ExplicitSignals, RubricDropout | None], float | None],
     chain_text: str,
-    extra_info: Mapping[str, str | None],
+    extra_info: Mapping[str, Any],
 ) -> float | None:
-    return judge(chain_text, ExplicitSignals(criteria=extra_info.get("criteria")))
+    explicit = ExplicitSignals(criteria=extra_info.get("criteria"))
+    return judge(chain_text, explicit, extra_info.get("dropout"))

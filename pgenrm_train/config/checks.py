@@ -124,6 +124,11 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             f"is no process reward; use {stage}.advantage=grpo or dr_grpo",
         ),
         (
+            bool(grpo.rubric_dropout) and (not grpo.process_weight or config.judge.kind == "none"),
+            f"{stage}.rubric_dropout={grpo.rubric_dropout:g} hides criteria from the training judge, and "
+            f"with {one_part} there is none; leave it out",
+        ),
+        (
             grpo.mode == SEPARATE,
             f"{stage}.mode=separate_async needs GPUs for vLLM alone and veRL's nccl checkpoint engine, which "
             f"this version does not start; {stage}.mode=async hides a slow judge on the training GPUs",

@@ -68,6 +68,12 @@ class GrpoConfig:
         "process reward where the judge gives no verdict",
         choices=("drop_process_for_group", "group_mean", "stop"),
     )
+    rubric_dropout: float = setting(
+        0.0,
+        "share of a user's criteria that the judge does not see, others in each step (arXiv 2608.11669)",
+        ge=0,
+        lt=1,
+    )
     resample: int = setting(0, "times that a group with equal rewards is sampled again", ge=0)
     max_null_share: float = setting(
         0.5,

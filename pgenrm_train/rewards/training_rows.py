@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from pgenrm_train.rewards.rubric_dropout import RubricDropout
+
 
 class RowExtra(TypedDict):
     """Fields beyond the prompt.
 
     `order` is the place of the chosen response.  `explicit` is the JSON of `judging.signals`.  `probe` names
-    the history that a validation row shows.
+    the history that a validation row shows.  `dropout` hides criteria from the judge; no file holds it.
     """
 
     index: int
@@ -26,6 +28,7 @@ class RowExtra(TypedDict):
     explicit: str
     synthetic: bool
     probe: NotRequired[str]
+    dropout: NotRequired[RubricDropout]
 
 
 class GrpoRow(TypedDict):
@@ -39,7 +42,14 @@ class GrpoRow(TypedDict):
 
 def withheld_signals(extra: RowExtra) -> Mapping[str, object]:
     """The user's signals that the prompt withholds; empty if there is nothing to judge a chain by."""
-    return dict(json.loads(extra["explicit"]))
+    signals, dropout = dict(json.loads(extra["explicit"])), extra.get("dropout")
+    return dropout.signals(signals) if dropout else signals
+
+
+def with_dropout(row: GrpoRow, share: float, step: int) -> GrpoRow:
+    """The row as the judge sees it in a training step."""
+    extra = row["extra_info"]
+    return {**row, "extra_info": {**extra, "dropout": RubricDropout(share, extra["pair_id"], step)}}
 
 
 def read_extras(path: Path) -> list[RowExtra]:

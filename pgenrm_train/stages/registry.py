@@ -50,6 +50,7 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("mode", "sync"),
     ("max_staleness", 1),
     ("advantage", "grpo"),
+    ("rubric_dropout", 0.0),
     ("min_learning_rate_ratio", 1.0),
 )
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")

@@ -257,9 +257,10 @@ class ChainSampler:
             trained=tokens_before_total(self.tokenizer, tokens, text) if by_code else None,
             cached_tokens=int(output.extra_fields.get("num_cached_tokens") or 0),
         )
-        return sample, asyncio.create_task(self._score(sample, prompt.row))
+        return sample, asyncio.create_task(self._score(sample, prompt))
 
-    async def _score(self, sample: Sample, row: GrpoRow) -> ScoredChain:
+    async def _score(self, sample: Sample, prompt: Prompt) -> ScoredChain:
+        row = self.rewards.judged_row(prompt.row, prompt.step)
         arguments = (sample, row, self.rewards.weights, self.judge, self.rewards.totals)
         if self.judge is None:
             return score(*arguments)

@@ -31,7 +31,7 @@ from pgenrm_train.config import EndpointConfig, Totals
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
-from pgenrm_train.rewards.training_rows import GrpoRow, withheld_signals
+from pgenrm_train.rewards.training_rows import GrpoRow, with_dropout, withheld_signals
 
 EPSILON = 1e-6  # verl's, next to a standard deviation
 
@@ -76,13 +76,21 @@ class JudgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """How a phase scores chains; without a judge there is no process reward."""
+    """How a phase scores chains; without a judge there is no process reward.
+
+    `rubric_dropout`: share of the criteria that the judge does not see in a training step.
+    """
 
     weights: RewardWeights = DEFAULT_WEIGHTS
     judge: JudgeSpec | None = None
     null_policy: str = "drop_process_for_group"
     totals: Totals = Totals.DECLARED
     advantage: str = "grpo"
+    rubric_dropout: float = 0.0
+
+    def judged_row(self, row: GrpoRow, step: int) -> GrpoRow:
+        """The row that the judge sees; mining and validation have step 0 and hide nothing."""
+        return with_dropout(row, self.rubric_dropout, step) if self.rubric_dropout and step else row
 
 
 @dataclass(frozen=True, slots=True)

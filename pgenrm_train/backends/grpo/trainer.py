@@ -150,7 +150,14 @@ class ChainTrainer(PPOTrainerSync):
         self.gold = run.phase.gold.build() if run.phase.gold else None
         totals = run.config.model.counted
         self.rollout.use_rewards(
-            RewardSpec(run.phase.weights, run.phase.judge, run.grpo.null_policy, totals, run.grpo.advantage)
+            RewardSpec(
+                run.phase.weights,
+                run.phase.judge,
+                run.grpo.null_policy,
+                totals,
+                run.grpo.advantage,
+                run.grpo.rubric_dropout,
+            )
         )
 
     def begin(self, sampler: CurriculumSampler) -> int:

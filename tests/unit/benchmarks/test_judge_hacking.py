@@ -1,6 +1,6 @@
 """The table of judge hacking has each validation and the first step with a warning."""
 
-from judge_hacking import ARMS, COLUMNS, SETTINGS, table
+from judge_hacking import ARMS, COLUMNS, DROPOUT, SETTINGS, table
 
 from pgenrm_train.backends.grpo.gold import PREFIX
 from pgenrm_train.config import load
@@ -22,5 +22,13 @@ def test_the_first_widened_gap_is_named() -> None:
 
 
 def test_the_settings_of_every_arm_are_accepted() -> None:
-    for overrides, _ in ARMS.values():
-        assert load("recipe=cre", *SETTINGS, *overrides).judge_gold.kind == "oracle"
+    for arm, (overrides, _) in ARMS.items():
+        config = load("recipe=cre", f"run_dir=runs/{arm}", *SETTINGS, *overrides)
+        assert config.judge_gold.kind == "oracle" and config.run_dir == f"runs/{arm}"
+
+
+def test_rubric_dropout_is_compared_with_the_arm_without_it() -> None:
+    twins = {arm: arm.removesuffix(DROPOUT) for arm in ARMS if arm.endswith(DROPOUT)}
+    assert twins and all(ARMS[arm][1] == ARMS[twin][1] for arm, twin in twins.items())
+    for arm, twin in twins.items():
+        assert ARMS[arm][0] == (*ARMS[twin][0], "cre.rubric_dropout=0.5")
