@@ -19,7 +19,7 @@ import wandb_server
 
 from pgenrm_train.config import ROOT
 
-TIMEOUT = 900
+TIMEOUT = 1500
 
 
 def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:

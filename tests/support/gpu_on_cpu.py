@@ -22,7 +22,6 @@ ACTOR, REF, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "ref", 
 # Our configuration: sizes alone.
 SMALLER: dict[str, Any] = {
     "cluster.nodes": 1,
-    "cluster.processes_per_node": 2,
     "cluster.tensor_parallel": 1,
     "model.max_prompt_tokens": 64,
     "model.max_response_tokens": 64,
@@ -45,11 +44,13 @@ CPU_SWITCHES: dict[str, Any] = {
     f"{ROLLOUT}.enable_sleep_mode": False,
     f"{ROLLOUT}.enable_chunked_prefill": False,  # a CPU generator cannot rewind a seeded request
     f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
+    f"{ROLLOUT}.agent.num_workers": 1,  # one sampler is enough for two servers
 }
 
 
 def gpu_config(folder: Path, model: str, cluster: str, attention: str) -> Config:
-    overrides = [f"{key}={value}" for key, value in SMALLER.items()]
+    ranks = 1 if cluster == "gpu1" else 2
+    overrides = [f"{key}={value}" for key, value in (SMALLER | {"cluster.processes_per_node": ranks}).items()]
     return load(
         "recipe=cre",
         f"model={model}",

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_verl import (
+from grpo_session import (
     CHILD,
     CURRICULUM_STEPS,
     ROWS,
@@ -16,23 +16,15 @@ from test_verl import (
     children_of_ray,
     config,
     cre,
-    curriculum,
     in_background,
-    judge_on_path,
     lines,
     processes,
     training,
     wait_for,
-    world,
 )
 
-from pgenrm_train.backends.grpo.phase import Phase
-from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.supervisor import launch
-from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.curriculum.sampler import CurriculumSampler
-
-__all__ = ["judge_on_path", "world"]  # fixtures
 
 
 def batches() -> list[list[int]]:
@@ -40,27 +32,13 @@ def batches() -> list[list[int]]:
     return [sampler.next_batch(step) for step in range(1, STEPS + 1)]
 
 
-@pytest.fixture(scope="module")
-def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CRE, a self-paced curriculum that samples groups again, and CRE with a dead judge, in one session."""
-    run = tmp_path_factory.mktemp("run")
-    dead = Phase(
-        StageName.CRE,
-        world / "start",
-        world / "rows.parquet",
-        run / "dead",
-        2,
-        judge=JudgeSpec("verl_world:dead_judge"),
-        settings={"max_null_share": 1.0},
-    )
-    done = launch(config(run, mode="async"), [cre(world, run), curriculum(world, run), dead])
-    assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 2]
-    assert not children_of_ray()
-    return run
+@pytest.fixture
+def run(trained: Path) -> Path:
+    return trained / "async"
 
 
-def test_each_step_after_the_first_is_sampled_one_update_early_and_corrected(trained: Path) -> None:
-    steps = training(trained)
+def test_each_step_after_the_first_is_sampled_one_update_early_and_corrected(run: Path) -> None:
+    steps = training(run)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["cre/staleness/max"] for line in steps] == [0, 1, 1, 1]
     assert [line["cre/staleness/mean"] for line in steps] == [0, 1, 1, 1]
@@ -68,27 +46,25 @@ def test_each_step_after_the_first_is_sampled_one_update_early_and_corrected(tra
     assert all(abs(line["cre/actor/ppo_kl"]) > 1e-5 for line in steps[1:]), "the ratio is to the old sampler"
     assert all(abs(line["cre/rollout_corr/kl"]) > 1e-5 for line in steps[1:]), "the mismatch is logged"
     assert all(math.isfinite(line["cre/actor/grad_norm"]) for line in steps)
-    assert [line["rows"] for line in lines(trained / "cre/batches.jsonl")] == batches(), "those of sync"
-    accuracies = [line["step"] for line in lines(trained / "cre/metrics.jsonl") if "eval/accuracy" in line]
+    assert [line["rows"] for line in lines(run / "cre/batches.jsonl")] == batches(), "those of sync"
+    accuracies = [line["step"] for line in lines(run / "cre/metrics.jsonl") if "eval/accuracy" in line]
     assert accuracies == [0, 3, STEPS]
 
 
 def test_groups_are_sampled_again_within_the_bound_and_the_curriculum_draws_one_step_early(
-    trained: Path,
+    run: Path,
 ) -> None:
-    steps = training(trained, "curriculum")
+    steps = training(run, "curriculum")
     assert [line["step"] for line in steps] == list(range(1, CURRICULUM_STEPS + 1))
     assert sum(line["curriculum/groups/discarded_chains"] for line in steps) > 0
     assert all(0 <= line["curriculum/staleness/mean"] <= 1 for line in steps)
     assert all(line["curriculum/staleness/max"] <= 1 for line in steps)
     assert all(line["curriculum/curriculum/target_hard_share"] == 0.75 for line in steps)
-    assert [len(set(line["rows"])) for line in lines(trained / "curriculum/batches.jsonl")] == [8] * len(
-        steps
-    )
+    assert [len(set(line["rows"])) for line in lines(run / "curriculum/batches.jsonl")] == [8] * len(steps)
 
 
-def test_a_dead_judge_gives_null_verdicts(trained: Path) -> None:
-    steps = training(trained, "dead", "cre")
+def test_a_dead_judge_gives_null_verdicts(run: Path) -> None:
+    steps = training(run, "dead", "cre")
     assert [line["cre/reward/process_null_share"] for line in steps] == [1, 1]
     assert all(line["cre/reward/process"] is None and line["cre/reward/outcome"] >= 0 for line in steps)
 
