@@ -128,7 +128,7 @@ class EvalConfig:
     compare: list[str] = setting([], "two run folders: compare them and evaluate nothing")
     tasks: list[str] = setting(
         [],
-        "benchmarks, NAME or NAME@VERSION (docs/evaluation.md); data= is then ignored",
+        "benchmarks, NAME or NAME@VERSION (docs/evaluation.md); each has the settings of its own data=",
     )
     task_paths: dict[str, str] = setting({}, "copies on disk of the benchmarks, by name, in place of the hub")
     cache: str | None = setting(

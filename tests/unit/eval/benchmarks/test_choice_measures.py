@@ -25,6 +25,7 @@ from pgenrm_train.config.evaluation import task_of
 from pgenrm_train.errors import ConfigError, DataError
 from pgenrm_train.records.questions import Answer, UserQuestion
 from recipes import evaluate
+from recipes.wiring.benchmarks.tasks import config_of
 
 
 def world(*winners, texts=None):
@@ -169,6 +170,32 @@ def test_a_model_that_writes_chains_ranks_four_responses(tmp_path):
     results = json.loads((run / "tasks" / "rmgap" / "evaluate" / "results.json").read_text())
     assert first == 36 * 2 and results["accuracy"] == 0.5 and results["failures"] == {}
     assert not any("zebra" in json.dumps(body) for body in server.bodies)
+
+
+def test_a_task_has_the_settings_of_its_data_and_those_that_the_user_changed():
+    """The default data are PersonaWorld, with a limit of test pairs and baselines that know its texts."""
+    paths = "+eval.task_paths.rmgap=test.jsonl"
+    tasks = ("recipe=evaluate", "model=baseline", "eval.tasks=[rmgap,chatbot_arena]", paths)
+    config = load(*tasks, "eval.draws=7")
+    assert config.data.max_test_pairs and "oracle" in config.eval.baselines
+    of_task = config_of(config, task_of("rmgap"))
+    assert (of_task.data.name, of_task.data.path, of_task.data.max_test_pairs) == (
+        "rmgap",
+        "test.jsonl",
+        None,
+    )
+    assert (of_task.eval.baselines, of_task.eval.seeds) == (["random", "longer", "shorter"], 1)
+    assert (of_task.eval.draws, of_task.eval.tasks, of_task.judge.kind) == (7, [], "none")
+    arena = config_of(config, task_of("chatbot_arena"))
+    assert (arena.eval.ind, arena.data.history_policy, arena.data.path) == ([1, 4], "random", None)
+    chosen = ("eval.baselines=[random]", "data.max_test_pairs=9", "data.history_size=5", "eval.ind=2")
+    changed = config_of(load(*tasks, *chosen), task_of("rmgap"))
+    assert (changed.eval.baselines, changed.eval.ind) == (["random"], 2)
+    assert (changed.data.max_test_pairs, changed.data.history_size) == (9, 5)
+    nano = config_of(load("recipe=evaluate", "eval.tasks=[rmgap]", paths), task_of("rmgap"))
+    assert (
+        nano.data.max_test_pairs == load("recipe=evaluate", "data=rmgap", checked=False).data.max_test_pairs
+    ), "nano's own"
 
 
 @pytest.mark.parametrize(
