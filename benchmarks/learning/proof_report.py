@@ -75,7 +75,7 @@ def proof(kept: Kept, methods: Sequence[str]) -> Report:
             "seeds": seeds,
             "protocol": "strict (both orders)",
             "interval": "95 %, over users",
-            "arms": "see Trials in curriculum.md",
+            "arms": "see Five training seeds in results.md",
             "unseen": "pairs of personas that no training user has",
         },
         stages=[_arm(answers, facts, method) for method in shown],

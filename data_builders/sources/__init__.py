@@ -1,1 +1,1 @@
-"""Sources of preference data."""
+"""Sources of preference data: one module with `build` per source; `recipes/build_data.py` picks one."""
