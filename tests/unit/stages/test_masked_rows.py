@@ -18,6 +18,7 @@ import pytest
 from prism_world import CONVERSATION, SURVEY, model, user
 
 from pgenrm_train.config import ROOT, load
+from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.config.stage_names import StageName
 from pgenrm_train.prompts.writer import PromptWriter
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
@@ -71,9 +72,46 @@ def prism(folder: Path) -> str:
     return str(folder)
 
 
+def rated(folder: Path) -> str:
+    """Rows of three rated responses, in the same schema."""
+    stated = {
+        "criteria": "zebracriteria",
+        "self_description": "zebraself",
+        "attributes": {"zebraattribute": 80},
+    }
+    rows = [
+        {"user_id": f"u{u}", "context": f"question {n}", "conversation_id": f"c{u}{n}", **stated}
+        | {
+            "responses": [f"{word} {u} {n}" for word in ("good", "fair", "bad")],
+            "ratings": [9531.5, 9531.25, 9531],
+        }
+        | {"split": "val" if n == 5 else "train"}
+        for u in range(4)
+        for n in range(6)
+    ]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rated.jsonl")
+
+
+def reward_models(folder: Path) -> str:
+    """Two reward models as users; their scores are no other number."""
+    head = ["prompt_id", "prompt", "chosen", "rejected"]
+    head += [f"{side}_org_model-{rater}" for rater in "ab" for side in ("chosen", "rejected")]
+    for split in ("train", "test"):
+        lines = [
+            [f"{split}{i}", f"q {split} {i}", f"good {i}", f"bad {i}", 9531.5, 9531.25, 9531, 9531.75]
+            for i in range(8)
+        ]
+        text = "\n".join(",".join(map(str, line)) for line in (head, *lines))
+        (folder / f"merged_reward_model_as_user_{split}.csv").write_text(f"{text}\n")
+    return str(folder)
+
+
+# Data → the function that writes their files; a word after / makes another file for the same builder.
 SOURCES: dict[str, Any] = {
     "personaworld": None,
     "pairs": votes,
+    "pairs/rated": rated,
     "chatbot_arena": votes,
     "prism_personalized": votes,
     "prism": prism,
@@ -95,8 +133,9 @@ def source(
     make = SOURCES[request.param]
     more = ["data.users=12", "data.heldout_users=2"] if make is None else []
     if make is not None:
-        more = [f"data.path={make(tmp_path_factory.mktemp(request.param))}", "judge=none", "teacher=features"]
-    overrides = [f"data={request.param}", *more]
+        folder = tmp_path_factory.mktemp("source")
+        more = [f"data.path={make(folder)}", "judge=none", "teacher=features"]
+    overrides = [f"data={request.param.partition('/')[0]}", *more]
     config = load("recipe=cre", *overrides)
     pairs = list(builder(config)(config.data, 0, LeftOut()))
     if request.param == "prism":  # its splits are drawn by the stage
@@ -171,3 +210,15 @@ def test_mixed_shows_whole_signals_or_none(tokenizer: Any, source: Any, tmp_path
     assert kinds == {(True, False), (False, True)}, (
         "each prompt is the hidden or the shown one, and both occur"
     )
+
+
+@pytest.mark.parametrize("policy", MASKINGS)
+@pytest.mark.parametrize(("data", "make"), [("rm_as_user", reward_models), ("pairs", rated)])
+def test_no_rating_is_in_a_prompt(tokenizer: Any, data: str, make: Any, policy: str, tmp_path: Path) -> None:
+    overrides = [f"data={data}", f"data.path={make(tmp_path)}", f"masking={policy}", "judge=none"]
+    config = load("recipe=cre", *overrides)
+    pairs = list(builder(config)(config.data, 0, LeftOut()))
+    assert {pair.chosen_score for pair in pairs} <= {9531.5, 9531.25, 9531.75} and len(pairs) > 8
+    pairs = [replace(pair, split="val" if n % 4 == 3 else "train") for n, pair in enumerate(pairs)]
+    written = rows(tokenizer, overrides, pairs, tmp_path / "rows")
+    assert written and not any("9531" in row["text"] for row in written)
