@@ -1,9 +1,9 @@
-"""gpu_check: the first check of a GPU node, in 30 minutes.
+"""gpu_check: the first check of a GPU node, with a budget of 30 minutes.
 
-Preflight, three steps of PSI and of CRE, an evaluation; PSI and CRE again with adapters of a Qwen3; one
-verdict.  The stages are the recipes themselves, each in a process of its own as in the pipeline.  The model
-has random weights (nano's code path, `model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory
-are tested, not learning.  Peak memory is compared with the plan.  The same recipe runs on a CPU.
+It runs preflight, three steps of PSI and of CRE, an evaluation, PSI and CRE again with adapters of a Qwen3,
+and gives one verdict.  Each recipe has a process of its own, as in the pipeline.  The model has random
+weights (nano's code path, `model=nano_1b` or `model.nano.*`): engines, kernels, NCCL and memory are tested,
+not learning.  Peak memory is compared with the plan.  The same recipe runs on a CPU.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ from pgenrm_train.run.folder import write_config
 from pgenrm_train.stages.stage import prepare
 from recipes.wiring.gpu_check import MINUTES, STEPS, Measurement, measure, passes, report_of
 
-END_MINUTES = 2 * MINUTES  # a recipe that still runs then hangs, and is killed: a verdict always comes
+# A recipe that still runs then is killed, so there is always a verdict.
+END_MINUTES = 2 * MINUTES
 
 
 def run(config: Config) -> int:

@@ -1,11 +1,10 @@
 """plan: needs and cost of a run, the file that starts it on a cluster, or the configuration of its engines.
 
-Starts nothing and makes no folder.
+It starts nothing and makes no folder.  The exit code is 1 if a stage does not fit.
 
-`plan.stage=psi|cre|…|all`; `plan.json=true` prints JSON.  `plan.emit=slurm|rayjob` prints a launch file,
-`plan.emit=verl|deepspeed|vllm` the configuration of an engine; the problems of stages that do not fit go to
-stderr.  If `run_dir` exists already, plan.json is written there.
-Exit code 1 if a stage does not fit.
+`plan.stage=psi|cre|…|all` selects stages; `plan.json=true` prints JSON.  `plan.emit=slurm|rayjob` prints a
+launch file, `plan.emit=verl|deepspeed|vllm` the configuration of an engine, and problems go to stderr.  If
+`run_dir` exists, plan.json is written there.
 """
 
 import json

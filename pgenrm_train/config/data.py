@@ -54,7 +54,7 @@ class DataConfig:
     )
     pairs_of: str = setting(
         "best",
-        "pairs of a row with several responses: best against each other, every two, or best against worst",
+        "pairs of a row with several responses: best against every other, every two, or best against worst",
         choices=("best", "all", "ends"),
     )
     min_rating_gap: float = setting(10.0, "PRISM: least difference of two ratings that makes a pair")

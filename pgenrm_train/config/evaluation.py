@@ -91,7 +91,7 @@ class EvalConfig:
     seeds: int = setting(5, "evaluation seeds; the standard error is over them", gt=0)
     ind: Any = setting(
         1,
-        "own samples per pair and order (Ind-m): a number from 0, or a list for a grid in addition to Ind-1",
+        "own samples per pair and order (Ind-m): a number from 0; a list adds a grid to Ind-1",
     )
     pro: Any = setting(0, "chains from histories of similar users (Pro-n): a number from 0, or a list")
     weights: list[float] = setting(
@@ -100,7 +100,7 @@ class EvalConfig:
     adaptive: float | None = setting(
         None, "error level at which sampling of a pair stops before eval.ind; null: sample all", gt=0, lt=1
     )
-    one_pair_ind: list[int] = setting([], "a second grid, for users of whom one history pair is known")
+    one_pair_ind: list[int] = setting([], "own samples of a second grid, for users with one known vote")
     one_pair_pro: list[int] = setting([], "similar users' chains of that grid")
     random_users: bool = setting(
         False, "control of the grids: histories of random training users in place of similar ones"

@@ -22,7 +22,7 @@ class GrpoConfig:
     )
     max_staleness: int = setting(
         1,
-        "mode=async: most updates by which a chain's weights may be old; as many steps are sampled ahead",
+        "mode=async: most updates since the weights that sampled a chain; as many steps are sampled ahead",
         ge=1,
     )
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
@@ -42,7 +42,7 @@ class GrpoConfig:
         24576, "without padding (flash_attention_2): tokens per process and forward pass", gt=0
     )
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
-    warmup_steps: int = setting(0, "steps that warm up", ge=0)
+    warmup_steps: int = setting(0, "steps in which the learning rate rises", ge=0)
     min_learning_rate_ratio: float = setting(
         1.0, "last learning rate as a share of the peak, by a cosine; 1: constant", ge=0, le=1
     )
@@ -77,7 +77,7 @@ class GrpoConfig:
     resample: int = setting(0, "times that a group with equal rewards is sampled again", ge=0)
     max_null_share: float = setting(
         0.5,
-        "share of a step's judged chains without a verdict above which the run stops; it can resume",
+        "the run stops if a step has a larger share of judged chains without a verdict; it can resume",
         ge=0,
         le=1,
     )

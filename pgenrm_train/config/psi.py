@@ -55,7 +55,7 @@ class PsiConfig:
     cpu_processes: int = setting(
         1, "fewest processes of PSI on a CPU; cluster.processes_per_node may be more", gt=0
     )
-    warmup_ratio: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
+    warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate rises", ge=0, lt=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", ge=0)
     beta2: float = setting(0.999, "AdamW's second moment", gt=0, lt=1)
     min_learning_rate_ratio: float = setting(0.0, "last learning rate over the peak, on a cosine", ge=0, le=1)
@@ -63,7 +63,7 @@ class PsiConfig:
     save_every: int = setting(200, "steps between checkpoints", gt=0)
     log_every: int = setting(10, "steps between lines of metrics", gt=0)
     keep_checkpoints: int = setting(
-        2, "checkpoints to keep, and the best validated one; a kill may leave the newest half-written", ge=2
+        2, "newest checkpoints to keep, next to the best one; a kill may damage the last", ge=2
     )
     packing: bool | None = setting(None, "several sequences in one row without padding; null: on GPUs")
     sequence_parallel: int = setting(
@@ -75,8 +75,8 @@ class PsiConfig:
     liger: bool = setting(False, "Liger's kernels for norms, rotations and activations; needs its package")
     evaluate_every: int | None = setting(
         None,
-        "steps between validations, of which the best checkpoint is published; null: start, middle and end, "
-        "and the last is published; 0: none",
+        "steps between validations, of which the best counts; null: start, middle and end, and the last "
+        "checkpoint counts; 0: none",
         ge=0,
     )
     evaluate_pairs: int = setting(256, "validation pairs, each in both orders", gt=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,11 @@ HEAD = """\
 
 Every key of `python -m pgenrm_train recipe=NAME key=value …`, generated from the schema by
 `python -m pgenrm_train.config.reference > docs/configuration.md`. A key has its default and, in brackets,
-the values that it takes; without brackets it takes any of the default's type. A default of null is allowed
-too, and the values of a list are those of its items. Rules over several keys are in
+its valid values (for a list, those of its items); without brackets any value of the default's type is
+valid. A default of null is valid too. Rules over several keys are in
 [checks.py](../pgenrm_train/config/checks.py).
 
-A group sets several keys by a file of `configs/`, so its values replace the defaults below.
+A group is a choice of a file of `configs/`, whose values replace the defaults below.
 `python -m pgenrm_train recipe=NAME --cfg job --resolve` prints the values of a run. The groups:
 
 """
@@ -117,6 +118,7 @@ def _constraint(field: dataclasses.Field[Any], value: Any) -> str:
     kind = inspect.formatannotation(field.type).removesuffix(" | None")
     kind = {"Any": "see meaning"}.get(kind, "dict" if kind.startswith("dict") else kind)
     words = valid_values(field, "" if field.metadata["choices"] else kind)
+    words = re.sub(r"at least (\S+) and at most (\S+)", r"\1 to \2", words)
     if value is None:
         return words.removesuffix(", or null")
     return "" if words == type(value).__name__ else words

@@ -43,7 +43,7 @@ class PipelineConfig:
 @dataclass
 class TrackingConfig:
     kind: str = setting(
-        "offline", "where metrics go, next to metrics.jsonl", choices=("offline", "wandb", "none")
+        "offline", "where metrics go in addition to metrics.jsonl", choices=("offline", "wandb", "none")
     )
     project: str = setting("pgenrm-train", "project of the runs")
     group: str | None = setting(None, "group of the stages; null: the run folder's name")

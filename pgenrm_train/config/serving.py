@@ -24,7 +24,7 @@ class ServeConfig:
     target_in_flight: int = setting(64, "on Ray: open prompts per engine above which another starts", gt=0)
     calibrate: int = setting(
         0,
-        "pairs of validation users on which probabilities are fitted before serving; 0: as fitted before",
+        "validation pairs on which probabilities are fitted before serving; 0: use an earlier fit",
         ge=0,
     )
     max_body_bytes: int = setting(2_000_000, "largest body of a request", gt=0)

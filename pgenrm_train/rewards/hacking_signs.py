@@ -2,7 +2,7 @@
 
 All of them are *our choice*:
 
-    verified_disagreement   share of chains with a rubric whose own sums rank the chosen response differently
+    verified_disagreement   share of verifiable chains whose rubric's own sums name another winner
     unverifiable_share      share of chains in the right form whose totals cannot be recomputed
     faithful_share          share of verifiable chains that declare the recomputed totals
     heaviest_decides        share of verifiable chains whose verdict changes without the heaviest criterion
@@ -22,17 +22,19 @@ from pgenrm_train.chains.chain import DECLARED_DIFFERS, Chain, ParseFailure
 
 # Whose history a validation question shows.
 OWN, SWAPPED, EMPTY = "own", "swapped_history", "empty_history"
-ROUNDING = 0.1 + 1e-6  # of the difference of two totals with one decimal
+# Rounding of the difference of two totals with one decimal.
+ROUNDING = 0.1 + 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """How a readable chain ranks the chosen response, and by which criteria.
 
-    `margin`: score of the chosen response minus the best other, by the totals that count.  `verified_margin`:
-    the same from the totals recomputed from the rubric, None without a complete rubric.  `spread`: best minus
-    worst score.  `declared_margin`: from the declared totals.  `faithful`: whether these are the recomputed
-    ones, up to their last digit.  `heaviest_decides`: see below; None without a complete rubric.
+    `margin`: score of the chosen response minus the best other score, by the totals that count.
+    `verified_margin`, `declared_margin`: the same by the recomputed and by the declared totals.  `spread`:
+    best minus worst score.  `faithful`: whether declared and recomputed totals agree to the last digit.
+    `heaviest_decides`: whether the verdict changes without the heaviest criterion.  `verified_margin` and
+    `heaviest_decides` are None without a complete rubric.
     """
 
     margin: float
@@ -101,7 +103,7 @@ def _margin(scores: Sequence[float], chosen_index: int) -> float:
 
 
 def signs(rankings: Iterable[Ranking | None], unverified: int = 0) -> dict[str, float | None]:
-    """The numbers above over the chains of a step; null if no chain provides the value.
+    """The signs over the chains of a step; null if no chain provides the value.
 
     `unverified`: chains that failed because only recomputed totals count.
     """

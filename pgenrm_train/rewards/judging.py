@@ -1,13 +1,13 @@
 """The process reward of an LLM judge: its question, and how its verdict is read (METHOD §4).
 
 The judge sees the criteria that were withheld from the model, and the chain that the model wrote.  The paper
-rates how well the chain as a whole covers them, in [0, 1].  *Our choice*: the judge answers two questions,
-and PR = covered · (1 − unsupported).  A chain that names every criterion there is then earns no more than one
-that names few at random.
+rates how well the complete chain covers them, in [0, 1].  *Our choice*: the judge answers two questions, and
+PR = covered · (1 − unsupported).  So a chain that names every possible criterion earns no more than one that
+names a few at random.
 
-The chain is a model's text and may be written to please its judge.  It travels as one JSON string with quotes
-and line breaks escaped, so it can close nothing.  A verdict counts only as the judge's complete answer in the
-requested shape, so nothing quoted from the chain is read as a verdict.
+A chain may be written to please its judge.  It is passed as one JSON string with quotes and line breaks
+escaped, so it cannot end that string.  A verdict must be the judge's complete answer, so one that the judge
+quotes from the chain among other words does not count.
 """
 
 import json
@@ -43,8 +43,8 @@ might like is mostly unsupported.
 Answer with one JSON object and nothing else: {"reason": one short sentence, "covered": number, \
 "unsupported": number}."""
 
-# As fine as judges are reliable; a list also keeps guided decoding from endless digits.  Strict servers want
-# a type on every property and take no limits of length.
+# Judges are no more precise; a list also keeps guided decoding from endless digits.  Strict servers require
+# a type on every property and accept no limits of length.
 TENTHS = [n / 10 for n in range(11)]
 SCHEMA: Mapping[str, object] = {
     "type": "object",
@@ -87,21 +87,21 @@ def signals(explicit: ExplicitSignals) -> Mapping[str, object]:
 
 
 def judge_messages(chain_text: str, withheld: Mapping[str, object]) -> list[dict[str, str]]:
-    """Chat messages that request a verdict on a chain, without reasoning that no score comes from."""
+    """Chat messages that request a verdict on a chain, without the model's reasoning."""
     chain = neutralise(strip_reasoning(chain_text))
     question = json.dumps({"signals": withheld, "chain": chain}, ensure_ascii=False)
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question}]
 
 
-# What models put around a requested object; these hold nothing of the judged text.
+# Wrappers that models put around a requested object, without judged text.
 _WRAPPER = re.compile(
     r"```(?:[\w+-]*[ \t]*\n|json)?(?P<fenced>.*)```"
     r"|<(?P<tag>answer|final_answer|json|output|response|result|verdict)>(?P<tagged>.*)</(?P=tag)>"
     r"|\\boxed\{(?P<boxed>.*)\}",
     re.DOTALL | re.IGNORECASE,
 )
-_WRAPPERS = 3  # at most, one in the other
-_MAX_OBJECTS = 16  # places in a text at which an object is tried
+_WRAPPERS = 3  # nested at most
+_MAX_OBJECTS = 16  # places at which an object is tried
 
 
 def unwrapped(text: str) -> str:
@@ -119,7 +119,7 @@ def unwrapped(text: str) -> str:
 
 
 def read_answer(text: str, shape: type[Answer]) -> Answer | None:
-    """The JSON object of `shape` that `text` is, or None.
+    """Parse `text` as one JSON object of `shape`; None for any other text.
 
     Accepted are wrappers around the object (see `unwrapped`), and control characters in its strings.
     """
@@ -130,7 +130,7 @@ def read_answer(text: str, shape: type[Answer]) -> Answer | None:
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """The verdict that `text` is, or None."""
+    """Parse `text` as a verdict; None for any other text."""
     return read_answer(text, Verdict)
 
 

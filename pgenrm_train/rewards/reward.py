@@ -35,7 +35,7 @@ class RewardWeights:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """The scalar that trains, and its unweighted parts.
+    """The scalar reward, and its unweighted parts.
 
     Parts: `outcome` 0 | 1, `process` 0..1 or NaN, `format` 0 | format_error, and `verified` 0 | 1 if it has a
     weight.
@@ -86,8 +86,8 @@ def reward_of(
 ) -> Reward:
     """Reward of a parsed chain.
 
-    `process` is a score in [0, 1], None, or a judge.  A judge is called once, with the chain, and may return
-    None. Raises ValueError for a process score outside [0, 1].
+    `process` is a score in [0, 1], None, or a judge, which is called once with the chain and may return None.
+    Raises ValueError for a process score outside [0, 1].
     """
     given = None if callable(process) else _checked(process)
     agrees = (  # a complete rubric whose sums are the scores that the chain declares

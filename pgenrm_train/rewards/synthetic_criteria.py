@@ -2,9 +2,9 @@
 
 The paper gives users without stated criteria *synthetic* ones, inferred by an LLM from their history.  They
 supervise the process reward and nothing else: an `ExplicitSignals` with `synthetic=True`, kept apart from the
-data, so that no policy of masking can put it into a prompt of the reward model.  Only votes of the train part
-are read.  The vote of a row may be among them.  That leaks nothing to the model, which sees neither the vote
-nor the inferred criteria.
+data, so no masking policy can put it into a prompt of the reward model.  Only votes of the training split are
+read.  A row's own vote may be among them; this leaks nothing to the model, which sees neither that vote nor
+the inferred criteria.
 """
 
 import json
@@ -43,7 +43,7 @@ class _Answer(BaseModel):
 
 
 def synthesis_messages(votes: Sequence[HistoryItem]) -> list[dict[str, str]]:
-    """Chat messages that request a user's criteria; the votes are JSON, so no text can close anything."""
+    """Chat messages that request a user's criteria; the votes are JSON, so no text can end its string."""
     shown = [
         {"query": _cut(v.query), "preferred": _cut(v.chosen), "passed_over": _cut(v.rejected)} for v in votes
     ]
@@ -60,7 +60,7 @@ def read_criteria(text: str) -> ExplicitSignals | None:
 
 
 def write_criteria(criteria: Sequence[tuple[str, int]]) -> str:
-    """The same answer, written by a rule from (name, percentage)."""
+    """An answer in the same form, written by a rule from (name, percentage)."""
     wants = ", ".join(f"{name} ({weight}%)" for name, weight in criteria)
     return json.dumps({"criteria": f"I prefer answers that are {wants}."}, ensure_ascii=False)
 

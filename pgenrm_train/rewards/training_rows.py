@@ -1,6 +1,6 @@
-"""Rows of a GRPO stage: a prompt, and apart from it the fields that only rewards and judges may read.
+"""Rows of a GRPO stage: a prompt, and the fields that only rewards and judges may read.
 
-The layout is veRL's.  Anything that masking keeps out of the prompt is in `extra_info` alone.
+The layout is veRL's.  What masking withholds from the prompt is in `extra_info` alone.
 """
 
 import json

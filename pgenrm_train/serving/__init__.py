@@ -1,1 +1,1 @@
-"""The scoring service: users' votes, scores of responses, and the HTTP faces of both."""
+"""The scoring service: users' votes, scores of responses, and the HTTP routes to both."""

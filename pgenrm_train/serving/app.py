@@ -117,7 +117,7 @@ def _http(error: Exception) -> Refused:
 
 
 def _store(error: Exception) -> Refused:
-    # Not its text, which holds the parameters and so texts of users.
+    # Only the type: its text holds parameters, so users' texts.
     LOG.error("store: %s", type(error).__name__)
     return Refused(503, "store", "the store of users does not answer", RETRY_SECONDS)
 

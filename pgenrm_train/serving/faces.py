@@ -1,4 +1,4 @@
-"""Faces: routes in the formats of trainers, so that their own clients can use the service.
+"""Faces: routes in the formats of trainers, for their own clients.
 
 | route | request → answer |
 |---|---|
@@ -147,7 +147,7 @@ def _number(service: Service, single: Single) -> float:
 
 
 def _failure(service: Service, kinds: str) -> float:
-    """NaN if `serve.on_failure=nan`; else raises Refused, with 503 (retry) only if the engine failed."""
+    """NaN under `serve.on_failure=nan`.  Else raises Refused: 503 (retry) if the engine failed, or 422."""
     if service.config.serve.on_failure == "nan":
         return math.nan
     if "engine:" in kinds:

@@ -1,6 +1,6 @@
-"""Middleware before all routes: check key, size of the body and open requests; write logs and metrics.
+"""ASGI middleware before all routes: check key, body size and open requests; write logs and metrics.
 
-It is ASGI.  Log lines are JSON objects without texts and without users: route, status, time.
+A log line is a JSON object with route, status and time, without texts and users.
 """
 
 import hmac
@@ -54,14 +54,14 @@ class Guard:
         except Refused as refused:  # before the app, or while it read the body
             await as_json(refused)(scope, receive, answer)
         except Exception as error:
-            # Not its text, which may hold texts of users.
+            # Type and frames only: its text may hold users' texts.
             frames = "".join(traceback.format_tb(error.__traceback__))
             LOG.error("%s: %s\n%s", request_id, type(error).__name__, frames)
             failed = Refused(500, "internal", f"the service failed ({type(error).__name__})")
             await as_json(failed)(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - start
-            # The template of the path, because the path itself holds the user.
+            # The template of the path: the path itself holds the user.
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)

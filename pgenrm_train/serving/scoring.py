@@ -97,7 +97,7 @@ class Scored:
         return [int(i) for i in order if math.isfinite(self.scores[i])]
 
     def verified(self) -> list[bool]:
-        """Whether every chain that counts for a response has a rubric that gives the declared score."""
+        """Per response, whether the rubric of every chain that counts gives the declared score."""
         read = [(c.shown, c.chain) for c in self.chains if isinstance(c.chain, Chain) and not c.failure]
         wrong = {
             i
@@ -163,7 +163,7 @@ class TaskScorer:
     async def read(
         self, task: Task, shown: Sequence[Presentation], histories: Sequence[Neighbour | None], runs: range
     ) -> list[ReadChain]:
-        """Chains `runs` of each presentation, from the user's own history or from a neighbour's."""
+        """Samples `runs` of each presentation, from the user's own history or from a neighbour's."""
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._writer, self._prompts, task, shown, histories, runs)
         answered = await self.engine.generate(prompts, self.temperature(task), task.user_id)

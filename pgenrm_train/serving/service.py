@@ -87,7 +87,7 @@ class Service:
         )
 
     async def run(self, task: Task) -> Scored:
-        """Score within the time and the chains that a request may have.  Raises Refused."""
+        """Score within a request's limits of time and chains.  Raises Refused."""
         most = self.config.serve.max_chains
         if task.chains() > most:
             raise bad_request(
@@ -132,7 +132,7 @@ class Service:
         return Single(self.calibration.single_probability(*margins), None, chains)
 
     async def margins(self, task: Task) -> tuple[tuple[float, float] | None, list[Scored]]:
-        """Mean margins of a single response against chosen and against rejected anchors; None for none."""
+        """Mean margins of a single response against chosen and rejected anchors; None if none has scores."""
         (response,) = task.responses
         votes = [v for v in task.votes if response not in (v.chosen, v.rejected)][-ANCHOR_VOTES:]
         anchors = [anchor for vote in votes for anchor in (vote.chosen, vote.rejected)]
@@ -188,7 +188,7 @@ class Service:
         return ANONYMOUS, [vote.as_pair(ANONYMOUS, n) for n, vote in enumerate(user.history)]
 
     def answer(self, task: Task, scored: Scored, *, return_chains: bool = False) -> ScoreAnswer:
-        """The answer to a scored task; probabilities only for the numbers of chains that were calibrated."""
+        """The answer to a scored task; probabilities only for the calibrated `ind` and `pro`."""
         calibration = self.calibration
         if calibration and (calibration.ind, calibration.pro) != (task.ind, task.pro):
             calibration = None

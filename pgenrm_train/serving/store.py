@@ -5,7 +5,7 @@
     answer_owners   the users whose votes that prompt showed
 
 Only answers about stored users are kept.  Deleting a user deletes the votes and every answer whose prompt
-showed them, also as a neighbour of another user.  SQLite overwrites deleted rows, and its log is emptied.
+showed them, also as those of a similar user.  SQLite overwrites deleted rows, and its log is emptied.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Ceilings of PersonaWorld: what exact readers of the masked prompt reach on the evaluated pairs."""
+"""Ceilings of PersonaWorld: accuracies of exact readers of the masked prompt on the evaluated pairs."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

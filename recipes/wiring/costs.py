@@ -1,4 +1,4 @@
-"""Estimate a run's cost of paid models before it starts, and sum it up when it ends."""
+"""Estimate the cost of paid models before a run, and sum it after the run."""
 
 import random
 from collections.abc import Mapping, Sequence

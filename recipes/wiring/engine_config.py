@@ -1,7 +1,7 @@
 """The exact configuration of an engine in a run, as YAML with our key as a comment on each value that we set.
 
-The comments are computed: `sources` changes one key of ours at a time.  Sizes that are null follow from the
-planned number of pairs; in a run they follow from the true one.
+The comments are computed: `sources` changes one key of ours at a time.  Null sizes follow from the planned
+number of pairs; in a run they follow from the true one.
 """
 
 import copy

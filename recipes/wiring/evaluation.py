@@ -139,7 +139,7 @@ def without_prototypes(config: Config) -> tuple[Config, list[str]]:
 
 
 def check_split(config: Config, evaluated: Sequence[PreferencePair], pairs: Sequence[PreferencePair]) -> None:
-    """Raise DataError if `user_disjoint` would name accuracy on users with training votes."""
+    """Raise DataError if `user_disjoint` would evaluate users with training votes."""
     if config.eval.protocol == "user_disjoint" and (
         training := {p.user_id for p in evaluated} & {p.user_id for p in pairs if p.trains}
     ):
@@ -190,7 +190,7 @@ def scale(
 
 
 def notes(config: Config, tested: Sequence[str]) -> list[str]:
-    """Notes on the run that a reader of the figures needs."""
+    """Notes that a reader of the figures needs."""
     run_notes = []
     if config.judge.kind == "none" and StageName.CRE in tested:
         run_notes.append("judge=none: no process reward in CRE; outcome and format only.")

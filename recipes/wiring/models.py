@@ -26,7 +26,7 @@ from pgenrm_train.stages.prototypes import Refine
 from recipes.wiring.ceilings import validation_truth
 
 NO_VAL = "no pair has split=val; data.val_share=0.1 in another run_dir= holds out a tenth of the users"
-LARGE = 20_000  # analyses, or texts to embed, from which on several processes pay for their start
+LARGE = 20_000  # analyses or texts from which several processes are worth it
 TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
 
 

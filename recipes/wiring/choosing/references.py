@@ -136,6 +136,6 @@ def ratings_of(pairs: Sequence[PreferencePair]) -> Rated:
 
 def others_mean(slate: Slate, ratings: Rated) -> np.ndarray:
     """Mean rating per response by other users, NaN without any."""
-    own, nobody = slate.prompt.user_id, Ratings()
-    of = [ratings.get((slate.prompt.context, text), nobody) for text in slate.responses]
+    own, unrated = slate.prompt.user_id, Ratings()
+    of = [ratings.get((slate.prompt.context, text), unrated) for text in slate.responses]
     return np.array([response.mean_without(own) for response in of])

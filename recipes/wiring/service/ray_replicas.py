@@ -1,8 +1,8 @@
 """The scoring service on Ray Serve: one front with the app, and vLLM engines as replicas behind it.
 
-Serve sends each prompt to the replica with the shorter queue of two, and starts replicas between
-`serve.replicas` and `serve.max_replicas` by the number of open prompts.  Sampling is seeded by the prompt, so
-a prompt whose replica died is sent again and has the same chains.
+Serve sends each prompt to the shorter of two replicas' queues.  By the number of open prompts it runs between
+`serve.replicas` and `serve.max_replicas` replicas.  Sampling is seeded by the prompt, so the prompt of a dead
+replica is sent again and has the same chains.
 """
 
 import contextlib
