@@ -28,7 +28,7 @@ TRUTH = (
     ("responses described right", "responses share"),
     ("criterion scores that fit", "scores share"),
     ("the user's criteria named", "criteria recalled share"),
-    ("named criteria, in their order, that the votes allow", "criteria allowed share"),
+    ("chains whose criteria, in their order, the votes allow", "criteria allowed share"),
 )
 
 
@@ -133,7 +133,7 @@ def ceilings(results: Mapping[str, Any]) -> list[str]:
             {
                 "": NAMES[name],
                 "ceiling": f"{100 * report['ceiling']:.1f}",
-                "way from chance, %": f"{100 * way:.0f}",
+                "distance from chance, %": f"{100 * way:.0f}",
             }
         )
     return table(rows)
