@@ -1,4 +1,4 @@
-"""build_sec: teacher chains → rejection sampling → the SFT set; for nano, also the untrained model."""
+"""build_sec: teacher chains → rejection sampling → SFT set; also the untrained nano."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""curriculum: GRPO on veRL from CRE; outcome and format only, with a growing share of hard negatives."""
+"""curriculum: GRPO on veRL from CRE, with a growing share of hard negatives."""
 
 from pgenrm_train.config import Config, StageName
 from recipes.cre_and_curriculum import run_stages

@@ -1,4 +1,4 @@
-"""pipeline: the method from data to report, each stage a recipe in a process of its own."""
+"""pipeline: the method from data to report, each stage in its own process."""
 
 import time
 from pathlib import Path
@@ -16,9 +16,9 @@ RECIPES = (
     StageName.BUILD_DATA,  # raw source → pairs
     StageName.BUILD_SEC,  # teacher chains, rejection sampling
     StageName.PSI,  # SFT on DeepSpeed
-    "cre_and_curriculum",  # GRPO on veRL: criteria masked, then hard negatives; one engine start for both
+    "cre_and_curriculum",  # GRPO on veRL: masked criteria, then hard negatives
     StageName.PROTOTYPES,  # analyses of training users → clusters → refinement
-    StageName.EVALUATE,  # every checkpoint on unseen users, both orders, vLLM; scaling of the last
+    StageName.EVALUATE,  # every checkpoint on unseen users; scaling of the last
 )
 
 

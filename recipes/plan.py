@@ -1,4 +1,4 @@
-"""plan: needs and cost of a run, the file that starts it on a cluster, or the configuration of its engines.
+"""plan: needs and cost of a run, a launch file, or an engine's configuration.
 
 It starts nothing and makes no folder.  The exit code is 1 if a stage does not fit.
 

@@ -1,4 +1,4 @@
-"""preflight.only=true: a table of all checks of the recipe's stages; exit code 2 if one fails."""
+"""preflight.only=true: a table of the recipe's checks; exit code 2 on failure."""
 
 from rich.console import Console
 from rich.markup import escape

@@ -28,7 +28,7 @@ def run(config: Config) -> None:
 
 
 def make(config: Config, folder: StageFolder, checkpoint: Path) -> prototypes.PrototypeFacts:
-    """Write analyses, then embed and cluster them: the embedder needs the devices that the engines held."""
+    """Write analyses, then embed and cluster them on the devices that the engines held."""
     training, newcomers = write_analyses(config, folder, checkpoint)
     mark(Part.DATA)
     embedder = make_embedder(config, workers=config.cluster.ranks)

@@ -1,4 +1,4 @@
-"""The process reward of an LLM judge: its question, and how its verdict is read (METHOD §4).
+"""Question and verdict of an LLM judge, for the process reward (METHOD §4).
 
 The judge sees the criteria that were withheld from the model, and the chain that the model wrote.  The paper
 rates how well the complete chain covers them, in [0, 1].  *Our choice*: the judge answers two questions, and
@@ -105,7 +105,7 @@ _MAX_OBJECTS = 16  # places at which an object is tried
 
 
 def unwrapped(text: str) -> str:
-    """A model's answer without what surrounds all of it: white space, a Markdown fence, `<answer>` tags.
+    """Strip what surrounds an answer: white space, a Markdown fence, `<answer>` tags.
 
     >>> unwrapped("<answer>\\n```json\\n{}\\n```\\n</answer>")
     '{}'
@@ -135,7 +135,7 @@ def read_verdict(text: str) -> Verdict | None:
 
 
 def no_verdict(text: str) -> str:
-    """Why `text` is no verdict: `prose` if one is among other text, which may quote the chain."""
+    """Reason for no verdict: `prose` if one is among other text, else `unreadable`."""
     starts = [match.start() for match in re.finditer(r"\{", text)][:_MAX_OBJECTS]
     for start in starts:
         try:

@@ -90,7 +90,7 @@ def reward_of(
     Raises ValueError for a process score outside [0, 1].
     """
     given = None if callable(process) else _checked(process)
-    agrees = (  # a complete rubric whose sums are the scores that the chain declares
+    agrees = (  # complete rubric with the declared sums
         isinstance(chain, Chain)
         and chain.verified_scores is not None
         and DECLARED_DIFFERS not in chain.issues

@@ -1,11 +1,11 @@
-"""Rubric dropout (arXiv 2608.11669): the training judge sees another part of the criteria in each step.
+"""Rubric dropout (arXiv 2608.11669): each step hides other criteria from the training judge.
 
-A policy that is trained against one fixed rubric learns the judge's weak points on it.  So a share f of the n
-criteria is hidden from the judge per step:
+A policy that is trained against a fixed rubric learns its judge's weak points.  So each step hides a share f
+of the n criteria:
 
     hidden = floor(f·n) of the n criteria, at least one stays;  drawn by SHA-256 of the pair and the step
 
-All chains of a group are judged by the same criteria, so that GRPO compares like with like.  Mining,
+All chains of a group are judged by the same criteria, so GRPO compares like with like.  Mining,
 validation and the second judge see all criteria.  The paper's shares are 0.3 and 0.5.  *Our choice*: its
 rubrics are lists; here a sentence or a line of a user's statements is a criterion, and so is an attribute.
 A rule that reads PersonaWorld's statements drops the attributes that they name.

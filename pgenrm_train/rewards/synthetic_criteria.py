@@ -43,7 +43,7 @@ class _Answer(BaseModel):
 
 
 def synthesis_messages(votes: Sequence[HistoryItem]) -> list[dict[str, str]]:
-    """Chat messages that request a user's criteria; the votes are JSON, so no text can end its string."""
+    """Chat messages that request a user's criteria, with the votes as JSON."""
     shown = [
         {"query": _cut(v.query), "preferred": _cut(v.chosen), "passed_over": _cut(v.rejected)} for v in votes
     ]

@@ -1,4 +1,4 @@
-"""Rows of a GRPO stage: a prompt, and the fields that only rewards and judges may read.
+"""Rows of a GRPO stage: a prompt, and fields for rewards and judges alone.
 
 The layout is veRL's.  What masking withholds from the prompt is in `extra_info` alone.
 """
@@ -41,7 +41,7 @@ class GrpoRow(TypedDict):
 
 
 def withheld_signals(extra: RowExtra) -> Mapping[str, object]:
-    """The user's signals that the prompt withholds; empty if there is nothing to judge a chain by."""
+    """The user's signals that the prompt withholds; empty if there are none."""
     signals, dropout = dict(json.loads(extra["explicit"])), extra.get("dropout")
     return dropout.signals(signals) if dropout else signals
 

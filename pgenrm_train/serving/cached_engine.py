@@ -1,4 +1,4 @@
-"""Generate for many prompts at the same time, with a cache of the answers about stored users.
+"""Generate for many prompts at once, with a cache of answers about stored users.
 
 Sampling is seeded by the prompt, so a repeated request has the same answers with or without the cache.
 """
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request, and the stored users whose votes it shows; without any, answers are not cached."""
+    """A request, and the stored users whose votes it shows; uncached without any."""
 
     request: GenerationRequest
     owners: frozenset[str] = frozenset()

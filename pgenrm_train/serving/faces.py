@@ -120,7 +120,7 @@ async def _single(service: Service, label: Label, prompt: ChatPrompt, response: 
 
 
 def _labelled(label: Label, prompt: ChatPrompt) -> tuple[User, QueryOrMessages]:
-    """The user of a label, and the question of the label if it has one, else of the prompt."""
+    """The label's user, and the question of the label, else of the prompt."""
     if isinstance(label, str) and label.lstrip().startswith("{"):
         try:
             label = json.loads(label)

@@ -1,4 +1,4 @@
-"""ASGI middleware before all routes: check key, body size and open requests; write logs and metrics.
+"""ASGI middleware: check key, body size and open requests; write logs and metrics.
 
 A log line is a JSON object with route, status and time, without texts and users.
 """

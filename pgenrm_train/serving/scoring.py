@@ -1,4 +1,4 @@
-"""Scores of responses for one user: the model's chains, averaged and merged as in an evaluation.
+"""Scores of responses for one user, averaged and merged as in an evaluation.
 
 Every pair of the circle (`scaling.groups`) is shown in both positions.  Each presentation has m chains from
 the user's own history, and one chain from the history of each of n similar users; `scaling.combine` averages
@@ -31,7 +31,7 @@ from pgenrm_train.scaling.stopping import looks, settled
 from pgenrm_train.serving.cached_engine import Answered, CachedEngine, Prompt
 from pgenrm_train.serving.errors import Refused
 
-NO_PAIR = "no_complete_pair"  # kind: the response has chains, but no pair with scores in both positions
+NO_PAIR = "no_complete_pair"  # kind: no pair with scores in both positions
 
 
 class Neighbour(Protocol):
@@ -50,7 +50,7 @@ FindNeighbours = Callable[[Sequence[str], Sequence[str], int], Sequence[Sequence
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Responses to one query of a user with votes; `stored` if the votes come from the store."""
+    """Responses to a user's query, with the user's votes; `stored` if from the store."""
 
     user_id: str
     stored: bool
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class ReadChain:
-    """One chain: the responses in the order shown, its text, and its scores or the kind of its failure."""
+    """One chain: the responses as shown, the text, and the scores or the failure."""
 
     shown: Presentation
     sample: int
@@ -146,7 +146,7 @@ class TaskScorer:
         return 0.0 if (task.ind, task.pro) == (1, 0) else self.config.eval.temperature
 
     def history(self, task: Task) -> tuple[HistoryItem, ...]:
-        """Votes to show, by the settings of `data`; never one on the same query with one of the responses."""
+        """Votes to show, by `data`; never one on the same query with a shown response."""
         query = task.context[-1].content
         usable = [
             vote
@@ -266,7 +266,7 @@ class _Scoring:
             self.chains.append(replace(read, sample=rank))
 
     def _margins(self) -> np.ndarray:
-        """Margins (P, m): own chains plus the similar users' mean margin, as in an adaptive evaluation."""
+        """Margins (P, m) for the stopping rule: own chains plus the similar users' mean."""
         weights = self.scorer.config.eval.weights
         similar = self.similar[:, :, 0] - self.similar[:, :, 1]
         count = np.isfinite(similar).sum(axis=1)

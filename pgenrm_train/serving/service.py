@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 RETRY_SECONDS = 1
 # Newest votes whose responses are anchors: 8 presentations per response.
 ANCHOR_VOTES = 2
-ANONYMOUS = ""  # user id of a history in the request; no stored user can have it
+ANONYMOUS = ""  # user of a history in a request; never a stored id
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Service:
         return Single(self.calibration.single_probability(*margins), None, chains)
 
     async def margins(self, task: Task) -> tuple[tuple[float, float] | None, list[Scored]]:
-        """Mean margins of a single response against chosen and rejected anchors; None if none has scores."""
+        """Mean margins of a response against chosen and rejected anchors; None without scores."""
         (response,) = task.responses
         votes = [v for v in task.votes if response not in (v.chosen, v.rejected)][-ANCHOR_VOTES:]
         anchors = [anchor for vote in votes for anchor in (vote.chosen, vote.rejected)]
@@ -230,7 +230,7 @@ def chain_counts(*scored: Scored) -> ChainCounts:
 
 
 def import_votes(store: UserStore, path: Path) -> tuple[int, int]:
-    """Replace the votes of all users in a file by those of its train split; returns (users, votes)."""
+    """Replace votes by those of a file's train split; returns (users, votes)."""
     votes = [pair for pair in read_pairs(path) if pair.split == "train"]
     if votes:
         store.add(votes, replace=True)

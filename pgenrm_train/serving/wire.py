@@ -131,7 +131,7 @@ class FailedChains(Strict):
 
 
 class ChainCounts(Strict):
-    """Chains behind a score, those from the cache among them, and tokens that the model wrote."""
+    """Chains behind a score, those from the cache, and tokens that the model wrote."""
 
     chains: int
     cached_chains: int

@@ -1,4 +1,4 @@
-"""best_of_n: the gain of choosing among n candidates by the model, against random, favourites and ideal."""
+"""best_of_n: the gain of the model's choice among n candidates over other choosers."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -157,7 +157,7 @@ def _listed(upload: Upload) -> Mapping[str, Any]:
 
 
 def _commit(upload: Upload, token: str, *, private: bool) -> str:
-    """Create the repository if it is missing, and commit all files at once; returns the commit's URL."""
+    """Create a missing repository and commit all files; returns the commit's URL."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)

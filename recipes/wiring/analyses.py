@@ -17,7 +17,7 @@ NEWCOMERS = 200  # pairs of validation users for the cold-start curve
 
 
 def write_analyses(config: Config, folder: StageFolder, checkpoint: Path) -> tuple[ChainSet, list[ChainSet]]:
-    """Sample chains on training users, and on newcomers with 0, 1, … known votes; then stop the engines."""
+    """Sample chains on training users, and on newcomers with 0, 1, … known votes."""
     pairs = load_pairs(Path(config.run_dir))
     sampler = histories(config, pairs)
     train = pairs_to_analyse(config.prototypes, pairs_of_split(pairs, "train"))

@@ -112,7 +112,7 @@ def _reward_head(config: Config) -> ScoredCandidate:
 
 
 def once(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(start, close): `start` makes the engine once, on first use; `close` closes it if it was made."""
+    """(start, close): `start` makes the engine on first use; `close` closes a made one."""
     start = functools.cache(make)
 
     def close() -> None:

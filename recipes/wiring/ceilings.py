@@ -80,7 +80,7 @@ def truth_rows(
     shown: Mapping[str, tuple[HistoryItem, ...]],
     tested: Sequence[Tested],
 ) -> list[Row]:
-    """Per model, the mean over readable chains of each share of `ChainTruth`; empty for other data."""
+    """Means of `ChainTruth` per model, over readable chains; empty for other data."""
     if config.data.name != "personaworld":
         return []
     truth = TruthReader(IdealReader(), {pair.pair_id: pair for pair in pairs}, shown)

@@ -43,7 +43,7 @@ def estimate_evaluation(config: Config, evaluation: Evaluation, settings: Endpoi
 
 
 def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
-    """Calls for own and swapped histories in both orders, for personas, grids, and probes, at most."""
+    """Most calls for own and swapped histories in both orders, personas, grids and probes."""
     settings, pairs = config.eval, len(evaluation.pairs)
     calls = 2 * pairs * settings.seeds * (1 + bool(settings.personas)) + 4 * len(evaluation.twins)
     grid = min(pairs, settings.grid_pairs or pairs)
@@ -64,7 +64,7 @@ def evaluation_calls(config: Config, evaluation: Evaluation) -> int:
 
 
 def estimate_judge(config: Config, judge: EndpointConfig, judged: Mapping[str, Path]) -> Estimate:
-    """Print and return the estimate for a judge of every chain; `judged`: stage → its rows."""
+    """Print and return the estimate for a judge; `judged`: stage → its rows."""
     calls, longest = 0.0, ""
     for stage, rows in judged.items():
         settings = getattr(config, stage)
@@ -89,7 +89,7 @@ def _validation_calls(settings: GrpoConfig, rows: Path) -> int:
 
 
 def _chain_characters(run_dir: Path) -> float | None:
-    """Mean length of the chains that the policy learns from; None before build_sec has made them."""
+    """Mean length of the teacher's chains; None before build_sec has made them."""
     path = run_dir / StageName.BUILD_SEC / SEC
     if not path.exists():
         return None
@@ -98,7 +98,7 @@ def _chain_characters(run_dir: Path) -> float | None:
 
 
 def judge_cost(settings: EndpointConfig, caches: Sequence[Path]) -> dict[str, float]:
-    """Tokens and dollars of the judge over all starts, from its caches; empty if there are none."""
+    """Tokens and dollars of the judge over all starts; empty without caches."""
     paid = []
     for folder in filter(Path.exists, caches):
         answers = Answers(folder)

@@ -1,4 +1,4 @@
-"""The exact configuration of an engine in a run, as YAML with our key as a comment on each value that we set.
+"""Exact configuration of an engine as YAML, with our keys as comments.
 
 The comments are computed: `sources` changes one key of ours at a time.  Null sizes follow from the planned
 number of pairs; in a run they follow from the true one.
@@ -128,7 +128,7 @@ def _comments(config: Config, table: Callable[[Config], Values]) -> dict[str, st
 
 
 def sources(config: Config, table: Callable[[Config], Values]) -> dict[str, list[str]]:
-    """For each value of `table(config)` the keys of the configuration that change it, in the schema's order.
+    """Per value of `table(config)`, the keys that change it, in the schema's order.
 
     `cluster.device` counts only if no other key does, because it chooses between complete tables.
     """
@@ -163,7 +163,7 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.F
 
 
 def _others(field: dataclasses.Field[Any], value: object) -> list[object]:
-    """Other values of a setting, valid or not, on both sides of thresholds such as > 0."""
+    """Other values of a setting, valid or not, on both sides of thresholds."""
     if field.metadata["choices"]:
         return [choice for choice in field.metadata["choices"] if choice != value]
     match value:

@@ -120,7 +120,7 @@ def persona_notes(evaluation: Evaluation, personas: Mapping[str, str]) -> list[s
 
 
 def without_prototypes(config: Config) -> tuple[Config, list[str]]:
-    """For a run without prototypes: the configuration with grids without similar users, and a note on it.
+    """Without prototypes: the configuration without similar users in its grids, and a note.
 
     Raises ArtifactError, before any question, if the headline needs similar users.
     """

@@ -36,7 +36,7 @@ WITH_MODEL = (StageName.PSI, StageName.CRE, StageName.EVALUATE)
 
 
 def passes(config: Config) -> dict[str, tuple[Config, str]]:
-    """Name in the report → (configuration, recipe): all steps, then training of a Qwen3 with adapters."""
+    """Name → (configuration, recipe): all steps, then training of a Qwen3 with adapters."""
     lora = copy.deepcopy(config)
     beneath(lora, "qwen3_lora")
     lora.model.nano.family, lora.model.lora.rank = "qwen3", LORA_RANK
@@ -46,7 +46,7 @@ def passes(config: Config) -> dict[str, tuple[Config, str]]:
 
 @dataclass
 class Measurement:
-    """One recipe: seconds, GiB at the peak, the times at which metrics were written, and its failure."""
+    """One recipe: seconds, peak GiB, times of lines of metrics, and failure."""
 
     seconds: float = 0.0
     peak_gib: float = 0.0
@@ -55,7 +55,7 @@ class Measurement:
 
 
 def measure(config: Config, recipe: str, seconds: float, late: str) -> Measurement:
-    """Run one recipe in a process of its own and kill it after `seconds`, with `late` as its failure.
+    """Run a recipe in its own process; after `seconds`, kill it with `late` as failure.
 
     A failure is kept for the verdict.
     """
@@ -81,7 +81,7 @@ def watching(
     end: float = float("inf"),
     late: str = "",
 ) -> Iterator[None]:
-    """While the block runs, sample memory and note the times of new lines in the stage's metrics.jsonl.
+    """During the block, sample memory and the times of new lines in metrics.jsonl.
 
     From the time `end` on all child processes are killed.
     """
@@ -209,7 +209,7 @@ def report_of(config: Config, measurements: Mapping[str, Measurement]) -> Report
 
 
 def throughput(config: Config, recipe: str, measured: Measurement) -> dict[str, float]:
-    """Seconds per step of training, tokens per second of rollouts, chains per second of the evaluation."""
+    """Seconds per training step, tokens per second of rollouts, chains per second of evaluation."""
     run_dir = Path(config.run_dir)
     folder = StageFolder.read(run_dir, recipe)
     if not folder.complete:

@@ -1,4 +1,4 @@
-"""Shared by `cre` and `curriculum`: GRPO on veRL, both stages in one warm session if both are requested."""
+"""GRPO on veRL for `cre` and `curriculum`, in one session if both are requested."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -48,7 +48,7 @@ def synthesized(config: Config, stage: StageName) -> bool:
 def train(
     config: Config, stages: Sequence[StageName], start: Path, folder: StageFolder, tracker: Tracker
 ) -> dict[str, object]:
-    """Run the phases of `stages` in one session; returns the facts of the first, whose folder is open."""
+    """Run `stages` in one session; returns the facts of the first."""
     for stage in stages:
         config = settle_sizes(config, stage, examples_of(config, stage))
     judged = any(getattr(config, stage).process_weight for stage in stages)

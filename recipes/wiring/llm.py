@@ -1,4 +1,4 @@
-"""Language models that a run queries: behind an API, or served here by vLLM while a stage runs."""
+"""Language models that a run queries, behind an API or served by vLLM."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from pgenrm_train.records.personas import read_program
 
 @contextmanager
 def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointConfig]:
-    """Settings of `teacher` or `judge` as an API that answers; kind vllm starts and stops a server."""
+    """Settings of `teacher` or `judge` as an API; kind vllm starts and stops a server."""
     settings: EndpointConfig = getattr(config, section)
     if settings.kind != "vllm":
         yield settings
@@ -68,7 +68,7 @@ def api_generator(
 def shown_histories(
     config: Config, sampler: HistorySampler, pairs: Sequence[PreferencePair], size: int | None = None
 ) -> Mapping[str, tuple[HistoryItem, ...]]:
-    """pair_id → the history that its question shows: one draw per pair, or per user for personas."""
+    """pair_id → the history to show: one draw per pair, or per user for personas."""
     if config.model.prompt != "persona":
         return {p.pair_id: sampler(p, size) for p in pairs}
     of_user: dict[str, tuple[HistoryItem, ...]] = {}

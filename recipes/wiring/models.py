@@ -31,7 +31,7 @@ TOKENIZER_SAMPLE = 1500  # chains that train nano's tokenizer
 
 
 def base_model(config: Config) -> Path | str:
-    """Where PSI starts: `model.path`, the hub name, a shipped nano, or the nano that build_sec makes."""
+    """Start of PSI: `model.path`, a hub name, a shipped nano, or build_sec's nano."""
     if config.model.path:
         return Path(config.model.path)
     if config.model.kind != "nano":

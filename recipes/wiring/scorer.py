@@ -1,4 +1,4 @@
-"""Scores of the responses to one query: those of one chain, or the mean of several (METHOD §7)."""
+"""Scores of the responses to one query, by one chain or several (METHOD §7)."""
 
 import math
 from collections import Counter
@@ -40,7 +40,7 @@ class Scorer:
     write: Write
 
     def score(self, example: Example) -> tuple[str | None, dict[str, object]]:
-        """Score by one chain, or by the mean of own chains and of those from similar users' histories.
+        """Score by one chain, or by the means of own and of similar users' chains.
 
         Returns the text of the chain to show, and the facts to print as JSON.
         Raises BackendError if the model wrote no readable chain.

@@ -66,7 +66,7 @@ def find_random(config: Config, pairs: Sequence[PreferencePair]) -> FindSimilar:
 
 
 def nearest_prototypes(config: Config, final: Tested) -> dict[str, int] | None:
-    """pair_id → the prototype nearest to the model's own analysis of its user; None without prototypes.
+    """pair_id → prototype nearest to the model's analysis of its user; None without prototypes.
 
     A pair without a readable first chain has none, nor has any pair if the prototypes belong to another
     model.

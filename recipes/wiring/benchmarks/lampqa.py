@@ -124,7 +124,7 @@ def ask(
     *,
     close: bool = True,
 ) -> pd.DataFrame:
-    """The candidate's scores of all tasks, one row per task; with `close`, the candidate is closed."""
+    """The candidate's scores, one row per task; `close` closes the candidate."""
     try:
         if isinstance(candidate, ScoredCandidate):
             return score_tasks([t for t in every if t.sample == 0], candidate.start())

@@ -20,7 +20,7 @@ from recipes.wiring.similar_users import find_similar
 
 
 def chooser(config: Config) -> tuple[Config, tuple[StageName, ...]]:
-    """The configuration with the checkpoint's kind of totals, and the stage of this run that made it.
+    """The configuration with the checkpoint's totals, and the stage that made it.
 
     Raises ArtifactError without a checkpoint.
     """
@@ -72,7 +72,7 @@ def player(
 def shown_histories(
     config: Config, slates: Sequence[Slate], pairs: Sequence[PreferencePair]
 ) -> dict[str, tuple[HistoryItem, ...]]:
-    """Key of a slate → its own history, cut to `data.history_size`, or one drawn from the user's votes."""
+    """Key of a slate → its own history, or one drawn from the user's votes."""
     sampler, size = histories(config, pairs), config.data.history_size
     return {
         slate.key: sampler(slate.prompt, shown=slate.responses)

@@ -88,7 +88,7 @@ def values_of(
 def population_of(
     config: Config, slates: Sequence[Slate], pairs: Sequence[PreferencePair]
 ) -> tuple[list[np.ndarray], str]:
-    """Other users' mean ratings where every response has one, else a Bradley–Terry model of all users."""
+    """Other users' mean ratings if complete, else a Bradley–Terry model of all users."""
     ratings = ratings_of(pairs)
     others = [others_mean(slate, ratings) for slate in slates]
     if all(np.isfinite(means).all() for means in others):
@@ -104,7 +104,7 @@ def population_of(
 
 @dataclass
 class Ratings:
-    """Ratings of one response by user, and their exact sum, from which one user's is taken in O(1)."""
+    """Ratings of one response by user, and their exact sum."""
 
     by_user: dict[str, float] = field(default_factory=dict)
     total: Fraction = Fraction(0)

@@ -22,7 +22,7 @@ AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One vote: the margin of its responses, and of each response against anchors; None without scores."""
+    """A vote's margin, and each response's margins against anchors; None without scores."""
 
     user_id: str
     margin: float | None

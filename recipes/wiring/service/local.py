@@ -1,4 +1,4 @@
-"""The service of a configuration in this process: model, prompts, similar users, store and HTTP server."""
+"""The service in this process: model, prompts, similar users, store and HTTP server."""
 
 import contextlib
 import logging

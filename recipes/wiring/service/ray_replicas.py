@@ -1,4 +1,4 @@
-"""The scoring service on Ray Serve: one front with the app, and vLLM engines as replicas behind it.
+"""The scoring service on Ray Serve: a front with the app, vLLM engines as replicas.
 
 Serve sends each prompt to the shorter of two replicas' queues.  By the number of open prompts it runs between
 `serve.replicas` and `serve.max_replicas` replicas.  Sampling is seeded by the prompt, so the prompt of a dead
