@@ -117,7 +117,8 @@ def _constraint(field: dataclasses.Field[Any], value: Any) -> str:
     """The constraint in words; empty for any value of the default's type, "or null" only if that is news."""
     kind = inspect.formatannotation(field.type).removesuffix(" | None")
     kind = {"Any": "see meaning"}.get(kind, "dict" if kind.startswith("dict") else kind)
-    words = valid_values(field, "" if field.metadata["choices"] else kind)
+    shown = kind == type(value).__name__ and field.metadata["bounds"]  # by the default
+    words = valid_values(field, "" if field.metadata["choices"] or shown else kind)
     words = re.sub(r"at least (\S+) and at most (\S+)", r"\1 to \2", words)
     if value is None:
         return words.removesuffix(", or null")

@@ -31,7 +31,7 @@ def test_every_setting_has_one_line_of_document(key, field):
 
 def test_a_row_has_key_default_constraint_and_meaning():
     page = reference()
-    assert "| `cre.group_size` | `8` (int at least 2) | samples per prompt, which GRPO compares |" in page
+    assert "| `cre.group_size` | `8` (at least 2) | samples per prompt, which GRPO compares |" in page
     assert "| `psi.max_steps` | `null` (int above 0) |" in page
     assert "| `plan.emit` | `null` (slurm, rayjob, verl, deepspeed, vllm) |" in page
 
