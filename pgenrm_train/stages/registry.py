@@ -6,7 +6,7 @@ Recipes supply the bodies, since these need engines.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("rubric_dropout", 0.0),
     ("min_learning_rate_ratio", 1.0),
 )
+LACKING = {  # settings that older versions did not have, with what they did
+    "psi.optimizer": "adamw",
+    "psi.cpu_processes": 1,
+}
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
@@ -114,6 +118,14 @@ class Stage:
         if "eval" in reads and (personas := config.eval.personas) and Path(personas).is_dir():
             settings["eval.personas sha256"] = personas_digest(Path(personas))
         return settings | {f"data.{key} sha256": digest(path) for key, path in files.items()}
+
+
+def as_recorded(settings: Mapping[str, object], recorded: Mapping[str, object]) -> dict[str, object]:
+    """The settings without those that an older version's manifest lacks, if they have the values of then."""
+    lacking = {k for k, v in LACKING.items() if recorded and k not in recorded and settings.get(k) == v}
+    if "psi.optimizer" in lacking:
+        lacking.add("psi.muon_learning_rate")  # AdamW does not use it
+    return {key: value for key, value in settings.items() if key not in lacking}
 
 
 def _plain(value: Any) -> Any:

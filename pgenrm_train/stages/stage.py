@@ -23,7 +23,7 @@ from pgenrm_train.run.store import publisher
 from pgenrm_train.run.timeline import Part
 from pgenrm_train.run.tracking import Tracker
 from pgenrm_train.stages.model_card import write_card
-from pgenrm_train.stages.registry import REGISTRY
+from pgenrm_train.stages.registry import REGISTRY, as_recorded
 
 CHILD = "PGENRM_PIPELINE_CHILD"
 # Makes the stage's products in its folder; returns the facts that its manifest keeps.
@@ -50,7 +50,7 @@ def run_stage(
     made_from: dict[str, str] = {
         used: StageFolder.read(run_dir, used).manifest.fingerprint or "" for used in (*stage.after, *inputs)
     }
-    settings = stage.settings(config)
+    settings = as_recorded(stage.settings(config), folder.manifest.settings)
     unchanged = folder.made_from(settings, made_from)
     if folder.complete and unchanged:
         if name == config.recipe:

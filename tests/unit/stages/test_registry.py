@@ -7,7 +7,7 @@ import pytest
 from pgenrm_train.config import Config, get, load
 from pgenrm_train.config.stage_names import CHOOSING, STAGES, TRAINED, StageName
 from pgenrm_train.files import fingerprint
-from pgenrm_train.stages.registry import REGISTRY
+from pgenrm_train.stages.registry import REGISTRY, as_recorded
 
 # Of the default settings with one baseline, as run folders hold them.
 FINGERPRINTS = {
@@ -68,3 +68,13 @@ def test_the_mode_of_a_grpo_stage_counts_if_it_is_not_that_of_older_runs():
 
     ahead = of("cre.mode=async")
     assert of() != ahead != of("cre.mode=async", "cre.max_staleness=2")
+
+
+def test_a_run_of_an_older_version_keeps_its_psi_where_the_new_settings_change_nothing():
+    now = REGISTRY[StageName.PSI].settings(load("recipe=psi"))
+    muon = {**now, "psi.optimizer": "muon"}
+    new = {"psi.optimizer", "psi.muon_learning_rate", "psi.cpu_processes"}
+    old = {key: value for key, value in now.items() if key not in new}
+    assert as_recorded({**now, "psi.cpu_processes": 1, "psi.optimizer": "adamw"}, old) == old
+    assert as_recorded({**muon, "psi.cpu_processes": 2}, old) == {**muon, "psi.cpu_processes": 2}
+    assert as_recorded(now, now) == now and as_recorded(now, {}) == now
