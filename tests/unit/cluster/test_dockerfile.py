@@ -76,6 +76,31 @@ def test_nccl_verl_and_triton_find_their_libraries():
     assert wanted <= set(packages.split())
 
 
+# Packages of Ubuntu 24.04 (noble) for amd64 and their component, from logs of apt on that release; the image
+# has main and universe.  There librdmacm1 is librdmacm1t64.
+NOBLE = {
+    "build-essential": "main",
+    "git": "main",
+    "ibverbs-providers": "main",
+    "libibverbs1": "main",
+    "libnuma-dev": "main",
+    "librdmacm1t64": "main",
+    "openssh-client": "main",
+    "python3.12": "main",
+    "python3.12-dev": "main",
+    "python3.12-venv": "universe",
+    "wget": "main",
+}
+
+
+def test_every_package_is_one_of_the_base_s_release():
+    (command,) = (text for _, text in instructions() if "apt-get install" in text)
+    names = shlex.split(command.split("apt-get install")[1].split("&&")[0])
+    packages = [name for name in names if not name.startswith("-")]
+    assert packages == sorted(packages) and set(packages) == set(NOBLE), "look a new name up and add it"
+    assert instructions()[0][1].endswith("-ubuntu24.04"), "another release has other names"
+
+
 def test_weights_outlive_the_container():
     assert any(f"HF_HOME={RUNS}/" in text for name, text in instructions() if name == "ENV")
 

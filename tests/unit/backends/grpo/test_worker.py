@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +126,56 @@ def test_the_loss_of_bypass_mode_compares_the_actor_with_the_sampler() -> None:
     assert mean == pytest.approx(math.exp(-1) - math.exp(-1.1), rel=1e-4)
     assert metrics["rollout_corr/kl"].aggregate() == pytest.approx(0.1, rel=1e-4)
     assert metrics["training/rollout_probs_diff_max"].aggregate() == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_phase_cuts_all_its_passes_by_its_own_tokens() -> None:
+    """Actor, log-probabilities, reference: the second phase has other limits, the third cuts by sequences."""
+    from types import SimpleNamespace
+
+    from verl.workers.config import FSDPEngineConfig
+
+    from pgenrm_train.backends.grpo.config import verl_keys, with_defaults
+    from pgenrm_train.backends.grpo.worker import ChainWorker
+    from pgenrm_train.cluster.planning.work import with_planned_sizes
+    from pgenrm_train.config import load
+
+    engines = [FSDPEngineConfig() for _ in range(2)]
+    actor, reference = (
+        SimpleNamespace(
+            engine=SimpleNamespace(
+                engine_config=each,
+                module=None,
+                checkpoint_manager=SimpleNamespace(),
+                _build_optimizer=lambda _: None,
+                _build_lr_scheduler=lambda _: None,
+            ),
+            model_config=None,
+            set_loss_fn=lambda _: None,
+        )
+        for each in engines
+    )
+    worker: Any = object.__new__(ChainWorker)
+    worker.actor, worker.ref = actor, reference
+
+    def begin(*more: str) -> set[tuple[bool, int, int]]:
+        """By tokens?, tokens, sequences: of the update, the actor's log-probabilities, the reference's."""
+        place = Path("run")
+        shipped = ("recipe=plan", "model=llama31_8b", "cluster=gpu8", "data=chatbot_arena", *more)
+        keys = verl_keys(
+            with_planned_sizes(load(*shipped)), "cre", start=place, rows=place, work_dir=place, total_steps=1
+        )
+        verl = with_defaults(keys)
+        worker.begin_phase(verl.actor_rollout_ref, "", False, False)
+        update = (
+            engines[0].use_dynamic_bsz, engines[0].max_token_len_per_gpu, engines[0].micro_batch_size_per_gpu
+        )  # fmt: skip
+        return {update} | {
+            (each.use_dynamic_bsz, each.infer_max_token_len_per_gpu, each.infer_micro_batch_size_per_gpu)
+            for each in engines
+        }
+
+    flash = "model.attention=flash_attention_2"
+    assert begin(flash, "cre.micro_batch_tokens=30000") == {(True, 30000, 1)}
+    assert begin(flash, "cre.micro_batch_tokens=20000") == {(True, 20000, 1)}
+    by_sequences = begin("model.attention=sdpa", "cre.micro_batch_size=2")
+    assert {each[::2] for each in by_sequences} == {(False, 2)}
