@@ -6,12 +6,11 @@ weights (nano's code path, `model=nano_1b` or `model.nano.*`): engines, kernels,
 not learning.  Peak memory is compared with the plan.  The same recipe runs on a CPU.
 """
 
-import importlib.util
 import time
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.checks import check_machine
-from pgenrm_train.config import Config, to_dict
+from pgenrm_train.config import Config, attention_of, to_dict
 from pgenrm_train.files import write_json
 from pgenrm_train.run.folder import write_config
 from pgenrm_train.stages.stage import prepare
@@ -22,7 +21,7 @@ END_MINUTES = 2 * MINUTES
 
 
 def run(config: Config) -> int:
-    config.model.attention = attention(config)
+    config.model.attention = attention_of(config)
     prepare(config)
     check_machine(config, *STEPS)
     print(f"preflight: ok · attention: {config.model.attention}", flush=True)
@@ -37,9 +36,3 @@ def run(config: Config) -> int:
     write_json(Path(config.run_dir) / "gpu_check.json", report.as_json())
     print(report.text())
     return 0 if report.passed else 1
-
-
-def attention(config: Config) -> str:
-    """FlashAttention if it is installed and there is a GPU for it."""
-    flash = config.cluster.device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else config.model.attention

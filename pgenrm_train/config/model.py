@@ -92,9 +92,10 @@ class ModelConfig(ApiConfig):
     )
     max_response_tokens: int = setting(8192, "longest chain", gt=0)
     dtype: str = setting("bfloat16", "type of the weights", choices=("bfloat16", "float32"))
-    attention: str = setting(
-        "sdpa",
-        "flash_attention_2 needs flash-attn; veRL then packs without padding",
+    attention: str | None = setting(
+        None,
+        "null: flash_attention_2 in bf16 on GPUs where the package flash-attn is installed, else sdpa; with "
+        "flash_attention_2 veRL packs without padding",
         choices=("sdpa", "flash_attention_2", "eager"),
     )
     lora: LoraConfig = setting(LoraConfig(), "low-rank adapters")

@@ -5,6 +5,7 @@ YAML files under `configs/` hold sparse overrides of these dataclasses.
 
 import dataclasses
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from pgenrm_train.config.stage_names import GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
 
 NODE_GPUS = 8  # of the usual machine
+FLASH = "flash_attention_2"
 BUDGETS = ("smoke", "demo", "full")
 
 
@@ -160,12 +162,20 @@ def seed_of(config: Config, stage: str) -> int:
     return config.seed if (seed := getattr(config, stage).seed) is None else int(seed)
 
 
+def attention_of(config: Config) -> str:
+    """The attention of training on GPUs: the given one, or FlashAttention where it is installed."""
+    if config.model.attention is not None:
+        return config.model.attention
+    able = config.cluster.device == "cuda" and config.model.dtype == "bfloat16"
+    return FLASH if able and find_spec("flash_attn") is not None else "sdpa"
+
+
 def cuts_by_tokens(config: Config) -> bool:
     """Whether GRPO cuts micro-batches by tokens.
 
     veRL can do so anywhere, but only rows without padding keep to them, and those take FlashAttention.
     """
-    return config.cluster.device == "cuda" and config.model.attention == "flash_attention_2"
+    return config.cluster.device == "cuda" and attention_of(config) == FLASH
 
 
 def tokens_per_pass(config: Config, stage: str) -> int | None:

@@ -13,8 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.config import ROOT, Config, GrpoConfig, StageName, compose, seed_of, tokens_per_pass
+from pgenrm_train.config import (
+    ROOT,
+    Config,
+    GrpoConfig,
+    StageName,
+    attention_of,
+    compose,
+    seed_of,
+    tokens_per_pass,
+)
 from pgenrm_train.config.checks import grpo_problems
+from pgenrm_train.config.schema import FLASH
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import read_json
@@ -251,6 +261,7 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
     """
     model, cluster, grpo = config.model, config.cluster, getattr(config, section)
     offload, tokens = cluster.offload_optimizer, tokens_per_pass(config, section)
+    attention = attention_of(config)
     return {
         # Not with adapters: FSDP2 fixes its dtypes at the first pass, and the reference's pass freezes them.
         "algorithm.rollout_correction.bypass_mode": not model.lora.rank
@@ -260,8 +271,8 @@ def gpu_keys(config: Config, section: str) -> dict[str, object]:
         f"{ROLLOUT}.log_prob_use_dynamic_bsz": tokens is not None,
         **(dict.fromkeys(TOKEN_LIMITS, tokens) if tokens else {}),
         f"{ACTOR}.entropy_from_logits_with_chunking": True,
-        "actor_rollout_ref.model.use_remove_padding": model.attention == "flash_attention_2",
-        "actor_rollout_ref.model.override_config": {"attn_implementation": model.attention},
+        "actor_rollout_ref.model.use_remove_padding": attention == FLASH,
+        "actor_rollout_ref.model.override_config": {"attn_implementation": attention},
         "actor_rollout_ref.model.enable_gradient_checkpointing": True,
         f"{ACTOR}.fsdp_config.dtype": model.dtype,
         f"{ACTOR}.fsdp_config.param_offload": offload,

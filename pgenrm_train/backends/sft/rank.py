@@ -23,7 +23,7 @@ from pgenrm_train.backends.sft.batches import (
 )
 from pgenrm_train.backends.sft.job import STEPS, Job
 from pgenrm_train.backends.sft.settings import set_variables, training_arguments
-from pgenrm_train.config import ClusterConfig, Config
+from pgenrm_train.config import ClusterConfig, Config, attention_of
 from pgenrm_train.config.setting import known
 from pgenrm_train.run.checkpoints import newest_complete, step_of
 from pgenrm_train.run.process import die_with_parent
@@ -134,7 +134,7 @@ def _model(job: Job) -> Any:
     from pgenrm_train.backends.sft.loss import train_in_pieces
 
     psi, settings, device = job.config.psi, job.config.model, job.config.cluster.device
-    kernel = "sdpa" if device == "cpu" else settings.attention
+    kernel = "sdpa" if device == "cpu" else attention_of(job.config)
     if layout_of(psi, device) is Layout.PACKED and not kernel.startswith("flash_attention"):
         kernel = attention.register_packed()
     if psi.sequence_parallel > 1:

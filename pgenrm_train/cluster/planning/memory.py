@@ -47,8 +47,10 @@ from pgenrm_train.config import (
     EndpointConfig,
     GrpoConfig,
     StageName,
+    attention_of,
     tokens_per_pass,
 )
+from pgenrm_train.config.schema import FLASH
 from pgenrm_train.errors import ConfigError
 
 GIB = 2.0**30
@@ -156,7 +158,7 @@ def activations(
 ) -> dict[str, float]:
     """GiB of activations and logits at the peak of one micro-batch."""
     b = element_bytes(config)
-    attention = "sdpa" if config.cluster.device == "cpu" else config.model.attention
+    attention = "sdpa" if config.cluster.device == "cpu" else attention_of(config)
     layer = batch.tokens * layer_activations(geometry, b, attention, batch.length)
     # gradients inside one layer
     working = batch.tokens * b * (3 * geometry.intermediate + 2 * geometry.hidden)
@@ -262,7 +264,7 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     states = {"actor weights": weights, "gradients": 4 * trained / n, "optimizer": 8 * trained / n}
     length = longest(config)
     tokens = tokens_per_pass(config, stage) or grpo.micro_batch_size * length
-    logit_bytes = 16 if cpu else 4 if config.model.attention == "flash_attention_2" else 8
+    logit_bytes = 16 if cpu else 4 if attention_of(config) == FLASH else 8
     batch = MicroBatch(tokens, tokens, logit_bytes, length)
     layers = 2 * geometry.layer_parameters + 2 * geometry.embedding_parameters
     gathered = float(element_bytes(config) * layers if n > 1 or not cpu else 0)

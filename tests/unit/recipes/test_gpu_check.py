@@ -16,7 +16,6 @@ import pytest
 from pgenrm_train.config import load
 from pgenrm_train.errors import BackendError, PreflightError
 from recipes import gpu_check
-from recipes.gpu_check import attention
 from recipes.wiring import gpu_check as measuring
 from recipes.wiring.gpu_check import Measurement, measure, passes, report_of, watching
 
@@ -136,10 +135,6 @@ def test_memory_of_children_and_times_of_steps_are_seen(shipped) -> None:  # typ
             time.sleep(0.02)
         child.communicate(b"\n")
     assert len(measurement.steps) == 2 and 0.19 < measurement.peak_gib < 0.4
-
-
-def test_flash_attention_needs_a_gpu(shipped) -> None:  # type: ignore[no-untyped-def]
-    assert attention(shipped) == shipped.model.attention == "eager"
 
 
 def test_preflight_comes_first(tmp_path: Path) -> None:
