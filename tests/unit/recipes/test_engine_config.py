@@ -46,6 +46,7 @@ ON_GPU = {
     "actor_rollout_ref.model.use_remove_padding": False,
     f"{R}.max_num_seqs": 256,
     f"{A}.use_dynamic_bsz": False,
+    f"{A}.entropy_from_logits_with_chunking": True,
 }
 LORA = {f"{R}.load_format": "safetensors", "algorithm.rollout_correction.bypass_mode": False}
 CLUSTERS = {
