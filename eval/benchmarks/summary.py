@@ -103,7 +103,8 @@ def write_results(
         "model": final.name,
         "pro": 0,
         **facts,
-        "task": {"name": task.name, "version": task.version},
+        "task": task.name,
+        "task_version": task.version,
         "measures": {
             name: {**measure.overall, "macro": measure.macro, "by_subset": dict(measure.by_subset)}
             for name, measure in final.measures.items()

@@ -18,6 +18,7 @@ from eval.metrics.accuracy import Difference, difference
 from eval.report.compare import Run, hits_of, read_run
 from eval.report.report import Row, Table, table_of, write_page
 from pgenrm_train.config import StageName
+from pgenrm_train.config.evaluation import TASKS
 from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import read_json, write_json
 
@@ -46,8 +47,10 @@ class Entry:
     @property
     def key(self) -> dict[str, str]:
         """The values of FILTERS; those of the headline."""
-        task = self.results.get("task")
-        name = f"{task['name']}@{task['version']}" if task else str(self.results["data"])
+        data = self.results["data"]
+        # Results without a version are older than the second one of any task.
+        version = self.results.get("task_version", 1 if data in TASKS else None)
+        name = f"{data}@{version}" if version else str(data)
         totals = self.results.get("totals") or "declared"
         return {"task": name, "protocol": str(self.results["protocol"]), "totals": str(totals)}
 

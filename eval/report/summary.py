@@ -49,6 +49,7 @@ from eval.studies.evaluation import Evaluation, Grid, Tested
 from eval.studies.robustness import ProbeRow
 from eval.studies.scaling_study import SETTLED
 from pgenrm_train.config import Config, Totals
+from pgenrm_train.config.evaluation import TASKS
 from pgenrm_train.files import write_json, write_table, write_text
 from pgenrm_train.scaling.combine import grid
 
@@ -194,6 +195,8 @@ def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dic
         **top,
         "model_name": _model_name(config),
         "data": config.data.name,
+        "task": config.data.name,
+        "task_version": TASKS[config.data.name].version if config.data.name in TASKS else None,
         "data_sha256": data_digest(evaluated.evaluation.pairs),
         "judge": config.judge.kind,
         "totals": config.model.counted,

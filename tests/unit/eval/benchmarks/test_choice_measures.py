@@ -155,7 +155,9 @@ def test_several_tasks_make_one_table_beside_published_figures(tmp_path, capsys)
     assert "49.3" in shown and "2605.01831" in shown and "Skipped baselines" in shown
     folder = run / "tasks" / "rmgap"
     results = json.loads((folder / "evaluate" / "results.json").read_text())
-    assert results["task"] == {"name": "rmgap", "version": 1} and results["n_users"] == 3
+    assert (results["task"], results["task_version"], results["n_users"]) == ("rmgap", 1, 3)
+    of_votes = json.loads((run / "tasks" / "rm_as_user" / "evaluate" / "results.json").read_text())
+    assert (of_votes["task"], of_votes["task_version"]) == ("rm_as_user", 1)
     assert "Published figure" in (folder / "evaluate" / "report.md").read_text()
     same = compare((str(folder), str(folder)), draws=20, seed=0)
     assert same["overall"]["difference"] == 0.0 and same["overall"]["n_pairs"] == 108
