@@ -40,7 +40,8 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
     nobody: Counter[str] = Counter()
     kept, wide = 0, data.name == "rm_as_user"
     for table, rows in rm_as_user.tables(source) if wide else hub.tables(source):
-        named.open(Path(table), Path(source))
+        path = Path(table)
+        named.open(path, Path(source))
         for number, raw in enumerate(rows, start=1):
             where = f"{table}, row {number}"
             try:
@@ -51,11 +52,9 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
                 votes = [
                     vote
                     for rated in (rm_as_user.votes(row, where) if wide else [row])
-                    for vote in votes_of(
-                        rated, where, data.pairs_of, f"{Path(table).stem}-{number}", left_out
-                    )
+                    for vote in votes_of(rated, where, data.pairs_of, f"{path.stem}-{number}", left_out)
                 ]
-                pairs = [row_to_pair(vote, Path(table), number) for vote in votes]
+                pairs = [row_to_pair(vote, path, number) for vote in votes]
             except DataError as error:
                 bad.take(error)
                 continue

@@ -51,7 +51,8 @@ def card_with_results(
         eval_results=[result for entry in entries for result in _index(entry, hubs, source)] or None,
     )
     before, _, limits = loaded.text.partition(LIMITS)
-    measured = f"{before.rstrip()}\n\n## Evaluation\n\n{_section(entries)}\n\n{LIMITS}\n{limits}"
+    limits = limits.strip() or f"{MEASURED}."
+    measured = f"{before.rstrip()}\n\n## Evaluation\n\n{_section(entries)}\n\n{LIMITS}\n\n{limits}"
     text = measured if entries else loaded.text
     text = text.replace(UNMEASURED, MEASURED) if entries else text
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"))

@@ -81,6 +81,8 @@ def check_texts(row: Mapping[str, object], where: str, columns: Iterable[str] | 
 def _writable(value: object) -> bool:
     if isinstance(value, str):
         return value.isascii() or not _HALF.search(value)
+    if value is None or isinstance(value, float | int):  # before the slow test of a protocol
+        return True
     if isinstance(value, Mapping):
         return all(_writable(part) for part in value.values())
     return not isinstance(value, list) or all(_writable(part) for part in value)

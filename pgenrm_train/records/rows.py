@@ -193,6 +193,8 @@ class _Fields:
     def value(self, name: str) -> object:
         """The raw value; None for null and for the NaN that pandas writes in its place."""
         value = self.row.get(name)
+        if value is None or isinstance(value, str):  # most fields; the other tests are slow
+            return value
         if isinstance(value, Decimal):
             return int(value) if value == value.to_integral_value() else float(value)
         return None if isinstance(value, float) and math.isnan(value) else value

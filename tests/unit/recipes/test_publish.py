@@ -96,6 +96,14 @@ def test_the_card_comes_back_through_the_hub_s_types(run, capsys):
     assert "dry run: nothing was uploaded" in capsys.readouterr().out
 
 
+def test_a_checkpoint_without_a_card_gets_one_with_results_and_limits(run, tmp_path):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "README.md").unlink()
+    card = ModelCard.load(go(run, f"model.path={tmp_path / 'checkpoint'}") / "model" / "README.md")
+    assert "## Evaluation" in card.text and card.text.endswith("`recipe=evaluate` measures others.\n")
+    assert len(card.data.eval_results) > 1
+
+
 def test_eval_results_come_back_and_fit_the_schema(run):
     made = go(run, "publish.source_url=https://example.org/run")
     files = sorted((made / "model" / ".eval_results").iterdir())
