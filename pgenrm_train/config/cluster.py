@@ -32,7 +32,11 @@ class ClusterConfig:
     device: str = setting("cpu", "device of training and generation", choices=("cpu", "cuda"))
     nodes: int = setting(1, "machines", gt=0)
     processes_per_node: int = setting(1, "ranks of FSDP and DeepSpeed; on cuda: GPUs", gt=0)
-    zero_stage: int = setting(0, "DeepSpeed's ZeRO stage", choices=(0, 1, 2, 3))
+    zero_stage: int | None = setting(
+        0,
+        "DeepSpeed's ZeRO stage of PSI; null: the lowest that is planned to take at most 80 % of a GPU",
+        choices=(0, 1, 2, 3),
+    )
     offload_optimizer: bool = setting(False, "keep the optimiser's states in host memory")
     max_failures: int = setting(
         3, "restarts of a training stage from its newest checkpoint after a lost engine or node", ge=0

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from pgenrm_train.cluster.planning.geometry import geometry_of
+from pgenrm_train.cluster.planning.memory import with_zero_stage
 from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.config import GRPO_STAGES, Config, StageName, psi_cluster
 from pgenrm_train.config.setting import known
@@ -63,6 +65,7 @@ def _deepspeed(config: Config) -> Iterator[Part]:
 
     def keys(config: Config) -> Values:
         config = with_planned_sizes(dataclasses.replace(config, cluster=psi_cluster(config)))
+        config = with_zero_stage(config, geometry_of(config))
         folder = Path(config.run_dir) / StageName.PSI
         accumulated = batching_of(config.psi, config.cluster).accumulation
         trainer = trainer_settings(config, folder / "steps", accumulated)

@@ -112,20 +112,26 @@ def wide(folder: Path, shape: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("model", "cluster", "shape"),
+    ("model", "cluster", "shape", "more"),
     [
-        ("llama31_8b", "gpu8", "llama"),
-        ("qwen3_8b", "gpu1", "qwen3"),
-        ("llama31_70b_lora", "multi_node", "llama"),
-        ("qwen3_8b", "gpu8", "qwen3"),
+        ("llama31_8b", "gpu8", "llama", "cluster.zero_stage=3"),
+        ("qwen3_8b", "gpu1", "qwen3", "cluster.zero_stage=2"),
+        ("llama31_70b_lora", "multi_node", "llama", "cluster.zero_stage=3"),
+        ("qwen3_8b", "gpu8", "qwen3", "cluster.zero_stage=3"),
     ],
 )
 def test_gpu_settings_take_a_real_step(
-    model: str, cluster: str, shape: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str,
+    cluster: str,
+    shape: str,
+    more: str,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = wide(tmp_path / "start", shape)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    config = load("recipe=psi", f"model={model}", f"cluster={cluster}")
+    config = load("recipe=psi", f"model={model}", f"cluster={cluster}", *more.split())
     for key, value in CHANGED.items():
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)

@@ -54,7 +54,7 @@ def train(
     inspected = inspect_start(config, start)
     chats = encode_rows(inspected.tokenizer, rows, inspected.limit)
     config = settle_sizes(config, StageName.PSI, len(chats))
-    mark = Mark(config.cluster.ranks, config.cluster.zero_stage, inspected.identity)
+    mark = Mark(config.cluster.ranks, known(config.cluster.zero_stage), inspected.identity)
     base = str(Path(start).resolve()) if Path(start).exists() else str(start)
     job = Job(config, base, work_dir.resolve(), mark, None if config.psi.evaluate_every == 0 else validator)
     write_chats(job.chats, chats)

@@ -7,7 +7,7 @@ from typing import Any
 from pgenrm_train.config import Config, PsiConfig, parse, to_dict
 from pgenrm_train.errors import ArtifactError
 from pgenrm_train.files import read_json, write_json
-from pgenrm_train.run.checkpoints import COMPLETE
+from pgenrm_train.run.checkpoints import COMPLETE, newest_complete
 from pgenrm_train.run.tracking import METRICS
 
 STEPS = "checkpoint-*"  # as transformers names them
@@ -70,6 +70,12 @@ def check_resumable(checkpoint: Path, mark: Mark) -> None:
                 f"{checkpoint} was written with another {MARK_NAMES[key]} ({marker.get(key)}, now {value}); "
                 "restore the old setting, or use another run_dir="
             )
+
+
+def zero_stage_of(work_dir: Path) -> int | None:
+    """ZeRO stage of the newest complete checkpoint; None if there is none."""
+    newest = newest_complete(work_dir / "steps", STEPS, clean=False)
+    return int(read_json(newest / COMPLETE)["zero_stage"]) if newest else None
 
 
 def state_of(checkpoint: Path) -> Any:

@@ -26,7 +26,7 @@ def set_variables(cluster: ClusterConfig) -> None:
 
 def deepspeed_settings(cluster: ClusterConfig, model: ModelConfig, psi: PsiConfig) -> dict[str, object]:
     """DeepSpeed's JSON; `auto` values come from TrainingArguments."""
-    zero: dict[str, object] = {"stage": cluster.zero_stage}
+    zero: dict[str, object] = {"stage": known(cluster.zero_stage)}
     if cluster.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if cluster.offload_optimizer:

@@ -202,7 +202,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
     cluster, psi, cuda = config.cluster, config.psi, config.cluster.device == "cuda"
     if not psi.gradient_checkpointing:
         yield (("psi.gradient_checkpointing", True),)
-    if cuda or config.cluster.ranks > 1:
+    if cluster.zero_stage is not None and (cuda or cluster.ranks > 1):
         yield from ((("cluster.zero_stage", stage),) for stage in range(cluster.zero_stage + 1, 4))
     unit = psi_unit(config)
     if psi.batch_size and psi.batch_size % unit:
@@ -210,7 +210,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
     if (ranks := psi_cluster(config).ranks) % psi.sequence_parallel:
         yield (("psi.sequence_parallel", divisor_of(ranks, psi.sequence_parallel)),)
     if cuda and not cluster.offload_optimizer:
-        sharding = () if cluster.zero_stage else (("cluster.zero_stage", 2),)
+        sharding = (("cluster.zero_stage", 2),) if cluster.zero_stage == 0 else ()
         yield (("cluster.offload_optimizer", True), *sharding)
 
 

@@ -51,6 +51,7 @@ from pgenrm_train.config import (
     tokens_per_pass,
 )
 from pgenrm_train.config.schema import FLASH
+from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 
 GIB = 2.0**30
@@ -59,6 +60,7 @@ LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
+ROOM = 0.8  # of a GPU that PSI may take under a ZeRO stage that the plan chooses
 VLLM_SHARE = 0.92  # vLLM's own gpu_memory_utilization, if it has the GPU to itself
 GENERATING = (StageName.PROTOTYPES, StageName.EVALUATE, *CHOOSING)
 # Python, Ray and libraries of a stage's processes on a CPU.
@@ -185,6 +187,7 @@ def _gib(sizes: Mapping[str, float]) -> dict[str, float]:
 
 def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
     """Forward and backward pass, and the optimizer's step, on one process."""
+    chosen, config = config.cluster.zero_stage is None, with_zero_stage(config, geometry)
     states, host = zero_states(config, geometry)
     psi, length = config.psi, longest(config)
     if psi.packs(config.cluster.device):
@@ -207,7 +210,9 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
         f"activations and logits take {sum(acts.values()):.2f} GiB, and {sum(others.values()):.2f} with "
         f"psi.gradient_checkpointing={str(not psi.gradient_checkpointing).lower()}"
     )
-    notes = (note, *_less_sharding(config, geometry))
+    stage = f"cluster.zero_stage=null is {config.cluster.zero_stage}: the lowest that takes at most "
+    other = [f"{stage}{ROOM:.0%} of a GPU"] if chosen else _less_sharding(config, geometry)
+    notes = (note, *other)
     step = dict(states)
     if config.cluster.zero_stage and not config.cluster.offload_optimizer:
         piece = trained_parameters(config, geometry) / config.cluster.ranks
@@ -217,6 +222,23 @@ def psi_phases(config: Config, geometry: Geometry) -> list[Phase]:
         Phase(StageName.PSI, "forward and backward", {**states, **acts, **base}, memory, host, notes),
         Phase(StageName.PSI, "optimizer step", {**step, **base}, memory, host),
     ]
+
+
+def with_zero_stage(config: Config, geometry: Geometry) -> Config:
+    """The configuration with PSI's ZeRO stage; null is the lowest under which PSI takes at most `ROOM`.
+
+    Stage 1 reduces gradients once per step, 2 in each micro-batch, and 3 also gathers weights in each pass.
+    A single GPU shards nothing and takes 2, with which optimizers can be offloaded.
+    """
+    cluster = config.cluster
+    if cluster.zero_stage is not None:
+        return config
+    stages = (0,) if cluster.device == "cpu" else (1, 2, 3) if cluster.ranks > 1 else (2,)
+    for stage in stages:
+        tried = replace(config, cluster=replace(cluster, zero_stage=stage))
+        if all(phase.total <= ROOM * phase.available for phase in psi_phases(tried, geometry)):
+            break
+    return tried
 
 
 def _less_sharding(config: Config, geometry: Geometry) -> Iterator[str]:
@@ -232,7 +254,8 @@ def _less_sharding(config: Config, geometry: Geometry) -> Iterator[str]:
 def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], dict[str, float]]:
     """(GiB on the GPU, GiB in host memory) of weights, gradients, optimizer and buckets under ZeRO."""
     b, n, cluster = element_bytes(config), config.cluster.ranks, config.cluster
-    stage, parameters, trained = cluster.zero_stage, geometry.parameters, trained_parameters(config, geometry)
+    stage, parameters = known(cluster.zero_stage), geometry.parameters
+    trained = trained_parameters(config, geometry)
     optimizer = trained * (12 if b == 2 or stage else 8) / (n if stage >= 1 else 1)
     gradients = trained * (4 if stage else b) / (n if stage >= 2 else 1)
     offloaded = cluster.offload_optimizer and stage >= 1

@@ -36,6 +36,7 @@ from pgenrm_train.cluster.planning.memory import (
     kv_gib,
     trained_parameters,
     vllm_parts,
+    with_zero_stage,
 )
 from pgenrm_train.cluster.sizes import sizes_of, with_sizes
 from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, EndpointConfig, StageName, seeds_of_grid, sizes
@@ -208,6 +209,7 @@ def with_planned_sizes(config: Config) -> Config:
 
 def psi_work(config: Config, geometry: Geometry) -> Work:
     _, _, assumed = pairs_of(config)
+    config = with_zero_stage(config, geometry)
     psi, length = config.psi, sum(lengths(config))
     sizes = sizes_of(config, StageName.PSI, examples_of(config, StageName.PSI))
     tokens = sizes.passes * sizes.examples * length

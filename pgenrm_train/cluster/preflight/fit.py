@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from pgenrm_train.cluster.planning.advice import nearest_fit, problems_of
 from pgenrm_train.cluster.planning.geometry import geometry_of
-from pgenrm_train.cluster.planning.memory import card_name
+from pgenrm_train.cluster.planning.memory import card_name, with_zero_stage
 from pgenrm_train.cluster.planning.work import examples_of, with_planned_sizes
 from pgenrm_train.cluster.preflight.gpus import visible_gpus
 from pgenrm_train.cluster.sizes import size_warnings, sizes_of
 from pgenrm_train.config import TRAINED, Config, StageName
+from pgenrm_train.config.setting import known
 from pgenrm_train.config.stage_names import PLANNED
 from pgenrm_train.errors import ConfigError
 
@@ -49,6 +50,18 @@ def with_memory_of(config: Config, memory_gib: float | None) -> Config:
     card = dataclasses.replace(config.plan.cards[name], memory_gib=round(memory_gib, 1))
     plan = dataclasses.replace(config.plan, cards={**config.plan.cards, name: card})
     return dataclasses.replace(config, plan=plan)
+
+
+def zero_stage_here(config: Config) -> int:
+    """PSI's ZeRO stage by the plan with the memory of this machine; 3 for a model that it cannot plan."""
+    if (given := config.cluster.zero_stage) is not None:
+        return given
+    try:
+        geometry = geometry_of(config)
+    except ConfigError:
+        return 3
+    here = with_planned_sizes(with_memory_of(config, memory_here(config)))
+    return known(with_zero_stage(here, geometry).cluster.zero_stage)
 
 
 def planned_warnings(config: Config, stages: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,8 @@ from pgenrm_train.cluster.preflight import fit, gpus
 from pgenrm_train.cluster.preflight.checks import CHECKS, fail_early
 from pgenrm_train.config import TRAINED, Config, load
 from pgenrm_train.errors import PreflightError
+from pgenrm_train.run.checkpoints import mark_complete
+from recipes.psi import with_zero_stage
 
 PSI, CRE, CURRICULUM = TRAINED
 
@@ -49,6 +51,31 @@ def test_memory_is_that_of_the_smallest_gpu_here(cards: list[gpus.Gpu]) -> None:
     assert "of 45 GiB" in next(iter(fit.check_fit(config, PSI)))
     cards.clear()
     assert "of 79.6 GiB" in next(iter(fit.check_fit(config, CRE))), "GPUs of other machines: plan.card"
+
+
+def test_the_zero_stage_follows_the_memory_of_this_machine(cards: list[gpus.Gpu]) -> None:
+    config = composed("cluster=gpu8")
+    assert config.cluster.zero_stage is None and fit.zero_stage_here(config) == 2, "plan.card is an H100"
+    cards.append(gpus.Gpu("NVIDIA L40S", 45.0, 44.0, (8, 9)))
+    assert fit.zero_stage_here(config) == 3
+    cards[0] = gpus.Gpu("NVIDIA H200", 140.4, 140.0, (9, 0))
+    assert fit.zero_stage_here(config) == 1
+    assert fit.zero_stage_here(composed("cluster=gpu8", "model.name=someone/else")) == 3, "no plan"
+    assert fit.zero_stage_here(composed("cluster=gpu8", "cluster.zero_stage=3")) == 3
+
+
+def test_a_started_training_keeps_its_zero_stage(
+    cards: list[gpus.Gpu], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed("cluster=gpu8")
+    assert with_zero_stage(config, tmp_path).cluster.zero_stage == 2
+    assert "psi: ZeRO stage 2 (by the plan" in capsys.readouterr().out
+    (tmp_path / "steps/checkpoint-20").mkdir(parents=True)
+    mark_complete(tmp_path / "steps/checkpoint-20", {"zero_stage": 3})
+    assert with_zero_stage(config, tmp_path).cluster.zero_stage == 3
+    assert "as started" in capsys.readouterr().out
+    given = composed("cluster=gpu8", "cluster.zero_stage=1")
+    assert with_zero_stage(given, tmp_path) is given, "another stage is refused by the checkpoint's marker"
 
 
 def test_texts_beyond_the_positions_are_refused_before_psi(cards: list[gpus.Gpu]) -> None:

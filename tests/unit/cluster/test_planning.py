@@ -64,9 +64,43 @@ def test_a_note_names_zero_2_where_it_suffices(eight: Config) -> None:
             for note in phase.notes
         )
 
-    assert "cluster.zero_stage=2 fits with 42.5 GiB" in notes(eight)
+    assert "cluster.zero_stage=2 fits with 42.5 GiB" in notes(changed(eight, cluster__zero_stage=3))
     assert "zero_stage" not in notes(changed(eight, cluster__zero_stage=2))
-    assert "zero_stage" not in notes(composed("llama31_70b_lora", "gpu8")), "131 GiB of weights"
+    large = changed(composed("llama31_70b_lora", "gpu8"), cluster__zero_stage=3)
+    assert "zero_stage" not in notes(large), "131 GiB of weights"
+    assert "cluster.zero_stage=null is 2: the lowest that takes at most 80% of a GPU" in notes(eight)
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "card", "stage"),
+    [
+        ("llama31_8b", "gpu8", "h200", 1),  # 2Ψ weights and 4Ψ gradients, 60 GiB, and a twelfth of the rest
+        ("llama31_8b", "gpu8", "h100", 2),
+        ("llama31_8b", "gpu8", "l40s", 3),
+        ("llama31_8b", "multi_node", "h100", 1),  # a quarter of gpu8's optimizer per GPU
+        ("llama31_70b_lora", "multi_node", "h200", 3),
+    ],
+)
+def test_the_zero_stage_is_the_lowest_with_room(model: str, cluster: str, card: str, stage: int) -> None:
+    config = with_planned_sizes(composed(model, cluster, f"plan.card={card}"))
+    geometry = geometry_of(config)
+    chosen = memory.with_zero_stage(config, geometry)
+    assert chosen.cluster.zero_stage == stage
+
+    def room(stage: int) -> float:
+        phases = memory.psi_phases(changed(config, cluster__zero_stage=stage), geometry)
+        return max(phase.total / phase.available for phase in phases)
+
+    assert room(stage) <= memory.ROOM < min([room(lower) for lower in range(1, stage)], default=1.0)
+
+
+def test_a_given_zero_stage_stays_and_one_gpu_takes_two(eight: Config) -> None:
+    geometry = geometry_of(eight)
+    given = changed(eight, cluster__zero_stage=3)
+    assert memory.with_zero_stage(given, geometry) is given
+    alone = changed(eight, cluster__processes_per_node=1)
+    assert memory.with_zero_stage(alone, geometry).cluster.zero_stage == 2
+    assert memory.with_zero_stage(changed(eight, cluster__device="cpu"), geometry).cluster.zero_stage == 0
 
 
 # ---- geometry ----
@@ -130,7 +164,9 @@ def test_zero_divides_what_the_paper_divides(eight: Config) -> None:
 
 
 def test_an_offloaded_optimizer_moves_to_the_host(eight: Config) -> None:
-    parts, host = memory.zero_states(changed(eight, cluster__offload_optimizer=True), geometry_of(eight))
+    parts, host = memory.zero_states(
+        changed(eight, cluster__offload_optimizer=True, cluster__zero_stage=3), geometry_of(eight)
+    )
     assert "optimizer" not in parts and host["offloaded optimizer"] == pytest.approx(
         16 * geometry_of(eight).parameters / GIB
     )

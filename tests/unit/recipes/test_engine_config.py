@@ -12,6 +12,8 @@ from pgenrm_train.backends.grpo.config import verl_keys, with_defaults
 from pgenrm_train.backends.sft.batches import batching_of
 from pgenrm_train.backends.sft.settings import deepspeed_settings
 from pgenrm_train.backends.vllm.engine import engine_settings
+from pgenrm_train.cluster.planning.geometry import geometry_of
+from pgenrm_train.cluster.planning.memory import with_zero_stage
 from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.config import Config, compose, load
 from pgenrm_train.errors import ConfigError
@@ -75,7 +77,8 @@ def test_the_shipped_pairs_have_the_expected_keys(model: str, cluster: str) -> N
     assert engine["tensor_parallel_size"] == keys[f"{R}.tensor_model_parallel_size"]
     batching = batching_of(with_planned_sizes(settings).psi, settings.cluster)
     assert batching.layout == ("grouped" if cluster == "cpu" else "packed")
-    assert deepspeed_settings(settings.cluster, settings.model, settings.psi)["bf16"] == {
+    planned = with_zero_stage(with_planned_sizes(settings), geometry_of(settings)).cluster
+    assert deepspeed_settings(planned, settings.model, settings.psi)["bf16"] == {
         "enabled": engine["dtype"] == "bfloat16"
     }
 
@@ -153,6 +156,8 @@ def test_deepspeed_is_printed_with_the_batch_of_the_trainer() -> None:
     assert values["deepspeed"]["optimizer"]["params"]["betas"] == [0.9, 0.999]
     assert values["deepspeed"]["optimizer"]["params"]["lr"] == values["trainer"]["learning_rate"]
     assert ": auto" not in text + packed
+    (stage,) = (line for line in text.splitlines() if line.startswith("    stage: "))
+    assert stage.split()[1] == "2" and "cluster.zero_stage" in stage
 
 
 def test_vllm_is_printed_with_its_servers_and_environment() -> None:
