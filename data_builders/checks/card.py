@@ -17,7 +17,7 @@ from data_builders.checks.leaks import LeakReport, Leaks
 from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json, write_text
-from pgenrm_train.records.rows import read_pairs
+from pgenrm_train.records.rows import read_built
 from pgenrm_train.records.shards import digest, parts
 from pgenrm_train.records.words import UNSPACED
 from pgenrm_train.stages.build_data import Card
@@ -54,7 +54,7 @@ def describe(config: Config, folder: Path, card: Card) -> dict[str, object]:
     """
     leaks = LeakReport(config.data.split_by, config.data.near_duplicates)
     lengths: dict[str, Counter[int]] = {name: Counter() for name in ("context", "chosen", "rejected")}
-    for pair in read_pairs(folder / "pairs.parquet"):
+    for pair in read_built(folder / "pairs.parquet"):
         leaks.add(pair)
         lengths["context"][sum(count_tokens(message.content) for message in pair.context)] += 1
         lengths["chosen"][count_tokens(pair.chosen)] += 1

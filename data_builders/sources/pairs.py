@@ -8,18 +8,20 @@ judges are ignored.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from data_builders.sources import hub, rm_as_user
 from data_builders.sources.several_responses import votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.file_columns import file_columns, missing_columns
-from pgenrm_train.records.ids import read_id
+from pgenrm_train.records.ids import id_of, read_id
 from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import PreferencePair
-from pgenrm_train.records.raw_rows import SKIPPED, LeftOut
+from pgenrm_train.records.raw_rows import SKIPPED, LeftOut, check_texts
 from pgenrm_train.records.rows import row_to_pair
 
 HUB = {
@@ -54,7 +56,7 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
                     for rated in (rm_as_user.votes(row, where) if wide else [row])
                     for vote in votes_of(rated, where, data.pairs_of, f"{path.stem}-{number}", left_out)
                 ]
-                pairs = [row_to_pair(vote, path, number) for vote in votes]
+                pairs = _pairs(votes, path, number, alike=wide)
             except DataError as error:
                 bad.take(error)
                 continue
@@ -75,6 +77,31 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
         raise DataError(
             only.mismatch(source) or f"{source} holds no usable rows; expected at least one preference pair"
         )
+
+
+def _pairs(votes: Sequence[hub.Row], path: Path, number: int, *, alike: bool) -> list[PreferencePair]:
+    """The votes of one raw row as pairs.
+
+    `alike`: they differ in user, responses and scores alone, so that the first is checked for all.
+    """
+    if not alike:
+        return [row_to_pair(vote, path, number) for vote in votes]
+    pairs = [row_to_pair(vote, path, number) for vote in votes[:1]]
+    for vote in votes[1:]:
+        where = f"{path}, row {number}"
+        check_texts(vote, where, ("user_id", "chosen", "rejected"))
+        pairs.append(
+            replace(
+                pairs[0],
+                pair_id=id_of(vote, "pair_id", where),
+                user_id=id_of(vote, "user_id", where),
+                chosen=str(vote["chosen"]),
+                rejected=str(vote["rejected"]),
+                chosen_score=cast(float, vote["chosen_score"]),
+                rejected_score=cast(float, vote["rejected_score"]),
+            )
+        )
+    return pairs
 
 
 class BadRows:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.records import shards
@@ -106,6 +106,43 @@ def pair_to_row(pair: PreferencePair) -> dict[str, object]:
         "attributes": json.dumps(dict(pair.explicit.attributes)) if pair.explicit.attributes else None,
         "synthetic_criteria": pair.explicit.synthetic,
     }
+
+
+def read_built(path: Path) -> Iterator[PreferencePair]:
+    """Stream the pairs of a table that this package wrote from `pair_to_row`: nothing is checked again."""
+    for file in shards.parts(path):
+        for row in read_rows(file):
+            yield _of_built(cast(dict[str, Any], row))
+
+
+def _of_built(row: dict[str, Any]) -> PreferencePair:
+    agree = row["n_other_agree"]
+    return PreferencePair(
+        pair_id=row["pair_id"],
+        user_id=row["user_id"],
+        context=tuple(Message(turn["role"], turn["content"]) for turn in row["context"]),
+        chosen=row["chosen"]["content"],
+        rejected=row["rejected"]["content"],
+        conversation_id=row["conversation_id"],
+        chosen_score=row["chosen_score"],
+        rejected_score=row["rejected_score"],
+        turn=row["turn"],
+        kind=row["type"],
+        scenario=row["scenario"],
+        split=row["split"],
+        user_split=row["user_split"],
+        cohort=row["cohort"],
+        time=row["time"],
+        position=row["position"],
+        others=None if agree is None else (agree, row["n_other_disagree"]),
+        explicit=ExplicitSignals(
+            criteria=row["criteria"],
+            self_description=row["self_description"],
+            style=row["style"],
+            attributes=tuple(json.loads(row["attributes"] or "{}").items()),
+            synthetic=row["synthetic_criteria"],
+        ),
+    )
 
 
 def pair_schema() -> Any:

@@ -1,11 +1,13 @@
 """Rows with several responses make votes by the stated rule, and reward models become users."""
 
 import json
+from pathlib import Path
 
 import pytest
 from benchmark_files import reward_models
 
-from data_builders.sources import pairs
+from data_builders.sources import pairs, rm_as_user
+from data_builders.sources.several_responses import votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.raw_rows import LeftOut
@@ -100,3 +102,20 @@ def test_a_cut_file_and_other_columns_are_named(tmp_path):
     train.write_text(whole.replace("-1.5", "low"))
     with pytest.raises(DataError, match="field 'rejected_org_reward-model-b': expected a number, got 'low'"):
         list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
+
+
+def test_the_votes_of_reward_models_are_those_of_the_full_check(tmp_path):
+    """Only the first vote of a row is checked in full; the others differ from it in what they may."""
+    row = {"prompt_id": "p 1", "prompt": "Ünter?", "split": "val"}
+    row |= {f"response_{n}": f"text {n} ü" for n in (1, 2, 3)}
+    row |= {f"org_rm-{r}_response_{n}_score": str(n * (-1) ** r) for r in range(3) for n in (1, 2, 3)}
+    votes = [
+        vote
+        for rated in rm_as_user.votes(row, "f, row 1")
+        for vote in votes_of(rated, "f, row 1", "all", "f-1", LeftOut())
+    ]
+    quick, full = (pairs._pairs(votes, Path("f.csv"), 1, alike=alike) for alike in (True, False))
+    assert quick == full and len(quick) == 9 and len({pair.user_id for pair in quick}) == 3
+    votes[5]["chosen"] = "half \ud83d"
+    with pytest.raises(DataError, match="field 'chosen': expected text that UTF-8 can hold"):
+        pairs._pairs(votes, Path("f.csv"), 1, alike=True)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_table
+from pgenrm_train.records import shards
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
-from pgenrm_train.records.rows import pair_to_row, read_pairs, row_to_pair
+from pgenrm_train.records.rows import pair_schema, pair_to_row, read_built, read_pairs, row_to_pair
 
 
 def a_pair(number: int = 0, **changes) -> PreferencePair:
@@ -83,6 +85,24 @@ def test_parquet_round_trip(tmp_path):
     ]
     write_table(tmp_path / "pairs.parquet", [pair_to_row(p) for p in pairs])
     assert list(read_pairs(tmp_path / "pairs.parquet")) == pairs
+
+
+def test_a_built_table_is_read_the_same_with_and_without_checks(tmp_path):
+    pairs = [
+        a_pair(1),
+        replace(a_pair(2), others=(3, 1), time=5.5, position=1, kind="hard", cohort="c", chosen_score=2.0),
+        replace(
+            a_pair(3),
+            context=(Message("user", "a"), Message("assistant", "b"), Message("user", "c")),
+            explicit=ExplicitSignals("be brief", "a cook", "plain", (("warm", 80.0), ("dry", 0.5)), True),
+        ),
+    ]
+    with shards.ShardWriter(tmp_path / "pairs.parquet", pair_schema()) as writer:
+        for pair in pairs:
+            writer.row(pair_to_row(pair))
+    assert (
+        list(read_built(tmp_path / "pairs.parquet")) == list(read_pairs(tmp_path / "pairs.parquet")) == pairs
+    )
 
 
 def test_jsonl_round_trip_passes_over_blank_lines(tmp_path):
