@@ -31,7 +31,6 @@ from pgenrm_train.stages.stage import with_totals
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = JudgeSpec("data_builders.teachers.oracle:names_judge_for_rewards")
-DECAY = ("cre.min_learning_rate_ratio=0.1",)
 # arm → (overrides, judge other than the shipped one)
 ARMS: dict[str, tuple[tuple[str, ...], JudgeSpec | None]] = {
     "shipped": ((), None),
@@ -39,10 +38,6 @@ ARMS: dict[str, tuple[tuple[str, ...], JudgeSpec | None]] = {
     "names": ((), NAMES),
     "names_3e-4": (("cre.learning_rate=3e-4",), NAMES),
     "names_unseen_3e-4": (("cre.learning_rate=3e-4",), NAMES),  # without the pairs of PSI's chains
-    "dr_grpo": (("cre.advantage=dr_grpo",), None),
-    "gdpo": (("cre.advantage=gdpo",), None),
-    "gdpo_names": (("cre.advantage=gdpo",), NAMES),
-    "warm_up_decay": (("cre.learning_rate=3e-4", "cre.warmup_steps=4", *DECAY), None),
     "group_16": (("cre.group_size=16",), None),
     "two_updates": (("cre.mini_batch_prompts=8",), None),
     "steps_72": (("cre.steps=72",), None),

@@ -34,7 +34,6 @@ ARMS = {
     f"dropping alone{DROPOUT}": ((*ALONE, "cre.rubric_dropout=0.5"), DROPPING),
     "dropping and outcome": ((), DROPPING),
     f"dropping and outcome{DROPOUT}": (("cre.rubric_dropout=0.5",), DROPPING),
-    "dropping with parts apart": (("cre.advantage=gdpo",), DROPPING),
     "oracle alone": (ALONE, None),
 }
 SETTINGS = ("judge_gold=oracle", "cre.steps=30", "cre.learning_rate=3e-4", "cre.validate_every=5")

@@ -107,7 +107,7 @@ def divisor_of(number: int, limit: int) -> int:
 
 
 def grpo_problems(config: Config, stage: StageName) -> list[str]:
-    """Rules of CRE or the curriculum, most of divisibility; each problem is one sentence that names its keys.
+    """Divisibility of a step of CRE or the curriculum; each problem is one sentence that names its keys.
 
     Sizes that are null follow from the data, and then divide.
     """
@@ -118,11 +118,6 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     nearest = nearest_multiple(mini_batch, ranks, grpo.group_size)
     one_part = f"{stage}.process_weight=0" if not grpo.process_weight else "judge=none"
     rules = [
-        (
-            grpo.advantage == "gdpo" and (not grpo.process_weight or config.judge.kind == "none"),
-            f"{stage}.advantage=gdpo normalises outcome and process reward apart, and with {one_part} there "
-            f"is no process reward; use {stage}.advantage=grpo or dr_grpo",
-        ),
         (
             bool(grpo.rubric_dropout) and (not grpo.process_weight or config.judge.kind == "none"),
             f"{stage}.rubric_dropout={grpo.rubric_dropout:g} hides criteria from the training judge, and "

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pgenrm_train.config.data import MASKINGS
 from pgenrm_train.config.setting import setting
 
-ADVANTAGES = ("grpo", "dr_grpo", "gdpo")
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
 SYNC, ASYNC, SEPARATE = MODES = ("sync", "async", "separate_async")
 
@@ -43,9 +42,6 @@ class GrpoConfig:
     )
     learning_rate: float = setting(1e-6, "peak learning rate", gt=0)
     warmup_steps: int = setting(0, "steps in which the learning rate rises", ge=0)
-    min_learning_rate_ratio: float = setting(
-        1.0, "last learning rate as a share of the peak, by a cosine; 1: constant", ge=0, le=1
-    )
     weight_decay: float = setting(0.01, "AdamW's weight decay", ge=0)
     kl_coefficient: float = setting(0.001, "weight of the KL loss against the stage's start; 0: none", ge=0)
     clip_ratio: float = setting(0.2, "clip range of the importance ratio", gt=0)
@@ -56,12 +52,6 @@ class GrpoConfig:
     format_error: float = setting(-0.1, "reward of a chain that cannot be parsed")
     verified_weight: float = setting(
         0.0, "weight of the agreement of declared scores with the rubric's own sums; not in the paper"
-    )
-    advantage: str = setting(
-        "grpo",
-        "reward relative to its group: divided by the standard deviation (grpo), not divided (dr_grpo, "
-        "arXiv 2503.20783), or outcome and process normalised apart (gdpo, arXiv 2601.05242)",
-        choices=ADVANTAGES,
     )
     null_policy: str = setting(
         "drop_process_for_group",

@@ -49,9 +49,7 @@ ADDED: tuple[tuple[str, object], ...] = (
     # of CRE and curriculum
     ("mode", "sync"),
     ("max_staleness", 1),
-    ("advantage", "grpo"),
     ("rubric_dropout", 0.0),
-    ("min_learning_rate_ratio", 1.0),
 )
 LACKING = {  # settings that older versions did not have, with what they did
     "psi.optimizer": "adamw",

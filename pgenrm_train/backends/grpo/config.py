@@ -1,8 +1,8 @@
 """Our typed configuration → verl 0.9.1's `ppo_trainer`, checked before anything starts.
 
-GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a prompt's group, std with ddof 1
-(others by `advantage`); token-mean loss; clipped ratio; KL as a loss term (low-variance estimator) to a
-frozen reference; constant or cosine learning rate; AdamW .9/.999; gradient norm 1.
+GRPO (METHOD §4) in verl's terms: advantage (r − mean)/(std + 1e-6) over a prompt's group, std with ddof 1;
+token-mean loss; clipped ratio; KL as a loss term (low-variance estimator) to a frozen reference; constant
+learning rate; AdamW .9/.999; gradient norm 1.
 
 `grpo_keys` is one flat table of verl keys.  `cpu_keys` and `gpu_keys` hold the keys of a device, so a test
 can take a GPU table, change an allow-listed few and run it on a CPU.
@@ -30,7 +30,6 @@ from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import read_json
 
 TRAINER = "pgenrm_sync"  # the registered name of `trainer.ChainTrainer`
-WHITENED = "pgenrm_whitened"  # … of `trainer.whitened_scores`
 JOB_IDS = "pgenrm_train.backends.ray.job_ids"
 MODULE = "pgenrm_train.backends.grpo.cpu"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -147,8 +146,7 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
     grpo: GrpoConfig = getattr(config, section)
     model, cluster, seed = config.model, config.cluster, seed_of(config, section)
     return {
-        "algorithm.adv_estimator": WHITENED if grpo.advantage == "gdpo" else "grpo",
-        "algorithm.norm_adv_by_std_in_grpo": grpo.advantage != "dr_grpo",
+        "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
         # Without `bypass_mode`, where the ratio is to the sampler: weights min(actor / sampler, 2) per token.
         "algorithm.rollout_correction.rollout_is": "token" if grpo.steps_ahead else None,
@@ -179,8 +177,6 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
         f"{ACTOR}.data_loader_seed": seed,
         f"{ACTOR}.optim.lr": grpo.learning_rate,
         f"{ACTOR}.optim.lr_warmup_steps": grpo.warmup_steps,
-        f"{ACTOR}.optim.lr_scheduler_type": "constant" if grpo.min_learning_rate_ratio == 1 else "cosine",
-        f"{ACTOR}.optim.min_lr_ratio": grpo.min_learning_rate_ratio,
         f"{ACTOR}.optim.weight_decay": grpo.weight_decay,
         f"{ROLLOUT}.name": "vllm",
         f"{ROLLOUT}.n": grpo.group_size,

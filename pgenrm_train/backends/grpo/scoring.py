@@ -4,19 +4,11 @@ Failures are data.  A chain cut by the length limit has no end-of-sequence token
 A reward function that raises leaves its chain unscored: it is recorded by kind and takes the mean of its
 group, so its advantage is zero.  A judge without a verdict is null, never 0: no chain of that group gets a
 process reward, because GRPO compares within the group.
-
-With `advantage=gdpo` (arXiv 2601.05242) each part k is normalised over the chains that have it, in their
-group:
-
-    score = Σ_k w_k·(r_k − mean r_k) / (std r_k + 1e-6),  std with ddof 1;  a missing r_k adds 0
-
-A format error counts in the outcome's part.  `trainer.whitened_scores` then normalises over the batch.
 """
 
 import bisect
 import importlib
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,8 +24,6 @@ from pgenrm_train.errors import ConfigError
 from pgenrm_train.rewards.hacking_signs import Ranking, ranking_of
 from pgenrm_train.rewards.reward import DEFAULT_WEIGHTS, RewardWeights, reward_of
 from pgenrm_train.rewards.training_rows import GrpoRow, with_dropout, withheld_signals
-
-EPSILON = 1e-6  # verl's, next to a standard deviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +75,6 @@ class RewardSpec:
     judge: JudgeSpec | None = None
     null_policy: str = "drop_process_for_group"
     totals: Totals = Totals.DECLARED
-    advantage: str = "grpo"
     rubric_dropout: float = 0.0
 
     def judged_row(self, row: GrpoRow, step: int) -> GrpoRow:
@@ -248,7 +237,7 @@ def settle(chains: Sequence[ScoredChain], spec: RewardSpec) -> list[ScoredChain]
 
     A chain without a verdict is neither good nor bad.  By default no chain of its group gets a process
     reward.  With `group_mean` it gets the mean of those that have one.  With `stop` the trainer ends the run
-    after this step.  GDPO leaves it out of the process part alone.
+    after this step.
     """
     if any(chain.null_verdict for chain in chains):
         chains = [
@@ -257,32 +246,9 @@ def settle(chains: Sequence[ScoredChain], spec: RewardSpec) -> list[ScoredChain]
             else replace(chain, total=chain.unjudged + spec.weights.process * process)
             for chain, process in zip(chains, _stand_ins(chains, spec.null_policy), strict=True)
         ]
-    if spec.advantage == "gdpo":
-        scores = _normalised_apart(chains, spec.weights)
-        return [replace(chain, score=score) for chain, score in zip(chains, scores, strict=True)]
     totals = [chain.total for chain in chains if chain.total is not None]
     mean = sum(totals) / len(totals) if totals else 0.0
     return [replace(chain, score=mean if chain.total is None else chain.total) for chain in chains]
-
-
-def _normalised_apart(chains: Sequence[ScoredChain], weights: RewardWeights) -> list[float]:
-    """GDPO's weighted sum of the parts, each normalised over the chains of a group that have it."""
-    outcomes = [None if chain.outcome is None else chain.outcome + (chain.format or 0.0) for chain in chains]
-    parts = (
-        (weights.outcome, outcomes),
-        (weights.process, [chain.process for chain in chains]),
-        (weights.verified, [chain.verified for chain in chains]),
-    )
-    columns = [[weight * value for value in _normalised(values)] for weight, values in parts]
-    return [sum(column) for column in zip(*columns, strict=True)]
-
-
-def _normalised(values: Sequence[float | None]) -> list[float]:
-    present = [value for value in values if value is not None]
-    if len(present) < 2:
-        return [0.0] * len(values)
-    mean, std = statistics.fmean(present), statistics.stdev(present)
-    return [0.0 if value is None else (value - mean) / (std + EPSILON) for value in values]
 
 
 def _stand_ins(chains: Sequence[ScoredChain], null_policy: str) -> list[float]:

@@ -32,16 +32,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import ray
-import torch
 import transfer_queue as tq
-from verl.trainer.ppo.core_algos import register_adv_est
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
-from pgenrm_train.backends.grpo.config import TRAINER, WHITENED
+from pgenrm_train.backends.grpo.config import TRAINER
 from pgenrm_train.backends.grpo.gold import gold_metrics, widened
 from pgenrm_train.backends.grpo.phase import ChainRequest, PhaseRun
 from pgenrm_train.backends.grpo.progress import (
@@ -65,7 +63,7 @@ from pgenrm_train.backends.grpo.progress import (
     validation_metrics,
 )
 from pgenrm_train.backends.grpo.rollout import Measured, Prompt, Rollout
-from pgenrm_train.backends.grpo.scoring import EPSILON, RewardSpec, ScoredGroup
+from pgenrm_train.backends.grpo.scoring import RewardSpec, ScoredGroup
 from pgenrm_train.backends.grpo.worker import ChainWorker
 from pgenrm_train.backends.protocols import ChainReader, Judge
 from pgenrm_train.cluster.utilization import Utilization
@@ -80,20 +78,6 @@ from pgenrm_train.run.tracking import METRICS, append, read, samples_file, trim
 MEASURED_PER_BEAT = 64  # prompts
 POLL_SECONDS = 0.05  # verl polls its replay buffer every 2 s, longer than a small step
 MAX_FAILED_PROMPTS = 0.1  # of a step's prompts that the engine failed
-
-
-@register_adv_est(WHITENED)
-def whitened_scores(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last step of GDPO: scores (batch, length) of `scoring.settle`, normalised over the chains of a batch.
-
-    verl's own `gdpo` needs each part as a field that its trainer does not pass, and no part may be missing.
-    """
-    scores = token_level_rewards.sum(-1)
-    chains = scores[response_mask.any(-1)]  # without rows of padding
-    advantages = ((scores - chains.mean()) / (chains.std() + EPSILON))[:, None] * response_mask
-    return advantages, advantages
 
 
 @register_trainer(TRAINER)
@@ -155,7 +139,6 @@ class ChainTrainer(PPOTrainerSync):
                 run.phase.judge,
                 run.grpo.null_policy,
                 totals,
-                run.grpo.advantage,
                 run.grpo.rubric_dropout,
             )
         )

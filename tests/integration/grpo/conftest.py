@@ -61,7 +61,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         world / "rows.parquet",
         run / "arm",
         1,
-        settings={"schedule": "uniform", "advantage": "dr_grpo"},
+        settings={"schedule": "uniform"},
     )
     with serve(unreliable_judge()) as server:
         settings = EndpointConfig(
@@ -81,10 +81,9 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             judge=JudgeSpec(
                 "pgenrm_train.backends.api.roles:judge_for_rewards", settings, run / "judge_cache"
             ),
-            settings={"advantage": "gdpo", "warmup_steps": 1, "min_learning_rate_ratio": 0.1},
+            settings={"warmup_steps": 1},
         )
         whole = config(run)
-        whole.judge.kind = "endpoint"  # of a phase with advantage=gdpo, which needs one
         done = launch(whole, [cre(world, run), second, arm, third, *in_async(world, run / "async")])
     assert [t.steps for t in done] == [STEPS, CURRICULUM_STEPS, 1, 2, STEPS, CURRICULUM_STEPS, 2]
     assert not children_of_ray()

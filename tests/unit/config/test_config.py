@@ -255,9 +255,6 @@ MISTAKES = {
     "curriculum.hard_share_end=1.5": ("curriculum.hard_share_end=1.5", "at least 0 and at most 1"),
     "curriculum.suspect_weight=2": ("curriculum.suspect_weight=2", "at least 0 and at most 1"),
     "cre.resample=-1": ("cre.resample=-1", "at least 0"),
-    "cre.advantage=gae": ("cre.advantage=gae", "grpo, dr_grpo, gdpo"),
-    "cre.min_learning_rate_ratio=2": ("cre.min_learning_rate_ratio=2", "at most 1"),
-    "curriculum.advantage=gdpo": ("curriculum.process_weight=0 there is no process", "grpo or dr_grpo"),
     "curriculum.hard_low=0.9": ("curriculum.hard_low=0.9", "curriculum.hard_high=0.75"),
     "eval.ind=many": ("eval.ind=many", "a number"),
     "eval.pro=-1": ("eval.pro=-1", "from 0"),
@@ -346,12 +343,6 @@ def test_gpu_check_refuses_batches_that_do_not_divide_before_it_starts(hydra):
         with pytest.raises(ConfigError, match=key):
             load("recipe=gpu_check", key)
     assert load("recipe=gpu_check", "curriculum.micro_batch_size=3"), "it trains no curriculum"
-
-
-def test_parts_of_one_reward_are_not_normalised_apart(hydra):
-    assert load("recipe=cre", "cre.advantage=gdpo")
-    with pytest.raises(ConfigError, match=r"cre\.advantage=gdpo .* with judge=none there is no process"):
-        load("recipe=cre", "cre.advantage=gdpo", "judge=none")
 
 
 def test_no_more_engines_than_gpus(hydra):

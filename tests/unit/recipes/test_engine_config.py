@@ -138,7 +138,7 @@ def test_a_value_has_the_keys_that_change_it() -> None:
     assert found[f"{rollout}.max_model_len"] == limits
     assert found[f"{rollout}.seed"] == ["seed", "cre.seed"]
     assert found["trainer.device"] == ["cluster.device"]
-    assert found["algorithm.adv_estimator"] == ["cre.advantage"]
+    assert found["algorithm.adv_estimator"] == []
     assert found["algorithm.use_kl_in_reward"] == []
 
 
