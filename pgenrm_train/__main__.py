@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pgenrm_train.cli_errors import choices, explain, groups, key_on_command_line
+from pgenrm_train.cli_errors import choices, explain, groups, key_on_command_line, key_with_dashes
 from pgenrm_train.config import CONFIG_DIR, Config, as_typed, beneath, parse, register_resolvers
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.process import end_on_sigterm
@@ -102,7 +102,7 @@ def _run() -> int:
         print(f"pgenrm-train {metadata.version('pgenrm-train')}")
         return 0
     # Now, because Hydra writes the command line of several runs to a file.
-    if sentence := key_on_command_line(sys.argv[1:]):
+    if sentence := key_on_command_line(sys.argv[1:]) or key_with_dashes(sys.argv[1:]):
         return _fail(sentence)
     sys.path.insert(0, str(CONFIG_DIR.parent))
     # argparse reads no key=value after an option.

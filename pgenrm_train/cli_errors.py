@@ -4,6 +4,7 @@ import errno
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 
 from pgenrm_train.config import CONFIG_DIR, Config
@@ -30,6 +31,17 @@ def key_on_command_line(arguments: Sequence[str]) -> str | None:
         for name in names:
             if name and not name.startswith("${") and (sentence := key_in_place_of_name(section, name)):
                 return sentence
+    return None
+
+
+def key_with_dashes(arguments: Sequence[str]) -> str | None:
+    """The sentence for a key that is written like an option, as in --seed=1; None if there is none."""
+    keys = {field.name for field in fields(Config)}
+    for argument in arguments:
+        key, _, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and key.split(".")[0] in keys:
+            setting = shlex.quote(f"{key}={value or '…'}")
+            return f"{argument} begins with a dash, and a key has none: {setting}"
     return None
 
 

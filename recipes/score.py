@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pgenrm_train.config import Config
 from pgenrm_train.errors import ConfigError
+from pgenrm_train.prompts.messages import folded
 from pgenrm_train.prompts.writer import view_of
 from pgenrm_train.records.question_file import read_question
 from pgenrm_train.run.store import publisher
@@ -23,6 +24,8 @@ def run(config: Config) -> int:
     example = read_question(Path(config.score.input))
     if config.score.dry_run:
         messages = plain_writer(config)(view_of(config, example))
+        if config.model.kind == "endpoint" and "system" in config.model.leave_out:
+            messages = folded(messages)
         print(json.dumps(messages, ensure_ascii=False, indent=2))
         return 0
     publisher.fetch(config)

@@ -152,7 +152,7 @@ def keep(
 ) -> int:
     """Store rows as they arrive, with a progress bar; returns their number."""
     running = RunningAccuracy()
-    bar = iter(progress(range(total), what, total, running))
+    bar = (step for step in progress(range(total), what, total, running))
     stored = 0
     try:
         for row in rows:
@@ -163,6 +163,7 @@ def keep(
         next(bar, None)
     finally:  # an engine that fails and Ctrl-C lose no answer
         store.flush()
+        bar.close()  # so that the message of an error begins a line
     return stored
 
 

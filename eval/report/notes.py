@@ -11,10 +11,22 @@ UNMOVED = ("shuffled_history", "padded", "injected", "paraphrased")  # probes th
 def reader_notes(final: Tested) -> list[str]:
     """Notes above the tables: number of users, personalisation, robustness."""
     few = [f"{note}."] if (note := final.report["ci95_note"]) else []
+    few += _refused(final)
     if final.predictions["failure"].notna().all():
         unread = "no answer is readable, so no figure here describes the model's judgement"
         return [*few, f"{final.name}: {unread}."]
     return [*few, *_personal(final), *_robust(final)]
+
+
+def _refused(final: Tested) -> list[str]:
+    """Name the prompts that a server refused: their failures say nothing of the model."""
+    failures = final.predictions["failure"]
+    refused = int((failures == "prompt_refused").sum())
+    note = (
+        f"{final.name}: the server refused the prompts of {refused:,} of {len(failures):,} answers, e.g. for "
+        "their length; these count as failures."
+    )
+    return [note] if refused else []
 
 
 def input_notes(odd: Mapping[str, int]) -> list[str]:

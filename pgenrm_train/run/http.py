@@ -155,19 +155,25 @@ def client(url: str, *, direct: bool = False, **settings: Any) -> "httpx.Client"
     return httpx.Client(verify=trusted(), proxy=proxy, trust_env=False, **settings)
 
 
-def lost_connection(error: BaseException) -> tuple[str, str, bool]:
-    """(kind, words, whether it may pass) of an error of httpx or aiohttp without an answer."""
+def lost_connection(error: BaseException, proxy: str | None = None) -> tuple[str, str, bool]:
+    """(kind, words, whether it may pass) of an error of httpx or aiohttp without an answer.
+
+    The words name the `proxy` of the call, which may be at fault.
+    """
     chain = list(_chain(error))
+    place = urlsplit(proxy or "")
+    via = f"; the call went to the proxy {place.hostname}:{place.port or 80}" if proxy else ""
     words = " ".join(str(error).split()) or type(error).__name__
     if any(isinstance(e, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY" in str(e) for e in chain):
         text = next((str(e) for e in chain if "CERTIFICATE_VERIFY" in str(e)), words)
         reason = re.sub(r".*?(CERTIFICATE_VERIFY_FAILED)\]?", r"\1", " ".join(text.split()))
+        reason = re.sub(r" \(_ssl\.c:.*", "", reason)
         return "tls", f"{reason[:120]}; SSL_CERT_FILE names a file with the certificate to trust", False
     if any("WRONG_VERSION_NUMBER" in str(e) or "record layer failure" in str(e) for e in chain):
         return "tls", "the server speaks no TLS; base_url may need http:// in place of https://", False
     if any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in chain):
-        return "timeout", f"no complete answer in time ({type(error).__name__})", True
-    return "connection", f"{type(error).__name__}: {words}"[:200], True
+        return "timeout", f"no complete answer in time ({type(error).__name__}){via}", True
+    return "connection", f"{type(error).__name__}: {words}"[:200] + via, True
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

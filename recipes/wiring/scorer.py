@@ -48,7 +48,7 @@ class Scorer:
         settings, responses = self.config.score, len(example.responses)
         own = self._chains([example], settings.ind)
         first = next((answer for answer in own if isinstance(answer.chain, Chain)), own[0])
-        chain = _readable(first)
+        chain = _readable(first, self.config.model.max_response_tokens)
         if is_single(self.config):
             return first.text, {
                 "scores": {f"response_{i}": score for i, score in enumerate(chain.scores, start=1)},
@@ -112,13 +112,19 @@ def similar_users(config: Config, example: Example, analysis: str) -> list[Simil
     return find([analysis], [example.user_id], config.score.pro)[0]
 
 
-def _readable(answer: ChainText) -> Chain:
+def _readable(answer: ChainText, limit: int) -> Chain:
     if isinstance(answer.chain, Chain):
         return answer.chain
     if answer.text is None:
         words = f": {answer.chain.detail}" if answer.chain.detail else ""
         raise BackendError(f"the model wrote no chain ({answer.chain.kind}{words})")
-    print(answer.text)
+    if answer.text:
+        print(answer.text)
+    if answer.chain.kind == "length":
+        raise BackendError(
+            f"the model's answer was cut off after {limit} tokens, before its scores; raise "
+            "model.max_response_tokens, or switch reasoning off"
+        )
     raise BackendError(f"the model's chain cannot be read ({answer.chain.kind}: {answer.chain.detail})")
 
 

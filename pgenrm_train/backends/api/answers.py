@@ -40,6 +40,7 @@ class Answers:
 
         # JSON on disk, because the default disk pickles; no eviction, because answers are paid for.
         self._cache = diskcache.Cache(str(folder), disk=diskcache.JSONDisk, eviction_policy="none")
+        self._any_refused = bool(self._cache.get(PROMPT_REFUSED))  # else no call has to look
         self._writing = threading.Lock()  # threads would sleep at SQLite's own lock, not queue
 
     def get(self, key: str) -> Reply | None:
@@ -67,6 +68,17 @@ class Answers:
                 self._cache.set(key, answer)
             prompts, answers = self.paid()
             self._cache.set(PAID, [prompts + reply.prompt_tokens, answers + reply.completion_tokens])
+
+    def refuse(self, key: str, words: str) -> None:
+        """Keep a prompt that the server refuses; another start does not send it again."""
+        with self._writing, self._cache.transact():
+            self._cache.set(f"{PROMPT_REFUSED}/{key}", words)
+            self._cache.set(PROMPT_REFUSED, True)
+
+    def refusal(self, key: str) -> str | None:
+        """The server's words of a refusal that an earlier start kept."""
+        words: str | None = self._cache.get(f"{PROMPT_REFUSED}/{key}") if self._any_refused else None
+        return words
 
     def paid(self) -> tuple[int, int]:
         """Tokens of prompts and of answers in all starts and processes."""

@@ -20,7 +20,7 @@ import httpx
 from pgenrm_train.chains.reasoning import strip_reasoning
 from pgenrm_train.config import EndpointConfig
 from pgenrm_train.errors import ConfigError
-from pgenrm_train.run.http import COMPLETIONS, client, key_of, lost_connection, service
+from pgenrm_train.run.http import COMPLETIONS, client, key_of, lost_connection, proxy_for, service
 
 # Errors of reading an answer that is no chat completion.
 NO_COMPLETION = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
@@ -74,10 +74,10 @@ class ChatApi:
     def __init__(self, settings: EndpointConfig) -> None:
         self._url, headers = url_and_headers(settings)
         self._seconds = settings.timeout_seconds
+        self._direct = settings.kind == "vllm"  # this run's own server, which no proxy reaches
         self._client = client(
             self._url,
-            # This run's own server, also on another node: no proxy reaches it.
-            direct=settings.kind == "vllm",
+            direct=self._direct,
             headers=headers,
             timeout=settings.timeout_seconds,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.max_in_flight),
@@ -94,7 +94,7 @@ class ChatApi:
                     break
                 self._url = moved
         except httpx.HTTPError as error:
-            kind, words, passing = lost_connection(error)
+            kind, words, passing = lost_connection(error, None if self._direct else proxy_for(self._url))
             raise Trouble(kind, words, passing=passing) from None
         except httpx.InvalidURL as error:  # of a redirect
             raise Trouble("redirect", f"a redirect to no address ({error})") from None
@@ -133,7 +133,7 @@ def read_answer(status: int, headers: Mapping[str, str], content: bytes) -> Comp
             retry_after=retry_after(headers),
         )
     try:
-        answer = json.loads(content)
+        answer = _parsed(content, headers)
     except (ValueError, RecursionError):
         raise _no_json(content) from None
     try:
@@ -142,6 +142,22 @@ def read_answer(status: int, headers: Mapping[str, str], content: bytes) -> Comp
         return _completion(answer)
     except NO_COMPLETION:
         raise Trouble("malformed", f"no chat completion: {refusal(content)}") from None
+
+
+def _parsed(content: bytes, headers: Mapping[str, str]) -> Any:
+    """A JSON body; bytes that are no UTF-8 are read as the header says, else replaced by U+FFFD.
+
+    A text that was cut within a character leaves such bytes, and its answer is paid for.
+    """
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError:
+        charset = re.search(r"charset=\"?([\w.:-]+)", headers.get("content-type", ""))
+        try:
+            text = content.decode(charset[1] if charset else "utf-8", "replace")
+        except LookupError:  # no charset that Python knows
+            text = content.decode(errors="replace")
+        return json.loads(text)
 
 
 def _no_json(content: bytes) -> Trouble:

@@ -54,7 +54,7 @@ class Endpoint:
         self._lock = threading.Lock()
         self._in_a_row, self._open_until = 0, 0.0
         self._refused_fields: set[str] = set()
-        self._refused_prompts: set[bytes] = set()
+        self._refused_prompts: dict[str, str] = {}  # key → the server's words
         self._works: bool | None = None  # whether it answers any prompt; None until it is known
         self._greeting = threading.Lock()
         self._cache = Answers(cache) if cache else None
@@ -76,6 +76,8 @@ class Endpoint:
                 self.usage.cached += 1
             return replace(known, cached=True)
         with self._slots:
+            if (refusal := self.refusal(body)) is not None:
+                return refusal
             if (refused := self._refused()) is not None:
                 return self.book(Reply(None, refused))
             reply = self._answer(body)
@@ -132,8 +134,9 @@ class Endpoint:
         whose = "the reason" if kind in ("connection", "timeout", "tls") else "the server's message"
         message = f"; {whose}: {usage.words[kind]}" if kind else ""
         remedy = f"; {FIELDS}" if kind in OF_THE_PROMPT else ""
+        calls = "1 call" if self._in_a_row == 1 else f"{self._in_a_row} calls in a row"
         return (
-            f"{self.settings.name} at {self.settings.base_url} failed {self._in_a_row} calls in a row "
+            f"{self.settings.name} at {self.settings.base_url} failed {calls} "
             f"({last}{message}{remedy}); its answers are kept, and the same command continues from there"
         )
 
@@ -247,17 +250,29 @@ class Endpoint:
                 words = f"{trouble.words or 'no reason given'} (requests continue without {name})"
                 self._count_failure(trouble.kind, words)
 
+    def refusal(self, body: Mapping[str, object]) -> Reply | None:
+        """The refusal of a prompt by this server, in this start or an earlier one; None if there is none."""
+        key = _prompt_key(body)
+        words = self._refused_prompts.get(key)
+        if words is None and self._cache and (words := self._cache.refusal(key)) is not None:
+            self._refused_prompts[key] = words
+        return None if words is None else Reply(None, PROMPT_REFUSED, words=words)
+
     def failed(self, body: Mapping[str, object], trouble: Trouble) -> Reply:
         """Book a call without an answer; a prompt that the server refuses is booked once."""
         if trouble.kind not in OF_THE_PROMPT or not self._answers_a_greeting(body):
             return self.book(Reply(None, trouble.kind, words=trouble.words))
         code = trouble.kind.removeprefix("http_")
         reply = Reply(None, PROMPT_REFUSED, words=f"HTTP {code}: {trouble.words}")
-        prompt = hashlib.sha256(json.dumps(body["messages"]).encode()).digest()
+        key = _prompt_key(body)
         with self._lock:
-            known = prompt in self._refused_prompts
-            self._refused_prompts.add(prompt)
-        return reply if known else self.book(reply)
+            known = key in self._refused_prompts
+            self._refused_prompts[key] = reply.words
+        if known:
+            return reply
+        if self._cache:
+            self._cache.refuse(key, reply.words)
+        return self.book(reply)
 
     def _answers_a_greeting(self, body: Mapping[str, object]) -> bool:
         """Whether the server answers another prompt with the same fields; paid for at most once."""
@@ -342,6 +357,12 @@ class Endpoint:
 def _key(body: Mapping[str, object], sample: int) -> str:
     """Identity of an answer; the sample counts even where its seed is not sent."""
     return hashlib.sha256(_encoded({**body, "seed": sample})).hexdigest()
+
+
+def _prompt_key(body: Mapping[str, object]) -> str:
+    """Identity of a prompt that a server may refuse: without the fields of one sample or of one try."""
+    fields = {name: value for name, value in body.items() if name not in ("seed", "n", FORMAT)}
+    return hashlib.sha256(_encoded(fields)).hexdigest()
 
 
 def _encoded(body: Mapping[str, object]) -> bytes:

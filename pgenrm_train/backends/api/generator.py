@@ -134,6 +134,8 @@ class _Queue:
         if not self.endpoint.takes("n") or request.samples == 1:
             return await self._singly(request, 0)
         body = self._body(request, 0, request.samples)
+        if (refusal := self.endpoint.refusal(body)) is not None:
+            return self._failed(request, 0, request.samples, refusal)
         try:
             completion = await self._tried(body, request.samples)
         except Trouble as trouble:
@@ -161,6 +163,8 @@ class _Queue:
 
     async def _call(self, request: GenerationRequest, sample: int) -> list[Generation]:
         body = self._body(request, sample, 1)
+        if (refusal := self.endpoint.refusal(body)) is not None:
+            return self._failed(request, sample, 1, refusal)
         try:
             return self._answered(request, sample, 1, await self._tried(body, 1))
         except Trouble as trouble:
@@ -237,6 +241,6 @@ class _Queue:
                     break
                 self.url = moved
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            kind, words, passing = lost_connection(error)
+            kind, words, passing = lost_connection(error, self.proxy)
             raise Trouble(kind, words, passing=passing) from None
         return read_answer(response.status, response.headers, content)

@@ -22,7 +22,7 @@ from pgenrm_train.config import (
 )
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.run.folder import StageFolder
-from pgenrm_train.run.http import client, key_of, lost_connection, service
+from pgenrm_train.run.http import client, key_of, lost_connection, proxy_for, service
 from pgenrm_train.run.process import child_environment
 
 SECONDS = 5.0  # per request: a server that is up answers in less
@@ -308,7 +308,7 @@ def endpoint_problems(section: str, settings: ApiConfig) -> Iterator[str]:
         yield f"the {section} cannot be called: {error}"
         return
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        kind, words, _ = lost_connection(error)
+        kind, words, _ = lost_connection(error, proxy_for(url))
         remedy = "" if kind == "tls" else f"; start the server or correct {section}.base_url"
         yield f"the {section} does not answer at {url} ({words}){remedy}"
         return

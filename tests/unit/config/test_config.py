@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pgenrm_train.__main__ import _module
-from pgenrm_train.cli_errors import key_on_command_line
+from pgenrm_train.cli_errors import key_on_command_line, key_with_dashes
 from pgenrm_train.config import (
     BASELINES,
     BUDGETS,
@@ -527,3 +527,12 @@ def test_every_baseline_that_may_be_named_is_one():
     with pytest.raises(ConfigError) as refusal:
         scorers(config, [])
     assert set(str(refusal.value).partition("one of ")[2].split(", ")) == set(BASELINES)
+
+
+def test_a_key_with_dashes_is_one_sentence():
+    sentence = "--data.path=a b begins with a dash, and a key has none: 'data.path=a b'"
+    assert key_with_dashes(["recipe=score", "--data.path=a b"]) == sentence
+    assert (
+        key_with_dashes(["-recipe", "score"]) == "-recipe begins with a dash, and a key has none: 'recipe=…'"
+    )
+    assert key_with_dashes(["recipe=score", "--cfg", "job", "--resolve", "-m", "run_dir=-x"]) is None

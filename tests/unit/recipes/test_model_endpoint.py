@@ -112,7 +112,7 @@ def test_one_score_over_an_api(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1])["scores"] == {"response_1": 9.0, "response_2": 2.0}
     done = command("score", tmp_path / "run", "http://127.0.0.1:9/v1", f"score.input={tmp_path / 'q.json'}")
-    assert done.returncode == 2 and "failed 1 calls in a row (1 × connection; the reason: " in done.stderr
+    assert done.returncode == 2 and "failed 1 call (1 × connection; the reason: " in done.stderr
 
 
 def test_a_score_is_asked_for_at_a_temperature_that_the_server_takes(tmp_path, capsys):

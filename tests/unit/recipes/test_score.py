@@ -1,5 +1,7 @@
 """Test-time scaling of one question: which scores count, and with what weight."""
 
+import json
+
 import pytest
 
 from eval.studies.scaling_study import Similar
@@ -9,6 +11,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import BackendError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import Example, HistoryItem, Message
+from recipes import score
 from recipes.wiring import scorer
 
 MINE, THEIRS = (HistoryItem("earlier", "mine", "x"),), (HistoryItem("earlier", "theirs", "x"),)
@@ -61,3 +64,24 @@ def test_a_chain_without_a_rubric_has_no_verified_score(monkeypatch):
     assert scored(monkeypatch, bare)["scores"] == {"response_1": 7, "response_2": 11}
     with pytest.raises(BackendError, match="unverified: its rubric cannot be read"):
         scored(monkeypatch, bare, totals="verified")
+
+
+def test_an_answer_that_was_cut_off_names_the_limit(capsys):
+    def model(requests, *, temperature):
+        yield Generation("0", 0, "", "length")
+
+    config = Config(recipe="score")
+    with pytest.raises(BackendError, match="was cut off after 8192 tokens, before its scores; raise model"):
+        scorer.Scorer(config, model, chat_messages).score(EXAMPLE)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("left_out", "roles"), [([], ["system", "user"]), (["system"], ["user"])])
+def test_a_dry_run_shows_the_messages_that_the_server_would_get(left_out, roles, capsys, tmp_path):
+    question = tmp_path / "question.json"
+    question.write_text('{"user_id": 1, "query": "q", "responses": ["a", "b"], "history": []}')
+    config = Config(recipe="score")
+    config.score.input, config.score.dry_run = str(question), True
+    config.model.kind, config.model.instructions, config.model.leave_out = "endpoint", True, left_out
+    assert score.run(config) == 0
+    assert [message["role"] for message in json.loads(capsys.readouterr().out)] == roles

@@ -12,7 +12,7 @@ from pgenrm_train.backends.protocols import GenerationRequest
 from pgenrm_train.backends.vllm import server as vllm_server
 from pgenrm_train.cluster.preflight.reach import endpoint_problems
 from pgenrm_train.config import EndpointConfig
-from pgenrm_train.errors import ConfigError
+from pgenrm_train.errors import BackendError, ConfigError
 from pgenrm_train.run.http import client, key_of, proxy_for, service, trusted
 
 AWAY = "http://api.example/v1"
@@ -109,6 +109,19 @@ def test_a_socks_proxy_without_its_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="ALL_PROXY names a SOCKS proxy, which needs the package socksio"):
         proxy_for(AWAY)
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://us:secret@127.0.0.1:9")
+    settings = EndpointConfig(kind="endpoint", base_url=AWAY, name="m", attempts=1)
+    reply = Endpoint(settings).complete([{"role": "user", "content": "q"}])
+    request = GenerationRequest("k", ({"role": "user", "content": "q"},))
+    model = Endpoint(settings)
+    with pytest.raises(BackendError, match=r"failed 1 call .*; the call went to the proxy 127\.0\.0\.1:9"):
+        list(EndpointGenerator(model)([request], temperature=0.7))
+    [problem] = endpoint_problems("teacher", settings)
+    for words in (reply.words, model.usage.words["connection"], problem):
+        assert "; the call went to the proxy 127.0.0.1:9" in words and "secret" not in words
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])

@@ -398,6 +398,21 @@ def test_other_failures_are_no_refusal_of_n(status):
         assert all(body["n"] == 4 for body in server.bodies)
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "text"),
+    [
+        ("application/json", b"h\xffi", "h\ufffdi"),
+        ("application/json; charset=utf-8", b"h\xe4\xb8", "h\ufffd"),
+        ('application/json; charset="iso-8859-1"', "hé".encode("latin-1"), "hé"),
+        ("application/json; charset=bogus-9", b"h\xff", "h\ufffd"),
+    ],
+)
+def test_bytes_that_are_no_utf8_are_no_reason_to_lose_an_answer(kind, body, text):
+    answer = json.dumps(completion("TEXT")).encode().replace(b"TEXT", body)
+    with serve(lambda _, n: {"raw": answer, "headers": {"content-type": kind}}) as server:
+        assert both(server) == ((text, None), (text, None))
+
+
 # ---- refusals of prompts ----
 
 
@@ -441,6 +456,25 @@ def test_long_prompts_of_a_teacher_are_no_reason_to_stop():
         assert one.usage.failures == {"prompt_refused": 30} and one.stopped is None and not one.down
         greetings = [body for body in server.bodies if body["messages"][-1]["content"] == "Hello."]
         assert len(greetings) == 1, "which showed that the prompts are at fault"
+        assert len(server.bodies) == 30 + 10 * 2 + 1, "a refused prompt is not sent for another sample"
+
+
+def test_no_start_sends_a_prompt_again_that_an_earlier_one_saw_refused(tmp_path):
+    with serve(narrow) as server:
+        first = endpoint(server, tmp_path)
+        assert {first.complete(r.messages).failure for r in long_first()} == {None, "prompt_refused"}
+        first.close()
+        sent = len(server.bodies)
+        second = endpoint(server, tmp_path)
+        long = long_first()[0]
+        again = second.complete(long.messages, sample=1)
+        assert (again.failure, again.words) == ("prompt_refused", "HTTP 400: prompt too long")
+        [generation] = EndpointGenerator(second)([long], temperature=0.7)
+        assert generation.failure == "prompt_refused" and len(server.bodies) == sent
+        second.close()
+        other = endpoint(server, tmp_path, max_tokens=7)
+        other.complete(long.messages)
+        assert len(server.bodies) > sent, "with fewer tokens of answer it might fit"
 
 
 def test_a_server_that_refuses_every_prompt_stops_the_run_in_its_words():

@@ -673,3 +673,14 @@ def test_one_failure_among_many_hides_no_other_chain(tmp_path):
         store.add(row)
     store.flush()
     assert [readable_text(row) for _, row in store.read().iterrows()] == [None, "chain", "chain"]
+
+
+def test_an_error_after_a_bar_begins_a_line(tmp_path, capsys):
+    def rows():
+        yield from ({"set": "other", "value": n} for n in range(2))
+        raise DataError("the engine failed")
+
+    store = PredictionStore(tmp_path, "any")
+    with pytest.raises(DataError) as error:
+        harness.keep(rows(), 3, store, bar, "evaluate")
+    assert capsys.readouterr().err.endswith("\n"), error

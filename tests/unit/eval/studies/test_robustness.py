@@ -220,3 +220,19 @@ def test_paraphrase_by_rules(text, expected):
 def test_long_texts_are_edited_in_linear_time():
     text = "word " * 20_000 + "<" * 1000
     assert len(pad(text, "x")) >= 150_000 and inject(text, 0).endswith(text) and paraphrase(text) == text
+
+
+def test_a_report_notes_how_many_prompts_a_server_refused():
+    from eval.report.notes import reader_notes
+    from eval.studies.evaluation import Evaluation
+
+    config = Config(recipe="evaluate")
+    config.eval.draws = 50
+    votes = [vote(n) for n in range(12)]
+    tested = Evaluation(config, votes, HISTORIES).baseline(
+        "longer", fit_baseline("longer", [], []), final=True
+    )
+    assert "refused" not in " ".join(reader_notes(tested))
+    tested.predictions.loc[:2, "failure"] = "prompt_refused"
+    of_all = f"the server refused the prompts of 3 of {len(tested.predictions)} answers"
+    assert of_all in " ".join(reader_notes(tested))
