@@ -83,7 +83,7 @@ class ModelConfig(ApiConfig):
     totals: str | None = setting(
         None,
         "totals that count (docs/evaluation.md); null: as in the checkpoint's manifest, else "
-        "declared, or code for a nano from scratch",
+        "declared, or code for a nano from scratch on PersonaWorld",
         choices=tuple(Totals),
     )
     max_prompt_tokens: int = setting(4096, "longest prompt; longer histories are cut to it", gt=0)

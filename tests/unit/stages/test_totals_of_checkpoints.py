@@ -28,6 +28,7 @@ def test_the_manifest_decides_and_without_one_the_setting(tmp_path):
     assert with_totals(load("recipe=score"), tmp_path).model.counted is Totals.DECLARED
     for more, kind in (
         (["model=nano"], Totals.CODE),
+        (["model=nano", "data=pairs", "data.path=votes.csv", "teacher=features"], Totals.DECLARED),
         (["model=nano", "pipeline.budget=smoke"], Totals.DECLARED),  # PSI goes on from a small checkpoint
         (["model=qwen3_8b"], Totals.DECLARED),
     ):
