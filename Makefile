@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := -n logical --maxprocesses 8
-ENGINES := tests/integration/test_pipeline.py tests/integration/grpo tests/integration/test_nodes.py tests/integration
 STAMP := $(VENV)/.installed
 # Let Python write .pyc files: every process of a run then starts faster.
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,8 +13,8 @@ demo: env ## the full pipeline on this machine: CPU, tiny model, embedded data
 	$(BIN)/python -m pgenrm_train recipe=pipeline $(ARGS)
 
 test: env ## the full test suite, real frameworks on tiny models
-	@# Unit tests on all cores; then the engines' tests, in two groups at a time, the longest first.
-	@code=0; for tests in "tests/unit $(PARALLEL)" "$(ENGINES) -n 2 --dist loadgroup"; do \
+	@# Unit tests on all cores; then the engines' tests, in two processes, an engine at a time, the longest first.
+	@code=0; for tests in "tests/unit $(PARALLEL)" "tests/integration -n 2 --dist loadfile"; do \
 		$(BIN)/python -m pytest -m "not slow and not gpu" $$tests $(ARGS) || { c=$$?; [ $$c = 5 ] || code=$$c; }; \
 	done; exit $$code
 
