@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pgenrm_train.config import Config, GrpoConfig, StageName, cuts_by_tokens, psi_cluster
+from pgenrm_train.config import Config, GrpoConfig, StageName, cuts_by_tokens, places_of, psi_cluster
 from pgenrm_train.config.setting import known
 
 # Logits that PSI's loss makes at a time: 256 MiB in float32, 523 tokens of a vocabulary of 128,256.
@@ -64,7 +64,7 @@ def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
         rate = RATE_OF_FEW if PASSES[stage] * examples / LARGEST < FEW else RATE
         section.learning_rate = section.learning_rate or rate * (LORA_FACTOR if config.model.lora.rank else 1)
         return sized
-    unit = section.mini_batch_prompts or grpo_unit(config, section)
+    unit = section.mini_batch_prompts or grpo_unit(config, stage)
     most = max(unit, examples // unit * unit)  # a step draws no pair twice
     section.prompts_per_step = section.prompts_per_step or min(most, _batch(stage, examples, unit))
     section.mini_batch_prompts = section.mini_batch_prompts or section.prompts_per_step
@@ -107,9 +107,11 @@ def psi_unit(config: Config) -> int:
     return rows // math.gcd(rows, config.psi.sequence_parallel)
 
 
-def grpo_unit(config: Config, grpo: GrpoConfig) -> int:
+def grpo_unit(config: Config, stage: StageName) -> int:
     """Smallest number of prompts whose samples processes and micro-batches divide."""
-    rows = config.cluster.ranks * (1 if cuts_by_tokens(config) else grpo.micro_batch_size)
+    grpo: GrpoConfig = getattr(config, stage)
+    ranks = places_of(config, stage).actor.cluster.ranks
+    rows = ranks * (1 if cuts_by_tokens(config) else grpo.micro_batch_size)
     return rows // math.gcd(rows, grpo.group_size)
 
 
@@ -164,7 +166,7 @@ def _fewer_passes(config: Config, sizes: Sizes) -> str:
 def _more_steps(config: Config, sizes: Sizes) -> str:
     """The nearest setting with enough steps within the allowed passes."""
     stage, limit = sizes.stage, MANY_PASSES * sizes.examples
-    unit = psi_unit(config) if stage == StageName.PSI else grpo_unit(config, getattr(config, stage))
+    unit = psi_unit(config) if stage == StageName.PSI else grpo_unit(config, stage)
     batches = [b for b in (sizes.batch, *range(sizes.batch // unit * unit, 0, -unit)) if b * FEW <= limit]
     if not batches:
         too_few = f"{sizes.examples:,} examples are too few for {config.cluster.ranks} processes"

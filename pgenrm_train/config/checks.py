@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pgenrm_train.config.data import QUESTIONS, VOTES
 from pgenrm_train.config.endpoints import api_problems
 from pgenrm_train.config.evaluation import TASKS, sizes, task_of
-from pgenrm_train.config.grpo import SEPARATE, GrpoConfig
+from pgenrm_train.config.grpo import GrpoConfig
 from pgenrm_train.config.model import BASELINES, EXACT, PERSONA_BASELINE, Totals
-from pgenrm_train.config.schema import Config, psi_cluster, tokens_per_pass
+from pgenrm_train.config.schema import Config, places_of, psi_cluster, tokens_per_pass
 from pgenrm_train.config.setting import not_one_of, violations
 from pgenrm_train.config.stage_names import CHOOSING, GRPO_STAGES, StageName
 from pgenrm_train.errors import ConfigError
@@ -112,7 +112,11 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
     Sizes that are null follow from the data, and then divide.
     """
     grpo: GrpoConfig = getattr(config, stage)
-    cluster, ranks = config.cluster, config.cluster.ranks
+    if grpo.separate and (unsplit := list(_split_problems(config, stage))):
+        return unsplit
+    places = places_of(config, stage)
+    cluster, ranks = places.sampler.cluster, places.actor.cluster.ranks
+    processes = "the actor's GPUs" if grpo.separate else "cluster.nodes × cluster.processes_per_node"
     mini_batch = grpo.mini_batch_prompts or grpo.prompts_per_step or 0
     rollouts = mini_batch * grpo.group_size
     nearest = nearest_multiple(mini_batch, ranks, grpo.group_size)
@@ -124,14 +128,9 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             f"with {one_part} there is none; leave it out",
         ),
         (
-            grpo.mode == SEPARATE,
-            f"{stage}.mode=separate_async needs GPUs for vLLM alone and veRL's nccl checkpoint engine, which "
-            f"this version does not start; {stage}.mode=async hides a slow judge on the training GPUs",
-        ),
-        (
             rollouts % ranks > 0,
             f"{stage}.mini_batch_prompts × {stage}.group_size = {rollouts} must be a multiple of "
-            f"cluster.nodes × cluster.processes_per_node = {ranks}; "
+            f"{processes} = {ranks}; "
             f"the nearest is {stage}.mini_batch_prompts={nearest}",
         ),
         (
@@ -144,11 +143,39 @@ def grpo_problems(config: Config, stage: StageName) -> list[str]:
             # a vLLM replica stays on one node
             cluster.processes_per_node % cluster.tensor_parallel > 0,
             f"cluster.tensor_parallel={cluster.tensor_parallel} must divide the {cluster.processes_per_node} "
-            "processes of cluster.processes_per_node; the nearest is "
+            f"{'GPUs of vLLM on a node' if grpo.separate else 'processes of cluster.processes_per_node'}; "
+            "the nearest is "
             f"cluster.tensor_parallel={divisor_of(cluster.processes_per_node, cluster.tensor_parallel)}",
         ),
     ]
     return [sentence for broken, sentence in rules if broken]
+
+
+def _split_problems(config: Config, stage: StageName) -> Iterator[str]:
+    """Reasons why the GPUs cannot be divided between the actor and vLLM."""
+    cluster, unit = config.cluster, 1 if config.cluster.nodes == 1 else config.cluster.processes_per_node
+    mode, (other,) = f"{stage}.mode=separate_async", (name for name in GRPO_STAGES if name != stage)
+    if cluster.device == "cpu":
+        yield (
+            f"{mode} needs GPUs, because veRL's nccl checkpoint engine copies the weights to those of vLLM; "
+            f"{stage}.mode=async works on a CPU"
+        )
+    elif config.model.lora.rank:
+        yield (
+            f"{mode} would sample without the adapter, because veRL sends only the frozen weights to other "
+            f"GPUs; use model.lora.rank=0 or {stage}.mode=async"
+        )
+    elif cluster.ranks < 2:
+        yield f"{mode} needs one GPU for vLLM and one for the actor; use cluster=gpu8 or {stage}.mode=async"
+    elif other in SEVERAL.get(config.recipe, ()) and not getattr(config, other).separate:
+        yield f"{mode} needs {other}.mode=separate_async too, because both stages share a session of veRL"
+    elif (gpus := cluster.rollout_gpus) and (gpus % unit or gpus >= cluster.ranks):
+        nearest = min(nearest_multiple(gpus, unit, 1), cluster.ranks - unit)
+        full = f", full nodes of {unit}," if unit > 1 else ""
+        yield (
+            f"cluster.rollout_gpus={gpus} must be a part{full} of the {cluster.ranks} GPUs; "
+            f"the nearest is cluster.rollout_gpus={nearest}"
+        )
 
 
 def _not_counts(config: Config) -> Iterator[str]:

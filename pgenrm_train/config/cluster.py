@@ -1,6 +1,6 @@
 """Settings of the machines: cluster, preflight and the planner's assumptions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pgenrm_train.config.setting import REQUIRED, setting
 from pgenrm_train.config.stage_names import PLANNED
@@ -48,6 +48,9 @@ class ClusterConfig:
     gpu_memory_utilization: float = setting(
         0.6, "vLLM's share of a GPU that it shares with the actor", gt=0, lt=1
     )
+    rollout_gpus: int | None = setting(
+        None, "mode=separate_async: GPUs of all nodes that vLLM has alone; null: half", gt=0
+    )
     min_free_memory_gib: float | None = setting(
         None, "preflight: host memory that must be free; null: as planned for the stage"
     )
@@ -59,6 +62,15 @@ class ClusterConfig:
     def ranks(self) -> int:
         """Processes of one training, over all nodes."""
         return self.nodes * self.processes_per_node
+
+    def split(self) -> tuple["ClusterConfig", "ClusterConfig"]:
+        """Clusters of the actor and of vLLM with `mode=separate_async`: full nodes, or parts of one node."""
+        key = "processes_per_node" if self.nodes == 1 else "nodes"
+        parts = getattr(self, key)  # GPUs or nodes
+        per_part = self.ranks // parts
+        alone = self.rollout_gpus // per_part if self.rollout_gpus else parts // 2
+        alone = min(max(alone, 1), max(parts - 1, 1))  # `checks` refuses other numbers
+        return replace(self, **{key: max(parts - alone, 1)}), replace(self, **{key: alone})
 
 
 @dataclass

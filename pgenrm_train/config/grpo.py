@@ -11,17 +11,23 @@ from pgenrm_train.config.setting import setting
 
 SCHEDULES = ("linear", "cosine", "step", "self_paced", "uniform", "anti")
 SYNC, ASYNC, SEPARATE = MODES = ("sync", "async", "separate_async")
+# vLLM's share of a GPU of its own: veRL's worker there receives weights in two buffers of 2 GiB.
+VLLM_ALONE = 0.85
 
 
 @dataclass
 class GrpoConfig:
     masking: str = setting("masked", "masking policy of the stage", choices=MASKINGS)
     mode: str = setting(
-        SYNC, "async: the next step's chains are sampled while this step's are judged", choices=MODES
+        SYNC,
+        "async: the next step's chains are sampled while this step's are judged; separate_async: and while "
+        "the actor is updated, by vLLM on GPUs of its own",
+        choices=MODES,
     )
     max_staleness: int = setting(
         1,
-        "mode=async: most updates since the weights that sampled a chain; as many steps are sampled ahead",
+        "not with mode=sync: most updates since the weights that sampled a chain; as many steps are sampled "
+        "ahead",
         ge=1,
     )
     seed: int | None = setting(None, "another seed repeats the stage on the same data; null: the run's")
@@ -86,7 +92,12 @@ class GrpoConfig:
     @property
     def steps_ahead(self) -> int:
         """Steps that are sampled before their turn."""
-        return self.max_staleness if self.mode == ASYNC else 0
+        return 0 if self.mode == SYNC else self.max_staleness
+
+    @property
+    def separate(self) -> bool:
+        """Whether vLLM has GPUs of its own."""
+        return self.mode == SEPARATE
 
 
 @dataclass

@@ -146,6 +146,21 @@ def machines(config: Config, *stages: str) -> Machines:
     )
 
 
+class Places(NamedTuple):
+    """The configuration with the GPUs of a GRPO stage's actor, and with those of its vLLM."""
+
+    actor: Config
+    sampler: Config
+
+
+def places_of(config: Config, stage: str) -> Places:
+    """Where a GRPO stage trains and samples: on the same GPUs, unless its mode is `separate_async`."""
+    if not getattr(config, stage).separate:
+        return Places(config, config)
+    actor, sampler = config.cluster.split()
+    return Places(replace(config, cluster=actor), replace(config, cluster=sampler))
+
+
 def psi_cluster(config: Config) -> ClusterConfig:
     """The cluster as PSI uses it: on a CPU it has at least `psi.cpu_processes` processes."""
     least = config.psi.cpu_processes if config.cluster.device == "cpu" else 1

@@ -96,6 +96,9 @@ class Stage:
             for key, value in ADDED:
                 if (name := f"{self.name}.{key}") in settings and settings[name] == value:
                     del settings[name]
+            if getattr(config, self.name).separate:
+                # optimiser states are sharded over the actor's GPUs
+                settings["cluster.rollout_gpus"] = config.cluster.rollout_gpus
         if "psi.evaluate_every" in settings and not config.psi.evaluate_every:
             # measured alone, accuracy changes no checkpoint: as in runs that measured none
             settings |= {"psi.evaluate_every": 0, "psi.evaluate_pairs": 64}

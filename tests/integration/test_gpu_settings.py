@@ -21,11 +21,15 @@ WITHOUT_PADDING = [(model, cluster, "flash_attention_2") for model, cluster in (
 
 
 @pytest.mark.parametrize(
-    ("model", "cluster", "attention"),
-    [*((*setting, "sdpa") for setting in SETTINGS[1:2]), *WITHOUT_PADDING],
+    ("model", "cluster", "attention", "more"),
+    [
+        ("qwen3_8b", "gpu1", "sdpa", ""),
+        ("qwen3_8b", "gpu8", "flash_attention_2", "model.lora.rank=8"),
+        *((*setting, "") for setting in WITHOUT_PADDING),
+    ],
 )
 def test_the_shipped_verl_settings_take_a_real_step(
-    model: str, cluster: str, attention: str, tmp_path: Path
+    model: str, cluster: str, attention: str, more: str, tmp_path: Path
 ) -> None:
     """A model of the same shape with untied embeddings; two ranks, but one for the cluster of one GPU."""
     import torch
@@ -36,7 +40,7 @@ def test_the_shipped_verl_settings_take_a_real_step(
     verl_world.write_rows(tmp_path / "rows.parquet", 8)
     env = {**os.environ, **verl_variables(Config(recipe="cre"))}
     command = [sys.executable, str(ROOT / "tests/support/gpu_on_cpu.py"), str(tmp_path), model, cluster]
-    command.append(attention)
+    command += [attention, *more.split()]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     line = json.loads((tmp_path / "cre" / "metrics.jsonl").read_text().splitlines()[0])
@@ -57,6 +61,26 @@ def test_the_shipped_verl_settings_take_a_real_step(
         for folder in (tmp_path / "start", tmp_path / "cre" / "checkpoint")
     )
     assert any(not torch.equal(before[name].to(after[name].dtype), after[name]) for name in before)
+
+
+def test_vllm_on_gpus_of_its_own_samples_the_next_step_during_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`separate_async` with the shipped settings: one rank trains, one vLLM samples, a file for NCCL."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(verl_world.__file__).parent))
+    verl_world.write_checkpoint(tmp_path / "start", sft_steps=120, shape="llama")
+    verl_world.write_rows(tmp_path / "rows.parquet", 16)
+    env = {**os.environ, **verl_variables(Config(recipe="cre"))}
+    command = [sys.executable, str(ROOT / "tests/support/gpu_on_cpu.py"), str(tmp_path), "llama31_8b", "gpu8"]
+    command += ["sdpa", "cre.mode=separate_async", "cre.steps=3", "cre.learning_rate=1e-3"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "cre/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["cre/staleness/mean"] for line in steps] == [0, 1, 1], "weights reach vLLM after each update"
+    assert all(line["cre/actor/grad_norm"] > 0 for line in steps)
+    assert steps[0]["cre/training/rollout_probs_diff_mean"] < MAX_DIFFERENCE
+    assert (tmp_path / "cre/verl/global_step_3/actor/model_world_size_1_rank_0.pt").exists()
 
 
 ON_CPU = {

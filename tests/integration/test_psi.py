@@ -118,6 +118,7 @@ def wide(folder: Path, shape: str) -> Path:
         ("qwen3_8b", "gpu1", "qwen3", "cluster.zero_stage=2"),
         ("llama31_70b_lora", "multi_node", "llama", "cluster.zero_stage=3"),
         ("qwen3_8b", "gpu8", "qwen3", "cluster.zero_stage=3"),
+        ("qwen3_8b", "gpu8", "qwen3", "cluster.zero_stage=1 model.lora.rank=8"),
     ],
 )
 def test_gpu_settings_take_a_real_step(

@@ -1,6 +1,6 @@
 """Child of test_gpu_settings.py: veRL with the shipped GPU settings, and the switches below, on this CPU.
 
-`python gpu_on_cpu.py FOLDER MODEL CLUSTER ATTENTION`, in the environment of
+`python gpu_on_cpu.py FOLDER MODEL CLUSTER ATTENTION [OVERRIDE …]`, in the environment of
 `grpo.config.verl_variables` for a CPU.  FOLDER holds start/ and rows.parquet of `verl_world`.
 """
 
@@ -46,9 +46,14 @@ CPU_SWITCHES: dict[str, Any] = {
     f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
     f"{ROLLOUT}.agent.num_workers": 1,  # one sampler is enough for two servers
 }
+# … of `mode=separate_async`: NCCL's part
+SEPARATE_SWITCHES = {
+    f"{ROLLOUT}.checkpoint_engine.backend": "files",
+    f"{ROLLOUT}.checkpoint_engine.custom_backend_module": "file_engine",
+}
 
 
-def gpu_config(folder: Path, model: str, cluster: str, attention: str) -> Config:
+def gpu_config(folder: Path, model: str, cluster: str, attention: str, *more: str) -> Config:
     ranks = 1 if cluster == "gpu1" else 2
     overrides = [f"{key}={value}" for key, value in (SMALLER | {"cluster.processes_per_node": ranks}).items()]
     return load(
@@ -63,6 +68,7 @@ def gpu_config(folder: Path, model: str, cluster: str, attention: str) -> Config
         "data.path=none.parquet",
         "teacher=features",
         *overrides,
+        *more,
     )
 
 
@@ -70,7 +76,8 @@ def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:
     gpu = copy.deepcopy(config)
     gpu.cluster.device = "cuda"
     composed = to_verl(gpu, section, **where)
-    for key, value in CPU_SWITCHES.items():
+    separate = {} if composed.actor_rollout_ref.hybrid_engine else SEPARATE_SWITCHES
+    for key, value in (CPU_SWITCHES | separate).items():
         OmegaConf.update(composed, key, value, force_add=True)
     return composed
 
@@ -78,8 +85,8 @@ def shipped_with_switches(config: Config, section: str, **where: Any) -> Any:
 to_verl = engine.to_verl
 
 
-def main(folder: Path, model: str, cluster: str, attention: str) -> None:
-    config = gpu_config(folder, model, cluster, attention)
+def main(folder: Path, *settings: str) -> None:
+    config = gpu_config(folder, *settings)
     config.cluster.device = "cpu"  # how Ray and the processes start
     engine.to_verl = shipped_with_switches
     phase = Phase(StageName.CRE, folder / "start", folder / "rows.parquet", folder / "cre", config.cre.steps)

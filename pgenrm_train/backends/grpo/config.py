@@ -20,10 +20,12 @@ from pgenrm_train.config import (
     StageName,
     attention_of,
     compose,
+    places_of,
     seed_of,
     tokens_per_pass,
 )
 from pgenrm_train.config.checks import grpo_problems
+from pgenrm_train.config.grpo import VLLM_ALONE
 from pgenrm_train.config.schema import FLASH
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ArtifactError, ConfigError
@@ -110,6 +112,7 @@ def verl_keys(
         "trainer.total_training_steps": total_steps,
         "actor_rollout_ref.actor.optim.total_training_steps": total_steps,
         **device_keys(config, section),
+        **(separate_keys(config, section) if getattr(config, section).separate else {}),
     }
 
 
@@ -144,7 +147,7 @@ def check(config: Config, section: str, start: Path) -> None:
 def grpo_keys(config: Config, section: str) -> dict[str, object]:
     """Keys that do not depend on the device."""
     grpo: GrpoConfig = getattr(config, section)
-    model, cluster, seed = config.model, config.cluster, seed_of(config, section)
+    model, cluster, seed = config.model, places_of(config, section).actor.cluster, seed_of(config, section)
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,
@@ -203,6 +206,21 @@ def grpo_keys(config: Config, section: str) -> dict[str, object]:
     }
 
 
+def separate_keys(config: Config, section: str) -> dict[str, object]:
+    """`mode=separate_async`: vLLM has GPUs of its own, to which NCCL copies the actor's weights.
+
+    verl's mode of this name is another trainer, which takes any finished groups; ours stays `trainer`.
+    """
+    cluster = places_of(config, section).sampler.cluster
+    return {
+        "actor_rollout_ref.hybrid_engine": False,
+        f"{ROLLOUT}.nnodes": cluster.nodes,
+        f"{ROLLOUT}.n_gpus_per_node": cluster.processes_per_node,
+        f"{ROLLOUT}.gpu_memory_utilization": VLLM_ALONE,
+        f"{ROLLOUT}.checkpoint_engine.backend": "nccl",
+    }
+
+
 # Actor and reference compute in fp32; veRL's default is bf16, whatever the type of the weights.
 FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 IN_FP32: dict[str, object] = {
@@ -215,12 +233,14 @@ IN_FP32: dict[str, object] = {
 def cpu_keys(config: Config, section: str) -> dict[str, object]:
     """fp32; engine and server in one process.
 
-    The log-probabilities of sampling equal the actor's, so they are not computed again.
+    The log-probabilities of sampling equal those of the actor that sampled, so they are not computed again.
     """
     grpo: GrpoConfig = getattr(config, section)
     return {
         **IN_FP32,
-        "algorithm.rollout_correction.bypass_mode": True,
+        # With several updates of older chains the sampler is not the old policy.
+        "algorithm.rollout_correction.bypass_mode": not grpo.steps_ahead
+        or grpo.mini_batch_prompts == grpo.prompts_per_step,
         "actor_rollout_ref.model.use_remove_padding": False,
         "actor_rollout_ref.model.override_config": {"attn_implementation": "sdpa"},
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,

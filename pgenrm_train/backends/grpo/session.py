@@ -132,8 +132,7 @@ class Session(AbstractContextManager["Session"]):
         self.trainer = ChainTrainer(verl)
         self.trainer.init()
         if self.config.ray.address is not None:
-            pools = self.trainer.resource_pool_manager.resource_pool_dict.values()
-            self.nodes = nodes_of([group for pool in pools for group in pool.pgs or ()])
+            self.nodes = nodes_of(self.trainer.placement_groups)
             threading.Thread(target=self._watch_nodes, name="nodes", daemon=True).start()
 
     def _watch_nodes(self) -> None:

@@ -17,6 +17,8 @@ the reasons:
   awaited: update, sync, then sample step t + 1 while step t is judged.  Steps, their rows and their groups
   are those of `sync`; only the weights that sample them are older.  vLLM sleeps once nothing is in flight.
   verl's `colocate_async` instead aborts chains in the middle and trains on the groups that end first.
+- With `mode=separate_async` vLLM has GPUs of its own and never sleeps: it samples step t + 1 also during the
+  update of step t.  The weights are copied once nothing is in flight, so no chain has two policies.
 - Rewards are awaited where advantages need them, after the log-probabilities; `time/verdicts` is that wait
   per step.
 - Reward parts are read before the checkpoint is written.  A stop (too many reward errors, a judge without
@@ -33,9 +35,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 import transfer_queue as tq
+from verl.checkpoint_engine import CheckpointEngineManager
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.workers.rollout.llm_server import LLMServerManager
 
@@ -88,6 +92,8 @@ class ChainTrainer(PPOTrainerSync):
 
     def __init__(self, config: Any) -> None:
         config.trainer.v1.trainer_mode = "sync"  # the base class branches on the name
+        self.separate = not config.actor_rollout_ref.hybrid_engine
+        self._enable_hybrid_replicas = not self.separate  # read by the base class
         super().__init__(config)
         self.replay_buffer.poll_interval = POLL_SECONDS
         self.run: PhaseRun  # set by `prepare`
@@ -107,6 +113,24 @@ class ChainTrainer(PPOTrainerSync):
         super()._init_resource_pool_mgr()
         self.role_worker_mapping = {role: ray.remote(ChainWorker) for role in self.role_worker_mapping}
 
+    def _setup(self) -> None:
+        super()._setup()
+        if self.separate:
+            self.llm_server_manager = DirectServers.create(config=self.config)
+            self.checkpoint_manager = CheckpointEngineManager(
+                omega_conf_to_dataclass(self.config.actor_rollout_ref.rollout.checkpoint_engine),
+                self.actor_rollout_wg,
+                self.llm_server_manager.get_replicas(),
+            )
+
+    @property
+    def placement_groups(self) -> list[Any]:
+        """Ray's placement groups of all workers."""
+        pools = [*self.resource_pool_manager.resource_pool_dict.values()]
+        if self.separate:
+            pools += [replica.resource_pool for replica in self.llm_server_manager.get_replicas()]
+        return [group for pool in pools for group in pool.pgs or ()]
+
     def _load_checkpoint(self) -> None:
         self.global_steps = 0
 
@@ -123,12 +147,15 @@ class ChainTrainer(PPOTrainerSync):
         self.total_training_steps = run.phase.steps
         self.use_reference_policy = config.actor_rollout_ref.actor.use_kl_loss
         self.sleep()
-        self.actor_rollout_wg.begin_phase(
-            config.actor_rollout_ref,
-            str(start),
-            self.loaded != str(start),
-            config.algorithm.rollout_correction.bypass_mode,
-        )
+        # With vLLM on GPUs of its own the reference is a worker group, else a part of the actor's.
+        groups = {self.actor_rollout_wg, getattr(self, "ref_policy_wg", self.actor_rollout_wg)}
+        for group in groups:
+            group.begin_phase(
+                config.actor_rollout_ref,
+                str(start),
+                self.loaded != str(start),
+                config.algorithm.rollout_correction.bypass_mode,
+            )
         self.loaded, self.global_steps = str(start), 0
         self.truth = pkgutil.resolve_name(run.phase.truth)(run.config) if run.phase.truth else None
         self.gold = run.phase.gold.build() if run.phase.gold else None
@@ -284,23 +311,29 @@ class ChainTrainer(PPOTrainerSync):
         self.rollout.train(prompts)
 
     def on_sample_begin(self) -> None:
-        """Wait until vLLM may sleep: the step is sampled, and every prompt of the steps ahead once."""
+        """Wait until the step is sampled, and vLLM may sleep: every prompt of the steps ahead is, once."""
         if self.run.grpo.steps_ahead:
             while self._samples():
                 time.sleep(POLL_SECONDS)
-            self.rollout.pause()
+            if not self.separate:
+                self.rollout.pause()
 
     def _samples(self) -> bool:
         buffer = self.replay_buffer
         buffer._sync_metadata_from_transfer_queue()
-        again = any(uid.startswith(f"s{self.global_steps}p") for uid in buffer.running_keys["train"])
-        return again or bool(buffer.pending_keys["train"])
+        pending, running = buffer.pending_keys["train"], buffer.running_keys["train"]
+        of_step = any(uid.startswith(f"s{self.global_steps}p") for uid in pending | running)
+        return of_step or bool(pending and not self.separate)
 
     def on_sample_end(self) -> None:
-        super().on_sample_end()
+        if not self.separate:
+            super().on_sample_end()
         self.run.beat(self.global_steps, "taking log-probabilities", Part.LOG_PROBABILITIES)
 
     def on_step_end(self) -> None:
+        if self.separate:
+            self.run.beat(self.global_steps, "waiting for the chains of steps ahead", Part.GENERATION)
+            self.rollout.pause()
         self.run.beat(self.global_steps, "syncing weights to vLLM", Part.SYNC)
         super().on_step_end()
         if self.run.grpo.steps_ahead:
@@ -343,7 +376,7 @@ class ChainTrainer(PPOTrainerSync):
         ours |= {"time/step": time.monotonic() - began} | {f"time/{k}": v for k, v in timing_raw.items()}
         ours |= engine_metrics(metrics) | self.utilization.read()
         tokens = sum(tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False))
-        ranks = self.actor_rollout_wg.world_size
+        ranks = self.run.config.cluster.ranks  # with those of vLLM alone
         ours["perf/throughput"] = tokens / ours["time/step"] / ranks  # tokens per second and rank
         if not run.warned and not ours["staleness/max"] and (warning := difference_warning(ours)):
             run.warned = True

@@ -86,11 +86,15 @@ class ChainWorker(ActorRolloutRefWorker):
         checkpoint `start`, for the actor and as the new reference.  With `compare` the loss also compares the
         actor with the sampler.
         """
+        if self.ref is not None:
+            if reload:
+                load_weights(self.ref.engine, start)
+            _cut_inference(self.ref.engine.engine_config, config.ref)
+        if self.actor is None:  # the worker of the reference alone
+            return
         engine = self.actor.engine
         if reload:
             load_weights(engine, start)
-            if self.ref is not None:
-                load_weights(self.ref.engine, start)
         settings = omega_conf_to_dataclass(config.actor)
         settings.model_config = self.actor.model_config
         self.actor.set_loss_fn(partial(loss_and_difference if compare else ppo_loss, config=settings))
@@ -100,8 +104,6 @@ class ChainWorker(ActorRolloutRefWorker):
         batches.micro_batch_size_per_gpu = settings.ppo_micro_batch_size_per_gpu
         batches.max_token_len_per_gpu = settings.ppo_max_token_len_per_gpu
         _cut_inference(batches, config.rollout)
-        if self.ref is not None:
-            _cut_inference(self.ref.engine.engine_config, config.ref)
         engine.optimizer = engine._build_optimizer(engine.module)
         engine.lr_scheduler = engine._build_lr_scheduler(engine.optimizer)
         engine.checkpoint_manager.optimizer = engine.optimizer

@@ -19,7 +19,15 @@ from pgenrm_train.cluster.planning.memory import (
 )
 from pgenrm_train.cluster.planning.work import with_planned_sizes
 from pgenrm_train.cluster.sizes import LORA_FACTOR, psi_unit
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, psi_cluster, tokens_per_pass
+from pgenrm_train.config import (
+    GRPO_STAGES,
+    TRAINED,
+    Config,
+    StageName,
+    places_of,
+    psi_cluster,
+    tokens_per_pass,
+)
 from pgenrm_train.config.checks import divisor_of, grpo_problems, nearest_multiple, psi_problems
 from pgenrm_train.config.setting import known
 
@@ -57,7 +65,8 @@ def psi_batches(config: Config) -> Batches:
 
 def grpo_batches(config: Config, stage: StageName) -> Batches:
     """rollouts = prompts × group; one mini-batch is one update, divided over processes and micro-batches."""
-    grpo, ranks = grpo_of(config, stage), config.cluster.ranks
+    grpo, places = grpo_of(config, stage), places_of(config, stage)
+    ranks, sampling = places.actor.cluster.ranks, places.sampler.cluster.ranks
     prompts, mini_batch = known(grpo.prompts_per_step), known(grpo.mini_batch_prompts)
     rollouts = mini_batch * grpo.group_size
     facts = {
@@ -66,8 +75,10 @@ def grpo_batches(config: Config, stage: StageName) -> Batches:
         "rollouts per step": prompts * grpo.group_size,
         "updates per step": prompts // mini_batch,
         "rollouts per process and update": rollouts // ranks,
-        "vLLM replicas": max(1, ranks // config.cluster.tensor_parallel),
+        "vLLM replicas": max(1, sampling // config.cluster.tensor_parallel),
     }
+    if grpo.separate:
+        facts |= {"GPUs of the actor": ranks, "GPUs of vLLM": sampling}
     if tokens := tokens_per_pass(config, stage):
         facts["tokens per process and pass"] = tokens
     else:
@@ -215,7 +226,7 @@ def _psi_changes(config: Config) -> Iterator[Change]:
 
 
 def _grpo_batches(config: Config, stage: StageName) -> Iterator[Change]:
-    grpo, ranks = grpo_of(config, stage), config.cluster.ranks
+    grpo, ranks = grpo_of(config, stage), places_of(config, stage).actor.cluster.ranks
     if grpo.mini_batch_prompts and grpo.mini_batch_prompts * grpo.group_size % ranks:
         prompts = max(ranks, grpo.mini_batch_prompts // ranks * ranks)
         yield ((f"{stage}.mini_batch_prompts", prompts), (f"{stage}.prompts_per_step", prompts))

@@ -14,6 +14,7 @@ Model states of GRPO on veRL (FSDP2, PyTorch's fully_shard): fp32 weights, gradi
 4·Ψ/N + 12·Ψ_t/N (veRL casts adapters to the type of their base, so a frozen base is fp32 too).  Layers are
 gathered in bf16.  The reference model's shards stay in host memory (veRL offloads models that are never
 trained).  Offloaded weights and moments leave the GPU while vLLM generates and return for the update.
+With `mode=separate_async` N counts the actor's GPUs; vLLM's hold no actor, but the buckets of its weights.
 
 Activations per token and layer follow Korthikanti et al. 2022 (§4.1), recounted for RMSNorm, SwiGLU,
 grouped queries and attention without a stored T×T matrix:  2h(4 + 2b) of the two norms (an fp32 copy, the
@@ -48,8 +49,10 @@ from pgenrm_train.config import (
     GrpoConfig,
     StageName,
     attention_of,
+    places_of,
     tokens_per_pass,
 )
+from pgenrm_train.config.grpo import VLLM_ALONE
 from pgenrm_train.config.schema import FLASH
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
@@ -58,6 +61,7 @@ GIB = 2.0**30
 BUCKET = 5e8  # elements: DeepSpeed's reduce_bucket_size and allgather_bucket_size
 LIVE = 1e9  # elements: DeepSpeed's stage3_max_live_parameters
 CONTEXT_GIB = 1.5  # CUDA context, NCCL and cuBLAS work spaces
+WEIGHT_BUCKETS = 4.0  # GiB: two of veRL's update_weights_bucket_megabytes
 VLLM_CONTEXT_GIB = 2.0  # and CUDA graphs
 FRAGMENTATION = 0.05  # of activations and logits, lost in the caching allocator
 ROOM = 0.8  # of a GPU that PSI may take under a ZeRO stage that the plan chooses
@@ -276,8 +280,10 @@ def zero_states(config: Config, geometry: Geometry) -> tuple[dict[str, float], d
 
 
 def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Phase]:
-    """Rollout (vLLM next to the resident actor) and update (vLLM asleep)."""
-    grpo, cpu, n = grpo_of(config, stage), config.cluster.device == "cpu", config.cluster.ranks
+    """Rollout (vLLM next to the resident actor) and update (vLLM asleep), or each on GPUs of its own."""
+    grpo, cpu = grpo_of(config, stage), config.cluster.device == "cpu"
+    cluster = places_of(config, stage).actor.cluster
+    n = cluster.ranks
     lora, trained, parameters = (
         config.model.lora.rank,
         trained_parameters(config, geometry),
@@ -300,7 +306,7 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
     if cpu:  # vLLM never sleeps on a CPU: its weights and cache stay
         resident = {"vLLM weights": 4 * parameters / GIB, "vLLM KV cache": 1.0}
         return [Phase(stage, "update", update | resident, memory)]
-    local, offload = config.cluster.processes_per_node, config.cluster.offload_optimizer
+    local, offload = cluster.processes_per_node, cluster.offload_optimizer
     host = {
         "offloaded actor": local * (weights + states["optimizer"]) if offload else 0.0,
         "reference model": local * element_bytes(config) * parameters / n
@@ -308,8 +314,10 @@ def grpo_phases(config: Config, geometry: Geometry, stage: StageName) -> list[Ph
         else 0.0,
     }
     kept = {} if offload else _gib({name: states[name] for name in ("actor weights", "optimizer")})
-    cluster = config.cluster
     serving = Serving(cluster.gpu_memory_utilization, cluster.tensor_parallel, length)
+    if grpo.separate:
+        update["buckets of weights"] = WEIGHT_BUCKETS
+        serving, kept = replace(serving, utilization=VLLM_ALONE), {"buckets of weights": WEIGHT_BUCKETS}
     return [
         vllm_phase(config, geometry, stage, "rollout", serving, kept),
         Phase(stage, "update", update, memory, _gib({name: size for name, size in host.items() if size})),

@@ -14,7 +14,7 @@ from pathlib import Path
 from pgenrm_train.cluster.planning.geometry import geometry_of
 from pgenrm_train.cluster.planning.memory import GIB, element_bytes, phases_of
 from pgenrm_train.cluster.planning.work import STATES, examples_of, with_planned_sizes, work_of
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, gpus_per_node
+from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, StageName, gpus_per_node, places_of
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 
@@ -97,7 +97,7 @@ def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
 
 def _idle_replicas(config: Config, stage: StageName) -> Iterator[str]:
     """One vLLM replica samples the chains of a prompt, so a step of few prompts leaves others idle."""
-    replicas = config.cluster.ranks // config.cluster.tensor_parallel
+    replicas = places_of(config, stage).sampler.cluster.ranks // config.cluster.tensor_parallel
     prompts = known(getattr(with_planned_sizes(config), stage).prompts_per_step)
     if 2 * prompts >= replicas:
         return

@@ -39,7 +39,17 @@ from pgenrm_train.cluster.planning.memory import (
     with_zero_stage,
 )
 from pgenrm_train.cluster.sizes import sizes_of, with_sizes
-from pgenrm_train.config import GRPO_STAGES, TRAINED, Config, EndpointConfig, StageName, seeds_of_grid, sizes
+from pgenrm_train.config import (
+    GRPO_STAGES,
+    TRAINED,
+    Config,
+    EndpointConfig,
+    StageName,
+    places_of,
+    seeds_of_grid,
+    sizes,
+)
+from pgenrm_train.config.grpo import VLLM_ALONE
 
 # Published data sets (the paper, section on evaluation): (train, test) pairs, and users.
 PUBLISHED = {
@@ -234,9 +244,10 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     sizes = sizes_of(config, stage, examples_of(config, stage))
     prompts, length = sizes.steps * sizes.batch, prompt + response
     rollouts, mined = prompts * grpo.group_size, sizes.examples * getattr(grpo, "mining_samples", 0)
-    utilization = config.cluster.gpu_memory_utilization
+    actor, sampler = places_of(config, stage)
+    utilization = VLLM_ALONE if grpo.separate else config.cluster.gpu_memory_utilization
     rate, mining_rate = (
-        generation_rate(config, geometry, utilization, SEQUENCES, chains)
+        generation_rate(sampler, geometry, utilization, SEQUENCES, chains)
         for chains in (sizes.batch * grpo.group_size, mined)
     )
     # A server reads the prompt of a group once; mining reads each pair in both orders.
@@ -249,11 +260,14 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
     recomputed = config.cluster.device != "cpu" and several
     passes = recomputed + (grpo.kl_coefficient > 0)
     seconds = {
-        "prefill": training_seconds(config, geometry, read, prompt, 1),
+        "prefill": training_seconds(sampler, geometry, read, prompt, 1),
         "generation": rollouts * response / rate + mined * response / mining_rate,
-        "log-probabilities": training_seconds(config, geometry, trained_on * passes, length, 1),
-        "update": training_seconds(config, geometry, trained_on, length, passes_of(config)),
+        "log-probabilities": training_seconds(actor, geometry, trained_on * passes, length, 1),
+        "update": training_seconds(actor, geometry, trained_on, length, passes_of(config)),
     }
+    if grpo.separate:  # vLLM samples the next step meanwhile
+        updating = seconds["log-probabilities"] + seconds["update"]
+        seconds["generation"] -= min(rollouts * response / rate, updating)
     judged = rollouts if grpo.process_weight and config.judge.kind in ("endpoint", "vllm") else 0
     judge_tokens = {"read": float(judged) * (response + 500), "written": judged * 50.0}
     trained, parameters = trained_parameters(config, geometry), geometry.parameters
@@ -279,8 +293,9 @@ def grpo_work(config: Config, geometry: Geometry, stage: StageName) -> Work:
         },
         _api_dollars(config.judge, judge_tokens) if judged else 0.0,
         (
-            f"vLLM generates {rate / config.cluster.ranks:,.0f} tokens per second and process "
+            f"vLLM generates {rate / sampler.cluster.ranks:,.0f} tokens per second and process "
             "(plan.tokens_per_second= when measured)",
+            *(["the generation of a step overlaps with the update before it"] if grpo.separate else []),
         ),
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pgenrm_train.cluster.planning.needs import disk_gib, host_gib
 from pgenrm_train.cluster.preflight.gpus import HEAVY, check_gpus
 from pgenrm_train.cluster.preflight.reach import ChildFailed, check_ray, run_module
-from pgenrm_train.config import ROOT, STAGES, TRAINED, Config, StageName, attention_of
+from pgenrm_train.config import GRPO_STAGES, ROOT, STAGES, TRAINED, Config, StageName, attention_of
 from pgenrm_train.config.schema import FLASH
 from pgenrm_train.run.folder import PACKAGES, StageFolder, installed_version
 
@@ -98,6 +98,12 @@ def check_versions(config: Config, stage: str) -> Iterator[str]:
             wrong.append(f"{name} is {version or 'not installed'} instead of {wanted[name]}")
     if device == "gpu" and stage in TRAINED and attention_of(config) == FLASH:
         yield from _flash_problems(config)
+    separate = stage in GRPO_STAGES and getattr(config, stage).separate
+    if device == "gpu" and separate and not installed("cupy-cuda13x"):
+        yield (
+            f"{stage}.mode=separate_async needs the package cupy-cuda13x, which is not installed; "
+            f"install requirements/gpu.txt, or {stage}.mode=async"
+        )
     if wrong:
         yield (
             f"versions differ from the pins ({', '.join(wrong)}); install them with "

@@ -51,7 +51,7 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All phases in one session, since its start takes longer than their steps.
 
     CRE, two arms of the curriculum, and CRE with a language model as judge; in the folder `async`, CRE, the
-    curriculum and CRE with a dead judge, all with `mode=async`.
+    curriculum and CRE with a dead judge and two updates per step, all with `mode=async`.
     """
     run = tmp_path_factory.mktemp("run")
     second = curriculum(world, run)
@@ -94,7 +94,7 @@ def in_async(world: Path, run: Path) -> list[Phase]:
     first, second = cre(world, run), curriculum(world, run)
     dead = dataclasses.replace(
         first, work_dir=run / "dead", steps=2, validation=None, gold=None,
-        judge=JudgeSpec("verl_world:dead_judge"), settings={"max_null_share": 1.0},
+        judge=JudgeSpec("verl_world:dead_judge"), settings={"max_null_share": 1.0, "mini_batch_prompts": 4},
     )  # fmt: skip
     return [
         dataclasses.replace(phase, settings=phase.settings | {"mode": "async"})

@@ -69,6 +69,16 @@ def test_a_dead_judge_gives_null_verdicts(run: Path) -> None:
     assert all(line["cre/reward/process"] is None and line["cre/reward/outcome"] >= 0 for line in steps)
 
 
+def test_with_several_updates_each_token_of_older_chains_is_weighted(run: Path) -> None:
+    """`rollout_is=token`: min(actor / sampler, 2); 1 in the first step, whose sampler is the actor."""
+    first, second = training(run, "dead", "cre")
+    assert first["cre/rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-4)
+    assert second["cre/staleness/mean"] == 1
+    assert second["cre/rollout_corr/rollout_is_max"] > 1.0001 > second["cre/rollout_corr/rollout_is_min"]
+    one_update = training(run)[-1]
+    assert "cre/rollout_corr/rollout_is_mean" not in one_update, "there the ratio is to the sampler"
+
+
 def test_a_killed_run_trains_every_step_once(world: Path, tmp_path: Path) -> None:
     """kill -9 with two steps in flight; they are sampled again, with the weights of the checkpoint."""
     phase, saved = dataclasses.replace(cre(world, tmp_path), validation=None), tmp_path / "cre/verl"
