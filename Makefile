@@ -14,7 +14,7 @@ demo: env ## the full pipeline on this machine: CPU, tiny model, embedded data
 
 test: env ## the full test suite, real frameworks on tiny models
 	@# Unit tests on all cores; then the engines' tests, in two processes, an engine at a time, the longest first.
-	@code=0; for tests in "tests/unit $(PARALLEL)" "tests/integration -n 2 --dist loadfile"; do \
+	@code=0; for tests in "tests/unit $(PARALLEL)" "tests/integration -n 2 --dist loadfile --no-loadscope-reorder"; do \
 		$(BIN)/python -m pytest -m "not slow and not gpu" $$tests $(ARGS) || { c=$$?; [ $$c = 5 ] || code=$$c; }; \
 	done; exit $$code
 

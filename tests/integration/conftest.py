@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-LONGEST = ("test_pipeline.py", "grpo", "test_nodes.py", "test_gpu_settings.py")  # they start first
+LONGEST = ("test_pipeline.py", "grpo", "test_gpu_settings.py", "test_nodes.py")  # they start first
 
 
 def _engine(nodeid: str) -> str:
