@@ -240,6 +240,7 @@ def _config(*overrides: str, nodes: int, processes: int = 1) -> Config:
     changes = {
         "cluster.nodes": nodes,
         "cluster.processes_per_node": processes,
+        "cluster.zero_stage": 3,
         "psi.max_steps": STEPS,
         "psi.save_every": 5,
     }
