@@ -127,7 +127,7 @@ class PhaseRun:
         self.first_step = 0
         self.last: Mapping[str, float | None] = {}  # metrics of the newest step
         self.draws: dict[int, Draw] = {}  # of steps that are not trained yet
-        self.warned = False  # that vLLM and the actor differ
+        self.warned: set[str] = set()  # warnings that were printed
         self.sampler: CurriculumSampler  # set once hardness is known
         # (step, doing, part), for the watchdog and the time line
         self.beat = functools.partial(beat, phase.section)

@@ -1,6 +1,7 @@
 """Metrics, progress lines and complete checkpoints of a running GRPO phase.  No veRL in here."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgenrm_train.backends.grpo.phase import Draw
-from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
+from pgenrm_train.backends.grpo.scoring import CUT, ScoredChain, ScoredGroup
 from pgenrm_train.backends.protocols import TRUTH, ChainReader
 from pgenrm_train.bootstrap import mean, user_bootstrap
 from pgenrm_train.chains.totals import UNVERIFIED
@@ -28,6 +29,7 @@ LENGTH = "validation/response_length"
 ENGINE = ("actor/", "perf/", "training/rollout_", "rollout_corr/")
 MISNAMED = re.compile(r"^actor/(?=perf/|training/|rollout_corr/)")
 DIFFERENCE = "training/rollout_probs_diff_mean"
+MAX_FORMAT_ERRORS = 0.9  # of a step's chains, without a warning; our choice
 MAX_DIFFERENCE = 0.02  # mean |p_vLLM − p_actor|; our choice, rounding in bf16 stays well below
 Metrics = dict[str, float | None]
 
@@ -66,7 +68,7 @@ def chain_metrics(groups: Sequence[ScoredGroup]) -> Metrics:
         "reward/error_share": sum(chain.error is not None for chain in chains) / len(chains),
         "pass_rate": sum(chain.passed for chain in chains) / len(chains),
         "format_error_share": sum(chain.failure is not None for chain in chains) / len(chains),
-        "length_cut_share": sum(chain.failure == "length" for chain in chains) / len(chains),
+        "length_cut_share": sum(chain.failure == CUT for chain in chains) / len(chains),
         "response_length": float(np.mean([chain.length for chain in chains])),
         "response_length_max": max(chain.length for chain in chains),
         "rollout/cached_prompt_share": float(np.mean([chain.cached_share for chain in chains])),
@@ -122,6 +124,23 @@ def difference_warning(metrics: Metrics) -> str | None:
         f"warning: probabilities of sampled tokens differ by {difference:.3f} on average between vLLM and "
         f"the actor, more than {MAX_DIFFERENCE:g}; the update is then off-policy: check the "
         "versions of the libraries, model.dtype and model.attention"
+    )
+
+
+def format_warning(groups: Sequence[ScoredGroup]) -> str | None:
+    """A sentence if nearly all chains of a step are format errors, which teach little, else None."""
+    chains = [chain for group in groups for chain in group.chains]
+    failures = Counter(chain.failure for chain in chains if chain.failure)
+    if failures.total() < MAX_FORMAT_ERRORS * len(chains):
+        return None
+    kind, count = failures.most_common(1)[0]
+    remedies = {
+        CUT: "raise model.max_response_tokens",
+        UNVERIFIED: "train PSI longer, or with model.totals=declared",
+    }
+    return (
+        f"warning: {failures.total()} of {len(chains)} chains are format errors, {count} of them {kind}; "
+        f"they have the same reward, so there is little to learn: {remedies.get(kind, 'train PSI longer')}"
     )
 
 

@@ -109,6 +109,9 @@ class Sample:
         return self.cached_tokens / len(self.prompt_ids)
 
 
+CUT = "length"  # failure of a chain that reached the limit of tokens
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredChain:
     """The reward of one chain and its parts, None where there is no value.
@@ -212,7 +215,7 @@ def _score(
         format=reward.parts["format"],
         verified=reward.parts.get("verified"),
         ranking=ranking_of(chain, chosen),
-        failure=failure if sample.finished else "length",
+        failure=failure if sample.finished else CUT,
         null_verdict=judge is not None and math.isnan(process),
         cached_share=sample.cached_share,
     )

@@ -55,6 +55,7 @@ from pgenrm_train.backends.grpo.progress import (
     chain_metrics,
     difference_warning,
     engine_metrics,
+    format_warning,
     mix_metrics,
     newest_checkpoint,
     progress_line,
@@ -378,9 +379,11 @@ class ChainTrainer(PPOTrainerSync):
         tokens = sum(tag["seq_len"] for tag in batch.tags if not tag.get("is_padding", False))
         ranks = self.run.config.cluster.ranks  # with those of vLLM alone
         ours["perf/throughput"] = tokens / ours["time/step"] / ranks  # tokens per second and rank
-        if not run.warned and not ours["staleness/max"] and (warning := difference_warning(ours)):
-            run.warned = True
-            print(f"{phase.section}: step {step}: {warning}", flush=True)
+        difference = None if ours["staleness/max"] else difference_warning(ours)
+        for name, warning in (("difference", difference), ("format", format_warning(groups))):
+            if warning and name not in run.warned:
+                run.warned.add(name)
+                print(f"{phase.section}: step {step}: {warning}", flush=True)
         run.last = ours
         self._log(under_stage(phase.section, ours))
         seconds = (time.monotonic() - run.started) / max(self.global_steps - run.first_step, 1)

@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable
 
+import pytest
+
 from pgenrm_train.backends.grpo.progress import (
     DIFFERENCE,
     MAX_DIFFERENCE,
     difference_warning,
     engine_metrics,
+    format_warning,
     sample_rows,
     staleness_metrics,
     truth_metrics,
     validation_line,
     validation_metrics,
 )
-from pgenrm_train.backends.grpo.scoring import ScoredChain
+from pgenrm_train.backends.grpo.scoring import ScoredChain, ScoredGroup
 
 
 def test_memory_mfu_and_differences_pass_and_lengths_do_not() -> None:
@@ -41,6 +44,26 @@ def test_a_large_mean_difference_is_warned_of() -> None:
     assert warning and "differ by 0.051 on average" in warning
     assert difference_warning({DIFFERENCE: MAX_DIFFERENCE}) is None
     assert difference_warning({}) is None and difference_warning({DIFFERENCE: None}) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "remedy"),
+    [
+        (["unverified"] * 9 + ["no_markers"], "model.totals=declared"),
+        (["length"] * 9 + ["no_markers"], "raise model.max_response_tokens"),
+        (["no_markers"] * 10, "train PSI longer"),
+    ],
+)
+def test_a_step_of_unreadable_chains_is_warned_of(kinds: list[str], remedy: str) -> None:
+    groups = [
+        ScoredGroup([ScoredChain(length=9, failure=kind) for kind in half]) for half in (kinds[:5], kinds[5:])
+    ]
+    warning = format_warning(groups)
+    assert warning and remedy in warning
+    count = kinds.count(kinds[0])
+    assert f"10 of 10 chains are format errors, {count} of them {kinds[0]}" in warning
+    readable = ScoredGroup([ScoredChain(length=9, outcome=1.0)] * 5)
+    assert format_warning([groups[0], readable]) is None
 
 
 def test_a_validation_has_an_interval_over_users_and_sample_chains_with_their_text() -> None:
