@@ -100,14 +100,14 @@ class PersonalReward:
         self._call("PUT", _votes(user_id), {"votes": list(votes)})
 
     def add_votes(self, user_id: str, votes: Sequence[Json]) -> None:
-        """Append votes of a stored user."""
-        self._call("POST", _votes(user_id), {"votes": list(votes)})
+        """Append votes of a stored user; not repeated after a lost answer, which may have been stored."""
+        self._call("POST", _votes(user_id), {"votes": list(votes)}, repeatable=False)
 
     def delete_user(self, user_id: str) -> None:
         """Delete everything of a stored user."""
         self._call("DELETE", _votes(user_id), None)
 
-    def _call(self, method: str, path: str, body: Json | None) -> dict:  # type: ignore[type-arg]
+    def _call(self, method: str, path: str, body: Json | None, *, repeatable: bool = True) -> dict:  # type: ignore[type-arg]
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         for attempt in range(1, self.attempts + 1):
             try:
@@ -117,6 +117,8 @@ class PersonalReward:
             except httpx.TransportError as error:
                 failure = ScoringError("connection", f"{self.url} does not answer ({type(error).__name__})")
                 wait = None
+                if not (repeatable or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)):
+                    raise failure from None
             except (httpx.InvalidURL, ValueError, ImportError) as error:  # of the address or a proxy
                 raise ScoringError("client", f"{self.url} cannot be called: {error}") from None
             else:

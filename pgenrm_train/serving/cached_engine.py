@@ -45,20 +45,20 @@ class CachedEngine:
     """An engine with a cache in the store; `identity` names the model and its sampling."""
 
     def __init__(self, engine: Engine, store: UserStore, identity: str) -> None:
-        self._engine, self._store, self._identity = engine, store, identity
+        self._engine, self.store, self._identity = engine, store, identity
 
     def lost(self) -> EngineLostError | None:
         """The reason why the engine is lost; None while it works."""
         return self._engine.lost()
 
-    async def generate(self, prompts: Sequence[Prompt], temperature: float, user: str) -> list[Answered]:
-        """Answer prompts, in order; new answers about stored users are cached for `user`.
+    async def generate(self, prompts: Sequence[Prompt], temperature: float) -> list[Answered]:
+        """Answer prompts, in order; new answers about stored users are cached.
 
         Raises EngineLostError.
         """
         keys = [self._key(prompt, temperature) for prompt in prompts]
         cacheable = [key for key, prompt in zip(keys, prompts) if prompt.owners]
-        cached = await asyncio.to_thread(self._store.answers, cacheable) if cacheable else {}
+        cached = await asyncio.to_thread(self.store.answers, cacheable) if cacheable else {}
         new = [prompt for key, prompt in zip(keys, prompts) if key not in cached]
         generated = iter(await self._generate([prompt.request for prompt in new], temperature))
         answers = [
@@ -71,7 +71,7 @@ class CachedEngine:
             if prompt.owners and not answer.cached and not _engine_failed(answer.samples)
         }
         if fresh:
-            await asyncio.to_thread(self._store.keep, fresh, user)
+            await asyncio.to_thread(self.store.keep, fresh)
         return answers
 
     async def _generate(self, requests: Sequence[GenerationRequest], temperature: float) -> list[Samples]:

@@ -160,13 +160,24 @@ class TaskScorer:
         digest = hashlib.sha256(json.dumps([task.user_id, query]).encode()).hexdigest()
         return sampler(PreferencePair(digest, task.user_id, task.context, "", "", split="val"))
 
+    def similar(self, analyses: Sequence[str], users: Sequence[str], n: int) -> list[list[Neighbour]]:
+        """`find` without users that were deleted from the store."""
+        assert self.find is not None
+        deleted: set[str] = set()
+        while True:
+            found = self.find(analyses, users, n + len(deleted))
+            names = {other.user_id for others in found for other in others} - deleted
+            if not (more := self.engine.store.deleted(names)):
+                return [[o for o in others if o.user_id not in deleted][:n] for others in found]
+            deleted |= more
+
     async def read(
         self, task: Task, shown: Sequence[Presentation], histories: Sequence[Neighbour | None], runs: range
     ) -> list[ReadChain]:
         """Samples `runs` of each presentation, from the user's own history or from a neighbour's."""
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._writer, self._prompts, task, shown, histories, runs)
-        answered = await self.engine.generate(prompts, self.temperature(task), task.user_id)
+        answered = await self.engine.generate(prompts, self.temperature(task))
         return [
             self._read(order, other, answer, sample, runs.start)
             for order, other, answer in zip(shown, histories, answered, strict=True)
@@ -251,13 +262,12 @@ class _Scoring:
         }
         if not analyses:
             return
-        find, users = self.scorer.find, [self.task.user_id] * len(analyses)
-        assert find is not None
-        found = await asyncio.to_thread(find, list(analyses.values()), users, self.task.pro)
+        users = [self.task.user_id] * len(analyses)
+        found = await asyncio.to_thread(self.scorer.similar, list(analyses.values()), users, self.task.pro)
         ranked = [
             (order, rank, other)
             for order, others in zip(analyses, found, strict=True)
-            for rank, other in enumerate(others[: self.task.pro])
+            for rank, other in enumerate(others)
         ]
         histories = [other for _, _, other in ranked]
         reads = await self.scorer.read(self.task, [order for order, _, _ in ranked], histories, range(1))

@@ -100,7 +100,7 @@ class Service:
 
     async def generate(self, prompt: Prompt, temperature: float) -> Samples:
         """Chains for a prompt, as the model writes them.  Raises Refused."""
-        [answered] = await self._in_time(self.scorer.engine.generate([prompt], temperature, ANONYMOUS))
+        [answered] = await self._in_time(self.scorer.engine.generate([prompt], temperature))
         return answered.samples
 
     async def _in_time(self, work: Awaitable[Result]) -> Result:
@@ -157,10 +157,8 @@ class Service:
         await asyncio.to_thread(lambda: self.store.add(pairs, replace=replace))
 
     async def delete(self, user_id: str) -> int:
-        """Delete everything of a user; returns the number of votes.  Raises Refused for an unknown user."""
-        if not (votes := await asyncio.to_thread(self.store.delete, user_id)):
-            raise Refused(404, "unknown_user", "this user has no stored votes")
-        return votes
+        """Delete everything of a user, also of a similar user without votes; returns the number of votes."""
+        return await asyncio.to_thread(self.store.delete, user_id)
 
     async def check(self) -> None:
         """Raise Refused if the engine or the store cannot answer."""
@@ -230,8 +228,10 @@ def chain_counts(*scored: Scored) -> ChainCounts:
 
 
 def import_votes(store: UserStore, path: Path) -> tuple[int, int]:
-    """Replace votes by those of a file's train split; returns (users, votes)."""
+    """Replace votes by those of a file's train split, without deleted users; returns (users, votes)."""
     votes = [pair for pair in read_pairs(path) if pair.split == "train"]
+    deleted = store.deleted(vote.user_id for vote in votes)
+    votes = [vote for vote in votes if vote.user_id not in deleted]
     if votes:
         store.add(votes, replace=True)
     return len({vote.user_id for vote in votes}), len(votes)

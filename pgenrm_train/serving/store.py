@@ -3,11 +3,14 @@
     votes           one row per vote
     answers         the generations of one prompt, by the hash of model, prompt and sampling
     answer_owners   the users whose votes that prompt showed
+    deleted_users   hashes of the ids of deleted users, until they have votes again
 
 Only answers about stored users are kept.  Deleting a user deletes the votes and every answer whose prompt
-showed them, also as those of a similar user.  SQLite overwrites deleted rows, and its log is emptied.
+showed them, also as those of a similar user.  A deleted user is neither imported again nor a similar user.
+SQLite overwrites deleted rows, and its log is emptied.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
@@ -58,6 +61,8 @@ _OWNERS = Table(
     Column("key", String, ForeignKey("answers.key", ondelete="CASCADE"), primary_key=True),
     Column("user_id", String, primary_key=True, index=True),
 )
+_DELETED = Table("deleted_users", _TABLES, Column("digest", String, primary_key=True))
+AT_ONCE = 10_000  # parameters of a query, below the limits of both databases
 
 
 class UserStore:
@@ -66,7 +71,7 @@ class UserStore:
     def __init__(self, url: str) -> None:
         try:
             place = make_url(url)
-            self._engine = create_engine(place)
+            self._engine = create_engine(place, pool_pre_ping=True)
             self._sqlite = place.get_backend_name() == "sqlite"
             if self._sqlite:
                 event.listen(self._engine, "connect", _set_up_sqlite)
@@ -77,7 +82,8 @@ class UserStore:
 
     def votes(self, user_id: str) -> list[PreferencePair]:
         """The user's votes, oldest first; none for an unknown user."""
-        query = select(_VOTES).where(_VOTES.c.user_id == user_id).order_by(_VOTES.c.time, _VOTES.c.id)
+        query = select(_VOTES).where(_VOTES.c.user_id == user_id)
+        query = query.order_by(_VOTES.c.time.nulls_first(), _VOTES.c.id)
         with self._engine.connect() as connection:
             return [_as_pair(row) for row in connection.execute(query).mappings()]
 
@@ -85,18 +91,32 @@ class UserStore:
         """Append votes; with `replace`, earlier votes and cached answers of their users are deleted first."""
         rows = [_as_row(vote) for vote in votes]
         with self._engine.begin() as connection:
-            for user in dict.fromkeys(vote.user_id for vote in votes) if replace else ():
-                _delete(connection, user)
+            for user in dict.fromkeys(vote.user_id for vote in votes):
+                if replace:
+                    _delete(connection, user)
+                connection.execute(delete(_DELETED).where(_DELETED.c.digest == _digest(user)))
             connection.execute(insert(_VOTES), rows)
         if replace:
             self._empty_log()
 
     def delete(self, user_id: str) -> int:
-        """Delete everything of a user; returns the number of votes."""
+        """Delete everything of a user, and remember that; returns the number of votes."""
         with self._engine.begin() as connection:
             votes = _delete(connection, user_id)
+            connection.execute(delete(_DELETED).where(_DELETED.c.digest == _digest(user_id)))
+            connection.execute(insert(_DELETED), {"digest": _digest(user_id)})
         self._empty_log()
         return votes
+
+    def deleted(self, users: Iterable[str]) -> set[str]:
+        """Those of the users that were deleted and have no votes since."""
+        names = {_digest(user): user for user in users}
+        digests, found = list(names), set()
+        with self._engine.connect() as connection:
+            for start in range(0, len(digests), AT_ONCE):
+                among = _DELETED.c.digest.in_(digests[start : start + AT_ONCE])
+                found |= set(connection.scalars(select(_DELETED.c.digest).where(among)))
+        return {names[digest] for digest in found}
 
     def answers(self, keys: Iterable[str]) -> dict[str, str]:
         """The cached answers among `keys`."""
@@ -104,19 +124,20 @@ class UserStore:
         with self._engine.connect() as connection:
             return {row.key: row.value for row in connection.execute(query)}
 
-    def keep(self, answers: Mapping[str, tuple[str, Set[str]]], user_id: str) -> None:
-        """Keep answers (key → value, users shown), unless `user_id` was deleted in the meantime."""
+    def keep(self, answers: Mapping[str, tuple[str, Set[str]]]) -> None:
+        """Keep answers (key → value, users shown), unless one of the users was deleted in the meantime."""
         values = [{"key": key, "value": value} for key, (value, _) in answers.items()]
         owners = [
             {"key": key, "user_id": user} for key, (_, users) in answers.items() for user in sorted(users)
         ]
+        digests = {_digest(owner["user_id"]) for owner in owners}
         # Another replica may have kept the same answer.
         with suppress(exc.IntegrityError), self._engine.connect() as connection:
             connection.execute(insert(_ANSWERS), values)
             connection.execute(insert(_OWNERS), owners)
-            # After the first write (SQLite) or with the row locked, no deletion can come in between.
-            votes = select(_VOTES.c.id).where(_VOTES.c.user_id == user_id).limit(1).with_for_update()
-            if connection.scalar(votes) is not None:
+            # After a write to the answers no deletion can come in between (`_delete`).
+            deleted = select(_DELETED.c.digest).where(_DELETED.c.digest.in_(digests)).limit(1)
+            if connection.scalar(deleted) is None:
                 connection.commit()
 
     def check(self) -> None:
@@ -130,7 +151,9 @@ class UserStore:
     def _empty_log(self) -> None:
         if self._sqlite:
             with self._engine.connect() as connection:
-                connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+                busy, _, _ = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).one()
+            if busy:
+                raise exc.TimeoutError("a reader keeps the log from being emptied")
 
 
 def local_place(url: str) -> str:
@@ -147,7 +170,13 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
     connection.execute("PRAGMA foreign_keys=ON")
 
 
+def _digest(user_id: str) -> str:
+    return hashlib.sha256(user_id.encode()).hexdigest()
+
+
 def _delete(connection: Connection, user_id: str) -> int:
+    if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
+        connection.execute(text("LOCK TABLE answers IN SHARE ROW EXCLUSIVE MODE"))
     votes = connection.execute(delete(_VOTES).where(_VOTES.c.user_id == user_id)).rowcount
     shown = select(_OWNERS.c.key).where(_OWNERS.c.user_id == user_id)
     connection.execute(delete(_ANSWERS).where(_ANSWERS.c.key.in_(shown)))

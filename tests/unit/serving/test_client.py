@@ -6,8 +6,10 @@ import json
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -96,6 +98,26 @@ def test_a_busy_server_is_asked_again(url):
     with pytest.raises(ScoringError, match="does not answer"):
         PersonalReward("http://127.0.0.1:9", attempts=2).score(user_id="ann", **QUESTION)
     assert "key" not in repr(reward)
+
+
+def test_votes_are_not_appended_twice():
+    """The connection is closed after the request, so nobody knows whether the votes are stored."""
+    requests = []
+
+    def close(server):
+        while True:
+            connection, _ = server.accept()
+            requests.append(connection.recv(4096)[:4])
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=close, args=(server,), daemon=True).start()
+        reward = PersonalReward(f"http://127.0.0.1:{server.getsockname()[1]}", attempts=2)
+        for call, expected in ((reward.add_votes, 1), (reward.put_votes, 2)):
+            requests.clear()
+            with pytest.raises(ScoringError, match="does not answer"):
+                call("ann", [VOTE])
+            assert len(requests) == expected
 
 
 @pytest.fixture

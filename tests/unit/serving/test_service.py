@@ -173,9 +173,8 @@ def test_other_spellings_of_an_id_are_the_same_user(client):
 
 def test_nothing_of_a_deleted_user_is_left_in_any_file(tmp_path):
     secret = "my unmistakable hobby"
-    find = lambda analyses, users, n: [  # noqa: E731
-        [Similar("ann", (HistoryItem(secret, "Yes.", "No."),))] for _ in analyses
-    ]
+    others = [Similar("ann", (HistoryItem(secret, "Yes.", "No."),)), Similar("carl", ())]
+    find = lambda analyses, users, n: [[o for o in others if o.user_id != users[0]][:n]] * len(analyses)  # noqa: E731
     quoting = StubEngine(lambda r, s: by_length(shown(r)).replace("wants", r.messages[-1]["content"][:300]))
 
     def found():
@@ -193,8 +192,11 @@ def test_nothing_of_a_deleted_user_is_left_in_any_file(tmp_path):
         assert found()
         assert client.delete(ANN).json() == {"deleted": 1}
         assert found() == [], "votes, cached answers, and answers that showed them as a neighbour"
-        kept = client.post("/v1/score", json={"user_id": "bob", **QUESTION, "ind": 2}).json()["usage"]
-        assert kept["cached_chains"] == 4, "bob's own answers stay"
+        again = {"user_id": "bob", **QUESTION, "ind": 2, "pro": 1, "return_chains": True}
+        kept = client.post("/v1/score", json=again).json()
+        assert kept["usage"]["cached_chains"] == 4, "bob's own answers stay"
+        assert {chain["neighbour"] for chain in kept["chains"]} == {None, "carl"}, "ann is no similar user"
+        assert found() == [] and client.delete(ANN).json() == {"deleted": 0}
 
 
 def test_a_user_deleted_while_scored_leaves_no_answer(tmp_path):
