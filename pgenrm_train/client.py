@@ -26,7 +26,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -107,7 +107,7 @@ class PersonalReward:
         """Delete everything of a stored user."""
         self._call("DELETE", _votes(user_id), None)
 
-    def _call(self, method: str, path: str, body: Json | None, *, repeatable: bool = True) -> dict:  # type: ignore[type-arg]
+    def _call(self, method: str, path: str, body: Json | None, *, repeatable: bool = True) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         for attempt in range(1, self.attempts + 1):
             try:
@@ -424,6 +424,14 @@ def openrlhf_reward(
     return functools.partial(_openrlhf, PersonalReward(url, api_key), on_failure)
 
 
+def _without_prompt(query: str, prompt: str) -> str:
+    """The response after the prompt, which may follow a special token."""
+    _, found, response = query.partition(prompt) if prompt else ("", True, query)
+    if not found:
+        raise ScoringError("bad_request", "a query does not contain its prompt")
+    return response
+
+
 def _openrlhf(
     reward: PersonalReward,
     on_failure: str,
@@ -435,7 +443,7 @@ def _openrlhf(
     import torch  # of the trainer
 
     rollouts = [
-        Rollout.of(label, {"query": prompt}, query.removeprefix(prompt))
+        Rollout.of(label, {"query": prompt}, _without_prompt(query, prompt))
         for query, prompt, label in zip(queries, prompts, labels, strict=True)
     ]
     results = score_rollouts(reward, rollouts)

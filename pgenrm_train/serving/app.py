@@ -103,6 +103,10 @@ def _invalid(error: Exception) -> Refused:
     """The first problem of a body, with its place and without its value."""
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        return bad_request(f"the body is no JSON ({problem['ctx']['error']})")
+    if problem["loc"] == ("body",):
+        return bad_request("expected a JSON object as body, with the header content-type: application/json")
     place = ".".join(str(part) for part in problem["loc"][1:])
     text = problem["msg"].removeprefix("Value error, ")
     return bad_request(f"{place}: {text}" if place else text)
@@ -112,8 +116,8 @@ def _http(error: Exception) -> Refused:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, Refused):  # FastAPI wraps what is raised while it reads a body
         return error.__cause__
-    kinds = {404: "not_found", 405: "method_not_allowed"}
-    return Refused(error.status_code, kinds.get(error.status_code, "bad_request"), str(error.detail))
+    kind, message = _REFUSALS.get(error.status_code, ("bad_request", str(error.detail)))
+    return Refused(error.status_code, kind, message)
 
 
 def _store(error: Exception) -> Refused:
@@ -122,6 +126,11 @@ def _store(error: Exception) -> Refused:
     return Refused(503, "store", "the store of users does not answer", RETRY_SECONDS)
 
 
+_REFUSALS = {
+    400: ("bad_request", "the body is no JSON in UTF-8, or too deep"),
+    404: ("not_found", "no route has this path; /docs lists all"),
+    405: ("method_not_allowed", "the route has other methods; /docs lists them"),
+}
 _ERRORS: dict[type[Exception], Callable[[Exception], Refused]] = {
     Refused: _refused,
     RequestValidationError: _invalid,

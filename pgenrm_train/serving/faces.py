@@ -14,7 +14,6 @@ prompt.  Routes for a single response return its calibrated probability.  A fail
 `serve.on_failure=nan`.
 """
 
-import asyncio
 import json
 import math
 import time
@@ -30,6 +29,7 @@ from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.prompts.messages import INSTRUCTIONS, OPEN_INSTRUCTIONS, neutralise, split_prompt
 from pgenrm_train.serving.cached_engine import Prompt
 from pgenrm_train.serving.errors import Refused, bad_request
+from pgenrm_train.serving.scoring import Task
 from pgenrm_train.serving.service import RETRY_SECONDS, Service, Single
 from pgenrm_train.serving.wire import QueryOrMessages, Strict, Text, Turn, User, check_limits
 
@@ -49,7 +49,7 @@ class Chat(Strict):
     messages: Annotated[list[Turn], Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=256)] = 1
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream: bool = False
@@ -88,20 +88,24 @@ def add_faces(app: FastAPI, service: Service) -> None:
         if not len(request.query) == len(request.prompts) == len(request.labels) > 0:
             raise bad_request("query, prompts and labels: expected lists of one length above 0")
         rows = zip(request.query, request.prompts, request.labels, strict=True)
-        responses = [
-            _single(service, label, prompt, query.removeprefix(prompt)) for query, prompt, label in rows
+        tasks = [
+            await _task(service, label, prompt, _without_prompt(query, prompt, n))
+            for n, (query, prompt, label) in enumerate(rows)
         ]
-        rewards = [_number(service, single) for single in await asyncio.gather(*responses)]
+        singles = await service.singles(tasks)
+        rewards = [_number(service, single) for single in singles]
         return _json({"rewards": rewards, "scores": rewards, "extra_logs": {}})
 
     @app.post("/slime")
     async def slime(request: Slime) -> Response:
-        single = await _single(service, request.label, request.prompt, request.response)
+        task = await _task(service, request.label, request.prompt, request.response)
+        [single] = await service.singles([task])
         return _json(_number(service, single))
 
     @app.post("/score")
     async def plain_score(request: PlainScore) -> Response:
-        single = await _single(service, request.profile, request.query, request.response_text)
+        task = await _task(service, request.profile, request.query, request.response_text)
+        [single] = await service.singles([task])
         return _json({"score": _number(service, single)})
 
     @app.post("/compare")
@@ -112,11 +116,19 @@ def add_faces(app: FastAPI, service: Service) -> None:
 # ---- single responses --------------------------------------------------------------------------------------
 
 
-async def _single(service: Service, label: Label, prompt: ChatPrompt, response: str) -> Single:
+async def _task(service: Service, label: Label, prompt: ChatPrompt, response: str) -> Task:
     user, question = _labelled(label, prompt)
     texts = [*question.texts(), response, *(t for vote in user.history or () for t in vote.texts())]
     check_limits(iter(texts), 1, service.config.serve)
-    return await service.single(await service.task(user, question, [response]))
+    return await service.task(user, question, [response])
+
+
+def _without_prompt(query: str, prompt: str, number: int) -> str:
+    """The response of OpenRLHF's query, which may start with a special token before the prompt."""
+    _, found, response = query.partition(prompt) if prompt else ("", True, query)
+    if not found:
+        raise bad_request(f"query.{number}: expected a text that contains prompts.{number}")
+    return response
 
 
 def _labelled(label: Label, prompt: ChatPrompt) -> tuple[User, QueryOrMessages]:
@@ -221,7 +233,9 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         temperature = request.temperature
         temperature = service.config.eval.temperature if temperature is None else temperature
         messages = [_safe(turn, service.scorer.reserved) for turn in request.messages]
-        prompt = Prompt(GenerationRequest("", tuple(messages), request.n, request.seed))
+        # The engine adds the sample's number to the seed, and fails as a whole for one above 64 bits.
+        seed = request.seed % 2**31
+        prompt = Prompt(GenerationRequest("", tuple(messages), request.n, seed))
         samples = await service.generate(prompt, temperature)
         return _completion(service.config.model.label, samples, await service.scorer.prompt_tokens(messages))
 

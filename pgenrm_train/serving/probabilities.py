@@ -41,6 +41,10 @@ class ProbabilityModel:
     pro: int
     model: str  # digest of the weights
 
+    def is_for(self, ind: int, pro: int) -> bool:
+        """Whether it was fitted on scores of so many chains."""
+        return (self.ind, self.pro) == (ind, pro)
+
     def best_probabilities(self, scores: np.ndarray) -> list[float | None]:
         """P(best) per response among those with a score; None for the others."""
         valid = np.isfinite(scores)

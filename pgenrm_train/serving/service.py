@@ -16,7 +16,7 @@ from pgenrm_train.serving.cached_engine import Prompt, Samples
 from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.metrics import Metrics
 from pgenrm_train.serving.probabilities import ProbabilityModel
-from pgenrm_train.serving.scoring import NO_PAIR, Scored, Task, TaskScorer
+from pgenrm_train.serving.scoring import NO_PAIR, ReadChain, Scored, Task, TaskScorer
 from pgenrm_train.serving.store import UserStore
 from pgenrm_train.serving.wire import (
     ChainCounts,
@@ -43,7 +43,6 @@ class Single:
 
     probability: float | None
     failure: str | None
-    usage: ChainCounts
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,7 @@ class Service:
 
     async def run(self, task: Task) -> Scored:
         """Score within a request's limits of time and chains.  Raises Refused."""
-        most = self.config.serve.max_chains
-        if task.chains() > most:
-            raise bad_request(
-                f"the request would cost {task.chains()} chains; expected at most {most}: "
-                "lower ind, pro or the number of responses"
-            )
+        self._check_chains(task.chains())
         scored = await self._in_time(self.scorer.score(task))
         self.metrics.count(scored)
         return scored
@@ -116,28 +110,33 @@ class Service:
         except DataError as error:
             raise bad_request(str(error)) from None
 
-    async def single(self, task: Task) -> Single:
-        """Score one response against anchors of the user's votes.  Raises Refused without a calibration."""
-        if self.calibration is None:
+    def _check_chains(self, chains: int) -> None:
+        if chains > (most := self.config.serve.max_chains):
+            raise bad_request(
+                f"the request would cost {chains} chains; expected at most {most}: "
+                "lower ind, pro or the number of responses"
+            )
+
+    async def singles(self, tasks: Sequence[Task]) -> list[Single]:
+        """Score single responses against anchors of their users' votes.
+
+        Raises Refused without a calibration, and for more chains than a request may cost.
+        """
+        calibration, score = self.calibration, self.config.score
+        if calibration is None or not calibration.is_for(score.ind, score.pro):
             raise Refused(
                 422,
                 "not_calibrated",
-                "a single response needs a calibration; start with serve.calibrate=PAIRS",
+                f"a single response needs a calibration for score.ind={score.ind} score.pro={score.pro}; "
+                "start with serve.calibrate=PAIRS",
             )
-        margins, scored = await self.margins(task)
-        chains = chain_counts(*scored)
-        if margins is None:
-            kinds = sorted({kind for one in scored for _, kind in one.failures()})
-            return Single(None, ", ".join(kinds) or NO_PAIR, chains)
-        return Single(self.calibration.single_probability(*margins), None, chains)
+        self._check_chains(sum(pair.chains() for task in tasks for pair in _against_anchors(task)))
+        measured = await asyncio.gather(*map(self.margins, tasks))
+        return [_single(margins, scored, calibration) for margins, scored in measured]
 
     async def margins(self, task: Task) -> tuple[tuple[float, float] | None, list[Scored]]:
         """Mean margins of a response against chosen and rejected anchors; None without scores."""
-        (response,) = task.responses
-        votes = [v for v in task.votes if response not in (v.chosen, v.rejected)][-ANCHOR_VOTES:]
-        anchors = [anchor for vote in votes for anchor in (vote.chosen, vote.rejected)]
-        tasks = [replace(task, responses=(response, anchor)) for anchor in anchors]
-        scored = list(await asyncio.gather(*map(self.run, tasks)))
+        scored = list(await asyncio.gather(*map(self.run, _against_anchors(task))))
         margins = np.array([s.scores[0] - s.scores[1] for s in scored]).reshape(-1, 2)
         valid = margins[np.isfinite(margins).all(axis=1)]
         if not len(valid):
@@ -188,7 +187,7 @@ class Service:
     def answer(self, task: Task, scored: Scored, *, return_chains: bool = False) -> ScoreAnswer:
         """The answer to a scored task; probabilities only for the calibrated `ind` and `pro`."""
         calibration = self.calibration
-        if calibration and (calibration.ind, calibration.pro) != (task.ind, task.pro):
+        if calibration and not calibration.is_for(task.ind, task.pro):
             calibration = None
         missing = [i for i, score in enumerate(scored.scores) if score != score]
         failures = [
@@ -211,15 +210,30 @@ class Service:
             ),
             ranking=scored.ranking(),
             failures=failures,
-            usage=chain_counts(scored),
+            usage=_chain_counts(scored.chains),
             model=self.config.model.label,
             chains=chains if return_chains else None,
         )
 
 
-def chain_counts(*scored: Scored) -> ChainCounts:
-    """Chains and tokens behind some scores."""
-    chains = [chain for one in scored for chain in one.chains]
+def _against_anchors(task: Task) -> list[Task]:
+    """A single response next to the chosen and the rejected one of each of the newest votes."""
+    (response,) = task.responses
+    votes = [v for v in task.votes if response not in (v.chosen, v.rejected)][-ANCHOR_VOTES:]
+    anchors = [anchor for vote in votes for anchor in (vote.chosen, vote.rejected)]
+    return [replace(task, responses=(response, anchor)) for anchor in anchors]
+
+
+def _single(
+    margins: tuple[float, float] | None, scored: Sequence[Scored], calibration: ProbabilityModel
+) -> Single:
+    if margins is not None:
+        return Single(calibration.single_probability(*margins), None)
+    kinds = sorted({kind for one in scored for _, kind in one.failures()})
+    return Single(None, ", ".join(kinds) or NO_PAIR)
+
+
+def _chain_counts(chains: Sequence[ReadChain]) -> ChainCounts:
     return ChainCounts(
         chains=len(chains),
         cached_chains=sum(chain.cached for chain in chains),

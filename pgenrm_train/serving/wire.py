@@ -11,25 +11,29 @@ from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.serving.errors import Refused, bad_request
 
 
-def _without_nul(text: str) -> str:
+def _storable(text: str) -> str:
     if "\0" in text:  # PostgreSQL cannot store it
         raise ValueError("expected a text without NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected a text without unpaired surrogates") from None
     return text
 
 
 def as_user_id(text: str) -> str:
     """An id, spelled as in votes files (`records.ids`)."""
-    if not (known := read_id(_without_nul(text))):
+    if not (known := read_id(_storable(text))):
         raise ValueError("expected a user's id, got a blank text")
     return known
 
 
-Text = Annotated[str, AfterValidator(_without_nul)]
+Text = Annotated[str, AfterValidator(_storable)]
 UserId = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(as_user_id)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Turn(Strict):

@@ -1,7 +1,7 @@
 """Requests that join a running vLLM batch at any time, from any thread: the engine of the scoring service.
 
-One thread advances the batch.  A request whose future is cancelled leaves the batch.  If the engine fails,
-all waiting and later requests raise EngineLostError.
+One thread advances the batch.  A request whose future is cancelled leaves the batch.  A request that the
+engine refuses raises DataError.  If the engine fails, all waiting and later requests raise EngineLostError.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
-from pgenrm_train.errors import EngineLostError, last_line
+from pgenrm_train.errors import DataError, EngineLostError, last_line
 
 Answer = Future[list[Generation]]
 
@@ -108,7 +108,14 @@ class ContinuousEngine:
                     self._batch.abort(job.key)
                 continue
             self._running[job.key] = job.answer
-            if refused := self._batch.add(job.request, job.temperature):
+            try:
+                refused = self._batch.add(job.request, job.temperature)
+            except Exception as error:  # of this request alone
+                del self._running[job.key]
+                if job.answer.set_running_or_notify_cancel():
+                    job.answer.set_exception(DataError(f"the engine refuses the prompt ({last_line(error)})"))
+                continue
+            if refused:
                 self._deliver(refused)
         return True
 

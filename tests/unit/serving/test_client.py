@@ -257,6 +257,8 @@ def test_openrlhf_s_reward_file(url, tmp_path):
     assert answer["extra_logs"]["missing"].sum() == 0
     with pytest.raises(ScoringError):
         openrlhf_reward(url)(["Q broken", "Q x"], prompts[:2], ["ann"] * 2)
+    with pytest.raises(ScoringError, match="does not contain its prompt"):
+        openrlhf_reward(url)(["P x", "<s>Q x"], prompts[:2], ["ann"] * 2)
     nan = openrlhf_reward(url, on_failure="nan")(["Q broken", "Q x"], prompts[:2], ["ann"] * 2)
     assert torch.isnan(nan["rewards"]).all() and nan["extra_logs"]["missing"].tolist() == [1, 1]
 

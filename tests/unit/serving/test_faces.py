@@ -73,7 +73,17 @@ def test_openrlhf(client):
     assert set(answer.json()) == {"rewards", "scores", "extra_logs"}
     first, second = answer.json()["rewards"]
     assert first > second and answer.json()["extra_logs"] == {}
-    assert refusal(client.post("/openrlhf", json={**body, "labels": []})) == (422, "bad_request")
+    marked = {**body, "query": ["<s>" + query for query in body["query"]]}
+    assert client.post("/openrlhf", json=marked).json() == answer.json()
+    for wrong in ({"labels": []}, {"prompts": [prompts[0], "Another prompt"]}):
+        assert refusal(client.post("/openrlhf", json=body | wrong)) == (422, "bad_request")
+
+
+def test_many_rows_of_openrlhf_have_the_limit_of_a_request(client, engine):
+    body = {"query": ["q a"] * 2000, "prompts": ["q "] * 2000, "labels": [USER] * 2000}
+    answer = client.post("/openrlhf", json=body)
+    assert refusal(answer) == (422, "bad_request") and "8000 chains" in answer.text
+    assert engine.requests == []
 
 
 async def as_slime(url, payload):
@@ -170,6 +180,13 @@ def test_a_single_response_needs_a_calibration(tmp_path, engine, path):
     assert engine.requests == []
 
 
+def test_a_calibration_is_for_its_number_of_chains(tmp_path, engine):
+    more = configured(tmp_path, score__ind=2)
+    with running(service_of(more, engine, calibration=CALIBRATION)) as client:
+        answer = client.post("/score", json=FACES["/score"])
+        assert refusal(answer) == (422, "not_calibrated") and "score.ind=2" in answer.text
+
+
 VIEW = MaskedView(
     (Message("user", "Fix my report?"),),
     (HistoryItem("Plan my trip?", "Short.", "Much longer."),),
@@ -213,9 +230,19 @@ def test_openai_chat_refuses_what_it_would_ignore(client, engine):
         {"messages": messages, "max_tokens": 3},
         {"messages": messages, "response_format": {"type": "json_object"}},
         {"messages": []},
+        {"messages": messages, "seed": 2**63},
+        {"messages": messages, "n": 257},
+        {"messages": messages, "temperature": -0.1},
     ):
         assert refusal(client.post("/v1/chat/completions", json=body)) == (422, "bad_request")
     assert engine.requests == []
+
+
+def test_every_seed_of_openai_is_one_of_the_engine(client, engine):
+    for seed in (-1, 2**63 - 1):
+        body = {"messages": chat_messages(VIEW), "seed": seed, "n": 2}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert all(0 <= request.seed < 2**31 for request in engine.requests)
 
 
 def test_openai_chat_breaks_special_tokens_of_the_model(tmp_path, engine):

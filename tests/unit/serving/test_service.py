@@ -174,7 +174,10 @@ def test_other_spellings_of_an_id_are_the_same_user(client):
 def test_nothing_of_a_deleted_user_is_left_in_any_file(tmp_path):
     secret = "my unmistakable hobby"
     others = [Similar("ann", (HistoryItem(secret, "Yes.", "No."),)), Similar("carl", ())]
-    find = lambda analyses, users, n: [[o for o in others if o.user_id != users[0]][:n]] * len(analyses)  # noqa: E731
+
+    def find(analyses, users, n):
+        return [[other for other in others if other.user_id != user][:n] for user in users]
+
     quoting = StubEngine(lambda r, s: by_length(shown(r)).replace("wants", r.messages[-1]["content"][:300]))
 
     def found():
@@ -238,6 +241,9 @@ BAD = {
     "NUL": ({"query": "a\0b"}, 422, "bad_request"),
     "no prototypes": ({"pro": 2}, 422, "no_prototypes"),
     "ind=0": ({"ind": 0}, 422, "bad_request"),
+    "ind as text": ({"ind": "2"}, 422, "bad_request"),
+    "ind=true": ({"ind": True}, 422, "bad_request"),
+    "negative pro": ({"pro": -1}, 422, "bad_request"),
     "too many chains": ({"ind": 5000}, 422, "bad_request"),
     "long text": ({"query": "x" * 200_000}, 413, "text_too_long"),
     "3 MB": ({"query": "x" * 3_000_000}, 413, "body_too_large"),
@@ -251,10 +257,28 @@ def test_bad_input_is_refused_in_a_sentence(client, engine, body, status, kind):
     assert len(answer.json()["error"]["message"]) < 200 and engine.requests == []
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]", b"", b'{"query": "\\ud800"}', b"[" * 100_000, b"\xff"])
+NO_REQUESTS = {
+    b"{": "the body is no JSON",
+    b"": "expected a JSON object as body",
+    b"[1]": "expected a JSON object as body",
+    b'{"query": "\\ud800", "responses": ["a", "b"]}': "query: expected a text without unpaired surrogates",
+    b"[" * 100_000: "the body is no JSON",
+    b'{"query": "\xff"}': "the body is no JSON in UTF-8",
+    b'{"history": [{"query": "q", "chosen": "a", "rejected": "b", "time": NaN}]}': "history.0.time: ",
+}
+
+
+@pytest.mark.parametrize("raw", NO_REQUESTS, ids=range(len(NO_REQUESTS)))
 def test_bodies_that_are_no_request(client, raw):
     answer = client.post("/v1/score", content=raw, headers={"content-type": "application/json"})
-    assert answer.status_code in (400, 422) and refusal(answer)
+    assert answer.status_code in (400, 422) and refusal(answer)[1] == "bad_request"
+    assert answer.json()["error"]["message"].startswith(NO_REQUESTS[raw])
+
+
+def test_a_body_without_its_type_is_refused(client):
+    """A page in a browser may send it to this machine without asking first."""
+    answer = client.post("/v1/score", content=b"{}")
+    assert refusal(answer) == (422, "bad_request") and "content-type" in answer.json()["error"]["message"]
 
 
 def test_a_body_without_a_length_has_the_same_limit(client):

@@ -6,7 +6,7 @@ import pytest
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
 from pgenrm_train.backends.vllm.continuous import ContinuousEngine
-from pgenrm_train.errors import EngineLostError
+from pgenrm_train.errors import DataError, EngineLostError
 
 
 class Batch:
@@ -19,6 +19,8 @@ class Batch:
         text = request.messages[0]["content"]
         if text == "too long":
             return [Generation(request.key, s, None, "prompt_too_long") for s in range(request.samples)]
+        if text == "refused":
+            raise OverflowError("too large")
         self.left[request.key], self.requests[request.key] = len(text), request
         self.most = max(self.most, len(self.left))
         return []
@@ -63,6 +65,13 @@ def test_a_late_request_joins_and_may_end_first(engine, batch):
     assert not long.done() and batch.most == 2
     assert long.result(5)[0].text == "text"
     assert engine.submit(request("too long", samples=2), 0.0).result(5)[1].failure == "prompt_too_long"
+
+
+def test_a_refused_request_fails_alone(engine, batch):
+    waiting = engine.submit(request("x" * 100), 0.0)
+    with pytest.raises(DataError, match=r"refuses the prompt \(too large\)"):
+        engine.submit(request("refused"), 0.0).result(5)
+    assert waiting.result(5) and engine.lost() is None
 
 
 def test_a_cancelled_request_leaves_the_batch(engine, batch):
