@@ -12,6 +12,7 @@ SQLite overwrites deleted rows, and its log is emptied.
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,7 @@ _OWNERS = Table(
     Column("user_id", String, primary_key=True, index=True),
 )
 _DELETED = Table("deleted_users", _TABLES, Column("digest", String, primary_key=True))
+EMPTY_TRIES = 200
 AT_ONCE = 10_000  # parameters of a query, below the limits of both databases
 
 
@@ -149,11 +151,15 @@ class UserStore:
         self._engine.dispose()
 
     def _empty_log(self) -> None:
-        if self._sqlite:
+        if not self._sqlite:
+            return
+        for _ in range(EMPTY_TRIES):
             with self._engine.connect() as connection:
                 busy, _, _ = connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)")).one()
-            if busy:
-                raise exc.TimeoutError("a reader keeps the log from being emptied")
+            if not busy:
+                return
+            time.sleep(0.05)  # SQLite itself does not wait for another checkpoint
+        raise exc.TimeoutError("the log is in use and cannot be emptied")
 
 
 def local_place(url: str) -> str:
