@@ -73,7 +73,8 @@ def accuracies(results: Mapping[str, Any]) -> list[str]:
         slices, probe = report["slices"], probes[name]
         kinds = {kind: cell(slices[kind]) for kind in ("easy", "hard", "rival")}
         twins = {"two users disagree": cell(probe["own"]), "other's history": cell(probe["swapped"])}
-        rows.append({"": NAMES.get(name, name), "all": cell(report), **kinds, **twins})
+        greedy = {"greedy": cell(found) if (found := report.get("greedy")) else ""}
+        rows.append({"": NAMES.get(name, name), "all": cell(report), **greedy, **kinds, **twins})
     return table(rows)
 
 
@@ -81,7 +82,7 @@ def gains(results: Mapping[str, Any]) -> list[str]:
     return table(
         [
             {"": f"{row['from']} → {row['to']}"}
-            | {kind: signed(row, f"{kind} difference") for kind in ("all", *KINDS)}
+            | {kind: signed(row, f"{kind} difference") for kind in ("all", "greedy", *KINDS)}
             for row in results["gains"]
         ]
     )

@@ -27,7 +27,7 @@ WORDS = (
 def text_table(rows: Rows, title: str, width: int) -> str:
     """Format a table; a column `X ci95` is folded into X, a fraction shown in percent.
 
-    Utilities, scores and gains are shown as they are.
+    A column without any value is left out.  Utilities, scores and gains are shown as they are.
     """
     from io import StringIO
 
@@ -35,7 +35,8 @@ def text_table(rows: Rows, title: str, width: int) -> str:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95")))
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith("ci95"))
+    columns = [key for key in keys if not all(_is_missing(row.get(key)) for row in rows)]
     for column in columns:
         table.add_column(column, justify="left" if column in WORDS else "right")
     for row in rows:
@@ -55,8 +56,12 @@ def _is_plain(column: str) -> bool:
     return column.endswith(("utility", "score")) or column.startswith("gain")
 
 
+def _is_missing(value: object) -> bool:
+    return value is None or value != value
+
+
 def _cell(column: str, value: object, interval: object) -> str:
-    if value is None or value != value:
+    if _is_missing(value):
         return "–"
     if not isinstance(value, int | float):
         return str(value)

@@ -111,6 +111,7 @@ def stage_row(tested: Tested) -> Row:
         "accuracy": report["accuracy"],
         "ci95": report["ci95"],
         "stderr": report["stderr"],
+        **_accuracy_cells({"greedy": tested.greedy} if tested.greedy else {}),
         **_accuracy_cells({k: part for k, part in report["slices"].items() if k in ("hard", "rival")}),
         **_accuracy_cells(probe),
         "format failures": sum(report["failures"].values()),
@@ -156,10 +157,14 @@ def gain_rows(tested: Sequence[Tested], config: Config) -> list[Row]:
 def _gains(before: Tested, after: Tested, config: Config) -> Row:
     new, old = after.own, before.own
     kinds = sorted(new["kind"].dropna().unique())
-    parts = {kind: (new[new["kind"] == kind], old[old["kind"] == kind]) for kind in kinds}
+    tables = {"all": (new, old)}
+    if before.greedy and after.greedy:
+        tables["greedy"] = after.likeliest, before.likeliest
+    if len(kinds) > 1:
+        tables |= {kind: (new[new["kind"] == kind], old[old["kind"] == kind]) for kind in kinds}
     row: dict[str, object] = {}
-    for name, tables in {"all": (new, old), **(parts if len(kinds) > 1 else {})}.items():
-        gain = paired_difference(*tables, draws=config.eval.draws, seed=config.seed)
+    for name, answers in tables.items():
+        gain = paired_difference(*answers, draws=config.eval.draws, seed=config.seed)
         row |= {f"{name} difference": gain["difference"], f"{name} difference ci95": gain["ci95"]}
     return row
 

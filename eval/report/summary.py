@@ -205,7 +205,8 @@ def _results(evaluated: Evaluated, top: AccuracyReport, details: Details) -> dic
         "similar_against_random": {g.study.name: list(g.control) for g in grids if g.control},
         "adaptive_stopping": {g.study.name: g.adaptive for g in grids if g.adaptive},
         "stages": {
-            t.name: {**t.report, "ceiling": evaluated.ceilings.by_stage.get(t.name)} for t in evaluated.tested
+            t.name: {**t.report, "greedy": t.greedy, "ceiling": evaluated.ceilings.by_stage.get(t.name)}
+            for t in evaluated.tested
         },
         "ceilings": list(evaluated.ceilings.rows),
         "chain_truth": list(evaluated.truth),
@@ -303,10 +304,19 @@ def control_rows(grids: Sequence[Grid]) -> list[Row]:
     return [{"study": g.study.name, **row} for g in grids for row in g.control]
 
 
-def narrow(gains: Sequence[Row], columns: int = 12) -> Sequence[Row]:
+def narrow(gains: Sequence[Row], columns: int = 14) -> Sequence[Row]:
     """Drop the columns by kind if the console is too narrow for them; the report has all."""
-    kept = ("from", "to", "all difference", "all difference ci95")
-    return [row if len(row) <= columns else {name: row[name] for name in kept} for row in gains]
+    kept = (
+        "from",
+        "to",
+        "all difference",
+        "all difference ci95",
+        "greedy difference",
+        "greedy difference ci95",
+    )
+    return [
+        row if len(row) <= columns else {name: row[name] for name in kept if name in row} for row in gains
+    ]
 
 
 def headline_title(evaluation: Evaluation, config: Config) -> str:

@@ -44,6 +44,7 @@ from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import Write
 from pgenrm_train.records.pairs import ExplicitSignals, PreferencePair
 
+OWN, GREEDY = "own", "greedy"  # sets of questions
 NO_PERSONA = "no_persona"  # failure of a user for whom no persona was published
 # Columns of the chains that a validation logs.
 SHOWN = ("pair_id", "order", "score_chosen", "score_rejected", "failure", "issues", "tokens", "text")
@@ -100,11 +101,17 @@ class Tested:
     probe: HistoryProbe | None
     seconds: float | None
     robustness: Sequence[ProbeRow] = ()  # one row per kind of probe; final model only
+    greedy: AccuracyReport | None = None  # by the likeliest chain of each question; local models only
 
     @property
     def own(self) -> pd.DataFrame:
         """Predictions with the user's own history."""
-        return self.predictions[self.predictions["set"] == "own"]
+        return self.predictions[self.predictions["set"] == OWN]
+
+    @property
+    def likeliest(self) -> pd.DataFrame:
+        """Predictions by greedy decoding, with the user's own history; empty without them."""
+        return self.predictions[self.predictions["set"] == GREEDY]
 
 
 @dataclass(frozen=True)
@@ -119,15 +126,13 @@ class Grid:
 
 
 def kept_answers(
-    config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str
+    config: Config, candidate: Candidate | ScoredCandidate, folder: Path, name: str, temperature: float
 ) -> PredictionStore:
     """Store of a candidate's answers, keyed by model, prompt and sampling; in `eval.cache` if that is set."""
     prompt = [getattr(config.model, setting) for setting in PROMPT]
     if config.model.counted is not Totals.DECLARED:
         prompt.append(config.model.counted)
-    identity = fingerprint(
-        candidate.identity, config.eval.temperature, masking_of(config, "eval"), config.seed, prompt
-    )
+    identity = fingerprint(candidate.identity, temperature, masking_of(config, "eval"), config.seed, prompt)
     return PredictionStore(Path(config.eval.cache or folder) / f"{name}-{identity}", identity)
 
 
@@ -164,14 +169,17 @@ class Evaluation:
         progress: Progress,
         store: str,
         what: str = "evaluate",
+        temperature: float | None = None,
     ) -> Ask:
         """A function that answers questions with the candidate and stores the answers by identity.
 
-        `what` names the work on the progress bar.
+        `what` names the work on the progress bar; `temperature` is by default that of the evaluation.
         """
+        sampled_at = self.config.eval.temperature if temperature is None else temperature
 
         def answer(questions: Sequence[Question]) -> pd.DataFrame:
-            kept, shown = kept_answers(self.config, candidate, folder, store), f"{what} {candidate.name}"
+            kept = kept_answers(self.config, candidate, folder, store, sampled_at)
+            shown = f"{what} {candidate.name}"
             if isinstance(candidate, ScoredCandidate):
                 return ask_scores(questions, candidate.start, kept, progress=progress, what=shown)
             return ask(
@@ -180,13 +188,20 @@ class Evaluation:
                 candidate.write(),
                 kept,
                 masking=masking_of(self.config, "eval"),
-                temperature=self.config.eval.temperature,
+                temperature=sampled_at,
                 progress=progress,
                 what=shown,
                 totals=self.config.model.counted,
             )
 
         return answer
+
+    def with_greedy(self, tested: Tested, candidate: Candidate, folder: Path, progress: Progress) -> Tested:
+        """`tested` with the likeliest chain of each question beside the sampled ones."""
+        asker = self.asker(candidate, folder, progress, GREEDY, "greedy chains of", temperature=0.0)
+        answers = asker(own_questions(self.pairs, self.histories, set_name=GREEDY))
+        every = pd.concat([tested.predictions, answers], ignore_index=True)
+        return replace(tested, predictions=every, greedy=self._accuracy(answers))
 
     def with_personas(
         self, candidate: Candidate, personas: Mapping[str, str], folder: Path, progress: Progress
@@ -202,7 +217,7 @@ class Evaluation:
             [_introduced(q, personas[q.pair.user_id]) for q in every if q.pair.user_id in personas],
             candidate.start,
             candidate.persona_write(),
-            kept_answers(self.config, candidate, folder, PERSONA_BASELINE),
+            kept_answers(self.config, candidate, folder, PERSONA_BASELINE, self.config.eval.temperature),
             masking="full",
             temperature=self.config.eval.temperature,
             progress=progress,
@@ -246,7 +261,7 @@ class Evaluation:
         self, name: str, predictions: pd.DataFrame, seconds: float | None = None, *, final: bool = False
     ) -> Tested:
         """Measure accuracy on all pairs and the probe on the twins; for the `final` model also robustness."""
-        report = self._accuracy(predictions[predictions["set"] == "own"])
+        report = self._accuracy(predictions[predictions["set"] == OWN])
         report["model"] = name
         kinds, draws = self.config.eval.probe_kinds, self.config.eval.draws
         probe_pairs = self.probe_pairs if final else []
@@ -276,7 +291,7 @@ class Evaluation:
         if not self.twins:
             return None
         twin_ids = {p.pair_id for twin in self.twins for p in twin}
-        own = predictions[(predictions["set"] == "own") & predictions["pair_id"].isin(twin_ids)]
+        own = predictions[(predictions["set"] == OWN) & predictions["pair_id"].isin(twin_ids)]
         swapped = predictions[predictions["set"] == "swapped"]
         difference = paired_difference(own, swapped, draws=self.config.eval.draws, seed=self.config.seed)
         return {
@@ -352,3 +367,12 @@ def headline(report: AccuracyReport) -> dict[str, float]:
         "eval/order_flip_rate": report["order_flip_rate"],
     }
     return {k: float(v) for k, v in metrics.items() if v is not None}
+
+
+def greedy_headline(tested: Tested) -> dict[str, float]:
+    """Metrics of the greedy chains; empty without them."""
+    if tested.greedy is None:
+        return {}
+    low, high = tested.greedy["ci95"]
+    values = {"": tested.greedy["accuracy"], "_low": low, "_high": high}
+    return {f"eval/greedy_accuracy{end}": float(value) for end, value in values.items() if value is not None}

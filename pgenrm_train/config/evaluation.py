@@ -112,6 +112,9 @@ class EvalConfig:
     temperature: float = setting(
         0.7, "sampling temperature; 0 is greedy and needs one sample per question", ge=0
     )
+    greedy: bool = setting(
+        True, "also judge each pair by the likeliest chain of a local model, without sampling"
+    )
     max_in_flight: int = setting(256, "samples at the same time, over all questions", gt=0)
     draws: int = setting(2000, "draws of the bootstrap", gt=0)
     probes: bool = setting(True, "run the robustness probes of the final model")

@@ -12,6 +12,7 @@ from eval.studies.evaluation import (
     Evaluation,
     Grid,
     ScoredCandidate,
+    greedy_headline,
     headline,
 )
 from eval.studies.scaling_study import FindSimilar, Study
@@ -68,6 +69,8 @@ def evaluate(
     for candidate in everyone:
         answers, last = folder.path / candidate.name, candidate is everyone[-1]
         tested.append(evaluation.test(candidate, answers, progress, final=last))
+        if isinstance(candidate, Candidate) and likeliest_too(config):
+            tested[-1] = evaluation.with_greedy(tested[-1], candidate, answers, progress)
         if last and personas and isinstance(candidate, Candidate):
             baselines.append(evaluation.with_personas(candidate, personas, answers, progress))
         if last and isinstance(candidate, Candidate):  # pure scores do not vary by sample
@@ -76,7 +79,7 @@ def evaluate(
         candidate.close()
     mark(Part.REPORT)
     for step, result in enumerate(tested):
-        tracker.log(step, headline(result.report))
+        tracker.log(step, headline(result.report) | greedy_headline(result))
     evaluated = Evaluated(
         config,
         evaluation,
@@ -98,6 +101,11 @@ def evaluate(
         if facts:
             print(f"{name} cost: {facts}", flush=True)
     return {key: results[key] for key in ("accuracy", "ci95", "model", "judge", "cost")}
+
+
+def likeliest_too(config: Config) -> bool:
+    """Whether each pair is also judged greedily; an endpoint has one temperature, and its calls a price."""
+    return config.eval.greedy and config.eval.temperature > 0 and config.model.kind != "endpoint"
 
 
 def published_personas(config: Config, evaluation: Evaluation) -> Mapping[str, str]:

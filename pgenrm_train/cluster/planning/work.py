@@ -309,7 +309,7 @@ def prototypes_work(config: Config, geometry: Geometry) -> Work:
 
 
 def evaluate_work(config: Config, geometry: Geometry) -> Work:
-    """Both orders of every test pair for each seed and model, and the grids of the last model."""
+    """Both orders of every test pair for each seed and model, one greedy, and the grids of the last model."""
     _, test, assumed = pairs_of(config)
     models = 3 if config.plan.stage == "all" else 1
     ev = config.eval
@@ -319,7 +319,8 @@ def evaluate_work(config: Config, geometry: Geometry) -> Work:
     one_pair = (
         ev.grid_seeds * (max(ev.one_pair_ind) + max(ev.one_pair_pro, default=0)) if ev.one_pair_ind else 0
     )
-    chains = 2 * (models * test * ev.seeds + grid * (more + one_pair))
+    own = ev.seeds + (ev.greedy and ev.temperature > 0)
+    chains = 2 * (models * test * own + grid * (more + one_pair))
     if config.data.name == "lampqa":  # a question with all its answers at once, in another order per sample
         chains = models * test * ind
     return _generated(config, geometry, chains, assumed)

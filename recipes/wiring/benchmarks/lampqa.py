@@ -132,7 +132,7 @@ def ask(
             every,
             candidate.start,
             candidate.write(),
-            kept_answers(config, candidate, folder / candidate.name, "ranks"),
+            kept_answers(config, candidate, folder / candidate.name, "ranks", config.eval.temperature),
             temperature=config.eval.temperature,
             progress=progress,
             what=f"evaluate {candidate.name}",

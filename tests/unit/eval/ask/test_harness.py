@@ -26,7 +26,7 @@ from eval.metrics.outcomes import COLUMNS
 from eval.report.notes import reader_notes
 from eval.report.sections import cohort_rows, gain_rows, stage_row
 from eval.report.summary import narrow
-from eval.studies.evaluation import Candidate, Evaluation
+from eval.studies.evaluation import Candidate, Evaluation, greedy_headline
 from pgenrm_train.backends.protocols import Generation
 from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config, Totals
@@ -605,6 +605,36 @@ def test_several_seeds_give_an_error_of_the_mean(tmp_path):
     tested = run(tmp_path, LikesHistory(broken=broken), seeds=2)
     assert tested.report["seeds"] == [0, 1] and tested.report["stderr"] > 0
     assert tested.report["failures"] == {"length": 1} and tested.report["accuracy"] < 1
+
+
+class ErrsWhenSampled(LikesHistory):
+    """Likes tea unless its decoding is greedy."""
+
+    def answer(self, request, sample):
+        model = LikesHistory() if self.temperatures[-1] == 0 else LikesTea()
+        return model.answer(request, sample)
+
+
+def test_greedy_chains_are_a_set_of_their_own_beside_the_sampled_ones(tmp_path):
+    made, model = evaluation(TWINS, TWIN_HISTORIES), ErrsWhenSampled()
+    candidate = Candidate("psi", "sha", lambda: model, lambda: chat_messages, lambda: None)
+    sampled = made.test(candidate, tmp_path, progress)
+    both = made.with_greedy(sampled, candidate, tmp_path, progress)
+    assert model.temperatures == [0.7, 0.0]
+    assert (both.report["accuracy"], both.greedy["accuracy"]) == (0.5, 1.0)
+    assert len(both.likeliest) == 2 * len(TWINS), "one chain per pair and order, of one seed"
+    made.with_greedy(sampled, candidate, tmp_path, progress)
+    assert model.asked.count(model.asked[-1]) == 1, "kept answers are not asked again"
+    assert stage_row(both)["greedy accuracy"] == 1.0 and "greedy accuracy" not in stage_row(sampled)
+    assert greedy_headline(both) == {
+        "eval/greedy_accuracy": 1.0,
+        "eval/greedy_accuracy_low": 1.0,
+        "eval/greedy_accuracy_high": 1.0,
+    }
+    assert greedy_headline(sampled) == {}
+    [gain] = gain_rows([both, replace(both, name="cre")], made.config)
+    assert gain["greedy difference"] == gain["all difference"] == 0.0
+    assert "greedy difference" not in gain_rows([both, sampled], made.config)[0]
 
 
 def test_gains_are_paired_step_by_step_and_from_first_to_last(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from eval.report.console import text_table
 from eval.report.report import ChainView, Curve, Report, Section, write_markdown, write_report
 from pgenrm_train.records.pairs import HistoryItem
 
@@ -248,3 +249,13 @@ def test_validation_and_its_probes_are_a_curve_next_to_the_rewards(tmp_path):
     reward, validation = training_curves(tmp_path)
     assert reward.x == [1, 2] and validation.x == [0, 2]
     assert validation.series == {"their own history": [0.5, 0.75], "another user's": [0.25, 0.125]}
+
+
+def test_a_console_table_leaves_out_columns_without_a_value():
+    rows = [
+        {"model": "psi", "accuracy": 0.5, "stderr": None},
+        {"model": "cre", "accuracy": None, "seconds": float("nan")},
+    ]
+    text = text_table(rows, "title", 80)
+    assert "stderr" not in text and "seconds" not in text
+    assert "50.0" in text and "–" in text, "a value may be missing in one row"
