@@ -40,7 +40,7 @@ from pgenrm_train.prompts.masking import present
 from pgenrm_train.prompts.writer import PromptWriter, histories, load_pairs, pairs_of_split
 from pgenrm_train.prototypes.clusters import Neighbourhood
 from pgenrm_train.records.pairs import PreferencePair
-from pgenrm_train.records.rows import pair_schema, pair_to_row
+from pgenrm_train.records.rows import pair_schema, pair_tables
 from pgenrm_train.records.shards import ShardWriter
 from pgenrm_train.records.slates import slates_of
 from pgenrm_train.rewards.training_rows import GrpoRow, RowExtra
@@ -109,8 +109,8 @@ def shared_pairs(users: int) -> list[PreferencePair]:
 
 def write_pairs(folder: Path, pairs: Iterable[PreferencePair]) -> None:
     with ShardWriter(folder / "build_data" / "pairs.parquet", pair_schema()) as writer:
-        for pair in pairs:
-            writer.row(pair_to_row(pair))
+        for table in pair_tables(pairs):
+            writer.table(table)
 
 
 def write_votes(folder: Path, pairs: Iterable[PreferencePair]) -> None:

@@ -9,16 +9,16 @@ judges are ignored.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from data_builders.sources import hub, rm_as_user
-from data_builders.sources.several_responses import votes_of
+from data_builders.sources.several_responses import name_of, ordered, texts_of, votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.file_columns import file_columns, missing_columns
-from pgenrm_train.records.ids import id_of, read_id
+from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.json_texts import JsonTexts
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut, check_texts
@@ -51,20 +51,16 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
                 if not only.keeps(row, where):
                     continue
                 row = texts.read(row, where)
-                votes = [
-                    vote
-                    for rated in (rm_as_user.votes(row, where) if wide else [row])
-                    for vote in votes_of(rated, where, data.pairs_of, f"{path.stem}-{number}", left_out)
-                ]
-                pairs = _pairs(votes, path, number, alike=wide)
+                votes = (_votes_of_raters if wide else _votes)(row, path, number, data.pairs_of, left_out)
             except DataError as error:
                 bad.take(error)
                 continue
-            kept += len(pairs)
-            for vote, pair in zip(votes, pairs, strict=True):
-                user = vote["user_id"]
-                nobody[pair.user_id] += pair.user_id in NOBODY
-                left_out.normalised[USER_IDS] += isinstance(user, str) and user != pair.user_id
+            kept += len(votes)
+            for user, pair in votes:
+                if pair.user_id in NOBODY:
+                    nobody[pair.user_id] += 1
+                if isinstance(user, str) and user != pair.user_id:
+                    left_out.normalised[USER_IDS] += 1
                 yield pair
     bad.report(source)
     named.report(data.name)
@@ -79,29 +75,40 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
         )
 
 
-def _pairs(votes: Sequence[hub.Row], path: Path, number: int, *, alike: bool) -> list[PreferencePair]:
-    """The votes of one raw row as pairs.
+Votes = list[tuple[object, PreferencePair]]  # of one raw row, each with the user's id as it was written
 
-    `alike`: they differ in user, responses and scores alone, so that the first is checked for all.
+
+def _votes(row: hub.Row, path: Path, number: int, rule: str, left_out: LeftOut) -> Votes:
+    votes = votes_of(row, f"{path}, row {number}", rule, f"{path.stem}-{number}", left_out)
+    return [(vote.get("user_id"), row_to_pair(vote, path, number)) for vote in votes]
+
+
+def _votes_of_raters(row: hub.Row, path: Path, number: int, rule: str, left_out: LeftOut) -> Votes:
+    """The votes of all reward models on one row.
+
+    They differ in user, order and scores of the responses alone.  So the texts are checked once, and the
+    first vote in full.
     """
-    if not alike:
-        return [row_to_pair(vote, path, number) for vote in votes]
-    pairs = [row_to_pair(vote, path, number) for vote in votes[:1]]
-    for vote in votes[1:]:
-        where = f"{path}, row {number}"
-        check_texts(vote, where, ("user_id", "chosen", "rejected"))
-        pairs.append(
-            replace(
-                pairs[0],
-                pair_id=id_of(vote, "pair_id", where),
-                user_id=id_of(vote, "user_id", where),
-                chosen=str(vote["chosen"]),
-                rejected=str(vote["rejected"]),
-                chosen_score=cast(float, vote["chosen_score"]),
-                rejected_score=cast(float, vote["rejected_score"]),
-            )
-        )
-    return pairs
+    where, votes = f"{path}, row {number}", Votes()
+    rated = rm_as_user.rated(row, where)
+    texts, name = texts_of(rated.row, where), name_of(rated.row, f"{path.stem}-{number}")
+    check_texts({"responses": texts, "user_id": [*rated.scores]}, where)
+    shared: dict[str, Any] = {}
+    for rater, scores in rated.scores.items():
+        for better, worse in ordered(texts, scores, rule, left_out):
+            own: dict[str, Any] = {
+                "pair_id": f"{name}/{better}-{worse}",
+                "user_id": read_id(rater),
+                "chosen": texts[better],
+                "rejected": texts[worse],
+                "chosen_score": scores[better],
+                "rejected_score": scores[worse],
+            }
+            if not shared:
+                first = row_to_pair({"conversation_id": name} | rated.row | own, path, number)
+                shared = {field.name: getattr(first, field.name) for field in fields(PreferencePair)}
+            votes.append((rater, PreferencePair(**(shared | own))))
+    return votes
 
 
 class BadRows:

@@ -7,11 +7,12 @@ test), or `data.path` for a copy.  One row holds a prompt, its responses and all
     chosen, rejected | response_… two or more: texts, or (the first two) conversations as JSON
     MODEL_RESPONSE[_score]        per reward model and response, in either order of the two names
 
-Each reward model becomes a user who rates the responses; `several_responses` makes the votes.  Columns with
+Each reward model becomes a user who rates the responses; the rules of `several_responses` make the votes.  Columns with
 ranks repeat the scores and are not read.
 """
 
 import csv
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from data_builders.sources import hub
 from pgenrm_train.errors import DataError
+from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.raw_rows import UTF8
 from pgenrm_train.records.shards import data_files
 
@@ -64,6 +66,14 @@ class Layout:
     raters: Mapping[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class Rated:
+    """A row of several responses, and the score of each per reward model."""
+
+    row: hub.Row
+    scores: Mapping[str, Sequence[float | None]]
+
+
 @lru_cache(maxsize=8)
 def _layout(columns: tuple[str, ...]) -> Layout | None:
     prompt = next((name for name in _PROMPTS if name in columns), None)
@@ -78,29 +88,31 @@ def _layout(columns: tuple[str, ...]) -> Layout | None:
     raters = {
         rater: tuple(of[response] for response in responses)
         for rater, of in sorted(found.items())
-        if rater and len(of) == len(responses)
+        if read_id(rater) and len(of) == len(responses)
     }
     return Layout(prompt, responses, raters) if prompt and len(responses) > 1 and raters else None
 
 
-def votes(row: hub.Row, where: str) -> Sequence[hub.Row]:
-    """One row of several rated responses per reward model.  DataError names the columns or the field."""
+def rated(row: hub.Row, where: str) -> Rated:
+    """Read one row of the table.  DataError names the columns or the field."""
     layout = _layout(tuple(row))
     if layout is None:
         raise DataError(
             f"{where}: expected the columns prompt, response_1, response_2 … (or chosen, rejected), and "
             f"MODEL_RESPONSE with a score per reward model and response; got {', '.join(row)[:200]}"
         )
-    shared = {
-        "context": row[layout.prompt],
-        "responses": [_last(row[name]) for name in layout.responses],
-        "pair_id": row.get("prompt_id"),
-        "split": row.get("split"),
-    }
-    return [
-        shared | {"user_id": rater, "ratings": [_score(row, name, where) for name in columns]}
-        for rater, columns in layout.raters.items()
-    ]
+    return Rated(
+        {
+            "context": row[layout.prompt],
+            "responses": [_last(row[name]) for name in layout.responses],
+            "pair_id": row.get("prompt_id"),
+            "split": row.get("split"),
+        },
+        {
+            rater: [_score(row, name, where) for name in columns]
+            for rater, columns in layout.raters.items()
+        },
+    )
 
 
 def _last(response: object) -> object:
@@ -108,10 +120,16 @@ def _last(response: object) -> object:
     return response[-1] if isinstance(response, list) and response else response
 
 
-def _score(row: hub.Row, name: str, where: str) -> object:
-    """A number, also from a text of CSV; None if empty."""
+def _score(row: hub.Row, name: str, where: str) -> float | None:
+    """A number, also from a text of CSV; None if empty or NaN."""
     value = row[name]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    known = isinstance(value, (str, float, int)) and not isinstance(value, bool)  # a tuple is quicker
     try:
-        return (float(value) if value.strip() else None) if isinstance(value, str) else value
+        number = float(value) if known else math.inf
     except ValueError:
-        raise DataError(f"{where}, field '{name}': expected a number, got {str(value)[:60]!r}") from None
+        number = math.inf
+    if math.isinf(number):
+        raise DataError(f"{where}, field '{name}': expected a number, got {str(value)[:60]!r}")
+    return number if number == number else None

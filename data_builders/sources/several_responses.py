@@ -16,7 +16,7 @@ counts as the best.  All votes of a row share its conversation, so they are in o
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from data_builders.sources import hub
 from pgenrm_train.errors import DataError
@@ -37,16 +37,10 @@ def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut
         return
     texts = texts_of(row, where)
     values = values_of(row, where, len(texts))
-    rated = [i for i, value in enumerate(values) if value is not None]
-    left_out["responses without a rating"] += len(texts) - len(rated)
-    order = sorted(rated, key=lambda i: -(values[i] or 0.0))
-    name = read_id(row.get("pair_id")) or read_id(row.get("conversation_id")) or number
+    name = name_of(row, number)
     rest = {column: value for column, value in row.items() if column not in COLUMNS}
     scored = row.get("ratings") is not None
-    for better, worse in RULES[rule](order) if len(order) > 1 else []:
-        if values[better] == values[worse] or texts[better] == texts[worse]:
-            left_out["two responses of equal rating or text"] += 1
-            continue
+    for better, worse in ordered(texts, values, rule, left_out):
         yield rest | {
             "pair_id": f"{name}/{better}-{worse}",
             "conversation_id": row.get("conversation_id") or name,
@@ -55,6 +49,26 @@ def votes_of(row: hub.Row, where: str, rule: str, number: str, left_out: LeftOut
             "chosen_score": values[better] if scored else None,
             "rejected_score": values[worse] if scored else None,
         }
+
+
+def name_of(row: hub.Row, number: str) -> str:
+    """The first part of the ids of a row's votes."""
+    return read_id(row.get("pair_id")) or read_id(row.get("conversation_id")) or number
+
+
+def ordered(
+    texts: Sequence[str], values: Sequence[float | None], rule: str, left_out: LeftOut
+) -> Iterator[tuple[int, int]]:
+    """(better, worse) responses of each vote, by their places."""
+    rated = [(-value, place) for place, value in enumerate(values) if value is not None]
+    if len(rated) < len(texts):
+        left_out["responses without a rating"] += len(texts) - len(rated)
+    order = [place for _, place in sorted(rated)]
+    for better, worse in RULES[rule](order) if len(order) > 1 else []:
+        if values[better] == values[worse] or texts[better] == texts[worse]:
+            left_out["two responses of equal rating or text"] += 1
+        else:
+            yield better, worse
 
 
 def texts_of(row: hub.Row, where: str) -> list[str]:
@@ -91,10 +105,10 @@ def values_of(row: hub.Row, where: str, n: int) -> list[float | None]:
             f"{where}, field '{name}': expected one value for each of the {n} responses, "
             f"got {str(values)[:60]!r}"
         )
-    return [_value(value, f"{where}, field '{name}[{place}]'", name) for place, value in enumerate(values)]
+    return [_value(value, where, name, place) for place, value in enumerate(values)]
 
 
-def _value(value: object, where: str, name: str) -> float | None:
+def _value(value: object, where: str, name: str, place: int) -> float | None:
     if value is None or value != value:  # NaN is what pandas writes for null
         return None
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
@@ -103,4 +117,4 @@ def _value(value: object, where: str, name: str) -> float | None:
     if name == "ranking" and number >= 1 and number.is_integer():
         return -number
     expected = "a finite number or null" if name == "ratings" else "a rank from 1 (the best) or null"
-    raise DataError(f"{where}: expected {expected}, got {str(value)[:60]!r}")
+    raise DataError(f"{where}, field '{name}[{place}]': expected {expected}, got {str(value)[:60]!r}")

@@ -11,7 +11,7 @@ import hashlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,7 @@ _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.\w+")
 
 
 class ShardWriter:
-    """A writer of rows or Arrow tables of one `schema`.
+    """A writer of Arrow tables of one `schema`.
 
     It is a context manager, which publishes the folder unless its block raises.
     """
@@ -41,7 +41,6 @@ class ShardWriter:
     def __init__(self, path: Path, schema: Any, rows: int = ROWS) -> None:
         self.path, self.schema, self.rows = path, schema, rows
         self._staging = path.with_name(f".{path.name}.tmp")
-        self._waiting: list[Mapping[str, object]] = []
         self._file: Any = None
         self._in_file = self._shards = 0
 
@@ -54,16 +53,10 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._flush()
             self._publish()
         elif self._file is not None:
             self._file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
-
-    def row(self, row: Mapping[str, object]) -> None:
-        self._waiting.append(row)
-        if len(self._waiting) >= BATCH:
-            self._flush()
 
     def table(self, table: Any) -> None:
         """Append an Arrow table of the schema; it is never split over two shards."""
@@ -76,13 +69,6 @@ class ShardWriter:
         self._in_file += table.num_rows
         if self._in_file >= self.rows:
             self._close()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if self._waiting:
-            self.table(pa.Table.from_pylist(self._waiting, schema=self.schema))
-            self._waiting.clear()
 
     def _close(self) -> None:
         if self._file is not None:

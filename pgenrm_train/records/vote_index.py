@@ -8,7 +8,8 @@ and labels per vote.  Its decisions take effect when the pairs are written.
 import hashlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby
 
 from pgenrm_train.records.pairs import PreferencePair
@@ -35,6 +36,7 @@ CREATE TABLE taken (name TEXT PRIMARY KEY, tries INTEGER DEFAULT 0);
 """
 
 
+@lru_cache(maxsize=256)  # the votes on one question have the same texts
 def text_hash(*texts: str) -> int:
     """A hash of 64 bits, as SQLite stores them; ("a", "bc") and ("ab", "c") differ by their lengths."""
     data = f"{[*map(len, texts)]}{''.join(texts)}".encode("utf-8", "surrogatepass")
@@ -51,6 +53,12 @@ class VoteIndex:
         )
         self._waiting: list[tuple[object, ...]] = []
 
+    def following(self, pairs: Iterable[PreferencePair]) -> Iterator[PreferencePair]:
+        """Pass the pairs on, and add each."""
+        for pair in pairs:
+            self.add(pair)
+            yield pair
+
     def add(self, pair: PreferencePair) -> None:
         texts = sorted((pair.chosen, pair.rejected))
         longer = len(pair.chosen) - len(pair.rejected)
@@ -66,8 +74,8 @@ class VoteIndex:
                 pair.kind,
                 (longer > 0) - (longer < 0),
                 pair.position,
-                pair.explicit.criteria is not None,
-                pair.chosen == pair.rejected,
+                int(pair.explicit.criteria is not None),  # sqlite3 is slow with booleans
+                int(pair.chosen == pair.rejected),
                 pair.time,
             )
         )
@@ -109,11 +117,19 @@ class VoteIndex:
         """Make ids unique: many sources name the *question*, on which several users voted."""
         several = "SELECT name FROM votes GROUP BY name HAVING COUNT(*) > 1"
         self.db.execute(f"INSERT INTO taken (name) SELECT name FROM votes WHERE name NOT IN ({several})")
-        ambiguous = self.db.execute(
-            f"SELECT row, name, user FROM votes WHERE name IN ({several}) ORDER BY row"
-        ).fetchall()
-        renamed = [(self._free(f"{name}/{user}"), row) for row, name, user in ambiguous]
-        self.db.executemany("UPDATE votes SET name = ? WHERE row = ?", renamed)
+        self.db.executescript(
+            f"""CREATE TEMP TABLE wanted AS
+                SELECT row, name || '/' || user AS name FROM votes WHERE name IN ({several});
+            CREATE TEMP TABLE clashing AS SELECT row, name FROM wanted WHERE name IN
+                (SELECT name FROM wanted GROUP BY name HAVING COUNT(*) > 1
+                 OR name IN (SELECT name FROM taken));
+            DELETE FROM wanted WHERE row IN (SELECT row FROM clashing);
+            UPDATE votes SET name = wanted.name FROM wanted WHERE wanted.row = votes.row;"""
+        )
+        if clashing := self.db.execute("SELECT name, row FROM clashing ORDER BY row").fetchall():
+            self.db.execute("INSERT INTO taken (name) SELECT name FROM wanted")
+            renamed = [(self._free(name), row) for name, row in clashing]
+            self.db.executemany("UPDATE votes SET name = ? WHERE row = ?", renamed)
 
     def _free(self, base: str) -> str:
         """`base`, with the first free number if it is taken."""

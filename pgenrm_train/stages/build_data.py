@@ -20,7 +20,7 @@ from pgenrm_train.files import write_json
 from pgenrm_train.prompts.writer import PAIRS
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.raw_rows import LeftOut
-from pgenrm_train.records.rows import pair_schema, pair_to_row
+from pgenrm_train.records.rows import pair_schema, pair_tables
 from pgenrm_train.records.shards import ShardWriter, digest, tables
 from pgenrm_train.records.vote_index import TRAINS, VoteIndex
 from pgenrm_train.records.vote_times import VoteTimes
@@ -64,9 +64,8 @@ def run(config: Config, folder: StageFolder, build: Builder) -> Card:
     raw, index = folder.path / ".raw.parquet", VoteIndex()
     try:
         with ShardWriter(raw, pair_schema()) as writer:
-            for pair in build(config.data, config.seed, left_out):
-                index.add(pair)
-                writer.row(pair_to_row(pair))
+            for table in pair_tables(index.following(build(config.data, config.seed, left_out))):
+                writer.table(table)
         index.added()
         dropped = _decide(index, config)
         if config.recipe not in (StageName.EVALUATE, *CHOOSING) and not index.number(

@@ -11,6 +11,7 @@ from data_builders.sources.several_responses import votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.raw_rows import LeftOut
+from pgenrm_train.records.rows import row_to_pair
 
 ROW = {"user_id": "ann", "context": "Tea?", "conversation_id": "c", "split": "test"}
 FOUR = ROW | {"responses": ["w", "x", "y", {"role": "model", "content": "z"}]}
@@ -109,13 +110,24 @@ def test_the_votes_of_reward_models_are_those_of_the_full_check(tmp_path):
     row = {"prompt_id": "p 1", "prompt": "Ünter?", "split": "val"}
     row |= {f"response_{n}": f"text {n} ü" for n in (1, 2, 3)}
     row |= {f"org_rm-{r}_response_{n}_score": str(n * (-1) ** r) for r in range(3) for n in (1, 2, 3)}
-    votes = [
-        vote
-        for rated in rm_as_user.votes(row, "f, row 1")
-        for vote in votes_of(rated, "f, row 1", "all", "f-1", LeftOut())
+    path, rated = Path("f.csv"), rm_as_user.rated(row, "f.csv, row 1")
+    full = [
+        row_to_pair(vote, path, 1)
+        for rater, scores in rated.scores.items()
+        for vote in votes_of(
+            rated.row | {"user_id": rater, "ratings": scores}, "f.csv, row 1", "all", "f-1", LeftOut()
+        )
     ]
-    quick, full = (pairs._pairs(votes, Path("f.csv"), 1, alike=alike) for alike in (True, False))
-    assert quick == full and len(quick) == 9 and len({pair.user_id for pair in quick}) == 3
-    votes[5]["chosen"] = "half \ud83d"
-    with pytest.raises(DataError, match="field 'chosen': expected text that UTF-8 can hold"):
-        pairs._pairs(votes, Path("f.csv"), 1, alike=True)
+    votes = pairs._votes_of_raters(row, path, 1, "all", LeftOut())
+    assert [pair for _, pair in votes] == full and len(full) == 9 and len({p.user_id for p in full}) == 3
+    row["response_2"] = "half \ud83d"
+    with pytest.raises(DataError, match="expected text that UTF-8 can hold"):
+        pairs._votes_of_raters(row, path, 1, "all", LeftOut())
+
+
+@pytest.mark.parametrize("score", ["inf", "-inf", True, [1]])
+def test_a_score_that_is_no_number_is_named_by_its_column(score):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "m_chosen": 1, "m_rejected": score}
+    with pytest.raises(DataError, match="field 'm_rejected': expected a number, got"):
+        rm_as_user.rated(row, "f, row 1")
+    assert rm_as_user.rated(row | {"m_rejected": "nan"}, "").scores == {"m": [1.0, None]}

@@ -17,7 +17,7 @@ from pgenrm_train.files import write_table
 from pgenrm_train.records import shards
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
-from pgenrm_train.records.rows import pair_schema, pair_to_row, read_built, read_pairs, row_to_pair
+from pgenrm_train.records.rows import pair_schema, pair_tables, pair_to_row, read_built, read_pairs, row_to_pair
 
 
 def a_pair(number: int = 0, **changes) -> PreferencePair:
@@ -98,8 +98,8 @@ def test_a_built_table_is_read_the_same_with_and_without_checks(tmp_path):
         ),
     ]
     with shards.ShardWriter(tmp_path / "pairs.parquet", pair_schema()) as writer:
-        for pair in pairs:
-            writer.row(pair_to_row(pair))
+        for table in pair_tables(pairs):
+            writer.table(table)
     assert (
         list(read_built(tmp_path / "pairs.parquet")) == list(read_pairs(tmp_path / "pairs.parquet")) == pairs
     )

@@ -1,5 +1,7 @@
 """Sharded tables are streamed and published completely or not at all; damage ends in one sentence."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import sha256_file
 from pgenrm_train.records.pairs import Message, PreferencePair
-from pgenrm_train.records.rows import pair_schema, pair_to_row, read_pairs
+from pgenrm_train.records.rows import pair_schema, pair_tables, read_pairs
 from pgenrm_train.records.shards import BATCH, ShardWriter, digest, parts, tables
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
@@ -15,9 +17,13 @@ SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])
 
 def write(path, count, rows=BATCH):
     with ShardWriter(path, SCHEMA, rows) as writer:
-        for n in range(count):
-            writer.row({"n": n, "text": f"row {n}"})
+        for start in range(0, count, BATCH):
+            writer.table(table(range(start, min(start + BATCH, count)), "row"))
     return path
+
+
+def table(numbers, word):
+    return pa.table({"n": numbers, "text": [f"{word} {n}" for n in numbers]}, schema=SCHEMA)
 
 
 def numbers(path):
@@ -36,16 +42,16 @@ def test_what_is_written_is_read_back_in_order(tmp_path, count):
 def test_an_interrupted_write_leaves_what_was_there(tmp_path):
     path = write(tmp_path / "t.parquet", 10)
     with pytest.raises(KeyboardInterrupt), ShardWriter(path, SCHEMA, BATCH) as writer:
-        for n in range(3 * BATCH):
-            writer.row({"n": n, "text": "new"})
+        for _ in range(3):
+            writer.table(table(range(BATCH), "new"))
         raise KeyboardInterrupt
     assert numbers(path) == list(range(10)) and [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
 
 
 def test_a_killed_write_is_invisible_and_does_not_hinder_the_next(tmp_path):
     writer = ShardWriter(tmp_path / "t.parquet", SCHEMA, BATCH).__enter__()
-    for n in range(2 * BATCH):
-        writer.row({"n": n, "text": "half"})
+    for _ in range(2):
+        writer.table(table(range(BATCH), "half"))
     del writer  # no __exit__, as after kill -9
     assert not (tmp_path / "t.parquet").exists()
     assert numbers(write(tmp_path / "t.parquet", 5)) == list(range(5))
@@ -85,9 +91,9 @@ def test_the_digest_of_one_file_is_its_own_and_sees_every_byte(tmp_path):
 
 
 def test_bad_rows_name_the_shard(tmp_path):
-    good = pair_to_row(PreferencePair("p", "u", (Message("user", "q"),), "a", "b"))
+    good = PreferencePair("p", "u", (Message("user", "q"),), "a", "b")
     with ShardWriter(tmp_path / "pairs.parquet", pair_schema(), BATCH) as writer:
-        for n in range(BATCH + 2):
-            writer.row(good | ({"split": "dev"} if n == BATCH + 1 else {}))
+        for table in pair_tables([good] * (BATCH + 1) + [replace(good, split="dev")]):
+            writer.table(table)
     with pytest.raises(DataError, match=r"part-00001-of-00002.parquet, row 2, field 'split'"):
         list(read_pairs(tmp_path / "pairs.parquet"))
