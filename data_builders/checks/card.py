@@ -45,7 +45,9 @@ SOURCES = {
 PERCENTILES = (50, 90, 99, 100)
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 # A letter for every character of a word, a blank for white space, a point for any other.
-_ASCII = "".join("a" if c.isalnum() or c == "_" else " " if c.isspace() else "." for c in map(chr, range(128)))
+_ASCII = "".join(
+    "a" if c.isalnum() or c == "_" else " " if c.isspace() else "." for c in map(chr, range(128))
+)
 
 
 def describe(config: Config, folder: Path, card: Card) -> dict[str, object]:

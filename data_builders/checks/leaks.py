@@ -99,17 +99,20 @@ class LeakReport:
         """Content of leaks.json.  `left_out`: repeated votes that the build has dropped."""
         self.index.added()
         number = self.index.number
-        users, count = "SELECT DISTINCT user FROM votes WHERE", "SELECT COUNT(*) FROM"
-        trained, marked = f"({users} {TRAINS})", f"({users} user_split IN ('val', 'test'))"
+        self.index.db.execute(
+            f"CREATE TEMP TABLE users AS SELECT MAX({HELD_OUT}) AS asked, MAX({TRAINS}) AS trained, "
+            "MAX(user_split IN ('val', 'test')) AS marked FROM votes GROUP BY user"
+        )
+        count = "SELECT COUNT(*) FROM users WHERE"
         votes = "SELECT COUNT(*) AS votes, COUNT(DISTINCT chosen) AS ways FROM votes GROUP BY user, content"
         measures: Measures = {
             "votes": number("SELECT COUNT(*) FROM votes"),
             "held_out_votes": number(f"SELECT COUNT(*) FROM votes WHERE {HELD_OUT}"),
             "same_pair": self._same_pair(left_out),
             "same_user": {
-                "asked_and_trained": number(f"{count} ({users} {HELD_OUT}) WHERE user IN {trained}"),
-                "asked_only": number(f"{count} ({users} {HELD_OUT}) WHERE user NOT IN {trained}"),
-                "marked_both_ways": number(f"{count} {marked} WHERE user IN {trained}"),
+                "asked_and_trained": number(f"{count} asked AND trained"),
+                "asked_only": number(f"{count} asked AND NOT trained"),
+                "marked_both_ways": number(f"{count} marked AND trained"),
             },
             "same_conversation": {
                 "within_user": number(

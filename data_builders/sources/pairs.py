@@ -8,8 +8,9 @@ judges are ignored.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pgenrm_train.errors import DataError
 from pgenrm_train.records.file_columns import file_columns, missing_columns
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.json_texts import JsonTexts
-from pgenrm_train.records.pairs import PreferencePair
+from pgenrm_train.records.pairs import Message, PreferencePair
 from pgenrm_train.records.raw_rows import SKIPPED, LeftOut, check_texts
 from pgenrm_train.records.rows import row_to_pair
 
@@ -75,6 +76,8 @@ def build(data: DataConfig, seed: int, left_out: LeftOut) -> Iterator[Preference
         )
 
 
+_AFTER_SCORES = [field.name for field in fields(PreferencePair)][8:]
+_user_id = lru_cache(maxsize=1024)(read_id)
 Votes = list[tuple[object, PreferencePair]]  # of one raw row, each with the user's id as it was written
 
 
@@ -93,21 +96,18 @@ def _votes_of_raters(row: hub.Row, path: Path, number: int, rule: str, left_out:
     rated = rm_as_user.rated(row, where)
     texts, name = texts_of(rated.row, where), name_of(rated.row, f"{path.stem}-{number}")
     check_texts({"responses": texts, "user_id": [*rated.scores]}, where)
-    shared: dict[str, Any] = {}
+    context: tuple[Message, ...] | None = None
+    rest: tuple[Any, ...] = ()
     for rater, scores in rated.scores.items():
+        user = _user_id(rater) or ""
         for better, worse in ordered(texts, scores, rule, left_out):
-            own: dict[str, Any] = {
-                "pair_id": f"{name}/{better}-{worse}",
-                "user_id": read_id(rater),
-                "chosen": texts[better],
-                "rejected": texts[worse],
-                "chosen_score": scores[better],
-                "rejected_score": scores[worse],
-            }
-            if not shared:
-                first = row_to_pair({"conversation_id": name} | rated.row | own, path, number)
-                shared = {field.name: getattr(first, field.name) for field in fields(PreferencePair)}
-            votes.append((rater, PreferencePair(**(shared | own))))
+            if context is None:
+                first = {"user_id": user, "chosen": texts[better], "rejected": texts[worse]}
+                checked = row_to_pair({**rated.row, **first}, path, number)
+                context, rest = checked.context, tuple(getattr(checked, field) for field in _AFTER_SCORES)
+            ends = (texts[better], texts[worse], name, scores[better], scores[worse])
+            pair = PreferencePair(f"{name}/{better}-{worse}", user, context, *ends, *rest)
+            votes.append((rater, pair))
     return votes
 
 

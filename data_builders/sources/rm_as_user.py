@@ -108,10 +108,7 @@ def rated(row: hub.Row, where: str) -> Rated:
             "pair_id": row.get("prompt_id"),
             "split": row.get("split"),
         },
-        {
-            rater: [_score(row, name, where) for name in columns]
-            for rater, columns in layout.raters.items()
-        },
+        {rater: [_score(row, name, where) for name in columns] for rater, columns in layout.raters.items()},
     )
 
 
@@ -123,13 +120,12 @@ def _last(response: object) -> object:
 def _score(row: hub.Row, name: str, where: str) -> float | None:
     """A number, also from a text of CSV; None if empty or NaN."""
     value = row[name]
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or value == "":
         return None
-    known = isinstance(value, (str, float, int)) and not isinstance(value, bool)  # a tuple is quicker
     try:
-        number = float(value) if known else math.inf
-    except ValueError:
-        number = math.inf
+        number = math.inf if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.inf if str(value).strip() else math.nan
     if math.isinf(number):
         raise DataError(f"{where}, field '{name}': expected a number, got {str(value)[:60]!r}")
     return number if number == number else None

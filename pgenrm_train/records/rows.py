@@ -137,10 +137,18 @@ def pair_table(pairs: Sequence[PreferencePair]) -> Any:
     }
     schema = pair_schema()
     columns = [
-        nested.get(field.name) or pa.array(list(map(_FIELDS[field.name], pairs)), field.type)
+        nested[field.name] if field.name in nested else _column(map(_FIELDS[field.name], pairs), field.type)
         for field in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column(values: Iterable[object], kind: Any) -> Any:
+    import pyarrow as pa
+
+    listed = list(values)
+    empty = listed.count(None) == len(listed)
+    return pa.nulls(len(listed), kind) if empty else pa.array(listed, kind)
 
 
 def pair_tables(pairs: Iterable[PreferencePair]) -> Iterator[Any]:
@@ -181,7 +189,9 @@ def _objects(column: Any) -> list[Any]:
     if column.null_count == len(column):
         return [None] * len(column)
     if not pa.types.is_string(column.type):
-        return list(column.to_pylist() if column.null_count else column.to_numpy(zero_copy_only=False).tolist())
+        return list(
+            column.to_pylist() if column.null_count else column.to_numpy(zero_copy_only=False).tolist()
+        )
     encoded = column.dictionary_encode()
     texts = [*encoded.dictionary.to_numpy(zero_copy_only=False).tolist(), None]
     return [texts[place] for place in encoded.indices.fill_null(-1).to_numpy().tolist()]

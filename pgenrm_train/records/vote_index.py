@@ -97,7 +97,7 @@ class VoteIndex:
         """Finish adding; call once, after the last vote."""
         self._flush()
         self.db.execute("CREATE INDEX by_name ON votes (name)")
-        self.db.execute("CREATE INDEX by_user ON votes (user, content)")
+        self.db.execute("CREATE INDEX by_user ON votes (user, content, split, chosen)")
 
     def number(self, sql: str) -> int:
         """The single number of a query, 0 for null."""

@@ -36,14 +36,13 @@ class VoteTimes:
             FROM votes JOIN (SELECT user, MIN(time) AS first FROM votes
                              WHERE kept AND split = 'train' GROUP BY user) AS history USING (user)
             WHERE kept AND split != 'train'"""
+        emptied = f"{evaluated} AND time IS NOT NULL AND (first IS NULL OR first >= time)"
+        timed = index.counts("split", kept)
         return cls(
             {unit: count for unit, count in counts.items() if count},
-            index.counts("split", kept),
+            timed,
             index.counts("split"),
-            index.number(f"SELECT COUNT(*) {evaluated}"),
-            index.number(
-                f"SELECT COUNT(*) {evaluated} AND time IS NOT NULL AND (first IS NULL OR first >= time)"
-            ),
+            *(index.number(f"SELECT COUNT(*) {query}") if timed else 0 for query in (evaluated, emptied)),
         )
 
     @property

@@ -17,7 +17,14 @@ from pgenrm_train.files import write_table
 from pgenrm_train.records import shards
 from pgenrm_train.records.ids import read_id
 from pgenrm_train.records.pairs import ExplicitSignals, Message, PreferencePair
-from pgenrm_train.records.rows import pair_schema, pair_tables, pair_to_row, read_built, read_pairs, row_to_pair
+from pgenrm_train.records.rows import (
+    pair_schema,
+    pair_tables,
+    pair_to_row,
+    read_built,
+    read_pairs,
+    row_to_pair,
+)
 
 
 def a_pair(number: int = 0, **changes) -> PreferencePair:
