@@ -173,8 +173,9 @@ class LeakReport:
 def clustered_share(rows: Iterable[tuple[int, int]]) -> Share:
     """Pooled share of hits with a 95 % interval over users, from (hits, votes) of each user.
 
-    p = Σ hits / Σ votes;  Var(p) ≈ U/(U−1) · Σ_u (hits_u − p·votes_u)² / (Σ votes)².  Null interval with
-    fewer than two users.
+    p = Σ hits / Σ votes;  Var(p) ≈ U/(U−1) · Σ_u (hits_u − p·votes_u)² / (Σ votes)².
+
+    Null interval with fewer than two users.
     """
     counts = list(rows)
     users, hits, votes = len(counts), sum(hit for hit, _ in counts), sum(vote for _, vote in counts)

@@ -7,8 +7,8 @@ test), or `data.path` for a copy.  One row holds a prompt, its responses and all
     chosen, rejected | response_… two or more: texts, or (the first two) conversations as JSON
     MODEL_RESPONSE[_score]        per reward model and response, in either order of the two names
 
-Each reward model becomes a user who rates the responses; the rules of `several_responses` make the votes.  Columns with
-ranks repeat the scores and are not read.
+Each reward model becomes a user who rates the responses; the rules of `several_responses` make the votes.
+Columns with ranks repeat the scores and are not read.
 """
 
 import csv
