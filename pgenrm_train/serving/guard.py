@@ -1,8 +1,10 @@
-"""ASGI middleware: check key, body size and open requests; write logs and metrics.
+"""ASGI middleware: check key, body and open requests; write logs and metrics.
 
-A log line is a JSON object with route, status and time, without texts and users.
+A scoring request ends when its client disconnects, so its chains leave the engine.  A log line is a JSON
+object with route, status and time, without texts and users.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -22,7 +24,13 @@ from pgenrm_train.serving.metrics import Metrics
 
 LOG = logging.getLogger("pgenrm_train.serving")
 OPEN = ("/health", "/ready")  # without a key
+BODY_SECONDS = 60.0  # for a client to send its body
+GONE = 499  # status in log and metrics of a request whose client disconnected
 REQUEST_ID = re.compile(rb"[\w.-]{1,64}")
+
+
+class _Disconnected(Exception):
+    """The client has left before the answer."""
 
 
 class Guard:
@@ -53,6 +61,8 @@ class Guard:
             await self._guarded(scope, headers, receive, answer)
         except Refused as refused:  # before the app, or while it read the body
             await as_json(refused)(scope, receive, answer)
+        except _Disconnected:
+            status = GONE
         except Exception as error:
             # Type and frames only: its text may hold users' texts.
             frames = "".join(traceback.format_tb(error.__traceback__))
@@ -79,8 +89,12 @@ class Guard:
             raise Refused(429, "too_many_requests", f"{self._open} requests are open; try again later", 1)
         self._open += scores
         self._metrics.in_flight.set(self._open)
+        limited = self._limited(headers, receive)
         try:
-            await self._app(scope, self._limited(headers, receive), send)
+            if scores:
+                await _until_disconnect(self._app, scope, limited, send)
+            else:
+                await self._app(scope, limited, send)
         finally:
             self._open -= scores
             self._metrics.in_flight.set(self._open)
@@ -109,9 +123,16 @@ class Guard:
         if length.isdigit() and int(length[:20]) > limit:
             raise too_large
 
+        end, complete = asyncio.get_running_loop().time() + BODY_SECONDS, False
+
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            try:
+                async with asyncio.timeout_at(None if complete else end):
+                    message = await receive()
+            except TimeoutError:
+                raise Refused(408, "timeout", f"the body took more than {BODY_SECONDS:g} s") from None
+            complete = complete or not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > limit:
                 raise too_large
@@ -120,8 +141,40 @@ class Guard:
         return limited
 
 
+async def _until_disconnect(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run the app, which receives its body only; the one message after it is the disconnection.
+
+    Raises _Disconnected.
+    """
+    body_read = asyncio.Event()
+
+    async def read() -> Message:
+        message = await receive()
+        if not message.get("more_body", False):
+            body_read.set()
+        return message
+
+    async def disconnected() -> None:
+        await body_read.wait()
+        await receive()
+
+    work = asyncio.ensure_future(app(scope, read, send))
+    watch = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise _Disconnected
+        await work
+    finally:
+        work.cancel()
+        watch.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
 def as_json(refused: Refused) -> JSONResponse:
     """The answer to a refused request."""
     headers = {} if refused.retry_after is None else {"retry-after": str(refused.retry_after)}
+    if refused.status == 408:  # the rest of the body is not awaited
+        headers["connection"] = "close"
     content = {"error": {"kind": refused.kind, "message": refused.message}}
     return JSONResponse(content, refused.status, headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from prompt_sections import split_prompt
 
 from pgenrm_train.backends.protocols import Generation, GenerationRequest
@@ -19,13 +19,13 @@ from pgenrm_train.chains.chain import write_chain
 from pgenrm_train.config import Config
 from pgenrm_train.errors import EngineLostError
 from pgenrm_train.prompts.messages import chat_messages
-from pgenrm_train.serving.app import make_app
 from pgenrm_train.serving.cached_engine import CachedEngine
 from pgenrm_train.serving.metrics import Metrics
 from pgenrm_train.serving.probabilities import ProbabilityModel
 from pgenrm_train.serving.scoring import FindNeighbours, TaskScorer
 from pgenrm_train.serving.service import Service
 from pgenrm_train.serving.store import UserStore
+from recipes.wiring.service.local import http_server
 
 VOTE = {"query": "Plan my trip?", "chosen": "Short.", "rejected": "Much longer."}
 QUESTION = {"query": "Fix my report?", "responses": ["Short one.", "A rather long response."]}
@@ -102,13 +102,12 @@ def service_of(
 @contextlib.contextmanager
 def running(service: Service, key: str | None = None) -> Iterator[httpx.Client]:
     """A client of the service on a free port."""
-    settings = uvicorn.Config(make_app(service, key), port=0, log_config=None, access_log=False)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server, listening = http_server(service, key), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = listening.getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             yield client

@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import uvicorn
+
 from pgenrm_train.backends.vllm.continuous import ContinuousEngine
 from pgenrm_train.backends.vllm.engine import VllmGenerator
 from pgenrm_train.config import Config, StageName
@@ -14,6 +16,7 @@ from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
+from pgenrm_train.serving.app import make_app
 from pgenrm_train.serving.cached_engine import CachedEngine, Engine
 from pgenrm_train.serving.guard import LOG
 from pgenrm_train.serving.metrics import Metrics
@@ -115,23 +118,25 @@ def listening_socket(config: Config) -> socket.socket:
 
 def run_app(service: Service, key: str | None, listening: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; open requests have `serve.drain_seconds` to end."""
-    import uvicorn
-
-    from pgenrm_train.serving.app import make_app
-
     logging.basicConfig(format="%(message)s")
     LOG.setLevel(logging.INFO)
     host, port = listening.getsockname()[:2]
     print(f"serving {service.config.model.label} at http://{host}:{port} (routes: /docs)", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            make_app(service, key),
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=service.config.serve.drain_seconds,
-        )
-    )
+    server = http_server(service, key)
     # uvicorn raises the signal again after draining; a stopped service has not failed.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
     print("stopped", flush=True)
+
+
+def http_server(service: Service, key: str | None) -> uvicorn.Server:
+    """The HTTP server of a service."""
+    settings = uvicorn.Config(
+        make_app(service, key),
+        # httptools, uvicorn's default, reads headers of any length into memory; h11 refuses more than 64 KiB.
+        http="h11",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=service.config.serve.drain_seconds,
+    )
+    return uvicorn.Server(settings)

@@ -1,7 +1,10 @@
 """The service's own routes over real HTTP: scores, users, limits, failures."""
 
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pandas as pd
 import pytest
 from serving_world import (
@@ -24,6 +27,7 @@ from pgenrm_train.errors import EngineLostError
 from pgenrm_train.prompts.messages import chat_messages
 from pgenrm_train.records.pairs import HistoryItem, Message, PreferencePair
 from pgenrm_train.scaling.combine import scale
+from pgenrm_train.serving import guard
 from pgenrm_train.serving.probabilities import ProbabilityModel
 
 ANN = "/v1/users/ann/votes"
@@ -321,6 +325,49 @@ def test_a_time_out_leaves_the_engine(tmp_path):
     with running(service_of(configured(tmp_path, serve__timeout_seconds=2.0), slow)) as client:
         assert refusal(score(client)) == (503, "timeout")
     assert slow.cancelled == len(slow.requests) == 2
+
+
+def raw_answer(client, *parts, wait=0.0):
+    """What the service sends for raw bytes, until it closes the connection."""
+    url = client.base_url
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(wait)
+        answer = b""
+        while more := connection.recv(4096):
+            answer += more
+    return answer
+
+
+POST = b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def test_a_client_that_sends_slowly_holds_no_place(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
+    with running(service_of(configured(tmp_path, serve__max_waiting=1), engine)) as client:
+        answer = raw_answer(client, POST + b"content-length: 999\r\n\r\n", b"{", b" ", wait=0.2)
+        assert (
+            answer.startswith(b"HTTP/1.1 408") and b'{"error":{"kind":"timeout","message":"the body' in answer
+        )
+        assert score(client).status_code == 200
+
+
+def test_long_headers_are_refused(client):
+    assert raw_answer(client, POST + b"x: " + b"a" * 70_000).startswith(b"HTTP/1.1 400")
+
+
+def test_chains_of_a_client_that_left_leave_the_engine(tmp_path, caplog):
+    caplog.set_level("INFO")
+    slow = StubEngine(seconds=30)
+    with running(service_of(configured(tmp_path), slow)) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/score", json={"history": [VOTE], **QUESTION}, timeout=1)
+        while slow.cancelled < 2:
+            time.sleep(0.01)
+        metrics = client.get("/metrics").text
+    assert 'pgenrm_requests_total{route="/v1/score",status="499"} 1.0' in metrics
+    assert "pgenrm_requests_in_flight 0.0" in metrics and "Error" not in caplog.text
 
 
 def test_an_internal_error_shows_and_logs_no_text(tmp_path, caplog):
