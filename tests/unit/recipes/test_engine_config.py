@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pgenrm_train.backends.vllm.engine import engine_settings
 from pgenrm_train.cluster.planning.geometry import geometry_of
 from pgenrm_train.cluster.planning.memory import with_zero_stage
 from pgenrm_train.cluster.planning.work import with_planned_sizes
-from pgenrm_train.config import Config, compose, load
+from pgenrm_train.config import ROOT, Config, compose, load
 from pgenrm_train.errors import ConfigError
 from recipes.wiring.engine_config import engine_yaml, sources
 
@@ -104,6 +105,53 @@ def test_verl_has_every_key_that_we_set(model: str, cluster: str) -> None:
     assert unknown <= NOT_IN_YAML
     for part in ("actor", "rollout"):  # the dataclasses refuse fields that they do not have
         omega_conf_to_dataclass(with_defaults(keys).actor_rollout_ref[part])
+
+
+# What verl 0.9's examples/grpo_trainer/run_qwen3_8b_fsdp.sh sets on eight GPUs, beside files and names.
+EXAMPLE: dict[str, Any] = {
+    "algorithm.adv_estimator": "grpo",
+    "data.train_batch_size": 1024,
+    "data.max_prompt_length": 1024,
+    "data.max_response_length": 2048,
+    "data.filter_overlong_prompts": True,
+    "actor_rollout_ref.model.use_remove_padding": True,
+    f"{A}.optim.lr": 1e-6,
+    f"{A}.ppo_mini_batch_size": 256,
+    f"{A}.use_dynamic_bsz": True,
+    f"{A}.ppo_max_token_len_per_gpu": 24576,
+    f"{A}.use_kl_loss": True,
+    f"{R}.name": "vllm",
+    f"{R}.tensor_model_parallel_size": 2,
+    f"{R}.gpu_memory_utilization": 0.6,
+    f"{R}.n": 5,
+    f"{R}.log_prob_use_dynamic_bsz": True,
+    f"{R}.log_prob_max_token_len_per_gpu": 24576,
+    f"{F}.log_prob_use_dynamic_bsz": True,
+    f"{F}.log_prob_max_token_len_per_gpu": 24576,
+    f"{F}.fsdp_config.param_offload": True,
+    "trainer.save_freq": 20,
+    "trainer.test_freq": 5,
+    "trainer.total_epochs": 15,
+}
+
+
+def test_the_page_has_every_key_that_differs_from_verls_example_and_no_other() -> None:
+    from omegaconf import OmegaConf
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix.removesuffix(".").removeprefix("actor_rollout_ref."): node}
+        return {name: value for key in node for name, value in flat(node[key], f"{prefix}{key}.").items()}
+
+    shipped = config("qwen3_8b", "gpu8", "model.attention=flash_attention_2")
+    theirs, ours = (
+        flat(OmegaConf.to_container(with_defaults(keys), resolve=False)) for keys in (EXAMPLE, verl(shipped))
+    )
+    differ = {key for key in theirs | ours if theirs.get(key, theirs) != ours.get(key, theirs)}
+    page = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    table = page.partition("| key | veRL's example |")[2].partition("\n## ")[0]
+    first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert differ == set(re.findall(r"`([^`]+)`", " ".join(first)))
 
 
 @pytest.mark.parametrize("model", ["llama31_8b", "llama31_70b_lora"])
