@@ -15,6 +15,7 @@ replaced, *now* the project's own code; a server decodes one token per chain and
 
 import asyncio
 import heapq
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
@@ -65,14 +66,14 @@ def mining(config: Config) -> tuple[float, float]:
     """Each pair in both orders, half of the samples each."""
     samples = config.curriculum.mining_samples // 2
     chains = [list(answers(config, samples, seed)) for seed in range(2 * PAIRS)]
-    blocks = [sum(chains[first : first + BARRIER], []) for first in range(0, len(chains), BARRIER)]
-    return sum(map(last_end, blocks)), last_end(sum(chains, []))
+    blocks = [chains[first : first + BARRIER] for first in range(0, len(chains), BARRIER)]
+    return sum(map(last_end, blocks)), last_end(chains)
 
 
-def last_end(lengths: Sequence[int]) -> int:
-    """Engine steps until all chains have ended that fill the free places in their order."""
+def last_end(prompts: Sequence[Sequence[int]]) -> int:
+    """Engine steps until all chains of the prompts have ended, which fill the free places in their order."""
     ends: list[int] = []
-    for length in lengths:
+    for length in itertools.chain.from_iterable(prompts):
         start = heapq.heappop(ends) if len(ends) == SERVERS * PLACES else 0
         heapq.heappush(ends, start + length)
     return max(ends)

@@ -108,8 +108,8 @@ def idle_warning(config: Config) -> str | None:
     if config.cluster.device == "cpu" or 2 * gpus >= NODE_GPUS:
         return None
     return (
-        f"the script takes full nodes (--exclusive, --mem=0) and uses {gpus} GPUs of each; where nodes have "
-        f"{NODE_GPUS}, the nearest better setting is cluster.processes_per_node={NODE_GPUS}"
+        f"the script takes full nodes (--exclusive, --mem=0) and uses {gpus} of the GPUs of each; "
+        f"where nodes have {NODE_GPUS}, the nearest better setting is cluster.processes_per_node={NODE_GPUS}"
     )
 
 

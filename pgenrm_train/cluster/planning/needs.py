@@ -97,14 +97,17 @@ def idle_warnings(config: Config, stage: StageName) -> Iterator[str]:
 
 def _idle_replicas(config: Config, stage: StageName) -> Iterator[str]:
     """One vLLM replica samples the chains of a prompt, so a step of few prompts leaves others idle."""
-    replicas = places_of(config, stage).sampler.cluster.ranks // config.cluster.tensor_parallel
+    cluster = config.cluster
+    replicas = places_of(config, stage).sampler.cluster.ranks // cluster.tensor_parallel
     prompts = known(getattr(with_planned_sizes(config), stage).prompts_per_step)
     if 2 * prompts >= replicas:
         return
     better = " ".join(f"{stage}.{key}={replicas}" for key in ("prompts_per_step", "mini_batch_prompts"))
-    if examples_of(config, stage) < replicas:
-        better = "fewer GPUs: there are no more pairs"
+    if (pairs := examples_of(config, stage)) < replicas:  # and a step draws no pair twice
+        nodes = "cluster.nodes=1 " if cluster.nodes > 1 else ""
+        processes = min(pairs * cluster.tensor_parallel, cluster.processes_per_node)
+        better = f"{nodes}cluster.processes_per_node={processes}"
     yield (
-        f"{stage} samples {prompts} prompts per step, each on one of {replicas} vLLM replicas; "
-        f"the nearest better setting is {better}"
+        f"{stage} samples {prompts} prompt{'s' if prompts > 1 else ''} per step, each on one of {replicas} "
+        f"vLLM replicas; the nearest better setting is {better}"
     )

@@ -55,7 +55,12 @@ def test_tensor_parallelism_belongs_to_the_model():
         (BUILD_SEC, {"teacher.gpus": 1}, "teacher.gpus=8"),
         (BUILD_SEC, {"teacher.gpus": 8, "cluster.nodes": 4}, "cluster.nodes=1"),
         (CRE, {"cre.prompts_per_step": 3}, "cre.prompts_per_step=8 cre.mini_batch_prompts=8"),
-        (CRE, {"cre.prompts_per_step": 3, "plan.pairs": 5}, "fewer GPUs: there are no more pairs"),
+        (CRE, {"cre.prompts_per_step": 3, "plan.pairs": 5}, "cluster.processes_per_node=5"),
+        (
+            CRE,
+            {"cre.prompts_per_step": 1, "plan.pairs": 1, "cluster.nodes": 2},
+            "cluster.nodes=1 cluster.processes_per_node=1",
+        ),
     ],
 )
 def test_an_idle_cluster_gets_one_sentence_with_a_better_setting(stage, keys, better):
