@@ -67,10 +67,14 @@ Keyed = tuple[dict[str, Any], dict[str, str]]  # a row of a table, and the value
 
 
 class Board(NamedTuple):
-    """A table of the page: its cells, and per row the values of FILTERS and of all columns."""
+    """A table of the page: its cells, and per row the values of FILTERS and of all columns.
+
+    `sorted`: the column that orders the rows, and its direction.
+    """
 
     table: Table
     keys: list[Mapping[str, object]]
+    sorted: tuple[str, str]
 
 
 def find_runs(places: Sequence[str]) -> tuple[list[Entry], list[str]]:
@@ -123,8 +127,8 @@ def write_leaderboard(places: Sequence[str], folder: Path, *, draws: int, seed: 
         reading=READING,
         notes=notes,
         filters=[(name, sorted({str(key[name]) for key in keys})) for name in FILTERS],
-        results=_board(results),
-        comparisons=_board(comparisons),
+        results=_board(results, ("accuracy", "descending")),
+        comparisons=_board(comparisons, ("p users, adjusted", "ascending")),
     )
     return content
 
@@ -201,9 +205,9 @@ def _verdict(part: Difference, p: float) -> str:
     return f"{'first' if part['difference'] > 0 else 'second'} is better"
 
 
-def _board(rows: Sequence[Keyed]) -> Board:
+def _board(rows: Sequence[Keyed], order: tuple[str, str]) -> Board:
     names = list(dict.fromkeys(name for row, _ in rows for name in row if not name.endswith("ci95")))
     keys: list[Mapping[str, object]] = [
         {**key, "values": [row.get(name) for name in names]} for row, key in rows
     ]
-    return Board(table_of([row for row, _ in rows]), keys)
+    return Board(table_of([row for row, _ in rows]), keys, order)

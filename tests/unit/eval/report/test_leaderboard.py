@@ -121,6 +121,8 @@ def test_the_page_is_one_inert_file(world):
     assert len(reader.rows) == len(content["results"]) + len(content["comparisons"]) and not reader.loads
     values = json.loads(reader.rows[0]["data-values"])
     assert values[0] == content["results"][0]["run"] and content["results"][0]["accuracy"] in values
+    heads = re.findall(r'aria-sort="(\w+)"><span class="plain">([^<]+)', page)
+    assert heads == [("descending", "accuracy"), ("ascending", "p users, adjusted")]
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in page
