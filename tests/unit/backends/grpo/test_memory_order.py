@@ -53,3 +53,26 @@ def test_vllm_wakes_after_the_optimiser_of_a_checkpoint_is_loaded(mines: bool, t
     mining = ["update_weights", "sleep_replicas"] if mines else []
     assert calls.made == ["sleep_replicas", "begin_phase", *mining, "load_checkpoint", "update_weights"]
     trainer._shutdown_dump_executor()
+
+
+def test_vllm_sleeps_while_the_actor_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pgenrm_train.backends.grpo import engine
+
+    class Trained(Calls):
+        """A trainer at its last step, and its workers; the export has two files."""
+
+        def __getattr__(self, name: str) -> Any:
+            answers = {"begin": 4, "last_saved": 4, "begin_export": [2]}
+            return lambda *_, **__: self.made.append(name) or answers.get(name)
+
+    work_dir = tmp_path / "cre"
+    rows = verl_world.write_rows(tmp_path / "rows.parquet", 16)
+    run = PhaseRun(Phase(StageName.CRE, None, rows, work_dir, 4), Config(recipe="cre"))
+    for name in ("_verl", "_sampler"):
+        monkeypatch.setattr(engine, name, lambda *_: None)
+    monkeypatch.setattr(engine, "check_export", lambda draft: draft.mkdir(parents=True))
+    trainer: Any = Trained()
+    trainer.actor_rollout_wg = trainer
+    engine._run_phase(run, tmp_path / "start", trainer)
+    order = ["prepare", "begin", "last_saved", "sleep", "begin_export", "export_file", "export_file"]
+    assert trainer.made == order
