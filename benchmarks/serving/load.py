@@ -6,9 +6,10 @@
 Stores `--users` users with generated votes, then scores questions of random users.  Each client waits for
 its answer before it sends again; with `--rate` requests arrive at random times instead.  Prints one JSON
 object: requests, chains per second, quantiles of the time, failures by kind, and the memory of `--pid` at the
-start and the end.  An answer that is neither scores nor an error with a kind counts as `lost`.
+start and the end.  An answer that is neither scores nor an error with a kind counts as `lost`.  `--kill`
+kills one engine of a service on Ray Serve at half the time.
 
-Bars: nothing lost; memory flat; p99 at most 2 × p50 at 80 % of the load (`--rate`).
+Bars: nothing lost, also with `--kill`; memory flat.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections import Counter
 import httpx
 import psutil
 
+ENGINE = "ServeReplica:pgenrm:engines"  # in the title of its process
 WORDS = [
     "brief",
     "listed",
@@ -84,8 +86,22 @@ class Load:
         self.seconds.append(time.perf_counter() - start)
         self.kinds[kind] += 1
 
+    async def kill_engine(self) -> None:
+        """Kill a process of the service's engines; which one is left to the system."""
+        await asyncio.sleep(self.arguments.seconds / 2)
+        processes = psutil.process_iter(["cmdline"])
+        engine = next(p for p in processes if ENGINE in " ".join(p.info["cmdline"] or []))
+        print(f"killing process {engine.pid}", flush=True)
+        engine.kill()
+
     async def run(self) -> None:
         end = time.monotonic() + self.arguments.seconds
+        accident = asyncio.create_task(self.kill_engine()) if self.arguments.kill else None
+        await self._run(end)
+        if accident:
+            await accident
+
+    async def _run(self, end: float) -> None:
         if self.arguments.rate is None:
 
             async def one_client(number: int) -> None:
@@ -102,6 +118,12 @@ class Load:
         await asyncio.gather(*open_requests)
 
 
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    times = sorted(seconds)
+    found = {f"p{q}": round(times[int(len(times) * q / 100)], 4) for q in (50, 90, 99)}
+    return {**found, "p99 / p50": round(found["p99"] / found["p50"], 3)}
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -112,18 +134,19 @@ async def main() -> None:
     parser.add_argument("--responses", type=int, default=2)
     parser.add_argument("--ind", type=int, default=1)
     parser.add_argument("--pid", type=int, help="process of the service, for its memory")
+    parser.add_argument("--kill", action="store_true", help="kill an engine on Ray Serve at half the time")
     load = Load(parser.parse_args())
     await load.store_users()
     process = psutil.Process(load.arguments.pid) if load.arguments.pid else None
     before = process.memory_info().rss if process else None
     start = time.perf_counter()
     await load.run()
-    seconds, times = time.perf_counter() - start, sorted(load.seconds)
+    seconds, times = time.perf_counter() - start, load.seconds
     report = {
         "requests": len(times),
         "requests per second": round(len(times) / seconds, 2),
         "chains per second": round(load.chains / seconds, 2),
-        **{f"p{q}": round(times[int(len(times) * q / 100)], 4) for q in (50, 90, 99)},
+        **quantiles(times),
         "outcomes": dict(load.kinds),
         "rss MiB": [x and x >> 20 for x in (before, process.memory_info().rss if process else None)],
     }

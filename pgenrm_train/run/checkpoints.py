@@ -11,10 +11,22 @@ from pgenrm_train.files import read_json, write_json
 
 COMPLETE = "complete.json"
 MANIFEST = "manifest.json"  # of a published checkpoint: how its chains are read
+GROUP_SIZE = 2  # responses per prompt in all stages of training
 
 
 def write_manifest(checkpoint: Path, totals: Totals) -> None:
-    write_json(checkpoint / MANIFEST, {"totals": totals})
+    write_json(checkpoint / MANIFEST, {"totals": totals, "group_size": GROUP_SIZE})
+
+
+def check_group_size(checkpoint: Path) -> None:
+    """Raise ArtifactError for a checkpoint that was trained on prompts of more responses."""
+    file = checkpoint / MANIFEST
+    manifest = read_json(file) if file.exists() else {}
+    size = manifest.get("group_size", GROUP_SIZE) if isinstance(manifest, dict) else GROUP_SIZE
+    if size != GROUP_SIZE:
+        raise ArtifactError(
+            f"{file}: group_size={size}, but scores come from prompts of {GROUP_SIZE} responses"
+        )
 
 
 def totals_of(checkpoint: Path) -> Totals | None:

@@ -1,5 +1,18 @@
 """Refusals of the service: a status, a kind for programs and one sentence for people."""
 
+from pydantic import BaseModel
+
+
+class FailureFacts(BaseModel):
+    kind: str
+    message: str
+
+
+class Failure(BaseModel):
+    """The body of every error."""
+
+    error: FailureFacts
+
 
 class Refused(Exception):
     """A refused request; `retry_after`, in seconds, if a later try may succeed."""

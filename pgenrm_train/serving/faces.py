@@ -83,7 +83,7 @@ def add_faces(app: FastAPI, service: Service) -> None:
     """Add the routes of all faces."""
     _add_chat(app, service)
 
-    @app.post("/openrlhf")
+    @app.post("/openrlhf", tags=["trainers"], summary="OpenRLHF: --reward.remote_url")
     async def openrlhf(request: OpenRlhf) -> Response:
         if not len(request.query) == len(request.prompts) == len(request.labels) > 0:
             raise bad_request("query, prompts and labels: expected lists of one length above 0")
@@ -96,19 +96,19 @@ def add_faces(app: FastAPI, service: Service) -> None:
         rewards = [_number(service, single) for single in singles]
         return _json({"rewards": rewards, "scores": rewards, "extra_logs": {}})
 
-    @app.post("/slime")
+    @app.post("/slime", tags=["trainers"], summary="slime: rm_url")
     async def slime(request: Slime) -> Response:
         task = await _task(service, request.label, request.prompt, request.response)
         [single] = await service.singles([task])
         return _json(_number(service, single))
 
-    @app.post("/score")
+    @app.post("/score", tags=["trainers"], summary="A single response, as plain JSON")
     async def plain_score(request: PlainScore) -> Response:
         task = await _task(service, request.profile, request.query, request.response_text)
         [single] = await service.singles([task])
         return _json({"score": _number(service, single)})
 
-    @app.post("/compare")
+    @app.post("/compare", tags=["trainers"], summary="NeMo-Gym: compare responses")
     async def compare(request: Compare) -> Response:
         return _json(await _compare(service, request))
 
@@ -227,7 +227,9 @@ def _output_text(response: Mapping[str, Any], number: int) -> str:
 
 
 def _add_chat(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions", tags=["trainers"], summary="OpenAI: chains for a prompt of this package"
+    )
     async def chat(request: Chat) -> dict[str, object]:
         _check_chat(service, request)
         temperature = request.temperature

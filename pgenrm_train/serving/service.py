@@ -12,6 +12,7 @@ from pgenrm_train.config import Config
 from pgenrm_train.errors import DataError, EngineLostError
 from pgenrm_train.records.pairs import PreferencePair
 from pgenrm_train.records.rows import read_pairs
+from pgenrm_train.run.checkpoints import GROUP_SIZE
 from pgenrm_train.serving.cached_engine import Prompt, Samples
 from pgenrm_train.serving.errors import Refused, bad_request
 from pgenrm_train.serving.metrics import Metrics
@@ -95,6 +96,7 @@ class Service:
     async def generate(self, prompt: Prompt, temperature: float) -> Samples:
         """Chains for a prompt, as the model writes them.  Raises Refused."""
         [answered] = await self._in_time(self.scorer.engine.generate([prompt], temperature))
+        self.metrics.count_written(answered.samples)
         return answered.samples
 
     async def _in_time(self, work: Awaitable[Result]) -> Result:
@@ -172,7 +174,7 @@ class Service:
             "object": "model",
             "created": 0,
             "owned_by": "pgenrm-train",
-            "group_size": 2,
+            "group_size": GROUP_SIZE,
             "totals": self.config.model.counted,
             "calibration": asdict(self.calibration) if self.calibration else None,
         }

@@ -15,6 +15,7 @@ from pgenrm_train.config import Config, StageName
 from pgenrm_train.errors import ArtifactError, ConfigError
 from pgenrm_train.files import fingerprint
 from pgenrm_train.prompts.writer import PromptWriter, load_pairs
+from pgenrm_train.run.checkpoints import check_group_size
 from pgenrm_train.run.folder import StageFolder, check_checkpoint, weights_digest
 from pgenrm_train.serving.app import make_app
 from pgenrm_train.serving.cached_engine import CachedEngine, Engine
@@ -43,8 +44,13 @@ def local_service(config: Config) -> Iterator[Service]:
 
 
 def checkpoint_of(config: Config) -> Path:
-    """The checkpoint of `model.path` or the newest of the run.  Raises ArtifactError if there is none."""
-    return check_checkpoint(start_of(config, StageName.EVALUATE.starts_from).checkpoint)
+    """The checkpoint of `model.path` or the newest of the run.
+
+    Raises ArtifactError if there is none, or for one of another group size.
+    """
+    checkpoint = check_checkpoint(start_of(config, StageName.EVALUATE.starts_from).checkpoint)
+    check_group_size(checkpoint)
+    return checkpoint
 
 
 def make_service(

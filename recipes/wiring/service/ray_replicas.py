@@ -97,7 +97,7 @@ def serve_on_ray(config: Config, checkpoint: Path) -> None:
 
         seconds = settings.timeout_seconds + EXTRA_SECONDS
         serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": seconds})
-        serve.run(_application(config, str(checkpoint.resolve())), name="pgenrm")
+        serve.run(application_of(config, str(checkpoint.resolve())), name="pgenrm")
         address = f"http://{settings.host}:{settings.port}"
         print(f"serving {config.model.label} at {address} (routes: /docs)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
@@ -115,16 +115,17 @@ def application(arguments: Mapping[str, Sequence[str]]) -> Any:
     """
     config = load("recipe=serve", *arguments["overrides"])
     checkpoint = checkpoint_of(config)
-    return _application(with_totals(config, checkpoint), str(checkpoint))
+    return application_of(with_totals(config, checkpoint), str(checkpoint))
 
 
-def _application(config: Config, checkpoint: str) -> Any:
+def application_of(config: Config, checkpoint: str, replica: type = EngineReplica) -> Any:
+    """A front and its engines; a benchmark replaces the class of the engines."""
     from ray import serve
 
     settings, on_gpus = config.serve, config.cluster.device == "cuda"
     gpus = config.cluster.tensor_parallel if on_gpus else 0
     drain = {"graceful_shutdown_timeout_s": settings.drain_seconds}
-    engines = serve.deployment(EngineReplica).options(
+    engines = serve.deployment(replica).options(
         name="engines",
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         max_ongoing_requests=config.eval.max_in_flight,

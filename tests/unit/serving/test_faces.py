@@ -219,6 +219,9 @@ def test_openai_chat_by_the_openai_package(client):
         answer = api.chat.completions.create(model="nano", messages=messages, n=2)
         assert [c.finish_reason for c in answer.choices] == ["stop", "stop"]
         assert answer.usage.completion_tokens == 14
+        metrics = client.get("/metrics").text
+        assert 'pgenrm_chains_total{source="model"} 2.0' in metrics
+        assert "pgenrm_completion_tokens_total 14.0" in metrics
         with pytest.raises(openai.UnprocessableEntityError, match="stream"):
             api.chat.completions.create(model="nano", messages=messages, stream=True)
 

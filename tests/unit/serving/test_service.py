@@ -172,7 +172,8 @@ def test_other_spellings_of_an_id_are_the_same_user(client):
     assert client.put("/v1/users/%20ann%20/votes", json={"votes": [VOTE]}).status_code == 200
     assert len(client.get(ANN).json()["votes"]) == 1
     assert client.post("/v1/score", json={"user_id": "ann\u200b", **QUESTION}).status_code == 200
-    assert client.get("/v1/users/%20%20/votes").status_code == 422
+    for no_id in ("%20%20", "%00", "%ff", "a" * 257):
+        assert refusal(client.put(f"/v1/users/{no_id}/votes", json={"votes": [VOTE]})) == (422, "bad_request")
 
 
 def test_nothing_of_a_deleted_user_is_left_in_any_file(tmp_path):
@@ -411,7 +412,17 @@ def test_requests_are_counted_and_logged_without_texts(client, caplog):
 def test_unknown_routes_are_refused_like_all_else(client):
     assert refusal(client.get("/nothing")) == (404, "not_found")
     assert refusal(client.get("/v1/score")) == (405, "method_not_allowed")
-    assert client.get("/openapi.json").json()["paths"].keys() >= {"/v1/score", "/v1/models"}
+
+
+def test_the_openapi_page_has_the_form_of_errors(client):
+    page = client.get("/openapi.json").json()
+    assert page["paths"].keys() >= {"/v1/score", "/v1/models", "/slime"}
+    schema = {"$ref": "#/components/schemas/Failure"}
+    for route in (route for methods in page["paths"].values() for route in methods.values()):
+        assert route["tags"] and route["responses"].keys() >= {"422", "5XX"}, route
+        (content,) = route["responses"]["422"]["content"].values()
+        assert content["schema"] == schema
+    assert "HTTPValidationError" not in page["components"]["schemas"]
 
 
 def test_users_write_at_the_same_time(client):

@@ -6,7 +6,7 @@ import pytest
 
 from pgenrm_train.config import StageName, Totals, load
 from pgenrm_train.errors import ArtifactError, ConfigError
-from pgenrm_train.run.checkpoints import totals_of, write_manifest
+from pgenrm_train.run.checkpoints import check_group_size, totals_of, write_manifest
 from pgenrm_train.stages.registry import REGISTRY
 from pgenrm_train.stages.stage import with_totals
 
@@ -34,6 +34,19 @@ def test_the_manifest_decides_and_without_one_the_setting(tmp_path):
     ):
         assert with_totals(load("recipe=psi", *more)).model.counted is kind, "without a checkpoint"
     assert with_totals(load("recipe=psi", "model.totals=declared")).model.counted is Totals.DECLARED
+
+
+def test_the_manifest_has_the_group_size_of_training(tmp_path):
+    folder = checkpoint(tmp_path / "c", Totals.CODE)
+    check_group_size(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["group_size"] == 2
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"group_size": 4}))
+    with pytest.raises(
+        ArtifactError, match=r"manifest\.json: group_size=4, but scores come from prompts of 2"
+    ):
+        check_group_size(folder)
+    check_group_size(tmp_path)  # a checkpoint of others
 
 
 def test_another_kind_than_the_manifests_is_one_sentence(tmp_path):
