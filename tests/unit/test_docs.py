@@ -23,7 +23,8 @@ from pgenrm_train.cluster.planning.plan import plan_of
 from pgenrm_train.config import ROOT, load
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS, *EXAMPLES]
 RUN = "python -m pgenrm_train "
 STARTS_NOTHING = ("recipe=plan", "preflight.only=true", "score.dry_run=true")
 FOLDERS = "benchmarks|recipes|configs|pgenrm_train|requirements|eval|data_builders|tests|examples"
