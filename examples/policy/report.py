@@ -86,7 +86,7 @@ def hacking(steps: Sequence[Mapping[str, float | None]]) -> str:
     rise = {
         name: _mean_of(steps[-size:], name) - _mean_of(steps[:size], name) for name in ("reward", "utility")
     }
-    verdict = "the reward rises and the true utility does not: reward hacking"
+    verdict = "the reward rises and the true utility does not: a sign of reward hacking"
     if rise["reward"] <= 0:
         verdict = "the reward does not rise"
     elif rise["utility"] > 0:

@@ -243,9 +243,8 @@ def _relay(lines: IO[str], log: Path, progress: str) -> None:
         for line in lines:
             out.write(line)
             out.flush()
-            if step := re.search(r"\bstep:(\d+) - ", line):
-                reward = re.search(r"critic/score/mean:(\S+)", line)
-                print(progress.format(step[1]), f"reward {reward[1][:6] if reward else '–'}", flush=True)
+            if step := re.search(r"\bstep:(\d+) - .*critic/score/mean:([\d.-]+)", line):
+                print(progress.format(step[1]), f"reward {float(step[2]):.2f}", flush=True)
 
 
 def _last_line(log: Path) -> str:
