@@ -56,7 +56,7 @@ def signs(answers: Sequence[Answer], expected: int) -> dict[str, float | None]:
     foreign     share of texts outside PersonaWorld's language
     sentences   mean number of sentences; the language has four
     different   different texts over all texts; near 0 the policy has collapsed
-    unscored    of the `expected` answers, those that got no score: veRL leaves them out, nobody counts them 0
+    unscored    of the `expected` answers, those that got no score: veRL leaves them out, they are no 0
     """
     return {
         "reward": mean([answer.reward for answer in answers]),

@@ -70,7 +70,7 @@ def draw_askers(users: int, votes: int, seed: int) -> list[Asker]:
 
 
 def histories(askers: Sequence[Asker], *, of_others: bool) -> dict[str, tuple[Vote, ...]]:
-    """Votes by key; `of_others`: those of the next user in the same scenario, so nobody keeps their own."""
+    """Votes by key; `of_others`: those of the next user in the same scenario, so no user has their own."""
     users = list(dict.fromkeys(asker.user for asker in askers))
     votes = {(asker.user, asker.scenario): asker.votes for asker in askers}
     following = dict(zip(users, users[1:] + users[:1], strict=True)) if of_others else {}
