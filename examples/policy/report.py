@@ -14,6 +14,7 @@ from pgenrm_train.bootstrap import mean, user_bootstrap
 from pgenrm_train.errors import ArtifactError
 
 DRAWS, SEED = 10_000, 0  # of the bootstrap
+PADDING = "pad"  # begin of the ids of veRL's padding
 FOREIGN = 0.0  # utility of a text outside the language: it shows no attribute
 
 
@@ -33,7 +34,10 @@ class Answer:
 
 
 def read_answers(dump: Path, askers: Iterable[Asker]) -> list[Answer]:
-    """The answers in a dump of veRL.  Raises ArtifactError if there is none."""
+    """The answers in a dump of veRL.  Raises ArtifactError if there is none.
+
+    veRL fills a training batch that lacks rollouts with empty rows of score 0, which are no answers.
+    """
     by_key = {asker.key: asker for asker in askers}
     try:
         lines = dump.read_text(encoding="utf-8").splitlines()
@@ -42,6 +46,8 @@ def read_answers(dump: Path, askers: Iterable[Asker]) -> list[Answer]:
     answers = []
     for line in lines:
         row = json.loads(line)
+        if row["uid"].startswith(PADDING):
+            continue
         asker, text = by_key[row["gts"]], row["output"]
         answers.append(Answer(asker, row["input"], text, float(row["score"]), asker.utility(text)))
     return answers

@@ -112,7 +112,7 @@ def teach(config: Config, users: Sequence[str]) -> Path:
     start: Path | str = config.model.path or config.model.name
     if config.model.kind == "nano" and config.model.path is None:
         start = folder / "base"
-        texts = [message["content"] for row in rows for message in row["messages"]]  # type: ignore[attr-defined]
+        texts = [message["content"] for row in rows for message in row["messages"]]
         make_nano(start, texts, [prompt_of(user, "") for user in users], config.model.nano, config.seed)
     set_variables(psi_cluster(config))
     return engine.train(with_zero_stage(config, folder), chats, start=start, work_dir=folder).checkpoint
@@ -300,7 +300,7 @@ def summarise(config: Config, args: argparse.Namespace, askers: Sequence[Asker])
     }
     signs = {"before": report.signs(before, asked)}
     signs |= {f"after, {arm} votes": report.signs(answers, asked) for arm, answers in after.items()}
-    differences = {f"{arm}: after − before": report.paired(answers, before) for arm, answers in after.items()}
+    differences = {f"{arm}: after − before": report.paired(after[arm], before) for arm in after}
     if len(after) == 2:
         differences["own − others, after"] = report.paired(after[OWN], after[OTHERS])
     popular = sum(asker.popular for asker in askers) / len(askers)

@@ -1,4 +1,4 @@
-"""PersonaWorld for a policy: people, their votes, the policy's prompts, and the true utility of its answers."""
+"""PersonaWorld for a policy: users, their votes, the policy's prompts, the true utility of its answers."""
 
 import itertools
 import random
@@ -78,7 +78,7 @@ def histories(askers: Sequence[Asker], *, of_others: bool) -> dict[str, tuple[Vo
 
 
 def split_queries(seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Queries by scenario for training and for evaluation: of each topic, one of three is never trained on."""
+    """Queries by scenario for training and evaluation; one of three per topic is never trained on."""
     rng = random.Random(f"{seed}/queries")
     training: dict[str, list[str]] = {scenario: [] for scenario in SCENARIOS}
     evaluation: dict[str, list[str]] = {scenario: [] for scenario in SCENARIOS}
@@ -111,7 +111,9 @@ def rows_of(askers: Sequence[Asker], queries: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def chats_of(votes: Iterable[PreferencePair], users: Sequence[str], seed: int) -> list[dict[str, object]]:
+def chats_of(
+    votes: Iterable[PreferencePair], users: Sequence[str], seed: int
+) -> list[dict[str, list[dict[str, str]]]]:
     """Chats that teach the language and no taste: both responses of each vote, for a random user."""
     rng = random.Random(f"{seed}/chats")
     return [

@@ -115,8 +115,10 @@ def test_hacking_is_named(utilities, rewards, verdict):
 
 def test_dumps_of_verl_are_read_and_a_missing_one_is_named(tmp_path):
     asker, dump = ASKERS[2], tmp_path / "1.jsonl"
-    row = {"input": "For u00: Q?", "output": wanted(asker), "gts": asker.key, "score": 7.5, "step": 1}
-    dump.write_text(json.dumps(row) + "\n" + json.dumps(row | {"output": FOREIGN}) + "\n")
+    row = {"input": "For u00: Q?", "output": wanted(asker), "gts": asker.key, "score": 7.5, "uid": "0a_0_0"}
+    padding = {"output": "", "score": 0.0, "uid": f"pad{'0' * 32}_0_0"}
+    rows = [row, row | {"output": FOREIGN}, row | padding]
+    dump.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = read_answers(dump, ASKERS)
     assert [answer.utility for answer in read] == [pytest.approx(1.0), None]
     assert [answer.value for answer in read] == [pytest.approx(1.0), report.FOREIGN]
