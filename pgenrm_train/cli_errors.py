@@ -75,6 +75,11 @@ def explain(error: Exception) -> str | None:
         key, _, value = match[1].partition("=")
         quoting = _quoting(key, value)
         return f"{key}={value} stands for several values; {quoting}, or give -m for one run per value"
+    if match := re.search(r"Could not find 'model/([^'/]+/[^']+)'", text):
+        return (
+            f"model={match[1]} is not one of {', '.join(choices('model'))}; a model of the hub is "
+            f"model=llama31_8b model.name={match[1]}"
+        )
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         names = choices(match[1])
         return f"{match[1]}={match[2]} is not " + (f"one of {', '.join(names)}" if names else "installed")

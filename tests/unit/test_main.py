@@ -211,6 +211,12 @@ def test_null_and_numbers_stay_what_they_are():
         ("pipeline.budget=Smoke", "pipeline.budget=Smoke is not one of smoke, demo, full"),
         ("hydra/launcher=joblib", "hydra/launcher=joblib is not installed"),
         (
+            "model=some/one-7b",
+            "model=some/one-7b is not one of baseline, callable, endpoint, llama31_70b_lora, llama31_8b, "
+            "nano, nano_1b, qwen3_8b, reward_head; "
+            "a model of the hub is model=llama31_8b model.name=some/one-7b",
+        ),
+        (
             "eval.seeds=[1,2]",
             "eval.seeds=[1,2]: Value '[1, 2]' of type 'list' could not be converted to Integer",
         ),

@@ -76,9 +76,7 @@ def check_machine(config: Config, *stages: str, skip: Sequence[str] = ()) -> Non
         failed = [f"({number}) {problem}" for number, problem in enumerate(failed, start=1)]
     if failed:
         raise PreflightError("; ".join(failed))
-    for stage in map(StageName, stages):
-        for warning in (*idle_warnings(config, stage), *idle_gpus(config, stage)):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    _warn(idle(config, stages))
 
 
 def fail_early(config: Config, stages: Sequence[str]) -> None:
@@ -88,8 +86,24 @@ def fail_early(config: Config, stages: Sequence[str]) -> None:
     """
     remaining = still_to_do(config, stages)
     check_machine(config, *remaining, skip=("ring",))
-    for warning in planned_warnings(config, remaining):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    _warn(planned_warnings(config, remaining))
+
+
+def warn(config: Config, stages: Sequence[str]) -> None:
+    """Warn about idle GPUs, few steps and many passes, without a check."""
+    _warn((*idle(config, stages), *planned_warnings(config, stages)))
+
+
+def idle(config: Config, stages: Sequence[str]) -> Iterator[str]:
+    """Warnings about stages that leave most GPUs idle."""
+    for stage in (name for name in StageName if name in stages):
+        yield from idle_warnings(config, stage)
+        yield from idle_gpus(config, stage)
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def findings(config: Config, stages: Sequence[str], skip: Sequence[str] = ()) -> Iterator[Finding]:

@@ -458,6 +458,9 @@ def test_complete_stages_need_nothing(tmp_path: Path) -> None:
     assert still_to_do(made, ["build_sec", "psi"]) == ["psi"]
 
 
+SKIP = "[disk,memory,versions,gpus,compilers,shared_memory,data,model]"  # of this machine
+
+
 def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) -> None:
     def ask(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pgenrm_train", "recipe=pipeline", "preflight.only=true", *more]
@@ -473,6 +476,9 @@ def test_only_prints_a_table_and_an_exit_code_and_makes_nothing(tmp_path: Path) 
     lacking = ask("cluster.min_free_disk_gib=1e6", "cluster.min_free_memory_gib=0")
     assert lacking.returncode == 2 and "FAILED" in lacking.stdout and lacking.stdout.count("FAILED") == 1
     assert "votes[copy].parquet" in ask("data=pairs", "data.path='votes[copy].parquet'").stdout
+    eight = ("model=qwen3_8b", "cluster=gpu8", "data=chatbot_arena", f"preflight.skip={SKIP}")
+    few = ask(*eight, "cre.steps=5")
+    assert few.returncode == 0 and "cre makes 5 optimiser steps" in few.stderr, few.stdout + few.stderr
     fine = ask("cluster.min_free_disk_gib=0", "cluster.min_free_memory_gib=0", "preflight.skip=[versions]")
     assert fine.returncode == 0 and "FAILED" not in fine.stdout and "skipped" in fine.stdout
     assert list(tmp_path.iterdir()) == []
@@ -496,7 +502,8 @@ def failures_in_the_code() -> list[str]:
         checks = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name != "planned_warnings"]
         for node in (n.value for f in checks for n in ast.walk(f) if isinstance(n, ast.Yield)):
             assert isinstance(node, ast.JoinedStr)
-            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            text = "".join(parts)
             found.append(max(text.partition(";")[0].split("…"), key=len).strip(" (),"))
     return found
 
