@@ -124,39 +124,3 @@ def test_ray_serve_scores_and_drains(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(90) == 0
     assert (tmp_path / "users.db").exists()
-
-
-def nodes_of_engines(address: str) -> set[str]:
-    """Nodes of a Ray cluster with a living engine."""
-    import ray
-
-    ray.init(address=address, log_to_driver=False)
-    try:
-        actors = ray._private.state.actors().values()
-        engines = [a for a in actors if a["State"] == "ALIVE" and "engines" in a["ActorClassName"]]
-        return {actor["Address"]["NodeID"] for actor in engines}
-    finally:
-        ray.shutdown()
-
-
-def test_two_nodes_score_and_one_is_lost(tmp_path):
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        lost = cluster.add_node(num_cpus=1)
-        words = (f"ray.address={cluster.address}", f"serve.port={free_port()}", "serve.replicas=2")
-        with served(tmp_path, *words) as (_, client), ThreadPoolExecutor(8) as pool:
-            assert len(nodes_of_engines(cluster.address)) == 2
-            bodies = [{"history": VOTES, **BODY, "query": f"Fix report {n}?", "ind": 8} for n in range(16)]
-            answers = [pool.submit(client.post, "/v1/score", json=body) for body in bodies]
-            answers[0].result()
-            cluster.remove_node(lost, allow_graceful=False)
-            for answer in (future.result() for future in answers):
-                if answer.status_code == 200:
-                    assert answer.json()["usage"]["chains"] == 6 * 8, answer.text
-                else:
-                    assert (answer.status_code, answer.json()["error"]["kind"]) == (503, "engine_lost")
-            assert client.post("/v1/score", json=bodies[0]).status_code == 200, "the other node goes on"
-    finally:
-        cluster.shutdown()
