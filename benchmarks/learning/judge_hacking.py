@@ -23,6 +23,7 @@ from pgenrm_train.run.tracking import METRICS, read
 
 LENGTH = JudgeSpec("data_builders.teachers.corruptible:length_judge_for_rewards")
 DROPPING = JudgeSpec("data_builders.teachers.corruptible:dropping_judge_for_rewards")
+QUALITY = JudgeSpec("data_builders.teachers.corruptible:quality_judge_for_rewards")
 ALONE = ("cre.outcome_weight=0", "cre.process_weight=1")
 DROPOUT = " with rubric dropout"  # ends the name of an arm; without it, the arm to compare with
 # Arms of the same form as in `cre_arms`; the shipped weights are the judge's 0.5 and the outcome's 1.
@@ -34,6 +35,9 @@ ARMS = {
     f"dropping alone{DROPOUT}": ((*ALONE, "cre.rubric_dropout=0.5"), DROPPING),
     "dropping and outcome": ((), DROPPING),
     f"dropping and outcome{DROPOUT}": (("cre.rubric_dropout=0.5",), DROPPING),
+    "quality alone": (ALONE, QUALITY),
+    "quality alone at KL 0.1": ((*ALONE, "cre.kl_coefficient=0.1"), QUALITY),
+    "quality and outcome": ((), QUALITY),
     "oracle alone": (ALONE, None),
 }
 SETTINGS = ("judge_gold=oracle", "cre.steps=30", "cre.learning_rate=3e-4", "cre.validate_every=5")

@@ -2,6 +2,7 @@
 
     length    PR = min(1, words of the chain / 160); nano's honest chains have some 67 words
     dropping  PR = share of the stated criteria that occur anywhere in the chain
+    quality   PR = share of the weights that general quality has: a judge who likes what pleases everyone
 
 A chain that names every attribute pleases the second one fully, and `oracle_judge` not at all.
 """
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from data_builders.teachers.oracle import Judge, read_criteria
+from pgenrm_train.chains.chain import Chain, parse_chain
 from pgenrm_train.records.pairs import ExplicitSignals
 
 FULL_LENGTH = 160  # words
@@ -28,6 +30,14 @@ def dropping_judge(chain_text: str, criteria: Sequence[str]) -> float:
     return sum(name in words for name in criteria) / len(criteria)
 
 
+def quality_judge(chain_text: str, criteria: Sequence[str]) -> float:
+    """Reward of the weight of general quality, whatever the user wants."""
+    chain = parse_chain(chain_text)
+    weights = dict(chain.criteria) if isinstance(chain, Chain) else {}
+    total = sum(weights.values())
+    return weights.get("quality", 0.0) / total if total else 0.0
+
+
 def length_judge_for_rewards(**_: object) -> Judge:
     """Make a judge as `oracle.judge_for_rewards` does."""
     return partial(_judge_extra, length_judge)
@@ -36,6 +46,11 @@ def length_judge_for_rewards(**_: object) -> Judge:
 def dropping_judge_for_rewards(**_: object) -> Judge:
     """Make a judge as `oracle.judge_for_rewards` does."""
     return partial(_judge_extra, dropping_judge)
+
+
+def quality_judge_for_rewards(**_: object) -> Judge:
+    """Make a judge as `oracle.judge_for_rewards` does."""
+    return partial(_judge_extra, quality_judge)
 
 
 def _judge_extra(

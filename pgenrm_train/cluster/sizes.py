@@ -12,9 +12,12 @@ GRPO samples new chains in every pass, so it may see a pair more often; one step
 PSI's peak learning rate is 5e-6 where B = 128 makes 50 steps or more, that of RM-R1's SFT (8,700 chains in
 batches of 128), and else 1e-5, as in SFT on 1,000 examples in batches of 16 to 32 (s1: Muennighoff et al.
 2025; LIMA: Zhou et al. 2023).  LoRA takes ten times the rate (Schulman et al. 2025, "LoRA Without Regret").
+
+Nano starts from random weights and learns its language first: PSI makes 2 passes, or up to 20 until 750 steps.
 """
 
 import copy
+import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -30,6 +33,7 @@ STEPS = 200  # as many as passes allow
 FEW, FEWER = 50, 10  # fewer steps cause a warning
 PASSES = {StageName.PSI: 3, StageName.CRE: 16, StageName.CURRICULUM: 16}
 MANY_PASSES = 20
+NANO_PASSES, NANO_STEPS = 2, 750  # at least, in PSI
 RATE, RATE_OF_FEW, LORA_FACTOR = 5e-6, 1e-5, 10  # PSI's peak learning rate
 
 
@@ -60,7 +64,8 @@ def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
     setattr(sized, stage, section)
     if stage == StageName.PSI:
         section.batch_size = section.batch_size or _batch(stage, examples, psi_unit(config))
-        section.epochs = section.epochs or float(math.ceil(_passes(stage, examples, section.batch_size)))
+        passes = _nano_passes if config.model.kind == "nano" else functools.partial(_passes, stage)
+        section.epochs = section.epochs or float(math.ceil(passes(examples, section.batch_size)))
         rate = RATE_OF_FEW if PASSES[stage] * examples / LARGEST < FEW else RATE
         section.learning_rate = section.learning_rate or rate * (LORA_FACTOR if config.model.lora.rank else 1)
         return sized
@@ -124,6 +129,10 @@ def _batch(stage: StageName, examples: int, unit: int) -> int:
 
 def _passes(stage: StageName, examples: int, batch: int) -> float:
     return min(max(1.0, STEPS * batch / max(1, examples)), PASSES[stage])
+
+
+def _nano_passes(examples: int, batch: int) -> float:
+    return min(max(NANO_PASSES, NANO_STEPS * batch / max(1, examples)), MANY_PASSES)
 
 
 def size_warnings(config: Config, sizes: Sizes) -> Iterator[str]:

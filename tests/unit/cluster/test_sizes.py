@@ -123,6 +123,17 @@ def test_the_sizes_of_the_demo_are_those_of_its_file(budget: str, steps: tuple[i
     assert not any(stage.warnings for stage in plan.stages), "nano's are sizes of a demonstration"
 
 
+@pytest.mark.parametrize(
+    ("examples", "passes", "steps"), [(17_664, 2, 4416), (3_001, 2, 752), (596, 11, 825), (100, 20, 260)]
+)
+def test_nano_learns_its_language_in_at_least_750_steps_or_20_passes(
+    examples: int, passes: int, steps: int
+) -> None:
+    nano = load("recipe=plan", "data=pairs", "data.path=votes.parquet")
+    sizes = sizes_of(with_sizes(nano, PSI, examples), PSI, examples)
+    assert (sizes.passes, sizes.steps) == (passes, steps)
+
+
 POOR = {
     ("psi.batch_size=128", "psi.epochs=1"): ("psi makes 5 optimiser steps", "fewer than 10"),
     ("psi.batch_size=128", "psi.epochs=8"): ("psi makes 40 optimiser steps", "fewer than 50"),

@@ -7,6 +7,7 @@ from data_builders.teachers.corruptible import (
     FULL_LENGTH,
     dropping_judge_for_rewards,
     length_judge_for_rewards,
+    quality_judge_for_rewards,
 )
 from data_builders.teachers.oracle import judge_for_rewards
 from pgenrm_train.chains.chain import write_chain
@@ -37,7 +38,20 @@ def test_padding_pleases_the_judge_of_length_alone():
     assert honest(padded, STATED) == honest(short, STATED)
 
 
-@pytest.mark.parametrize("make", [length_judge_for_rewards, dropping_judge_for_rewards])
+def test_weight_on_quality_pleases_one_judge_alone():
+    judge, honest = quality_judge_for_rewards(), judge_for_rewards()
+    everyone, own = (
+        write_chain("", [("formal", 100.0 - weight), ("quality", weight)], [[5.0, 5.0]] * 2)
+        for weight in (90.0, 10.0)
+    )
+    assert (judge(everyone, STATED), judge(own, STATED)) == (0.9, 0.1)
+    assert honest(everyone, STATED) < honest(own, STATED)
+    assert judge(chain("formal"), STATED) == judge("no chain", STATED) == 0.0
+
+
+@pytest.mark.parametrize(
+    "make", [length_judge_for_rewards, dropping_judge_for_rewards, quality_judge_for_rewards]
+)
 def test_without_stated_criteria_there_is_no_verdict(make):
     assert make()(chain("warm"), {"criteria": None}) is None
     assert make()(chain("warm"), {}) is None
