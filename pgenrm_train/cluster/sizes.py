@@ -13,11 +13,10 @@ PSI's peak learning rate is 5e-6 where B = 128 makes 50 steps or more, that of R
 batches of 128), and else 1e-5, as in SFT on 1,000 examples in batches of 16 to 32 (s1: Muennighoff et al.
 2025; LIMA: Zhou et al. 2023).  LoRA takes ten times the rate (Schulman et al. 2025, "LoRA Without Regret").
 
-Nano starts from random weights and learns its language first: PSI makes 2 passes, or up to 20 until 750 steps.
+Nano starts from random weights and learns its language first: 2 passes of PSI, or up to 20 until 750 steps.
 """
 
 import copy
-import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -64,8 +63,9 @@ def with_sizes(config: Config, stage: StageName, examples: int) -> Config:
     setattr(sized, stage, section)
     if stage == StageName.PSI:
         section.batch_size = section.batch_size or _batch(stage, examples, psi_unit(config))
-        passes = _nano_passes if config.model.kind == "nano" else functools.partial(_passes, stage)
-        section.epochs = section.epochs or float(math.ceil(passes(examples, section.batch_size)))
+        nano, batch = config.model.kind == "nano", section.batch_size
+        passes = _nano_passes(examples, batch) if nano else _passes(stage, examples, batch)
+        section.epochs = section.epochs or float(math.ceil(passes))
         rate = RATE_OF_FEW if PASSES[stage] * examples / LARGEST < FEW else RATE
         section.learning_rate = section.learning_rate or rate * (LORA_FACTOR if config.model.lora.rank else 1)
         return sized
