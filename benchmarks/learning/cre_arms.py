@@ -132,7 +132,7 @@ def phase(args: Any, arm: str) -> Any:
     folder = Path(config.run_dir)
     (folder / "cre").mkdir(parents=True, exist_ok=True)
     link((args.run / "build_data").resolve(), folder / "build_data")
-    made = grpo.phase(config, StageName.CRE, start, config.judge)
+    made = grpo.phase(config, StageName.CRE, start)
     if "unseen" in arm and not made.checkpoint.exists():
         leave_out_rows_of_psi(args, made.rows)
     judge = ARMS[arm][1] or made.judge

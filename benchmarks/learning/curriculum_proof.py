@@ -169,7 +169,7 @@ class Proof(Cells):
         folder.mkdir(parents=True, exist_ok=True)
         link(data, folder / data.name)
         config = self.config(method, f"run_dir={folder}", *self.own(method, seed))
-        phase = grpo.phase(config, StageName(self.section(method)), self.psi, config.judge)
+        phase = grpo.phase(config, StageName(self.section(method)), self.psi)
         return dataclasses.replace(
             phase, start=self.start(method, seed), settings=to_dict(getattr(config, self.section(method)))
         )

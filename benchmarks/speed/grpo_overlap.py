@@ -146,7 +146,7 @@ def base_phase(config: Config) -> Phase:
     from recipes.wiring import grpo
 
     build_data.run(config)
-    return grpo.phase(config, StageName.CRE, Path(config.model.path or ""), config.judge)
+    return grpo.phase(config, StageName.CRE, Path(config.model.path or ""))
 
 
 def timed(config: Config, section: str, **where: Any) -> Any:

@@ -45,6 +45,7 @@ from pgenrm_train.config.schema import (
     places_of,
     psi_cluster,
     seed_of,
+    served_judges,
     to_dict,
     tokens_per_pass,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "register_resolvers",
     "seed_of",
     "seeds_of_grid",
+    "served_judges",
     "sizes",
     "to_dict",
     "tokens_per_pass",

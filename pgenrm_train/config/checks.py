@@ -318,11 +318,6 @@ def _endpoints(config: Config) -> Rules:
     data, judge, synthesis = config.data.name, config.judge.kind, config.sec.synthesize_criteria
     endpoints = {"teacher": config.teacher, "judge": config.judge, "judge_gold": config.judge_gold}
     return [
-        (
-            config.judge_gold.kind == "vllm",
-            "judge_gold=vllm is not served by the run, next to training and its judge; serve the model "
-            "yourself and use judge_gold=endpoint",
-        ),
         *(
             (
                 endpoint.kind == "endpoint" and not (endpoint.base_url and endpoint.name),

@@ -75,9 +75,7 @@ class Config:
         TeacherConfig(), "the writer of chains, and of criteria that users did not state"
     )
     judge: JudgeConfig = setting(JudgeConfig(), "the rater of chains for the process reward")
-    judge_gold: JudgeConfig = setting(
-        JudgeConfig(), "a second rater, of validation chains alone; kinds oracle, none and endpoint"
-    )
+    judge_gold: JudgeConfig = setting(JudgeConfig(), "a second rater, of validation chains alone")
     masking: MaskingConfig = setting(MaskingConfig(), "criteria and history that a prompt shows")
     tracking: TrackingConfig = setting(TrackingConfig(), "Weights & Biases; offline keeps its files on disk")
     sec: SecConfig = setting(SecConfig(), "chains by a teacher, filtered by rejection sampling (METHOD §3)")
@@ -106,13 +104,23 @@ class Config:
 def gpus_per_node(config: Config, *stages: str) -> int:
     """GPUs that a node needs for these stages.
 
-    A served judge runs next to training, so both count; a served teacher runs before it.
+    Served judges run next to training, so all count; a served teacher runs before it.
     All nodes count the same, although a served model is on one of them.
     """
-    judged = any(getattr(config, stage).process_weight for stage in GRPO_STAGES if stage in stages)
-    judge = config.judge.gpus if judged and config.judge.kind == "vllm" else 0
+    judges = sum(judge.gpus for judge in served_judges(config, *stages).values())
     teacher = config.teacher.gpus if StageName.BUILD_SEC in stages and config.teacher.kind == "vllm" else 0
-    return max(config.cluster.processes_per_node + judge, teacher)
+    return max(config.cluster.processes_per_node + judges, teacher)
+
+
+def served_judges(config: Config, *stages: str) -> dict[str, JudgeConfig]:
+    """Judges that vLLM serves during these stages, by section: `judge` and `judge_gold`."""
+    trained = [getattr(config, stage) for stage in GRPO_STAGES if stage in stages]
+    used = {
+        "judge": any(grpo.process_weight for grpo in trained),
+        "judge_gold": any(grpo.validate_every for grpo in trained),
+    }
+    judges: dict[str, JudgeConfig] = {section: getattr(config, section) for section in used if used[section]}
+    return {section: judge for section, judge in judges.items() if judge.kind == "vllm"}
 
 
 class Machines(NamedTuple):
@@ -127,22 +135,24 @@ class Machines(NamedTuple):
 
 
 def machines(config: Config, *stages: str) -> Machines:
-    """Nodes and GPUs that these stages need, those of a served judge included.
+    """Nodes and GPUs that these stages need, those of served judges included.
 
-    A judge that does not fit next to training takes one more node.  Raises ConfigError if training takes all
+    Judges that do not fit next to training take one more node.  Raises ConfigError if training takes all
     GPUs of a single node.
     """
     cluster, needed = config.cluster, gpus_per_node(config, *stages)
     if needed <= max(NODE_GPUS, cluster.processes_per_node, config.teacher.gpus) or cluster.device == "cpu":
         return Machines(cluster.nodes, needed)
+    judges, gpus = served_judges(config, *stages), needed - cluster.processes_per_node
     if cluster.nodes > 1:
-        return Machines(cluster.nodes + 1, max(cluster.processes_per_node, config.judge.gpus))
+        return Machines(cluster.nodes + 1, max(cluster.processes_per_node, gpus))
     tp = cluster.tensor_parallel
-    left = (NODE_GPUS - config.judge.gpus) // tp * tp
-    better = f"cluster.processes_per_node={left}" if left > 0 else "judge=endpoint"
+    left = (NODE_GPUS - gpus) // tp * tp
+    better = f"cluster.processes_per_node={left}" if left > 0 else f"{max(judges)}=endpoint"
     raise ConfigError(
-        f"cluster={cluster.name} takes {cluster.processes_per_node} GPUs of its node and judge=vllm "
-        f"{config.judge.gpus} more, and a node has {NODE_GPUS}; the nearest better setting is {better}"
+        f"cluster={cluster.name} takes {cluster.processes_per_node} GPUs of its node and "
+        f"{' and '.join(f'{section}=vllm' for section in judges)} {gpus} more, and a node has {NODE_GPUS}; "
+        f"the nearest better setting is {better}"
     )
 
 

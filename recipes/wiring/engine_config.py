@@ -110,8 +110,8 @@ def _vllm(config: Config) -> Iterator[Part]:
     def keys(config: Config) -> Values:
         served = {
             role: " ".join(server_arguments(config, settings))
-            for role, settings in (("teacher", config.teacher), ("judge", config.judge))
-            if settings.kind == "vllm"
+            for role in ("teacher", "judge", "judge_gold")
+            if (settings := getattr(config, role)).kind == "vllm"
         }
         return _flat(
             {

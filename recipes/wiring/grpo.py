@@ -1,7 +1,7 @@
 """GRPO on veRL for `cre` and `curriculum`, in one session if both are requested."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pgenrm_train.backends.grpo.phase import HardnessSource, Phase
 from pgenrm_train.backends.grpo.scoring import JudgeSpec
 from pgenrm_train.backends.grpo.supervisor import RESTARTS, launch
 from pgenrm_train.cluster.sizes import settle_sizes
-from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, StageName
+from pgenrm_train.config import Config, EndpointConfig, GrpoConfig, StageName, served_judges
 from pgenrm_train.config.setting import known
 from pgenrm_train.errors import ConfigError
 from pgenrm_train.files import read_json, write_json
@@ -51,14 +51,18 @@ def train(
     """Run `stages` in one session; returns the facts of the first."""
     for stage in stages:
         config = settle_sizes(config, stage, examples_of(config, stage))
-    judged = any(getattr(config, stage).process_weight for stage in stages)
-    log = folder.path / "judge_server.log"
-    with settings_of(config, "judge", log) if judged else nullcontext(config.judge) as judge:
-        phases = [phase(config, stage, None if n else start, judge) for n, stage in enumerate(stages)]
+    with ExitStack() as servers:
+        running = replace(config)
+        for section in served_judges(config, *stages):
+            log = folder.path / f"{section}_server.log"
+            setattr(running, section, servers.enter_context(settings_of(config, section, log)))
+        phases = [phase(running, stage, None if n else start) for n, stage in enumerate(stages)]
         paid = [p for p in phases if p.judge is not None and p.judge.settings is not None]
         if paid:
             folder.note(
-                estimate=estimate_judge(config, judge, {p.section: p.rows for p in paid}).for_manifest()
+                estimate=estimate_judge(
+                    config, running.judge, {p.section: p.rows for p in paid}
+                ).for_manifest()
             )
         earlier = [p.seconds() for p in phases]
         with ExitStack() as followed:
@@ -80,9 +84,11 @@ def train(
         facts["restarts"] = [line["reason"] for line in restarts]
     if (counts := folder.path / "hardness.json").exists():
         facts["hardness"] = read_json(counts)
-    if cost := judge_cost(config.judge, [p.work_dir / "judge_cache" for p in paid]):
-        print(f"judge cost: {cost}", flush=True)
-        facts["judge_cost"] = cost
+    for section in ("judge", "judge_gold"):
+        caches = [p.work_dir / f"{section}_cache" for p in phases]
+        if cost := judge_cost(getattr(config, section), caches):
+            print(f"{section} cost: {cost}", flush=True)
+            facts[f"{section}_cost"] = cost
     # One session serves several stages: each stage's time goes to its own row of the table.
     others = sum(p.seconds() or 0.0 for p, before in zip(phases[1:], earlier[1:]) if before is None)
     folder.add_seconds((earlier[0] or 0.0) - others)
@@ -96,10 +102,10 @@ def examples_of(config: Config, stage: StageName) -> int:
     return min(settings.rows, len(train))
 
 
-def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointConfig) -> Phase:
+def phase(config: Config, stage: StageName, start: Path | None) -> Phase:
     """The engine's description of one stage, with its rows on disk.
 
-    `config` has its sizes; `judge`: settings of a running judge.
+    `config` has its sizes, and the addresses of judges that the run serves.
     """
     settings: GrpoConfig = getattr(config, stage)
     work_dir = Path(config.run_dir) / stage
@@ -118,7 +124,7 @@ def phase(config: Config, stage: StageName, start: Path | None, judge: EndpointC
             format_error=settings.format_error,
             verified=settings.verified_weight,
         ),
-        judge=judge_spec(config, judge, rows) if settings.process_weight else None,
+        judge=judge_spec(config, config.judge, rows) if settings.process_weight else None,
         gold=judge_spec(config, config.judge_gold, rows, "judge_gold") if validation.exists() else None,
         hardness=hardness_source(config, work_dir) if stage == StageName.CURRICULUM else None,
         validation=validation if validation.exists() else None,

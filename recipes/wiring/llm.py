@@ -21,13 +21,13 @@ from pgenrm_train.records.personas import read_program
 
 @contextmanager
 def settings_of(config: Config, section: str, log: Path) -> Iterator[EndpointConfig]:
-    """Settings of `teacher` or `judge` as an API; kind vllm starts and stops a server."""
+    """Settings of `teacher`, `judge` or `judge_gold` as an API; kind vllm starts and stops a server."""
     settings: EndpointConfig = getattr(config, section)
     if settings.kind != "vllm":
         yield settings
         return
     print(f"{section}: serving {settings.name} with vLLM, log in {log}", flush=True)
-    with served(config, settings, log, with_training=section == "judge") as endpoint:
+    with served(config, settings, log, with_training=section != "teacher") as endpoint:
         yield endpoint
 
 

@@ -81,7 +81,9 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
     import ray
 
     assert config.ray.address is not None
-    join(config.ray.address, vllm_variables(config.cluster.device))
+    joins = not ray.is_initialized()  # the servers of two judges share one connection
+    if joins:
+        join(config.ray.address, vllm_variables(config.cluster.device))
     try:
         _check_cluster(config, settings, with_training, ray.cluster_resources().get("GPU", 0))
         gpus = settings.gpus if config.cluster.device == "cuda" else 0
@@ -102,7 +104,8 @@ def _on_cluster(config: Config, settings: EndpointConfig, log: Path, with_traini
             with contextlib.suppress(BackendError):
                 _result(server.stop.remote())
     finally:
-        ray.shutdown()  # which also ends the actor
+        if joins:
+            ray.shutdown()  # which also ends the actor
 
 
 def _result(reference: Any, seconds: float | None = None) -> Any:

@@ -155,7 +155,8 @@ def _from_secret(config: Config, name: str, optional: bool) -> dict[str, object]
 
 def required_secrets(config: Config) -> list[str]:
     """Names of variables with keys that this run needs.  Raises ConfigError for an impossible name."""
-    names = [config.teacher.api_key_env, config.judge.api_key_env, config.model.api_key_env]
+    roles = (config.teacher, config.judge, config.judge_gold, config.model)
+    names = [role.api_key_env for role in roles]
     names += ["WANDB_API_KEY"] if config.tracking.kind == "wandb" else []
     wrong = next((name for name in names if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)), None)
     if wrong:
@@ -189,6 +190,7 @@ def overrides_of(config: Config) -> list[str]:
         "cluster": _choice("cluster", config.cluster.name, "cpu"),
         "teacher": config.teacher.kind,
         "judge": config.judge.kind,
+        "judge_gold": config.judge_gold.kind,
         "tracking": config.tracking.kind,
     }
     chosen = [f"{group}={name}" for group, name in groups.items()]

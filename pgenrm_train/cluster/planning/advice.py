@@ -23,9 +23,11 @@ from pgenrm_train.config import (
     GRPO_STAGES,
     TRAINED,
     Config,
+    EndpointConfig,
     StageName,
     places_of,
     psi_cluster,
+    served_judges,
     tokens_per_pass,
 )
 from pgenrm_train.config.checks import divisor_of, grpo_problems, nearest_multiple, psi_problems
@@ -156,9 +158,12 @@ def changes(config: Config, stage: StageName) -> Iterator[Change]:
         yield from _grpo_batches(config, stage)
     if cuda and stage not in (StageName.PSI, StageName.BUILD_SEC):
         yield from ((("cluster.tensor_parallel", tp),) for tp in (2, 4, 8) if tp > cluster.tensor_parallel)
-    for section, served in (("teacher", config.teacher), ("judge", config.judge)):
-        if cuda and served.kind == "vllm" and (section == "teacher") == (stage == StageName.BUILD_SEC):
-            yield from (((f"{section}.gpus", gpus),) for gpus in (2, 4, 8) if gpus > served.gpus)
+    served: dict[str, EndpointConfig] = {**served_judges(config, stage)}
+    if stage == StageName.BUILD_SEC and config.teacher.kind == "vllm":
+        served["teacher"] = config.teacher
+    for section, settings in served.items():
+        if cuda:
+            yield from (((f"{section}.gpus", gpus),) for gpus in (2, 4, 8) if gpus > settings.gpus)
     for response in (4096, 2048, 1024):
         if response < model.max_response_tokens:
             yield (("model.max_response_tokens", response),)

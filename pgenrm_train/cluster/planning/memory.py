@@ -50,6 +50,7 @@ from pgenrm_train.config import (
     StageName,
     attention_of,
     places_of,
+    served_judges,
     tokens_per_pass,
 )
 from pgenrm_train.config.grpo import VLLM_ALONE
@@ -407,8 +408,11 @@ def phases_of(config: Config, geometry: Geometry, stage: StageName) -> list[Phas
     if stage == StageName.PSI:
         return psi_phases(config, geometry)
     if stage in GRPO_STAGES:
-        judged = grpo_of(config, stage).process_weight
-        judge = served_phases(config, "judge", config.judge, stage) if judged else []
-        return grpo_phases(config, geometry, stage) + judge
+        judges = [
+            phase
+            for section, judge in served_judges(config, stage).items()
+            for phase in served_phases(config, section, judge, stage)
+        ]
+        return grpo_phases(config, geometry, stage) + judges
     serving = Serving(VLLM_SHARE, config.cluster.tensor_parallel, longest(config))
     return [vllm_phase(config, geometry, stage, "generation", serving)] if stage in GENERATING else []

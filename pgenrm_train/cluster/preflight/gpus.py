@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgenrm_train.cluster.preflight.reach import nodes_at
-from pgenrm_train.config import CHOOSING, TRAINED, Config, StageName, gpus_per_node, machines
+from pgenrm_train.config import CHOOSING, TRAINED, Config, StageName, gpus_per_node, machines, served_judges
 
 HEAVY = (*TRAINED, StageName.EVALUATE, *CHOOSING)
 TOOLKIT = "/usr/local/cuda"
@@ -35,10 +35,10 @@ def check_gpus(config: Config, stage: str) -> Iterator[str]:
 
     visible, needed = torch.cuda.device_count(), gpus_per_node(config, stage)
     if visible < needed:
-        served = needed > config.cluster.processes_per_node and not taught
-        judge = f", {config.judge.gpus} of them for the judge" if served else ""
+        judges = served_judges(config, stage)
+        judge = "".join(f", {of.gpus} of them for {section}=vllm" for section, of in judges.items())
         tp = config.cluster.tensor_parallel
-        left = (visible - (config.judge.gpus if served else 0)) // tp * tp
+        left = (visible - sum(of.gpus for of in judges.values())) // tp * tp
         better = (
             f"the nearest is cluster.processes_per_node={left}" if left > 0 else "choose another cluster="
         )

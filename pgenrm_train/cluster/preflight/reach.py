@@ -217,7 +217,7 @@ def cluster_problems(config: Config, stage: str, nodes: Sequence[Mapping[str, fl
     needed = cluster.ranks + gpus_per_node(config, stage) - gpus
     if able >= cluster.nodes and total < needed:
         yield (
-            f"the Ray cluster has {total} GPUs, and {stage} needs {needed} with those of the judge; "
+            f"the Ray cluster has {total} GPUs, and {stage} needs {needed} with those of served judges; "
             "add a node with ray start, or set cluster.processes_per_node="
         )
     label = "accelerator_type:"

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 
 from pgenrm_train.cluster.launch import files as launch
 from pgenrm_train.cluster.planning.needs import host_gib
-from pgenrm_train.config import ROOT, Config, StageName, load, parse, to_dict
+from pgenrm_train.config import ROOT, Config, StageName, gpus_per_node, load, parse, to_dict
 from pgenrm_train.errors import ConfigError
 
 SHELLCHECK = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
@@ -223,6 +224,25 @@ def test_a_judge_without_room_is_refused_or_gets_a_node() -> None:
     (workers,) = yaml.safe_load(launch.rayjob(many))["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert workers["replicas"] == 4
     assert "#SBATCH --nodes=4\n" in launch.slurm(big(*judge[:2], "plan.stage=psi")), "PSI has no judge"
+
+
+def test_a_served_second_judge_has_gpus_of_its_own() -> None:
+    gold = ("judge_gold=vllm", "judge_gold.name=some/model", "judge_gold.gpus=2", "data=chatbot_arena")
+    one = ("model=llama31_8b", "cluster=gpu8", "plan.stage=cre")
+    with pytest.raises(ConfigError, match=r"judge_gold=vllm 2 more.* is cluster\.processes_per_node=6"):
+        launch.slurm(composed(*one, *gold))
+    both = ("judge=vllm", "judge.name=Qwen/Qwen3-8B", *gold, "cluster.processes_per_node=5")
+    fitting = composed(*one, *both, "cre.prompts_per_step=40", "cre.mini_batch_prompts=40")
+    script = launch.slurm(fitting)
+    assert "#SBATCH --gpus-per-node=8\n" in script and "judge_gold=vllm" in script
+    assert gpus_per_node(fitting, "cre") == 5 + 1 + 2 and gpus_per_node(fitting, "psi") == 5
+    unused = replace(fitting, cre=replace(fitting.cre, validate_every=0))
+    assert gpus_per_node(unused, "cre") == 5 + 1, "without validations there is nothing to rate"
+
+
+def test_the_key_of_the_second_judge_is_a_secret_of_the_job() -> None:
+    api = ("judge_gold.base_url=https://judge/v1", "judge_gold.name=m", "judge_gold.api_key_env=GOLD_KEY")
+    assert "GOLD_KEY" in launch.required_secrets(composed("judge_gold=endpoint", *api))
 
 
 def test_pods_ask_for_the_planned_memory_and_may_use_more() -> None:

@@ -87,5 +87,20 @@ def test_settings_are_checked():
         load("recipe=cre", "judge_gold=endpoint")
     with pytest.raises(ConfigError, match="judge_gold=oracle knows data=personaworld only"):
         load("recipe=cre", "data=chatbot_arena", "judge_gold=oracle")
-    with pytest.raises(ConfigError, match="judge_gold=vllm is not served by the run"):
-        load("recipe=cre", "judge_gold.kind=vllm", "judge_gold.name=x")
+    with pytest.raises(ConfigError, match=r"judge_gold=vllm needs judge_gold\.name"):
+        load("recipe=cre", "judge_gold=vllm")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["judge_gold=none"],
+        ["judge_gold=oracle"],
+        ["judge_gold=endpoint", "judge_gold.base_url=http://localhost:8001/v1", "judge_gold.name=m"],
+        ["judge_gold=vllm", "judge_gold.name=some/model", "judge_gold.gpus=2"],
+    ],
+)
+def test_every_kind_composes(more):
+    config = load("recipe=cre", *more)
+    assert config.judge_gold.kind == ([*more, "judge_gold=none"][0].partition("=")[2])
