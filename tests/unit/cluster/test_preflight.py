@@ -433,7 +433,7 @@ def test_several_nodes_need_a_cluster_with_enough_gpus_of_one_kind(tmp_path: Pat
     )
     judged = load("recipe=cre", "model=llama31_8b", "cluster=gpu8", "judge=vllm", "judge.name=some/model")
     (problem,) = reach.cluster_problems(judged, "cre", [full])
-    assert problem.startswith("the Ray cluster has 8 GPUs, and cre needs 9 with those of the judge")
+    assert problem.startswith("the Ray cluster has 8 GPUs, and cre needs 9 with those of served judges")
     assert list(reach.cluster_problems(judged, "cre", [full, half])) == []
     assert list(reach.cluster_problems(judged, "psi", [full])) == []
     assert list(reach.cluster_problems(asking, "psi", [{"CPU": 4.0}])) == [], (
