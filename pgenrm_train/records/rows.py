@@ -123,8 +123,9 @@ def pair_table(pairs: Sequence[PreferencePair]) -> Any:
     """The Arrow table of `pair_to_row`'s rows, made by columns, which is much quicker."""
     import pyarrow as pa
 
-    def messages(roles: list[str], texts: list[str]) -> Any:
-        return pa.StructArray.from_arrays([pa.array(roles), pa.array(texts)], ["role", "content"])
+    def messages(*columns: list[str]) -> Any:
+        # the type is given, because pyarrow guesses it slowly
+        return pa.StructArray.from_arrays([pa.array(of, pa.string()) for of in columns], ["role", "content"])
 
     turns = [message for pair in pairs for message in pair.context]
     said = messages([turn.role for turn in turns], [turn.content for turn in turns])
