@@ -16,7 +16,7 @@ from data_builders.sources.pairs import BadRows
 from pgenrm_train.config import Config, DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.files import write_json
-from pgenrm_train.records.ids import id_of, read_id
+from pgenrm_train.records.ids import id_of, read_id, shown
 from pgenrm_train.records.questions import (
     ANSWERS,
     Aspect,
@@ -121,7 +121,7 @@ def text(row: hub.Row, name: str, where: str) -> str:
     """The text of a field.  DataError if it is missing or empty."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}, field '{name}': expected a non-empty text, got {str(value)[:60]!r}")
+        raise DataError(f"{where}, field '{name}': expected a non-empty text, got {shown(value)}")
     return value
 
 
@@ -129,5 +129,5 @@ def objects(row: hub.Row, name: str, where: str) -> list[hub.Row]:
     """The objects that a field lists.  DataError for anything else."""
     value = row.get(name)
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        raise DataError(f"{where}, field '{name}': expected a list of objects, got {str(value)[:60]!r}")
+        raise DataError(f"{where}, field '{name}': expected a list of objects, got {shown(value)}")
     return value

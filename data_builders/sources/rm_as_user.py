@@ -15,6 +15,7 @@ import csv
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +48,12 @@ def _csv_rows(path: Path) -> hub.Rows:
     number = 0
     try:
         with path.open(encoding=UTF8, newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream, strict=True), start=1):
+            reader = csv.DictReader(stream, strict=True)
+            names = Counter(reader.fieldnames or ())
+            if not names or max(names.values()) > 1:
+                got = f"'{names.most_common(1)[0][0]}' twice" if names else "an empty file"
+                raise DataError(f"{path}: expected a head line with one of each name, got {got}")
+            for number, row in enumerate(reader, start=1):
                 if None in row or None in row.values():
                     raise DataError(
                         f"{path}, row {number}: expected a value for each column of the head line"

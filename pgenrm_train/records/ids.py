@@ -43,9 +43,13 @@ def read_id(value: object) -> str | None:
     return None
 
 
+def shown(value: object) -> str:
+    """A bad value as errors name it."""
+    return "nothing (missing or null)" if value is None else repr(value)[:60]
+
+
 def id_of(row: Mapping[str, object], name: str, where: str) -> str:
     """The identifier in a field of a raw row.  Raises DataError if there is none."""
     if not (text := read_id(value := row.get(name))):
-        got = "nothing (missing or null)" if value is None else repr(value)[:60]
-        raise DataError(f"{where}, field '{name}': expected {ID}, got {got}")
+        raise DataError(f"{where}, field '{name}': expected {ID}, got {shown(value)}")
     return text

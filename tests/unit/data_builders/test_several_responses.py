@@ -97,6 +97,10 @@ def test_a_cut_file_and_other_columns_are_named(tmp_path):
     train.write_text(whole[: whole.index('"quoted') + 4])
     with pytest.raises(DataError, match=r"user_train\.csv, after row 0: expected complete CSV"):
         list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
+    for head, got in (("", "an empty file"), ("prompt,prompt,chosen\n", "'prompt' twice")):
+        train.write_text(head)
+        with pytest.raises(DataError, match=f"expected a head line with one of each name, got {got}"):
+            list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
     train.write_text("prompt,text\na,b\n")
     with pytest.raises(DataError, match=r"expected the columns prompt, response_1.* got prompt, text"):
         list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
