@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_builders.sources import hub, rm_as_user
-from data_builders.sources.several_responses import name_of, ordered, texts_of, votes_of
+from data_builders.sources.several_responses import name_of, ordered, votes_of
 from pgenrm_train.config import DataConfig
 from pgenrm_train.errors import DataError
 from pgenrm_train.records.file_columns import file_columns, missing_columns
@@ -94,8 +94,8 @@ def _votes_of_raters(row: hub.Row, path: Path, number: int, rule: str, left_out:
     """
     where, votes = f"{path}, row {number}", Votes()
     rated = rm_as_user.rated(row, where)
-    texts, name = texts_of(rated.row, where), name_of(rated.row, f"{path.stem}-{number}")
-    check_texts({"responses": texts, "user_id": [*rated.scores]}, where)
+    texts, name = rated.texts, name_of(rated.row, f"{path.stem}-{number}")
+    check_texts({"responses": [*texts], "user_id": [*rated.scores]}, where)
     context: tuple[Message, ...] | None = None
     rest: tuple[Any, ...] = ()
     for rater, scores in rated.scores.items():

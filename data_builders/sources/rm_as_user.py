@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data_builders.sources import hub
 from pgenrm_train.errors import DataError
-from pgenrm_train.records.ids import read_id
+from pgenrm_train.records.ids import read_id, shown
 from pgenrm_train.records.raw_rows import UTF8
 from pgenrm_train.records.shards import data_files
 
@@ -74,9 +74,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rated:
-    """A row of several responses, and the score of each per reward model."""
+    """A row without its responses, their texts, and the score of each per reward model."""
 
     row: hub.Row
+    texts: Sequence[str]
     scores: Mapping[str, Sequence[float | None]]
 
 
@@ -110,17 +111,24 @@ def rated(row: hub.Row, where: str) -> Rated:
     return Rated(
         {
             "context": row[layout.prompt],
-            "responses": [_last(row[name]) for name in layout.responses],
             "pair_id": row.get("prompt_id"),
             "split": row.get("split"),
         },
+        [_response(row, name, where) for name in layout.responses],
         {rater: [_score(row, name, where) for name in columns] for rater, columns in layout.raters.items()},
     )
 
 
-def _last(response: object) -> object:
-    """The last message of a conversation, as UltraFeedback writes a response; anything else as it is."""
-    return response[-1] if isinstance(response, list) and response else response
+def _response(row: hub.Row, name: str, where: str) -> str:
+    """A text, or that of the last message, as UltraFeedback writes a response."""
+    value = row[name]
+    last = value[-1] if isinstance(value, list) and value else value
+    text = last.get("content") if isinstance(last, Mapping) else last
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{where}, field '{name}': expected a non-empty text or {{role, content}}, got {shown(text)}"
+        )
+    return text
 
 
 def _score(row: hub.Row, name: str, where: str) -> float | None:

@@ -104,6 +104,9 @@ def test_a_cut_file_and_other_columns_are_named(tmp_path):
     train.write_text("prompt,text\na,b\n")
     with pytest.raises(DataError, match=r"expected the columns prompt, response_1.* got prompt, text"):
         list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
+    train.write_text(whole.replace("long long long ", " ", 1))
+    with pytest.raises(DataError, match="field 'chosen': expected a non-empty text"):
+        list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
     train.write_text(whole.replace("-1.5", "low"))
     with pytest.raises(DataError, match="field 'rejected_org_reward-model-b': expected a number, got 'low'"):
         list(pairs.build(DataConfig(name="rm_as_user", path=str(folder)), 0, LeftOut()))
@@ -119,7 +122,11 @@ def test_the_votes_of_reward_models_are_those_of_the_full_check(tmp_path):
         row_to_pair(vote, path, 1)
         for rater, scores in rated.scores.items()
         for vote in votes_of(
-            rated.row | {"user_id": rater, "ratings": scores}, "f.csv, row 1", "all", "f-1", LeftOut()
+            rated.row | {"user_id": rater, "responses": rated.texts, "ratings": scores},
+            "f.csv, row 1",
+            "all",
+            "f-1",
+            LeftOut(),
         )
     ]
     votes = pairs._votes_of_raters(row, path, 1, "all", LeftOut())
