@@ -169,22 +169,16 @@ def read_run(path: Path) -> Run:
     """The evaluation in a run folder, or in its folder `evaluate`.  Raises ArtifactError if there is none."""
     folder = next((f for f in (path / StageName.EVALUATE, path) if (f / "results.json").exists()), None)
     if folder is None or not (folder / "predictions.parquet").exists():
-        raise ArtifactError(
-            f"eval.compare: {path} holds no finished evaluation (results.json and predictions.parquet)"
-        )
+        raise ArtifactError(f"{path} holds no finished evaluation (results.json and predictions.parquet)")
     fields = read_json(folder / "results.json")
     required = ("model", "data", "protocol", "seeds", "accuracy", "ci95", "stderr")
     if missing := [name for name in required if name not in fields]:
-        raise ArtifactError(
-            f"eval.compare: {folder / 'results.json'} lacks {missing[0]!r}; evaluate this run again"
-        )
+        raise ArtifactError(f"{folder / 'results.json'} lacks {missing[0]!r}; evaluate this run again")
     results = Headline(**{name: fields[name] for name in Headline.__dataclass_fields__ if name in fields})
     try:
         table = pd.read_parquet(folder / "predictions.parquet")
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"eval.compare: {folder / 'predictions.parquet'} cannot be read ({error})"
-        ) from None
+        raise ArtifactError(f"{folder / 'predictions.parquet'} cannot be read ({error})") from None
     samples = "text" in table and bool(_own(table, results)["text"].notna().any())
     return Run(str(path), results, headline_predictions(table, results), samples)
 

@@ -23,6 +23,7 @@ from pgenrm_train.errors import ArtifactError, DataError
 from pgenrm_train.files import read_json, write_json
 
 RESULTS = f"{StageName.EVALUATE}/results.json"
+SHOWN = ("n_pairs", "n_users", "ties", "failures", "order_flip_rate")  # next to those that `read_run` needs
 LEVEL = 0.05  # of the adjusted p value below which a difference counts as significant
 FILTERS = ("task", "protocol", "totals")
 ABOUT = (
@@ -96,12 +97,15 @@ def find_runs(places: Sequence[str]) -> tuple[list[Entry], list[str]]:
                 continue
             seen.add(folder.resolve())
             name = str(folder.relative_to(place)) if folder != place else place.name
-            results = read_json(file)
-            if not isinstance(results, dict) or "protocols" not in results:
-                notes.append(f"{name} is left out: its results are no accuracies of votes.")
-                continue
             try:
-                entries.append(Entry(name, results, read_run(folder)))
+                results = read_json(file)
+                if not isinstance(results, dict) or "protocols" not in results:
+                    notes.append(f"{name} is left out: its results are no accuracies of votes.")
+                    continue
+                run = read_run(folder)
+                if missing := [field for field in SHOWN if field not in results]:
+                    raise ArtifactError(f"{file} lacks {missing[0]!r}; evaluate this run again")
+                entries.append(Entry(name, results, run))
             except ArtifactError as error:
                 notes.append(f"{name} is left out: {error}.")
     return entries, notes

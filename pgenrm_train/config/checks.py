@@ -259,6 +259,10 @@ def _data(config: Config) -> Rules:
             "model.prompt=",
         ),
         (
+            data.name in QUESTIONS and config.recipe == "pipeline",
+            f"data={data.name} is for evaluation only; recipe=pipeline needs another data=",
+        ),
+        (
             bool(data.only) and data.name not in VOTES,
             f"data.only picks rows of votes, and data={data.name} is made of something else; leave it out",
         ),

@@ -64,6 +64,8 @@ def run(config: Config) -> None:
     settings = config.publish
     if not settings.repo:
         raise ConfigError("recipe=publish needs publish.repo=NAMESPACE/NAME, the repository of the model")
+    for key in ("repo", "dataset_repo"):
+        _check_name(f"publish.{key}", getattr(settings, key))
     token = os.environ.get(settings.token_env)
     if not settings.dry_run and not token:
         raise ConfigError(
@@ -87,6 +89,22 @@ def run(config: Config) -> None:
         print(
             f"{upload.kind} {upload.repo}: {_commit(upload, str(token), private=settings.private)}",
             flush=True,
+        )
+
+
+def _check_name(key: str, repo: str | None) -> None:
+    """Raise ConfigError for a name that the hub would refuse, also in a dry run."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo or "me/name")
+        named = repo is None or repo.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        raise ConfigError(
+            f"{key}={repo} must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', at most 96 characters"
         )
 
 

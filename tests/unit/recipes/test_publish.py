@@ -179,6 +179,10 @@ def test_a_refusing_hub_ends_in_one_sentence(run, monkeypatch):
 def test_what_is_missing_is_named(run, tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"needs publish\.repo=NAMESPACE/NAME"):
         publish.run(load("recipe=publish"))
+    for key in ("repo", "dataset_repo"):
+        for name in ("a b/c", "one/two/three", "alone", "us/x--y"):
+            with pytest.raises(ConfigError, match=rf"publish\.{key}={name} must be NAMESPACE/NAME"):
+                publish.run(load("recipe=publish", "publish.repo=us/m", f"publish.{key}='{name}'"))
     shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
     made = go(tmp_path)
     assert "holds no finished evaluation" in capsys.readouterr().out

@@ -149,6 +149,33 @@ def test_the_recipe_names_what_it_lacks(tmp_path):
         leaderboard.run(load("recipe=leaderboard", f"leaderboard.runs=[{tmp_path}]", f"run_dir={tmp_path}"))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"protocols": {', "is not JSON"),
+        ("[]", "its results are no accuracies of votes"),
+        ('{"protocols": {}}', "lacks 'model'"),
+    ],
+)
+def test_damaged_results_are_noted(tmp_path, content, said):
+    for questions in (3, 4):
+        evaluated(tmp_path, "longer", questions=questions)
+    (tmp_path / "runs" / "longer" / "evaluate" / "results.json").write_text(content)
+    made = write_leaderboard([str(tmp_path / "runs")], tmp_path / "board", draws=20, seed=0)
+    assert {row["run"] for row in made["results"]} == {"longer4"}
+    assert "longer is left out: " in made["notes"][0] and said in made["notes"][0]
+
+
+def test_results_of_an_older_version_are_noted(tmp_path):
+    evaluated(tmp_path, "longer")
+    results = tmp_path / "runs" / "longer" / "evaluate" / "results.json"
+    edited = json.loads(results.read_text())
+    del edited["ties"]
+    results.write_text(json.dumps(edited))
+    made = write_leaderboard([str(tmp_path / "runs")], tmp_path / "board", draws=20, seed=0)
+    assert not made["results"] and "lacks 'ties'; evaluate this run again" in made["notes"][0]
+
+
 def test_a_run_without_predictions_is_noted(tmp_path):
     evaluated(tmp_path, "longer")
     (tmp_path / "runs" / "longer" / "evaluate" / "predictions.parquet").unlink()
