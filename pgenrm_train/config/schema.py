@@ -59,7 +59,8 @@ class TrackingConfig:
 class Config:
     recipe: str = setting("???", "what to run; must be given")
     run_dir: str = setting(
-        "runs/${data.name}-${model.label}-${pipeline.budget}", "a folder, or any fsspec URL (s3://…, gs://…)"
+        "runs/${data.name}-${model.label}-${pipeline.budget}",
+        "a folder, or any fsspec URL (s3://…, gs://…)",
     )
     mirror: str = setting("runs/mirror", "folder for the local copies of runs at URLs")
     store: str | None = setting(

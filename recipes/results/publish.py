@@ -104,7 +104,8 @@ def _check_name(key: str, repo: str | None) -> None:
         named = False
     if not named:
         raise ConfigError(
-            f"{key}={repo} must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', at most 96 characters"
+            f"{key}={repo} must be NAMESPACE/NAME, of letters, digits, '-', '_' and '.', at most 96 "
+            "characters"
         )
 
 

@@ -1,18 +1,18 @@
 """Memory of one process and its GPU by part, for the longest texts and a full micro-batch.
 
-Ψ parameters, Ψ_t of them trained (all, or LoRA's), N processes, b bytes per element (2 in bf16, 4 on a CPU),
-s tokens per micro-batch.
+Ψ parameters, Ψ_t of them trained (all, or LoRA's), N processes, b bytes per element (2 in bf16, 4 on a
+CPU), s tokens per micro-batch.
 
-Model states of PSI on DeepSpeed (ZeRO: Rajbhandari et al. 2020, §3 and §5): weights b·Ψ, gradients 4·Ψ_t
-(summed over micro-batches in fp32; b·Ψ_t without ZeRO), optimizer 8·Ψ_t for Adam's two moments and 4·Ψ_t more
-for fp32 master weights (bf16, or any ZeRO stage).  Stage 1 divides the optimizer by N, stage 2 also the
-gradients, stage 3 also the weights.  Offloaded optimizers are in host memory, with 4 bytes per gradient.
-Communication buckets are DeepSpeed's defaults: 5e8 elements to reduce, 5e8 to gather, and under stage 3 up to
-1e9 live parameters.
+Model states of PSI on DeepSpeed (ZeRO: Rajbhandari et al. 2020, §3 and §5): weights b·Ψ, gradients
+4·Ψ_t (summed over micro-batches in fp32; b·Ψ_t without ZeRO), optimizer 8·Ψ_t for Adam's two moments
+and 4·Ψ_t more for fp32 master weights (bf16, or any ZeRO stage).  Stage 1 divides the optimizer by N,
+stage 2 also the gradients, stage 3 also the weights.  Offloaded optimizers are in host memory, with 4
+bytes per gradient.  Communication buckets are DeepSpeed's defaults: 5e8 elements to reduce, 5e8 to
+gather, and under stage 3 up to 1e9 live parameters.
 
 Model states of GRPO on veRL (FSDP2, PyTorch's fully_shard): fp32 weights, gradients and moments,
-4·Ψ/N + 12·Ψ_t/N (veRL casts adapters to the type of their base, so a frozen base is fp32 too).  Layers are
-gathered in bf16.  The reference model's shards stay in host memory (veRL offloads models that are never
+4·Ψ/N + 12·Ψ_t/N (veRL casts adapters to the type of their base, so a frozen base is fp32 too).  Layers
+are gathered in bf16.  The reference model's shards stay in host memory (veRL offloads models that are never
 trained).  Offloaded weights and moments leave the GPU while vLLM generates and return for the update.
 With `mode=separate_async` N counts the actor's GPUs; vLLM's hold no actor, but the buckets of its weights.
 
