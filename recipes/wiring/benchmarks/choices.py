@@ -46,9 +46,10 @@ def evaluate(
         rule = one_by_one(fit_baseline(name, [], [], seed=config.seed))
         tested.append(_measured(config, choices, name, score_tasks(first, rule), rule))
     for step, candidate in enumerate(everyone):
-        scores = isinstance(candidate, ScoredCandidate)
         model = candidate.start() if isinstance(candidate, ScoredCandidate) else None
-        table = ask(config, candidate, first if scores else every, folder.path, close=False)
+        table = (
+            score_tasks(first, model) if model else ask(config, candidate, every, folder.path, close=False)
+        )
         refuse_pairwise(table, choices, candidate.name)
         tested.append(_measured(config, choices, candidate.name, table, model))
         candidate.close()

@@ -140,6 +140,33 @@ def go(tmp_path, *keys):
     return tmp_path / "run"
 
 
+FUNCTIONS = """
+def lengths(example):
+    return [float(len(response)) for response in example.responses]
+
+def first_of_two(example):
+    return [1.0, 0.0]
+"""
+
+
+def test_a_function_is_asked_in_both_orders(tmp_path, monkeypatch):
+    (tmp_path / "functions_of_a_user.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = ("model=callable", "model.name=functions_of_a_user:lengths")
+    run = go(tmp_path, *model, "eval.tasks=[personalized_rewardbench,rmgap]")
+    rows = {row["task"]: row for row in json.loads((run / "tasks.json").read_text())}
+    assert rows["personalized_rewardbench@1"]["accuracy"] == 1.0
+    assert rows["personalized_rewardbench@1"]["pointwise accuracy"] == 1.0
+    assert rows["rmgap@1"]["best of n accuracy"] == 0.25
+    with pytest.raises(DataError, match="never returned one score for each of the 4 responses"):
+        go(
+            tmp_path / "two",
+            "model=callable",
+            "model.name=functions_of_a_user:first_of_two",
+            "eval.tasks=[rmgap]",
+        )
+
+
 def test_several_tasks_make_one_table_beside_published_figures(tmp_path, capsys):
     keys = ("model=baseline", "model.name=longer", "eval.tasks=[personalized_rewardbench@1,rmgap,rm_as_user]")
     run = go(tmp_path, *keys)
