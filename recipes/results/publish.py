@@ -95,7 +95,7 @@ def run(config: Config) -> None:
 def _check_name(key: str, repo: str | None) -> None:
     """Raise ConfigError for a name that the hub would refuse, also in a dry run."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo or "me/name")
