@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data_builders.sources import personaworld
 from examples.policy import report
@@ -162,7 +162,7 @@ def store_votes(url: str, askers: Sequence[Asker], arm: str) -> None:
 # ---- GRPO by veRL's own trainer ----------------------------------------------------------------------------
 
 
-def verl_settings(config: Config, folder: Path, start: Path, url: str, *, evaluate_start: bool) -> object:
+def verl_settings(config: Config, folder: Path, start: Path, url: str, *, evaluate_start: bool) -> Any:
     """veRL's complete configuration (an OmegaConf DictConfig): its own trainer, with our client as reward.
 
     Shapes, memory and precision are those that this package gives veRL on the same machine.
