@@ -27,6 +27,7 @@ from pgenrm_train.config import (
     sizes,
     to_dict,
 )
+from pgenrm_train.config.data import QUESTIONS
 from pgenrm_train.errors import ConfigError
 from recipes.wiring.baselines import scorers
 
@@ -69,16 +70,26 @@ COMBINATIONS = sorted(
 def test_every_combination_of_data_model_and_cluster_parses(data, model, cluster):
     batch = ["psi.batch_size=128", "cre.micro_batch_size=1", "curriculum.micro_batch_size=1"]
     batch = [] if cluster == "cpu" else batch  # nano's own are for few processes
-    config = load("recipe=pipeline", *data_keys(data), f"model={model}", f"cluster={cluster}", *batch)
+    recipe = "evaluate" if data in QUESTIONS else "pipeline"
+    config = load(f"recipe={recipe}", *data_keys(data), f"model={model}", f"cluster={cluster}", *batch)
     assert (config.data.name, config.cluster.name) == (data, cluster)
     assert config.model.label.startswith(model)
     assert config.cluster.device == ("cpu" if cluster == "cpu" else "cuda")
     assert f"{data}-{config.model.label}-demo" in config.run_dir
 
 
-@pytest.mark.parametrize("recipe,data", list(zip(RECIPES, itertools.cycle(DATA))))
+TRAINABLE = [data for data in DATA if data not in QUESTIONS]
+
+
+@pytest.mark.parametrize("recipe,data", list(zip(RECIPES, itertools.cycle(TRAINABLE))))
 def test_every_recipe_composes(recipe, data):
     assert load(f"recipe={recipe}", *data_keys(data)).recipe == recipe
+
+
+@pytest.mark.parametrize("data", QUESTIONS)
+def test_data_for_evaluation_only_are_refused_in_a_pipeline(data):
+    with pytest.raises(ConfigError, match=f"data={data} is for evaluation only"):
+        load("recipe=pipeline", *data_keys(data))
 
 
 @pytest.mark.parametrize("data,budget", list(itertools.product(DATA, BUDGETS)))
