@@ -46,6 +46,7 @@ ADDED: tuple[tuple[str, object], ...] = (
     ("task_paths", {}),
     ("random_users", False),
     ("personas", None),
+    ("greedy", False),
     # of CRE and curriculum
     ("mode", "sync"),
     ("max_staleness", 1),
@@ -55,6 +56,7 @@ LACKING = {  # settings that older versions did not have, with what they did
     "psi.optimizer": "adamw",
     "psi.cpu_processes": 1,
 }
+NANO_EPOCHS = 2.0  # of older versions, where psi.epochs=null is the default now
 MODEL = ("model.kind", "model.name", "model.path", "model.totals")
 PROMPT = ("model.instructions", "model.max_prompt_tokens", "model.max_text_tokens")
 TEACHER = tuple(f"teacher.{key}" for key in ANSWER_KEYS)
@@ -122,7 +124,10 @@ class Stage:
 
 
 def as_recorded(settings: Mapping[str, object], recorded: Mapping[str, object]) -> dict[str, object]:
-    """The settings without those that an older version's manifest lacks, if they have the values of then."""
+    """The settings in the terms of an older version's manifest, if they have the values of then."""
+    if settings.get("psi.epochs", 0) is None and settings.get("model.kind") == "nano":
+        older = recorded.get("psi.epochs") == NANO_EPOCHS
+        settings = {**settings, "psi.epochs": NANO_EPOCHS if older else None}
     lacking = {k for k, v in LACKING.items() if recorded and k not in recorded and settings.get(k) == v}
     if "psi.optimizer" in lacking:
         lacking.add("psi.muon_learning_rate")  # AdamW does not use it

@@ -9,7 +9,8 @@ from pgenrm_train.config.stage_names import CHOOSING, STAGES, TRAINED, StageName
 from pgenrm_train.files import fingerprint
 from pgenrm_train.stages.registry import REGISTRY, as_recorded
 
-# Of the default settings with one baseline, as run folders hold them.
+# Of the default settings with one baseline, as run folders of older versions hold them.
+OLDER = ("eval.baselines=[random]", "eval.greedy=false", "psi.epochs=2")
 FINGERPRINTS = {
     StageName.BUILD_DATA: "f28b8193c528f3cc",
     StageName.CRITERIA: "4fa2db635a210c17",
@@ -34,10 +35,18 @@ def test_every_stage_comes_after_the_stages_that_it_uses():
 
 @pytest.mark.parametrize("stage", StageName)
 def test_a_stage_reads_existing_settings_with_the_fingerprint_of_older_runs(stage):
-    config = load("recipe=pipeline", "eval.baselines=[random]")
+    config = load("recipe=pipeline", *OLDER)
     for key in REGISTRY[stage].reads:
         get(config, key)
     assert fingerprint(REGISTRY[stage].settings(config)) == FINGERPRINTS[stage]
+
+
+@pytest.mark.parametrize(("model", "same"), [("nano", True), ("hf", False)])
+def test_passes_by_default_are_those_of_an_older_nano(model, same):
+    now, old = ({"psi.epochs": epochs, "model.kind": model} for epochs in (None, 2.0))
+    assert (as_recorded(now, old) == old) is same
+    assert as_recorded(now, {**old, "psi.epochs": 3.0}) == as_recorded(now, {}) == now
+    assert as_recorded(old, now) == old, "a stated number is another setting"
 
 
 def test_later_stages_start_from_the_newest_checkpoint_before_them():
