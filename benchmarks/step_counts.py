@@ -1,4 +1,4 @@
-"""What eight GPUs do in a step of 8B, before and after: counts, no times.
+"""Count the work of one 8B step on eight GPUs, with the earlier rules and with today's.
 
     python -m benchmarks.step_counts
 

@@ -87,7 +87,7 @@ class Load:
         self.kinds[kind] += 1
 
     async def kill_engine(self) -> None:
-        """Kill a process of the service's engines; which one is left to the system."""
+        """Kill one engine process of the service, any of them."""
         await asyncio.sleep(self.arguments.seconds / 2)
         processes = psutil.process_iter(["cmdline"])
         engine = next(p for p in processes if ENGINE in " ".join(p.info["cmdline"] or []))

@@ -197,7 +197,7 @@ class Evaluation:
         return answer
 
     def with_greedy(self, tested: Tested, candidate: Candidate, folder: Path, progress: Progress) -> Tested:
-        """`tested` with the likeliest chain of each question beside the sampled ones."""
+        """Add one greedy chain per question to `tested`, with its accuracy."""
         asker = self.asker(candidate, folder, progress, GREEDY, "greedy chains of", temperature=0.0)
         answers = asker(own_questions(self.pairs, self.histories, set_name=GREEDY))
         every = pd.concat([tested.predictions, answers], ignore_index=True)

@@ -32,8 +32,8 @@ from pgenrm_train import client
 from pgenrm_train.client import PersonalReward, ScoringError
 from pgenrm_train.config import Config, load
 from pgenrm_train.config.setting import known
-from pgenrm_train.errors import BackendError, PGenRMError
-from pgenrm_train.files import write_json, write_table
+from pgenrm_train.errors import ArtifactError, BackendError, PGenRMError
+from pgenrm_train.files import read_json, write_json, write_table
 from pgenrm_train.run.process import child_environment, die_with_parent, end_on_sigterm, run_child, stop_child
 
 ENVIRONMENT = child_environment()  # before SFT sets variables of its own
@@ -123,7 +123,7 @@ def teach(config: Config, users: Sequence[str]) -> Path:
 
 @contextmanager
 def service(reward_model: Path, out: Path) -> Iterator[str]:
-    """The URL of a service in a process of its own.  Raises BackendError if it does not start."""
+    """Start the service as another process and yield its URL.  Raises BackendError if it does not start."""
     which = "model.path" if (reward_model / "config.json").exists() else "run_dir"
     words = [f"{which}={reward_model.resolve()}", f"serve.store=sqlite:///{out.resolve()}/users.db"]
     if which == "model.path":
@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Train the arms and write `results.json` and `steps.jsonl`; returns the results."""
     config, out = configuration(args), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    check_settings(args, out / "settings.json")
     askers = draw_askers(args.users, args.votes, args.seed)
     start = teach(config, list(dict.fromkeys(asker.user for asker in askers)))
     todo = [arm for arm in args.arms if not _finished(config, out / arm)]
@@ -269,6 +270,24 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         with service(args.reward_model, out) as url:
             _train_arms(config, args, askers, start, url, todo)
     return summarise(config, args, askers)
+
+
+def check_settings(args: argparse.Namespace, file: Path) -> None:
+    """Write what the parts of the run depend on.  Raises ArtifactError if the folder has parts of another run."""
+    settings: dict[str, object] = {
+        "users": args.users,
+        "votes": args.votes,
+        "queries": args.queries,
+        "seed": args.seed,
+        "reward_model": args.reward_model and str(args.reward_model.resolve()),
+        "settings": sorted([*settings_of(args.settings), *args.overrides]),
+    }
+    made: dict[str, object] = read_json(file) if file.exists() else settings
+    if changed := [name for name, value in settings.items() if made.get(name) != value]:
+        raise ArtifactError(
+            f"{file.parent} holds a run with other {', '.join(changed)}; use another --out, or delete it"
+        )
+    write_json(file, settings)
 
 
 def _finished(config: Config, folder: Path) -> bool:

@@ -41,7 +41,7 @@ class Metrics:
                 self.failures.labels(chain.failure).inc()
 
     def count_written(self, samples: Sequence[Generation]) -> None:
-        """Count chains that nobody here reads for scores."""
+        """Count chains that are returned as text, without a score."""
         for sample in samples:
             self.chains.labels("model").inc()
             self.tokens.inc(sample.tokens)

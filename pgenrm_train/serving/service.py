@@ -158,7 +158,10 @@ class Service:
         await asyncio.to_thread(lambda: self.store.add(pairs, replace=replace))
 
     async def delete(self, user_id: str) -> int:
-        """Delete everything of a user, also of a similar user without votes; returns the number of votes."""
+        """Delete everything of a user and return the number of deleted votes.
+
+        A user without votes may still be a similar user of the run; they are deleted too.
+        """
         return await asyncio.to_thread(self.store.delete, user_id)
 
     async def check(self) -> None:

@@ -136,9 +136,20 @@ def test_votes_reach_the_service(tmp_path):
                 assert [vote["chosen"] for vote in stored] == [vote["chosen"] for vote in votes]
 
 
-def test_a_service_that_is_down_is_one_sentence(monkeypatch):
+def test_a_service_that_is_down_is_one_sentence():
     with pytest.raises(BackendError, match=r"cannot store votes: http://127\.0\.0\.1:9 does not answer"):
         train.store_votes("http://127.0.0.1:9", ASKERS, train.OWN)
+
+
+def test_a_folder_with_parts_of_another_run_is_refused(tmp_path):
+    def check(*words):
+        train.check_settings(train.arguments(["--url", "http://x", *words]), tmp_path / "settings.json")
+
+    check("--no-control", "--seed", "1")
+    check("--seed", "1")  # the control may be added later
+    with pytest.raises(ArtifactError, match="holds a run with other seed, settings; use another --out"):
+        check("--seed", "2", "cre.steps=3")
+    check("--seed", "1")
 
 
 def test_a_service_that_does_not_start_is_one_sentence(tmp_path):
