@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def check_settings(args: argparse.Namespace, file: Path) -> None:
-    """Write what the parts of the run depend on.  Raises ArtifactError if the folder has parts of another run."""
+    """Write what the parts of a run depend on.  Raises ArtifactError for a folder of another run."""
     settings: dict[str, object] = {
         "users": args.users,
         "votes": args.votes,
